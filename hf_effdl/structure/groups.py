@@ -1,0 +1,293 @@
+"""A group: n deletable units and every tensor slice that goes when a unit goes.
+
+Sparsifying, counting, slimming and growing are all verbs on this one noun.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+# What a slice is to its unit. The first four produce the unit's value: with those zeroed the unit is silent.
+PRODUCERS = ("row", "bias", "scale", "shift")
+ROLES = (*PRODUCERS, "mean", "var", "input")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where the units of a group lie in one tensor.
+
+    Args:
+        tensor: name of the parameter or buffer in the model.
+        axis: axis the units run along.
+        block: consecutive entries per unit along that axis (height times width where a convolution is flattened).
+        role: `"row"` (producer weight), `"bias"`, `"scale"` and `"shift"` (norm weight and bias), `"mean"` and `"var"`
+            (running statistics) or `"input"` (consumer weight).
+    """
+
+    tensor: str
+    axis: int
+    block: int
+    role: str
+
+
+@dataclass(frozen=True)
+class Network:
+    """The shape of every parameter of a model, and how often one input row uses it: enough to count without the model.
+
+    Args:
+        shapes: shape of every parameter, by name.
+        uses: multiply-accumulates per entry of the parameter and input row (output positions of a convolution).
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    uses: dict[str, int]
+
+    def count(self, groups: Iterable["Group"] = (), kept: Mapping[str, int] | None = None) -> dict[str, int]:
+        """Parameters and multiply-accumulates per input row when `kept[name]` units of each group stay.
+
+        Groups that `kept` does not name keep all. Only convolutions and linear layers count as multiply-accumulates.
+        """
+        kept = kept or {}
+        sizes = {name: list(shape) for name, shape in self.shapes.items()}
+        for group in groups:
+            for part in group.slices:
+                if part.tensor in sizes:
+                    sizes[part.tensor][part.axis] = kept.get(group.name, group.units) * part.block
+        numel = {name: prod(size) for name, size in sizes.items()}
+        return {"params": sum(numel.values()), "macs": sum(uses * numel[name] for name, uses in self.uses.items())}
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """n deletable units and all their slices. Made by `find_groups`.
+
+    Args:
+        name: name of the first module that produces the units.
+        units: how many units there are.
+        slices: every slice that goes with a unit.
+        lifted: names of the tensors that the penalty sees; empty if the group is not penalised.
+        network: the network the group was found in.
+        tensors: the lifted parameters themselves, by name.
+        equalise: scale every lifted tensor by its mean initial norm per unit, so that tensors of different size weigh
+            the same.
+    """
+
+    name: str
+    units: int
+    slices: tuple[Slice, ...]
+    lifted: tuple[str, ...]
+    network: Network = field(repr=False)
+    tensors: Mapping[str, nn.Parameter] = field(default_factory=dict, repr=False)
+    equalise: bool = True
+
+    @property
+    def params(self) -> int:
+        """Parameters that go with one unit while all the others stay."""
+        return self._per_unit("params")
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per input row that go with one unit while all the others stay."""
+        return self._per_unit("macs")
+
+    def _per_unit(self, key: str) -> int:
+        full, less = (self.network.count([self], {self.name: n})[key] for n in (self.units, self.units - 1))
+        return full - less
+
+    @property
+    def lifted_slices(self) -> list[Slice]:
+        """The slices that the penalty sees, in the order of `lifted`."""
+        by_tensor = {part.tensor: part for part in self.slices}
+        return [by_tensor[name] for name in self.lifted]
+
+    @torch.no_grad()
+    def param_group(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """The group as a torch param group of plain values, for `SplitLBI`.
+
+        Args:
+            model: take the parameters from this model (by name) instead of the one the group was found in.
+
+        Returns:
+            `{"params", "penalty": "group", "name", "axis", "block", "scale", "units"}`, one entry of the lists per lifted
+            tensor. `scale` is one over the tensor's mean norm per unit, so that every tensor contributes alike.
+
+        Raises:
+            ValueError: if the group is not lifted, the model has other tensors, or a lifted tensor is all zeros.
+        """
+        if not self.lifted:
+            raise ValueError(f"group {self.name!r} lifts no tensor, so it has no param group; leave it out")
+        if model is not None:
+            check_same_network([self], model)
+        params = [self.tensors[name] if model is None else model.get_parameter(name) for name in self.lifted]
+        scale = [1.0] * len(params)
+        if self.equalise:
+            for i, (p, part) in enumerate(zip(params, self.lifted_slices, strict=True)):
+                mean = _rows(p, part).norm(dim=1).mean().item()
+                if mean == 0:
+                    raise ValueError(
+                        f"{part.tensor} of group {self.name!r} is all zeros: its initial norm is zero and gives it no "
+                        "scale. Initialise it, or find groups with another `unit`"
+                    )
+                scale[i] = 1.0 / mean
+        return {
+            "params": params, "penalty": "group", "name": self.name, "units": self.units, "scale": scale,
+            "axis": [part.axis for part in self.lifted_slices], "block": [part.block for part in self.lifted_slices],
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def norm(self, model: nn.Module) -> Tensor:
+        """Size of every unit in `model`, `(units,)`: over its lifted slices, each divided by its mean over the units.
+
+        A group that lifts nothing is measured by its producer rows.
+        """
+        parts = self.lifted_slices or [part for part in self.slices if part.role == "row"]
+        squared = torch.zeros(self.units)
+        for part in parts:
+            norm = _rows(model.get_parameter(part.tensor), part).norm(dim=1).float().cpu()
+            squared += (norm / norm.mean().clamp_min(torch.finfo(norm.dtype).tiny)).square()
+        return squared.sqrt()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; the network is stored once beside the groups."""
+        parts = [[part.tensor, part.axis, part.block, part.role] for part in self.slices]
+        return {"name": self.name, "units": self.units, "lifted": list(self.lifted), "slices": parts}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], network: Network) -> "Group":
+        parts = tuple(Slice(*part) for part in values["slices"])
+        return cls(values["name"], values["units"], parts, tuple(values["lifted"]), network)
+
+
+class Groups(list):
+    """A list of groups that prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [("group", "units", "params/unit", "MACs/unit", "lifted")]
+        for group in self:
+            roles = [part.role for part in group.lifted_slices]
+            lifted = " + ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles)) or "nothing"
+            rows.append((group.name, f"{group.units:,}", f"{group.params:,}", f"{group.macs:,}", lifted))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3)), row[4]]) for row in rows
+        ]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _rows(tensor: Tensor, part: Slice) -> Tensor:
+    """A view or copy with one row per unit, `(units, entries)`."""
+    return tensor.detach().movedim(part.axis, 0).reshape(tensor.shape[part.axis] // part.block, -1)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+@torch.no_grad()
+def mask(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -> nn.Module:
+    """Silence, in place, every unit that is not kept: its rows, bias, norm weight and norm bias become zero.
+
+    Args:
+        model: changed in place and returned.
+        groups: the groups that `kept` speaks of.
+        kept: indices of the kept units by group name; groups not named keep all.
+    """
+    for group in groups:
+        if group.name not in kept:
+            continue
+        gone = torch.ones(group.units, dtype=torch.bool)
+        gone[kept[group.name].cpu()] = False
+        for part in group.slices:
+            if part.role in PRODUCERS:
+                tensor = model.get_parameter(part.tensor)
+                index = gone.repeat_interleave(part.block).nonzero().flatten().to(tensor.device)
+                tensor.index_fill_(part.axis, index, 0)
+    return model
+
+
+@torch.no_grad()
+def cut(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -> nn.Module:
+    """Remove, in place, every unit that is not kept: all its slices, and the sizes that the modules report.
+
+    Args:
+        model: changed in place and returned.
+        groups: the groups that `kept` speaks of.
+        kept: ascending indices of the kept units by group name; groups not named keep all.
+    """
+    for group in groups:
+        if group.name not in kept:
+            continue
+        for part in group.slices:
+            module, leaf = _owner(model, part.tensor)
+            old = getattr(module, leaf)
+            index = torch.arange(group.units * part.block).view(group.units, part.block)[kept[group.name].cpu()].flatten()
+            new = old.detach().index_select(part.axis, index.to(old.device)).clone()
+            setattr(module, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+            set_sizes(module)
+    return model
+
+
+def set_sizes(module: nn.Module) -> None:
+    """Bring the sizes that a layer reports in line with its tensors."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        module.num_features = len(module.running_mean if module.running_mean is not None else module.weight)
+
+
+def check_same_network(groups: Sequence[Group], model: nn.Module) -> None:
+    """Refuse groups that were found in a model with other parameters or shapes."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for group in groups:
+        if group.network.shapes == shapes:
+            continue
+        differ = [name for name, shape in group.network.shapes.items() if shapes.get(name) != shape]
+        name = (differ or [name for name in shapes if name not in group.network.shapes])[0]
+        raise ValueError(
+            f"group {group.name!r} is of another model: {name} has shape {group.network.shapes.get(name)} there and "
+            f"{shapes.get(name)} here; call find_groups on this {type(model).__name__}"
+        )
+
+
+def param_groups(
+    model: nn.Module,
+    groups: Sequence[Group],
+    *,
+    weight_decay: float = 0.0,
+    decay: Iterable[str] | None = None,
+    l1: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """All trainable parameters of a model as torch param groups: one per lifted group, the rest by weight decay.
+
+    Lifted tensors get no weight decay: the coupling is their ridge.
+
+    Args:
+        model: the model that `groups` were found in.
+        groups: groups to lift; those that lift nothing are left out.
+        weight_decay: for the parameters named in `decay`.
+        decay: names of the parameters with weight decay; default: all with two or more axes.
+        l1: names of parameters to lift one weight at a time.
+    """
+    lifted = [group for group in groups if group.lifted]
+    owned = {name for group in lifted for name in group.lifted}
+    result = [{**group.param_group(model), "weight_decay": 0.0} for group in lifted]
+    result += [
+        {"params": [model.get_parameter(name)], "penalty": "l1", "name": name, "weight_decay": 0.0} for name in l1
+    ]
+    rest = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in owned.union(l1)}
+    decayed = {name for name, p in rest.items() if p.ndim > 1} if decay is None else set(decay)
+    for name, value, members in (
+        ("decay", weight_decay, [p for name, p in rest.items() if name in decayed]),
+        ("no decay", 0.0, [p for name, p in rest.items() if name not in decayed]),
+    ):
+        if members:
+            result.append({"params": members, "name": name, "weight_decay": value})
+    return result

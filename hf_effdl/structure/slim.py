@@ -1,0 +1,228 @@
+"""Taking units out for good: the same class with smaller dense tensors, and what that bought."""
+
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_effdl.structure.groups import Group, check_same_network, cut
+from hf_effdl.structure.path import complete_ties, one_budget, sizes_for_share
+from hf_effdl.structure.stock import config_ties, stock_config
+from hf_effdl.structure.tracing import call, find_groups
+
+
+def slim(
+    model: nn.Module, groups: Sequence[Group], keep: float | Mapping[str, Any], round_to: int = 1
+) -> nn.Module:
+    """A physically smaller copy of a model: same class, smaller dense tensors, the removed units gone.
+
+    In eval mode it computes what the model computes with the removed units' rows, biases, norm weights and norm biases
+    set to zero (to 1e-5). A transformers model keeps a stock config where its config can say the new sizes; otherwise the
+    sizes go to `config.quantization_config` and `from_pretrained` needs `import hf_effdl`.
+
+    Args:
+        model: left as it is.
+        groups: from `find_groups(model)`.
+        keep: share of every group's units, in (0, 1]: the units of largest norm stay (`Group.norm`); or the indices of the
+            kept units by group name, where groups not named keep all.
+        round_to: sizes round up to a multiple of this, by norm; never above what the group has.
+
+    Returns:
+        The smaller model, in the mode of `model`, an ordinary module that trains, saves, exports and slims again.
+
+    Raises:
+        ValueError: for groups of another model, an unknown group name, a share outside (0, 1], or indices that are empty,
+            repeated or out of range.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        >>> slim(net, find_groups(net, torch.zeros(1, 1, 8, 8)), keep=0.5)[0]
+        Conv2d(1, 2, kernel_size=(3, 3), stride=(1, 1))
+    """
+    if not groups:
+        raise ValueError("slim got no groups; find_groups(model) returns them")
+    if round_to < 1:
+        raise ValueError(f"round_to={round_to}: it must be at least 1")
+    check_same_network(groups, model)
+    ties = config_ties(model, groups)
+    units = {group.name: group.units for group in groups}
+    if isinstance(keep, Mapping):
+        chosen = {name: _indices(name, value, units) for name, value in keep.items()}
+        sizes = {name: min(units[name], -(-len(index) // round_to) * round_to) for name, index in chosen.items()}
+    else:
+        _, share = one_budget(keep=keep)
+        chosen = {}
+        sizes = sizes_for_share(complete_ties(ties, units), units, share, round_to)
+    kept = {group.name: _fill(group, model, chosen.get(group.name), sizes[group.name]) for group in groups
+            if group.name in sizes}  # fmt: skip
+    small = cut(deepcopy(model), groups, kept)
+    if getattr(model, "config", None) is not None and hasattr(model.config, "to_dict"):
+        _set_config(small, ties, {name: len(kept.get(name, range(size))) for name, size in units.items()})
+    return small
+
+
+def _indices(name: str, value: Any, units: Mapping[str, int]) -> Tensor:
+    if name not in units:
+        raise ValueError(f"keep names group {name!r}, which is not among {list(units)}")
+    index = torch.as_tensor(value).detach().cpu()
+    if index.dtype == torch.bool and index.shape == (units[name],):
+        index = index.nonzero().flatten()
+    if index.ndim != 1 or index.is_floating_point() or len(index) == 0 or len(index.unique()) != len(index):
+        raise ValueError(f"keep[{name!r}] must hold distinct unit indices, at least one; got {value}")
+    if index.min() < 0 or index.max() >= units[name]:
+        raise ValueError(f"keep[{name!r}] has index {int(index.max())} or below 0; the group has {units[name]} units")
+    return index.long().sort().values
+
+
+def _fill(group: Group, model: nn.Module, chosen: Tensor | None, size: int) -> Tensor:
+    """The chosen units and, up to `size`, the largest of the others."""
+    norm = group.norm(model)
+    if chosen is not None:
+        norm[chosen] = float("inf")
+    return norm.topk(size).indices.sort().values
+
+
+def _set_config(small: nn.Module, ties: Sequence[Any], sizes: Mapping[str, int]) -> None:
+    config = stock_config(small, ties, sizes)
+    if config is None:
+        from hf_effdl.structure.quantizer import SlimConfig
+
+        config = deepcopy(small.config)
+        config.quantization_config = SlimConfig.of(small)
+    for module in small.modules():  # a transformers model hands one config object to its parts
+        if getattr(module, "config", None) is not None and type(module.config) is type(config):
+            module.config = config
+
+
+# ---- batch norm
+
+
+@contextmanager
+def random_state_kept() -> Iterable[None]:
+    """Leave Python's, NumPy's and torch's random states as they were."""
+    import random
+
+    import numpy
+
+    states = random.getstate(), numpy.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Re-estimate the running statistics of every batch norm as plain averages over some batches, in place.
+
+    The statistics of a dense model do not fit the model that is left when units go. Nothing else changes: weights, mode
+    and the norms' momentum stay.
+
+    Args:
+        model: returned.
+        batches: inputs, each a tensor, tuple or dict that the model accepts.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return model
+    modes, momenta = [m.training for m in model.modules()], [m.momentum for m in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's word for a plain average
+        norm.train()
+    try:
+        for batch in batches:
+            call(model, batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in zip(model.modules(), modes, strict=True):
+            module.training = mode
+    return model
+
+
+# ---- what it bought
+
+
+@torch.no_grad()
+def measure_latency(
+    models: Sequence[nn.Module], inputs: Any, *, repeats: int = 15, seconds: float = 0.02
+) -> list[float]:
+    """Median milliseconds of one forward pass in eval mode, for models timed in turns so that drift hits all alike.
+
+    Args:
+        models: compared side by side.
+        inputs: a tensor, tuple or dict that every model accepts.
+        repeats: rounds; each model runs once a round.
+        seconds: passes are repeated within a round until about this long.
+    """
+    device = next(models[0].parameters()).device
+    times: list[list[float]] = [[] for _ in models]
+    modes = [[m.training for m in model.modules()] for model in models]
+
+    def run(model: nn.Module, passes: int) -> float:
+        start = time.perf_counter()
+        for _ in range(passes):
+            call(model, inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) / passes
+
+    try:
+        for model in models:
+            model.eval()
+        passes = [max(1, int(seconds / max(min(run(model, 1) for _ in range(3)), 1e-6))) for model in models]
+        for _ in range(repeats):
+            for model, count, record in zip(models, passes, times, strict=True):
+                record.append(1000 * run(model, count))
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            for module, training in zip(model.modules(), mode, strict=True):
+                module.training = training
+    return [statistics.median(record) for record in times]
+
+
+def effdl_report(
+    model: nn.Module, small: nn.Module, inputs: Any, groups: Sequence[Group], budget: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What slimming changed, in plain values: `{"params": {"before", "after", "ratio"}, "macs", "latency_ms", ...}`.
+
+    MACs of the slim model are counted on a forward pass of it, not predicted.
+    """
+    counts = [groups[0].network.count(), find_network(small, inputs).count()]
+    times = measure_latency([model, small], inputs)
+    report: dict[str, Any] = {
+        key: {"before": before, "after": after, "ratio": round(after / before, 6)}
+        for key, before, after in (
+            ("params", counts[0]["params"], counts[1]["params"]),
+            ("macs", counts[0]["macs"], counts[1]["macs"]),
+            ("latency_ms", round(times[0], 4), round(times[1], 4)),
+        )
+    }
+    shapes = {name: tuple(p.shape) for name, p in small.named_parameters()}
+    report["units"] = {
+        group.name: {"before": group.units, "after": shapes[part.tensor][part.axis] // part.block}
+        for group in groups
+        for part in group.slices[:1]
+    }
+    device = next(model.parameters()).device
+    batch = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
+    return report | {"budget": dict(budget), "latency_batch": len(batch), "device": device.type}
+
+
+def find_network(model: nn.Module, inputs: Any) -> Any:
+    """Shapes and uses of a model's parameters, from one forward pass of a copy."""
+    from hf_effdl.structure.groups import Network
+    from hf_effdl.structure.tracing import _count_uses, _one_row, _traceable_copy
+
+    copy = _traceable_copy(model)
+    return Network({name: tuple(p.shape) for name, p in copy.named_parameters()}, _count_uses(copy, _one_row(inputs, copy)))

@@ -1,0 +1,300 @@
+"""Finding the groups of a model by tracing one forward pass."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_effdl.structure.groups import Group, Groups, Network, Slice, cut, mask
+
+
+logger = logging.getLogger(__name__)
+
+UNITS = ("default", "row", "paper")
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "default") -> Groups:
+    """Find the units of a model that can be removed, each with all its tensor slices.
+
+    A copy of the model is traced with Torch-Pruning's dependency graph, so module and model names play no part and the
+    model itself stays as it is. Every group found is tried out: taking a unit out of the copy must give the same output
+    as silencing it; groups that fail (or hold layers other than plain convolutions, linear layers and batch norms) are
+    left out with a warning. Inputs and outputs of the model are never groups.
+
+    Args:
+        model: any module; convolutional networks are what this release is tested on.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword tensors with a batch axis. Default: made
+            from the config of a transformers vision model, else guessed from the first layer (with a warning, since
+            MACs depend on it).
+        unit: which tensors of a group the penalty sees. `"default"`: with batch norm, its weight and the next layers'
+            input slices (a row in front of batch norm is scale-free); without, the producer rows, unless another group
+            has them already, then the input slices. `"row"`: the producer rows. `"paper"`: the rows of convolutions,
+            not rescaled.
+
+    Returns:
+        A list of `Group` in the order of the model's layers; it prints as a table.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: the model cannot be traced, or no group was found; names the modules seen.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        >>> [(group.name, group.units) for group in find_groups(net, torch.zeros(1, 1, 8, 8))]
+        [('0', 4)]
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"find_groups needs a torch.nn.Module, not {type(model).__name__}")
+    if unit not in UNITS:
+        raise ValueError(f"unit={unit!r}: it must be one of {UNITS}")
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[device.index for device in devices]):
+        copy = _traceable_copy(model)
+        inputs = _one_row(example_inputs, copy) if example_inputs is not None else _guess_inputs(copy)
+        network = Network({name: tuple(p.shape) for name, p in copy.named_parameters()}, _count_uses(copy, inputs))
+        found, skipped = _trace(copy, inputs, network)
+        groups = _keep_removable(copy, inputs, found, skipped)
+    for name, reason in skipped.items():
+        logger.warning("hf_effdl leaves out the units of %s: %s", name, reason)
+    if not groups:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise ValueError(f"no group found in {_describe(model)}{'; left out: ' if reasons else ''}{reasons}")
+    return _lift(groups, model, unit)
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Call a model with a tensor, a tuple of tensors or a dict of keyword tensors."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """All floating point tensors in a model's output, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, (tuple, list)):
+        return [tensor for item in output for tensor in output_tensors(item)]
+    return []
+
+
+def _describe(model: nn.Module) -> str:
+    leaves = [
+        f"{name} ({type(module).__name__})" for name, module in model.named_modules() if not any(module.children())
+    ]
+    shown = ", ".join(leaves[:30]) + (f" and {len(leaves) - 30} more" if len(leaves) > 30 else "")
+    return f"{type(model).__name__} with modules {shown or 'none'}"
+
+
+def _traceable_copy(model: nn.Module) -> nn.Module:
+    copy = deepcopy(model).float().eval()
+    copy.requires_grad_(True)
+    return copy
+
+
+def _one_row(inputs: Any, model: nn.Module) -> Any:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def first(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value[:1].detach().to(device)
+        return value.float() if value.is_floating_point() else value
+
+    if isinstance(inputs, Mapping):
+        # a loss would be one more output, and labels are no input of the network
+        return {name: first(value) for name, value in inputs.items() if name != "labels"}
+    return type(inputs)(first(value) for value in inputs) if isinstance(inputs, (tuple, list)) else first(inputs)
+
+
+def _guess_inputs(model: nn.Module) -> Any:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    config = getattr(model, "config", None)
+    if getattr(model, "main_input_name", None) == "pixel_values" and hasattr(config, "num_channels"):
+        size = getattr(config, "image_size", None) or 224
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        return {"pixel_values": torch.randn(1, config.num_channels, height, width, device=device)}
+    first = next((m for m in model.modules() if isinstance(m, (*_CONVS, nn.Linear))), None)
+    shapes = []
+    if isinstance(first, nn.Linear):
+        shapes = [(1, first.in_features)]
+    elif first is not None:
+        axes = first.weight.ndim - 2
+        shapes = [(1, first.in_channels, *[size] * axes) for size in (32, 28, 64, 96, 224)]
+    for shape in shapes:
+        inputs = torch.randn(shape, device=device)
+        try:
+            with torch.no_grad():
+                model(inputs)
+        except (RuntimeError, ValueError, TypeError):
+            continue
+        logger.warning("no example_inputs given: tracing %s with inputs of shape %s", type(model).__name__, shape)
+        return inputs
+    raise ValueError(f"cannot make inputs for {_describe(model)}; pass example_inputs=")
+
+
+def _count_uses(model: nn.Module, inputs: Any) -> dict[str, int]:
+    """Multiply-accumulates per weight entry: output positions of every convolution and linear layer."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    uses: dict[str, int] = {}
+
+    def hook(module: nn.Module, _: Any, output: Tensor) -> None:
+        positions = output.numel() // module.weight.shape[0]
+        name = names[id(module.weight)]
+        uses[name] = uses.get(name, 0) + positions
+
+    hooks = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, (*_CONVS, nn.Linear))]
+    try:
+        with torch.no_grad():
+            call(model, inputs)
+    except Exception as error:
+        raise ValueError(
+            f"{_describe(model)} does not run on the example inputs ({type(error).__name__}: {error}); pass "
+            "example_inputs= that model(example_inputs) accepts"
+        ) from error
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return uses
+
+
+def _trace(model: nn.Module, inputs: Any, network: Network) -> tuple[list[Group], dict[str, str]]:
+    import torch_pruning
+
+    graph = torch_pruning.DependencyGraph()
+    try:
+        with torch.enable_grad():
+            graph.build_dependency(
+                model, inputs, forward_fn=call, output_transform=output_tensors, verbose=False
+            )
+        found = list(graph.get_all_groups(root_module_types=[*_CONVS, nn.Linear]))
+    except Exception as error:
+        raise ValueError(f"cannot trace {_describe(model)}: {type(error).__name__}: {error}") from error
+
+    order = {module: i for i, module in enumerate(model.modules())}
+    names = {module: name for name, module in model.named_modules()}
+    groups, skipped = [], {}
+    for traced in found:
+        members = [
+            (item, graph.is_out_channel_pruning_fn(item.dep.handler))
+            for item in traced
+            if isinstance(item.dep.target.module, nn.Parameter) or item.dep.target.module in names
+        ]
+        members.sort(key=lambda member: order.get(member[0].dep.target.module, -1))
+        root = traced[0].dep.target.module
+        units = root.weight.shape[0]
+        slices: list[Slice] = []
+        reason = None
+        for item, is_output in members:
+            module = item.dep.target.module
+            reason = _unsupported(module, names, item, units)
+            if reason:
+                break
+            slices += _slices(module, names[module], is_output, len(item.idxs) // units)
+        name = next((p.tensor for p in slices if p.role == "row"), names[root] + ".weight").rpartition(".")[0]
+        if reason:
+            skipped[name] = reason
+        elif any(part.role == "input" for part in slices):  # without a consumer the units are the model's output
+            groups.append(Group(name, units, tuple(slices), (), network))
+    position = {name: i for i, name in enumerate(network.shapes)}
+    return sorted(groups, key=lambda group: position[group.slices[0].tensor]), skipped
+
+
+def _unsupported(module: Any, names: Mapping[nn.Module, str], item: Any, units: int) -> str | None:
+    if module not in names:
+        return "a bare parameter goes with them"
+    kind = type(module).__name__
+    if isinstance(module, _CONVS) and module.groups != 1:
+        return f"{names[module]} is a grouped convolution"
+    if not isinstance(module, (*_CONVS, *_BATCH_NORMS, nn.Linear)) and any(True for _ in module.parameters(False)):
+        return f"{names[module]} is a {kind}, which has parameters of its own"
+    block, rest = divmod(len(item.idxs), units)
+    plain = item.idxs == list(range(units * block)) and item.root_idxs == [u for u in range(units) for _ in range(block)]
+    if rest or not plain:
+        return f"they are spread over {names[module]} in an order other than one run per unit"
+    return None
+
+
+def _slices(module: nn.Module, name: str, is_output: bool, block: int) -> list[Slice]:
+    prefix = name + "." if name else ""
+    if isinstance(module, _BATCH_NORMS):
+        parts = [("weight", "scale"), ("bias", "shift"), ("running_mean", "mean"), ("running_var", "var")]
+        return [Slice(prefix + t, 0, block, role) for t, role in parts if getattr(module, t) is not None]
+    if not isinstance(module, (*_CONVS, nn.Linear)):
+        return []
+    if not is_output:
+        return [Slice(prefix + "weight", 1, block, "input")]
+    rows = [Slice(prefix + "weight", 0, block, "row")]
+    return rows + ([Slice(prefix + "bias", 0, block, "bias")] if module.bias is not None else [])
+
+
+def _keep_removable(model: nn.Module, inputs: Any, groups: Sequence[Group], skipped: dict[str, str]) -> list[Group]:
+    """Only the groups whose units can be taken out; the rest goes to `skipped`."""
+    if _is_removable(model, inputs, groups):  # the common case costs two forward passes in all
+        return list(groups)
+    removable = []
+    for group in groups:
+        if _is_removable(model, inputs, [group]):
+            removable.append(group)
+        else:
+            skipped[group.name] = "a model without some of them is not the model in which those are silent"
+    return removable
+
+
+@torch.no_grad()
+def _is_removable(model: nn.Module, inputs: Any, groups: Sequence[Group]) -> bool:
+    kept = {group.name: torch.arange(1, group.units) for group in groups if group.units > 1}
+    silent = output_tensors(call(mask(deepcopy(model), groups, kept), inputs))
+    try:
+        small = output_tensors(call(cut(deepcopy(model), groups, kept), inputs))
+    except (RuntimeError, ValueError, TypeError):  # a size written into the forward pass
+        return False
+    return len(silent) == len(small) and all(
+        a.shape == b.shape and (a - b).abs().max() <= 1e-4 * (1 + a.abs().max())
+        for a, b in zip(silent, small, strict=True)
+    )
+
+
+def _lift(groups: Sequence[Group], model: nn.Module, unit: str) -> Groups:
+    """Choose the tensors of every group that the penalty sees; each tensor goes to one group at most."""
+    taken: set[str] = set()
+    lifted: dict[str, tuple[str, ...]] = {}
+
+    def claim(group: Group, *roles: str) -> bool:
+        names = [part.tensor for part in group.slices if part.role in roles]
+        names = [name for name in names if model.get_parameter(name).detach().any()]  # e.g. zero-initialised norms
+        if not names or taken.intersection(names):
+            return False
+        lifted[group.name] = tuple(names)
+        taken.update(names)
+        return True
+
+    def rows_are_convolutions(group: Group) -> bool:
+        return all(model.get_parameter(part.tensor).ndim > 2 for part in group.slices if part.role == "row")
+
+    if unit == "default":
+        with_norm = [group for group in groups if any(part.role == "scale" for part in group.slices)]
+        for group in with_norm:
+            claim(group, "scale", "input")
+        for group in groups:
+            if group.name not in lifted:
+                claim(group, "row") or claim(group, "input")
+    else:
+        for group in groups:
+            if unit == "row" or rows_are_convolutions(group):
+                claim(group, "row")
+    parameters = dict(model.named_parameters())
+    return Groups(
+        Group(
+            group.name, group.units, group.slices, lifted.get(group.name, ()), group.network,
+            {name: parameters[name] for name in lifted.get(group.name, ())}, equalise=unit != "paper",
+        )
+        for group in groups
+    )  # fmt: skip

@@ -1,0 +1,805 @@
+"""SplitLBI (arXiv 2007.02010, 1905.09449) against worked numbers, naive references and the theory of the iteration."""
+
+import copy
+import io
+import math
+import time
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_effdl.structure.split_lbi import SplitLBI, shrinkage, soft_threshold, unit_norm
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def parameter(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.Parameter(torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype))
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def exactly_equal(a, b):
+    """Same dtypes and bits, through nested dicts and lists."""
+    if torch.is_tensor(a):
+        return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(exactly_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(exactly_equal, a, b))
+    return type(a) is type(b) and a == b
+
+
+def snapshot(opt):
+    params = [p.detach() for group in opt.param_groups for p in group["params"]]
+    return copy.deepcopy([opt.state_dict()["state"], params])
+
+
+# ---- worked numbers
+
+
+def golden(shape, target, steps, penalty="l1", **hyper):
+    """W, V and Gamma after every step (row 0 is the start) on `0.5 ||W - target||^2` from W = 0."""
+    w = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+    opt = SplitLBI([{"params": [w], "penalty": penalty}], momentum=0, lam_scale="none", **hyper)
+    rows = [(w.detach().clone(), opt.dual(w), opt.gamma(w))]
+    for _ in range(steps):
+        w.grad = w.detach() - target
+        opt.step()
+        rows.append((w.detach().clone(), opt.dual(w), opt.gamma(w)))
+    ws, vs, gammas = (torch.stack(column) for column in zip(*rows))
+    return ws, vs, gammas, opt.state[w]
+
+
+def first_steps(gammas):
+    inside = gammas != 0
+    return [int(column.int().argmax()) if column.any() else None for column in inside.unbind(1)]
+
+
+def printed(got, *values):
+    """Equal to the ten decimals that are given."""
+    torch.testing.assert_close(got, tensor(*values), rtol=0, atol=5.1e-11)
+
+
+TARGET = tensor(1.0, 0.5, -0.25, 0.05)
+
+
+def test_entrywise_path_has_the_worked_numbers():
+    w, v, gamma, _ = golden(4, TARGET, 410, lr=0.1, kappa=1, nu=1, lam=1)
+    assert first_steps(gamma) == [25, 45, 85, 406]
+    printed(w[10], 0.4463129088, 0.2231564544, -0.1115782272, 0.0223156454)
+    printed(v[10], 0.2768435456, 0.1384217728, -0.0692108864, 0.0138421773)
+    assert not gamma[10].any()
+    printed(w[25], 0.4981110534, 0.2490555267, -0.1245277634, 0.0249055527)
+    printed(v[25], 1.0009444733, 0.5004722366, -0.2502361183, 0.0500472237)
+    printed(gamma[25], 0.0009444733, 0, 0, 0)
+    printed(w[50], 0.7788897852, 0.2684447659, -0.1249982159, 0.0249996432)
+    printed(gamma[50], 0.6421415115, 0.1044081319, 0, 0)
+
+
+def test_group_path_has_the_worked_numbers():
+    # entries {0, 3} and {1, 2} of the target are the two rows, so the units run along axis 0
+    target = TARGET[[0, 3, 1, 2]].view(2, 2)
+    _, _, gamma, state = golden((2, 2), target, 50, "group", lr=0.1, kappa=1, nu=1, lam=1)
+    assert state["entered"].tolist() == [25, 41]
+    printed(gamma[50].flatten(), 0.6424826880, 0.0321241344, 0.1676459193, -0.0838229596)
+
+
+def test_damped_path_has_the_worked_numbers():
+    w, _, gamma, _ = golden(4, TARGET, 400, lr=0.05, kappa=4, nu=2, lam=0.5)
+    assert first_steps(gamma) == [34, 64, 124, None]
+    printed(w[50][:2], 0.8528799329, 0.3333333273)
+    printed(gamma[50], 0.6446318762, 0, 0, 0)
+
+
+# ---- the four lines of the paper, written naively
+
+
+def rows(t, count):
+    return [[(t, (c,), 1.0)] for c in range(count)]
+
+
+def blocks(t, count, block):
+    return [[(t, (slice(None), slice(c * block, (c + 1) * block)), 1.0)] for c in range(count)]
+
+
+# name: shapes, param group, and the units as lists of (tensor, index, scale)
+LIFTS = {
+    "conv filters": ([(6, 3, 2, 2)], {}, rows(0, 6)),
+    "linear column blocks": ([(5, 12)], {"axis": 1, "block": 3}, blocks(0, 4, 3)),
+    "batch norm and conv input": (
+        [(4,), (6, 4, 3, 3)],
+        {"axis": [0, 1], "scale": [1.7, 0.4]},
+        [[(0, (c,), 1.7), (1, (slice(None), c), 0.4)] for c in range(4)],
+    ),
+}
+
+
+def naive_path(starts, units, grad, steps, *, lr, kappa, nu, path_scale, momentum, lam, lam_scale):
+    """The iteration, unit by unit; `units=None` is the l1 penalty. Returns W, V and Gamma after every step."""
+    w = [start.clone() for start in starts]
+    v, gamma, buffer = ([torch.zeros_like(start) for start in starts] for _ in range(3))
+
+    def norm(tensors, unit):
+        return math.sqrt(sum(scale**2 * float((tensors[t][index] ** 2).sum()) for t, index, scale in unit))
+
+    if units is None:
+        sizes = [math.sqrt(float((start**2).sum()) / start.numel()) for start in starts]
+    else:
+        sizes = [norm(starts, unit) for unit in units]
+    thresholds = [lam * size if lam_scale == "init" else lam for size in sizes]
+    path = []
+    for _ in range(steps):
+        for t in range(len(w)):
+            buffer[t] = momentum * buffer[t] + grad(t, w[t])
+            coupling = (w[t] - gamma[t]) / nu
+            w[t] = w[t] - kappa * lr * (buffer[t] + coupling)
+            v[t] = v[t] + path_scale * lr * coupling
+        gamma = [torch.zeros_like(x) for x in v]
+        if units is None:
+            for t, threshold in enumerate(thresholds):
+                gamma[t] = kappa * (torch.clamp(v[t] - threshold, min=0) - torch.clamp(-v[t] - threshold, min=0))
+        else:
+            for unit, threshold in zip(units, thresholds, strict=True):
+                size = norm(v, unit)
+                for t, index, _ in unit:
+                    gamma[t][index] = kappa * v[t][index] * (max(0.0, 1 - threshold / size) if size else 0.0)
+        path.append((w, v, gamma))
+        w, v, gamma = ([x.clone() for x in xs] for xs in (w, v, gamma))
+    return path
+
+
+def assert_equals_naive(shapes, param_group, units, hyper):
+    params = [parameter(*shape, seed=i) for i, shape in enumerate(shapes)]
+    targets = [parameter(*shape, seed=10 + i).detach() * 2 for i, shape in enumerate(shapes)]
+    curvature = [torch.linspace(0.1, 1, x.numel(), dtype=torch.float64).view(x.shape) for x in targets]
+
+    def grad(t, w):
+        return curvature[t] * (w - targets[t])
+
+    starts = [p.detach().clone() for p in params]
+    opt = SplitLBI([{"params": params, **param_group}], **hyper)
+    inside = []
+    for expected in naive_path(starts, units, grad, 60, **hyper):
+        for t, p in enumerate(params):
+            p.grad = grad(t, p.detach())
+        opt.step()
+        for read, values in zip((torch.Tensor.detach, opt.dual, opt.gamma), expected, strict=True):
+            for p, value in zip(params, values, strict=True):
+                torch.testing.assert_close(read(p), value, rtol=0, atol=1e-12)
+        inside.append(sum(int((opt.gamma(p) != 0).sum()) for p in params))
+    # a path that starts empty and fills up exercises both branches of the prox
+    assert inside[0] == 0 < inside[-1]
+
+
+@pytest.mark.parametrize("lam_scale", ["init", "none"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("lift", LIFTS)
+def test_group_step_is_the_four_line_iteration(lift, momentum, lam_scale):
+    shapes, param_group, units = LIFTS[lift]
+    hyper = {"lr": 0.1, "kappa": 1.5, "nu": 2.0, "path_scale": 1.3, "momentum": momentum, "lam": 0.7}
+    assert_equals_naive(shapes, {"penalty": "group", **param_group}, units, {**hyper, "lam_scale": lam_scale})
+
+
+@pytest.mark.parametrize("lam_scale", ["init", "none"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_l1_step_is_the_four_line_iteration(momentum, lam_scale):
+    hyper = {"lr": 0.1, "kappa": 1.5, "nu": 2.0, "path_scale": 1.3, "momentum": momentum, "lam": 0.7}
+    assert_equals_naive([(5, 7), (3, 2, 2)], {"penalty": "l1"}, None, {**hyper, "lam_scale": lam_scale})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("momentum,weight_decay", [(0.0, 0.0), (0.9, 0.0), (0.9, 0.05), (0.0, 0.05)])
+def test_a_parameter_that_is_not_lifted_takes_the_step_of_sgd_at_kappa_lr(momentum, weight_decay, dtype):
+    mine, theirs = parameter(4, 3, dtype=dtype), parameter(4, 3, dtype=dtype)
+    other = parameter(4, 3, dtype=dtype)
+    opt = SplitLBI(
+        [{"params": [mine]}, {"params": [other], "penalty": "group"}],
+        lr=0.05, kappa=3.0, momentum=momentum, weight_decay=weight_decay,
+    )  # fmt: skip
+    sgd = torch.optim.SGD([theirs], lr=3.0 * 0.05, momentum=momentum, weight_decay=weight_decay)
+    for step in range(20):
+        mine.grad = theirs.grad = parameter(4, 3, seed=step, dtype=dtype).detach()
+        other.grad = mine.grad.clone()
+        opt.step()
+        sgd.step()
+        assert torch.equal(mine, theirs)
+    assert not torch.equal(mine, other)
+
+
+def test_weight_decay_of_a_lifted_parameter_is_added_to_the_gradient():
+    decayed, by_hand = parameter(4, 3), parameter(4, 3)
+    a = SplitLBI([{"params": [decayed], "penalty": "group"}], lr=0.1, nu=3.0, weight_decay=0.2)
+    b = SplitLBI([{"params": [by_hand], "penalty": "group"}], lr=0.1, nu=3.0)
+    for step in range(10):
+        grad = parameter(4, 3, seed=step).detach()
+        decayed.grad, by_hand.grad = grad, grad + 0.2 * by_hand.detach()
+        a.step()
+        b.step()
+        torch.testing.assert_close(decayed, by_hand, rtol=0, atol=1e-12)
+        torch.testing.assert_close(a.dual(decayed), b.dual(by_hand), rtol=0, atol=1e-12)
+
+
+# ---- the Lyapunov function, and where the step size stops being safe
+
+LIP = 2.8
+
+
+def quadratic(seed=0):
+    """`0.5 (w - b)^T A (w - b)` in 12 dimensions, the largest eigenvalue of A being LIP."""
+    basis, _ = torch.linalg.qr(parameter(12, 12, seed=seed).detach())
+    a = basis @ torch.diag(torch.linspace(0.3, LIP, 12, dtype=torch.float64)) @ basis.T
+    return a, 2 * parameter(12, seed=seed + 1).detach()
+
+
+def descend(alpha, kappa, nu, penalty, steps):
+    """Yield (W, V, Gamma) of SplitLBI on the quadratic, from the start on; units are 4 rows of 3."""
+    a, b = quadratic()
+    w = torch.nn.Parameter(torch.zeros(4, 3, dtype=torch.float64))
+    opt = SplitLBI([{"params": [w], "penalty": penalty}], alpha, kappa, nu, momentum=0, lam_scale="none")
+    for _ in range(steps):
+        yield w.detach().clone(), opt.dual(w), opt.gamma(w)
+        w.grad = (a @ (w.detach().flatten() - b)).view(4, 3)
+        opt.step()
+
+
+def largest_eigenvalue(nu):
+    """Of the Hessian of the loss plus `||W - Gamma||^2 / (2 nu)`; the coupling alone has 2 / nu."""
+    return (LIP + 2 / nu + math.sqrt(LIP**2 + 4 / nu**2)) / 2
+
+
+@pytest.mark.parametrize("penalty", ["l1", "group"])
+@pytest.mark.parametrize("kappa", [1.0, 3.0])
+@pytest.mark.parametrize("nu", [0.1, 1.0, 10.0])
+def test_the_lyapunov_function_descends_up_to_the_safe_step_size(nu, kappa, penalty):
+    a, b = quadratic()
+    bound = largest_eigenvalue(nu)
+    alpha = 0.99 * 2 / (kappa * bound)
+    rho = 1 / kappa - alpha * bound / 2
+    assert rho > 0
+
+    def augmented(w, gamma):
+        rest = w.flatten() - b
+        return float(rest @ a @ rest / 2 + (w - gamma).square().sum() / (2 * nu))
+
+    def omega(gamma):
+        return float(gamma.abs().sum() if penalty == "l1" else gamma.norm(dim=1).sum())
+
+    old = None
+    for w, v, gamma in descend(alpha, kappa, nu, penalty, 3000):
+        subgradient, value = v - gamma / kappa, augmented(w, gamma)
+        bregman, moved = 0.0, 0.0
+        if old is not None:
+            old_w, old_gamma, old_subgradient, old_value, old_lyapunov = old
+            bregman = omega(gamma) - omega(old_gamma) - float((old_subgradient * (gamma - old_gamma)).sum())
+            moved = float((w - old_w).square().sum() + (gamma - old_gamma).square().sum())
+            assert bregman >= -1e-12
+            assert value <= old_value + 1e-12
+            assert alpha * value + bregman <= old_lyapunov - rho * moved + 1e-12
+        old = w, gamma, subgradient, value, alpha * value + bregman
+    # the limit is dense: W and Gamma meet at the minimiser of the loss
+    torch.testing.assert_close(w, gamma, rtol=0, atol=1e-10)
+    torch.testing.assert_close(w.flatten(), b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("nu", [0.1, 1.0])
+def test_the_step_size_that_counts_the_coupling_once_diverges(nu):
+    # 2 / (kappa (Lip + 1/nu)) keeps W stable while Gamma is zero, but not the pair once Gamma moves
+    alpha = 0.99 * 2 / (LIP + 1 / nu)
+    assert alpha > 2 / largest_eigenvalue(nu)
+    gaps = [float((w - gamma).abs().max()) for w, _, gamma in descend(alpha, 1.0, nu, "l1", 301)]
+    assert gaps[200] > 1e6
+    assert gaps[300] > 1e3 * gaps[200]
+
+
+# ---- the prox
+
+threshold_values = st.floats(0.01, 3)
+vectors = st.lists(st.floats(-5, 5), min_size=1, max_size=5).map(lambda values: np.array(values))
+few = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@few
+@given(vectors, threshold_values)
+def test_soft_threshold_minimises_the_l1_problem(v, lam):
+    # x = p - q with p, q >= 0 makes the problem smooth
+    def objective(pq):
+        p, q = np.split(pq, 2)
+        rest = p - q - v
+        return 0.5 * rest @ rest + lam * pq.sum(), np.concatenate([rest + lam, lam - rest])
+
+    got = soft_threshold(torch.from_numpy(v), torch.tensor(lam)).numpy()
+    start = np.concatenate([np.maximum(v, 0), np.maximum(-v, 0)])
+    best = scipy.optimize.minimize(
+        objective, start, jac=True, bounds=[(0, None)] * start.size, options={"ftol": 1e-15, "gtol": 1e-10}
+    )
+    np.testing.assert_allclose(got, np.subtract(*np.split(best.x, 2)), atol=1e-6)
+    assert 0.5 * ((got - v) ** 2).sum() + lam * np.abs(got).sum() <= best.fun + 1e-12
+
+
+@few
+@given(vectors, threshold_values)
+def test_group_shrinkage_minimises_the_group_problem(v, lam):
+    def objective(x):
+        size = np.linalg.norm(x)
+        return 0.5 * ((x - v) ** 2).sum() + lam * size, x - v + lam * x / max(size, 1e-300)
+
+    dual = torch.from_numpy(v)[None]
+    norm = unit_norm([dual], [0], [1], [1.0])
+    got = (shrinkage(norm, torch.full_like(norm, lam))[:, None] * dual)[0].numpy()
+    # the norm is smooth everywhere but at 0, so 0 is the second candidate
+    found = scipy.optimize.minimize(objective, v, jac=True, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-10})
+    best = min((found.x, np.zeros_like(v)), key=lambda x: objective(x)[0])
+    np.testing.assert_allclose(got, best, atol=1e-5)
+    assert objective(got)[0] <= objective(best)[0] + 1e-10
+
+
+@given(st.lists(st.floats(0, 4), min_size=1, max_size=6), threshold_values)
+@few
+def test_shrinkage_is_a_factor_from_zero_to_one_that_is_zero_up_to_the_threshold(norms, lam):
+    norm = tensor(*norms, 0.0, lam)
+    factor = shrinkage(norm, torch.full_like(norm, lam))
+    assert torch.equal(factor == 0, norm <= lam)
+    assert ((0 <= factor) & (factor < 1)).all()
+
+
+def test_a_unit_of_zero_norm_shrinks_to_zero_without_nan():
+    # 0 / 0 where the threshold is zero too
+    assert shrinkage(tensor(0.0, 0.0), tensor(1.0, 0.0)).tolist() == [0.0, 0.0]
+    assert soft_threshold(tensor(0.0), tensor(0.0)).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("axis,block,shape", [(0, 1, (6,)), (0, 2, (6, 3)), (1, 3, (2, 6, 2, 2)), (2, 1, (2, 3, 4))])
+def test_unit_norm_is_the_norm_over_all_entries_of_the_unit(axis, block, shape):
+    x = parameter(*shape).detach()
+    chunks = x.split(block, dim=axis)
+    expected = torch.stack([(2.5 * chunk).flatten().norm() for chunk in chunks])
+    torch.testing.assert_close(unit_norm([x], [axis], [block], [2.5]), expected, rtol=0, atol=1e-12)
+
+
+# ---- state
+
+
+def mixed(dtype=torch.float32, seed=0, **hyper):
+    """One optimizer with a group over two tensors, an l1 group and a group that is not lifted, and its parameters."""
+    shapes = [(4,), (6, 4, 3, 3), (5, 7), (3, 2)]
+    bn, conv, linear, plain = params = [parameter(*s, seed=seed + i, dtype=dtype) for i, s in enumerate(shapes)]
+    groups = [
+        {"params": [bn, conv], "penalty": "group", "axis": [0, 1], "scale": [1.7, 0.4], "name": "conv1"},
+        {"params": [linear], "penalty": "l1", "name": "head"},
+        {"params": [plain]},
+    ]
+    return params, SplitLBI(groups, **{"lr": 0.1, "nu": 1.0, "lam": 0.3, **hyper})
+
+
+def run(params, opt, steps, seed=100):
+    """Steps on a noisy quadratic."""
+    for step in range(steps):
+        for i, p in enumerate(params):
+            noise, target = parameter(*p.shape, seed=seed + 10 * step + i), 2 * parameter(*p.shape, seed=30 + i)
+            p.grad = (0.1 * noise + 0.5 * (p - target)).detach().to(p.dtype)
+        opt.step()
+
+
+def test_state_is_created_by_the_first_step():
+    params, opt = mixed()
+    opt.load_state_dict(opt.state_dict())  # what accelerate does when it wraps an optimizer
+    opt.gamma(params[0]), opt.dual(params[2])
+    assert len(opt.state) == 0
+    with torch.no_grad():
+        params[1].mul_(2)  # weights that are loaded after the optimizer is made set the thresholds
+    starts = [p.detach().clone() for p in params]
+    run(params, opt, 1)
+    expected = 0.3 * ((1.7 * starts[0]) ** 2 + (0.4 * starts[1]).square().sum((0, 2, 3))).sqrt()
+    torch.testing.assert_close(opt.state[params[0]]["threshold"], expected)
+    torch.testing.assert_close(opt.state[params[2]]["threshold"], 0.3 * starts[2].square().mean().sqrt())
+
+
+def test_state_dict_holds_tensors_and_plain_values_only():
+    params, opt = mixed()
+    run(params, opt, 3)
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    assert exactly_equal(torch.load(file, weights_only=True), opt.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_reloaded_optimizer_continues_bit_for_bit(dtype):
+    params, opt = mixed(dtype)
+    run(params, opt, 12)
+    saved = copy.deepcopy(opt.state_dict())
+    others, resumed = mixed(dtype, seed=50)
+    run(others, resumed, 2)  # what it has done before must not matter
+    with torch.no_grad():
+        for p, other in zip(params, others, strict=True):
+            other.copy_(p)
+    resumed.load_state_dict(saved)
+    assert exactly_equal(resumed.state_dict(), saved)
+    wide = torch.promote_types(dtype, torch.float32)
+    for p in others[:3]:
+        assert resumed.state[p]["dual"].dtype == wide
+    unit = resumed.state[others[0]]
+    assert unit["threshold"].dtype == unit["norm"].dtype == wide
+    assert unit["entered"].dtype == unit["left"].dtype == unit["step"].dtype == torch.int64
+
+    run(params, opt, 12, seed=700)
+    run(others, resumed, 12, seed=700)
+    assert exactly_equal(snapshot(opt), snapshot(resumed))
+    assert (unit["entered"] > 0).any()
+    # the loaded state is a copy: what was saved has not moved with the run
+    assert not exactly_equal(resumed.state_dict()["state"], saved["state"])
+
+
+def test_state_is_one_tensor_larger_than_that_of_sgd_with_momentum():
+    weight = parameter(8, 5, 3, 3, dtype=torch.float32)
+    sizes = {}
+    for name, opt in {
+        "sgd": torch.optim.SGD([weight], lr=0.1, momentum=0.9),
+        "l1": SplitLBI([{"params": [weight], "penalty": "l1"}], lr=0.1),
+        "group": SplitLBI([{"params": [weight], "penalty": "group"}], lr=0.1),
+    }.items():
+        weight.grad = torch.ones_like(weight)
+        opt.step()
+        sizes[name] = sorted(value.numel() for value in opt.state[weight].values())
+    assert sizes["sgd"] == [360]
+    assert sizes["l1"] == [1, 1, 360, 360]
+    assert sizes["group"] == [1, 8, 8, 8, 8, 360, 360]
+
+
+def test_a_learning_rate_of_zero_moves_nothing():
+    params, opt = mixed()
+    run(params, opt, 12)
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+
+    def everything():
+        lifted = [(opt.dual(p), opt.gamma(p)) for p in params[:3]]
+        record = {name: opt.state[params[0]][name] for name in ("entered", "left", "norm", "threshold")}
+        return copy.deepcopy([[p.detach() for p in params], lifted, record])
+
+    before = everything()
+    assert before[2]["entered"].max() > 0
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    assert exactly_equal(everything(), before)
+    run(params, opt, 3)  # gradients that are not zero
+    assert exactly_equal(everything(), before)
+
+
+# ---- training loops
+
+
+def test_two_accumulated_micro_batches_are_one_batch():
+    data = parameter(8, 6, seed=3).detach()
+    models = [torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()]
+    models.append(copy.deepcopy(models[0]))
+    opts = [SplitLBI([{"params": [m[0].weight], "penalty": "group"}, {"params": [m[2].weight]}], lr=0.1, nu=1.0)
+            for m in models]  # fmt: skip
+    for _ in range(15):
+        for model, opt, parts in zip(models, opts, (1, 2), strict=True):
+            opt.zero_grad()
+            for micro in data.chunk(parts):
+                (model(micro).square().sum() / len(data)).backward()
+            opt.step()
+    for a, b in zip(*(snapshot(opt) for opt in opts), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_step_that_the_grad_scaler_skips_changes_nothing():
+    params, opt = mixed()
+    run(params, opt, 8)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before, step = snapshot(opt), int(opt.state[params[0]]["step"])
+    for grad, taken in ((INF, False), (0.5, True)):
+        loss = sum((grad * p).sum() for p in params)
+        opt.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(opt)
+        scaler.update()
+        assert exactly_equal(snapshot(opt), before) == (not taken)
+        assert int(opt.state[params[0]]["step"]) == step + taken
+    assert torch.equal(params[0].grad, torch.full((4,), 0.5))  # the scale halved after the skip, then divided out
+
+
+@pytest.mark.parametrize("without", [(0,), (1,), (0, 1), (2,)])
+@pytest.mark.parametrize("first", [0, 4])
+def test_parameters_without_gradient_wait_and_go_on_later(without, first):
+    params, opt = mixed()
+    run(params, opt, first)
+    before = [(p.detach().clone(), opt.dual(p)) for p in params[:3]]
+    for _ in range(3):
+        for i, p in enumerate(params):
+            p.grad = None if i in without else torch.ones_like(p)
+        opt.step()
+    for i, p in enumerate(params[:3]):
+        same = exactly_equal([p.detach(), opt.dual(p)], list(before[i]))
+        assert same == (i in without)
+    waited = [opt.dual(params[i]) for i in without]
+    run(params, opt, 10)
+    assert not any(torch.equal(opt.dual(params[i]), dual) for i, dual in zip(without, waited, strict=True))
+    norm = unit_norm([opt.dual(p) for p in params[:2]], [0, 1], [1, 1], [1.7, 0.4])
+    torch.testing.assert_close(opt.state[params[0]]["norm"], norm)
+
+
+def test_a_closure_is_evaluated_once_with_gradients_and_its_loss_returned():
+    w = parameter(3, 2)
+    opt = SplitLBI([{"params": [w], "penalty": "group"}], lr=0.1)
+    calls = []
+
+    def closure():
+        opt.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        calls.append(loss)
+        return loss
+
+    assert opt.step(closure) is calls[0]
+    assert len(calls) == 1
+
+
+# ---- the record of who entered and left
+
+
+def test_record_keeps_the_first_entry_and_the_last_exit():
+    w = torch.nn.Parameter(torch.ones(3, 2, dtype=torch.float64))
+    opt = SplitLBI([{"params": [w], "penalty": "group"}], lr=0.1, nu=1.0, momentum=0, lam=1.0, lam_scale="none")
+    entered, left, history, was = -1, -1, [], False
+    for step in range(1, 200):
+        # unit 0 is pulled to +3, then to -3: V crosses zero and the unit enters a second time;
+        # unit 1 is pulled up only; unit 2 has no pull and V of what only decays stays below the threshold
+        pull = tensor(3.0 if step < 30 else -3.0, 3.0, 0.0)[:, None]
+        w.grad = w.detach() - pull
+        opt.step()
+        now = bool(opt.gamma(w)[0].any())
+        if now and entered < 0:
+            entered = step
+        if was and not now:
+            left = step
+        if now != was:
+            history.append(step)
+        was = now
+        unit = opt.state[w]
+        assert int(unit["step"]) == step
+        assert int(unit["entered"][0]) == entered
+        assert int(unit["left"][0]) == (-1 if now else left)
+    assert len(history) == 3, "the unit should enter, leave and enter again"
+    assert unit["entered"].tolist() == [history[0], history[0], -1]
+    assert unit["left"].tolist() == [-1, -1, -1]
+
+
+# ---- gamma and dual
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_gamma_and_dual_have_the_shape_of_the_parameter_and_at_least_float32(dtype):
+    params, opt = mixed(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    for p in params[:3]:
+        for read in (opt.gamma, opt.dual):
+            assert exactly_equal(read(p), torch.zeros(p.shape, dtype=wide))
+    run(params, opt, 5)
+    for p in params[:3]:
+        assert p.dtype == dtype
+        for read in (opt.gamma, opt.dual):
+            assert (read(p).shape, read(p).dtype, read(p).requires_grad) == (p.shape, wide, False)
+
+
+@pytest.mark.parametrize("kappa", [1.0, 2.5])
+def test_gamma_is_kappa_times_the_prox_of_the_dual(kappa):
+    params, opt = mixed(torch.float64, kappa=kappa, lr=0.05)
+    run(params, opt, 14)
+    bn, conv, linear, _ = params
+    v_bn, v_conv, v_linear = opt.dual(bn), opt.dual(conv), opt.dual(linear)
+    outside = 0
+    for c in range(4):
+        norm = math.hypot(1.7 * float(v_bn[c]), 0.4 * float(v_conv[:, c].norm()))
+        factor = kappa * max(0.0, 1 - float(opt.state[bn]["threshold"][c]) / norm)
+        torch.testing.assert_close(opt.gamma(bn)[c], v_bn[c] * factor, rtol=0, atol=1e-12)
+        torch.testing.assert_close(opt.gamma(conv)[:, c], v_conv[:, c] * factor, rtol=0, atol=1e-12)
+        if factor == 0:
+            outside += 1
+            assert not opt.gamma(bn)[c].any() and not opt.gamma(conv)[:, c].any()
+    assert 0 < outside < 4
+    threshold = float(opt.state[linear]["threshold"])
+    inside = v_linear.abs() > threshold
+    assert inside.any() and not inside.all()
+    assert torch.equal(opt.gamma(linear) != 0, inside)
+    torch.testing.assert_close(
+        opt.gamma(linear)[inside], kappa * (v_linear - threshold * v_linear.sign())[inside], rtol=0, atol=1e-12
+    )
+
+
+def test_dual_is_a_copy():
+    params, opt = mixed()
+    run(params, opt, 2)
+    before = snapshot(opt)
+    opt.dual(params[1]).add_(1)
+    opt.gamma(params[1]).add_(1)
+    assert exactly_equal(snapshot(opt), before)
+
+
+@pytest.mark.parametrize("read", ["gamma", "dual"])
+def test_gamma_and_dual_refuse_what_is_not_lifted(read):
+    params, opt = mixed()
+    with pytest.raises(ValueError, match="not lifted .*penalty=None"):
+        getattr(opt, read)(params[3])
+    for foreign in (parameter(4), params[0].detach()):
+        with pytest.raises(ValueError, match="not a parameter of this optimizer"):
+            getattr(opt, read)(foreign)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, NAN, INF])
+@pytest.mark.parametrize("name", ["lr", "kappa", "nu", "lam", "path_scale"])
+def test_numbers_that_are_not_positive_and_finite_are_refused(name, value):
+    p = parameter(4, 3)
+    with pytest.raises(ValueError, match=rf"^{name}="):
+        SplitLBI([p], **{"lr": 0.1, name: value})
+    with pytest.raises(ValueError, match=rf"^{name}=.* in group 'conv1'"):
+        SplitLBI([{"params": [p], "penalty": "group", "name": "conv1", name: value}], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "hyper,match",
+    [
+        ({"momentum": -0.1}, "momentum=-0.1"),
+        ({"momentum": 1.0}, "momentum=1.0"),
+        ({"momentum": NAN}, "momentum=nan"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"weight_decay": NAN}, "weight_decay=nan"),
+        ({"lam_scale": "rms"}, "lam_scale='rms' .*'init', 'none'"),
+        ({"fused": True}, "fused=False"),
+    ],
+)
+def test_other_arguments_out_of_range_are_refused(hyper, match):
+    with pytest.raises(ValueError, match=match):
+        SplitLBI([parameter(4, 3)], **{"lr": 0.1, **hyper})
+
+
+@pytest.mark.parametrize(
+    "group,match",
+    [
+        ({"penalty": "l2"}, "penalty='l2' .*'group'"),
+        ({"axis": 2}, "axis=2 of group 'g' .*(4, 6)"),
+        ({"axis": -3}, "axis=-3 of group 'g'"),
+        ({"block": 3}, "block=3 of group 'g' does not divide axis 0"),
+        ({"block": 0}, "block=0 of group 'g'"),
+        ({"axis": 1, "block": 4}, "block=4 of group 'g' does not divide axis 1"),
+        ({"axis": [0, 1]}, r"1 tensors but 2 values in axis=\[0, 1\]"),
+        ({"scale": [1.0, 2.0]}, "1 tensors but 2 values in scale="),
+        ({"scale": 0.0}, "scale=0.0 of group 'g'"),
+        ({"scale": NAN}, "scale=nan of group 'g'"),
+        ({"units": 5}, "units=5"),
+        ({"params": [parameter(4, 6), parameter(5)]}, r"group 'g' have \[4, 5\] units"),
+        ({"params": []}, "group 'g' .*no parameters"),
+    ],
+)
+def test_units_that_do_not_fit_are_refused(group, match):
+    with pytest.raises(ValueError, match=match):
+        SplitLBI([{"params": [parameter(4, 6)], "penalty": "group", "name": "g", **group}], lr=0.1)
+
+
+def test_a_tensor_is_lifted_once():
+    p = parameter(4, 3)
+    first, second = ({"params": [p], "penalty": "group", "name": name} for name in ("layer1.0", "layer1.1"))
+    with pytest.raises(ValueError, match=r"\(4, 3\) is lifted by group 'layer1.0' .* in group 'layer1.1'"):
+        SplitLBI([first, second], lr=0.1)
+    with pytest.raises(ValueError, match="group 'layer1.0' .* twice"):
+        SplitLBI([{**first, "params": [p, p]}], lr=0.1)
+
+
+def test_a_set_of_parameters_is_refused_because_it_has_no_order():
+    with pytest.raises(TypeError, match="ordered"):
+        SplitLBI([{"params": {parameter(4, 3)}, "penalty": "group"}], lr=0.1)
+
+
+def test_a_group_that_is_refused_is_not_kept():
+    opt = SplitLBI([parameter(4, 3)], lr=0.1)
+    with pytest.raises(ValueError, match="axis=5"):
+        opt.add_param_group({"params": [parameter(4, 3)], "penalty": "group", "axis": 5})
+    assert len(opt.param_groups) == 1
+
+
+def test_a_unit_that_starts_at_zero_needs_lam_scale_none():
+    p = parameter(4, 3)
+    with torch.no_grad():
+        p[1] = 0
+    SplitLBI([{"params": [p], "penalty": "l1"}], lr=0.1)
+    SplitLBI([{"params": [p], "penalty": "group"}], lr=0.1, lam_scale="none")
+    with pytest.raises(ValueError, match="1 units of group 'g' .*lam_scale='none'"):
+        SplitLBI([{"params": [p], "penalty": "group", "name": "g"}], lr=0.1)
+    with pytest.raises(ValueError, match="group 'g' .*lam_scale='none'"):
+        SplitLBI([{"params": [p, torch.nn.Parameter(torch.zeros(3))], "penalty": "l1", "name": "g"}], lr=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+@pytest.mark.parametrize("penalty", ["l1", "group"])
+def test_only_real_floating_point_tensors_are_lifted(penalty, dtype):
+    p = torch.ones(4, 3, dtype=dtype)
+    with pytest.raises(TypeError, match=f"group 'g' lifts a {dtype}"):
+        SplitLBI([{"params": [p], "penalty": penalty, "name": "g"}], lr=0.1)
+
+
+@pytest.mark.parametrize("first", [0, 5])
+@pytest.mark.parametrize("index,match", [(1, "gradient of conv1, tensor 1"), (3, "gradient of .*1 tensors in all")])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_gradient_that_is_not_finite_raises_and_moves_nothing(value, index, match, first):
+    params, opt = mixed()
+    run(params, opt, first)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    params[index].grad.view(-1)[-1] = value
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match=match):
+        opt.step()
+    assert exactly_equal(snapshot(opt), before)
+
+
+def test_finite_gradients_whose_norm_overflows_are_a_step():
+    w = parameter(4, 3, dtype=torch.float32)
+    opt = SplitLBI([{"params": [w], "penalty": "group"}], lr=1e-30)
+    before = w.detach().clone()
+    w.grad = torch.full_like(w, 1e30)
+    opt.step()
+    torch.testing.assert_close(w.detach(), before - 1)
+
+
+@pytest.mark.parametrize(
+    "group,match",
+    [
+        ({"penalty": None}, "lifts 1, this optimizer 0; first difference: conv1"),
+        ({"penalty": "l1"}, "other groups"),
+        ({"name": "conv2"}, "first difference: conv1"),
+        ({"axis": 1}, "other groups"),
+        ({"block": 2}, "other groups"),
+        ({"params": [parameter(5, 4)]}, "other groups"),
+        ({"params": [parameter(4, 4), parameter(4)]}, "other groups"),
+        ({"params": [parameter(4, 5)]}, "other groups"),
+    ],
+)
+def test_the_state_of_other_groups_is_refused(group, match):
+    base = {"params": [parameter(4, 4)], "penalty": "group", "name": "conv1"}
+    saved = SplitLBI([base], lr=0.1)
+    base["params"][0].grad = torch.ones_like(base["params"][0])
+    saved.step()
+    opt = SplitLBI([{**base, **group}], lr=0.1)
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match=match):
+        opt.load_state_dict(saved.state_dict())
+    assert exactly_equal(opt.state_dict(), before)
+
+
+# ---- cost
+
+
+def test_a_step_does_not_loop_over_units():
+    p = parameter(20_000, 4, dtype=torch.float32)
+    opt = SplitLBI([{"params": [p], "penalty": "group"}], lr=0.1, nu=1.0, lam=0.1)
+    seconds = []
+    for _ in range(5):
+        p.grad = torch.ones_like(p)
+        start = time.perf_counter()
+        opt.step()
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+    assert (opt.state[p]["entered"] > 0).any()
