@@ -1,1 +1,42 @@
-__version__ = "0.1.0.dev0"
+"""Smaller models, less data and better prompts on the Hugging Face stack."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# registers how a slim model is loaded, so that from_pretrained needs this import and nothing else
+from hf_effdl.structure import quantizer as _quantizer  # noqa: F401
+
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "structure.callbacks": ["SplitLBICallback", "scheduled_rates"],
+    "structure.groups": ["Group", "param_groups"],
+    "structure.path": ["SparsePath"],
+    "structure.slim": ["recalibrate_batch_norm", "slim"],
+    "structure.split_lbi": ["SplitLBI", "derive_path", "split_lbi_update"],
+    "structure.tracing": ["find_groups"],
+    "structure.trainer": ["SplitLBIArguments", "SplitLBITrainer"],
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = [*sorted(_HOME), "__version__"]
+
+if TYPE_CHECKING:
+    from hf_effdl.structure.callbacks import SplitLBICallback, scheduled_rates
+    from hf_effdl.structure.groups import Group, param_groups
+    from hf_effdl.structure.path import SparsePath
+    from hf_effdl.structure.slim import recalibrate_batch_norm, slim
+    from hf_effdl.structure.split_lbi import SplitLBI, derive_path, split_lbi_update
+    from hf_effdl.structure.tracing import find_groups
+    from hf_effdl.structure.trainer import SplitLBIArguments, SplitLBITrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"hf_effdl.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'hf_effdl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -214,9 +214,11 @@ def test_a_parameter_that_is_not_lifted_takes_the_step_of_sgd_at_kappa_lr(moment
         lr=0.05, kappa=3.0, momentum=momentum, weight_decay=weight_decay,
     )  # fmt: skip
     sgd = torch.optim.SGD([theirs], lr=3.0 * 0.05, momentum=momentum, weight_decay=weight_decay)
+    for p in (mine, theirs, other):
+        p.grad = torch.zeros_like(p)
     for step in range(20):
-        mine.grad = theirs.grad = parameter(4, 3, seed=step, dtype=dtype).detach()
-        other.grad = mine.grad.clone()
+        for p in (mine, theirs, other):  # in place, as a backward after zero_grad(set_to_none=False) does
+            p.grad.copy_(parameter(4, 3, seed=step, dtype=dtype))
         opt.step()
         sgd.step()
         assert torch.equal(mine, theirs)
@@ -385,7 +387,7 @@ def mixed(dtype=torch.float32, seed=0, **hyper):
         {"params": [linear], "penalty": "l1", "name": "head"},
         {"params": [plain]},
     ]
-    return params, SplitLBI(groups, **{"lr": 0.1, "nu": 1.0, "lam": 0.3, **hyper})
+    return params, SplitLBI(groups, **{"lr": 0.1, "nu": 1.0, **hyper})
 
 
 def run(params, opt, steps, seed=100):
@@ -398,7 +400,7 @@ def run(params, opt, steps, seed=100):
 
 
 def test_state_is_created_by_the_first_step():
-    params, opt = mixed()
+    params, opt = mixed(lam=0.3)
     opt.load_state_dict(opt.state_dict())  # what accelerate does when it wraps an optimizer
     opt.gamma(params[0]), opt.dual(params[2])
     assert len(opt.state) == 0
@@ -432,6 +434,7 @@ def test_a_reloaded_optimizer_continues_bit_for_bit(dtype):
             other.copy_(p)
     resumed.load_state_dict(saved)
     assert exactly_equal(resumed.state_dict(), saved)
+    assert set((saved["state"][0]["entered"] > 0).tolist()) == {True, False}
     wide = torch.promote_types(dtype, torch.float32)
     for p in others[:3]:
         assert resumed.state[p]["dual"].dtype == wide
@@ -442,7 +445,6 @@ def test_a_reloaded_optimizer_continues_bit_for_bit(dtype):
     run(params, opt, 12, seed=700)
     run(others, resumed, 12, seed=700)
     assert exactly_equal(snapshot(opt), snapshot(resumed))
-    assert (unit["entered"] > 0).any()
     # the loaded state is a copy: what was saved has not moved with the run
     assert not exactly_equal(resumed.state_dict()["state"], saved["state"])
 
@@ -475,7 +477,7 @@ def test_a_learning_rate_of_zero_moves_nothing():
         return copy.deepcopy([[p.detach() for p in params], lifted, record])
 
     before = everything()
-    assert before[2]["entered"].max() > 0
+    assert set((before[2]["entered"] > 0).tolist()) == {True, False}
     for p in params:
         p.grad = torch.zeros_like(p)
     opt.step()
@@ -604,8 +606,8 @@ def test_gamma_and_dual_have_the_shape_of_the_parameter_and_at_least_float32(dty
 
 @pytest.mark.parametrize("kappa", [1.0, 2.5])
 def test_gamma_is_kappa_times_the_prox_of_the_dual(kappa):
-    params, opt = mixed(torch.float64, kappa=kappa, lr=0.05)
-    run(params, opt, 14)
+    params, opt = mixed(torch.float64, kappa=kappa, lr=0.05, lam=0.3)
+    run(params, opt, 9)
     bn, conv, linear, _ = params
     v_bn, v_conv, v_linear = opt.dual(bn), opt.dual(conv), opt.dual(linear)
     outside = 0
@@ -706,6 +708,8 @@ def test_a_tensor_is_lifted_once():
         SplitLBI([first, second], lr=0.1)
     with pytest.raises(ValueError, match="group 'layer1.0' .* twice"):
         SplitLBI([{**first, "params": [p, p]}], lr=0.1)
+    with pytest.raises(ValueError, match="group 'layer1.0' .* twice"):
+        SplitLBI([{**first, "params": [("weight", p), ("tied", p)]}], lr=0.1)
 
 
 def test_a_set_of_parameters_is_refused_because_it_has_no_order():

@@ -178,13 +178,15 @@ class SplitLBI(torch.optim.Optimizer):
     def _check_lifted_once(self, new: dict[str, Any]) -> None:
         # torch refuses a tensor that is in two param groups without saying in which
         names = {id(p): group["name"] for group in self.param_groups if group["penalty"] for p in group["params"]}
-        for p in new["params"]:
-            p = p[1] if isinstance(p, tuple) else p
+        params = [p[1] if isinstance(p, tuple) else p for p in new["params"]]  # torch also takes named parameters
+        for p in params:
             if id(p) in names:
                 raise ValueError(
                     f"a tensor of shape {tuple(p.shape)} is lifted by group {names[id(p)]!r} and given again in group "
                     f"{new.get('name', 'unnamed')!r}; a tensor is lifted by one group only: remove it from one of them"
                 )
+        if new.get("penalty") and len({id(p) for p in params}) < len(params):
+            raise ValueError(f"group {new.get('name', 'unnamed')!r} lifts a tensor twice; remove one of the two")
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -369,8 +371,6 @@ def _check_group(group: dict[str, Any]) -> None:
         return
     if not group["params"]:
         raise ValueError(f"group {name!r} has penalty={group['penalty']!r} but no parameters; remove it")
-    if len({id(p) for p in group["params"]}) < len(group["params"]):
-        raise ValueError(f"group {name!r} lifts a tensor twice; a tensor is lifted once: remove one of them")
     for p in group["params"]:
         if not p.is_floating_point():
             raise TypeError(f"group {name!r} lifts a {p.dtype} tensor; only real floating point tensors can be lifted")
@@ -431,7 +431,7 @@ def _check_same_groups(mine: list[dict[str, Any]], saved: list[dict[str, Any]]) 
 
 
 def derive_path(
-    total_lr: float, *, lam: float = 1.0, kappa: float = 1.0, path_length: float = 2.0, ridge_length: float = 3.7
+    total_lr: float, *, lam: float = 1.0, kappa: float = 1.0, path_length: float = 2.5, ridge_length: float = 3.7
 ) -> dict[str, float]:
     """nu and path_scale that fit a run of a given length, so that the path is travelled once whatever the learning rate.
 
@@ -455,7 +455,7 @@ def derive_path(
 
     Example:
         >>> derive_path(total_lr=37.0)
-        {'nu': 10.0, 'path_scale': 0.5405405405405406}
+        {'nu': 10.0, 'path_scale': 0.6756756756756757}
     """
     if not total_lr > 0 or not ridge_length > 0:
         raise ValueError(f"total_lr={total_lr} and ridge_length={ridge_length} must be positive")
