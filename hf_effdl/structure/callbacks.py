@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 from hf_effdl.structure.groups import Group, Groups, mask
 from hf_effdl.structure.path import SparsePath, unwrap
 from hf_effdl.structure.slim import random_state_kept, recalibrate_batch_norm
-from hf_effdl.structure.split_lbi import SplitLBI, entry_share
+from hf_effdl.structure.split_lbi import SplitLBI, entry_of_noise, entry_share
 from hf_effdl.structure.stock import config_ties
 from hf_effdl.structure.tracing import find_groups
 
@@ -160,7 +160,14 @@ def _describe_path(rates: Sequence[float], epochs: float, group: Mapping[str, An
             "longer, raise learning_rate or path_scale, or lower nu; derive_path chooses nu and path_scale that fit"
         )
     step = next(k for k, seen in enumerate(accumulate(rates), 1) if seen >= share * total * (1 - 1e-9))
-    return line + f": a median unit, of unchanged norm, enters at epoch {epochs * step / len(rates):.2f} of {epochs:.2f}"
+    line += f": a median unit, of unchanged norm, enters at epoch {epochs * step / len(rates):.2f} of {epochs:.2f}"
+    noise = entry_of_noise(total, **hyper, kappa=group["kappa"])
+    if noise > 0.8:
+        line += (
+            f". Warning: units without any signal reach {noise:.2f} of their threshold in a run this short, so the support "
+            "says little; the order of the units still does. Train longer or with a higher learning_rate"
+        )
+    return line
 
 
 def _steps_per_epoch(args: TrainingArguments, dataloader: Any, state: TrainerState) -> float:

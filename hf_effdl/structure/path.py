@@ -157,11 +157,11 @@ class SparsePath:
                 config; `"free"` sizes every group alone.
             round_to: sizes are multiples of this (a group smaller than it stays whole). They round down, so that the
                 budget is never exceeded; with `keep` they round up.
-            least: units that every group keeps at least.
+            least: units that every group keeps at least, as long as the budget can be held that way; else 1.
             measure: from kept units to the ratio of their latency to the whole model's.
 
         Raises:
-            ValueError: for a budget outside (0, 1] or below what `least` units per group cost.
+            ValueError: for a budget outside (0, 1] or below what one unit per group costs.
         """
         if widths not in ("stock", "free"):
             raise ValueError(f"widths={widths!r}: it must be 'stock' or 'free'")
@@ -177,12 +177,10 @@ class SparsePath:
 
         if budget == "keep":
             return kept(sizes_for_share(ties, self._sizes(), share, round_to))
-        removals, fewest = _removal_list(ties, scores, self._sizes(), round_to, least)
+        removals = _removal_list(ties, scores, round_to, least)
 
         def sizes_after(count: int) -> dict[str, int]:
-            steps = {i: tie.steps for i, tie in enumerate(ties)}
-            for i, level in removals[:count]:
-                steps[i] = level
+            steps = {i: tie.steps for i, tie in enumerate(ties)} | dict(removals[:count])
             return {name: steps[i] * a for i, tie in enumerate(ties) for name, a in tie.shares.items()}
 
         if budget == "latency":
@@ -193,11 +191,13 @@ class SparsePath:
             network = self.groups[0].network
             cost = lambda sizes: network.count(self.groups, sizes)[budget]  # noqa: E731
             allowed = share * network.count()[budget] * (1 + 1e-9)
+        if cost(sizes_after(len(removals))) > allowed and least > 1:
+            removals = _removal_list(ties, scores, round_to, 1)
         if cost(sizes_after(len(removals))) > allowed:
             whole = network.count()[budget] if budget != "latency" else 1.0
             raise ValueError(
-                f"{budget}={share} is below what {least} units per group cost ({fewest}), which is "
-                f"{cost(sizes_after(len(removals))) / whole:.4f} of the model; ask for at least that, or lower least="
+                f"{budget}={share} is below what the smallest sizes cost ({sizes_after(len(removals))}), which is "
+                f"{cost(sizes_after(len(removals))) / whole:.4f} of the model; ask for at least that"
             )
         low, high = 0, len(removals)
         while low < high:
@@ -317,19 +317,17 @@ def sizes_for_share(ties: Sequence[Tie], sizes: Mapping[str, int], share: float,
 
 
 def _removal_list(
-    ties: Sequence[Tie], scores: Mapping[str, Tensor], sizes: Mapping[str, int], round_to: int, least: int
-) -> tuple[list[tuple[int, int]], dict[str, int]]:
-    """All removals, weakest first, as (tie, steps it has afterwards), and the sizes after the last one."""
+    ties: Sequence[Tie], scores: Mapping[str, Tensor], round_to: int, least: int
+) -> list[tuple[int, int]]:
+    """All removals, weakest first, as (tie, steps it has afterwards)."""
     removals: list[tuple[float, int, int]] = []
-    fewest = {}
     for i, tie in enumerate(ties):
         chunk = _chunk(tie, round_to)
         floor = min(tie.steps, max(math.ceil(least / share) for share in tie.shares.values()))
         levels = [level for level in range(chunk, tie.steps, chunk) if level >= floor] + [tie.steps]
-        fewest |= {name: levels[0] * share for name, share in tie.shares.items()}
         best_first = {name: torch.sort(scores[name], descending=True).values for name in tie.shares}
         for below, level in zip(levels, levels[1:], strict=False):
             parts = [best_first[name][below * a : level * a].mean() for name, a in tie.shares.items()]
             removals.append((torch.stack(parts).mean().item(), i, below))
     # inside a tie the score falls with the level, so sorting by score keeps its levels in order; -below settles ties
-    return [(i, below) for _, i, below in sorted(removals, key=lambda r: (r[0], r[1], -r[2]))], fewest
+    return [(i, below) for _, i, below in sorted(removals, key=lambda r: (r[0], r[1], -r[2]))]

@@ -1,0 +1,392 @@
+"""Which channels to keep on MNIST: the path beside the baselines, at equal epochs and equal MACs.
+
+Two nets: LeNet (no batch norm; lr 0.1, tenfold down at one and two thirds, no weight decay) and a four-layer conv-BN net (lr 0.1,
+constant for 60 %, then linear to 0, weight decay 5e-4 in every arm). Each arm trains once, removes channels physically
+down to 50, 25 and 10 % of the MACs, re-estimates batch norm on training images and fine-tunes. `scratch` trains the widths
+that the path chose from a new init for as many epochs in all.
+
+    python examples/benchmarks/structure_mnist.py --net bn --seeds 5
+    python examples/benchmarks/structure_mnist.py --net lenet --seeds 5
+    python examples/benchmarks/structure_mnist.py --net lenet --recipe paper --seeds 5   # 60 epochs, dense read-outs only
+    python examples/benchmarks/structure_mnist.py --table
+
+Rows go to `--out` as one JSON line per finished (net, arm, seed); rows already there are skipped.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+import sys
+import time
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_effdl import SparsePath, SplitLBI, derive_path, find_groups, param_groups, recalibrate_batch_norm, slim
+from hf_effdl.structure.groups import mask
+from hf_effdl.structure.slim import measure_latency
+from hf_effdl.structure.split_lbi import per_entry, unit_norm
+
+
+DATA = Path(os.environ.get("HF_EFFDL_DATA", Path(__file__).parents[3] / "shared" / "data"))
+BUDGETS = (0.5, 0.25, 0.1)
+BATCH = 128
+SETTINGS = {
+    "bn": {"epochs": 8, "tune": 3, "weight_decay": 5e-4, "lasso": 0.03, "group_norm": 1e-3},
+    "lenet": {"epochs": 15, "tune": 5, "weight_decay": 0.0, "lasso": 0.003, "group_norm": 1e-3},
+}
+# arm -> (how the net is trained, how its channels are scored)
+ARMS = {
+    "path": ("path", "dual"),
+    "path, entry step": ("path", "entry"),
+    "path, early selection": ("path early", "dual"),
+    "path, distilled": ("path", "dual"),
+    "paper preset": ("paper", "entry"),
+    "ridge only": ("ridge", "dual"),
+    "group lasso, same unit": ("lasso", "norm"),
+    "Torch-Pruning GroupNorm": ("group norm", "group norm"),
+    "global L2": ("sgd", "l2"),
+    "BN weight": ("sgd", "bn"),
+    "same unit, magnitude": ("sgd", "norm"),
+    "random": ("sgd", "random"),
+    "scratch, widths of path": ("path", "dual"),
+}
+ONE_RUN = [name for name in ARMS if name not in ("random", "scratch, widths of path", "path, distilled")]
+
+
+def mnist(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    stem = {"train": "train", "test": "t10k"}[split]
+
+    def read(file: str, header: int) -> np.ndarray:
+        return np.frombuffer(gzip.open(DATA / "mnist" / file).read(), np.uint8, offset=header)
+
+    images = read(f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28)
+    return torch.tensor(images / np.float32(255)), torch.tensor(read(f"{stem}-labels-idx1-ubyte.gz", 8).astype(np.int64))
+
+
+def build(net: str) -> nn.Sequential:
+    if net == "lenet":
+        return nn.Sequential(
+            nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(16, 120, 5), nn.ReLU(), nn.Flatten(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
+        )  # fmt: skip
+    layers: list[nn.Module] = []
+    for i, o, stride in ((1, 16, 2), (16, 24, 1), (24, 32, 2), (32, 32, 1)):
+        layers += [nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+def rates(net: str, steps: int, peak: float = 0.1) -> list[float]:
+    if net == "lenet":
+        return [peak * 0.1 ** (3 * k // steps) for k in range(steps)]
+    return [peak * min(1.0, (steps - k) / (0.4 * steps)) for k in range(steps)]
+
+
+def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+    model.eval()
+    with torch.no_grad():
+        predicted = torch.cat([model(part).argmax(1) for part in images.split(2000)])
+    return 100 * (predicted == labels).double().mean().item()
+
+
+def train(model, optimizer, lrs, data, seed, after_step=None, teacher=None, until=None):
+    """The one training loop of every arm: batches from a seeded permutation per epoch."""
+    images, labels = data
+    generator = torch.Generator().manual_seed(seed)
+    order: torch.Tensor = torch.empty(0, dtype=torch.long)
+    model.train()
+    for lr in lrs[:until]:
+        if len(order) < BATCH:
+            order = torch.randperm(len(images), generator=generator)
+        rows, order = order[:BATCH], order[BATCH:]
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        logits = model(images[rows])
+        loss = F.cross_entropy(logits, labels[rows])
+        if teacher is not None:  # Hinton et al., arXiv 1503.02531, at temperature 4
+            with torch.no_grad():
+                target = F.softmax(teacher(images[rows]) / 4, dim=1)
+            loss = 0.5 * loss + 0.5 * 16 * F.kl_div(F.log_softmax(logits / 4, 1), target, reduction="batchmean")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if after_step is not None:
+            after_step(lr)
+    return model
+
+
+def sgd(model: nn.Module, weight_decay: float) -> torch.optim.SGD:
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    return torch.optim.SGD([{"params": decayed, "weight_decay": weight_decay}, {"params": rest}], lr=0.1, momentum=0.9)
+
+
+def lasso_prox(params: list[dict], strength: float):
+    """Proximal step of `strength * sum_c ||z_c||` on the scaled slices of every unit."""
+
+    @torch.no_grad()
+    def prox(lr: float) -> None:
+        for group in params:
+            norm = unit_norm(group["params"], group["axis"], group["block"], group["scale"])
+            factor = (1 - lr * strength / norm.clamp_min(1e-12)).clamp_min(0)
+            for p, axis, block in zip(group["params"], group["axis"], group["block"], strict=True):
+                p.mul_(per_entry(factor, p, axis, block))
+
+    return prox
+
+
+def run(how: str, net: str, seed: int, data, settings: dict, epochs: int, cache: Path) -> dict:
+    """Train one net; returns what its arms are scored by. Nets that several arms share are kept in `cache`."""
+    steps = epochs * (len(data[0]) // BATCH)
+    file = cache / f"{net}-{how.replace(' ', '_')}-{epochs}-{len(data[0])}-{seed}.pt"
+    lrs, early = rates(net, steps), how == "path early"
+    torch.manual_seed(seed)
+    model = build(net)
+    unit = "paper" if how == "paper" else "default"
+    groups = find_groups(model, data[0][:1], unit=unit)
+    decay = settings["weight_decay"]
+    lifted = [{**group.param_group(), "weight_decay": decay} for group in groups if group.lifted]
+    until, after, optimizer, pruner = None, None, None, None
+    if how in ("path", "path early", "ridge", "paper"):
+        if how == "paper":
+            l1 = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+            params = param_groups(model, groups, weight_decay=decay, l1=l1)
+            hyper = {"lam_scale": "none", "nu": 20.0}
+        else:
+            owned = {name for group in groups for name in group.lifted}
+            rest = [(p, p.ndim > 1) for name, p in model.named_parameters() if name not in owned]
+            params = lifted + [
+                {"params": [p for p, d in rest if d == flag], "weight_decay": decay * flag} for flag in (True, False)
+            ]
+            # an early selection stops after the constant part of the schedule, and its path is that long
+            until = int(0.6 * steps) if early else None
+            hyper = derive_path(sum(lrs[:until])) | ({"lam": 1e9} if how == "ridge" else {})
+        optimizer = SplitLBI([group for group in params if group["params"]], lr=0.1, **hyper)
+    else:
+        optimizer = sgd(model, decay)
+        if how == "lasso":
+            after = lasso_prox(lifted, settings["lasso"])
+        if how == "group norm":
+            import torch_pruning as tp
+
+            head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+            pruner = tp.pruner.GroupNormPruner(
+                model, data[0][:1], tp.importance.GroupMagnitudeImportance(), ignored_layers=head, global_pruning=True,
+                reg=settings["group_norm"],
+            )
+    if file.is_file():
+        saved = torch.load(file, weights_only=True)
+        model.load_state_dict(saved["model"])
+        if "optimizer" in saved:
+            optimizer.load_state_dict(saved["optimizer"])
+        seconds = saved["seconds"]
+    else:
+        start = time.perf_counter()
+        if pruner is not None:
+            train_with_group_norm(model, optimizer, lrs, data, seed, pruner)
+        else:
+            train(model, optimizer, lrs, data, seed, after, until=until)
+        seconds = time.perf_counter() - start
+        saved = {"model": model.state_dict(), "seconds": seconds}
+        if isinstance(optimizer, SplitLBI):
+            saved["optimizer"] = optimizer.state_dict()
+        cache.mkdir(parents=True, exist_ok=True)
+        torch.save(saved, str(file) + ".tmp")
+        os.replace(str(file) + ".tmp", file)
+    return {"model": model, "groups": groups, "optimizer": optimizer, "pruner": pruner, "seconds": seconds,
+            "lifted": lifted, "steps_left": steps - until if early else 0}  # fmt: skip
+
+
+def train_with_group_norm(model, optimizer, lrs, data, seed, pruner) -> None:
+    # the regulariser adds to the gradients, so it goes between backward and step
+    pruner.update_regularizer()
+    step = optimizer.step
+
+    def regularised_step():
+        pruner.regularize(model)
+        step()
+
+    optimizer.step = regularised_step
+    train(model, optimizer, lrs, data, seed)
+    optimizer.step = step
+
+
+def path_of(scoring: str, trained: dict, seed: int) -> tuple[SparsePath, str]:
+    """Every arm's scores as a path, so that one budget cut serves all: layer-normalised, global, weakest first."""
+    model, groups, optimizer = trained["model"], trained["groups"], trained["optimizer"]
+    if isinstance(optimizer, SplitLBI):
+        return SparsePath.from_optimizer(optimizer, groups), scoring
+    generator = torch.Generator().manual_seed(seed)
+    units = {}
+    with torch.no_grad():
+        for group in groups:
+            rows = [part for part in group.slices if part.role == "row"]
+            weight = model.get_parameter(rows[0].tensor).detach()
+            if scoring == "random":
+                score = torch.rand(group.units, generator=generator)
+            elif scoring == "bn":
+                scales = [part for part in group.slices if part.role == "scale"]
+                score = sum(model.get_parameter(part.tensor).abs() for part in scales)
+            elif scoring == "norm":
+                score = group.norm(model)
+            elif scoring == "group norm":
+                score = group_norm_score(trained["pruner"], model, group)
+            else:
+                score = weight.flatten(1).norm(dim=1)
+            never = torch.full((group.units,), -1)
+            units[group.name] = {
+                "dual": score.detach().clone(), "threshold": torch.ones(group.units), "entered": never, "left": never,
+                "weight": score.detach().clone(),
+            }  # fmt: skip
+    return SparsePath(groups, units, 0), "entry" if scoring == "random" else "dual"
+
+
+def group_norm_score(pruner, model: nn.Module, group) -> torch.Tensor:
+    module = model.get_submodule(group.name)
+    found = pruner.DG.get_pruning_group(module, pruner.DG.get_pruner_of_module(module).prune_out_channels,
+                                        list(range(group.units)))  # fmt: skip
+    return pruner.importance(found).detach()
+
+
+def one_row(net: str, arm: str, seed: int, data, test, settings: dict, cache: Path) -> dict:
+    how, scoring = ARMS[arm]
+    trained = run(how, net, seed, data, settings, settings["epochs"], cache)
+    model, groups = trained["model"], trained["groups"]
+    row: dict = {"net": net, "arm": arm, "seed": seed, "dense": accuracy(model, *test), "seconds": trained["seconds"]}
+    path, order = path_of(scoring, trained, seed)
+    if isinstance(trained["optimizer"], SplitLBI):
+        inside = torch.cat(list(path.support.values())).float().mean().item()
+        row["support"] = inside
+    row["budgets"] = {}
+    for budget in BUDGETS:
+        kept = path.select(macs=budget, order=order)
+        small = slim(model, groups, kept)
+        recalibrate_batch_norm(small, data[0][:4000].split(1000))
+        before = accuracy(small, *test)
+        tune = settings["tune"] * (len(data[0]) // BATCH) + trained["steps_left"]
+        peak, lrs = 0.05, None
+        if arm.startswith("scratch"):
+            torch.manual_seed(1000 + seed)
+            for module in small.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+            tune = (settings["epochs"] + settings["tune"]) * (len(data[0]) // BATCH)
+            lrs = rates(net, tune)
+        elif trained["steps_left"]:
+            lrs = rates("bn", tune)
+        lrs = lrs or [peak * (1 - k / tune) for k in range(tune)]
+        teacher = deepcopy(model).eval() if arm == "path, distilled" else None
+        train(small, sgd(small, settings["weight_decay"]), lrs, data, 2000 + seed, teacher=teacher)
+        counts = groups[0].network.count(groups, {name: len(index) for name, index in kept.items()})
+        whole = groups[0].network.count()
+        times = measure_latency([model, small], test[0][:32], repeats=9)
+        row["budgets"][str(budget)] = {
+            "before": before, "after": accuracy(small, *test), "macs": counts["macs"] / whole["macs"],
+            "params": counts["params"] / whole["params"], "latency": times[1] / times[0],
+            "units": {name: len(index) for name, index in kept.items()},
+        }  # fmt: skip
+    return row
+
+
+def paper_row(net: str, seed: int, data, test, how: str, cache: Path) -> dict:
+    """Dense and projected read-outs of the released LeNet recipe: 60 epochs, nu 20, nothing removed for good."""
+    trained = run(how, net, seed, data, SETTINGS[net], 60, cache)
+    model, row = trained["model"], {"net": net, "arm": f"{how}, 60 epochs", "seed": seed, "seconds": trained["seconds"]}
+    row["dense"] = accuracy(model, *test)
+    if how == "paper":
+        optimizer, kept, total = trained["optimizer"], 0, 0
+        path = SparsePath.from_optimizer(optimizer, trained["groups"])
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for p in group["params"] if group["penalty"] else ():
+                    inside = optimizer.gamma(p) != 0
+                    p.mul_(inside)
+                    kept, total = kept + inside.sum().item(), total + inside.numel()
+        row |= {"projected": accuracy(model, *test), "kept": kept / total,
+                "support": {name: int(inside.sum()) for name, inside in path.support.items()}}  # fmt: skip
+    return row
+
+
+def table(rows: list[dict]) -> None:
+    for net in sorted({row["net"] for row in rows}):
+        of = {(row["arm"], row["seed"]): row for row in rows if row["net"] == net}
+        long = [row for row in of.values() if "60 epochs" in row["arm"]]
+        seeds = sorted({seed for arm, seed in of if arm == "path"})
+        print(f"\n{net}: accuracy % before -> after fine-tuning, mean over {len(seeds)} seeds (paired difference of path, SE)")
+        print(f"| arm | dense | {' | '.join(f'{b:.0%} MACs' for b in BUDGETS)} | params, latency at 25 % |")
+        print("|---|---|" + "---|" * (len(BUDGETS) + 1))
+        for arm in ARMS:
+            mine = [of[arm, seed] for seed in seeds if (arm, seed) in of]
+            if not mine:
+                continue
+            cells = [f"{statistics.mean(row['dense'] for row in mine):.2f}"]
+            for budget in map(str, BUDGETS):
+                before, after = (statistics.mean(row["budgets"][budget][k] for row in mine) for k in ("before", "after"))
+                differences = [
+                    of["path", row["seed"]]["budgets"][budget]["after"] - row["budgets"][budget]["after"] for row in mine
+                ]
+                error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
+                cells.append(f"{before:.1f} -> {after:.2f} ({statistics.mean(differences):+.2f}, {error:.2f})")
+            size = [statistics.mean(row["budgets"]["0.25"][k] for row in mine) for k in ("params", "latency")]
+            print(f"| {arm} | {' | '.join(cells)} | {size[0]:.2f}, {size[1]:.2f} |")
+        for arm in sorted({row["arm"] for row in long}):
+            mine = [row for row in long if row["arm"] == arm]
+            line = ", ".join(
+                f"{key} {statistics.mean(row[key] for row in mine):.2f}"
+                for key in ("dense", "projected", "kept") if key in mine[0]
+            )  # fmt: skip
+            print(f"{arm} ({len(mine)} seeds): {line}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", choices=sorted(SETTINGS), default="bn")
+    parser.add_argument("--recipe", choices=("ours", "paper"), default="ours")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--arms", nargs="*", default=None, help="only these arms")
+    parser.add_argument("--rows", type=int, default=60000, help="training rows; fewer for a trial")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/structure_mnist.jsonl"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="only print the table of the rows so far")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="change a setting, for tuning")
+    parser.add_argument("--validate", action="store_true", help="hold out 5000 training rows instead of the test set")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
+    if options.table:
+        return table(rows)
+    settings = SETTINGS[options.net] | {name: float(value) for name, value in (s.split("=") for s in options.set)}
+    settings["epochs"], settings["tune"] = int(settings["epochs"]), int(settings["tune"])
+    done = {(row["net"], row["arm"], row["seed"]) for row in rows}
+    images, labels = mnist("train")
+    data, test = (images[: options.rows], labels[: options.rows]), mnist("test")
+    if options.validate:
+        data, test = (images[: options.rows][:-5000], labels[: options.rows][:-5000]), (images[-5000:], labels[-5000:])
+    cache = options.out.parent / "cache" / ("-".join(options.set).replace(" ", "") or "default")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    arms = options.arms or [arm for arm in ARMS if not (arm == "BN weight" and options.net == "lenet")]
+    if options.recipe == "paper":
+        arms = ["paper, 60 epochs", "sgd, 60 epochs"]
+    for seed in range(1, options.seeds + 1):
+        for arm in arms:
+            if (options.net, arm, seed) in done:
+                continue
+            if options.recipe == "paper":
+                row = paper_row(options.net, seed, data, test, arm.partition(",")[0], cache)
+            else:
+                row = one_row(options.net, arm, seed, data, test, settings, cache)
+            with options.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            rows.append(row)
+            print(json.dumps({k: v for k, v in row.items() if k != "budgets"}), file=sys.stderr, flush=True)
+    table(rows)
+
+
+if __name__ == "__main__":
+    main()
