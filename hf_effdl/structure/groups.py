@@ -102,7 +102,11 @@ class Group:
     @property
     def lifted_slices(self) -> list[Slice]:
         """The slices that the penalty sees, in the order of `lifted`."""
-        by_tensor = {part.tensor: part for part in self.slices}
+        # a convolution that adds to the stream it reads has the units on both axes; the penalty sees one of them
+        for roles in (("row",), ("scale", "input")):
+            by_tensor = {part.tensor: part for part in self.slices if part.role in roles}
+            if all(name in by_tensor for name in self.lifted):
+                break
         return [by_tensor[name] for name in self.lifted]
 
     @torch.no_grad()

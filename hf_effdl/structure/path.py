@@ -192,7 +192,8 @@ class SparsePath:
             cost = lambda sizes: network.count(self.groups, sizes)[budget]  # noqa: E731
             allowed = share * network.count()[budget] * (1 + 1e-9)
         if cost(sizes_after(len(removals))) > allowed and least > 1:
-            removals = _removal_list(ties, scores, round_to, 1)
+            # after the others, so that a smaller budget keeps a subset of what a larger one keeps
+            removals += [item for item in _removal_list(ties, scores, round_to, 1) if item not in set(removals)]
         if cost(sizes_after(len(removals))) > allowed:
             whole = network.count()[budget] if budget != "latency" else 1.0
             raise ValueError(
@@ -230,8 +231,11 @@ class SparsePath:
         target = Path(folder) / FILE_NAME
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_suffix(".tmp")
-        part.write_bytes(save(tensors, metadata={"sparse_path": json.dumps(meta)}))
-        os.replace(part, target)
+        try:
+            part.write_bytes(save(tensors, metadata={"sparse_path": json.dumps(meta)}))
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
         return target
 
     @classmethod
@@ -325,7 +329,8 @@ def _removal_list(
         chunk = _chunk(tie, round_to)
         floor = min(tie.steps, max(math.ceil(least / share) for share in tie.shares.values()))
         levels = [level for level in range(chunk, tie.steps, chunk) if level >= floor] + [tie.steps]
-        best_first = {name: torch.sort(scores[name], descending=True).values for name in tie.shares}
+        # double: means of equal scores must be equal, or the levels of a tie come out of order
+        best_first = {name: torch.sort(scores[name].double(), descending=True).values for name in tie.shares}
         for below, level in zip(levels, levels[1:], strict=False):
             parts = [best_first[name][below * a : level * a].mean() for name, a in tie.shares.items()]
             removals.append((torch.stack(parts).mean().item(), i, below))

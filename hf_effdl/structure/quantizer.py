@@ -27,11 +27,12 @@ class SlimConfig(QuantizationConfigMixin):
     norms: names of submodules change between releases of transformers, their order does not.
 
     Args:
-        layers: `{number: [outputs, inputs]}` for convolutions and linear layers, `{number: [features]}` for norms.
+        layers: `{number: [outputs, inputs]}` for convolutions and linear layers, `{number: [features]}` for norms; `None`
+            for a size that the stock config says, so that it can still be changed at loading (`num_labels`, say).
         count: how many such layers the model has, to notice a model of another architecture.
     """
 
-    def __init__(self, layers: dict[str, list[int]], count: int, **_: Any) -> None:
+    def __init__(self, layers: dict[str, list[int | None]], count: int, **_: Any) -> None:
         self.quant_method = QUANT_METHOD
         self.layers = {str(number): list(sizes) for number, sizes in layers.items()}
         self.count = count
@@ -46,9 +47,10 @@ class SlimConfig(QuantizationConfigMixin):
             stock = type(model)(config)
         mine, theirs = _sized_layers(model), _sized_layers(stock)
         layers = {
-            str(i): _sizes(layer) for i, (layer, other) in enumerate(zip(mine, theirs, strict=True))
+            str(i): [None if size == old else size for size, old in zip(_sizes(layer), _sizes(other), strict=True)]
+            for i, (layer, other) in enumerate(zip(mine, theirs, strict=True))
             if _sizes(layer) != _sizes(other)
-        }  # fmt: skip
+        }
         return cls(layers, len(mine))
 
 
@@ -105,7 +107,8 @@ def _sizes(layer: nn.Module) -> list[int]:
     return list(layer.weight.shape[:2])
 
 
-def _resize(layer: nn.Module, sizes: list[int]) -> None:
+def _resize(layer: nn.Module, wanted: list[int | None]) -> None:
+    sizes = [old if size is None else size for size, old in zip(wanted, _sizes(layer), strict=True)]
     for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
         if tensor.ndim == 0:  # the norm's batch counter
             continue

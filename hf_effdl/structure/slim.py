@@ -5,10 +5,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_effdl.structure.groups import Group, check_same_network, cut
 from hf_effdl.structure.path import complete_ties, one_budget, sizes_for_share
@@ -61,7 +63,7 @@ def slim(
     kept = {group.name: _fill(group, model, chosen.get(group.name), sizes[group.name]) for group in groups
             if group.name in sizes}  # fmt: skip
     small = cut(deepcopy(model), groups, kept)
-    if getattr(model, "config", None) is not None and hasattr(model.config, "to_dict"):
+    if isinstance(model, PreTrainedModel):  # only those are built from their config
         _set_config(small, ties, {name: len(kept.get(name, range(size))) for name, size in units.items()})
     return small
 
@@ -129,10 +131,17 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
     Args:
         model: returned.
         batches: inputs, each a tensor, tuple or dict that the model accepts.
+
+    Raises:
+        ValueError: for no batches; the statistics are then as they were.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return model
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("recalibrate_batch_norm got no batches, so there are no statistics to take; pass at least one")
     modes, momenta = [m.training for m in model.modules()], [m.momentum for m in norms]
     model.eval()
     for norm in norms:
@@ -140,7 +149,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
         norm.momentum = None  # torch's word for a plain average
         norm.train()
     try:
-        for batch in batches:
+        for batch in chain([first], batches):
             call(model, batch)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
@@ -196,9 +205,9 @@ def effdl_report(
 ) -> dict[str, Any]:
     """What slimming changed, in plain values: `{"params": {"before", "after", "ratio"}, "macs", "latency_ms", ...}`.
 
-    MACs of the slim model are counted on a forward pass of it, not predicted.
+    MACs are counted on a forward pass of each model, not predicted.
     """
-    counts = [groups[0].network.count(), find_network(small, inputs).count()]
+    counts = [find_network(m, inputs).count() for m in (model, small)]
     times = measure_latency([model, small], inputs)
     report: dict[str, Any] = {
         key: {"before": before, "after": after, "ratio": round(after / before, 6)}

@@ -96,7 +96,15 @@ def _describe(model: nn.Module) -> str:
 def _traceable_copy(model: nn.Module) -> nn.Module:
     copy = deepcopy(model).float().eval()
     copy.requires_grad_(True)
+    with torch.no_grad():
+        for p in copy.parameters():
+            _fill_zeros(p)
     return copy
+
+
+def _fill_zeros(tensor: Tensor) -> Tensor:
+    """Zeros (a fresh head, the last norm of a branch, a blank example) would hide what a silent unit still sends."""
+    return tensor.masked_fill_(tensor == 0, 0.1) if tensor.is_floating_point() else tensor
 
 
 def _one_row(inputs: Any, model: nn.Module) -> Any:
@@ -106,7 +114,7 @@ def _one_row(inputs: Any, model: nn.Module) -> Any:
         if not isinstance(value, Tensor):
             return value
         value = value[:1].detach().to(device)
-        return value.float() if value.is_floating_point() else value
+        return _fill_zeros(value.float().clone()) if value.is_floating_point() else value
 
     if isinstance(inputs, Mapping):
         # a loss would be one more output, and labels are no input of the network
@@ -178,6 +186,7 @@ def _trace(model: nn.Module, inputs: Any, network: Network) -> tuple[list[Group]
     except Exception as error:
         raise ValueError(f"cannot trace {_describe(model)}: {type(error).__name__}: {error}") from error
 
+    shared = _shared_names(model)
     order = {module: i for i, module in enumerate(model.modules())}
     names = {module: name for name, module in model.named_modules()}
     groups, skipped = [], {}
@@ -198,6 +207,9 @@ def _trace(model: nn.Module, inputs: Any, network: Network) -> tuple[list[Group]
             if reason:
                 break
             slices += _slices(module, names[module], is_output, len(item.idxs) // units)
+        tied = next((part.tensor for part in slices if part.tensor in shared), None)
+        if tied:
+            reason = f"{tied} is shared with another layer"
         name = next((p.tensor for p in slices if p.role == "row"), names[root] + ".weight").rpartition(".")[0]
         if reason:
             skipped[name] = reason
@@ -207,17 +219,29 @@ def _trace(model: nn.Module, inputs: Any, network: Network) -> tuple[list[Group]
     return sorted(groups, key=lambda group: position[group.slices[0].tensor]), skipped
 
 
+def _shared_names(model: nn.Module) -> set[str]:
+    """Names of all parameters that more than one layer holds; a layer registered twice is one layer."""
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for leaf, p in module.named_parameters(recurse=False):
+            names.setdefault(id(p), []).append(f"{prefix}.{leaf}" if prefix else leaf)
+    return {name for alike in names.values() if len(alike) > 1 for name in alike}
+
+
 def _unsupported(module: Any, names: Mapping[nn.Module, str], item: Any, units: int) -> str | None:
     if module not in names:
         return "a bare parameter goes with them"
     kind = type(module).__name__
     if isinstance(module, _CONVS) and module.groups != 1:
         return f"{names[module]} is a grouped convolution"
+    if isinstance(module, _BATCH_NORMS) and module.weight is None:
+        return f"{names[module]} is a {kind} without a weight, so that nothing silences them"
     if not isinstance(module, (*_CONVS, *_BATCH_NORMS, nn.Linear)) and any(True for _ in module.parameters(False)):
         return f"{names[module]} is a {kind}, which has parameters of its own"
     block, rest = divmod(len(item.idxs), units)
-    plain = item.idxs == list(range(units * block)) and item.root_idxs == [u for u in range(units) for _ in range(block)]
-    if rest or not plain:
+    # the tracer may list the entries in any order
+    entries = sorted(zip(item.idxs, item.root_idxs, strict=True))
+    if rest or entries != [(i, i // block) for i in range(units * block)]:
         return f"they are spread over {names[module]} in an order other than one run per unit"
     return None
 
@@ -254,7 +278,7 @@ def _is_removable(model: nn.Module, inputs: Any, groups: Sequence[Group]) -> boo
     silent = output_tensors(call(mask(deepcopy(model), groups, kept), inputs))
     try:
         small = output_tensors(call(cut(deepcopy(model), groups, kept), inputs))
-    except (RuntimeError, ValueError, TypeError):  # a size written into the forward pass
+    except Exception:  # noqa: BLE001 - a size written into the forward pass may break it in any way
         return False
     return len(silent) == len(small) and all(
         a.shape == b.shape and (a - b).abs().max() <= 1e-4 * (1 + a.abs().max())
