@@ -74,8 +74,11 @@ def _indices(name: str, value: Any, units: Mapping[str, int]) -> Tensor:
     index = torch.as_tensor(value).detach().cpu()
     if index.dtype == torch.bool and index.shape == (units[name],):
         index = index.nonzero().flatten()
-    if index.ndim != 1 or index.is_floating_point() or len(index) == 0 or len(index.unique()) != len(index):
-        raise ValueError(f"keep[{name!r}] must hold distinct unit indices, at least one; got {value}")
+    integer = not (index.is_floating_point() or index.dtype == torch.bool)
+    if index.ndim != 1 or not integer or len(index) == 0 or len(index.unique()) != len(index):
+        raise ValueError(
+            f"keep[{name!r}] must hold distinct unit indices, at least one, or a mask of {units[name]} units; got {value}"
+        )
     if index.min() < 0 or index.max() >= units[name]:
         raise ValueError(f"keep[{name!r}] has index {int(index.max())} or below 0; the group has {units[name]} units")
     return index.long().sort().values
@@ -96,6 +99,8 @@ def _set_config(small: nn.Module, ties: Sequence[Any], sizes: Mapping[str, int])
 
         config = deepcopy(small.config)
         config.quantization_config = SlimConfig.of(small)
+    if hasattr(config, "effdl_report"):  # it speaks of the model before
+        del config.effdl_report
     for module in small.modules():  # a transformers model hands one config object to its parts
         if getattr(module, "config", None) is not None and type(module.config) is type(config):
             module.config = config

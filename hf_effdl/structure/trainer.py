@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -241,18 +242,19 @@ class SplitLBITrainer(Trainer):
             return part / whole
 
         options = {"order": order, "widths": widths, "round_to": round_to, "measure": measure}
-        kept = path.select(**budget, **options)
+        # one process decides: measured latencies differ between processes, the chosen units must not
+        [kept] = broadcast_object_list([path.select(**budget, **options)])
         small = slim(model, self.groups, kept)
         if bn_batches:
             with random_state_kept():
                 recalibrate_batch_norm(small, training_inputs(self.get_train_dataloader(), bn_batches, small))
         asked = {name: value for name, value in budget.items() if value is not None}
-        report = effdl_report(model, small, inputs, self.groups, asked)
+        [report] = broadcast_object_list([effdl_report(model, small, inputs, self.groups, asked)])
         getattr(small, "config", small).effdl_report = report
         return small
 
     def _latency_inputs(self, rows: int) -> dict[str, Any]:
-        example = {name: value for name, value in self.example().items()}
+        example = self.example()
         device = next(self.model.parameters()).device
         return {
             name: value.repeat(rows, *[1] * (value.ndim - 1)).to(device) if isinstance(value, Tensor) else value

@@ -1,0 +1,53 @@
+"""Set before anything is imported: no network, no progress bars; upstream deprecations fail."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# two threads of two processes that wait for each other on two cores are slower than one
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("HF_EFFDL_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """The folder of real data sets; tests that need it are skipped where it is absent."""
+    if not DATA.is_dir():
+        pytest.skip(f"no data folder at {DATA}; set HF_EFFDL_DATA")
+    return DATA
+
+
+class _Deprecations(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecat" in record.getMessage().lower():
+            self.messages.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def upstream_deprecations_fail():
+    """transformers announces most of its deprecations in its log, not as warnings."""
+    handler = _Deprecations()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert not handler.messages, f"deprecated upstream: {handler.messages}"

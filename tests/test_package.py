@@ -1,0 +1,96 @@
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_effdl
+
+
+PACKAGE = Path(hf_effdl.__file__).parent
+PURE = ["structure/groups.py", "structure/split_lbi.py", "structure/path.py"]
+LIGHT = {"torch", "numpy", "math", "json", "os", "collections", "dataclasses", "pathlib", "typing", "safetensors", "copy"}
+
+
+def imports(file: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(file.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+def test_every_public_name_can_be_imported_and_says_what_it_is():
+    for name in hf_effdl.__all__:
+        value = getattr(hf_effdl, name)
+        assert name == "__version__" or value.__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        hf_effdl.nothing  # noqa: B018
+
+
+def test_importing_the_package_adds_little_to_torch_and_transformers():
+    code = (
+        "import torch, transformers, transformers.quantizers, time; start = time.perf_counter(); import hf_effdl;"
+        "print(time.perf_counter() - start); import sys;"
+        "heavy = [m for m in ('datasets', 'accelerate', 'matplotlib', 'torch_pruning', 'peft', 'evaluate') if m in sys.modules];"
+        "before = set(heavy); print([m for m in heavy if m not in OTHERS])"
+    )
+    probe = "import torch, transformers, transformers.quantizers, sys; print(sorted(m for m in sys.modules if '.' not in m))"
+    others = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", f"OTHERS = {others}\n" + code.replace("import torch", "import torch", 1)],
+            capture_output=True, text=True, check=True,
+        ).stdout.split("\n")
+        for _ in range(3)
+    ]  # fmt: skip
+    assert min(float(lines[0]) for lines in outputs) < 0.3
+    assert outputs[0][1] == "[]", f"import hf_effdl loads {outputs[0][1]}"
+
+
+def test_importing_the_package_registers_the_slim_sizes():
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+    assert "hf_effdl" in AUTO_QUANTIZATION_CONFIG_MAPPING and "hf_effdl" in AUTO_QUANTIZER_MAPPING
+
+
+def test_the_maths_imports_only_torch_and_the_standard_library():
+    for file in PURE:
+        outside = {
+            name for name in imports(PACKAGE / file, top_level_only=True)
+            if name.split(".")[0] not in LIGHT and not name.startswith("hf_effdl.structure")
+        }  # fmt: skip
+        assert not outside, f"{file} imports {outside}"
+
+
+def test_pillars_do_not_import_each_other_and_the_hub_folder_imports_none():
+    pillars = [folder for folder in ("structure", "samples", "vicl") if (PACKAGE / folder).is_dir()]
+    for folder in [*pillars, "hub"]:
+        for file in (PACKAGE / folder).rglob("*.py"):
+            wrong = {
+                name for name in imports(file)
+                for other in pillars
+                if other != folder and name.startswith(f"hf_effdl.{other}")
+            }  # fmt: skip
+            assert not wrong, f"{file} imports {wrong}"
+
+
+def test_nothing_of_the_tracer_leaks_into_the_public_interface():
+    for file in PACKAGE.rglob("*.py"):
+        if file.name != "tracing.py":
+            assert "torch_pruning" not in imports(file), file
+    groups = importlib.import_module("hf_effdl.structure.groups")
+    assert not any(getattr(value, "__module__", "").startswith("torch_pruning") for value in vars(groups).values())
+
+
+def test_torch_load_is_only_used_for_plain_values():
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads"):
+                assert "weights_only=True" in ast.unparse(node), file

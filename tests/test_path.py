@@ -1,0 +1,568 @@
+"""The sparse path: what it reads from the optimizer, which units a budget keeps, ties of a config, and its file."""
+
+import copy
+import json
+import math
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import build, lenet, resnet
+from torch import nn
+
+from hf_effdl.structure.groups import param_groups
+from hf_effdl.structure.path import FILE_NAME, SparsePath, Tie
+from hf_effdl.structure.split_lbi import SplitLBI
+from hf_effdl.structure.stock import config_ties, stock_config
+from hf_effdl.structure.tracing import find_groups
+
+
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+seeds = st.integers(0, 10**6)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _bare(name):
+    model, x = build(name)
+    groups = find_groups(model, x)
+    return model, groups, config_ties(model, groups)
+
+
+NETS = {name: _bare(name) for name in ("lenet", "vgg", "resnet", "bottleneck")}
+
+
+def random_path(name, seed, ties=True):
+    """A path such as a run could have left it, with scores drawn from `seed`."""
+    _, groups, found = NETS[name]
+    draw = torch.Generator().manual_seed(seed)
+    units = {}
+    for group in groups:
+        threshold = torch.rand(group.units, generator=draw) + 0.5
+        # some groups end far above their thresholds and some far below, as different layers do
+        scale = 3 * torch.rand((), generator=draw)
+        dual = scale * torch.rand(group.units, generator=draw)
+        entered = torch.randint(1, 9, (group.units,), generator=draw)  # many units enter at the same step
+        never = torch.rand(group.units, generator=draw) < 0.3
+        units[group.name] = {
+            "entered": torch.where(never, -1, entered), "left": torch.full((group.units,), -1), "threshold": threshold,
+            "dual": dual, "weight": torch.rand(group.units, generator=draw),
+        }  # fmt: skip
+    return SparsePath(groups, units, 10, found if ties else ())
+
+
+def sizes_of(kept):
+    return {name: len(index) for name, index in kept.items()}
+
+
+def share_of(path, kept, budget):
+    network = path.groups[0].network
+    return network.count(path.groups, sizes_of(kept))[budget] / network.count()[budget]
+
+
+# ---- what is read from the optimizer
+
+
+class Wrapped:
+    """Like Accelerate's wrapper around an optimizer."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
+def norm_of_unit(unit, tensors, entry):
+    """Norm over all slices of one unit, slice by slice."""
+    total = 0.0
+    for tensor, axis, block, scale in zip(tensors, entry["axis"], entry["block"], entry["scale"], strict=True):
+        part = tensor.narrow(axis, unit * block, block)
+        total += scale**2 * float((part**2).sum())
+    return math.sqrt(total)
+
+
+def test_entries_exits_and_norms_equal_the_iteration_done_by_hand():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5), nn.ReLU(), nn.Linear(5, 3)
+    ).double()
+    groups = find_groups(model, torch.zeros(1, 2, 2, 2))
+    entries = param_groups(model, groups)
+    hyper = {"lr": 0.1, "kappa": 1.5, "nu": 2.0, "path_scale": 0.7}
+    opt = SplitLBI(entries, momentum=0.0, **hyper)
+    lifted = [copy.deepcopy({**entry, "params": list(entry["params"])}) for entry in entries if entry.get("penalty")]
+    assert [(entry["name"], entry["block"]) for entry in lifted] == [("0", [1, 4]), ("4", [1])]
+
+    by_hand = []
+    for entry in lifted:
+        w = [p.detach().clone() for p in entry["params"]]
+        units = range(entry["units"])
+        by_hand.append({
+            "w": w, "v": [torch.zeros_like(t) for t in w], "gamma": [torch.zeros_like(t) for t in w],
+            "threshold": [norm_of_unit(u, w, entry) for u in units],
+            "entered": [-1] * entry["units"], "left": [-1] * entry["units"],
+        })  # fmt: skip
+    draw = torch.Generator().manual_seed(1)
+    pushes = [[torch.randn(p.shape, generator=draw, dtype=torch.float64) for p in e["params"]] for e in lifted]
+    for entry, push in zip(lifted, pushes, strict=True):  # a unit that no gradient moves never enters
+        for tensor, axis, block in zip(push, entry["axis"], entry["block"], strict=True):
+            tensor.narrow(axis, 0, block).zero_()
+    for step in range(1, 151):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        for entry, run, push in zip(lifted, by_hand, pushes, strict=True):
+            real = next(e for e in opt.param_groups if e["name"] == entry["name"])
+            for i, p in enumerate(real["params"]):
+                # there and back again, so that units also leave
+                grad = 3 * push[i] * math.sin(step / 12) / entry["scale"][i]
+                p.grad = grad.clone()
+                coupling = (run["w"][i] - run["gamma"][i]) / hyper["nu"]
+                run["w"][i] = run["w"][i] - hyper["kappa"] * hyper["lr"] * (grad + coupling)
+                run["v"][i] = run["v"][i] + hyper["path_scale"] * hyper["lr"] * coupling
+            run["gamma"] = [torch.zeros_like(v) for v in run["v"]]
+            for u in range(entry["units"]):
+                norm, threshold = norm_of_unit(u, run["v"], entry), run["threshold"][u]
+                was_in = run["entered"][u] > 0 and run["left"][u] < 0
+                if norm > threshold:
+                    for v, gamma, axis, block in zip(run["v"], run["gamma"], entry["axis"], entry["block"], strict=True):
+                        part = v.narrow(axis, u * block, block)
+                        gamma.narrow(axis, u * block, block).copy_(hyper["kappa"] * (1 - threshold / norm) * part)
+                    run["entered"][u] = step if run["entered"][u] < 0 else run["entered"][u]
+                    run["left"][u] = -1
+                elif was_in:
+                    run["left"][u] = step
+        opt.step()
+
+    path = SparsePath.from_optimizer(Wrapped(opt), groups)
+    assert path.step == 150 and list(path.units) == ["0", "4"]
+    for entry, run in zip(lifted, by_hand, strict=True):
+        unit = path.units[entry["name"]]
+        assert unit["entered"].tolist() == run["entered"] == path.entered[entry["name"]].tolist()
+        assert unit["left"].tolist() == run["left"]
+        for key, tensors in (("dual", run["v"]), ("weight", run["w"])):
+            expected = [norm_of_unit(u, tensors, entry) for u in range(entry["units"])]
+            torch.testing.assert_close(unit[key], torch.tensor(expected), rtol=1e-5, atol=0)
+        torch.testing.assert_close(unit["threshold"], torch.tensor(run["threshold"]), rtol=1e-5, atol=0)
+        inside = [e > 0 and gone < 0 for e, gone in zip(run["entered"], run["left"], strict=True)]
+        assert path.support[entry["name"]].tolist() == inside
+        assert path.support_share()[entry["name"]] == pytest.approx(sum(inside) / len(inside))
+    both = by_hand[0]["entered"] + by_hand[1]["entered"], by_hand[0]["left"] + by_hand[1]["left"]
+    # the run must show all three fates, or this test would not tell them apart
+    assert -1 in both[0] and max(both[1]) > 0 and any(e > 0 and gone < 0 for e, gone in zip(*both, strict=True))
+
+
+def test_before_the_first_step_no_unit_is_in():
+    model, groups, _ = NETS["vgg"]
+    path = SparsePath.from_optimizer(SplitLBI(param_groups(model, groups), lr=0.1), groups)
+    assert path.step == 0 and not any(inside.any() for inside in path.support.values())
+    assert all((entered == -1).all() for entered in path.entered.values())
+    assert sizes_of(path.select(keep=0.5)) == {"0": 3, "4": 4, "8": 5, "13": 6}
+
+
+def test_the_path_does_not_follow_the_optimizer_any_further():
+    model, groups, _ = NETS["lenet"]
+    model = copy.deepcopy(model)
+    opt = SplitLBI(param_groups(model, find_groups(model, torch.zeros(1, 1, 28, 28))), lr=0.1, nu=0.1)
+    for _ in range(2):
+        path = SparsePath.from_optimizer(opt, groups)
+        before = copy.deepcopy(path.units)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        opt.step()
+        for name, unit in path.units.items():
+            assert all(torch.equal(value, before[name][key]) for key, value in unit.items())
+
+
+def test_an_optimizer_without_these_groups_is_refused():
+    model, groups, _ = NETS["lenet"]
+    opt = SplitLBI(param_groups(model, groups[:1]), lr=0.1)
+    with pytest.raises(ValueError, match="does not lift group '3' \\(2 in all are missing\\).*\\['0'\\].*param_groups"):
+        SparsePath.from_optimizer(opt, groups)
+
+
+# ---- who goes first
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_default_score_is_dual_over_threshold_over_its_mean_in_the_layer(seed):
+    path = random_path("vgg", seed)
+    for name, score in path.scores().items():
+        unit = path.units[name]
+        ratios = [d / t for d, t in zip(unit["dual"].tolist(), unit["threshold"].tolist(), strict=True)]
+        mean = sum(ratios) / len(ratios)
+        torch.testing.assert_close(score, torch.tensor([ratio / mean for ratio in ratios]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_entry_order_is_by_entry_step_then_by_larger_norm_with_never_last(seed):
+    path = random_path("resnet", seed)
+    for name, score in path.scores("entry").items():
+        unit = path.units[name]
+        keys = [(e if e > 0 else math.inf, -w) for e, w in zip(unit["entered"].tolist(), unit["weight"].tolist(), strict=True)]
+        best_first = sorted(range(len(keys)), key=keys.__getitem__)
+        assert score.argsort(descending=True).tolist() == best_first
+        n = len(keys)
+        assert score.sort().values.tolist() == pytest.approx([(i + 1) / n for i in range(n)])
+
+
+def greedy(path, budget, share, order="dual", round_to=1, least=1):
+    """Take the lowest score of all out, one at a time, until the budget holds; None if it cannot."""
+    network, scores = path.groups[0].network, {n: s.tolist() for n, s in path.scores(order).items()}
+    left = {name: sorted(range(len(s)), key=lambda i, s=s: (-s[i], i)) for name, s in scores.items()}
+    while network.count(path.groups, {n: len(v) for n, v in left.items()})[budget] > share * network.count()[budget]:
+        candidates = []
+        for name, ranked in left.items():
+            below = (len(ranked) - 1) // round_to * round_to
+            if below >= max(least, 1):
+                part = [scores[name][i] for i in ranked[below:]]
+                candidates.append((sum(part) / len(part), name, below))
+        if not candidates:
+            return None
+        _, name, below = min(candidates, key=lambda c: c[0])
+        left[name] = left[name][:below]
+    return {name: sorted(ranked) for name, ranked in left.items()}
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("budget", ["macs", "params"])
+@pytest.mark.parametrize("round_to", [1, 2, 3])
+def test_free_widths_equal_taking_out_the_lowest_score_one_by_one(name, budget, round_to):
+    for seed, share in enumerate((0.9, 0.6, 0.35, 0.2)):
+        path = random_path(name, seed)
+        for order in ("dual", "entry"):
+            expected = greedy(path, budget, share, order, round_to)
+            given = {budget: share, "widths": "free", "order": order, "round_to": round_to, "least": 1}
+            if expected is None:
+                with pytest.raises(ValueError, match="is below what the smallest sizes cost"):
+                    path.select(**given)
+            else:
+                assert {n: index.tolist() for n, index in path.select(**given).items()} == expected
+
+
+@pytest.mark.parametrize("budget", ["macs", "params"])
+def test_stock_widths_equal_narrowing_the_weakest_config_number_step_by_step(budget):
+    path = random_path("bottleneck", 3)
+    network, scores = path.groups[0].network, path.scores()
+    ranked = {name: sorted(score.tolist(), reverse=True) for name, score in scores.items()}
+    # one step of a stage is one inner channel of each of its layers and four channels of its stream
+    steps = [[8, {path.groups[0].name: 1}], [4, {g.name: g.units // 4 for g in path.groups[1:6]}],
+             [8, {g.name: g.units // 8 for g in path.groups[6:]}]]  # fmt: skip
+    for share in (0.8, 0.5, 0.3):
+        state = copy.deepcopy(steps)
+
+        def sizes():
+            return {name: count * part for count, shares in state for name, part in shares.items()}  # noqa: B023
+
+        while network.count(path.groups, sizes())[budget] > share * network.count()[budget]:
+            means = []
+            for i, (count, shares) in enumerate(state):
+                parts = [ranked[n][(count - 1) * a : count * a] for n, a in shares.items()]
+                if count > 1:
+                    means.append((sum(sum(part) / len(part) for part in parts) / len(parts), i))
+            state[min(means)[1]][0] -= 1
+        kept = path.select(**{budget: share}, least=1)
+        assert sizes_of(kept) == sizes()
+        for name, index in kept.items():
+            assert index.tolist() == scores[name].topk(len(index)).indices.sort().values.tolist()
+
+
+# ---- budgets
+
+
+@quick
+@given(seeds, st.sampled_from(list(NETS)), st.sampled_from(["macs", "params"]), st.floats(0.05, 1), st.integers(1, 5),
+       st.sampled_from(["stock", "free"]), st.sampled_from(["dual", "entry"]))  # fmt: skip
+def test_a_budget_is_never_exceeded_and_the_best_units_stay(seed, name, budget, share, round_to, widths, order):
+    path = random_path(name, seed)
+    try:
+        kept = path.select(**{budget: share}, round_to=round_to, widths=widths, order=order)
+    except ValueError as error:
+        assert "is below what the smallest sizes cost" in str(error)
+        return
+    assert share_of(path, kept, budget) <= share * (1 + 1e-8)
+    for group in path.groups:
+        index = kept[group.name]
+        assert 1 <= len(index) <= group.units and index.dtype == torch.int64
+        assert index.tolist() == sorted(set(index.tolist()))
+        # inside a group the best stay
+        score = path.scores(order)[group.name]
+        gone = sorted(set(range(group.units)) - set(index.tolist()))
+        assert not gone or score[index].min() >= score[gone].max()
+        if widths == "free":
+            assert len(index) % round_to == 0 or len(index) == group.units
+
+
+@quick
+@given(seeds, st.sampled_from(list(NETS)), st.sampled_from(["macs", "params"]), st.floats(0.03, 1), st.floats(0.03, 1),
+       st.integers(1, 3), st.sampled_from(["stock", "free"]))  # fmt: skip
+def test_a_smaller_budget_keeps_a_subset(seed, name, budget, one, other, round_to, widths):
+    path = random_path(name, seed)
+    try:
+        small, large = (path.select(**{budget: s}, round_to=round_to, widths=widths) for s in sorted((one, other)))
+    except ValueError as error:
+        assert "is below what the smallest sizes cost" in str(error)
+        return
+    assert all(set(small[key].tolist()) <= set(large[key].tolist()) for key in large)
+
+
+def test_units_of_equal_score_leave_one_step_at_a_time():
+    path = random_path("bottleneck", 0)
+    for unit in path.units.values():
+        unit["dual"], unit["threshold"] = torch.full_like(unit["dual"], 0.1), torch.full_like(unit["dual"], 0.3)
+    sizes = [sizes_of(path.select(macs=share, round_to=3)) for share in torch.linspace(0.5, 1, 60).tolist()]
+    for small, large in zip(sizes, sizes[1:], strict=False):
+        assert all(small[name] <= large[name] for name in large)
+
+
+def test_a_budget_of_one_keeps_everything():
+    for name in NETS:
+        path = random_path(name, 1)
+        whole = {group.name: group.units for group in path.groups}
+        for budget in ("macs", "params", "keep"):
+            assert sizes_of(path.select(**{budget: 1.0})) == sizes_of(path.select(**{budget: 1})) == whole
+
+
+def test_every_group_keeps_two_units_unless_the_budget_needs_one():
+    path = random_path("lenet", 0)
+    two, one = ({group.name: size for group in path.groups} for size in (2, 1))
+    network = path.groups[0].network
+    costs = [network.count(path.groups, sizes)["params"] / network.count()["params"] for sizes in (two, one)]
+    assert sizes_of(path.select(params=costs[0] * 1.0001)) == two
+    assert min(sizes_of(path.select(params=costs[0] * 0.9999)).values()) == 1
+    assert sizes_of(path.select(params=costs[1] * 1.0001)) == one
+    with pytest.raises(ValueError, match="params=.* is below what the smallest sizes cost .*ask for at least that"):
+        path.select(params=costs[1] * 0.9999)
+    assert min(sizes_of(path.select(params=0.3, least=4)).values()) >= 4
+
+
+def test_keep_rounds_up():
+    path = random_path("vgg", 0)  # 6, 8, 10 and 12 units
+    for keep, sizes in ((0.5, [3, 4, 5, 6]), (0.3, [2, 3, 3, 4]), (0.01, [1, 1, 1, 1]), (0.99, [6, 8, 10, 12])):
+        assert list(sizes_of(path.select(keep=keep)).values()) == sizes
+    assert list(sizes_of(path.select(keep=0.5, round_to=4)).values()) == [4, 4, 8, 8]
+    assert list(sizes_of(path.select(keep=0.9, round_to=4)).values()) == [6, 8, 10, 12]
+    scores = path.scores()
+    for name, index in path.select(keep=0.5).items():
+        assert index.tolist() == scores[name].topk(len(index)).indices.sort().values.tolist()
+
+
+def test_keep_rounds_up_to_what_the_config_can_say():
+    path = random_path("bottleneck", 0)
+    sizes = list(sizes_of(path.select(keep=0.3)).values())
+    assert sizes == [3, 8, 2, 2, 2, 2, 12, 3, 3]
+    assert list(sizes_of(path.select(keep=0.3, widths="free")).values()) == [3, 5, 2, 2, 2, 2, 10, 3, 3]
+
+
+def test_latency_is_held_as_measured():
+    path = random_path("vgg", 2)
+    weights = {"0": 5.0, "4": 3.0, "8": 2.0, "13": 1.0}
+    calls = []
+
+    def measure(kept):
+        calls.append(kept)
+        whole = sum(weights[group.name] * group.units for group in path.groups)
+        return sum(weights[name] * len(index) for name, index in kept.items()) / whole
+
+    kept = path.select(latency=0.5, measure=measure)
+    assert measure(kept) <= 0.5
+    # a latency is costly to measure, so the list is halved, not walked
+    assert len(calls) < 12
+    larger = [share for share in torch.linspace(0.5, 0.6, 11).tolist() if measure(path.select(latency=share, measure=measure)) > 0.5]
+    assert larger, "nothing more fits in, although a unit costs less than a tenth"
+    with pytest.raises(ValueError, match="latency= needs measure="):
+        path.select(latency=0.5)
+    with pytest.raises(ValueError, match="latency=0.01 is below what the smallest sizes cost"):
+        path.select(latency=0.01, measure=measure)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({}, "exactly one of keep, params, macs, latency; got none"),
+        ({"macs": 0.5, "keep": 0.5}, "exactly one of .*'keep': 0.5, 'macs': 0.5"),
+        ({"macs": 0.0}, "macs=0.0: a budget is a share"),
+        ({"params": -0.5}, "params=-0.5: a budget is a share"),
+        ({"keep": 1.5}, "keep=1.5: a budget is a share"),
+        ({"macs": float("nan")}, "macs=nan: a budget is a share"),
+        ({"macs": True}, "macs=True: a budget is a share"),
+        ({"macs": "0.5"}, "macs='0.5': a budget is a share"),
+        ({"macs": 1e-4}, "macs=0.0001 is below what the smallest sizes cost"),
+        ({"macs": 0.5, "order": "norm"}, "order='norm': it must be one of"),
+        ({"keep": 0.5, "order": "norm"}, "order='norm': it must be one of"),
+        ({"macs": 0.5, "widths": "narrow"}, "widths='narrow': it must be 'stock' or 'free'"),
+        ({"macs": 0.5, "round_to": 0}, "round_to=0 and least=2 must be at least 1"),
+        ({"macs": 0.5, "least": 0}, "round_to=1 and least=0 must be at least 1"),
+    ],
+)
+def test_bad_budgets_are_refused_with_the_argument_to_change(given, message):
+    with pytest.raises(ValueError, match=message):
+        random_path("lenet", 0).select(**given)
+
+
+# ---- what one number of a config sets
+
+
+STAGE = "resnet.encoder.stages"
+
+
+def test_the_ties_of_a_basic_resnet_are_its_stage_widths():
+    _, groups, ties = NETS["resnet"]
+    assert [(tie.steps, dict(tie.shares), dict(tie.fields)) for tie in ties] == [
+        # the stem writes to the stream of the first stage, so both numbers move together
+        (8, {"resnet.embedder.embedder.convolution": 1, f"{STAGE}.0.layers.0.layer.0.convolution": 1,
+             f"{STAGE}.0.layers.1.layer.0.convolution": 1}, {"embedding_size": 1, "hidden_sizes.0": 1}),
+        (16, {f"{STAGE}.1.layers.0.shortcut.convolution": 1, f"{STAGE}.1.layers.0.layer.0.convolution": 1},
+         {"hidden_sizes.1": 1}),
+    ]  # fmt: skip
+
+
+def test_the_ties_of_a_bottleneck_resnet_are_its_stage_widths_in_steps_of_four():
+    _, groups, ties = NETS["bottleneck"]
+    inner = [f"{STAGE}.0.layers.{i}.layer.{j}.convolution" for i in (0, 1) for j in (0, 1)]
+    assert [(tie.steps, dict(tie.shares), dict(tie.fields)) for tie in ties] == [
+        (8, {"resnet.embedder.embedder.convolution": 1}, {"embedding_size": 1}),
+        (4, {f"{STAGE}.0.layers.0.shortcut.convolution": 4} | dict.fromkeys(inner, 1), {"hidden_sizes.0": 4}),
+        (8, {f"{STAGE}.1.layers.0.shortcut.convolution": 4, f"{STAGE}.1.layers.0.layer.0.convolution": 1,
+             f"{STAGE}.1.layers.0.layer.1.convolution": 1}, {"hidden_sizes.1": 4}),
+    ]  # fmt: skip
+
+
+def test_finding_ties_leaves_model_and_config_alone():
+    model, x = build("resnet")
+    groups, before, config = find_groups(model, x), copy.deepcopy(model.state_dict()), model.config.to_dict()
+    state = torch.get_rng_state()
+    config_ties(model, groups)
+    assert torch.equal(torch.get_rng_state(), state) and model.config.to_dict() == config
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_without_a_config_or_unlike_its_config_has_no_ties():
+    model, groups, _ = NETS["vgg"]
+    assert config_ties(model, groups) == []
+    other = resnet()
+    other.config.hidden_sizes = [8, 32]
+    assert config_ties(other, NETS["resnet"][1]) == []
+
+
+@quick
+@given(seeds, st.sampled_from(["resnet", "bottleneck"]), st.sampled_from(["macs", "params", "keep"]), st.floats(0.35, 1),
+       st.integers(1, 2))  # fmt: skip
+def test_stock_sizes_are_what_one_config_builds(seed, name, budget, share, round_to):
+    path = random_path(name, seed)
+    sizes = sizes_of(path.select(**{budget: share}, round_to=round_to))
+    groups = list(sizes)
+    if name == "resnet":
+        stem, first, second, *last = (sizes[group] for group in groups)
+        assert stem == first == second and last[0] == last[1]
+    else:
+        assert [4 * sizes[group] for group in groups[2:6]] == [sizes[groups[1]]] * 4
+        assert [4 * sizes[group] for group in groups[7:]] == [sizes[groups[6]]] * 2
+    assert all(size % round_to == 0 or size == group.units for size, group in zip(sizes.values(), path.groups, strict=True))
+
+
+def test_a_stock_config_says_tied_sizes_and_no_others():
+    model, groups, ties = NETS["resnet"]
+    sizes = {group.name: group.units for group in groups}
+    # the model is still whole, so its own sizes are all that its config may say of it
+    assert stock_config(model, ties, sizes).hidden_sizes == [8, 16]
+    names = list(sizes)
+    assert stock_config(model, ties, sizes | {names[1]: 4}) is None
+    assert stock_config(model, ties, sizes | dict.fromkeys(names[:3], 4)) is None
+
+
+def test_groups_that_are_not_lifted_keep_their_size_and_so_does_what_they_are_tied_to():
+    model, groups, ties = NETS["bottleneck"]
+    path = random_path("bottleneck", 0)
+    del path.units[groups[2].name]
+    kept = path.select(keep=0.5)
+    assert set(kept) == {group.name for group in (groups[0], *groups[6:])}
+    assert share_of(path, path.select(macs=0.9), "macs") <= 0.9
+
+
+# ---- the file
+
+
+def equal(a, b):
+    assert [group.to_dict() for group in a.groups] == [group.to_dict() for group in b.groups]
+    assert a.groups[0].network == b.groups[0].network
+    assert (a.step, list(a.ties), a.curve) == (b.step, list(b.ties), b.curve)
+    assert a.units.keys() == b.units.keys() and list(a.units) == list(b.units)
+    for name, unit in a.units.items():
+        assert unit.keys() == b.units[name].keys()
+        for key, value in unit.items():
+            assert value.dtype == b.units[name][key].dtype and torch.equal(value, b.units[name][key])
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_saved_path_comes_back_equal_without_the_model(tmp_path, name):
+    path = random_path(name, 5)
+    path.curve.append({"macs": 0.5, "accuracy": 0.1 + 0.2})
+    target = path.save(tmp_path / "new" / "folder")
+    assert target == tmp_path / "new" / "folder" / FILE_NAME and os.listdir(target.parent) == [FILE_NAME]
+    assert target.stat().st_size < 40_000
+    back = SparsePath.load(target.parent)
+    equal(path, back)
+    assert not any(group.tensors for group in back.groups)
+    assert [(g.params, g.macs) for g in back.groups] == [(g.params, g.macs) for g in path.groups]
+    for widths in ("stock", "free"):
+        one, other = (p.select(macs=0.4, widths=widths) for p in (path, back))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_file_is_read_without_unpickling(tmp_path):
+    raw = random_path("resnet", 0).save(tmp_path).read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    meta = json.loads(header["__metadata__"]["sparse_path"])
+    assert {"groups", "shapes", "uses", "ties", "step", "curve"} == set(meta)
+    assert f"{STAGE}.0.layers.0.layer.0.convolution|entered" in header
+
+
+def test_names_with_separators_survive(tmp_path):
+    net = nn.Sequential()
+    net.add_module("a|b", nn.Linear(3, 4))
+    net.add_module("act", nn.ReLU())
+    net.add_module("c d", nn.Linear(4, 2))
+    groups = find_groups(net, torch.zeros(1, 3))
+    path = SparsePath.from_optimizer(SplitLBI(param_groups(net, groups), lr=0.1), groups)
+    path.save(tmp_path)
+    equal(path, SparsePath.load(tmp_path))
+    assert list(path.units) == ["a|b"]
+
+
+@pytest.mark.parametrize("broken", ["replace", "write"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, broken):
+    old, new = random_path("resnet", 0), random_path("resnet", 1)
+    old.save(tmp_path)
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail) if broken == "replace" else patch.setattr("pathlib.Path.write_bytes", fail)
+        with pytest.raises(OSError, match="disk full"):
+            new.save(tmp_path)
+    assert os.listdir(tmp_path) == [FILE_NAME]
+    equal(old, SparsePath.load(tmp_path))
+    new.save(tmp_path)
+    equal(new, SparsePath.load(tmp_path))
+
+
+def test_a_folder_without_a_path_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no {FILE_NAME} in"):
+        SparsePath.load(tmp_path)
+
+
+def test_a_tie_among_any_groups_moves_them_together():
+    _, groups, _ = NETS["lenet"]
+    path = random_path("lenet", 0)
+    path.ties = [Tie(2, {"0": 3, "3": 8})]
+    for share in (0.9, 0.7, 0.5):
+        sizes = sizes_of(path.select(macs=share, least=1))
+        assert (sizes["0"], sizes["3"]) in ((6, 16), (3, 8))
+    assert lenet()[0].out_channels == groups[0].units == 6

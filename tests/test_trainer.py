@@ -1,0 +1,408 @@
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_run
+import torch
+from datasets import Dataset
+from torch.utils.data import TensorDataset
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+
+from hf_effdl import SparsePath, SplitLBI, SplitLBIArguments, SplitLBICallback, SplitLBITrainer, find_groups
+from hf_effdl.structure.callbacks import evaluate_model, projected, scheduled_rates, training_inputs
+from hf_effdl.structure.groups import mask
+from hf_effdl.structure.slim import recalibrate_batch_norm
+from hf_effdl.structure.trainer import last_complete_checkpoint
+
+
+SCRIPT = Path(__file__).parent / "tiny_run.py"
+
+
+def assert_same(a, b, where="outcome"):
+    """Equal bit for bit, with a name for what differs."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b or (a != a and b != b), f"{where}: {a} != {b}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    run = tiny_run.trainer(str(tmp_path_factory.mktemp("run")))
+    run.train()
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(trained):
+    return tiny_run.outcome(trained)
+
+
+# ---- one run, two routes
+
+
+def test_a_plain_trainer_with_the_optimizer_and_the_callback_gives_the_same_run(finished, tmp_path):
+    plain = tiny_run.plain_trainer(str(tmp_path))
+    plain.train()
+    assert_same(tiny_run.outcome(plain), finished)
+
+
+def test_the_callback_finds_the_groups_by_itself(finished, tmp_path):
+    plain = tiny_run.plain_trainer(str(tmp_path))
+    next(c for c in plain.callback_handler.callbacks if isinstance(c, SplitLBICallback)).groups = None
+    plain.train()
+    assert_same(tiny_run.outcome(plain), finished)
+
+
+def test_nu_and_path_scale_follow_from_the_scheduled_learning_rates(trained):
+    total = sum(0.1 * (1 - k / 48) for k in range(48))
+    for group in trained.optimizer.param_groups:
+        # a run this short gets the weakest nu that still lets the net train
+        assert group["nu"] == pytest.approx(max(total / 3.7, 5))
+        assert group["path_scale"] == pytest.approx(2.5 * group["nu"] / total)
+    assert sum(scheduled_rates(trained.args, 48)) == pytest.approx(total)
+
+
+def test_a_longer_run_weakens_the_ridge_in_proportion(tmp_path):
+    args = SplitLBIArguments(str(tmp_path), lr_scheduler_type="constant", use_cpu=True)
+    assert args.split_lbi_kwargs(3700)["nu"] == pytest.approx(100)
+    assert args.split_lbi_kwargs(37000)["nu"] == pytest.approx(1000)
+    assert args.split_lbi_kwargs(3700)["path_scale"] == pytest.approx(2.5 / 3.7)
+
+
+def test_the_paper_preset_is_the_released_recipe(tmp_path):
+    args = SplitLBIArguments(str(tmp_path), preset="paper", use_cpu=True)
+    kwargs = args.split_lbi_kwargs(1000)
+    assert (kwargs["nu"], kwargs["lam"], kwargs["lam_scale"], kwargs["path_scale"]) == (20.0, 1.0, "none", 1.0)
+    run = tiny_run.trainer(str(tmp_path), preset="paper", num_train_epochs=1)
+    run.train()
+    kinds = {group["name"]: group["penalty"] for group in run.optimizer.param_groups}
+    assert kinds["classifier.1.weight"] == "l1"
+    lifted = [group for group in run.optimizer.param_groups if group["penalty"] == "group"]
+    assert all(p.ndim == 4 for group in lifted for p in group["params"]) and len(lifted) == len(run.groups)
+    assert all(group["scale"] == [1.0] * len(group["params"]) for group in lifted)
+    assert run.slim(macs=0.5).config.effdl_report["macs"]["ratio"] <= 0.5
+
+
+# ---- what is reported
+
+
+def test_the_groups_and_the_entry_epoch_are_printed_before_training(tmp_path, capsys):
+    run = tiny_run.trainer(str(tmp_path), max_steps=1)
+    run.train()
+    out = capsys.readouterr().out
+    assert all(group.name in out for group in run.groups)
+    assert "a median unit, of unchanged norm, enters at epoch" in out
+    assert "support after 1 steps" in out
+
+
+def test_the_printed_entry_epoch_is_when_a_unit_of_unchanged_norm_enters(tmp_path, capsys):
+    run = tiny_run.trainer(str(tmp_path), num_train_epochs=4)
+    run.train()
+    printed = float(capsys.readouterr().out.split("enters at epoch ")[1].split()[0])
+    group = run.optimizer.param_groups[0]
+    seen, step = 0.0, 0
+    for step, rate in enumerate(scheduled_rates(run.args, 32), 1):  # V grows by path_scale lr / nu of the norm
+        seen += group["path_scale"] * rate / group["nu"]
+        if seen >= group["lam"] * (1 - 1e-9):
+            break
+    assert printed == pytest.approx(step / 8, abs=0.006)
+
+
+def test_support_and_coupling_in_the_log_are_those_of_the_optimizer(trained):
+    last = [entry for entry in trained.state.log_history if "support" in entry][-1]
+    optimizer = trained.optimizer.optimizer
+    inside, units, coupling = 0, 0, 0.0
+    for group in optimizer.param_groups:
+        if group["penalty"] is None:
+            continue
+        gamma = optimizer.gamma(group["params"][0])
+        nonzero = (gamma.movedim(group["axis"][0], 0).flatten(1) != 0).any(1) if gamma.ndim > 1 else gamma != 0
+        assert last[f"support/{group['name']}"] == pytest.approx(nonzero.float().mean().item())
+        inside, units = inside + int(nonzero.sum()), units + group["units"]
+        coupling += sum(((p - optimizer.gamma(p)) ** 2).sum().item() for p in group["params"]) / (2 * group["nu"])
+    assert last["support"] == pytest.approx(inside / units)
+    assert last["coupling"] == pytest.approx(coupling, rel=1e-4)
+
+
+def test_every_evaluation_also_evaluates_the_projected_model(trained):
+    evaluations = [entry for entry in trained.state.log_history if "eval_loss" in entry]
+    assert len(evaluations) == 12
+    assert all("eval_sparse_loss" in entry and "eval_sparse_accuracy" in entry for entry in evaluations)
+    # by hand: silence what is outside the support, re-estimate batch norm, evaluate
+    from copy import deepcopy
+
+    net = mask(deepcopy(trained.model), trained.groups, {n: s.nonzero().flatten() for n, s in trained.path.support.items()})
+    recalibrate_batch_norm(net, training_inputs(trained.get_train_dataloader(), 8, net))
+    expected = evaluate_model(net, trained.get_eval_dataloader())
+    assert evaluations[-1]["eval_sparse_loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert evaluations[-1]["eval_sparse_accuracy"] == pytest.approx(expected["accuracy"])
+    assert trained.evaluate_masked()["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_custom_metrics_are_computed_for_the_projected_model_too(tmp_path):
+    args = SplitLBIArguments(str(tmp_path), **{**tiny_run.SHARED, "max_steps": 4})
+    run = SplitLBITrainer(
+        tiny_run.model(), args, train_dataset=tiny_run.images(32, 1), eval_dataset=tiny_run.images(8, 2),
+        compute_metrics=lambda p: {"rows": len(p.label_ids)},
+    )  # fmt: skip
+    run.train()
+    assert run.evaluate()["eval_sparse_rows"] == 8
+
+
+def test_projecting_puts_everything_back(trained):
+    before = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
+    with pytest.raises(RuntimeError), projected(trained.model, trained.optimizer.optimizer, trained.groups):
+        raise RuntimeError
+    assert_same({name: tensor.clone() for name, tensor in trained.model.state_dict().items()}, before)
+
+
+def test_evaluating_leaves_the_random_state_alone(trained):
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    expected = torch.rand(1), np.random.rand(), random.random()
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    trained.evaluate_masked()
+    assert (torch.rand(1), np.random.rand(), random.random()) == expected
+
+
+def test_the_path_stands_beside_every_checkpoint(trained):
+    checkpoints = sorted(Path(trained.args.output_dir).glob("checkpoint-*"))
+    assert len(checkpoints) == 3
+    for checkpoint in checkpoints:
+        path = SparsePath.load(checkpoint)
+        assert path.step == int(checkpoint.name.rpartition("-")[2])
+        assert (checkpoint / "sparse_path.safetensors").stat().st_size < 20_000
+    assert_same(SparsePath.load(trained.args.output_dir).support, trained.path.support)
+
+
+# ---- resume
+
+
+def run_script(out: Path, *flags: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(SCRIPT), str(out), *flags], stdout=subprocess.DEVNULL)
+
+
+def test_a_run_killed_at_a_random_moment_and_resumed_equals_an_uninterrupted_one(finished, tmp_path):
+    for attempt in range(2):
+        out = tmp_path / str(attempt)
+        process = run_script(out)
+        deadline = time.monotonic() + 120
+        while not list(out.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        delay = random.SystemRandom().uniform(0, 0.6)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        killed = process.wait() == -signal.SIGKILL
+        print(f"attempt {attempt}: killed {delay:.3f} s after the first checkpoint, {sorted(p.name for p in out.iterdir())}")
+        assert killed or (out / "final.pt").exists()
+        assert run_script(out, "--resume").wait() == 0
+        assert_same(torch.load(out / "final.pt", weights_only=True), finished, f"after {delay:.3f} s")
+
+
+def test_resuming_skips_a_checkpoint_whose_saving_was_cut_off(tmp_path):
+    for step in (4, 8, 12, 100):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (tmp_path / "checkpoint-100" / "trainer_state.json").write_text('{"global_')
+    (tmp_path / "checkpoint-12" / "trainer_state.json").unlink()
+    assert last_complete_checkpoint(str(tmp_path)).endswith("checkpoint-8")
+    with pytest.raises(ValueError, match="no complete checkpoint .* without resume_from_checkpoint"):
+        last_complete_checkpoint(str(tmp_path / "checkpoint-8"))
+
+
+def test_the_best_model_and_its_path_are_loaded_at_the_end(tmp_path):
+    run = tiny_run.trainer(
+        str(tmp_path), load_best_model_at_end=True, metric_for_best_model="eval_sparse_loss", greater_is_better=False
+    )
+    run.add_callback(EarlyStoppingCallback(early_stopping_patience=20))
+    run.train()
+    values = {e["step"]: e["eval_sparse_loss"] for e in run.state.log_history if "eval_sparse_loss" in e}
+    best = int(run.state.best_model_checkpoint.rpartition("-")[2])
+    assert values[best] == min(values.values())
+    assert run.path.step == best
+    from safetensors.torch import load_file
+
+    saved = load_file(f"{run.state.best_model_checkpoint}/model.safetensors")
+    assert_same({name: p.detach() for name, p in run.model.named_parameters()}, {n: saved[n] for n, _ in run.model.named_parameters()})
+
+
+def test_a_checkpoint_of_other_groups_is_refused(trained, tmp_path):
+    checkpoint = sorted(Path(trained.args.output_dir).glob("checkpoint-*"))[0]
+    run = tiny_run.trainer(str(tmp_path), preset="paper")
+    with pytest.raises(ValueError, match="checkpoint is of other groups"):
+        run.train(resume_from_checkpoint=str(checkpoint))
+
+
+# ---- the smaller model
+
+
+@pytest.mark.parametrize("budget", ["macs", "params", "keep"])
+def test_slim_holds_the_budget_and_reports_it(trained, budget):
+    small = trained.slim(**{budget: 0.5})
+    report = small.config.effdl_report
+    assert type(small) is type(trained.model) and report["budget"] == {budget: 0.5}
+    assert report["params"]["after"] == sum(p.numel() for p in small.parameters())
+    assert report["params"]["before"] == sum(p.numel() for p in trained.model.parameters())
+    assert report["latency_ms"]["before"] > 0 and report["latency_ms"]["after"] > 0
+    if budget != "keep":
+        assert report[budget]["ratio"] <= 0.5
+    assert getattr(small.config, "quantization_config", None) is None
+    assert small.config.hidden_sizes[0] == small.config.embedding_size < 4
+    json.dumps(small.config.to_dict())
+
+
+def test_slim_equals_the_masked_model_and_leaves_the_trained_one(trained):
+    from copy import deepcopy
+
+    before = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
+    small = trained.slim(macs=0.5, widths="free").eval()
+    kept = trained.path.select(macs=0.5, widths="free")
+    silent = mask(deepcopy(trained.model), trained.groups, kept).eval()
+    x = torch.randn(4, 1, 16, 16)
+    assert torch.allclose(small(x).logits, silent(x).logits, atol=1e-5)
+    assert_same({name: tensor.clone() for name, tensor in trained.model.state_dict().items()}, before)
+
+
+def test_slim_to_a_latency_measures_it(trained):
+    report = trained.slim(latency=0.999, latency_batch=64).config.effdl_report
+    assert report["budget"] == {"latency": 0.999} and report["params"]["ratio"] < 1
+
+
+def test_batch_norm_is_re_estimated_on_request_only(trained):
+    kept, estimated = trained.slim(macs=0.6), trained.slim(macs=0.6, bn_batches=4)
+    stats = [{n: b for n, b in net.named_buffers() if n.endswith("running_mean")} for net in (kept, estimated)]
+    dense = dict(trained.model.named_buffers())
+    assert all(set(b.tolist()) <= set(dense[n].tolist()) for n, b in stats[0].items())
+    assert any(not torch.equal(stats[0][n], stats[1][n]) for n in stats[0])
+    assert_same({n: p.detach() for n, p in kept.named_parameters()}, {n: p.detach() for n, p in estimated.named_parameters()})
+
+
+def test_the_curve_is_measured_and_stays_with_the_path(trained, tmp_path):
+    curve = trained.evaluate_path(shares=(0.9, 0.5, 0.001), bn_batches=2)
+    assert [point["macs"] <= share for point, share in zip(curve, (0.9, 0.5), strict=True)] == [True, True]
+    trained.path.save(tmp_path)
+    loaded = SparsePath.load(tmp_path)
+    assert loaded.curve == curve
+    figure = loaded.plot(selected=loaded.select(macs=0.5))
+    figure.savefig(tmp_path / "path.png")
+    assert len(figure.axes) == 2 and (tmp_path / "path.png").stat().st_size > 10_000
+
+
+def test_a_slim_model_trains_in_a_trainer_and_slims_again(trained, tmp_path):
+    small = trained.slim(macs=0.6, widths="free")
+    args = SplitLBIArguments(str(tmp_path), **{**tiny_run.SHARED, "max_steps": 4})
+    again = SplitLBITrainer(small, args, train_dataset=tiny_run.images(32, 1), eval_dataset=tiny_run.images(8, 2))
+    again.train()
+    smaller = again.slim(macs=0.7)
+    assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in small.parameters())
+
+
+# ---- bad input
+
+
+def test_what_cannot_work_is_refused_by_name(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="DeepSpeed"):
+        SplitLBIArguments(str(tmp_path), deepspeed={"zero_optimization": {"stage": 2}}, use_cpu=True)
+    args = SplitLBIArguments(str(tmp_path), use_cpu=True)
+    monkeypatch.setattr(SplitLBIArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="DataParallel.*torchrun"):
+        SplitLBITrainer(tiny_run.model(), args, train_dataset=tiny_run.images(8, 1))
+
+
+@pytest.mark.parametrize("name", ["nu", "kappa", "learning_rate", "lam", "path_scale", "path_length", "ridge_length"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf")])
+def test_arguments_out_of_range_are_named(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name}="):
+        SplitLBIArguments(str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_unknown_choices_are_named(tmp_path):
+    with pytest.raises(ValueError, match="preset='papers'"):
+        SplitLBIArguments(str(tmp_path), preset="papers", use_cpu=True)
+    with pytest.raises(ValueError, match="lam_scale='first'"):
+        SplitLBIArguments(str(tmp_path), lam_scale="first", use_cpu=True)
+
+
+def test_an_empty_data_set_and_wrong_arguments_are_refused(tmp_path):
+    args = SplitLBIArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="train_dataset is empty"):
+        SplitLBITrainer(tiny_run.model(), args, train_dataset=Dataset.from_dict({"pixel_values": [], "labels": []}))
+    with pytest.raises(TypeError, match="SplitLBIArguments"):
+        SplitLBITrainer(tiny_run.model(), TrainingArguments(str(tmp_path), use_cpu=True))
+    with pytest.raises(ValueError, match="SGD"):
+        model = tiny_run.model()
+        SplitLBITrainer(model, args, optimizers=(torch.optim.SGD(model.parameters(), 0.1), None))
+
+
+def test_a_path_too_short_for_any_unit_is_refused_before_the_first_step(tmp_path):
+    run = tiny_run.trainer(str(tmp_path), nu=100.0, path_scale=1.0)
+    with pytest.raises(ValueError, match="path is too short"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_a_callback_without_its_optimizer_is_refused(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True)
+    run = Trainer(tiny_run.model(), args, train_dataset=tiny_run.images(8, 1), callbacks=[SplitLBICallback()])
+    with pytest.raises(ValueError, match="SplitLBICallback needs the SplitLBI optimizer, this Trainer has AdamW"):
+        run.train()
+    net = tiny_run.model()
+    run = Trainer(net, args, train_dataset=tiny_run.images(8, 1), callbacks=[SplitLBICallback()],
+                  optimizer_cls_and_kwargs=(SplitLBI, {"params": net.parameters(), "lr": 0.1}))  # fmt: skip
+    with pytest.raises(ValueError, match="nothing would be selected"):
+        run.train()
+
+
+def test_the_path_is_asked_for_too_early(tmp_path):
+    with pytest.raises(ValueError, match="call train"):
+        tiny_run.trainer(str(tmp_path)).path  # noqa: B018
+
+
+def test_nan_in_the_data_stops_the_run_and_keeps_the_weights(tmp_path):
+    rows = tiny_run.images(16, 1)
+    pixels = torch.stack([row["pixel_values"] for row in rows])
+    pixels[8:] = float("nan")
+    bad = Dataset.from_dict({"pixel_values": pixels.numpy(), "labels": [int(r["labels"]) for r in rows]}).with_format("torch")
+    args = SplitLBIArguments(str(tmp_path), **{**tiny_run.SHARED, "max_grad_norm": 0.0, "eval_strategy": "no"})
+    run = SplitLBITrainer(tiny_run.model(), args, train_dataset=bad)
+    with pytest.raises(ValueError, match="gradient .* NaN"):
+        run.train()
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+def test_a_group_of_another_model_is_refused(tmp_path):
+    from torch import nn
+
+    other = find_groups(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), torch.zeros(1, 1, 8, 8))
+    args = SplitLBIArguments(str(tmp_path), **{**tiny_run.SHARED, "eval_strategy": "no"})
+    run = SplitLBITrainer(tiny_run.model(), args, train_dataset=tiny_run.images(8, 1), groups=other)
+    with pytest.raises(ValueError, match="is of another model"):
+        run.train()
+
+
+def test_tensor_data_sets_work_without_the_datasets_library(tmp_path):
+    class Pairs(TensorDataset):
+        def __getitem__(self, i):
+            x, y = super().__getitem__(i)
+            return {"pixel_values": x, "labels": y}
+
+    args = SplitLBIArguments(str(tmp_path), **{**tiny_run.SHARED, "max_steps": 2, "eval_strategy": "no"})
+    run = SplitLBITrainer(tiny_run.model(), args, train_dataset=Pairs(torch.randn(16, 1, 16, 16), torch.randint(2, (16,))))
+    run.train()
+    assert run.path.step == 2
