@@ -301,6 +301,7 @@ class SplitLBITrainer(Trainer):
         if self.is_world_process_zero():
             from hf_effdl.hub.cards import write_structure_card
 
+            self.path.save(self.args.output_dir)  # with the curve, if one was measured after training
             write_structure_card(self, self.args.output_dir, None, *more, **kwargs)
 
     def save_slim(self, small: nn.Module, folder: str, **card: Any) -> Path:

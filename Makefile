@@ -1,0 +1,38 @@
+.PHONY: demo test bench style quality clean
+.DEFAULT_GOAL := test
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Everything below starts from a machine with nothing but Python 3.11 or newer. torch is installed first and pinned, so that
+# pip does not draw the CUDA packages of a newer release through another package's dependencies.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/quickstart.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/python examples/benchmarks/structure_mnist.py --net bn
+	$(BIN)/python examples/benchmarks/structure_mnist.py --net lenet
+	$(BIN)/python examples/benchmarks/structure_mnist.py --net lenet --recipe paper
+	$(BIN)/python examples/benchmarks/structure_mnist.py --table
+
+style: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,91 @@
+"""The examples run as a user would run them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from PIL import Image as Picture
+from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
+
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+SCRIPT = ROOT / "examples" / "sparsify_image_classifier.py"
+
+
+def run(*command: str, cwd: Path) -> str:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A data set and a model as they would lie on disk, and a YAML file that names them."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = np.random.default_rng(0)
+    pictures = [Picture.fromarray(rng.integers(0, 255, (40, 36, 3), dtype=np.uint8)) for _ in range(40)]
+    features = Features({"image": Image(), "label": ClassLabel(names=["left", "right"])})
+    data = Dataset.from_dict({"image": pictures, "label": [i % 2 for i in range(40)]}, features=features)
+    DatasetDict(train=data).save_to_disk(folder / "data")
+    net = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2)
+    ResNetForImageClassification(net).save_pretrained(folder / "model")
+    ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(folder / "model")
+    file = folder / "run.yaml"
+    file.write_text(
+        f"model_name_or_path: {folder / 'model'}\ndataset_name: {folder / 'data'}\nuse_cpu: true\n"
+        "per_device_train_batch_size: 4\ndisable_tqdm: true\nmacs: 0.6\neval_strategy: epoch\n"
+    )
+    return file
+
+
+def check(folder: Path) -> None:
+    report = json.loads((folder / "slim" / "config.json").read_text())["effdl_report"]
+    assert report["macs"]["ratio"] <= 0.6
+    assert (folder / "sparse_path.safetensors").is_file() and (folder / "README.md").is_file()
+    ResNetForImageClassification.from_pretrained(folder / "slim")
+
+
+def test_the_classifier_example_runs_under_accelerate_launch(config, tmp_path):
+    out = run(
+        str(BIN / "accelerate"), "launch", "--cpu", str(SCRIPT), "--config", str(config), "--max_steps", "2",
+        "--output_dir", "out", cwd=tmp_path,
+    )  # fmt: skip
+    assert "median unit" in out
+    check(tmp_path / "out")
+
+
+def test_the_classifier_example_runs_on_two_processes_and_reports_once(config, tmp_path):
+    out = run(
+        str(BIN / "torchrun"), "--nproc_per_node", "2", str(SCRIPT), "--config", str(config), "--max_steps", "2",
+        "--output_dir", "out", "--widths", "free", cwd=tmp_path,
+    )  # fmt: skip
+    assert out.count("median unit") == 1 and out.count("slim model in") == 1
+    import hf_effdl  # noqa: F401 - knows the free widths
+
+    check(tmp_path / "out")
+
+
+def test_a_yaml_file_with_an_unknown_name_is_refused(config, tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(config.read_text() + "learning_rat: 0.1\n")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--config", str(bad), "--output_dir", "out"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode != 0 and "learning_rat" in done.stderr
+
+
+def test_the_quickstart_runs_and_leaves_its_pictures_and_cards(tmp_path):
+    out = run(
+        sys.executable, str(ROOT / "examples" / "quickstart.py"), "--epochs", "1", "--tune-epochs", "1", "--out", "quick",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert "| slim, fine-tuned |" in out and "a stock config" in out
+    for file in ("slim/README.md", "slim/sparse_path.png", "slim/model.safetensors", "README.md", "sparse_path.safetensors"):
+        assert (tmp_path / "quick" / file).stat().st_size > 1000, file
