@@ -10,26 +10,30 @@ from hf_effdl.structure import quantizer as _quantizer  # noqa: F401
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "structure.callbacks": ["SplitLBICallback", "scheduled_rates"],
+    "structure.arguments": ["SplitLBIArguments", "scheduled_rates"],
+    "structure.callbacks": ["SplitLBICallback"],
     "structure.groups": ["Group", "param_groups"],
     "structure.path": ["SparsePath"],
     "structure.slim": ["recalibrate_batch_norm", "slim"],
-    "structure.split_lbi": ["SplitLBI", "derive_path", "split_lbi_update"],
+    "structure.schedule": ["derive_path"],
+    "structure.split_lbi": ["SplitLBI", "split_lbi_update"],
     "structure.tracing": ["find_groups"],
-    "structure.trainer": ["SplitLBIArguments", "SplitLBITrainer"],
+    "structure.trainer": ["SplitLBITrainer"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
-    from hf_effdl.structure.callbacks import SplitLBICallback, scheduled_rates
+    from hf_effdl.structure.arguments import SplitLBIArguments, scheduled_rates
+    from hf_effdl.structure.callbacks import SplitLBICallback
     from hf_effdl.structure.groups import Group, param_groups
     from hf_effdl.structure.path import SparsePath
+    from hf_effdl.structure.schedule import derive_path
     from hf_effdl.structure.slim import recalibrate_batch_norm, slim
-    from hf_effdl.structure.split_lbi import SplitLBI, derive_path, split_lbi_update
+    from hf_effdl.structure.split_lbi import SplitLBI, split_lbi_update
     from hf_effdl.structure.tracing import find_groups
-    from hf_effdl.structure.trainer import SplitLBIArguments, SplitLBITrainer
+    from hf_effdl.structure.trainer import SplitLBITrainer
 
 
 def __getattr__(name: str) -> Any:

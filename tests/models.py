@@ -6,7 +6,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 
 def lenet() -> nn.Module:
-    """LeNet for 28x28: the second convolution ends in 5x5 maps, so 25 columns of the linear layer belong to a filter."""
+    """LeNet for 28x28: the second convolution ends in 5x5 maps, so a filter has 25 columns of the linear layer."""
     return nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
@@ -15,7 +15,7 @@ def lenet() -> nn.Module:
 
 
 def vgg() -> nn.Module:
-    """Three times convolution, batch norm, ReLU and pooling on 16x16, then flattened 2x2 maps and two linear layers."""
+    """Three times convolution, batch norm, ReLU and pooling on 16x16, then 2x2 maps flattened for two layers."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 6), (6, 8), (8, 10)):
         conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
@@ -68,7 +68,7 @@ def logits(output: object) -> Tensor:
 
 
 def recount(model: nn.Module, inputs: Tensor) -> dict[str, int]:
-    """Parameters, and multiply-accumulates of one row by watching a forward pass: none of the package's own counting."""
+    """Parameters, and multiply-accumulates of one row seen in a forward pass: none of the package's own counting."""
     macs = 0
 
     def watch(module: nn.Module, received: tuple[Tensor, ...], output: Tensor) -> None:

@@ -17,14 +17,6 @@ from hf_effdl.structure.split_lbi import SplitLBI
 from hf_effdl.structure.tracing import find_groups
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def conv(inputs, outputs, kernel=3, **kwargs):
     return nn.Conv2d(inputs, outputs, kernel, **kwargs)
 
@@ -143,7 +135,11 @@ def test_every_axis_is_in_exactly_one_group_except_inputs_and_class_outputs(name
     axes = {(tensor, axis) for tensor, p in model.named_parameters() for axis in range(min(p.ndim, 2))}
     axes |= {(tensor, 0) for tensor, b in model.named_buffers() if b.ndim}
     head = OUTPUT.get(name, "classifier.1")
-    ends = {(INPUT.get(name, "resnet.embedder.embedder.convolution.weight"), 1), (f"{head}.weight", 0), (f"{head}.bias", 0)}
+    ends = {
+        (INPUT.get(name, "resnet.embedder.embedder.convolution.weight"), 1),
+        (f"{head}.weight", 0),
+        (f"{head}.bias", 0),
+    }
     assert ends <= axes
     assert len(seen) == len(set(seen))
     assert set(seen) == axes - ends
@@ -164,7 +160,10 @@ def test_a_layer_that_adds_to_the_stream_it_reads_has_the_units_on_both_axes():
     assert ("1.body.weight", 0, 1, "row") in tuples(group) and ("1.body.weight", 1, 1, "input") in tuples(group)
     # the penalty sees it once, as what it is with the other producers
     assert group.lifted_slices == [Slice("0.weight", 0, 1, "row"), Slice("1.body.weight", 0, 1, "row")]
-    full, less = recount(net, image()), recount(cut(copy.deepcopy(net), [group], {group.name: torch.arange(5)}), image())
+    full, less = (
+        recount(net, image()),
+        recount(cut(copy.deepcopy(net), [group], {group.name: torch.arange(5)}), image()),
+    )
     assert (group.params, group.macs) == tuple(full[key] - less[key] for key in ("params", "macs"))
 
 
@@ -502,7 +501,11 @@ def tail(units):
         (nn.Sequential(conv(3, 6), nn.Sigmoid(), Pools(), nn.Linear(6, 2)), None, "0: a model without some"),
         (nn.Sequential(conv(3, 6), nn.Softmax(1), Pools(), nn.Linear(6, 2)), None, "0: a model without some"),
         # a head that starts at zero hides what silent units send, yet it will not stay zero
-        (zero_head(nn.Sequential(conv(3, 6), nn.Sigmoid(), Pools(), nn.Linear(6, 2))), None, "0: a model without some"),
+        (
+            zero_head(nn.Sequential(conv(3, 6), nn.Sigmoid(), Pools(), nn.Linear(6, 2))),
+            None,
+            "0: a model without some",
+        ),
     ],
 )
 def test_units_that_cannot_be_taken_out_are_left_out_with_the_reason(caplog, net, found, reason):
@@ -546,7 +549,11 @@ def test_with_batch_norm_its_weight_and_the_next_input_are_lifted_else_the_row_o
         "5": ("6.weight", "9.weight"),
         "9": ("11.weight",),
     }
-    assert [group.lifted for group in find_groups(lenet(), image(1, 28))] == [("0.weight",), ("3.weight",), ("7.weight",)]
+    assert [group.lifted for group in find_groups(lenet(), image(1, 28))] == [
+        ("0.weight",),
+        ("3.weight",),
+        ("7.weight",),
+    ]
 
 
 @pytest.mark.parametrize("unit", ["default", "row", "paper"])
@@ -579,7 +586,10 @@ def test_a_param_group_holds_plain_values_and_scales_every_tensor_to_a_mean_norm
     params, scale = entry.pop("params"), entry.pop("scale")
     assert entry == {"penalty": "group", "name": "8", "units": 10, "axis": [0, 1], "block": [1, 4]}
     assert params[0] is model[9].weight and params[1] is model[13].weight
-    norms = [model[9].weight.detach().abs(), model[13].weight.detach().view(12, 10, 4).permute(1, 0, 2).flatten(1).norm(dim=1)]
+    norms = [
+        model[9].weight.detach().abs(),
+        model[13].weight.detach().view(12, 10, 4).permute(1, 0, 2).flatten(1).norm(dim=1),
+    ]
     assert all(type(value) is float for value in scale)
     for value, norm in zip(scale, norms, strict=True):
         assert value == pytest.approx(1 / norm.mean().item(), rel=1e-6)

@@ -10,7 +10,7 @@ import hf_effdl
 
 
 PACKAGE = Path(hf_effdl.__file__).parent
-PURE = ["structure/groups.py", "structure/split_lbi.py", "structure/path.py"]
+PURE = [f"structure/{name}.py" for name in ("groups", "path", "schedule", "split_lbi")]
 LIGHT = {"torch", "numpy", "math", "json", "os", "collections", "dataclasses", "pathlib", "typing", "safetensors", "copy"}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import NETS, build, lenet, logits, randomise_norms, recount, resnet, vgg
+from models import NETS, build, lenet, logits, randomise_norms, recount, vgg
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ResNetForImageClassification, ViTConfig, ViTForImageClassification
@@ -20,14 +20,6 @@ from hf_effdl.structure.groups import mask
 from hf_effdl.structure.quantizer import SlimConfig
 from hf_effdl.structure.slim import effdl_report, measure_latency, random_state_kept, recalibrate_batch_norm, slim
 from hf_effdl.structure.tracing import find_groups
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def trained(name, seed=0, rows=4):
@@ -239,7 +231,10 @@ def test_kept_units_may_be_any_list_of_indices_or_a_mask(index):
         ({"stem": [0]}, "keep names group 'stem', which is not among \\['0', '4', '8', '13'\\]"),
         ({"0": []}, "keep\\['0'\\] must hold distinct unit indices, at least one"),
         ({"0": torch.zeros(6, dtype=torch.bool)}, "keep\\['0'\\] must hold distinct unit indices, at least one"),
-        ({"0": [1, 1]}, "keep\\['0'\\] must hold distinct unit indices, at least one.* a mask of 6 units; got \\[1, 1\\]"),
+        (
+            {"0": [1, 1]},
+            "keep\\['0'\\] must hold distinct unit indices, at least one.* a mask of 6 units; got \\[1, 1\\]",
+        ),
         ({"0": [0.5]}, "keep\\['0'\\] must hold distinct unit indices"),
         ({"0": [[0, 1]]}, "keep\\['0'\\] must hold distinct unit indices"),
         ({"0": [True, False]}, "keep\\['0'\\] must hold distinct unit indices, at least one, or a mask of 6 units"),
@@ -316,7 +311,9 @@ def gap(model, key):
         return (model(x["x"]).logits - x[key]).abs().max().item()
 """
 
-WITHOUT = FRESH + """
+WITHOUT = (
+    FRESH
+    + """
 sys.modules["hf_effdl"] = None  # importing it raises
 from transformers import AutoModelForImageClassification
 for key in ("stock", "stock_bottleneck"):
@@ -325,8 +322,11 @@ for key in ("stock", "stock_bottleneck"):
 print("REPORT" + json.dumps(report), flush=True)
 AutoModelForImageClassification.from_pretrained(folder + "/free")
 """
+)
 
-WITH = FRESH + """
+WITH = (
+    FRESH
+    + """
 from transformers import AutoModelForImageClassification
 import hf_effdl
 for key in ("free", "free_bottleneck"):
@@ -361,6 +361,7 @@ head = AutoModelForImageClassification.from_pretrained(folder + "/free", num_lab
 report["head"] = list(head(x["x"]).logits.shape) + [head.classifier[1].weight.abs().max().item()]
 print("REPORT" + json.dumps(report), flush=True)
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -505,7 +506,9 @@ def test_recalibration_touches_nothing_but_the_statistics():
     assert torch.equal(torch.get_rng_state(), state), "dropout must sleep meanwhile"
     assert [m.training for m in model.modules()] == modes
     assert [model[i].momentum for i in (2, 6, 10)] == [0.3, 0.1, 0.1]
-    changed = {key.rpartition(".")[2] for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
+    changed = {
+        key.rpartition(".")[2] for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])
+    }
     assert changed == {"running_mean", "running_var", "num_batches_tracked"}
     assert not any(p.grad is not None for p in model.parameters())
 
@@ -537,7 +540,12 @@ def test_recalibration_takes_keyword_batches():
 
 def test_random_states_are_kept():
     def states():
-        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]
+        return (
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            np.random.get_state()[2],
+        )
 
     before = states()
     with pytest.raises(KeyError), random_state_kept():
@@ -606,7 +614,10 @@ def test_the_report_counts_both_models_on_the_same_inputs():
     model, groups, _ = trained("resnet")
     small, x = slim(model, groups, 0.5), torch.zeros(2, 3, 64, 64)
     report = effdl_report(model, small, x, groups, {})
-    assert (report["macs"]["before"], report["macs"]["after"]) == (recount(model, x)["macs"], recount(small, x)["macs"])
+    assert (report["macs"]["before"], report["macs"]["after"]) == (
+        recount(model, x)["macs"],
+        recount(small, x)["macs"],
+    )
 
 
 def test_a_report_in_the_config_is_saved_with_the_model(tmp_path):

@@ -15,7 +15,8 @@ from torch.utils.data import TensorDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from hf_effdl import SparsePath, SplitLBI, SplitLBIArguments, SplitLBICallback, SplitLBITrainer, find_groups
-from hf_effdl.structure.callbacks import evaluate_model, projected, scheduled_rates, training_inputs
+from hf_effdl.structure.arguments import scheduled_rates
+from hf_effdl.structure.evaluation import evaluate_model, projected, training_inputs
 from hf_effdl.structure.groups import mask
 from hf_effdl.structure.slim import recalibrate_batch_norm
 from hf_effdl.structure.trainer import last_complete_checkpoint

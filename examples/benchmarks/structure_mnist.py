@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_effdl import SparsePath, SplitLBI, derive_path, find_groups, param_groups, recalibrate_batch_norm, slim
-from hf_effdl.structure.groups import mask
 from hf_effdl.structure.slim import measure_latency
 from hf_effdl.structure.split_lbi import per_entry, unit_norm
 
@@ -287,7 +286,7 @@ def one_row(net: str, arm: str, seed: int, data, test, settings: dict, cache: Pa
         elif trained["steps_left"]:
             lrs = rates("bn", tune, settings["lr"])
         lrs = lrs or [peak * (1 - k / tune) for k in range(tune)]
-        teacher = deepcopy(model).eval() if arm == "path, distilled" else None
+        teacher = deepcopy(model).eval() if arm.endswith("distilled") else None
         train(small, sgd(small, settings["weight_decay"]), lrs, data, 2000 + seed, teacher=teacher)
         counts = groups[0].network.count(groups, {name: len(index) for name, index in kept.items()})
         whole = groups[0].network.count()
@@ -380,7 +379,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     arms = options.arms or [arm for arm in ARMS if not (arm == "BN weight" and options.net == "lenet")]
     if options.recipe == "paper":
-        arms = ["paper, 60 epochs", "sgd, 60 epochs"]
+        arms = options.arms or ["paper, 60 epochs", "sgd, 60 epochs"]
     for seed in range(1, options.seeds + 1):
         for arm in arms:
             if (options.net, arm, seed) in done:

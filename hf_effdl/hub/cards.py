@@ -48,94 +48,92 @@ def write_structure_card(
     trainer: Any,
     folder: str | os.PathLike[str],
     small: Any = None,
-    language: str | None = None,
-    license: str | None = None,
-    tags: str | list[str] | None = None,
+    *,
+    repo_id: str | None = None,
     model_name: str | None = None,
     finetuned_from: str | None = None,
     tasks: str | list[str] | None = None,
-    dataset_tags: str | list[str] | None = None,
     dataset: str | list[str] | None = None,
     dataset_args: str | list[str] | None = None,
-    repo_id: str | None = None,
+    tags: str | list[str] | None = None,
+    language: str | None = None,
+    license: str | None = None,
 ) -> Path:
     """The card of a `SplitLBITrainer` run: of the dense model with its path, or of a slim model taken from it.
 
     Args:
         trainer: the trainer, after training.
-        folder: gets `README.md` and `sparse_path.png`.
+        folder: gets `README.md` and, where matplotlib is installed, `sparse_path.png`.
         small: the slim model the card is for; None for the dense model.
-        repo_id: repository named in the loading snippet.
+        repo_id: repository named in the loading snippet; default: `args.hub_model_id`, else the folder's name.
 
     The other arguments are those of `Trainer.create_model_card`.
     """
     model = trainer.accelerator.unwrap_model(trainer.model) if small is None else small
-    kind = type(model).__name__
-    names = dataset or dataset_tags
-    repo_id = repo_id or trainer.args.hub_model_id or str(Path(folder).name)
-    task = tasks or _task(model)
-    report = getattr(getattr(model, "config", model), "effdl_report", None) if small is not None else None
-    custom = getattr(getattr(model, "config", None), "quantization_config", None) is not None
+    config = getattr(model, "config", None)
+    repo_id = repo_id or trainer.args.hub_model_id or Path(folder).name
+    tasks = tasks or ("image-classification" if type(model).__name__.endswith("ForImageClassification") else None)
+    task = tasks[0] if isinstance(tasks, list) else tasks
+    report = None if small is None else getattr(config or model, "effdl_report", None)
     old = Path(folder) / "README.md"
     known = (ModelCard.load(old).data.tags or []) if old.is_file() else []
-    tags = [tags] if isinstance(tags, str) else list(tags or [])
     data = ModelCardData(
-        language=language, license=license, library_name="transformers", model_name=model_name or repo_id,
-        base_model=finetuned_from, datasets=names, pipeline_tag=task if isinstance(task, str) else None,
-        tags=list(dict.fromkeys([*tags, *trainer._tag_names, *known])),
+        language=language, license=license, library_name="transformers", base_model=finetuned_from, pipeline_tag=task,
+        tags=list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags or []), *trainer._tag_names, *known])),
     )  # fmt: skip
     path = trainer.path
-    picture = None
-    try:
-        figure = path.plot(selected=_kept_in(report, path) if report else None)
-        figure.savefig(Path(folder) / "sparse_path.png", dpi=110)
-        picture = "sparse_path.png"
-    except ImportError:  # matplotlib is an extra; the card says what is missing
-        pass
-    columns = {"name": "model", **_metric_columns(trainer), "params": "parameters", "macs": "MACs", "latency_ms": "latency, ms"}
+    rows = _result_rows(trainer, report)
+    metrics = dict.fromkeys(name for row in rows for name in row if name not in ("name", *_SIZES))
+    columns = {"name": "model", **{name: name for name in metrics}, **_SIZES}
+    dataset = [dataset] if isinstance(dataset, str) else list(dataset or [])
     return write_card(
         folder, "structure_card.md", data,
-        title=model_name or repo_id, kind=kind, slim=small is not None, report=report, custom=custom, repo_id=repo_id,
-        version=hf_effdl.__version__, picture=picture, task=task, datasets=[names] if isinstance(names, str) else names,
-        auto_class=_auto_class(task, kind), table=markdown_table(_result_rows(trainer, small, report), columns),
-        support=_support_lines(path), recipe=_recipe(trainer), stock=not custom, citation=CITATION,
+        title=model_name or repo_id, kind=type(model).__name__, slim=small is not None, report=report, repo_id=repo_id,
+        custom=getattr(config, "quantization_config", None) is not None, version=hf_effdl.__version__, task=task,
+        auto_class=_AUTO_CLASSES.get(task, type(model).__name__), dataset=dataset, dataset_args=dataset_args,
         rows=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
+        table=markdown_table(rows, columns), plain_sgd=any("SGD" in row["name"] for row in rows),
+        picture=_save_picture(path, report, folder), recipe=_recipe(trainer), citation=CITATION,
+        support=[f"`{name}`: {int(inside.sum())} of {len(inside)}" for name, inside in path.support.items()],
     )  # fmt: skip
 
 
-def _task(model: Any) -> str | None:
-    return "image-classification" if type(model).__name__.endswith("ForImageClassification") else None
+_SIZES = {"params": "parameters", "macs": "MACs", "latency_ms": "latency, ms"}
+_AUTO_CLASSES = {"image-classification": "AutoModelForImageClassification"}
+_CLOCKS = ("runtime", "per_second", "preparation_time")
 
 
-def _auto_class(task: Any, kind: str) -> str:
-    return "AutoModelForImageClassification" if task == "image-classification" else kind
-
-
-def _metric_columns(trainer: Any) -> dict[str, str]:
-    names = dict.fromkeys(name for row in trainer.results.values() for name in row if name not in _SIZES)
-    return {name: name for name in names}
-
-
-_SIZES = ("params", "macs", "latency_ms")
-
-
-def _result_rows(trainer: Any, small: Any, report: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    rows = []
-    for name, values in trainer.results.items():
-        rows.append({"name": name, **values})
+def _result_rows(trainer: Any, report: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The rows the user gave, else the last evaluations in the log; and the slim model's sizes."""
+    rows = [{"name": name, **values} for name, values in trainer.results.items()]
+    if not rows:
+        counts = trainer.groups[0].network.count()
+        logged = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+        values = {name: value for name, value in logged.items() if not any(clock in name for clock in _CLOCKS)}
+        for name, prefix, other in (("dense, split LBI", "eval_", "eval_sparse_"), ("masked on the support", "eval_sparse_", "-")):
+            metrics = {
+                key.removeprefix(prefix): value for key, value in values.items()
+                if key.startswith(prefix) and not key.startswith(other)
+            }  # fmt: skip
+            rows.append({"name": name, **metrics, **counts})
     if report is not None and not any(row.get("params") == report["params"]["after"] for row in rows):
         rows.append({"name": "slim", **{key: report[key]["after"] for key in _SIZES}})
     return rows
 
 
-def _kept_in(report: Mapping[str, Any], path: Any) -> dict[str, Any]:
-    """The units of a slim model as far as its report tells them: the best of each group, as many as were kept."""
-    scores = path.scores()
-    return {name: score.topk(report["units"][name]["after"]).indices for name, score in scores.items()}
-
-
-def _support_lines(path: Any) -> list[str]:
-    return [f"`{name}`: {int(inside.sum())} of {len(inside)}" for name, inside in path.support.items()]
+def _save_picture(path: Any, report: Mapping[str, Any] | None, folder: str | os.PathLike[str]) -> str | None:
+    selected = None
+    if report is not None:
+        # the report holds how many units of each group stayed; they are the best ones
+        selected = {
+            name: score.topk(report["units"][name]["after"]).indices for name, score in path.scores().items()
+        }  # fmt: skip
+    try:
+        figure = path.plot(selected=selected)
+    except ImportError:  # matplotlib is an extra; the card says that the picture is missing
+        return None
+    figure.savefig(Path(folder) / "sparse_path.png", dpi=110)
+    return "sparse_path.png"
 
 
 def _recipe(trainer: Any) -> dict[str, Any]:

@@ -1,28 +1,23 @@
 """Watching the path from inside any transformers Trainer whose optimizer is `SplitLBI`."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import accumulate, islice
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 
-from hf_effdl.structure.groups import Group, Groups, mask
+from hf_effdl.structure.arguments import scheduled_rates
+from hf_effdl.structure.evaluation import evaluate_model, example_row, projected, training_inputs
+from hf_effdl.structure.groups import Group, Groups
 from hf_effdl.structure.path import SparsePath, unwrap
+from hf_effdl.structure.schedule import entry_of_noise, entry_share
 from hf_effdl.structure.slim import random_state_kept, recalibrate_batch_norm
-from hf_effdl.structure.split_lbi import SplitLBI, entry_of_noise, entry_share
+from hf_effdl.structure.split_lbi import SplitLBI
 from hf_effdl.structure.stock import config_ties
 from hf_effdl.structure.tracing import find_groups
-
-
-NOT_MODEL_INPUTS = ("labels", "label", "weight")
 
 
 class SplitLBICallback(TrainerCallback):
@@ -131,20 +126,6 @@ class SplitLBICallback(TrainerCallback):
             return evaluate_model(model, eval_dataloader, self.compute_metrics)
 
 
-def scheduled_rates(args: TrainingArguments, steps: int) -> list[float]:
-    """The learning rate of each of `steps` optimizer steps, as the arguments schedule it."""
-    dummy = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=args.learning_rate)
-    scheduler = get_scheduler(
-        args.lr_scheduler_type, dummy, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs
-    )
-    rates = []
-    for _ in range(steps):
-        rates.append(dummy.param_groups[0]["lr"])
-        dummy.step()
-        scheduler.step()
-    return rates
-
-
 def _describe_path(rates: Sequence[float], epochs: float, group: Mapping[str, Any]) -> str:
     """One line on the path ahead; raises if it is too short for anything to enter."""
     hyper = {name: group[name] for name in ("lam", "nu", "path_scale")}
@@ -190,88 +171,3 @@ def _support_logs(optimizer: SplitLBI) -> dict[str, float]:
             logs[f"support/{group['name']}"] = support / group["units"]
             inside, units = inside + support, units + group["units"]
     return {"support": inside / max(units, 1), "coupling": coupling, **logs}
-
-
-@contextmanager
-def projected(model: nn.Module, optimizer: SplitLBI, groups: Iterable[Group]) -> Iterator[nn.Module]:
-    """The model projected on the support, in place and for the length of a `with` block.
-
-    Units outside the support are silent; weights lifted one at a time are zero where Gamma is. Parameters and buffers
-    are put back afterwards.
-    """
-    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    try:
-        with torch.no_grad():
-            support = {}
-            for group in optimizer.param_groups:
-                if group["penalty"] == "l1":
-                    for p in group["params"]:
-                        p.mul_(optimizer.gamma(p) != 0)
-                elif group["penalty"] == "group":
-                    state = optimizer.state[group["params"][0]]
-                    inside = state["norm"] > state["threshold"] if "norm" in state else torch.zeros(group["units"])
-                    support[group["name"]] = inside.nonzero().flatten()
-            mask(model, groups, support)
-        yield model
-    finally:
-        with torch.no_grad():
-            for name, tensor in model.state_dict().items():
-                tensor.copy_(saved[name])
-
-
-@torch.no_grad()
-def evaluate_model(
-    model: nn.Module, dataloader: Iterable[Mapping[str, Any]],
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """Loss and metrics of a model over an evaluation dataloader, over all processes if the dataloader is prepared.
-
-    Returns:
-        `{"loss": ..., **compute_metrics(...)}`; without `compute_metrics` and with class logits also `"accuracy"`.
-    """
-    modes = [module.training for module in model.modules()]
-    model.eval()
-    device, accelerator = next(model.parameters()).device, Accelerator()
-    losses, logits, labels = [], [], []
-    try:
-        for batch in dataloader:
-            batch = send_to_device(dict(batch), device)
-            batch.pop("weight", None)  # evaluation counts every row alike
-            output = model(**batch)
-            rows = len(batch["labels"])
-            gathered = accelerator.gather_for_metrics((output["loss"].float().repeat(rows), output["logits"], batch["labels"]))
-            for store, value in zip((losses, logits, labels), gathered, strict=True):
-                store.append(value.cpu())
-    finally:
-        for module, mode in zip(model.modules(), modes, strict=True):
-            module.training = mode
-    metrics = {"loss": torch.cat(losses).mean().item()}
-    logits, labels = torch.cat(logits), torch.cat(labels)
-    if compute_metrics is not None:
-        found = compute_metrics(EvalPrediction(predictions=logits.float().numpy(), label_ids=labels.numpy()))
-        metrics |= {name: float(value) for name, value in found.items()}
-    elif logits.ndim == 2 and labels.ndim == 1 and not labels.is_floating_point():
-        metrics["accuracy"] = (logits.argmax(1) == labels).double().mean().item()
-    return metrics
-
-
-def training_inputs(dataloader: Any, batches: int, model: nn.Module) -> Iterator[dict[str, Any]]:
-    """A few batches of training inputs without labels, spread evenly over the data, the same on every process."""
-    dataset, size = dataloader.dataset, getattr(dataloader, "batch_size", None) or 1
-    if isinstance(dataset, IterableDataset):
-        rows: Any = list(islice(dataset, batches * size))
-    else:
-        count = min(len(dataset), batches * size)
-        rows = Subset(dataset, [i * len(dataset) // count for i in range(count)])
-    device = next(model.parameters()).device
-    for batch in DataLoader(rows, batch_size=size, collate_fn=dataloader.collate_fn):
-        yield send_to_device({k: v for k, v in batch.items() if k not in NOT_MODEL_INPUTS}, device)
-
-
-def example_row(dataloader: Any) -> dict[str, Any]:
-    """One training row as the model receives it, without its label."""
-    dataset = dataloader.dataset
-    row = next(iter(dataset)) if isinstance(dataset, IterableDataset) else dataset[0]
-    with random_state_kept():
-        batch = dataloader.collate_fn([row])
-    return {k: v for k, v in batch.items() if k not in NOT_MODEL_INPUTS}

@@ -76,8 +76,8 @@ class SparsePath:
             units[group["name"]] = {
                 "entered": state.get("entered", never).cpu().clone(),
                 "left": state.get("left", never).cpu().clone(),
-                "threshold": state.get("threshold", torch.ones(shape)).cpu().float(),
-                "dual": state.get("norm", torch.zeros(shape)).cpu().float(),
+                "threshold": state.get("threshold", torch.ones(shape)).cpu().float().clone(),
+                "dual": state.get("norm", torch.zeros(shape)).cpu().float().clone(),
                 "weight": unit_norm(lifted, group["axis"], group["block"], group["scale"]).cpu().float(),
             }
         missing = [group.name for group in groups if group.lifted and group.name not in units]
@@ -145,7 +145,8 @@ class SparsePath:
     ) -> dict[str, Tensor]:
         """The units that a budget keeps: ascending indices per group, for `slim(model, groups, kept)`.
 
-        One list over all groups, ordered by score, is cut from its lower end until the budget holds.
+        One list over all groups, ordered by score, is cut from its lower end until the budget holds; then, from the strongest
+        of what was cut, units come back as long as the budget still holds.
 
         Args:
             keep: share of every group's units, in (0, 1].
@@ -179,9 +180,14 @@ class SparsePath:
             return kept(sizes_for_share(ties, self._sizes(), share, round_to))
         removals = _removal_list(ties, scores, round_to, least)
 
-        def sizes_after(count: int) -> dict[str, int]:
-            steps = {i: tie.steps for i, tie in enumerate(ties)} | dict(removals[:count])
+        def sizes_at(steps: Mapping[int, int]) -> dict[str, int]:
             return {name: steps[i] * a for i, tie in enumerate(ties) for name, a in tie.shares.items()}
+
+        def steps_after(count: int) -> dict[int, int]:
+            return {i: tie.steps for i, tie in enumerate(ties)} | dict(removals[:count])
+
+        def sizes_after(count: int) -> dict[str, int]:
+            return sizes_at(steps_after(count))
 
         if budget == "latency":
             if measure is None:
@@ -192,7 +198,6 @@ class SparsePath:
             cost = lambda sizes: network.count(self.groups, sizes)[budget]  # noqa: E731
             allowed = share * network.count()[budget] * (1 + 1e-9)
         if cost(sizes_after(len(removals))) > allowed and least > 1:
-            # after the others, so that a smaller budget keeps a subset of what a larger one keeps
             removals += [item for item in _removal_list(ties, scores, round_to, 1) if item not in set(removals)]
         if cost(sizes_after(len(removals))) > allowed:
             whole = network.count()[budget] if budget != "latency" else 1.0
@@ -204,7 +209,15 @@ class SparsePath:
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if cost(sizes_after(middle)) <= allowed else (middle + 1, high)
-        return kept(sizes_after(low))
+        steps = steps_after(low)
+        if budget != "latency":
+            # the last removal can free far more than was needed (a channel of the first layer, say): what was removed last
+            # comes back as long as it fits
+            for i, below in reversed(removals[:low]):
+                above = next((level for level in levels_of(ties[i], round_to) if level > below), ties[i].steps)
+                if steps[i] == below and cost(sizes_at(steps | {i: above})) <= allowed:
+                    steps[i] = above
+        return kept(sizes_at(steps))
 
     def _sizes(self) -> dict[str, int]:
         return {group.name: group.units for group in self.groups if group.name in self.units}
@@ -309,6 +322,11 @@ def _chunk(tie: Tie, round_to: int) -> int:
     return math.lcm(*(round_to // math.gcd(round_to, share) for share in tie.shares.values()))
 
 
+def levels_of(tie: Tie, round_to: int) -> list[int]:
+    """Ascending: the steps a tie can have when every size is a multiple of `round_to`, or the whole."""
+    return [*range(_chunk(tie, round_to), tie.steps, _chunk(tie, round_to)), tie.steps]
+
+
 def sizes_for_share(ties: Sequence[Tie], sizes: Mapping[str, int], share: float, round_to: int) -> dict[str, int]:
     """Units per group for a share of every group, rounded up to `round_to` and to what the ties allow."""
     result = {}
@@ -326,9 +344,8 @@ def _removal_list(
     """All removals, weakest first, as (tie, steps it has afterwards)."""
     removals: list[tuple[float, int, int]] = []
     for i, tie in enumerate(ties):
-        chunk = _chunk(tie, round_to)
         floor = min(tie.steps, max(math.ceil(least / share) for share in tie.shares.values()))
-        levels = [level for level in range(chunk, tie.steps, chunk) if level >= floor] + [tie.steps]
+        levels = [level for level in levels_of(tie, round_to) if level >= floor]
         # double: means of equal scores must be equal, or the levels of a tie come out of order
         best_first = {name: torch.sort(scores[name].double(), descending=True).values for name in tie.shares}
         for below, level in zip(levels, levels[1:], strict=False):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_effdl.structure.groups import Group, check_same_network, cut
 from hf_effdl.structure.path import complete_ties, one_budget, sizes_for_share
 from hf_effdl.structure.stock import config_ties, stock_config
-from hf_effdl.structure.tracing import call, find_groups
+from hf_effdl.structure.tracing import call
 
 
 def slim(

@@ -1,106 +1,25 @@
 """`SplitLBITrainer`: train once, get the model and its path, take smaller models from it."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import DataCollator, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
 
-from hf_effdl.structure.callbacks import SplitLBICallback, evaluate_model, example_row, projected, scheduled_rates, training_inputs
-from hf_effdl.structure.groups import Group, param_groups
+from hf_effdl.structure.arguments import SplitLBIArguments
+from hf_effdl.structure.callbacks import SplitLBICallback
+from hf_effdl.structure.evaluation import evaluate_model, example_row, projected, training_inputs
+from hf_effdl.structure.groups import Group
 from hf_effdl.structure.path import FILE_NAME, SparsePath, unwrap
 from hf_effdl.structure.slim import effdl_report, measure_latency, random_state_kept, recalibrate_batch_norm, slim
-from hf_effdl.structure.split_lbi import LAM_SCALES, SplitLBI, derive_path
+from hf_effdl.structure.split_lbi import SplitLBI
 from hf_effdl.structure.tracing import find_groups
-
-
-# What the released LeNet recipe of arXiv 2007.02010 sets: rows as units, one absolute threshold, single linear weights.
-PAPER = {"lam_scale": "none", "nu": 20.0, "path_scale": 1.0}
-
-
-@dataclass
-class SplitLBIArguments(TrainingArguments):
-    """`TrainingArguments` with the settings of split LBI. The base optimizer is SGD, so `learning_rate` defaults to 0.1.
-
-    Args:
-        preset: `"default"`, or `"paper"`: the units, thresholds and path of the released code (filter rows, every weight of
-            a linear layer alone, threshold `lam`, nu 20), and sizes chosen by entry step.
-        kappa: see `SplitLBI`.
-        nu: see `SplitLBI`; default: derived from the learning rate schedule, `kappa sum(lr) / ridge_length`.
-        path_scale: see `SplitLBI`; default: derived, `path_length lam nu / sum(lr)`.
-        lam: see `SplitLBI`.
-        lam_scale: see `SplitLBI`; default: what the preset says, `"init"` or `"none"`.
-        momentum: see `SplitLBI`.
-        path_length: see `derive_path`.
-        ridge_length: see `derive_path`.
-        bn_batches: training batches for the batch norms of the projected model at each evaluation.
-
-    Raises:
-        ValueError: for a number out of range, an unknown preset, or DeepSpeed.
-    """
-
-    learning_rate: float = field(default=0.1, metadata={"help": "Learning rate of the SGD base."})
-    preset: str = field(default="default", metadata={"help": "'default' or 'paper'."})
-    kappa: float = field(default=1.0, metadata={"help": "Damping of split LBI."})
-    nu: float | None = field(default=None, metadata={"help": "Coupling; derived from the schedule if not given."})
-    path_scale: float | None = field(default=None, metadata={"help": "Step of the path; derived if not given."})
-    lam: float = field(default=1.0, metadata={"help": "Strength of the penalty."})
-    lam_scale: str | None = field(default=None, metadata={"help": "'init' or 'none'."})
-    momentum: float = field(default=0.9, metadata={"help": "Momentum of the SGD base."})
-    path_length: float = field(default=2.5, metadata={"help": "Path length, in entry times of an unchanged unit."})
-    ridge_length: float = field(default=3.7, metadata={"help": "Run length, in time constants of the ridge."})
-    bn_batches: int = field(default=8, metadata={"help": "Training batches for the projected model's batch norms."})
-
-    def __post_init__(self) -> None:
-        if self.deepspeed:
-            raise ValueError("split LBI cannot run under DeepSpeed, which flattens the parameters so that units are gone; "
-                             "use DDP (accelerate launch or torchrun)")  # fmt: skip
-        super().__post_init__()
-        if self.preset not in ("default", "paper"):
-            raise ValueError(f"preset={self.preset!r}: it must be 'default' or 'paper'")
-        for name in ("learning_rate", "kappa", "nu", "path_scale", "lam", "path_length", "ridge_length"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value}: it must be a positive finite number")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum={self.momentum}: it must be in [0, 1)")
-        if self.lam_scale not in (None, *LAM_SCALES):
-            raise ValueError(f"lam_scale={self.lam_scale!r}: it must be one of {LAM_SCALES}")
-
-    def split_lbi_kwargs(self, steps: int) -> dict[str, Any]:
-        """The keyword arguments of `SplitLBI` for a run of `steps` optimizer steps.
-
-        Example:
-            >>> SplitLBIArguments("out", lr_scheduler_type="constant").split_lbi_kwargs(steps=370)["nu"]
-            10.0
-        """
-        given = {"nu": self.nu, "path_scale": self.path_scale, "lam_scale": self.lam_scale}
-        if self.preset == "paper":
-            base: dict[str, Any] = dict(PAPER)
-        else:
-            total = sum(scheduled_rates(self, steps))
-            lengths = {"path_length": self.path_length, "ridge_length": self.ridge_length}
-            base = {"lam_scale": "init", **derive_path(total, lam=self.lam, kappa=self.kappa, **lengths)}
-            if self.nu is not None:
-                base["path_scale"] = self.path_length * self.lam * self.nu / total
-        chosen = base | {name: value for name, value in given.items() if value is not None}
-        rounded = {name: float(f"{value:.12g}") if name != "lam_scale" else value for name, value in chosen.items()}
-        return {"lr": self.learning_rate, "kappa": self.kappa, "momentum": self.momentum, "lam": self.lam, **rounded}
-
-    def split_lbi_params(
-        self, model: nn.Module, groups: Sequence[Group], decay: Sequence[str] | None = None
-    ) -> list[dict[str, Any]]:
-        """The param groups of `SplitLBI`: every lifted group, and the other parameters by weight decay."""
-        l1 = []
-        if self.preset == "paper":
-            l1 = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-        return param_groups(model, groups, weight_decay=self.weight_decay, decay=decay, l1=l1)
 
 
 class SplitLBITrainer(Trainer):
@@ -108,10 +27,12 @@ class SplitLBITrainer(Trainer):
 
     Args:
         groups: the groups to lift; default: found with one training row as example.
-        results: rows of the model card's table, by name; `evaluate` and `slim` add theirs, a baseline measured elsewhere
-            can be added.
 
-    All other arguments are those of `Trainer`; `args` must be `SplitLBIArguments`.
+    All other arguments are those of `Trainer`; `args` must be `SplitLBIArguments`, and there is no
+    `optimizer_cls_and_kwargs`.
+
+    `results` holds the rows of the model card's table by name, e.g. `{"dense, plain SGD": {"accuracy": 0.98, "params": 78394}}`;
+    left empty, the card shows the last evaluation of the dense and of the projected model.
 
     Raises:
         ValueError: for an empty training set, DeepSpeed or DataParallel, another optimizer, or no groups.
@@ -125,9 +46,22 @@ class SplitLBITrainer(Trainer):
     _tag_names = ["hf_effdl", "split-lbi"]
 
     def __init__(
-        self, model: Any = None, args: SplitLBIArguments | None = None, *more: Any,
-        groups: Sequence[Group] | None = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: SplitLBIArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        groups: Sequence[Group] | None = None,
+    ) -> None:
         args = SplitLBIArguments("trainer_output") if args is None else args
         if not isinstance(args, SplitLBIArguments):
             raise TypeError(f"args must be SplitLBIArguments, not {type(args).__name__}; it takes the same fields")
@@ -136,7 +70,15 @@ class SplitLBITrainer(Trainer):
                 f"one process sees {args.n_gpu} GPUs, for which Trainer would use DataParallel: split LBI cannot follow its "
                 "replicas. Start one process per GPU: torchrun --nproc_per_node or accelerate launch"
             )
-        super().__init__(model, args, *more, **kwargs)
+        if optimizer_cls_and_kwargs is not None:
+            raise ValueError("SplitLBITrainer makes its own optimizer, so optimizer_cls_and_kwargs has no use here; set "
+                             "SplitLBIArguments, or use a plain Trainer with SplitLBICallback")  # fmt: skip
+        super().__init__(
+            model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            processing_class=processing_class, model_init=model_init, compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )  # fmt: skip
         if self.is_deepspeed_enabled:
             raise ValueError("split LBI cannot run under DeepSpeed, which flattens the parameters; use DDP")
         if self.optimizer is not None and not isinstance(self.optimizer, SplitLBI):
@@ -184,10 +126,16 @@ class SplitLBITrainer(Trainer):
             group |= {name: hyper[name] for name in ("nu", "path_scale")}
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *more: Any, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As in `Trainer`; `resume_from_checkpoint=True` skips a checkpoint whose saving was cut off."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, self.args.world_size)
-        return super().train(resume_from_checkpoint, *more, **kwargs)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     @property
     def path(self) -> SparsePath:
@@ -236,22 +184,34 @@ class SplitLBITrainer(Trainer):
         inputs = self._latency_inputs(latency_batch)
         order = order or ("entry" if self.args.preset == "paper" else "dual")
         budget = {"macs": macs, "params": params, "latency": latency, "keep": keep}
+        asked = {name: value for name, value in budget.items() if value is not None}
 
         def measure(kept: Mapping[str, Tensor]) -> float:
             whole, part = measure_latency([model, slim(model, self.groups, kept)], inputs)
             return part / whole
 
         options = {"order": order, "widths": widths, "round_to": round_to, "measure": measure}
-        # one process decides: measured latencies differ between processes, the chosen units must not
-        [kept] = broadcast_object_list([path.select(**budget, **options)])
-        small = slim(model, self.groups, kept)
+        small = self._slim_once(path, model, budget, options)
+        for _ in range(10):
+            # rarely two widths become equal where the stock class would then leave out a projection; one step further down
+            # the path they differ again
+            if widths == "free" or not path.ties or getattr(small.config, "quantization_config", None) is None:
+                break
+            budget = {name: value and value * 0.99 for name, value in budget.items()}
+            small = self._slim_once(path, model, budget, options)
         if bn_batches:
             with random_state_kept():
                 recalibrate_batch_norm(small, training_inputs(self.get_train_dataloader(), bn_batches, small))
-        asked = {name: value for name, value in budget.items() if value is not None}
         [report] = broadcast_object_list([effdl_report(model, small, inputs, self.groups, asked)])
         getattr(small, "config", small).effdl_report = report
         return small
+
+    def _slim_once(
+        self, path: SparsePath, model: nn.Module, budget: Mapping[str, float | None], options: Mapping[str, Any]
+    ) -> nn.Module:
+        # one process decides: measured latencies differ between processes, the chosen units must not
+        [kept] = broadcast_object_list([path.select(**budget, **options)])
+        return slim(model, self.groups, kept)
 
     def _latency_inputs(self, rows: int) -> dict[str, Any]:
         example = self.example()
@@ -296,16 +256,34 @@ class SplitLBITrainer(Trainer):
 
     # ---- Hub
 
-    def create_model_card(self, *more: Any, **kwargs: Any) -> None:
-        """The card of the dense model and its path; see `hf_effdl.hub.cards`."""
-        if self.is_world_process_zero():
-            from hf_effdl.hub.cards import write_structure_card
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """The card of the dense model and its path, and the path's file and picture, in `args.output_dir`."""
+        if not self.is_world_process_zero():
+            return
+        from hf_effdl.hub.cards import write_structure_card
 
-            self.path.save(self.args.output_dir)  # with the curve, if one was measured after training
-            write_structure_card(self, self.args.output_dir, None, *more, **kwargs)
+        self.path.save(self.args.output_dir)  # with the curve, if one was measured after training
+        write_structure_card(
+            self, self.args.output_dir, language=language, license=license, tags=tags, model_name=model_name,
+            finetuned_from=finetuned_from, tasks=tasks, dataset=dataset or dataset_tags, dataset_args=dataset_args,
+        )  # fmt: skip
 
-    def save_slim(self, small: nn.Module, folder: str, **card: Any) -> Path:
-        """Save a slim model with its processor, path, picture and card into a folder."""
+    def save_slim(self, small: nn.Module, folder: str | os.PathLike[str], **card: Any) -> Path:
+        """Save a slim model with its processor, path, picture and card into a folder.
+
+        `card` takes the arguments of `create_model_card`, and `repo_id` for the loading snippet.
+        """
         from hf_effdl.hub.cards import write_structure_card
 
         target = Path(folder)
