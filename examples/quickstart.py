@@ -42,7 +42,7 @@ def digits(seed: int = 0) -> tuple[Dataset, Dataset]:
 
 
 def augment(rows: dict[str, list]) -> dict[str, torch.Tensor]:
-    """Shift every image by up to five pixels and add noise; without it the net knows all the digits after two epochs."""
+    """Shift images by up to five pixels and add noise; without it the net knows all digits after two epochs."""
     images = torch.tensor(np.array(rows["pixel_values"]), dtype=torch.float32)
     shifts = torch.randint(-5, 6, (len(images), 2)).tolist()
     images = torch.stack([image.roll(shift, (1, 2)) for image, shift in zip(images, shifts, strict=True)])
@@ -65,7 +65,12 @@ def accuracy(prediction) -> dict[str, float]:
 
 def plain_sgd(model, epochs: float, out: Path, train: Dataset, test: Dataset, **options) -> float:
     args = TrainingArguments(
-        str(out), optim="sgd", optim_args="momentum=0.9", num_train_epochs=epochs, save_strategy="no", **{**SHARED, **options}
+        str(out),
+        optim="sgd",
+        optim_args="momentum=0.9",
+        num_train_epochs=epochs,
+        save_strategy="no",
+        **{**SHARED, **options},
     )
     trainer = Trainer(model, args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
     trainer.train()
@@ -87,9 +92,7 @@ def main() -> None:
 
     print("\n[2/4] one run with split LBI", flush=True)
     args = SplitLBIArguments(str(options.out), num_train_epochs=options.epochs, save_strategy="no", **SHARED)
-    trainer = SplitLBITrainer(
-        new_model(), args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy
-    )
+    trainer = SplitLBITrainer(new_model(), args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
     trainer.train()
 
     print("\n[3/4] the accuracy of smaller models taken from it, without training again", flush=True)
@@ -102,7 +105,9 @@ def main() -> None:
     tuned = plain_sgd(small, options.tune_epochs, options.out / "tune", train, test, learning_rate=0.05)
 
     report = small.config.effdl_report
-    before, after = ({key: report[key][side] for key in ("params", "macs", "latency_ms")} for side in ("before", "after"))
+    before, after = (
+        {key: report[key][side] for key in ("params", "macs", "latency_ms")} for side in ("before", "after")
+    )
     trainer.results = {
         "dense, plain SGD": {"accuracy": baseline, **before},
         "dense, split LBI": {"accuracy": trainer.evaluate_model(trainer.model)["accuracy"], **before},
@@ -120,8 +125,9 @@ def main() -> None:
     print(f"\n{markdown_table(rows, {k: k for k in ('model', 'accuracy', 'params', 'macs', 'latency_ms')})}")
     print(
         f"\nstage widths {trainer.model.config.hidden_sizes} -> {small.config.hidden_sizes}: a stock config, which "
-        f"transformers loads alone\nlatency x {report['latency_ms']['ratio']:.2f}, MACs x {report['macs']['ratio']:.2f}, "
-        f"parameters x {report['params']['ratio']:.2f}\npicture {folder / 'sparse_path.png'}, card {folder / 'README.md'}, "
+        f"transformers loads alone\nlatency x {report['latency_ms']['ratio']:.2f}, "
+        f"MACs x {report['macs']['ratio']:.2f}, parameters x {report['params']['ratio']:.2f}\n"
+        f"picture {folder / 'sparse_path.png'}, card {folder / 'README.md'}, "
         f"{time.time() - start:.0f} s in all"
     )
 

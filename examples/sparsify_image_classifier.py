@@ -5,8 +5,8 @@
     accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/sparsify_image_classifier.py \\
         --config beans.yaml --push_to_hub
 
-`--config file.yaml` holds any of the arguments as `name: value`; the command line wins. All fields of `SplitLBIArguments`
-(a `TrainingArguments`) are arguments too.
+`--config file.yaml` holds any of the arguments as `name: value`; the command line wins. All fields of
+`SplitLBIArguments` (a `TrainingArguments`) are arguments too.
 """
 
 import argparse
@@ -26,7 +26,9 @@ class ScriptArguments:
     """What to train on what, and how small the result should be."""
 
     model_name_or_path: str = field(metadata={"help": "Model id on the Hub, or a folder."})
-    dataset_name: str = field(metadata={"help": "Data set id on the Hub, a folder of images, or one from save_to_disk."})
+    dataset_name: str = field(
+        metadata={"help": "Data set id on the Hub, a folder of images, or one from save_to_disk."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
     label_column: str = field(default="label", metadata={"help": "Column with the class labels."})
@@ -67,7 +69,8 @@ def load_splits(script: ScriptArguments, seed: int) -> DatasetDict:
     for column in (script.image_column, script.label_column):
         if column not in train.column_names:
             raise ValueError(
-                f"{script.dataset_name} has columns {train.column_names}, not {column!r}; set --image_column, --label_column"
+                f"{script.dataset_name} has columns {train.column_names}, not {column!r}; set "
+                "--image_column and --label_column"
             )
     if script.eval_split:
         return DatasetDict(train=train, eval=data[script.eval_split])
@@ -125,7 +128,10 @@ def main(argv: list[str] | None = None) -> None:
         trainer.create_model_card(**card)
         folder = trainer.save_slim(small, f"{args.output_dir}/slim", **card)
         print(f"accuracy along the path: {[(round(p['macs'], 3), round(p['accuracy'], 4)) for p in curve]}")
-        print(f"slim model in {folder}: MACs x {report['macs']['ratio']:.3f}, latency x {report['latency_ms']['ratio']:.3f}")
+        print(
+            f"slim model in {folder}: MACs x {report['macs']['ratio']:.3f}, "
+            f"latency x {report['latency_ms']['ratio']:.3f}"
+        )
     if args.push_to_hub:
         trainer.push_to_hub(**card)
         if trainer.is_world_process_zero():

@@ -76,16 +76,25 @@ def test_a_yaml_file_with_an_unknown_name_is_refused(config, tmp_path):
     bad = tmp_path / "bad.yaml"
     bad.write_text(config.read_text() + "learning_rat: 0.1\n")
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--config", str(bad), "--output_dir", "out"], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, str(SCRIPT), "--config", str(bad), "--output_dir", "out"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert done.returncode != 0 and "learning_rat" in done.stderr
 
 
 def test_the_quickstart_runs_and_leaves_its_pictures_and_cards(tmp_path):
     out = run(
-        sys.executable, str(ROOT / "examples" / "quickstart.py"), "--epochs", "1", "--tune-epochs", "1", "--out", "quick",
-        cwd=tmp_path,
+        sys.executable, str(ROOT / "examples" / "quickstart.py"), "--epochs", "1", "--tune-epochs", "1",
+        "--out", "quick", cwd=tmp_path,
     )  # fmt: skip
     assert "| slim, fine-tuned |" in out and "a stock config" in out
-    for file in ("slim/README.md", "slim/sparse_path.png", "slim/model.safetensors", "README.md", "sparse_path.safetensors"):
+    for file in (
+        "slim/README.md",
+        "slim/sparse_path.png",
+        "slim/model.safetensors",
+        "README.md",
+        "sparse_path.safetensors",
+    ):
         assert (tmp_path / "quick" / file).stat().st_size > 1000, file

@@ -11,7 +11,19 @@ import hf_effdl
 
 PACKAGE = Path(hf_effdl.__file__).parent
 PURE = [f"structure/{name}.py" for name in ("groups", "path", "schedule", "split_lbi")]
-LIGHT = {"torch", "numpy", "math", "json", "os", "collections", "dataclasses", "pathlib", "typing", "safetensors", "copy"}
+LIGHT = {
+    "torch",
+    "numpy",
+    "math",
+    "json",
+    "os",
+    "collections",
+    "dataclasses",
+    "pathlib",
+    "typing",
+    "safetensors",
+    "copy",
+}
 
 
 def imports(file: Path, top_level_only: bool = False) -> set[str]:
@@ -38,10 +50,13 @@ def test_importing_the_package_adds_little_to_torch_and_transformers():
     code = (
         "import torch, transformers, transformers.quantizers, time; start = time.perf_counter(); import hf_effdl;"
         "print(time.perf_counter() - start); import sys;"
-        "heavy = [m for m in ('datasets', 'accelerate', 'matplotlib', 'torch_pruning', 'peft', 'evaluate') if m in sys.modules];"
+        "heavy = [m for m in ('datasets', 'accelerate', 'matplotlib', 'torch_pruning', 'peft') if m in sys.modules];"
         "before = set(heavy); print([m for m in heavy if m not in OTHERS])"
     )
-    probe = "import torch, transformers, transformers.quantizers, sys; print(sorted(m for m in sys.modules if '.' not in m))"
+    probe = (
+        "import torch, transformers, transformers.quantizers, sys;"
+        "print(sorted(m for m in sys.modules if '.' not in m))"
+    )
     others = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
     outputs = [
         subprocess.run(

@@ -216,8 +216,8 @@ def test_entry_order_is_by_entry_step_then_by_larger_norm_with_never_last(seed):
 
 
 def greedy(path, budget, share, order="dual", round_to=1, least=1):
-    """Take the lowest score of all out, one at a time, until the budget holds, then put back what fits, last out first;
-    None if the budget cannot be held."""
+    """Take the lowest score of all out, one at a time, until the budget holds, then put back what fits, last out
+    first; None if the budget cannot be held."""
     network, scores = path.groups[0].network, {n: s.tolist() for n, s in path.scores(order).items()}
     left = {name: sorted(range(len(s)), key=lambda i, s=s: (-s[i], i)) for name, s in scores.items()}
 

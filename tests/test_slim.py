@@ -629,3 +629,15 @@ def test_a_report_in_the_config_is_saved_with_the_model(tmp_path):
     assert loaded.config.effdl_report == small.config.effdl_report
     again = slim(loaded, find_groups(loaded, x), 0.5)
     assert not hasattr(again.config, "effdl_report"), "it would say of this model what holds for the one before"
+
+
+def test_slim_reports_what_it_bought_where_it_has_inputs_to_measure_with():
+    model, inputs = build("lenet")
+    small = slim(model, find_groups(model, inputs), 0.5, example_inputs=inputs)
+    assert small.effdl_report["params"]["after"] == sum(p.numel() for p in small.parameters())
+    assert small.effdl_report["budget"] == {"keep": 0.5} and small.effdl_report["latency_ms"]["ratio"] > 0
+    model, inputs = build("resnet")
+    groups = find_groups(model, inputs)
+    small = slim(model, groups, {groups[0].name: [0, 1, 2]}, example_inputs=(inputs,))
+    assert small.config.effdl_report["units"][groups[0].name]["after"] == 3
+    assert small.config.effdl_report["budget"][groups[0].name] == 3

@@ -148,7 +148,9 @@ def test_every_evaluation_also_evaluates_the_projected_model(trained):
     # by hand: silence what is outside the support, re-estimate batch norm, evaluate
     from copy import deepcopy
 
-    net = mask(deepcopy(trained.model), trained.groups, {n: s.nonzero().flatten() for n, s in trained.path.support.items()})
+    net = mask(
+        deepcopy(trained.model), trained.groups, {n: s.nonzero().flatten() for n, s in trained.path.support.items()}
+    )
     recalibrate_batch_norm(net, training_inputs(trained.get_train_dataloader(), 8, net))
     expected = evaluate_model(net, trained.get_eval_dataloader())
     assert evaluations[-1]["eval_sparse_loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -209,7 +211,10 @@ def test_a_run_killed_at_a_random_moment_and_resumed_equals_an_uninterrupted_one
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         killed = process.wait() == -signal.SIGKILL
-        print(f"attempt {attempt}: killed {delay:.3f} s after the first checkpoint, {sorted(p.name for p in out.iterdir())}")
+        print(
+            f"attempt {attempt}: killed {delay:.3f} s after the first checkpoint,"
+            f" {sorted(p.name for p in out.iterdir())}"
+        )
         assert killed or (out / "final.pt").exists()
         assert run_script(out, "--resume").wait() == 0
         assert_same(torch.load(out / "final.pt", weights_only=True), finished, f"after {delay:.3f} s")
@@ -240,7 +245,10 @@ def test_the_best_model_and_its_path_are_loaded_at_the_end(tmp_path):
     from safetensors.torch import load_file
 
     saved = load_file(f"{run.state.best_model_checkpoint}/model.safetensors")
-    assert_same({name: p.detach() for name, p in run.model.named_parameters()}, {n: saved[n] for n, _ in run.model.named_parameters()})
+    assert_same(
+        {name: p.detach() for name, p in run.model.named_parameters()},
+        {n: saved[n] for n, _ in run.model.named_parameters()},
+    )
 
 
 def test_a_checkpoint_of_other_groups_is_refused(trained, tmp_path):
@@ -291,7 +299,9 @@ def test_batch_norm_is_re_estimated_on_request_only(trained):
     dense = dict(trained.model.named_buffers())
     assert all(set(b.tolist()) <= set(dense[n].tolist()) for n, b in stats[0].items())
     assert any(not torch.equal(stats[0][n], stats[1][n]) for n in stats[0])
-    assert_same({n: p.detach() for n, p in kept.named_parameters()}, {n: p.detach() for n, p in estimated.named_parameters()})
+    assert_same(
+        {n: p.detach() for n, p in kept.named_parameters()}, {n: p.detach() for n, p in estimated.named_parameters()}
+    )
 
 
 def test_the_curve_is_measured_and_stays_with_the_path(trained, tmp_path):
@@ -379,7 +389,9 @@ def test_nan_in_the_data_stops_the_run_and_keeps_the_weights(tmp_path):
     rows = tiny_run.images(16, 1)
     pixels = torch.stack([row["pixel_values"] for row in rows])
     pixels[8:] = float("nan")
-    bad = Dataset.from_dict({"pixel_values": pixels.numpy(), "labels": [int(r["labels"]) for r in rows]}).with_format("torch")
+    bad = Dataset.from_dict({"pixel_values": pixels.numpy(), "labels": [int(r["labels"]) for r in rows]}).with_format(
+        "torch"
+    )
     args = SplitLBIArguments(str(tmp_path), **{**tiny_run.SHARED, "max_grad_norm": 0.0, "eval_strategy": "no"})
     run = SplitLBITrainer(tiny_run.model(), args, train_dataset=bad)
     with pytest.raises(ValueError, match="gradient .* NaN"):
@@ -404,6 +416,8 @@ def test_tensor_data_sets_work_without_the_datasets_library(tmp_path):
             return {"pixel_values": x, "labels": y}
 
     args = SplitLBIArguments(str(tmp_path), **{**tiny_run.SHARED, "max_steps": 2, "eval_strategy": "no"})
-    run = SplitLBITrainer(tiny_run.model(), args, train_dataset=Pairs(torch.randn(16, 1, 16, 16), torch.randint(2, (16,))))
+    run = SplitLBITrainer(
+        tiny_run.model(), args, train_dataset=Pairs(torch.randn(16, 1, 16, 16), torch.randint(2, (16,)))
+    )
     run.train()
     assert run.path.step == 2

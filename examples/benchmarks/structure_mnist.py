@@ -1,14 +1,14 @@
 """Which channels to keep on MNIST: the path beside the baselines, at equal epochs and equal MACs.
 
-Two nets: LeNet (no batch norm, lr 0.05, tenfold down at one and two thirds, no weight decay; at the 0.1 of the released
-recipe plain SGD diverges for some seeds) and a four-layer conv-BN net (lr 0.1, constant for 60 %, then linear to 0, weight
-decay 5e-4 in every arm). Each arm trains once, removes channels physically down to 50, 25 and 10 % of the MACs,
-re-estimates batch norm on training images and fine-tunes. `scratch` trains the widths that the path chose from a new init
-for as many epochs in all.
+Two nets: LeNet (no batch norm, lr 0.05, tenfold down at one and two thirds, no weight decay; at the 0.1 of the
+released recipe plain SGD diverges for some seeds) and a four-layer conv-BN net (lr 0.1, constant for 60 %, then linear
+to 0, weight decay 5e-4 in every arm). Each arm trains once, removes channels physically down to 50, 25 and 10 % of the
+MACs, re-estimates batch norm on training images and fine-tunes. `scratch` trains the widths that the path chose from a
+new init for as many epochs in all.
 
     python examples/benchmarks/structure_mnist.py --net bn --seeds 5
     python examples/benchmarks/structure_mnist.py --net lenet --seeds 5
-    python examples/benchmarks/structure_mnist.py --net lenet --recipe paper --seeds 5   # 60 epochs, dense read-outs only
+    python examples/benchmarks/structure_mnist.py --net lenet --recipe paper --seeds 5  # 60 epochs, nothing removed
     python examples/benchmarks/structure_mnist.py --table
 
 Rows go to `--out` as one JSON line per finished (net, arm, seed); rows already there are skipped.
@@ -41,8 +41,8 @@ SETTINGS = {
     "bn": {"epochs": 8, "tune": 3, "weight_decay": 5e-4, "lr": 0.1, "lasso": 0.03, "group_norm": 1e-4},
     "lenet": {"epochs": 10, "tune": 4, "weight_decay": 0.0, "lr": 0.05, "lasso": 0.03, "group_norm": 1e-4},
 }
-# Arms called early stop the training that selects after 60 % of its epochs, where the learning rate would start to fall,
-# and give the rest to the slim net.
+# Arms called early stop the training that selects after 60 % of its epochs, where the learning rate would start to
+# fall, and give the rest to the slim net.
 EARLY = 0.6
 # arm -> (how the net is trained, how its channels are scored)
 ARMS = {
@@ -72,7 +72,9 @@ def mnist(split: str) -> tuple[torch.Tensor, torch.Tensor]:
         return np.frombuffer(gzip.open(DATA / "mnist" / file).read(), np.uint8, offset=header)
 
     images = read(f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28)
-    return torch.tensor(images / np.float32(255)), torch.tensor(read(f"{stem}-labels-idx1-ubyte.gz", 8).astype(np.int64))
+    return torch.tensor(images / np.float32(255)), torch.tensor(
+        read(f"{stem}-labels-idx1-ubyte.gz", 8).astype(np.int64)
+    )
 
 
 def build(net: str) -> nn.Sequential:
@@ -182,7 +184,11 @@ def run(how: str, net: str, seed: int, data, settings: dict, epochs: int, cache:
 
             head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
             pruner = tp.pruner.GroupNormPruner(
-                model, data[0][:1], tp.importance.GroupMagnitudeImportance(), ignored_layers=head, global_pruning=True,
+                model,
+                data[0][:1],
+                tp.importance.GroupMagnitudeImportance(),
+                ignored_layers=head,
+                global_pruning=True,
                 reg=settings["group_norm"],
             )
     if file.is_file():
@@ -302,7 +308,10 @@ def one_row(net: str, arm: str, seed: int, data, test, settings: dict, cache: Pa
 def paper_row(net: str, seed: int, data, test, how: str, cache: Path) -> dict:
     """Dense and projected read-outs of the released LeNet recipe: 60 epochs, nu 20, nothing removed for good."""
     trained = run(how, net, seed, data, SETTINGS[net] | {"lr": 0.1}, 60, cache)
-    model, row = trained["model"], {"net": net, "arm": f"{how}, 60 epochs", "seed": seed, "seconds": trained["seconds"]}
+    model, row = (
+        trained["model"],
+        {"net": net, "arm": f"{how}, 60 epochs", "seed": seed, "seconds": trained["seconds"]},
+    )
     row["dense"] = accuracy(model, *test)
     if how == "paper":
         optimizer, kept, total = trained["optimizer"], 0, 0
@@ -323,7 +332,10 @@ def table(rows: list[dict]) -> None:
         of = {(row["arm"], row["seed"]): row for row in rows if row["net"] == net}
         long = [row for row in of.values() if "60 epochs" in row["arm"]]
         seeds = sorted({seed for arm, seed in of if arm == OURS})
-        print(f"\n{net}: accuracy % before -> after fine-tuning, mean over {len(seeds)} seeds (paired difference of {OURS}, SE)")
+        print(
+            f"\n{net}: accuracy % before -> after fine-tuning, mean over {len(seeds)} seeds "
+            f"(paired difference of {OURS}, SE)"
+        )
         print(f"| arm | dense | {' | '.join(f'{b:.0%} MACs' for b in BUDGETS)} | params, latency at 25 % |")
         print("|---|---|" + "---|" * (len(BUDGETS) + 1))
         for arm in ARMS:
@@ -332,11 +344,15 @@ def table(rows: list[dict]) -> None:
                 continue
             cells = [f"{statistics.mean(row['dense'] for row in mine):.2f}"]
             for budget in map(str, BUDGETS):
-                before, after = (statistics.mean(row["budgets"][budget][k] for row in mine) for k in ("before", "after"))
+                before, after = (
+                    statistics.mean(row["budgets"][budget][k] for row in mine) for k in ("before", "after")
+                )
                 differences = [
                     of[OURS, row["seed"]]["budgets"][budget]["after"] - row["budgets"][budget]["after"] for row in mine
                 ]
-                error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
+                error = (
+                    statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
+                )
                 cells.append(f"{before:.1f} -> {after:.2f} ({statistics.mean(differences):+.2f}, {error:.2f})")
             size = [statistics.mean(row["budgets"]["0.25"][k] for row in mine) for k in ("params", "latency")]
             print(f"| {arm} | {' | '.join(cells)} | {size[0]:.2f}, {size[1]:.2f} |")

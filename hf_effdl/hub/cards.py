@@ -110,7 +110,10 @@ def _result_rows(trainer: Any, report: Mapping[str, Any] | None) -> list[dict[st
         counts = trainer.groups[0].network.count()
         logged = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
         values = {name: value for name, value in logged.items() if not any(clock in name for clock in _CLOCKS)}
-        for name, prefix, other in (("dense, split LBI", "eval_", "eval_sparse_"), ("masked on the support", "eval_sparse_", "-")):
+        for name, prefix, other in (
+            ("dense, split LBI", "eval_", "eval_sparse_"),
+            ("masked on the support", "eval_sparse_", "-"),
+        ):
             metrics = {
                 key.removeprefix(prefix): value for key, value in values.items()
                 if key.startswith(prefix) and not key.startswith(other)
@@ -142,7 +145,8 @@ def _recipe(trainer: Any) -> dict[str, Any]:
     group = next(group for group in optimizer.param_groups if group["penalty"] is not None)
     return {
         "preset": args.preset, "epochs": args.num_train_epochs, "batch size": args.train_batch_size * args.world_size,
-        "learning rate": args.learning_rate, "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "learning rate": args.learning_rate,
+        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "momentum": args.momentum, "weight decay": args.weight_decay, "seed": args.seed,
         "kappa": args.kappa, "lam": args.lam, "nu": round(group["nu"], 6), "path_scale": round(group["path_scale"], 6),
         "processes": args.world_size,

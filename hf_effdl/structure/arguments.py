@@ -13,17 +13,18 @@ from hf_effdl.structure.schedule import derive_path
 from hf_effdl.structure.split_lbi import LAM_SCALES
 
 
-# What the released LeNet recipe of arXiv 2007.02010 sets: rows as units, one absolute threshold, single linear weights.
+# What the released LeNet recipe of arXiv 2007.02010 sets: rows as units, one absolute threshold, single linear
+# weights.
 PAPER = {"lam_scale": "none", "nu": 20.0, "path_scale": 1.0}
 
 
 @dataclass
 class SplitLBIArguments(TrainingArguments):
-    """`TrainingArguments` with the settings of split LBI. The base optimizer is SGD, so `learning_rate` defaults to 0.1.
+    """`TrainingArguments` with the settings of split LBI; the base is SGD, so `learning_rate` defaults to 0.1.
 
     Args:
-        preset: `"default"`, or `"paper"`: the units, thresholds and path of the released code (filter rows, every weight of
-            a linear layer alone, threshold `lam`, nu 20), and sizes chosen by entry step.
+        preset: `"default"`, or `"paper"`: the units, thresholds and path of the released code (filter rows, every
+            weight of a linear layer alone, threshold `lam`, nu 20), and sizes chosen by entry step.
         kappa: see `SplitLBI`.
         nu: see `SplitLBI`; default: derived from the learning rate schedule, `kappa sum(lr) / ridge_length`.
         path_scale: see `SplitLBI`; default: derived, `path_length lam nu / sum(lr)`.
@@ -52,7 +53,7 @@ class SplitLBIArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.deepspeed:
-            raise ValueError("split LBI cannot run under DeepSpeed, which flattens the parameters so that units are gone; "
+            raise ValueError("split LBI cannot run under DeepSpeed, which flattens the parameters, so units are gone; "
                              "use DDP (accelerate launch or torchrun)")  # fmt: skip
         super().__post_init__()
         if self.preset not in ("default", "paper"):

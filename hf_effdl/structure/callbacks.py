@@ -23,13 +23,13 @@ from hf_effdl.structure.tracing import find_groups
 class SplitLBICallback(TrainerCallback):
     """Reports the groups, logs the support, evaluates the projected model and saves the path beside each checkpoint.
 
-    Works in a plain `Trainer` that was given `optimizer_cls_and_kwargs=(SplitLBI, {"params": param_groups(...), ...})`;
-    `SplitLBITrainer` adds it by itself. It keeps no state of its own: everything is read from the optimizer.
+    Works in a plain `Trainer` that was given `optimizer_cls_and_kwargs=(SplitLBI, {"params": param_groups(...),
+    ...})`; `SplitLBITrainer` adds it by itself. It keeps no state of its own: everything is read from the optimizer.
 
     Logged with the training loss: `support` (share of all units in the support), `support/<group>` and `coupling`,
-    `||W - Gamma||^2 / (2 nu)` summed over the lifted tensors. With every evaluation: `eval_sparse_loss`, and the metrics
-    of `compute_metrics` (by default the accuracy of a classifier) under `eval_sparse_`, for the model whose units outside
-    the support are silent, its batch norms re-estimated on training rows.
+    `||W - Gamma||^2 / (2 nu)` summed over the lifted tensors. With every evaluation: `eval_sparse_loss`, and the
+    metrics of `compute_metrics` (by default the accuracy of a classifier) under `eval_sparse_`, for the model whose
+    units outside the support are silent, its batch norms re-estimated on training rows.
 
     Args:
         groups: the groups in the optimizer; default: found with a row of the training data as example.
@@ -37,13 +37,13 @@ class SplitLBICallback(TrainerCallback):
         bn_batches: training batches that the projected model's batch norms are re-estimated on.
 
     Raises:
-        ValueError: at the start of training, if the optimizer is not a `SplitLBI`, lifts nothing, or its path is too short
-            for a unit of unchanged norm to enter.
+        ValueError: at the start of training, if the optimizer is not a `SplitLBI`, lifts nothing, or its path is too
+            short for a unit of unchanged norm to enter.
 
     Example:
         >>> groups = find_groups(model, example)                                               # doctest: +SKIP
-        >>> kwargs = {"params": param_groups(model, groups), "lr": 0.1, **derive_path(sum(scheduled_rates(args, steps)))}
-        ...                                                                                    # doctest: +SKIP
+        >>> path = derive_path(sum(scheduled_rates(args, steps)))                              # doctest: +SKIP
+        >>> kwargs = {"params": param_groups(model, groups), "lr": args.learning_rate, **path} # doctest: +SKIP
         >>> Trainer(model, args, train_dataset=rows, callbacks=[SplitLBICallback(groups)],
         ...         optimizer_cls_and_kwargs=(SplitLBI, kwargs))                               # doctest: +SKIP
     """
@@ -104,7 +104,9 @@ class SplitLBICallback(TrainerCallback):
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             self.path(kwargs["optimizer"]).save(folder)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not state.is_world_process_zero:
             return
         path = self.path(kwargs["optimizer"])
@@ -137,16 +139,16 @@ def _describe_path(rates: Sequence[float], epochs: float, group: Mapping[str, An
     share = entry_share(total, **hyper)
     if share > 1:
         raise ValueError(
-            f"the path is too short: a unit of unchanged norm would enter after {share:.3g} times this run ({line}). Train "
-            "longer, raise learning_rate or path_scale, or lower nu; derive_path chooses nu and path_scale that fit"
+            f"the path is too short: a unit of unchanged norm would enter after {share:.3g} times this run ({line}). "
+            "Train longer, raise learning_rate or path_scale, or lower nu; derive_path chooses both so that it fits"
         )
     step = next(k for k, seen in enumerate(accumulate(rates), 1) if seen >= share * total * (1 - 1e-9))
     line += f": a median unit, of unchanged norm, enters at epoch {epochs * step / len(rates):.2f} of {epochs:.2f}"
     noise = entry_of_noise(total, **hyper, kappa=group["kappa"])
     if noise > 0.8:
         line += (
-            f". Warning: units without any signal reach {noise:.2f} of their threshold in a run this short, so the support "
-            "says little; the order of the units still does. Train longer or with a higher learning_rate"
+            f". Warning: units without any signal reach {noise:.2f} of their threshold in a run this short, so the "
+            "support says little; the order of the units still does. Train longer or with a higher learning_rate"
         )
     return line
 

@@ -67,7 +67,9 @@ def evaluate_model(
             batch.pop("weight", None)  # evaluation counts every row alike
             output = model(**batch)
             rows = len(batch["labels"])
-            gathered = accelerator.gather_for_metrics((output["loss"].float().repeat(rows), output["logits"], batch["labels"]))
+            gathered = accelerator.gather_for_metrics(
+                (output["loss"].float().repeat(rows), output["logits"], batch["labels"])
+            )
             for store, value in zip((losses, logits, labels), gathered, strict=True):
                 store.append(value.cpu())
     finally:

@@ -117,8 +117,8 @@ class Group:
             model: take the parameters from this model (by name) instead of the one the group was found in.
 
         Returns:
-            `{"params", "penalty": "group", "name", "axis", "block", "scale", "units"}`, one entry of the lists per lifted
-            tensor. `scale` is one over the tensor's mean norm per unit, so that every tensor contributes alike.
+            `{"params", "penalty": "group", "name", "axis", "block", "scale", "units"}`, one entry of the lists per
+            lifted tensor. `scale` is one over the tensor's mean norm per unit, so that every tensor contributes alike.
 
         Raises:
             ValueError: if the group is not lifted, the model has other tensors, or a lifted tensor is all zeros.
@@ -230,7 +230,9 @@ def cut(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -
         for part in group.slices:
             module, leaf = _owner(model, part.tensor)
             old = getattr(module, leaf)
-            index = torch.arange(group.units * part.block).view(group.units, part.block)[kept[group.name].cpu()].flatten()
+            index = (
+                torch.arange(group.units * part.block).view(group.units, part.block)[kept[group.name].cpu()].flatten()
+            )
             new = old.detach().index_select(part.axis, index.to(old.device)).clone()
             setattr(module, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
             set_sizes(module)

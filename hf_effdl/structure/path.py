@@ -22,13 +22,15 @@ ORDERS = ("dual", "entry")
 class Tie:
     """Groups whose sizes move together, because one number of a model's config sets them all.
 
-    At `step` of `steps` each named group keeps `step * share` units, e.g. `{"stem": 4, "inner": 1}`. A free group is a tie
-    of its own.
+    At `step` of `steps` each named group keeps `step * share` units, e.g. `{"stem": 4, "inner": 1}`. A free group is a
+    tie of its own.
     """
 
     steps: int
     shares: Mapping[str, int]
-    fields: Mapping[str, int] = field(default_factory=dict)  # config entry -> its value per step, e.g. "hidden_sizes.0"
+    fields: Mapping[str, int] = field(
+        default_factory=dict
+    )  # config entry -> its value per step, e.g. "hidden_sizes.0"
 
 
 @dataclass
@@ -37,9 +39,9 @@ class SparsePath:
 
     Args:
         groups: the groups of the model (`find_groups`).
-        units: by name of every lifted group, tensors of shape `(units,)`: `"entered"` (int64, step of first entry, -1 for
-            never), `"left"` (int64, step of the last exit, -1 if inside or never in), `"threshold"`, `"dual"` (`||V||`) and
-            `"weight"` (`||W||` over the lifted slices), float32.
+        units: by name of every lifted group, tensors of shape `(units,)`: `"entered"` (int64, step of first entry, -1
+            for never), `"left"` (int64, step of the last exit, -1 if inside or never in), `"threshold"`, `"dual"`
+            (`||V||`) and `"weight"` (`||W||` over the lifted slices), float32.
         step: optimizer steps taken at read-out.
         ties: groups whose sizes one config number sets; empty for a model without such a config.
         curve: optional measured points, dicts such as `{"macs": 0.5, "accuracy": 0.98}`.
@@ -110,9 +112,9 @@ class SparsePath:
         """A score per unit; the lowest goes first. Comparable over groups.
 
         Args:
-            order: `"dual"`: `||V|| / threshold`, divided by its mean over the group. It orders units that entered and units
-                that never did on one scale. `"entry"`: rank by (entry step, -||W||) inside the group, as in the authors'
-                code, so that every group gives up the same share.
+            order: `"dual"`: `||V|| / threshold`, divided by its mean over the group. It orders units that entered and
+                units that never did on one scale. `"entry"`: rank by (entry step, -||W||) inside the group, as in the
+                authors' code, so that every group gives up the same share.
         """
         if order not in ORDERS:
             raise ValueError(f"order={order!r}: it must be one of {ORDERS}")
@@ -145,8 +147,8 @@ class SparsePath:
     ) -> dict[str, Tensor]:
         """The units that a budget keeps: ascending indices per group, for `slim(model, groups, kept)`.
 
-        One list over all groups, ordered by score, is cut from its lower end until the budget holds; then, from the strongest
-        of what was cut, units come back as long as the budget still holds.
+        One list over all groups, ordered by score, is cut from its lower end until the budget holds; then, from the
+        strongest of what was cut, units come back as long as the budget still holds.
 
         Args:
             keep: share of every group's units, in (0, 1].
@@ -154,8 +156,8 @@ class SparsePath:
             macs: share of the multiply-accumulates, in (0, 1].
             latency: share of the latency, in (0, 1]; needs `measure`.
             order: see `scores`.
-            widths: `"stock"` moves groups together that one config number sizes (`ties`), so that the result is a stock
-                config; `"free"` sizes every group alone.
+            widths: `"stock"` moves groups together that one config number sizes (`ties`), so that the result is a
+                stock config; `"free"` sizes every group alone.
             round_to: sizes are multiples of this (a group smaller than it stays whole). They round down, so that the
                 budget is never exceeded; with `keep` they round up.
             least: units that every group keeps at least, as long as the budget can be held that way; else 1.
@@ -211,8 +213,8 @@ class SparsePath:
             low, high = (low, middle) if cost(sizes_after(middle)) <= allowed else (middle + 1, high)
         steps = steps_after(low)
         if budget != "latency":
-            # the last removal can free far more than was needed (a channel of the first layer, say): what was removed last
-            # comes back as long as it fits
+            # the last removal can free far more than was needed (a channel of the first layer, say): what was removed
+            # last comes back as long as it fits
             for i, below in reversed(removals[:low]):
                 above = next((level for level in levels_of(ties[i], round_to) if level > below), ties[i].steps)
                 if steps[i] == below and cost(sizes_at(steps | {i: above})) <= allowed:

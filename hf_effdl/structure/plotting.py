@@ -36,11 +36,13 @@ def plot_path(path: SparsePath, selected: Mapping[str, Tensor] | None, order: st
             entered, gone = int(unit["entered"][i]), int(unit["left"][i])
             color, order_z = (INSIDE, 3) if i in chosen else (OUTSIDE, 2)
             if entered >= 0:
-                left.plot([entered, end if gone < 0 else gone], [y, y], color=color, lw=max(0.6, 26 * step), zorder=order_z,
-                          solid_capstyle="butt")  # fmt: skip
+                left.plot([entered, end if gone < 0 else gone], [y, y], color=color, lw=max(0.6, 26 * step),
+                          zorder=order_z, solid_capstyle="butt")  # fmt: skip
             elif i in chosen:  # kept although it never entered
                 left.plot([end], [y], marker=".", color=INSIDE, ms=3, zorder=order_z)
-    labels = [f"{_short(name)}  ({len(kept[name]) if name in kept else len(s)}/{len(s)})" for name, s in scores.items()]
+    labels = [
+        f"{_short(name)}  ({len(kept[name]) if name in kept else len(s)}/{len(s)})" for name, s in scores.items()
+    ]
     left.set_yticks(range(len(scores)), labels, fontsize=8)
     left.set_ylim(len(scores) - 0.5, -0.5)
     left.set_xlim(0, end * 1.01)
@@ -68,7 +70,9 @@ def _plot_curve(axis: Any, curve: list[dict[str, float]]) -> None:
     metric = "accuracy" if all("accuracy" in point for point in curve) else "loss"
     for key, style in (("macs", "o-"), ("params", "s--")):
         points = sorted((100 * point[key], point[metric]) for point in curve if key in point)
-        axis.plot(*zip(*points, strict=True), style, color=LINE, label={"macs": "MACs", "params": "parameters"}[key], ms=4)
+        axis.plot(
+            *zip(*points, strict=True), style, color=LINE, label={"macs": "MACs", "params": "parameters"}[key], ms=4
+        )
     axis.set_xlabel("size, % of the whole model")
     axis.set_title(f"{metric.capitalize()} against size, no fine-tuning", loc="left", fontsize=11)
     axis.set_xlim(0, 103)

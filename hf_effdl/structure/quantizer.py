@@ -1,7 +1,7 @@
 """Loading a model with sizes that its stock config cannot say, by transformers' hook for rebuilding modules.
 
-`from_pretrained` calls a registered quantizer between building the model and filling in the weights, which is where the
-layers get their sizes. Nothing is quantised.
+`from_pretrained` calls a registered quantizer between building the model and filling in the weights, which is where
+the layers get their sizes. Nothing is quantised.
 """
 
 from copy import deepcopy
@@ -27,8 +27,9 @@ class SlimConfig(QuantizationConfigMixin):
     norms: names of submodules change between releases of transformers, their order does not.
 
     Args:
-        layers: `{number: [outputs, inputs]}` for convolutions and linear layers, `{number: [features]}` for norms; `None`
-            for a size that the stock config says, so that it can still be changed at loading (`num_labels`, say).
+        layers: `{number: [outputs, inputs]}` for convolutions and linear layers, `{number: [features]}` for norms;
+            `None` for a size that the stock config says, so that it can still be changed at loading (`num_labels`,
+            say).
         count: how many such layers the model has, to notice a model of another architecture.
     """
 
@@ -77,8 +78,8 @@ class SlimQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        # From here on it is an ordinary dense model, which trains, casts and saves like any other; the config keeps the
-        # sizes for the next load.
+        # From here on it is an ordinary dense model, which trains, casts and saves like any other; the config keeps
+        # the sizes for the next load.
         del model.hf_quantizer, model.is_quantized, model.quantization_method
         for module in model.modules():
             if getattr(module, "config", None) is not None:

@@ -10,7 +10,7 @@ LEAST_NU = 5.0
 def derive_path(
     total_lr: float, *, lam: float = 1.0, kappa: float = 1.0, path_length: float = 2.5, ridge_length: float = 3.7
 ) -> dict[str, float]:
-    """nu and path_scale that fit a run of a given length, so that the path is travelled once whatever the learning rate.
+    """nu and path_scale that fit a run of a given length, so that any learning rate travels the path once.
 
         nu         = kappa max(total_lr / ridge_length, 5)
         path_scale = path_length lam nu / total_lr
@@ -22,8 +22,8 @@ def derive_path(
         path_length: a unit whose norm stays what it was at initialisation enters after `1 / path_length` of the summed
             learning rate; equally, a unit enters if its norm, averaged over the run, passes `1 / path_length` of its
             initial norm. Above 1.
-        ridge_length: length of the run in time constants of the ridge that pulls on units outside the support. Runs with a
-            summed learning rate below `5 ridge_length` get fewer, and units without signal may enter too
+        ridge_length: length of the run in time constants of the ridge that pulls on units outside the support. Runs
+            with a summed learning rate below `5 ridge_length` get fewer, and units without signal may enter too
             (`entry_of_noise`).
 
     Returns:
@@ -40,8 +40,8 @@ def derive_path(
         raise ValueError(f"total_lr={total_lr} and ridge_length={ridge_length} must be positive")
     if not path_length > 1:
         raise ValueError(
-            f"path_length={path_length}: a unit whose norm stays what it was would not enter before the run ends; pass "
-            "path_length > 1"
+            f"path_length={path_length}: a unit whose norm stays what it was would not enter before the run ends; "
+            "pass path_length > 1"
         )
     nu = kappa * max(total_lr / ridge_length, LEAST_NU)
     return {"nu": nu, "path_scale": path_length * lam * nu / total_lr}
@@ -55,6 +55,7 @@ def entry_share(total_lr: float, *, lam: float, nu: float, path_scale: float) ->
 def entry_of_noise(total_lr: float, *, lam: float, nu: float, path_scale: float, kappa: float = 1.0) -> float:
     """`||V|| / threshold` that a unit whose loss gradient is zero reaches by the end; at 1 or above it enters.
 
-    Such a unit decays as `exp(-kappa t / nu)`, so it reaches `path_scale (1 - exp(-kappa total_lr / nu)) / (kappa lam)`.
+    Such a unit decays as `exp(-kappa t / nu)`, so it reaches `path_scale (1 - exp(-kappa total_lr / nu)) / (kappa
+    lam)`.
     """
     return path_scale * (1 - math.exp(-kappa * total_lr / nu)) / (kappa * lam)

@@ -15,33 +15,40 @@ from transformers import PreTrainedModel
 from hf_effdl.structure.groups import Group, check_same_network, cut
 from hf_effdl.structure.path import complete_ties, one_budget, sizes_for_share
 from hf_effdl.structure.stock import config_ties, stock_config
-from hf_effdl.structure.tracing import call
+from hf_effdl.structure.tracing import call, trace_network
 
 
 def slim(
-    model: nn.Module, groups: Sequence[Group], keep: float | Mapping[str, Any], round_to: int = 1
+    model: nn.Module,
+    groups: Sequence[Group],
+    keep: float | Mapping[str, Any],
+    round_to: int = 1,
+    example_inputs: Any = None,
 ) -> nn.Module:
     """A physically smaller copy of a model: same class, smaller dense tensors, the removed units gone.
 
     In eval mode it computes what the model computes with the removed units' rows, biases, norm weights and norm biases
-    set to zero (to 1e-5). A transformers model keeps a stock config where its config can say the new sizes; otherwise the
-    sizes go to `config.quantization_config` and `from_pretrained` needs `import hf_effdl`.
+    set to zero (to 1e-5). A transformers model keeps a stock config where its config can say the new sizes; otherwise
+    the sizes go to `config.quantization_config` and `from_pretrained` needs `import hf_effdl`.
 
     Args:
         model: left as it is.
         groups: from `find_groups(model)`.
-        keep: share of every group's units, in (0, 1]: the units of largest norm stay (`Group.norm`); or the indices of the
-            kept units by group name, where groups not named keep all.
+        keep: share of every group's units, in (0, 1]: the units of largest norm stay (`Group.norm`); or the indices of
+            the kept units by group name, where groups not named keep all.
         round_to: sizes round up to a multiple of this, by norm; never above what the group has.
+        example_inputs: a tensor, tuple or dict that the model accepts; with it, what slimming changed is measured and
+            stands in `small.config.effdl_report` (`small.effdl_report` for a module without a config).
 
     Returns:
         The smaller model, in the mode of `model`, an ordinary module that trains, saves, exports and slims again.
 
     Raises:
-        ValueError: for groups of another model, an unknown group name, a share outside (0, 1], or indices that are empty,
-            repeated or out of range.
+        ValueError: for groups of another model, an unknown group name, a share outside (0, 1], or indices that are
+            empty, repeated or out of range.
 
     Example:
+        >>> from hf_effdl import find_groups
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
         >>> slim(net, find_groups(net, torch.zeros(1, 1, 8, 8)), keep=0.5)[0]
         Conv2d(1, 2, kernel_size=(3, 3), stride=(1, 1))
@@ -65,6 +72,9 @@ def slim(
     small = cut(deepcopy(model), groups, kept)
     if isinstance(model, PreTrainedModel):  # only those are built from their config
         _set_config(small, ties, {name: len(kept.get(name, range(size))) for name, size in units.items()})
+    if example_inputs is not None:
+        asked = {name: len(index) for name, index in kept.items()} if isinstance(keep, Mapping) else {"keep": keep}
+        set_report(small, effdl_report(model, small, example_inputs, groups, asked))
     return small
 
 
@@ -77,7 +87,8 @@ def _indices(name: str, value: Any, units: Mapping[str, int]) -> Tensor:
     integer = not (index.is_floating_point() or index.dtype == torch.bool)
     if index.ndim != 1 or not integer or len(index) == 0 or len(index.unique()) != len(index):
         raise ValueError(
-            f"keep[{name!r}] must hold distinct unit indices, at least one, or a mask of {units[name]} units; got {value}"
+            f"keep[{name!r}] must hold distinct unit indices, at least one, or a mask of {units[name]} units; "
+            f"got {value}"
         )
     if index.min() < 0 or index.max() >= units[name]:
         raise ValueError(f"keep[{name!r}] has index {int(index.max())} or below 0; the group has {units[name]} units")
@@ -130,8 +141,8 @@ def random_state_kept() -> Iterable[None]:
 def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     """Re-estimate the running statistics of every batch norm as plain averages over some batches, in place.
 
-    The statistics of a dense model do not fit the model that is left when units go. Nothing else changes: weights, mode
-    and the norms' momentum stay.
+    The statistics of a dense model do not fit the model that is left when units go. Nothing else changes: weights,
+    mode and the norms' momentum stay.
 
     Args:
         model: returned.
@@ -146,7 +157,9 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
-        raise ValueError("recalibrate_batch_norm got no batches, so there are no statistics to take; pass at least one")
+        raise ValueError(
+            "recalibrate_batch_norm got no batches, so there are no statistics to take; pass at least one"
+        )
     modes, momenta = [m.training for m in model.modules()], [m.momentum for m in norms]
     model.eval()
     for norm in norms:
@@ -205,6 +218,17 @@ def measure_latency(
     return [statistics.median(record) for record in times]
 
 
+def set_report(small: nn.Module, report: dict[str, Any]) -> None:
+    """Put the report where it is saved with the model: into its config, where it has one."""
+    target = small.config if isinstance(small, PreTrainedModel) else small
+    target.effdl_report = report
+
+
+def get_report(small: nn.Module) -> dict[str, Any] | None:
+    """The report of a slim model, if it has one."""
+    return getattr(small.config if isinstance(small, PreTrainedModel) else small, "effdl_report", None)
+
+
 def effdl_report(
     model: nn.Module, small: nn.Module, inputs: Any, groups: Sequence[Group], budget: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -212,7 +236,7 @@ def effdl_report(
 
     MACs are counted on a forward pass of each model, not predicted.
     """
-    counts = [find_network(m, inputs).count() for m in (model, small)]
+    counts = [trace_network(m, inputs).count() for m in (model, small)]
     times = measure_latency([model, small], inputs)
     report: dict[str, Any] = {
         key: {"before": before, "after": after, "ratio": round(after / before, 6)}
@@ -229,14 +253,8 @@ def effdl_report(
         for part in group.slices[:1]
     }
     device = next(model.parameters()).device
-    batch = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
-    return report | {"budget": dict(budget), "latency_batch": len(batch), "device": device.type}
-
-
-def find_network(model: nn.Module, inputs: Any) -> Any:
-    """Shapes and uses of a model's parameters, from one forward pass of a copy."""
-    from hf_effdl.structure.groups import Network
-    from hf_effdl.structure.tracing import _count_uses, _one_row, _traceable_copy
-
-    copy = _traceable_copy(model)
-    return Network({name: tuple(p.shape) for name, p in copy.named_parameters()}, _count_uses(copy, _one_row(inputs, copy)))
+    values = (
+        inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
+    )
+    rows = next(len(value) for value in values if isinstance(value, Tensor))
+    return report | {"budget": dict(budget), "latency_batch": rows, "device": device.type}

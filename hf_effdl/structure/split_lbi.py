@@ -15,7 +15,9 @@ PENALTIES = (None, "l1", "group")
 LAM_SCALES = ("init", "none")
 
 
-def unit_norm(tensors: Sequence[Tensor], axes: Sequence[int], blocks: Sequence[int], scales: Sequence[float]) -> Tensor:
+def unit_norm(
+    tensors: Sequence[Tensor], axes: Sequence[int], blocks: Sequence[int], scales: Sequence[float]
+) -> Tensor:
     """Norm of every unit over all the slices that belong to it: `n_c = sqrt(sum_t scale_t^2 ||T_t[c]||^2)`.
 
     Args:
@@ -72,15 +74,15 @@ def split_lbi_update(
         direction: d, the base optimizer's direction (the loss gradient, or its momentum average).
         lr: step size, the paper's alpha.
         kappa: damping; the path gets closer to a step function as it grows.
-        nu: coupling between W and Gamma; `nu / kappa` is the time constant, in summed lr, of the ridge on units outside
-            the support.
+        nu: coupling between W and Gamma; `nu / kappa` is the time constant, in summed lr, of the ridge on units
+            outside the support.
         path_scale: factor on the step of V alone; 1 is the paper.
 
     Returns:
         The new W (dtype of `weight`) and the new V (dtype of `dual`). Nothing is written in place.
 
-    Relations: with `path_scale=1` the four lines of the paper (arXiv 2007.02010, eq. 3); the prox is left to the caller
-    because a unit may span several tensors.
+    Relations: with `path_scale=1` the four lines of the paper (arXiv 2007.02010, eq. 3); the prox is left to the
+    caller because a unit may span several tensors.
 
     Example:
         >>> w, v = torch.ones(2), torch.zeros(2)
@@ -101,20 +103,21 @@ class SplitLBI(torch.optim.Optimizer):
         lifted also:       W <- W - kappa lr (W - Gamma) / nu
                            V <- V + path_scale lr (W - Gamma) / nu,     Gamma = kappa Prox(V)
 
-    V starts at 0, so the structure starts empty; a unit is in the support from the step at which its `||V||` passes its
-    threshold. `lr=0` moves neither W nor V.
+    V starts at 0, so the structure starts empty; a unit is in the support from the step at which its `||V||` passes
+    its threshold. `lr=0` moves neither W nor V.
 
     A parameter that is not lifted takes the step of `torch.optim.SGD(lr=kappa * lr)`.
 
     Args:
         params: parameters or param groups. A group may carry `penalty`: `None` (not lifted, the default), `"l1"`
             (every weight alone) or `"group"`: all tensors of the param group share its units, which run along `axis`
-            (an int or one per tensor, default 0), `block` consecutive entries each (default 1), every tensor multiplied
-            by `scale` inside the norm (default 1). `Group.param_group()` makes such groups.
+            (an int or one per tensor, default 0), `block` consecutive entries each (default 1), every tensor
+            multiplied by `scale` inside the norm (default 1). `Group.param_group()` makes such groups.
         lr: step size, > 0.
         kappa: damping, > 0. It multiplies the step of every parameter, lifted or not.
         nu: coupling, > 0; see `split_lbi_update`.
-        momentum: in `[0, 1)`, `b <- momentum b + g`. The coupling is added outside the buffer, as in the authors' code.
+        momentum: in `[0, 1)`, `b <- momentum b + g`. The coupling is added outside the buffer, as in the authors'
+            code.
         weight_decay: coupled L2 as in `torch.optim.SGD`, added to the gradient before momentum.
         lam: strength of the penalty, > 0.
         lam_scale: `"init"`: the threshold of a unit is `lam` times its initial norm over the lifted slices (`"l1"`:
@@ -123,7 +126,8 @@ class SplitLBI(torch.optim.Optimizer):
         path_scale: factor on the step of V alone, > 0.
         fused: `None` or `False`: plain tensor operations. `True` is refused: there is no compiled step yet.
 
-    State: one tensor more than SGD with momentum (V, at least float32) and four numbers per unit. Gamma is never stored.
+    State: one tensor more than SGD with momentum (V, at least float32) and four numbers per unit. Gamma is never
+    stored.
 
     Raises:
         ValueError: for a number out of range, an unknown penalty, units that differ between the tensors of a group, a
@@ -155,7 +159,9 @@ class SplitLBI(torch.optim.Optimizer):
         fused: bool | None = None,
     ) -> None:
         if fused:
-            raise ValueError("fused=True asks for a compiled step, which SplitLBI does not have; pass fused=False or None")
+            raise ValueError(
+                "fused=True asks for a compiled step, which SplitLBI does not have; pass fused=False or None"
+            )
         defaults = {
             "lr": lr, "kappa": kappa, "nu": nu, "momentum": momentum, "weight_decay": weight_decay, "lam": lam,
             "lam_scale": lam_scale, "path_scale": path_scale, "penalty": None,
@@ -296,7 +302,9 @@ class SplitLBI(torch.optim.Optimizer):
             for i, candidate in enumerate(group["params"]):
                 if candidate is p:
                     if group["penalty"] is None:
-                        raise ValueError("this parameter is not lifted (its param group has penalty=None): it has no V")
+                        raise ValueError(
+                            "this parameter is not lifted (its param group has penalty=None): it has no V"
+                        )
                     return group, i
         raise ValueError("this tensor is not a parameter of this optimizer; pass the parameter object itself")
 
@@ -329,8 +337,8 @@ class SplitLBI(torch.optim.Optimizer):
                         f"{tuple(p.shape)} here and {tuple(dual.shape)} there. Resume with the model that was trained"
                     )
         super().load_state_dict(state_dict)
-        # torch casts float state to the parameter's dtype, which would round V of a bfloat16 model and turn step numbers
-        # into floats.
+        # torch casts float state to the parameter's dtype, which would round V of a bfloat16 model and turn step
+        # numbers into floats.
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
                 for name, value in saved_state.get(key, {}).items():
@@ -344,7 +352,7 @@ def _dual_dtype(p: Tensor) -> torch.dtype:
 
 
 def _initial_size(group: dict[str, Any], params: Sequence[Tensor]) -> Tensor:
-    """Thresholds of the group, by unit (`"group"`) or for the one tensor (`"l1"`), from the weights as they are now."""
+    """Thresholds of a group, by unit (`"group"`) or for its one tensor (`"l1"`), from the weights now."""
     tensors = [p.detach().to(_dual_dtype(p)) for p in params]
     if group["penalty"] == "l1":
         size = tensors[0].square().mean().sqrt()
@@ -358,7 +366,9 @@ def _check_group(group: dict[str, Any]) -> None:
     for key in ("lr", "kappa", "nu", "lam", "path_scale"):
         value = float(group[key])
         if not 0 < value < float("inf"):
-            raise ValueError(f"{key}={group[key]} in group {name!r}: it must be a positive finite number; pass {key}=...")
+            raise ValueError(
+                f"{key}={group[key]} in group {name!r}: it must be a positive finite number; pass {key}=..."
+            )
     if not 0 <= group["momentum"] < 1:
         raise ValueError(f"momentum={group['momentum']} in group {name!r}: it must be in [0, 1)")
     if not group["weight_decay"] >= 0:
@@ -425,6 +435,6 @@ def _check_same_groups(mine: list[dict[str, Any]], saved: list[dict[str, Any]]) 
     missing = [name for name in there if name not in here] or [name for name in here if name not in there]
     raise ValueError(
         f"this checkpoint is of other groups: it lifts {len(there)}, this optimizer {len(here)}; first difference: "
-        f"{missing[0] if missing else 'tensors, axes or units of one group'}. Resume with the model, preset and groups "
-        "that the checkpoint was trained with"
+        f"{missing[0] if missing else 'tensors, axes or units of one group'}. Resume with the model, preset and "
+        "groups that the checkpoint was trained with"
     )

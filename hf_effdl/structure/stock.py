@@ -15,9 +15,9 @@ from hf_effdl.structure.path import Tie
 def config_ties(model: nn.Module, groups: Sequence[Group]) -> list[Tie]:
     """The groups that each size in the model's config sets, so that widths can stay what the stock class can build.
 
-    Every integer of the config is doubled in turn and the model built on the meta device; tensors that grew along an axis
-    of a group tie that group to the number. Groups that share a number, and numbers that share a group, make one `Tie`.
-    For a transformers ResNet: the stem and the first stage, then one tie per stage.
+    Every integer of the config is doubled in turn and the model built on the meta device; tensors that grew along an
+    axis of a group tie that group to the number. Groups that share a number, and numbers that share a group, make one
+    `Tie`. For a transformers ResNet: the stem and the first stage, then one tie per stage.
 
     Args:
         model: a `PreTrainedModel`; any other module has no ties.

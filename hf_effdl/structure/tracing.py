@@ -22,9 +22,9 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
     """Find the units of a model that can be removed, each with all its tensor slices.
 
     A copy of the model is traced with Torch-Pruning's dependency graph, so module and model names play no part and the
-    model itself stays as it is. Every group found is tried out: taking a unit out of the copy must give the same output
-    as silencing it; groups that fail (or hold layers other than plain convolutions, linear layers and batch norms) are
-    left out with a warning. Inputs and outputs of the model are never groups.
+    model itself stays as it is. Every group found is tried out: taking a unit out of the copy must give the same
+    output as silencing it; groups that fail (or hold layers other than plain convolutions, linear layers and batch
+    norms) are left out with a warning. Inputs and outputs of the model are never groups.
 
     Args:
         model: any module; convolutional networks are what this release is tested on.
@@ -65,6 +65,13 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(f"no group found in {_describe(model)}{'; left out: ' if reasons else ''}{reasons}")
     return _lift(groups, model, unit)
+
+
+def trace_network(model: nn.Module, inputs: Any) -> Network:
+    """Shapes of a model's parameters and how often one input row uses each, from one forward pass of a copy."""
+    copy = _traceable_copy(model)
+    shapes = {name: tuple(p.shape) for name, p in copy.named_parameters()}
+    return Network(shapes, _count_uses(copy, _one_row(inputs, copy)))
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -179,9 +186,7 @@ def _trace(model: nn.Module, inputs: Any, network: Network) -> tuple[list[Group]
     graph = torch_pruning.DependencyGraph()
     try:
         with torch.enable_grad():
-            graph.build_dependency(
-                model, inputs, forward_fn=call, output_transform=output_tensors, verbose=False
-            )
+            graph.build_dependency(model, inputs, forward_fn=call, output_transform=output_tensors, verbose=False)
         found = list(graph.get_all_groups(root_module_types=[*_CONVS, nn.Linear]))
     except Exception as error:
         raise ValueError(f"cannot trace {_describe(model)}: {type(error).__name__}: {error}") from error

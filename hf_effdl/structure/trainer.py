@@ -17,7 +17,15 @@ from hf_effdl.structure.callbacks import SplitLBICallback
 from hf_effdl.structure.evaluation import evaluate_model, example_row, projected, training_inputs
 from hf_effdl.structure.groups import Group
 from hf_effdl.structure.path import FILE_NAME, SparsePath, unwrap
-from hf_effdl.structure.slim import effdl_report, measure_latency, random_state_kept, recalibrate_batch_norm, slim
+from hf_effdl.structure.slim import (
+    effdl_report,
+    get_report,
+    measure_latency,
+    random_state_kept,
+    recalibrate_batch_norm,
+    set_report,
+    slim,
+)
 from hf_effdl.structure.split_lbi import SplitLBI
 from hf_effdl.structure.tracing import find_groups
 
@@ -31,8 +39,8 @@ class SplitLBITrainer(Trainer):
     All other arguments are those of `Trainer`; `args` must be `SplitLBIArguments`, and there is no
     `optimizer_cls_and_kwargs`.
 
-    `results` holds the rows of the model card's table by name, e.g. `{"dense, plain SGD": {"accuracy": 0.98, "params": 78394}}`;
-    left empty, the card shows the last evaluation of the dense and of the projected model.
+    `results` holds the rows of the model card's table by name, e.g. `{"dense, plain SGD": {"accuracy": 0.98, "params":
+    78394}}`; left empty, the card shows the last evaluation of the dense and of the projected model.
 
     Raises:
         ValueError: for an empty training set, DeepSpeed or DataParallel, another optimizer, or no groups.
@@ -67,22 +75,25 @@ class SplitLBITrainer(Trainer):
             raise TypeError(f"args must be SplitLBIArguments, not {type(args).__name__}; it takes the same fields")
         if args.n_gpu > 1:
             raise ValueError(
-                f"one process sees {args.n_gpu} GPUs, for which Trainer would use DataParallel: split LBI cannot follow its "
-                "replicas. Start one process per GPU: torchrun --nproc_per_node or accelerate launch"
+                f"one process sees {args.n_gpu} GPUs, for which Trainer would use DataParallel: split LBI cannot "
+                "follow its replicas. Start one process per GPU: torchrun --nproc_per_node or accelerate launch"
             )
         if optimizer_cls_and_kwargs is not None:
-            raise ValueError("SplitLBITrainer makes its own optimizer, so optimizer_cls_and_kwargs has no use here; set "
-                             "SplitLBIArguments, or use a plain Trainer with SplitLBICallback")  # fmt: skip
+            raise ValueError("SplitLBITrainer makes its own optimizer, so optimizer_cls_and_kwargs has no use here; "
+                             "set SplitLBIArguments, or use a plain Trainer with SplitLBICallback")  # fmt: skip
         super().__init__(
-            model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset,
-            processing_class=processing_class, model_init=model_init, compute_loss_func=compute_loss_func,
+            model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
+            eval_dataset=eval_dataset, processing_class=processing_class, model_init=model_init,
+            compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
         if self.is_deepspeed_enabled:
             raise ValueError("split LBI cannot run under DeepSpeed, which flattens the parameters; use DDP")
         if self.optimizer is not None and not isinstance(self.optimizer, SplitLBI):
-            raise ValueError(f"optimizers= holds {type(self.optimizer).__name__}; SplitLBITrainer trains with SplitLBI")
+            raise ValueError(
+                f"optimizers= holds {type(self.optimizer).__name__}; SplitLBITrainer trains with SplitLBI"
+            )
         if self.train_dataset is not None and hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
             raise ValueError("train_dataset is empty; pass a data set with at least one row")
         self._groups = groups
@@ -170,8 +181,8 @@ class SplitLBITrainer(Trainer):
         Args:
             macs, params, latency, keep: the budget, a share in (0, 1]; exactly one. See `SparsePath.select`.
             order: see `SparsePath.scores`; default `"dual"`, or `"entry"` with the paper preset.
-            widths: `"stock"`: sizes that the stock config can say, so that anyone's `from_pretrained` loads it; `"free"`:
-                every group on its own, which `from_pretrained` loads after `import hf_effdl`.
+            widths: `"stock"`: sizes that the stock config can say, so that anyone's `from_pretrained` loads it;
+                `"free"`: every group on its own, which `from_pretrained` loads after `import hf_effdl`.
             round_to: sizes are multiples of this.
             bn_batches: re-estimate the batch norms on so many training batches (0: keep the dense model's statistics).
             latency_batch: rows per forward pass when latency is measured.
@@ -193,8 +204,8 @@ class SplitLBITrainer(Trainer):
         options = {"order": order, "widths": widths, "round_to": round_to, "measure": measure}
         small = self._slim_once(path, model, budget, options)
         for _ in range(10):
-            # rarely two widths become equal where the stock class would then leave out a projection; one step further down
-            # the path they differ again
+            # rarely two widths become equal where the stock class would then leave out a projection; one step further
+            # down the path they differ again
             if widths == "free" or not path.ties or getattr(small.config, "quantization_config", None) is None:
                 break
             budget = {name: value and value * 0.99 for name, value in budget.items()}
@@ -203,7 +214,7 @@ class SplitLBITrainer(Trainer):
             with random_state_kept():
                 recalibrate_batch_norm(small, training_inputs(self.get_train_dataloader(), bn_batches, small))
         [report] = broadcast_object_list([effdl_report(model, small, inputs, self.groups, asked)])
-        getattr(small, "config", small).effdl_report = report
+        set_report(small, report)
         return small
 
     def _slim_once(
@@ -240,7 +251,7 @@ class SplitLBITrainer(Trainer):
             except ValueError as error:
                 print(f"left out of the curve: {error}", flush=True)
                 continue
-            report = getattr(small, "config", small).effdl_report
+            report = get_report(small)
             curve.append({
                 "macs": report["macs"]["ratio"], "params": report["params"]["ratio"], **self.evaluate_model(small)
             })  # fmt: skip
@@ -317,7 +328,9 @@ def last_complete_checkpoint(folder: str, processes: int = 1) -> str:
         ValueError: if there is none.
     """
     checkpoints = sorted(
-        Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True
+        Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"),
+        key=lambda path: int(path.name.rpartition("-")[2]),
+        reverse=True,
     )
     for checkpoint in checkpoints:
         try:
@@ -326,4 +339,6 @@ def last_complete_checkpoint(folder: str, processes: int = 1) -> str:
             continue
         if processes == 1 or all((checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(processes)):
             return str(checkpoint)
-    raise ValueError(f"no complete checkpoint in {folder} ({len(checkpoints)} begun); train without resume_from_checkpoint")
+    raise ValueError(
+        f"no complete checkpoint in {folder} ({len(checkpoints)} begun); train without resume_from_checkpoint"
+    )
