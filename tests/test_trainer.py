@@ -288,9 +288,17 @@ def test_slim_equals_the_masked_model_and_leaves_the_trained_one(trained):
     assert_same({name: tensor.clone() for name, tensor in trained.model.state_dict().items()}, before)
 
 
-def test_slim_to_a_latency_measures_it(trained):
-    report = trained.slim(latency=0.999, latency_batch=64).config.effdl_report
-    assert report["budget"] == {"latency": 0.999} and report["params"]["ratio"] < 1
+def test_slim_to_a_latency_asks_the_clock(trained, monkeypatch):
+    def clock(models, inputs):  # a machine whose time is the number of parameters
+        assert inputs["pixel_values"].shape == (64, 1, 16, 16)
+        return [float(sum(p.numel() for p in net.parameters())) for net in models]
+
+    monkeypatch.setattr("hf_effdl.structure.trainer.measure_latency", clock)
+    small = trained.slim(latency=0.6, latency_batch=64)
+    report = small.config.effdl_report
+    assert report["budget"] == {"latency": 0.6} and 0.3 < report["params"]["ratio"] <= 0.6
+    with pytest.raises(ValueError, match="latency=0.001 is below what the smallest sizes cost"):
+        trained.slim(latency=0.001, latency_batch=64)
 
 
 def test_batch_norm_is_re_estimated_on_request_only(trained):
