@@ -680,3 +680,12 @@ def test_masking_zeroes_the_producers_of_the_units_that_go_and_nothing_else():
     for name in ("8.weight", "9.weight", "9.bias"):
         before[name][gone] = 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_parametrised_weight_is_left_out_by_name(caplog):
+    net = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3)), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(),
+        nn.Flatten(), nn.Linear(96, 2),
+    )  # fmt: skip
+    assert [group.name for group in find_groups(net, torch.randn(1, 1, 8, 8))] == ["2"]
+    assert "0 has a parametrised weight" in caplog.text

@@ -1,5 +1,6 @@
 """Watching the path from inside any transformers Trainer whose optimizer is `SplitLBI`."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +19,9 @@ from hf_effdl.structure.slim import random_state_kept, recalibrate_batch_norm
 from hf_effdl.structure.split_lbi import SplitLBI
 from hf_effdl.structure.stock import config_ties
 from hf_effdl.structure.tracing import find_groups
+
+
+logger = logging.getLogger(__name__)
 
 
 class SplitLBICallback(TrainerCallback):
@@ -125,7 +129,11 @@ class SplitLBICallback(TrainerCallback):
     ) -> dict[str, float]:
         with random_state_kept(), projected(model, optimizer, self.groups):
             recalibrate_batch_norm(model, training_inputs(train_dataloader, self.bn_batches, model))
-            return evaluate_model(model, eval_dataloader, self.compute_metrics)
+            try:
+                return evaluate_model(model, eval_dataloader, self.compute_metrics)
+            except ValueError as error:  # the run itself is fine, and not to be lost over this
+                logger.warning("the projected model was not evaluated: %s", error)
+                return {}
 
 
 def _describe_path(rates: Sequence[float], epochs: float, group: Mapping[str, Any]) -> str:

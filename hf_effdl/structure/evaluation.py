@@ -56,6 +56,9 @@ def evaluate_model(
 
     Returns:
         `{"loss": ..., **compute_metrics(...)}`; without `compute_metrics` and with class logits also `"accuracy"`.
+
+    Raises:
+        ValueError: if the batches have no `labels`, or the model's output no `loss` and `logits`.
     """
     modes = [module.training for module in model.modules()]
     model.eval()
@@ -65,7 +68,13 @@ def evaluate_model(
         for batch in dataloader:
             batch = send_to_device(dict(batch), device)
             batch.pop("weight", None)  # evaluation counts every row alike
+            if "labels" not in batch:
+                raise ValueError(f"evaluating a model needs batches with 'labels'; these have {sorted(batch)}")
             output = model(**batch)
+            if not isinstance(output, Mapping) or not {"loss", "logits"} <= output.keys():
+                raise ValueError(
+                    f"{type(model).__name__} does not return 'loss' and 'logits', as transformers models do"
+                )
             rows = len(batch["labels"])
             gathered = accelerator.gather_for_metrics(
                 (output["loss"].float().repeat(rows), output["logits"], batch["labels"])
@@ -101,7 +110,7 @@ def training_inputs(dataloader: Any, batches: int, model: nn.Module) -> Iterator
 def example_row(dataloader: Any) -> dict[str, Any]:
     """One training row as the model receives it, without its label."""
     dataset = dataloader.dataset
-    row = next(iter(dataset)) if isinstance(dataset, IterableDataset) else dataset[0]
-    with random_state_kept():
+    with random_state_kept():  # the row may be augmented at random
+        row = next(iter(dataset)) if isinstance(dataset, IterableDataset) else dataset[0]
         batch = dataloader.collate_fn([row])
     return {k: v for k, v in batch.items() if k not in NOT_MODEL_INPUTS}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from hf_effdl.structure.groups import Group, Groups, Network, Slice, cut, mask
 
@@ -162,8 +163,9 @@ def _count_uses(model: nn.Module, inputs: Any) -> dict[str, int]:
 
     def hook(module: nn.Module, _: Any, output: Tensor) -> None:
         positions = output.numel() // module.weight.shape[0]
-        name = names[id(module.weight)]
-        uses[name] = uses.get(name, 0) + positions
+        name = names.get(id(module.weight))  # a parametrised weight is no parameter
+        if name is not None:
+            uses[name] = uses.get(name, 0) + positions
 
     hooks = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, (*_CONVS, nn.Linear))]
     try:
@@ -237,6 +239,8 @@ def _unsupported(module: Any, names: Mapping[nn.Module, str], item: Any, units: 
     if module not in names:
         return "a bare parameter goes with them"
     kind = type(module).__name__
+    if is_parametrized(module):
+        return f"{names[module]} has a parametrised weight; remove the parametrisation first"
     if isinstance(module, _CONVS) and module.groups != 1:
         return f"{names[module]} is a grouped convolution"
     if isinstance(module, _BATCH_NORMS) and module.weight is None:
