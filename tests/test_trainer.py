@@ -112,6 +112,14 @@ def test_the_groups_and_the_entry_epoch_are_printed_before_training(tmp_path, ca
     assert "support after 1 steps" in out
 
 
+def test_clipping_is_off_unless_asked_for_and_then_spoken_of(tmp_path, capsys):
+    assert SplitLBIArguments(str(tmp_path), use_cpu=True).max_grad_norm == 0.0
+    tiny_run.trainer(str(tmp_path), max_steps=1).train()
+    assert "max_grad_norm" not in capsys.readouterr().out
+    tiny_run.trainer(str(tmp_path), max_steps=1, max_grad_norm=1.0).train()
+    assert "max_grad_norm=1.0 holds back the loss gradient" in capsys.readouterr().out
+
+
 def test_the_printed_entry_epoch_is_when_a_unit_of_unchanged_norm_enters(tmp_path, capsys):
     run = tiny_run.trainer(str(tmp_path), num_train_epochs=4)
     run.train()

@@ -24,7 +24,7 @@ CLOCKS = ("runtime", "per_second")
 SHARED = {
     "per_device_train_batch_size": 8, "per_device_eval_batch_size": 32, "num_train_epochs": 6, "learning_rate": 0.1,
     "save_strategy": "steps", "save_steps": 4, "logging_steps": 4, "eval_strategy": "steps", "eval_steps": 4,
-    "seed": 3, "disable_tqdm": True, "report_to": "none", "use_cpu": True, "save_total_limit": 3,
+    "max_grad_norm": 0.0, "seed": 3, "disable_tqdm": True, "report_to": "none", "use_cpu": True, "save_total_limit": 3,
 }  # fmt: skip
 
 

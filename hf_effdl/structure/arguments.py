@@ -33,6 +33,8 @@ class SplitLBIArguments(TrainingArguments):
         momentum: see `SplitLBI`.
         path_length: see `derive_path`.
         ridge_length: see `derive_path`.
+        max_grad_norm: defaults to 0, no clipping: it would hold back the loss gradient but not the ridge, and fewer
+            units would enter.
         bn_batches: training batches for the batch norms of the projected model at each evaluation.
 
     Raises:
@@ -40,6 +42,7 @@ class SplitLBIArguments(TrainingArguments):
     """
 
     learning_rate: float = field(default=0.1, metadata={"help": "Learning rate of the SGD base."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 does not clip."})
     preset: str = field(default="default", metadata={"help": "'default' or 'paper'."})
     kappa: float = field(default=1.0, metadata={"help": "Damping of split LBI."})
     nu: float | None = field(default=None, metadata={"help": "Coupling; derived from the schedule if not given."})

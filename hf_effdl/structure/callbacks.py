@@ -81,6 +81,11 @@ class SplitLBICallback(TrainerCallback):
         self.ties = config_ties(model, self.groups)
         epochs = state.max_steps / _steps_per_epoch(args, kwargs["train_dataloader"], state)
         outlook = _describe_path(scheduled_rates(args, state.max_steps), epochs, lifted[0])
+        if args.max_grad_norm:
+            outlook += (
+                f". Note: max_grad_norm={args.max_grad_norm} holds back the loss gradient but not the ridge, so fewer "
+                "units enter; max_grad_norm=0 turns it off"
+            )
         if state.is_world_process_zero:
             print(f"{Groups(self.groups)}\n{outlook}", flush=True)
 

@@ -51,7 +51,7 @@ def plot_path(path: SparsePath, selected: Mapping[str, Tensor] | None, order: st
     left.legend(
         [Line2D([], [], color=INSIDE, lw=4), Line2D([], [], color=OUTSIDE, lw=4)],
         ["selected" if selected else "in the support", "not selected" if selected else "left again"],
-        loc="lower right", fontsize=8, framealpha=0.9,
+        loc="lower left", fontsize=8, framealpha=0.9,
     )  # fmt: skip
     for spine in ("top", "right"):
         for axis in axes:
