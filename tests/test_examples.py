@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import DATA
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as Picture
 from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
@@ -19,7 +20,7 @@ SCRIPT = ROOT / "examples" / "sparsify_image_classifier.py"
 
 
 def run(*command: str, cwd: Path) -> str:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_EFFDL_DATA": str(DATA)}
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -98,3 +99,19 @@ def test_the_quickstart_runs_and_leaves_its_pictures_and_cards(tmp_path):
         "sparse_path.safetensors",
     ):
         assert (tmp_path / "quick" / file).stat().st_size > 1000, file
+
+
+def test_the_benchmark_writes_a_row_per_arm_and_seed_and_skips_those_it_has(data_folder, tmp_path):
+    command = (
+        sys.executable, str(ROOT / "examples" / "benchmarks" / "structure_mnist.py"), "--net", "lenet", "--seeds", "1",
+        "--rows", "1024", "--set", "epochs=1", "tune=1", "--out", "rows.jsonl", "--arms",
+    )  # fmt: skip
+    table = run(*command, "path, early", cwd=tmp_path)
+    assert "| path, early |" in table
+    table = run(*command, "path, early", "global L2", cwd=tmp_path)
+    assert "| path, early |" in table and "| global L2 |" in table
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["arm"] for row in rows] == ["path, early", "global L2"]
+    for row in rows:
+        for budget, result in row["budgets"].items():
+            assert result["macs"] <= float(budget) and 0 <= result["after"] <= 100 and result["latency"] > 0

@@ -67,6 +67,8 @@ OURS = "path, early"
 
 def mnist(split: str) -> tuple[torch.Tensor, torch.Tensor]:
     stem = {"train": "train", "test": "t10k"}[split]
+    if not (DATA / "mnist").is_dir():
+        raise SystemExit(f"no MNIST under {DATA}: put its four idx files into a folder mnist/ and set HF_EFFDL_DATA")
 
     def read(file: str, header: int) -> np.ndarray:
         return np.frombuffer(gzip.open(DATA / "mnist" / file).read(), np.uint8, offset=header)
@@ -355,7 +357,8 @@ def table(rows: list[dict]) -> None:
                 )
                 cells.append(f"{before:.1f} -> {after:.2f} ({statistics.mean(differences):+.2f}, {error:.2f})")
             size = [statistics.mean(row["budgets"]["0.25"][k] for row in mine) for k in ("params", "latency")]
-            print(f"| {arm} | {' | '.join(cells)} | {size[0]:.2f}, {size[1]:.2f} |")
+            name = arm if len(mine) == len(seeds) else f"{arm} ({len(mine)} seeds)"
+            print(f"| {name} | {' | '.join(cells)} | {size[0]:.2f}, {size[1]:.2f} |")
         for arm in sorted({row["arm"] for row in long}):
             mine = [row for row in long if row["arm"] == arm]
             line = ", ".join(
