@@ -359,13 +359,9 @@ def table(rows: list[dict]) -> None:
             size = [statistics.mean(row["budgets"]["0.25"][k] for row in mine) for k in ("params", "latency")]
             name = arm if len(mine) == len(seeds) else f"{arm} ({len(mine)} seeds)"
             print(f"| {name} | {' | '.join(cells)} | {size[0]:.2f}, {size[1]:.2f} |")
-        for arm in sorted({row["arm"] for row in long}):
-            mine = [row for row in long if row["arm"] == arm]
-            line = ", ".join(
-                f"{key} {statistics.mean(row[key] for row in mine):.2f}"
-                for key in ("dense", "projected", "kept") if key in mine[0]
-            )  # fmt: skip
-            print(f"{arm} ({len(mine)} seeds): {line}")
+        for row in sorted(long, key=lambda row: (row["arm"], row["seed"])):
+            read = ", ".join(f"{key} {row[key]:.2f}" for key in ("dense", "projected", "kept") if key in row)
+            print(f"{row['arm']}, seed {row['seed']}: {read}")
 
 
 def main() -> None:
