@@ -454,3 +454,26 @@ def test_a_model_that_cannot_be_evaluated_costs_a_warning_and_not_the_run(tmp_pa
     run.train()
     assert "projected model was not evaluated: Bare does not return 'loss'" in caplog.text
     assert run.slim(macs=0.6).effdl_report["macs"]["ratio"] <= 0.6
+
+
+def test_the_card_of_a_slim_model_marks_the_units_that_were_kept(tmp_path, monkeypatch):
+    run = tiny_run.trainer(str(tmp_path), preset="paper", num_train_epochs=1)
+    run.train()
+    small = run.slim(macs=0.5)
+    marked = {}
+
+    def plot(path, selected=None, order="dual"):
+        marked.update(selected, order=order)
+        raise ImportError  # as without matplotlib
+
+    monkeypatch.setattr(SparsePath, "plot", plot)
+    run.save_slim(small, tmp_path / "slim")
+    assert marked.pop("order") == "entry"
+    kept = run.path.select(macs=0.5, order="entry")
+    assert_same({name: index.sort().values for name, index in marked.items()}, kept)
+
+
+def test_a_net_without_a_config_is_not_saved_as_a_hub_model(trained, tmp_path):
+    with pytest.raises(TypeError, match="Linear is no transformers model.*state_dict"):
+        trained.save_slim(torch.nn.Linear(2, 2), tmp_path / "slim")
+    assert not (tmp_path / "slim").exists()

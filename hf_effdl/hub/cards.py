@@ -125,14 +125,14 @@ def _result_rows(trainer: Any, report: Mapping[str, Any] | None) -> list[dict[st
 
 
 def _save_picture(path: Any, report: Mapping[str, Any] | None, folder: str | os.PathLike[str]) -> str | None:
-    selected = None
+    selected, order = None, (report or {}).get("order", "dual")
     if report is not None:
-        # the report holds how many units of each group stayed; they are the best ones
+        # the report holds how many units of each group stayed; they are the best ones in the order it was made by
         selected = {
-            name: score.topk(report["units"][name]["after"]).indices for name, score in path.scores().items()
+            name: score.topk(report["units"][name]["after"]).indices for name, score in path.scores(order).items()
         }  # fmt: skip
     try:
-        figure = path.plot(selected=selected)
+        figure = path.plot(selected=selected, order=order)
     except ImportError:  # matplotlib is an extra; the card says that the picture is missing
         return None
     figure.savefig(Path(folder) / "sparse_path.png", dpi=110)

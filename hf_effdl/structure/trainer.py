@@ -214,7 +214,7 @@ class SplitLBITrainer(Trainer):
             with random_state_kept():
                 recalibrate_batch_norm(small, training_inputs(self.get_train_dataloader(), bn_batches, small))
         [report] = broadcast_object_list([effdl_report(model, small, inputs, self.groups, asked)])
-        set_report(small, report)
+        set_report(small, report | {"order": order})
         return small
 
     def _slim_once(
@@ -297,6 +297,11 @@ class SplitLBITrainer(Trainer):
         """
         from hf_effdl.hub.cards import write_structure_card
 
+        if not isinstance(small, PreTrainedModel):
+            raise TypeError(
+                f"{type(small).__name__} is no transformers model, so it has no config to load it by; save its "
+                "state_dict yourself, or wrap the net in a PreTrainedModel"
+            )
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         small.save_pretrained(target)
