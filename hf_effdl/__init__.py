@@ -10,6 +10,16 @@ from hf_effdl.structure import quantizer as _quantizer  # noqa: F401
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "samples.dynamics": ["DynamicsCallback", "dynamics_scores", "load_dynamics"],
+    "samples.linear_probes": ["LinearProbes"],
+    "samples.noise": ["fit_label_noise", "noise_rate"],
+    "samples.planning": ["Plan", "active_plan", "default_plan", "make_plan", "paper_plan"],
+    "samples.probes": ["Probes"],
+    "samples.sampling": ["PrioritySampler", "draw", "inclusion_probabilities", "priority_sample"],
+    "samples.selection": ["Selection"],
+    "samples.selector": ["UncertaintySelector"],
+    "samples.trained_probes": ["train_probes"],
+    "samples.uncertainty": ["uncertainty"],
     "structure.arguments": ["SplitLBIArguments", "scheduled_rates"],
     "structure.callbacks": ["SplitLBICallback"],
     "structure.groups": ["Group", "param_groups"],
@@ -19,12 +29,23 @@ _PUBLIC = {
     "structure.split_lbi": ["SplitLBI", "split_lbi_update"],
     "structure.tracing": ["find_groups"],
     "structure.trainer": ["SplitLBITrainer"],
+    "weighting": ["WeightedTrainer"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
+    from hf_effdl.samples.dynamics import DynamicsCallback, dynamics_scores, load_dynamics
+    from hf_effdl.samples.linear_probes import LinearProbes
+    from hf_effdl.samples.noise import fit_label_noise, noise_rate
+    from hf_effdl.samples.planning import Plan, active_plan, default_plan, make_plan, paper_plan
+    from hf_effdl.samples.probes import Probes
+    from hf_effdl.samples.sampling import PrioritySampler, draw, inclusion_probabilities, priority_sample
+    from hf_effdl.samples.selection import Selection
+    from hf_effdl.samples.selector import UncertaintySelector
+    from hf_effdl.samples.trained_probes import train_probes
+    from hf_effdl.samples.uncertainty import uncertainty
     from hf_effdl.structure.arguments import SplitLBIArguments, scheduled_rates
     from hf_effdl.structure.callbacks import SplitLBICallback
     from hf_effdl.structure.groups import Group, param_groups
@@ -34,6 +55,7 @@ if TYPE_CHECKING:
     from hf_effdl.structure.split_lbi import SplitLBI, split_lbi_update
     from hf_effdl.structure.tracing import find_groups
     from hf_effdl.structure.trainer import SplitLBITrainer
+    from hf_effdl.weighting import WeightedTrainer
 
 
 def __getattr__(name: str) -> Any:

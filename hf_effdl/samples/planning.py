@@ -22,6 +22,7 @@ from torch import Tensor
 from hf_effdl.samples.noise import NOISY
 from hf_effdl.samples.sampling import (
     _fill,
+    _ids,
     check_rows,
     class_quotas,
     clip_scores,
@@ -132,7 +133,7 @@ def make_plan(
     settings = {name: value for name, value in locals().items() if name not in ("table", "keep", "row_ids", "force")}
     _choice("sampler", sampler, SAMPLERS)
     _choice("quotas", quotas, QUOTAS)
-    rows = len(next(iter(table.values())))
+    rows = _rows(table)
     budget = check_rows(budget, rows)
     if score in LABEL_DEPENDENT and weights == "none" and not force:
         raise ValueError(
@@ -143,12 +144,20 @@ def make_plan(
     if weights == "exact" and sampler in ("sequential", "top-k"):
         raise ValueError(f"weights='exact' needs inclusion probabilities, which sampler={sampler!r} does not have; "
                          "use 'priority' or 'poisson'")  # fmt: skip
+    if sampler == "top-k" and quotas == "strata":
+        raise ValueError("quotas='strata' draws uniformly inside each stratum, so sampler='top-k' has nothing to rank "
+                         "by; use sampler='priority'")  # fmt: skip
+    if uniform_share and sampler in ("sequential", "top-k"):
+        raise ValueError(f"uniform_share={uniform_share} has no effect on sampler={sampler!r}; use 'priority' or "
+                         "'poisson'")  # fmt: skip
     if sampler == "top-k" and budget < 0.3 * rows:
         warnings.warn(f"sampler='top-k' keeps {budget / rows:.0%} of the rows: below 30 % the hardest rows alone do "
-                      "worse than random ones; draw in proportion to the score, or set quotas='strata'",
-                      stacklevel=2)  # fmt: skip
+                      "worse than random ones; draw in proportion to the score, or set sampler='priority', "
+                      "quotas='strata'", stacklevel=2)  # fmt: skip
     values = torch.ones(rows) if score == "uniform" else _column(table, score).float()
-    kept = torch.ones(rows, dtype=torch.bool) if keep is None else keep.clone()
+    kept = torch.ones(rows, dtype=torch.bool) if keep is None else torch.as_tensor(keep).clone()
+    if kept.dtype != torch.bool or kept.shape != (rows,):
+        raise ValueError(f"keep is {kept.dtype} of shape {tuple(kept.shape)}; pass a boolean mask of {rows} rows")
     if cut_hardest:
         kept &= without_hardest(values, cut_hardest)
     groups = _groups(table, quotas, values, bins, kept)
@@ -156,14 +165,14 @@ def make_plan(
         values = clip_scores(values, clip, clip_quantile)
     if quotas == "strata":
         values = torch.ones(rows)
-    ids = torch.arange(rows) if row_ids is None else row_ids
+    ids = _ids(row_ids, rows)
 
     positions, probabilities = [], []
     # what the kept rows cannot fill is drawn from the others
     for part, wanted in ((kept, min(budget, int(kept.sum()))), (~kept, max(0, budget - int(kept.sum())))):
         if wanted:
             found, chances = _draw_in_groups(
-                values, part, groups, wanted, sampler, uniform_share, seed, ids, quotas == "strata"
+                values, part, groups, wanted, sampler, uniform_share, seed, ids, quotas == "strata" or bool(positions)
             )
             positions.append(found)
             probabilities.append(chances)
@@ -171,7 +180,7 @@ def make_plan(
     order = found.argsort()
     found, chances = found[order], chances[order]
     if len(found) == 0:
-        raise ValueError(f"a Poisson draw with budget={budget} came out empty; use sampler='priority' for an exact size")
+        raise ValueError(f"a Poisson draw with budget={budget} came out empty; sampler='priority' has an exact size")
     needs = {"damped": "u_y" if "u_y" in table and score != "u_x" else "u_x", "p_label": "p_label"}
     given = _column(table, needs[weights])[found] if weights in needs else None
     return Plan(
@@ -183,14 +192,14 @@ def make_plan(
 
 def _draw_in_groups(
     values: Tensor, part: Tensor, groups: Tensor | None, budget: int, sampler: str, uniform_share: float, seed: int,
-    ids: Tensor | Sequence[int | str], tolerant: bool,
+    ids: Tensor, tolerant: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rows of a part of the pool, group by group; positions and probabilities."""
     inside = part.nonzero().flatten()
     if groups is None:
         return _draw(values, inside, budget, sampler, uniform_share, seed, ids)
     counts = torch.bincount(groups[inside])
-    if tolerant:  # strata may be more than rows
+    if tolerant:  # strata, or the classes of the few rows that the kept ones leave open, may be more than rows
         quotas = _fill(counts, budget, hashed_uniform(seed, torch.arange(len(counts)), salt=1))
     else:
         quotas = class_quotas(counts, budget, seed=seed)
@@ -203,10 +212,9 @@ def _draw_in_groups(
 
 def _draw(
     values: Tensor, inside: Tensor, budget: int, sampler: str, uniform_share: float, seed: int,
-    ids: Tensor | Sequence[int | str],
+    ids: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    scores = values[inside]
-    names = ids[inside] if isinstance(ids, Tensor) else [ids[i] for i in inside.tolist()]
+    scores, names = values[inside], ids[inside]
     if sampler in ("sequential", "top-k"):
         chosen = top_k(scores, budget) if sampler == "top-k" else sequential_draw(
             scores, budget, seed=seed, row_ids=names
@@ -228,9 +236,13 @@ def _groups(table: Mapping[str, Tensor], quotas: str, values: Tensor, bins: int,
         return None
     if quotas == "strata":
         # bins of the kept range: a few far rows that are cut anyway must not squeeze all others into one bin
-        low, high = values[kept].min(), values[kept].max()
-        return strata(values.clamp(low.item(), high.item()), bins)
-    return _column(table, quotas).long()
+        inside = values[kept] if kept.any() else values
+        return strata(values.clamp(inside.min().item(), inside.max().item()), bins)
+    groups = _column(table, quotas).long()
+    if (groups < 0).any():
+        raise ValueError(f"column {quotas!r} holds {int((groups < 0).sum())} negative classes; leave rows without a "
+                         "label out, or set quotas='predicted' or 'none'")  # fmt: skip
+    return groups
 
 
 # ---- presets
@@ -274,15 +286,16 @@ def default_plan(
         >>> plan.settings["regime"], len(plan)
         ('agreement', 100)
     """
-    budget = check_rows(budget, len(next(iter(table.values()))))
+    budget = check_rows(budget, _rows(table))
     noise = table_noise(table)
     likely = _column(table, "p_clean") >= 0.5
     classes = len(_column(table, "label").unique())
     shared = {"seed": seed, "row_ids": row_ids}
+    balance = {"quotas": overrides["quotas"]} if "quotas" in overrides else {}
     accuracy = None
     if noise <= NOISY and trial is not None:
         draws = [
-            make_plan(table, budget, score="uniform", keep=likely, **(shared | {"seed": seed + 1 + k}))
+            make_plan(table, budget, score="uniform", keep=likely, **(shared | balance | {"seed": seed + 1 + k}))
             for k in range(trials)
         ]
         accuracy = sum(trial(plan.positions, plan.weights) for plan in draws) / trials
@@ -294,7 +307,7 @@ def default_plan(
         regime, keep, options = "clipped", likely, {"clip_quantile": 0.5}
     else:
         regime, keep, options = "unclipped", likely, {"quotas": "none"}
-    plan = make_plan(table, budget, **(shared | {"keep": keep} | options | overrides))
+    plan = make_plan(table, budget, **_override(shared | {"keep": keep} | options, overrides))
     found = {"preset": "default", "regime": regime, "noise_rate": noise, "trial_accuracy": accuracy,
              "kept_rows": int(keep.sum())}  # fmt: skip
     return Plan(plan.positions, plan.probabilities, plan.weights, plan.rows, found | plan.settings)
@@ -327,7 +340,7 @@ def active_plan(
     else:
         regime, options = "clipped", {"clip_quantile": 0.5}
     options = {"quotas": "predicted", "weights": "none", "seed": seed, "row_ids": row_ids} | options
-    plan = make_plan(table, budget, **(options | overrides))
+    plan = make_plan(table, budget, **_override(options, overrides))
     found = {"preset": "default", "regime": regime, "trial_accuracy": accuracy}
     return Plan(plan.positions, plan.probabilities, plan.weights, plan.rows, found | plan.settings)
 
@@ -349,7 +362,7 @@ def paper_plan(
         "score": "u_y" if labelled else "u_x", "quotas": "label" if labelled else "none", "clip": 0.005, "beta": 0.1,
         "sampler": "sequential", "weights": "damped", "seed": seed, "row_ids": row_ids,
     }  # fmt: skip
-    plan = make_plan(table, budget, **(options | overrides))
+    plan = make_plan(table, budget, **_override(options, overrides))
     return Plan(plan.positions, plan.probabilities, plan.weights, plan.rows, {"preset": "paper"} | plan.settings)
 
 
@@ -369,7 +382,26 @@ def _column(table: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in table:
         raise ValueError(f"the score table has no column {name!r}, only {sorted(table)}; score the rows first, or "
                          "choose another score=, quotas= or weights=")  # fmt: skip
-    return table[name]
+    column = table[name]
+    if not column.isfinite().all():
+        bad = (~column.isfinite()).nonzero().flatten()
+        raise ValueError(f"column {name!r} has {len(bad)} NaN or infinite values, the first at row {bad[0]}; score "
+                         "these rows again, or leave them out")  # fmt: skip
+    return column
+
+
+def _rows(table: Mapping[str, Tensor]) -> int:
+    lengths = {name: len(column) for name, column in table.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"the score table has columns of {lengths} rows; pass columns of one length")
+    return next(iter(lengths.values()))
+
+
+def _override(options: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Overrides win; a cap given as a value takes the place of a quantile, and the other way round."""
+    caps = {"clip", "clip_quantile"}
+    options = options if caps.isdisjoint(overrides) else {k: v for k, v in options.items() if k not in caps}
+    return options | overrides
 
 
 def _choice(name: str, value: str, known: Sequence[str]) -> None:

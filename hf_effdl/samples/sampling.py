@@ -6,6 +6,7 @@ how they are split over files or processes, or on how many of them there are.
 
 import hashlib
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def hashed_uniform(seed: int, row_ids: Tensor | Sequence[int | str], salt: int =
     ids = _as_int64(row_ids)
     key = _splitmix64(torch.tensor([_signed(int(seed) * 2 + 1), _signed(int(salt) + 0x9E3779B97F4A7C15)]))
     mixed = _splitmix64(_splitmix64(ids + key[0].to(ids.device)) ^ key[1].to(ids.device))
-    return ((mixed >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)
+    # 52 bits, as the half that keeps zero out would round the largest 53-bit number up to one
+    return ((mixed >> 12) & (2**52 - 1)).double().add_(0.5).mul_(2.0**-52)
 
 
 def _splitmix64(x: Tensor) -> Tensor:
@@ -235,7 +237,9 @@ class PrioritySampler:
         self._least = 0.0  # keys not above it cannot be in the sample
 
     def add(self, scores: Tensor, row_ids: Tensor | Sequence[int]) -> None:
-        """Offer rows; their order does not matter."""
+        """Offer rows; their order does not matter, and there may be none."""
+        if len(scores) == len(row_ids) == 0:
+            return
         scores = check_scores(scores)
         ids = _ids(row_ids, len(scores))
         keys = priority_keys(scores, self.seed, ids)
@@ -380,7 +384,7 @@ def without_hardest(scores: Tensor, share: float) -> Tensor:
     scores = check_scores(scores, signed=True)
     order = scores.sort(descending=True, stable=True).indices
     stays = torch.ones(len(scores), dtype=torch.bool)
-    stays[order[: int(share * len(scores))]] = False
+    stays[order[: int(share * len(scores) + 1e-9)]] = False  # 0.29 * 100 is 28.999...
     return stays
 
 
@@ -395,6 +399,7 @@ def loss_weights(
     p_label: Tensor | None = None,
     beta: float = 0.1,
     floor: float = 1e-3,
+    normalise: bool = True,
 ) -> Tensor:
     """Weights of the selected rows in the loss, with mean 1.
 
@@ -405,9 +410,10 @@ def loss_weights(
         probabilities, uncertainty, p_label: `(r,)`, what the kind needs.
         beta: uncertainty, in logits, below which damped weights are equal.
         floor: keeps a set of doubted rows from losing its weight altogether.
+        normalise: divide by the mean; False for one part of a selection that comes in parts.
 
     Returns:
-        `(r,)` float64 with mean 1.
+        `(r,)` float64, with mean 1 unless `normalise=False`.
 
     Example:
         >>> loss_weights("damped", uncertainty=torch.tensor([0.01, 0.3]))
@@ -427,7 +433,10 @@ def loss_weights(
     values = values.double()
     raw = {"exact": lambda v: 1 / v, "damped": lambda v: 1 / v.clamp(min=beta), "p_label": lambda v: v + floor}
     weights = raw[kind](values)
-    return weights / weights.mean()
+    if not (weights.isfinite() & (weights >= 0)).all() or not weights.sum() > 0:
+        raise ValueError(f"weights={kind!r} come out infinite, NaN, negative or all zero; check {needed}=, and that "
+                         f"beta={beta} and floor={floor} are above zero")  # fmt: skip
+    return weights / weights.mean() if normalise else weights
 
 
 def kish_size(weights: Tensor) -> float:
@@ -445,7 +454,7 @@ def kish_size(weights: Tensor) -> float:
 
 
 def check_scores(scores: Tensor, signed: bool = False) -> Tensor:
-    """Scores as a one-dimensional float tensor on the CPU; raises for NaN, infinite or (unless signed) negative ones."""
+    """Scores as a one-dimensional float tensor on the CPU; raises for NaN, infinite or (if not signed) negative."""
     scores = torch.as_tensor(scores)
     scores = (scores if scores.is_floating_point() else scores.double()).detach().cpu()
     if scores.ndim != 1 or len(scores) == 0:
@@ -460,14 +469,16 @@ def check_scores(scores: Tensor, signed: bool = False) -> Tensor:
 
 def check_budget(budget: float, rows: int) -> float:
     """A budget as a float in (0, rows]."""
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= rows:
-        raise ValueError(f"budget={budget!r}: it must be above 0 and at most the {rows} rows there are")
+    if isinstance(budget, bool) or not isinstance(budget, Real) or not 0 < budget <= rows:
+        raise ValueError(f"budget={budget!r}: it must be a number above 0 and at most the {rows} rows there are")
     return float(budget)
 
 
 def check_rows(budget: int, rows: int | None = None) -> int:
     """A budget as a number of rows, from 1 to `rows`."""
-    if isinstance(budget, bool) or int(budget) != budget or budget < 1 or (rows is not None and budget > rows):
+    # the remainder of infinity and NaN is NaN
+    whole = isinstance(budget, Real) and not isinstance(budget, bool) and budget % 1 == 0
+    if not whole or budget < 1 or (rows is not None and budget > rows):
         there = "" if rows is None else f" up to the {rows} there are"
         raise ValueError(f"budget={budget!r}: it must be a whole number of rows from 1{there}")
     return int(budget)

@@ -61,7 +61,7 @@ def uncertainty(logits: Tensor, labels: Tensor | None = None, gauge: str = "inva
 
 def _uncertainty(logits: Tensor, labels: Tensor | None, gauge: str = "invariant") -> Tensor:
     single = logits.shape[2] == 1
-    logits = _two_classes(logits)
+    logits = two_classes(logits)
     p = mean_probability(logits)
     # taking out each probe's own level first keeps float32 exact when the levels are large
     if gauge == "invariant":
@@ -84,7 +84,7 @@ def _uncertainty(logits: Tensor, labels: Tensor | None, gauge: str = "invariant"
 
 def mean_probability(logits: Tensor) -> Tensor:
     """`p = mean_m softmax(Z_m)`, `(N, C)`: the mean of the probes' probabilities, not of their logits."""
-    return _two_classes(_at_least_float32(logits)).softmax(2).mean(1)
+    return two_classes(_at_least_float32(logits)).softmax(2).mean(1)
 
 
 def entropy(logits: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -118,7 +118,7 @@ def bald(logits: Tensor, labels: Tensor | None = None) -> Tensor:
     logits, _ = check_logits(logits)
 
     def information(z: Tensor, _: None) -> Tensor:
-        each = _two_classes(_at_least_float32(z)).softmax(2)
+        each = two_classes(_at_least_float32(z)).softmax(2)
         return (_entropy(each.mean(1)) - _entropy(each).mean(1)).clamp(min=0)
 
     return _rowwise(information, logits)
@@ -129,10 +129,10 @@ def el2n(logits: Tensor, labels: Tensor) -> Tensor:
 
     Source: Paul et al., "Deep Learning on a Data Diet", arXiv 2107.07075, where the mean is over early checkpoints.
     """
-    logits, labels = check_logits(logits, labels)
+    logits, labels = check_logits(logits, _labelled(labels, "el2n"))
 
     def length(z: Tensor, y: Tensor) -> Tensor:
-        each = _two_classes(_at_least_float32(z)).softmax(2)
+        each = two_classes(_at_least_float32(z)).softmax(2)
         hot = torch.nn.functional.one_hot(y, each.shape[2]).to(each.dtype)
         return (each - hot[:, None]).norm(dim=2).mean(1)
 
@@ -141,7 +141,7 @@ def el2n(logits: Tensor, labels: Tensor) -> Tensor:
 
 def p_label(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean probability of the given label, `p_y`, `(N,)`: low where probes disagree with the label."""
-    logits, labels = check_logits(logits, labels)
+    logits, labels = check_logits(logits, _labelled(labels, "p_label"))
     return _rowwise(lambda z, y: mean_probability(z).gather(1, y[:, None])[:, 0], logits, labels)
 
 
@@ -196,19 +196,29 @@ def check_spread(logits: Tensor) -> None:
         ...
         ValueError: the 4 probes agree on all 5 rows (relative spread 0.0e+00), ...
     """
-    between = total = torch.zeros((), dtype=torch.float64)
-    for part in logits.split(_rows(logits)):
-        part = _two_classes(part).double()
-        part = part - part.mean(2, keepdim=True)
-        between = between + (part - part.mean(1, keepdim=True)).square().sum().cpu()
-        total = total + part.square().sum().cpu()
+    parts = [spread_sums(part) for part in logits.split(_rows(logits))]
+    between, total = (torch.cat(sums).sum() for sums in zip(*parts, strict=True))
     spread = (between / total.clamp(min=torch.finfo(torch.float64).tiny)).sqrt().item()
     if spread < LEAST_SPREAD:
         raise ValueError(
-            f"the {logits.shape[1]} probes agree on all {len(logits)} rows (relative spread {spread:.1e}), so there is "
-            "no uncertainty to read off. A convex probe, such as a linear head, ends at the same weights from any "
+            f"the {logits.shape[1]} probes agree on all {len(logits)} rows (relative spread {spread:.1e}), so there "
+            "is no uncertainty to read off. A convex probe, such as a linear head, ends at the same weights from any "
             "seed: train each probe on a bootstrap sample of the probe set (bootstrap=True)"
         )
+
+
+def spread_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared deviations of each row's logits from the probes' mean, and in all, `(N,)` each, float64."""
+    z = two_classes(logits).double()
+    z = z - z.mean(2, keepdim=True)
+    return (z - z.mean(1, keepdim=True)).square().sum((1, 2)), z.square().sum((1, 2))
+
+
+def _labelled(labels: Tensor | None, score: str) -> Tensor:
+    if labels is None:
+        raise ValueError(f"{score} needs the label of each row; pass labels=, or use a score that does without, such "
+                         "as uncertainty(logits) or entropy(logits)")  # fmt: skip
+    return labels
 
 
 def _entropy(p: Tensor) -> Tensor:
@@ -219,7 +229,7 @@ def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _two_classes(logits: Tensor) -> Tensor:
+def two_classes(logits: Tensor) -> Tensor:
     """A single sigmoid logit z as the logits [0, z] of two classes."""
     logits = logits[..., None] if logits.ndim == 2 else logits
     return logits if logits.shape[2] > 1 else torch.cat([torch.zeros_like(logits), logits], 2)
