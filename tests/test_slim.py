@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
+from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups import mask
 from hf_effdl.structure.quantizer import SlimConfig
-from hf_effdl.structure.slim import effdl_report, measure_latency, random_state_kept, recalibrate_batch_norm, slim
+from hf_effdl.structure.slim import effdl_report, measure_latency, recalibrate_batch_norm, slim
 from hf_effdl.structure.tracing import find_groups
 
 

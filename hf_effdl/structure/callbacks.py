@@ -10,12 +10,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 
+from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.arguments import scheduled_rates
 from hf_effdl.structure.evaluation import evaluate_model, example_row, projected, training_inputs
 from hf_effdl.structure.groups import Group, Groups
 from hf_effdl.structure.path import SparsePath, unwrap
 from hf_effdl.structure.schedule import entry_of_noise, entry_share
-from hf_effdl.structure.slim import random_state_kept, recalibrate_batch_norm
+from hf_effdl.structure.slim import recalibrate_batch_norm
 from hf_effdl.structure.split_lbi import SplitLBI
 from hf_effdl.structure.stock import config_ties
 from hf_effdl.structure.tracing import find_groups

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers.trainer_utils import EvalPrediction
 
+from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups import Group, mask
-from hf_effdl.structure.slim import random_state_kept
 from hf_effdl.structure.split_lbi import SplitLBI
 
 

@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -118,23 +117,6 @@ def _set_config(small: nn.Module, ties: Sequence[Any], sizes: Mapping[str, int])
 
 
 # ---- batch norm
-
-
-@contextmanager
-def random_state_kept() -> Iterable[None]:
-    """Leave Python's, NumPy's and torch's random states as they were."""
-    import random
-
-    import numpy
-
-    states = random.getstate(), numpy.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            numpy.random.set_state(states[1])
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DataCollator, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
 
+from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.arguments import SplitLBIArguments
 from hf_effdl.structure.callbacks import SplitLBICallback
 from hf_effdl.structure.evaluation import evaluate_model, example_row, projected, training_inputs
@@ -21,23 +22,24 @@ from hf_effdl.structure.slim import (
     effdl_report,
     get_report,
     measure_latency,
-    random_state_kept,
     recalibrate_batch_norm,
     set_report,
     slim,
 )
 from hf_effdl.structure.split_lbi import SplitLBI
 from hf_effdl.structure.tracing import find_groups
+from hf_effdl.weighting import WeightedLossMixin
 
 
-class SplitLBITrainer(Trainer):
+class SplitLBITrainer(WeightedLossMixin, Trainer):
     """A `Trainer` whose optimizer is `SplitLBI`: one run gives the dense model and the whole path of smaller ones.
 
     Args:
         groups: the groups to lift; default: found with one training row as example.
 
     All other arguments are those of `Trainer`; `args` must be `SplitLBIArguments`, and there is no
-    `optimizer_cls_and_kwargs`.
+    `optimizer_cls_and_kwargs`. Where the training data has a column `weight`, it weights the rows' losses, see
+    `WeightedLossMixin`.
 
     `results` holds the rows of the model card's table by name, e.g. `{"dense, plain SGD": {"accuracy": 0.98, "params":
     78394}}`; left empty, the card shows the last evaluation of the dense and of the projected model.

@@ -1,0 +1,431 @@
+"""`WeightedTrainer`: train on a `weight` column, exactly, under gradient accumulation and on several processes."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any
+from warnings import warn
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+COLUMN = "weight"
+IGNORED = -100  # the label that counts nowhere in transformers
+CLASSIFICATION = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Video", "Audio"))
+GENERATION = ("ForCausalLM", "ForConditionalGeneration", "CsmForConditionalGeneration")
+ASK = (
+    "pass compute_loss_func=f, where f(outputs, labels, num_items_in_batch) returns one loss per row, or remove the "
+    f"column {COLUMN!r}"
+)
+
+
+# ---- the loss of one row
+
+
+def element_losses(logits: Tensor, labels: Tensor, task: str, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The terms that the losses of transformers average, not yet averaged, and which of them count.
+
+    ==============================  ==================  ============  ==========================================
+    task                            logits              labels        terms of a row
+    ==============================  ==================  ============  ==========================================
+    `single_label_classification`   (B, C)              (B,)          one cross entropy
+    `multi_label_classification`    (B, C)              (B, C)        C binary cross entropies
+    `regression`                    (B, C), (B, 1)      (B, C), (B,)  C squared errors
+    `tokens`                        (B, T, C)           (B, T)        a cross entropy per label
+    `next_tokens`                   (B, T, C)           (B, T)        a cross entropy per label but the first
+    ==============================  ==================  ============  ==========================================
+
+    Terms whose label is -100 do not count. Half-precision logits are taken to float32 first.
+
+    Args:
+        logits, labels: as above, any integer or floating dtype.
+        task: a line of the table.
+        label_smoothing: eps of `(1 - eps) * nll + eps * mean over classes of -log p`, for cross entropies.
+
+    Returns:
+        Terms and mask, both of shape (B, terms per row); terms that do not count are 0.
+
+    Raises:
+        ValueError: if the shapes do not fit the task, or label smoothing is asked of a task without classes.
+
+    Example:
+        >>> terms, counted = element_losses(torch.zeros(2, 3, 4), torch.tensor([[0, 1, -100], [2, 3, 0]]), "tokens")
+        >>> (terms / torch.tensor(4.0).log()).tolist()
+        [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
+    """
+    labels = labels.to(logits.device)
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    fits = {
+        "single_label_classification": logits.ndim == 2 and labels.numel() == len(logits),
+        "tokens": logits.ndim == 3 and logits.shape[:2] == labels.shape,
+        "next_tokens": logits.ndim == 3 and logits.shape[:2] == labels.shape,
+    }.get(task, logits.numel() == labels.numel())
+    if not fits:
+        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit {task}; {ASK}")
+    if task in ("regression", "multi_label_classification"):
+        if label_smoothing:
+            raise ValueError(f"label_smoothing_factor={label_smoothing} has no meaning for {task}; set it to 0")
+        loss = F.mse_loss if task == "regression" else F.binary_cross_entropy_with_logits
+        terms = loss(logits, labels.reshape(logits.shape).to(logits.dtype), reduction="none").reshape(len(logits), -1)
+        return terms, torch.ones_like(terms, dtype=torch.bool)
+    if task == "next_tokens":
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # moving the labels copies less than slicing the logits
+    labels = labels.reshape(len(logits), -1).long()
+    terms = F.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none",
+        label_smoothing=label_smoothing,
+    )  # fmt: skip
+    return terms.view_as(labels), labels != IGNORED
+
+
+def find_task(model: nn.Module, logits: Tensor, labels: Tensor) -> str:
+    """The line of `element_losses` that a model trains on.
+
+    Decided as transformers does: by the kind of head that the model's class names, then `config.problem_type`; for
+    classes that name none, by shape, where only one line fits.
+
+    Raises:
+        ValueError: if the loss of that head has no per-row form here, or the shapes do not decide.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+    name, config, kind = type(model).__name__, getattr(model, "config", None), getattr(model, "loss_type", None)
+    if kind in GENERATION or name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        # an encoder-decoder shifts what the decoder reads, not the labels
+        return "tokens" if getattr(config, "is_encoder_decoder", False) else "next_tokens"
+    if kind in ("ForTokenClassification", "ForMaskedLM"):
+        return "tokens"
+    if kind in CLASSIFICATION and getattr(config, "problem_type", None) is not None:
+        return config.problem_type  # where the user left it open, the model has set it when it saw the labels
+    if kind is None or kind in CLASSIFICATION:
+        whole = not labels.is_floating_point()
+        if whole and logits.ndim == 2 and logits.shape[1] > 1 and labels.shape == logits.shape[:1]:
+            return "single_label_classification"
+        if whole and logits.ndim == 3 and labels.shape == logits.shape[:2]:
+            return "tokens"
+        if not whole and logits.numel() == labels.numel() == len(logits):
+            return "regression"
+    raise ValueError(
+        f"no loss per row is known for {name} with logits {tuple(logits.shape)} and {labels.dtype} labels "
+        f"{tuple(labels.shape)}; {ASK}"
+    )
+
+
+# ---- the weights of the data
+
+
+def has_weights(dataset: Any) -> bool | None:
+    """Whether a data set has the column `weight`; None where only its rows can tell."""
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and COLUMN in columns:
+        return True
+    transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+    return None if columns is None or transformed else False
+
+
+def check_weights(values: Any, where: str) -> np.ndarray:
+    """The weights as float64, one per row, none of them negative, NaN, infinite or absent; else `ValueError`."""
+    try:
+        weights = np.asarray(values)
+    except ValueError:  # lists of different lengths
+        weights = np.array([None])
+    if weights.ndim != 1 or weights.dtype.kind not in "biuf":
+        raise ValueError(f"{where} must hold one number per row, not {weights.dtype} of shape {weights.shape}")
+    weights = weights.astype(np.float64)
+    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(bad):
+        raise ValueError(f"{where} must be finite and not negative; row {bad[0]} has {weights[bad[0]]}")
+    return weights
+
+
+@dataclass
+class WeightCollator:
+    """A collator that never shows `weight` to the one it wraps, which may drop it, pad it or fail on it."""
+
+    collator: Callable[[Sequence[Any]], Any]
+    keep: bool
+
+    def __call__(self, rows: Sequence[Any]) -> Any:
+        weights = [row[COLUMN] for row in rows if isinstance(row, Mapping) and COLUMN in row]
+        weights = [value.tolist() if hasattr(value, "tolist") else value for value in weights]  # from any device
+        if not weights:
+            return self.collator(rows)
+        try:
+            batch = self.collator([{name: value for name, value in row.items() if name != COLUMN} for row in rows])
+        except KeyError as error:
+            if error.args != (COLUMN,):
+                raise
+            batch = self.collator(rows)  # one of the user's own, which asks for the weights itself
+            batch.pop(COLUMN, None)
+        if self.keep:
+            if len(weights) != len(rows):
+                raise ValueError(f"{len(rows) - len(weights)} of {len(rows)} rows of a batch have no {COLUMN!r}")
+            if not isinstance(batch, Mapping):
+                raise TypeError(f"to train on {COLUMN!r}, data_collator must return a mapping, not {type(batch)}")
+            batch[COLUMN] = torch.from_numpy(check_weights(weights, f"the column {COLUMN!r}")).float()
+        return batch
+
+
+# ---- the trainers
+
+
+class WeightedLossMixin:
+    """Makes a `Trainer` train on the column `weight` of its training data; without that column it is that `Trainer`.
+
+    One optimizer step descends
+
+        loss = sum_i w_i * l_i / n        i = 1..n: all rows of the step, over micro batches and processes
+
+    where `l_i` is the mean over the row's own labels: its cross entropy, squared error or mean binary cross entropy in
+    classification and regression; the mean over its label tokens in token classification and language modelling (a row
+    without any counts 0). `n` counts rows and not weights on purpose: with weights of mean 1 over the data set, as a
+    selector leaves them, the expectation over batches is the weighted empirical risk. Dividing by the batch's own sum
+    of weights would be biased, the more so the smaller the micro batch: a row alone in its batch would lose its
+    weight altogether. It also differs from Trainer's mean over all tokens of a step: there long rows weigh more.
+
+    - Evaluation and prediction are unweighted, also for data with a column `weight`.
+    - The first batch of a run checks that these rows' losses average to the loss which the model itself returns, so
+      that class weights, auxiliary losses and the like are refused rather than lost.
+    - `args.label_smoothing_factor` smooths each row's loss.
+    - `compute_loss_func(outputs, labels, num_items_in_batch)` must return one loss per row, shape (rows,), not yet
+      divided by anything; it gets `num_items_in_batch=None`.
+    - The row count is always that of all processes, whatever `args.average_tokens_across_devices` says of tokens.
+    - Under DeepSpeed with 16-bit weights Trainer rounds all floating inputs, so also these weights, to 16 bit.
+
+    Weights must be finite, not negative and not all 0, which is checked before training where the data set can be read
+    at once, else batch by batch. A mean that is not 1 warns: it multiplies the learning rate.
+
+    Raises:
+        ValueError: for weights as above, a column that does not reach the batches, a model whose loss per row is not
+            known, or sequences that are spread over processes.
+
+    Example:
+        >>> from transformers import Seq2SeqTrainer
+        >>> class WeightedSeq2SeqTrainer(WeightedLossMixin, Seq2SeqTrainer): ...
+
+    Source: weighted empirical risk minimisation on selected rows, COPS, arXiv 2309.02476; the authors' code divides by
+    the sum of weights of each mini batch.
+    """
+
+    _needs_weights = False
+    _checked_dataset: Any = None
+    _checked_loss = False
+    _weighted = False
+
+    @wraps(Trainer.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._check_train_dataset()
+
+    def _check_train_dataset(self) -> None:
+        dataset = self.train_dataset
+        found = has_weights(dataset)
+        if dataset is None or dataset is self._checked_dataset:
+            return
+        if self._needs_weights and found is False:
+            self._refuse_no_weights()
+        if found and isinstance(dataset, Dataset):
+            where = f"the column {COLUMN!r} of train_dataset"
+            weights = check_weights(dataset.select_columns(COLUMN).with_format("numpy")[:][COLUMN], where)
+            if len(weights) and not weights.any():
+                raise ValueError(f"{where} is all 0, so there is nothing to train on")
+            if len(weights) and abs(weights.mean() - 1) > 1e-3 and self.is_world_process_zero():
+                warn(
+                    f"{where} has mean {weights.mean():.6g}, which multiplies the learning rate. Loss weights should "
+                    "have mean 1; if the column holds something else, rename it",
+                    stacklevel=3,
+                )
+        self._checked_dataset = dataset
+
+    def _refuse_no_weights(self) -> None:
+        columns = getattr(self.train_dataset, "column_names", None)
+        if columns is None:
+            rows = self.train_dataset
+            row = next(iter(rows)) if isinstance(rows, IterableDataset) else rows[0]
+            columns = list(row) if isinstance(row, Mapping) else []
+        near = get_close_matches(COLUMN, [name for name in columns if name != COLUMN], cutoff=0.5)
+        raise ValueError(
+            f"{type(self).__name__} trains on a column {COLUMN!r}, but train_dataset has {list(columns)}"
+            + (f"; did you mean {' or '.join(map(repr, near))}? Rename it with rename_column" if near else "")
+            + ". Select rows with weights first, or use Trainer"
+        )
+
+    # ---- from the data set to the batch
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # the only way to keep a column that the model does not take, short of giving up remove_unused_columns
+        super()._set_signature_columns_if_needed()
+        if COLUMN not in self._signature_columns:
+            self._signature_columns.append(COLUMN)
+
+    @contextmanager
+    def _collating(self, keep: bool) -> Iterator[None]:
+        plain = self.data_collator
+        self.data_collator = WeightCollator(plain, keep)
+        try:
+            yield
+        finally:
+            self.data_collator = plain
+
+    def get_train_dataloader(self) -> DataLoader:
+        self._check_train_dataset()  # it may be another one than at the start
+        self._checked_loss = False
+        with self._collating(keep=True):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        with self._collating(keep=False):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        with self._collating(keep=False):
+            return super().get_test_dataloader(test_dataset)
+
+    # ---- from the batch to the loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """As in `Trainer`; with weights, the items are the rows of the optimizer step on all processes."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, items
+        if COLUMN in batches[0]:
+            if self.get_cp_size() > 1 or self.get_sp_size() > 1:
+                raise ValueError(
+                    "context and sequence parallelism spread a row over processes, so that none has the row's loss to "
+                    f"weight; use neither, or remove the column {COLUMN!r}"
+                )
+            # on the instance, so that without weights Trainer decides as ever
+            self._weighted = self.loss_is_scaled_for_ga = True
+            rows = sum(len(batch[COLUMN]) for batch in batches)
+            return batches, self.accelerator.gather(torch.tensor(rows, device=device)).sum()
+        if has_weights(self.train_dataset):
+            raise ValueError(
+                f"train_dataset has the column {COLUMN!r}, but its batches have only {sorted(batches[0])}: let its "
+                "transform, set_format(columns=...) or data_collator pass it on; or, to train without weights, "
+                f"remove_columns({COLUMN!r})"
+            )
+        if self._needs_weights:
+            self._refuse_no_weights()
+        if self._weighted:  # the data set was exchanged after a run with weights
+            del self.loss_is_scaled_for_ga
+            self._weighted = False
+        return batches, items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """As in `Trainer`; of a batch with weights, this process's share of the step's weighted loss."""
+        if COLUMN not in inputs:
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        inputs = dict(inputs)
+        weights = inputs.pop(COLUMN)
+        if self.compute_loss_func is not None:
+            labels = inputs.pop("labels", None)
+            outputs = model(**inputs)
+            losses = self.compute_loss_func(outputs, labels, num_items_in_batch=None)
+            if not isinstance(losses, Tensor) or losses.shape != weights.shape:
+                got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+                raise ValueError(
+                    f"compute_loss_func returned {got}; with a column {COLUMN!r} it must return one loss per row, "
+                    f"shape {tuple(weights.shape)}: use reduction='none', and the mean over the labels of each row"
+                )
+        else:
+            if "labels" not in inputs:
+                raise ValueError(f"training on weights needs 'labels'; the batch has {sorted(inputs)}. Or {ASK}")
+            outputs = model(**inputs)
+            if isinstance(outputs, Mapping):
+                own, logits, aux = (outputs.get(name) for name in ("loss", "logits", "aux_loss"))
+            else:
+                own, logits, aux = *outputs[:2], None
+            if not return_outputs:
+                outputs = None  # the graph of the model's own loss is as large as the logits; nobody needs it
+            losses = self._row_losses(model, inputs["labels"], logits, None if own is None else own.detach(), aux)
+            if losses.shape != weights.shape:
+                raise ValueError(
+                    f"the batch has {len(weights)} weights and {len(losses)} rows; data_collator must make one row of "
+                    "each row of the data set (no packing)"
+                )
+        loss = (weights.to(losses.device) * losses).sum()  # at least float32, as the weights are
+        if num_items_in_batch is None:
+            loss = loss / len(weights)
+        else:  # the gradients of the processes are averaged, the rows are counted over all of them
+            loss = loss / num_items_in_batch * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _row_losses(self, model: nn.Module, labels: Tensor, logits: Any, own: Tensor | None, aux: Any) -> Tensor:
+        """The mean loss of each row (rows,), once the model's own loss was seen to be their mean."""
+        model = self.accelerator.unwrap_model(model)
+        name = type(model).__name__
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"{name} returned no logits to take the loss of a row from (with use_liger_kernel=True none does); "
+                + ASK
+            )
+        task = find_task(model, logits, labels)
+        smoothing = self.args.label_smoothing_factor if self.label_smoother is not None else 0.0
+        terms, counted = element_losses(logits, labels, task, smoothing)
+        if not self._checked_loss and own is not None and own.ndim == 0 and own.isfinite() and counted.any():
+            with torch.no_grad():
+                plain = element_losses(logits, labels, task)[0].sum() / counted.sum()
+            half = self.accelerator.mixed_precision != "no" or logits.dtype in (torch.float16, torch.bfloat16)
+            if aux is not None or not torch.isclose(own.to(plain), plain, rtol=2e-2 if half else 1e-4, atol=1e-6):
+                raise ValueError(
+                    f"the loss of {name} is {own:.6g} where the mean over its logits and labels, as {task}, is "
+                    f"{plain:.6g}: it adds or weights something (an auxiliary loss, classes) that weighting the rows "
+                    f"would lose; {ASK}"
+                )
+            self._checked_loss = True
+        return terms.sum(1) / counted.sum(1).clamp(min=1)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        # for batches of the caller's own making; ours have none here
+        inputs = {name: value for name, value in inputs.items() if name != COLUMN}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+
+
+class WeightedTrainer(WeightedLossMixin, Trainer):
+    """A `Trainer` that trains on the column `weight` of `train_dataset`; see `WeightedLossMixin` for the loss.
+
+    Takes the arguments of `Trainer`. Where `train_dataset` has no column `weight` it raises rather than train
+    unweighted.
+
+    Raises:
+        ValueError: if `train_dataset` has no column `weight`; and as `WeightedLossMixin`.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from datasets import Dataset
+        >>> from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+        >>> rows = Dataset.from_dict({"input_ids": [[2, 7], [2, 9]], "labels": [0, 1], "weight": [1.5, 0.5]})
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=10, **sizes))
+        >>> args = TrainingArguments(tempfile.mkdtemp(), max_steps=1, use_cpu=True, disable_tqdm=True)
+        >>> result = WeightedTrainer(model, args, train_dataset=rows).train()  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
+        >>> result.global_step
+        1
+    """
+
+    _needs_weights = True
