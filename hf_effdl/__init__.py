@@ -16,7 +16,7 @@ _PUBLIC = {
     "samples.planning": ["Plan", "active_plan", "default_plan", "make_plan", "paper_plan"],
     "samples.probes": ["Probes"],
     "samples.sampling": ["PrioritySampler", "draw", "inclusion_probabilities", "priority_sample"],
-    "samples.selection": ["Selection"],
+    "samples.selection": ["Selection", "load_selection"],
     "samples.selector": ["UncertaintySelector"],
     "samples.trained_probes": ["train_probes"],
     "samples.uncertainty": ["uncertainty"],
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from hf_effdl.samples.planning import Plan, active_plan, default_plan, make_plan, paper_plan
     from hf_effdl.samples.probes import Probes
     from hf_effdl.samples.sampling import PrioritySampler, draw, inclusion_probabilities, priority_sample
-    from hf_effdl.samples.selection import Selection
+    from hf_effdl.samples.selection import Selection, load_selection
     from hf_effdl.samples.selector import UncertaintySelector
     from hf_effdl.samples.trained_probes import train_probes
     from hf_effdl.samples.uncertainty import uncertainty

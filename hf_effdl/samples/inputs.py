@@ -79,6 +79,7 @@ class Inputs:
         column: the column(s) to feed: a text, an image, a vector, or several numbers that are stacked. Default: the
             columns that the model's `forward` names; else, with a processing class, the only image or text column.
         collator: does it all instead; gets the rows without labels and returns the inputs.
+        aside: more columns that are never fed, the label column for one.
 
     Example:
         >>> Inputs(column=["width", "height"])([{"width": 1.0, "height": 2.0}])
@@ -87,9 +88,10 @@ class Inputs:
 
     def __init__(
         self, processing_class: Any = None, column: str | Sequence[str] | None = None,
-        collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]] | None = None,
+        collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]] | None = None, aside: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.processing_class, self.column, self.collator = processing_class, column, collator
+        self.aside = {*NOT_INPUTS, *aside}
         self.forward_columns: list[str] = []
         self.mode = "RGB"
 
@@ -99,7 +101,7 @@ class Inputs:
         Raises:
             ValueError: if it cannot be told which columns to feed.
         """
-        bound = Inputs(self.processing_class, self.column, self.collator)
+        bound = Inputs(self.processing_class, self.column, self.collator, self.aside)
         bound.mode = "L" if getattr(getattr(model, "config", None), "num_channels", 3) == 1 else "RGB"
         if self.column is not None:
             check_dataset(data, [self.column] if isinstance(self.column, str) else self.column)
@@ -107,18 +109,26 @@ class Inputs:
             bound._find_columns(data, model)
         return bound
 
+    def read(self, data: Dataset, places: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows of the data set, with no more columns than are fed."""
+        needed = self.forward_columns or ([self.column] if isinstance(self.column, str) else list(self.column or []))
+        if needed and data.format["type"] != "custom":  # a transform may need columns that it does not return
+            data = data.select_columns(needed)
+        batch = data[list(places)]
+        return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
     def _find_columns(self, data: Dataset, model: nn.Module | None) -> None:
         known = set(inspect.signature(model.forward).parameters) if model is not None else set()
         # a transform decides only when a row is read which columns there are
         columns = list(data[0]) if data.format["type"] == "custom" else data.column_names
-        self.forward_columns = [name for name in columns if name in known and name not in NOT_INPUTS]
+        self.forward_columns = [name for name in columns if name in known and name not in self.aside]
         if self.forward_columns:
             return
         features = data.features
         wanted = "texts" if isinstance(self.processing_class, PreTrainedTokenizerBase) else "images"
         found = [
             name for name, feature in features.items()
-            if name not in NOT_INPUTS
+            if name not in self.aside
             and (isinstance(feature, Image) if wanted == "images" else _is_text(feature))
         ]  # fmt: skip
         if self.processing_class is None or len(found) != 1:
@@ -132,7 +142,7 @@ class Inputs:
 
     def __call__(self, rows: Rows) -> Mapping[str, Any] | Tensor:
         if self.collator is not None:
-            return self.collator([{k: v for k, v in row.items() if k not in NOT_INPUTS} for row in rows])
+            return self.collator([{k: v for k, v in row.items() if k not in self.aside} for row in rows])
         if self.forward_columns:
             return self._pad([{name: row[name] for name in self.forward_columns} for row in rows])
         if not isinstance(self.column, str):

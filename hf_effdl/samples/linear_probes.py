@@ -1,6 +1,5 @@
 """Cheap probes: M linear heads on one frozen backbone."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,11 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from hf_effdl.samples.inputs import Inputs, check_dataset, label_names, label_tensor, run_model
-from hf_effdl.samples.probes import LEAST_PROBES, Probes, ProbeSet, bootstrap_counts
+from hf_effdl.samples.probes import LEAST_PROBES, Probes, ProbeSet, bootstrap_counts, weights_hash
+
+
+# the lengths of training to choose from
+STEPS = (50, 100, 200)
 
 
 class LinearProbes(Probes):
@@ -41,30 +44,30 @@ class LinearProbes(Probes):
         label_column: str = "label",
         *,
         num_probes: int = 8,
-        bootstrap: bool = True,
         processing_class: Any = None,
         input_column: str | Sequence[str] | None = None,
         data_collator: Callable[[list[dict[str, Any]]], Any] | None = None,
         names: Sequence[str] | None = None,
-        steps: int = 200,
+        steps: int | None = None,
         learning_rate: float = 0.01,
         weight_decay: float = 0.01,
         batch_size: int = 64,
         seed: int = 0,
     ) -> "LinearProbes":
-        """Fit M softmax heads on bootstrap samples of labelled rows.
+        """Fit M softmax heads on bootstrap samples of labelled rows; on the same rows convex heads would all agree.
 
-        Features are the backbone's `pooler_output`, else the mean of its last hidden states (over the tokens or
-        places that are there), else what it returns; standardised over the rows.
+        Features are the mean of the backbone's last hidden states over the tokens that are there (texts), else its
+        `pooler_output`, else the mean over places, else what it returns; standardised over the rows.
 
         Args:
             backbone: any encoder; None if the rows hold vectors or numbers already.
             rows: labelled rows S'.
             label_column: of `rows`.
             num_probes: M.
-            bootstrap: False gives every head all rows; convex heads then agree, and scoring says so.
             processing_class, input_column, data_collator, names: see `Probes`.
-            steps, learning_rate, weight_decay: of full-batch AdamW.
+            steps: of full-batch AdamW; default: whichever of 50, 100 and 200 gives the rows' labels the largest
+                likelihood by the heads that did not see them. With wrong labels that is the early one.
+            learning_rate, weight_decay: of AdamW.
             batch_size: of the forward passes.
             seed: of the bootstrap and of the heads' starting points.
 
@@ -79,17 +82,25 @@ class LinearProbes(Probes):
         if (labels < 0).any():
             raise ValueError(f"{int((labels < 0).sum())} rows of the probe set have a negative label; leave them out")
         classes = max(len(names or []), int(labels.max()) + 1)
-        counts = bootstrap_counts(len(rows), num_probes, seed, bootstrap)
+        counts = bootstrap_counts(len(rows), num_probes, seed)
         recipe = {"steps": steps, "learning_rate": learning_rate, "weight_decay": weight_decay, "classes": classes}
-        inputs = Inputs(processing_class, input_column, data_collator)
+        inputs = Inputs(processing_class, input_column, data_collator, [label_column])
         empty = torch.zeros(max(num_probes, LEAST_PROBES), 0, classes)
         probes = cls(backbone, empty, torch.zeros(0), torch.ones(0), inputs, names, ProbeSet(rows, labels, counts),
                      recipe)  # fmt: skip
         if num_probes < LEAST_PROBES:
             raise ValueError(f"num_probes={num_probes}: the spread of one probe is unknown; use 2 or more, better 8")
         x = probes.encode(rows, batch_size)
-        probes.mean, probes.scale = x.mean(0), x.std(0).clamp(min=1e-6)
-        probes.heads = fit_heads(probes.standardise(x), labels, counts, seed=seed, **recipe)
+        spread = x.std(0)
+        # a feature that hardly moves in the probe set must not blow up where it does in the pool
+        floor = 0.1 * spread.square().mean().sqrt().clamp(min=1e-6)
+        probes.mean, probes.scale = x.mean(0), spread.clamp(min=floor)
+        x = probes.standardise(x)
+        fits = [
+            (number, fit_heads(x, labels, counts, seed=seed, **(recipe | {"steps": number})))
+            for number in (STEPS if steps is None else [steps])
+        ]
+        recipe["steps"], probes.heads = max(fits, key=lambda fit: _unseen_likelihood(x, fit[1], labels, counts))
         return probes
 
     def standardise(self, x: Tensor) -> Tensor:
@@ -108,16 +119,15 @@ class LinearProbes(Probes):
         output = run_model(self.backbone, inputs)
         if isinstance(output, Tensor):
             return output.flatten(1).float()
+        # of texts the pooler is often untrained, so their tokens are averaged
+        mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+        hidden = output.get("last_hidden_state")
+        if mask is not None and hidden is not None and hidden.shape[:2] == mask.shape:
+            return (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
         pooled = output.get("pooler_output")
         if pooled is not None:
             return pooled.flatten(1).float()
-        hidden = output["last_hidden_state"].float()
-        if hidden.ndim == 4:  # (B, d, height, width)
-            return hidden.mean((2, 3))
-        mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
-        if mask is None:
-            return hidden.mean(1)
-        return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return hidden.float().mean((2, 3) if hidden.ndim == 4 else 1)  # (B, d, height, width) or (B, places, d)
 
     def logits(self, inputs: Any) -> Tensor:
         x = self.standardise(self.features(inputs))
@@ -129,7 +139,7 @@ class LinearProbes(Probes):
         self.backbone.to(device)
         parts = []
         for start in range(0, len(data), batch_size):
-            rows = [data[i] for i in range(start, min(start + batch_size, len(data)))]
+            rows = inputs.read(data, range(start, min(start + batch_size, len(data))))
             parts.append(self.features(send_to_device(inputs(rows), device)).cpu())
         return torch.cat(parts)
 
@@ -146,11 +156,7 @@ class LinearProbes(Probes):
     @property
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            digest = hashlib.sha256(self.heads.detach().cpu().contiguous().numpy().tobytes())
-            for name, tensor in sorted(self.backbone.state_dict().items()):
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            self._fingerprint = digest.hexdigest()[:16]
+            self._fingerprint = weights_hash([self.backbone], self.heads)
         return self._fingerprint
 
     def describe(self) -> dict[str, Any]:
@@ -191,3 +197,13 @@ def fit_heads(
             (losses * shares).sum().backward()
             optimizer.step()
     return heads.detach()
+
+
+def _unseen_likelihood(x: Tensor, heads: Tensor, labels: Tensor, counts: Tensor) -> float:
+    """Mean log probability of each row's label under the mean of the heads that were not trained on the row."""
+    unseen = counts == 0
+    p = torch.einsum("nd,mdc->mnc", x, heads).softmax(2)
+    given = p.gather(2, labels[None, :, None].expand(len(heads), -1, 1))[..., 0]
+    known = unseen.any(0)
+    mean = (given * unseen).sum(0)[known] / unseen.sum(0)[known]
+    return mean.clamp(min=1e-6).log().mean().item()

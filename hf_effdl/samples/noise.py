@@ -109,7 +109,8 @@ def label_likelihoods(p: Tensor, labels: Tensor) -> Tensor:
 def fit_likelihoods(likelihoods: Tensor, classes: int) -> LabelNoise:
     """`fit_label_noise` from `label_likelihoods`."""
     likely = likelihoods[_fit_rows(len(likelihoods))].double().T
-    lowest, highest = torch.zeros(len(likely), dtype=torch.float64), torch.full((len(likely),), 0.6).double()
+    lowest = torch.zeros(len(likely), dtype=torch.float64)
+    highest = torch.full_like(lowest, 0.6)
     # the likelihood is concave in the contamination: bisect its slope, for all temperatures at once
     for _ in range(40):
         middle = ((lowest + highest) / 2)[:, None]

@@ -150,6 +150,9 @@ def make_plan(
     if uniform_share and sampler in ("sequential", "top-k"):
         raise ValueError(f"uniform_share={uniform_share} has no effect on sampler={sampler!r}; use 'priority' or "
                          "'poisson'")  # fmt: skip
+    if cut_hardest and score == "uniform":
+        raise ValueError(f"cut_hardest={cut_hardest} needs a score that tells the hardest rows, and score='uniform' "
+                         "does not; pass keep=without_hardest(scores, share)")  # fmt: skip
     if sampler == "top-k" and budget < 0.3 * rows:
         warnings.warn(f"sampler='top-k' keeps {budget / rows:.0%} of the rows: below 30 % the hardest rows alone do "
                       "worse than random ones; draw in proportion to the score, or set sampler='priority', "
@@ -268,7 +271,10 @@ def default_plan(
         "clipped"    clean and a0 < 0.945: rows with `p_clean >= 1/2`; class quotas; `pi ~ min(u_x, median)`
         "unclipped"  clean and solved: rows with `p_clean >= 1/2`; no quotas; `pi ~ u_x`
 
-    and in all of them loss weights `p_label`.
+    and in all of them loss weights `p_label`. Where the rows of a class are fewer than its quota, its rows with the
+    largest `p_label` join them, those with `p_clean >= 1/2` first and the others only if the budget needs them.
+
+    Quotas aim at a test set whose classes count alike; `quotas="none"` keeps the pool's shares.
 
     Args:
         table: `label`, `predicted`, `u_x`, `p_label`, `confidence`, `p_clean`.
@@ -307,10 +313,38 @@ def default_plan(
         regime, keep, options = "clipped", likely, {"clip_quantile": 0.5}
     else:
         regime, keep, options = "unclipped", likely, {"quotas": "none"}
-    plan = make_plan(table, budget, **_override(shared | {"keep": keep} | options, overrides))
+    arguments = _override(shared | {"keep": keep} | options, overrides)
+    if "keep" not in overrides:
+        arguments["keep"] = _filled(table, keep, likely, budget, arguments.get("quotas", "label"), seed)
+    plan = make_plan(table, budget, **arguments)
+    keep = arguments["keep"]
     found = {"preset": "default", "regime": regime, "noise_rate": noise, "trial_accuracy": accuracy,
-             "kept_rows": int(keep.sum())}  # fmt: skip
+             "kept_rows": plan.rows if keep is None else int(keep.sum())}  # fmt: skip
     return Plan(plan.positions, plan.probabilities, plan.weights, plan.rows, found | plan.settings)
+
+
+def _filled(table: Mapping[str, Tensor], keep: Tensor, likely: Tensor, budget: int, quotas: str, seed: int) -> Tensor:
+    """The rows kept, and for classes that have fewer than their quota the surest of their other rows.
+
+    The probes' vote drops most rows of classes that they are bad at. Drawing other classes' rows instead loses these
+    classes. Measured with class counts that fall tenfold and 20 % wrong labels (digits, MNIST): filling up within the
+    class is worth 0.006 to 0.039 on a test set of even classes, and costs up to 0.007 on one with the pool's shares.
+    On pools of (nearly) even classes it is worth up to 0.007 where the budget nears the rows kept, else nothing.
+    """
+    groups = torch.zeros_like(keep, dtype=torch.long)
+    if quotas in ("label", "predicted"):
+        groups = _groups(table, quotas, _column(table, "p_label"), 0, keep)
+    fits = keep | likely
+    if int(fits.sum()) < budget:
+        fits = torch.ones_like(fits)
+    shares = class_quotas(torch.bincount(groups[fits], minlength=int(groups.max()) + 1), budget, seed=seed)
+    surest = (_column(table, "p_label") + 2 * keep + 2 * fits).argsort(descending=True, stable=True)
+    order = surest[groups[surest].argsort(stable=True)]
+    counts = torch.bincount(groups)
+    place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[groups[order]]
+    filled = keep.clone()
+    filled[order[place < shares[groups[order]]]] = True
+    return filled
 
 
 def active_plan(

@@ -65,8 +65,8 @@ class Probes:
     ) -> None:
         self.models = list(models)
         if len(self.models) < LEAST_PROBES:
-            raise ValueError(f"{len(self.models)} probe(s): the spread of one model is unknown; pass 2 or more, better "
-                             "8, trained on different bootstrap samples, see train_probes")  # fmt: skip
+            raise ValueError(f"{len(self.models)} probe(s): the spread of one model is unknown; pass 2 or more, "
+                             "better 8, trained on different bootstrap samples, see train_probes")  # fmt: skip
         for model in self.models:
             model.eval()
         self.names = list(names) if names is not None else common_names(self.models)
@@ -105,12 +105,7 @@ class Probes:
     def fingerprint(self) -> str:
         """A hash of all weights: names the probes in a report and in cached scores."""
         if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for model in self.models:
-                for name, tensor in sorted(model.state_dict().items()):
-                    digest.update(name.encode())
-                    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            self._fingerprint = digest.hexdigest()[:16]
+            self._fingerprint = weights_hash(self.models)
         return self._fingerprint
 
     def describe(self) -> dict[str, Any]:
@@ -143,7 +138,7 @@ class Probes:
         inputs, device = self.bind(data), Accelerator().device
         self.to(device)
         for start in range(0, len(data), batch_size):
-            rows = [data[i] for i in range(start, min(start + batch_size, len(data)))]
+            rows = inputs.read(data, range(start, min(start + batch_size, len(data))))
             z = self.logits(send_to_device(inputs(rows), device)).float().cpu()
             yield z if z.shape[2] > 1 else torch.cat([torch.zeros_like(z), z], 2)
 
@@ -202,6 +197,22 @@ def common_names(models: Sequence[nn.Module]) -> list[str] | None:
 def _short(names: dict[int, str]) -> str:
     shown = dict(list(names.items())[:4])
     return f"{shown}{' ...' if len(names) > 4 else ''} ({len(names)} classes)"
+
+
+def weights_hash(models: Sequence[nn.Module], *tensors: Tensor) -> str:
+    """A short hash of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(_bytes(tensor))
+    for model in models:
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def bootstrap_counts(rows: int, probes: int, seed: int = 0, bootstrap: bool = True) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from hf_effdl.samples.inputs import Inputs
 from hf_effdl.samples.noise import LabelNoise, fit_likelihoods, label_likelihoods
 from hf_effdl.samples.probes import Probes
 from hf_effdl.samples.uncertainty import (
@@ -24,7 +25,6 @@ from hf_effdl.samples.uncertainty import (
     _uncertainty,
     check_labels,
     check_logits,
-    mean_probability,
     spread_sums,
     two_classes,
 )
@@ -38,13 +38,14 @@ PART = 16_384
 
 
 def score_batch(logits: Tensor, labels: Tensor | None, gauge: str = "invariant") -> dict[str, Tensor]:
-    """All score columns of a batch but `p_clean`, which needs the whole pool. See `uncertainty.py` for the formulas."""
+    """All score columns of a batch but `p_clean`, which needs the whole pool; formulas in `uncertainty.py`."""
     each = two_classes(logits).softmax(2)
     p = each.mean(1)
     top = p.topk(2, 1)
     table = {
-        "u_x": _uncertainty(logits, None, gauge), "entropy": _entropy(p), "margin": top.values[:, 0] - top.values[:, 1],
-        "least_confidence": 1 - top.values[:, 0], "bald": (_entropy(p) - _entropy(each).mean(1)).clamp(min=0),
+        "u_x": _uncertainty(logits, None, gauge), "entropy": _entropy(p),
+        "margin": top.values[:, 0] - top.values[:, 1], "least_confidence": 1 - top.values[:, 0],
+        "bald": (_entropy(p) - _entropy(each).mean(1)).clamp(min=0),
         "confidence": top.values[:, 0], "predicted": top.indices[:, 0],
     }  # fmt: skip
     if labels is not None:
@@ -119,18 +120,22 @@ def score_rows(
 
 
 def _score_part(
-    probes: Probes, data: Dataset, places: range, labels: Tensor | None, inputs: Any, gauge: str, batch_size: int,
+    probes: Probes, data: Dataset, places: range, labels: Tensor | None, inputs: Inputs, gauge: str, batch_size: int,
     accelerator: Accelerator, bar: Any,
 ) -> dict[str, Tensor]:  # fmt: skip
-    rows = _Numbered(data, places)
+    rows = _Numbered(data, places, inputs)
     loader = accelerator.prepare(DataLoader(rows, batch_size, collate_fn=_Collate(inputs)))
     table: dict[str, Tensor] = {}
     for numbers, batch in loader:
         with torch.no_grad():
             logits = probes.logits(send_to_device(batch, accelerator.device))
-        places_ = numbers.cpu()
-        given = None if labels is None else labels[places_]
-        found = _checked(logits, given, places_, gauge)
+        numbers_here = numbers.cpu()
+        given = None
+        if labels is not None:
+            if not table:  # once a part: the whole column, so that the error counts all rows
+                check_labels(labels, max(2, logits.shape[2]), len(labels))
+            given = labels[numbers_here].to(logits.device)
+        found = _checked(logits, given, numbers_here, gauge)
         gathered = accelerator.gather_for_metrics({"numbers": numbers} | {
             name: value.to(accelerator.device) for name, value in found.items()
         })  # fmt: skip
@@ -149,15 +154,11 @@ def _checked(logits: Tensor, labels: Tensor | None, places: Tensor, gauge: str) 
         bad = (~logits.isfinite()).any(2)
         row, probe = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"probe {probe} gives NaN or infinite logits for row {places[row].item()} and {int(bad.any(1).sum())} rows "
-            "of its batch; train the probe again (a lower learning rate, float32), or leave the row out"
+            f"probe {probe} gives NaN or infinite logits for row {places[row].item()} ({int(bad.any(1).sum())} rows "
+            "of its batch have some); train the probe again (a lower learning rate, float32), or leave the rows out"
         )
-    classes = max(2, logits.shape[2])
-    if labels is not None:
-        labels = check_labels(labels, classes, len(labels)).to(logits.device)
     logits, labels = check_logits(logits, labels)
-    table = score_batch(logits, labels, gauge)
-    return table | {"classes": torch.full((len(logits),), classes)}
+    return score_batch(logits, labels, gauge) | {"classes": torch.full((len(logits),), max(2, logits.shape[2]))}
 
 
 def _check_spread(between: Tensor, total: Tensor, probes: int) -> None:
@@ -184,20 +185,21 @@ def _cache(
 
 
 class _Numbered(torch.utils.data.Dataset):
-    """Rows with their place in the pool."""
+    """Rows with their place in the pool, read batch by batch."""
 
-    def __init__(self, data: Dataset, places: Sequence[int]) -> None:
-        self.data, self.places = data, places
+    def __init__(self, data: Dataset, places: range, inputs: Inputs) -> None:
+        self.data, self.places, self.inputs = data, places, inputs
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, i: int) -> tuple[int, dict[str, Any]]:
-        return self.places[i], self.data[self.places[i]]
+    def __getitems__(self, numbers: Sequence[int]) -> list[tuple[int, dict[str, Any]]]:
+        places = [self.places[i] for i in numbers]
+        return list(zip(places, self.inputs.read(self.data, places), strict=True))
 
 
 class _Collate:
-    def __init__(self, inputs: Any) -> None:
+    def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
 
     def __call__(self, rows: list[tuple[int, dict[str, Any]]]) -> tuple[Tensor, Any]:

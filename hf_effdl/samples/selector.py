@@ -83,6 +83,7 @@ class UncertaintySelector:
             raise ValueError("mode='coreset' chooses by labels; set label_column, or mode='active'")
         if not isinstance(probes, Probes):
             probes = Probes(probes, processing_class, input_column, data_collator)
+        probes.inputs.aside |= {name for name in (label_column, id_column) if name is not None}
         self.probes, self.label_column, self.mode, self.preset, self.seed = probes, label_column, mode, preset, seed
         self.id_column, self.batch_size, self.trial, self.cache_dir = id_column, batch_size, trial, cache_dir
         self.source, self.revision = source, revision
@@ -178,7 +179,7 @@ class UncertaintySelector:
                 raise ValueError(f"split={split!r}: the DatasetDict has {list(data)}")
             return DatasetDict({**data, split: self.select(data[split], budget, **overrides)})
         data = self._checked(data)
-        rows_of(budget, len(data))  # before the long work
+        self._check_budget(rows_of(budget, len(data)), data, overrides)  # before the long work
         scored = data if set(UNLABELLED) <= set(data.column_names) else self.score(data)
         selection = self.plan(scored, budget, **overrides)
         subset = selection.apply(scored)
@@ -198,6 +199,15 @@ class UncertaintySelector:
         if self.mode == "active":
             return None
         return label_tensor(data, self.label_column, names_for(data, self.label_column, self.probes.names))
+
+    def _check_budget(self, budget: int, data: Dataset, overrides: dict[str, Any]) -> None:
+        labels = self._labels(data)
+        if labels is None or overrides.get("quotas", "label") != "label":
+            return
+        if budget < (classes := len(labels.unique())):
+            raise ValueError(f"budget={budget} is below the {classes} classes in {self.label_column!r}, so quotas "
+                             f"would leave classes out; raise it to {classes} or more, or set quotas='none'"
+                             )  # fmt: skip
 
     def _trial(self, data: Dataset, labels: Tensor | None) -> Trial | None:
         if self.trial is False or callable(self.trial):

@@ -11,8 +11,9 @@ from torch import Tensor
 
 
 GAUGES = ("invariant", "drop-first")
-# Probes whose logits differ by less than this share of the logits' own spread differ by rounding, not by sampling.
-LEAST_SPREAD = 1e-4
+# Probes whose logits differ by less than this share of the logits' own spread differ by rounding and by where their
+# training stopped, not by sampling. Bootstrapped heads on a few hundred rows are near 0.3.
+LEAST_SPREAD = 1e-3
 _CHUNK = 2**22
 
 

@@ -1,0 +1,55 @@
+"""A small selection from files in the working folder, for tests that start it in processes of its own.
+
+python selection_run.py OUT [CACHE] [SLEEP]    # scores go to OUT; SLEEP seconds pass after every batch
+"""
+
+import sys
+import time
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from hf_effdl import LinearProbes, Probes, UncertaintySelector
+from hf_effdl.samples import scoring
+
+
+def rows(count: int, seed: int) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    x = torch.randn(count, 6, generator=generator) + 1.5 * nn.functional.one_hot(labels, 6)
+    return Dataset.from_dict({"x": x.tolist(), "label": labels.tolist(), "name": [f"row {i}" for i in range(count)]})
+
+
+class Slow(nn.Module):
+    def __init__(self, model: nn.Module, seconds: float) -> None:
+        super().__init__()
+        self.model, self.seconds = model, seconds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return self.model(x)
+
+
+def main() -> None:
+    out, cache, seconds = [*sys.argv[1:], *[None, "0"][len(sys.argv) - 2 :]]
+    torch.set_num_threads(1)
+    scoring.PART = 40
+    trained = LinearProbes.train(None, rows(90, 1), input_column="x", steps=50)
+    models = []
+    for head in trained.heads:
+        layer = nn.Linear(6, 3)
+        layer.weight.data, layer.bias.data = head[:-1].T.contiguous(), head[-1].clone()
+        models.append(Slow(layer, float(seconds)))
+    selector = UncertaintySelector(Probes(models, input_column="x"), batch_size=16, cache_dir=cache or None)
+    scored = selector.score(rows(203, 2))
+    chosen = selector.plan(scored, 30).plan
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        columns = {name: torch.tensor(scored[name][:]) for name in scoring.SCORES}
+        torch.save(columns | {"chosen": chosen.positions, "weights": chosen.weights}, out)
+
+
+if __name__ == "__main__":
+    main()

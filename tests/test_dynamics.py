@@ -1,0 +1,639 @@
+import gc
+import logging
+import math
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import dynamics_run
+import numpy as np
+import pytest
+import tiny_run
+import torch
+from datasets import Dataset
+from dynamics_run import EPOCHS, ROWS, STEPS, Net, Rows
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback
+
+from hf_effdl import DynamicsCallback, WeightedTrainer, dynamics_scores, load_dynamics
+from hf_effdl.samples.dynamics import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
+from hf_effdl.structure.trainer import last_complete_checkpoint
+
+
+SCRIPT = Path(__file__).parent / "dynamics_run.py"
+
+
+def files(out) -> dict[str, bytes]:
+    """Everything in the folder of records, byte for byte."""
+    return {file.name: file.read_bytes() for file in sorted((Path(out) / "dynamics").iterdir())}
+
+
+def names(*epochs: int) -> list[str]:
+    return [f"epoch-{epoch:04d}.safetensors" for epoch in epochs]
+
+
+def weights(run: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+
+
+def assert_same_tensors(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Snapshots(TrainerCallback):
+    """The weights at the end of every epoch."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.states.append({name: tensor.clone() for name, tensor in kwargs["model"].state_dict().items()})
+
+
+class Chain(TrainerCallback):
+    """A function called at one event."""
+
+    def __init__(self, **events):
+        for name, function in events.items():
+            setattr(self, name, lambda args, state, control, _call=function, **kwargs: _call(state, **kwargs))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """Every run of Trainer begins with a full garbage collection, which takes longer than these runs do."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def finished_run(folder, noise: bool) -> Trainer:
+    run = dynamics_run.trainer(folder, rows=Rows(noise=noise))
+    run.snapshots = Snapshots()
+    run.add_callback(run.snapshots)
+    run.train()
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The run, on noisy rows, that others must equal."""
+    return finished_run(tmp_path_factory.mktemp("run"), noise=True)
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory):
+    """The same on rows that are always the same."""
+    return finished_run(tmp_path_factory.mktemp("quiet"), noise=False)
+
+
+# ---- the numbers of one epoch
+
+
+def by_hand(logits: list[float], label: int) -> tuple[float, float, float]:
+    total = sum(math.exp(z) for z in logits)
+    p = [math.exp(z) / total for z in logits]
+    error = math.sqrt(sum((p[c] - (c == label)) ** 2 for c in range(len(p))))
+    return p[label], logits[label] - max(z for c, z in enumerate(logits) if c != label), error
+
+
+def test_the_numbers_of_a_row_are_those_of_the_definitions():
+    logits, labels = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * 3, torch.arange(50) % 4
+    found = row_dynamics(logits, labels)
+    expected = torch.tensor([by_hand(z, y) for z, y in zip(logits.tolist(), labels.tolist(), strict=True)])
+    assert torch.allclose(torch.stack(list(found.values()), 1), expected, atol=1e-6)
+    assert list(found) == ["p_label", "margin", "el2n"]
+    assert ((found["margin"] > 0) == (logits.argmax(1) == labels)).all()
+
+
+def test_a_sure_model_keeps_its_digits():
+    found = row_dynamics(torch.tensor([[9.0, 0.0], [0.0, 300.0]], dtype=torch.float64), torch.tensor([0, 0]))
+    assert found["el2n"][0].item() == pytest.approx(math.sqrt(2) / (1 + math.exp(9)), rel=1e-3)
+    assert found["el2n"][1] == pytest.approx(math.sqrt(2)) and found["p_label"][1] == 0 and found["margin"][1] == -300
+    assert all(value.dtype == torch.float32 for value in found.values())
+
+
+def test_every_epoch_is_recorded_as_its_model_predicts_it(quiet):
+    rows, folder = Rows(), Path(quiet.args.output_dir)
+    records = load_dynamics(folder)
+    assert records["epoch"].tolist() == [1, 2, 3, 4] and len(quiet.snapshots.states) == EPOCHS
+    net = Net().eval()
+    for epoch, state in enumerate(quiet.snapshots.states):
+        net.load_state_dict(state)
+        for i in range(ROWS):  # one row at a time
+            row = rows[i]
+            logits = net(row["x"][None])["logits"][0].tolist()
+            p, margin, el2n = by_hand(logits, int(row["labels"]))
+            assert records["p_label"][epoch, i].item() == pytest.approx(p, abs=1e-5)
+            assert records["margin"][epoch, i].item() == pytest.approx(margin, abs=1e-5)
+            assert records["el2n"][epoch, i].item() == pytest.approx(el2n, abs=1e-5)
+            assert records["correct"][epoch, i].item() == (logits.index(max(logits)) == int(row["labels"]))
+    assert all(records[name].dtype == torch.float32 for name in ("p_label", "margin", "el2n"))
+    assert records["correct"].dtype == torch.bool and 0 < records["correct"].float().mean() < 1
+    assert_same_tensors(load_dynamics(folder / "dynamics"), records)
+
+
+# ---- training is left alone
+
+
+def test_training_is_the_same_with_and_without_bit_for_bit(uninterrupted, tmp_path):
+    plain = dynamics_run.trainer(tmp_path, callback=False)
+    plain.train()
+    after = random.random(), np.random.rand(), torch.rand(1)
+    again = dynamics_run.trainer(tmp_path)
+    again.train()
+    assert (random.random(), np.random.rand(), torch.rand(1)) == after
+    for run in (uninterrupted, again):
+        assert_same_tensors(weights(run), weights(plain))
+        losses = [[entry.get("loss") for entry in one.state.log_history] for one in (run, plain)]
+        assert losses[0] == losses[1] and any(losses[0])
+    assert files(again.args.output_dir) == files(uninterrupted.args.output_dir)
+
+
+def test_a_split_lbi_run_of_a_transformers_model_is_recorded_and_left_alone(tmp_path):
+    pair = [tiny_run.trainer(str(tmp_path / name), num_train_epochs=2, eval_strategy="no") for name in "ab"]
+    pair[0].add_callback(DynamicsCallback())
+    for run in pair:
+        run.train()
+    assert_same_tensors(weights(pair[0]), weights(pair[1]))
+    records, rows = load_dynamics(tmp_path / "a"), tiny_run.images(64, 1)
+    pair[0].model.eval()
+    with torch.no_grad():
+        logits = pair[0].model(rows["pixel_values"][:]).logits
+    assert torch.allclose(records["margin"][-1], row_dynamics(logits, rows["labels"][:])["margin"], atol=1e-4)
+
+
+def test_modes_and_gradients_are_put_back(tmp_path):
+    seen = []
+
+    def freeze(state, model, **kwargs):
+        model.body[1].eval()
+
+    def look(state, model, **kwargs):
+        seen.append((model.training, model.body[1].training, model.body[3].training, torch.is_grad_enabled()))
+
+    run = dynamics_run.trainer(tmp_path, callback=Chain(on_epoch_end=freeze), num_train_epochs=1)
+    run.add_callback(DynamicsCallback())
+    run.add_callback(Chain(on_epoch_end=look))
+    run.train()
+    assert seen == [(True, False, True, True)] and files(tmp_path)
+
+
+# ---- which epochs
+
+
+def test_every_so_many_epochs(tmp_path):
+    snapshots = Snapshots()
+    run = dynamics_run.trainer(tmp_path, callback=DynamicsCallback(every=2), rows=Rows(), num_train_epochs=5)
+    run.add_callback(snapshots)
+    run.train()
+    assert list(files(tmp_path)) == names(2, 4)
+    records = load_dynamics(tmp_path)
+    assert records["epoch"].tolist() == [2, 4]
+    net = Net().eval()
+    net.load_state_dict(snapshots.states[3])
+    logits = net(Rows().x)["logits"]
+    assert torch.allclose(records["margin"][1], row_dynamics(logits, Rows().labels)["margin"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "epochs"),
+    [
+        ({"max_steps": 2 * STEPS + 2}, [1, 2]),  # the third epoch is cut off
+        ({"max_steps": 2 * STEPS}, [1, 2]),
+        ({"gradient_accumulation_steps": 2, "num_train_epochs": 2}, [1, 2]),  # five batches: the last step takes one
+        ({"dataloader_drop_last": True, "num_train_epochs": 2}, [1, 2]),
+        ({"num_train_epochs": 1.4}, [1]),
+    ],
+)
+def test_whole_epochs_are_recorded_and_others_are_not(tmp_path, changes, epochs):
+    dynamics_run.trainer(tmp_path, **changes).train()
+    assert list(files(tmp_path)) == names(*epochs)
+    assert load_dynamics(tmp_path)["margin"].shape == (len(epochs), ROWS)
+
+
+def test_a_run_too_short_for_a_record_says_so(tmp_path, caplog):
+    dynamics_run.trainer(tmp_path, max_steps=3).train()
+    assert "no training dynamics were recorded: training ended at epoch 0.60 and every=1" in caplog.text
+    caplog.clear()
+    dynamics_run.trainer(tmp_path, num_train_epochs=1).train()
+    assert "dynamics" not in caplog.text
+
+
+# ---- resume
+
+
+def test_a_fresh_run_clears_what_another_left(uninterrupted, tmp_path):
+    folder = tmp_path / "dynamics"
+    folder.mkdir()
+    for name in ("epoch-0009.safetensors", "epoch-0001.safetensors", "epoch-0009.tmp"):
+        (folder / name).write_bytes(b"old")
+    dynamics_run.trainer(tmp_path).train()
+    assert files(tmp_path) == files(uninterrupted.args.output_dir)
+
+
+def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint(quiet, tmp_path):
+    dynamics_run.trainer(tmp_path, rows=Rows(), save_strategy="steps", save_steps=STEPS + 2).train()
+    assert list(files(tmp_path)) == names(1, 2, 3, 4)
+    seen = []
+    run = dynamics_run.trainer(tmp_path, rows=Rows())
+    run.add_callback(Chain(on_epoch_begin=lambda state, **_: seen.append(list(files(tmp_path)))))
+    run.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-{2 * (STEPS + 2)}")  # in the third epoch
+    assert seen[0] == names(1, 2)
+    assert files(tmp_path) == files(quiet.args.output_dir)
+    assert_same_tensors(weights(run), weights(quiet))
+
+
+def test_a_checkpoint_at_the_end_of_an_epoch_gets_its_record_on_resume(uninterrupted, tmp_path):
+    dynamics_run.trainer(tmp_path, save_strategy="epoch").train()
+    for checkpoint in (2 * STEPS, EPOCHS * STEPS):  # then train on, or find that there is nothing left to train
+        (tmp_path / "dynamics" / names(checkpoint // STEPS)[0]).unlink()
+        dynamics_run.trainer(tmp_path).train(resume_from_checkpoint=f"{tmp_path}/checkpoint-{checkpoint}")
+        assert files(tmp_path) == files(uninterrupted.args.output_dir)
+
+
+def test_runs_killed_at_any_moment_and_resumed_equal_an_uninterrupted_one(uninterrupted, quiet, tmp_path):
+    command = [sys.executable, str(SCRIPT), str(tmp_path), *dynamics_run.SAVES]
+    script = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        for point in dynamics_run.SAVES:
+            out, deadline = tmp_path / point, time.monotonic() + 120
+            while not (out / "held").exists():
+                assert time.monotonic() < deadline and script.poll() is None
+                time.sleep(0.01)
+            delay = random.SystemRandom().uniform(0, 0.5) if point.startswith("anywhere") else 0
+            time.sleep(delay)
+            with suppress(ProcessLookupError):  # it may have finished by now
+                os.kill(int((out / "held").read_text()), signal.SIGKILL)
+            left = sorted(path.name for path in [*out.iterdir(), *out.glob("dynamics/*")])
+            print(f"{point}: killed after {delay:.3f} s, leaving {left}")
+            if point in ("before", "during"):
+                assert f"checkpoint-{2 * STEPS if point == 'before' else STEPS}" in left
+                assert "epoch-0002.safetensors" not in left and ("epoch-0002.tmp" in left) == (point == "during")
+            same = quiet if "quiet" in point else uninterrupted
+            run = dynamics_run.trainer(out, rows=Rows(noise=same is uninterrupted), **dynamics_run.SAVES[point])
+            begun = list(out.glob("checkpoint-*/trainer_state.json"))
+            run.train(resume_from_checkpoint=last_complete_checkpoint(str(out)) if begun else None)
+            assert files(out) == files(same.args.output_dir), point
+            assert_same_tensors(weights(run), weights(same))
+    finally:
+        script.kill()
+        script.wait()
+
+
+# ---- several processes
+
+
+def test_two_processes_record_what_one_does(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(files(tmp_path / "with")) == names(1, 2, 3, 4)
+    ends = {name: [torch.load(tmp_path / name / f"{rank}.pt") for rank in (0, 1)] for name in ("with", "without")}
+    for rank in (0, 1):  # training is left alone, what differs between the processes included
+        assert_same_tensors(ends["with"][rank], ends["without"][rank])
+    assert not torch.equal(ends["with"][0]["body.1.running_mean"], ends["with"][1]["body.1.running_mean"])
+    for epoch in range(1, EPOCHS + 1):  # one process that continues from a checkpoint records its epoch anew
+        checkpoint = f"checkpoint-{epoch * STEPS}"
+        out = tmp_path / f"one-{epoch}"
+        shutil.copytree(tmp_path / "with" / checkpoint, out / checkpoint)
+        one = dynamics_run.trainer(out, rows=Rows(), max_steps=epoch * STEPS)
+        one.train(resume_from_checkpoint=str(out / checkpoint))
+        name = names(epoch)[0]
+        assert files(out) == {name: files(tmp_path / "with")[name]}
+    net = Net().eval()  # three rows: the second process has none of its own
+    net.load_state_dict(load_file(tmp_path / "few" / f"checkpoint-{STEPS}" / "model.safetensors"))
+    expected = row_dynamics(net(Rows(3).x)["logits"], Rows(3).labels)
+    records = load_dynamics(tmp_path / "few")
+    assert all(torch.allclose(records[name][0], expected[name], atol=1e-6) for name in expected)
+
+
+# ---- what reaches the model
+
+
+class PopsWeight(Trainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        inputs = {name: value for name, value in inputs.items() if name != "weight"}
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+def test_a_weight_column_does_not_reach_the_model(uninterrupted, tmp_path):
+    run = dynamics_run.trainer(
+        tmp_path, rows=Rows(noise=True, weight=2.0), kind=PopsWeight, remove_unused_columns=False
+    )
+    run.train()
+    assert files(tmp_path) == files(uninterrupted.args.output_dir)
+
+
+def test_a_weighted_run_is_recorded_without_its_weights(tmp_path):
+    plain = Rows()
+    rows = Dataset.from_dict({"x": plain.x.numpy(), "labels": plain.labels.numpy(), "weight": [0.5, 1.5] * 18 + [1.0]})
+    run = dynamics_run.trainer(tmp_path, rows=rows.with_format("torch"), kind=WeightedTrainer, num_train_epochs=2)
+    run.train()
+    run.model.eval()
+    expected = row_dynamics(run.model(plain.x)["logits"], plain.labels)
+    assert torch.allclose(load_dynamics(tmp_path)["margin"][1], expected["margin"], atol=1e-5)
+
+
+class NeedsLabels(Net):
+    def forward(self, x, labels):
+        output = super().forward(x, labels)
+        return output["loss"], output["logits"]
+
+
+class NoLabels(Net):
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("net", [NeedsLabels, NoLabels])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_models_that_take_or_return_other_things(tmp_path, net, bf16):
+    changes = {"num_train_epochs": 1, "bf16": bf16, "rows": Rows()}
+    dynamics_run.trainer(tmp_path / "usual", **changes).train()
+    if net is NoLabels:
+        changes["compute_loss_func"] = lambda output, labels, **_: nn.functional.cross_entropy(output, labels)
+        changes["label_names"] = ["labels"]
+    dynamics_run.trainer(tmp_path / "other", net=net, **changes).train()
+    assert files(tmp_path / "usual") == files(tmp_path / "other")
+
+
+def test_labels_are_kept_from_a_model_that_can_do_without(tmp_path):
+    seen = []
+
+    class Spy(Net):
+        def forward(self, x, labels=None):
+            seen.append((self.training, labels is not None, torch.is_grad_enabled(), len(x)))
+            return super().forward(x, labels)
+
+    dynamics_run.trainer(tmp_path, net=Spy, num_train_epochs=1).train()
+    training, recording = {(True, True, True, 8), (True, True, True, ROWS % 8)}, {(False, False, False, 4)}
+    assert set(seen) == training | recording | {(False, False, False, 1)}  # and one row to begin with
+    seen.clear()
+    dynamics_run.trainer(tmp_path, net=Spy, num_train_epochs=1, callback=DynamicsCallback(batch_size=20)).train()
+    assert [rows for training, _, _, rows in seen if not training] == [1, 20, 20]
+
+
+def test_random_views_are_new_in_every_epoch_and_follow_from_the_seed(tmp_path):
+    views = {}
+    for seed in (1, 1, 2):
+        seen = []
+
+        def collate(rows, seen=seen):
+            seen.append(torch.stack([row["x"] for row in rows]))
+            return {"x": seen[-1], "labels": torch.stack([row["labels"] for row in rows])}
+
+        callback = DynamicsCallback(dataset=Rows(6, noise=True), data_collator=collate, batch_size=6)
+        dynamics_run.trainer(tmp_path, callback=callback, num_train_epochs=2, seed=seed).train()
+        _, first, second = seen
+        assert not torch.isclose(first, second).any()
+        assert torch.equal(views.setdefault(seed, first), first)
+    assert not torch.isclose(views[1], views[2]).any()
+
+
+def test_other_rows_and_another_collator(tmp_path):
+    def collate(rows):
+        return {
+            "x": torch.stack([row["x"] for row in rows]) * 0,
+            "labels": torch.tensor([row["labels"] for row in rows]),
+        }
+
+    rows = Rows(5)
+    callback = DynamicsCallback(dataset=rows, data_collator=collate)
+    run = dynamics_run.trainer(tmp_path, callback=callback, num_train_epochs=1)
+    run.train()
+    run.model.eval()
+    expected = row_dynamics(run.model(rows.x * 0)["logits"], rows.labels)
+    assert torch.allclose(load_dynamics(tmp_path)["margin"][0], expected["margin"], atol=1e-6)
+
+
+def test_the_columns_of_a_datasets_table_are_those_that_train(tmp_path):
+    plain = Rows()
+    table = Dataset.from_dict(
+        {"x": plain.x.numpy(), "label": plain.labels.numpy(), "text": ["?"] * ROWS, "weight": [2.0] * ROWS}
+    ).with_format("torch")
+    for name, rows in {"plain": plain, "table": table}.items():
+        dynamics_run.trainer(tmp_path / name, rows=rows, num_train_epochs=1, label_names=["label"]).train()
+    assert files(tmp_path / "plain") == files(tmp_path / "table")
+
+
+def test_worker_processes_load_the_same_rows(tmp_path):
+    for workers in (0, 1):
+        dynamics_run.trainer(
+            tmp_path / str(workers), rows=Rows(), num_train_epochs=1, dataloader_num_workers=workers
+        ).train()
+    assert files(tmp_path / "0") == files(tmp_path / "1")
+
+
+# ---- scores
+
+
+def table(*columns: list[float]) -> torch.Tensor:
+    """Records with one list per row."""
+    return torch.tensor(columns).T
+
+
+def test_forgetting_counts_falls_and_ranks_rows_never_learned_last():
+    correct = table(
+        [1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 1], [1, 0, 1, 0, 1], [0, 1, 0, 0, 0]
+    )
+    assert forgetting(correct).tolist() == [2, 5, 0, 0, 2, 1]
+    assert forgetting(correct.bool()).tolist() == forgetting(correct.float()).tolist() == [2, 5, 0, 0, 2, 1]
+    assert forgetting(torch.tensor([[True, False]])).tolist() == [0, 1]
+    every = torch.tensor([[(i >> t) & 1 for i in range(2**7)] for t in range(7)])  # all histories of seven epochs
+    counts = forgetting(every)
+    expected = [sum(h[t] > h[t + 1] for t in range(6)) if any(h) else 7 for h in every.T.tolist()]
+    assert counts.tolist() == expected
+    assert counts[1:].max() < counts[0] == 7
+
+
+def test_aum_and_el2n_are_means_over_epochs():
+    records = table([1.0, -2.0, 4.0], [0.0, 0.0, -3.0])
+    assert aum(records).tolist() == [1.0, -1.0]
+    errors = table([1.0, 0.5, 0.0], [0.4, 0.2, 0.0])
+    assert mean_el2n(errors).tolist() == pytest.approx([0.5, 0.2])
+    assert mean_el2n(errors, [0]).tolist() == pytest.approx([1.0, 0.4])
+    assert mean_el2n(errors, range(1, 3)).tolist() == pytest.approx([0.25, 0.1])
+    assert mean_el2n(errors, [-1]).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(("epochs", "window"), [(12, 10), (12, 2), (10, 10), (4, 10), (2, 10), (30, 7)])
+def test_dyn_unc_is_the_mean_deviation_within_windows(epochs, window):
+    p = torch.rand(epochs, 5, generator=torch.Generator().manual_seed(epochs))
+    length = min(window, epochs)
+    expected = [
+        statistics.mean(statistics.stdev(row[k : k + length]) for k in range(epochs - length + 1))
+        for row in p.T.tolist()
+    ]
+    assert dyn_unc(p, window).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_dyn_unc_by_hand():
+    assert dyn_unc(table([0.0, 1.0, 1.0]), window=2).tolist() == pytest.approx([math.sqrt(0.5) / 2])
+    assert dyn_unc(torch.full((20, 3), 0.7)).abs().max() < 1e-6
+    assert dyn_unc(torch.rand(11, 1)).shape == (1,)
+
+
+def test_scores_are_difficulties(uninterrupted):
+    out = uninterrupted.args.output_dir
+    records, scores = load_dynamics(out), dynamics_scores(out)
+    assert list(scores) == ["el2n", "aum", "forgetting", "dyn_unc"]
+    assert all(s.shape == (ROWS,) and s.dtype == torch.float32 and (s >= 0).all() for s in scores.values())
+    assert torch.equal(scores["el2n"], mean_el2n(records["el2n"]))
+    assert torch.equal(scores["forgetting"], forgetting(records["correct"]).float())
+    assert torch.equal(scores["dyn_unc"], dyn_unc(records["p_label"]))
+    area = aum(records["margin"])
+    assert scores["aum"].min() == 0 and torch.allclose(scores["aum"].diff(), -area.diff(), atol=1e-5)
+    assert scores["aum"].argmax() == area.argmin()
+    # where the model is mostly wrong is harder than where it is mostly right, whichever score is asked
+    right = records["correct"].float().mean(0)
+    for name in ("el2n", "aum", "forgetting"):
+        assert scores[name][right < 0.5].mean() > scores[name][right > 0.5].mean()
+    chosen = dynamics_scores(out, el2n_epochs=[2, 4], window=2)
+    assert torch.equal(chosen["el2n"], mean_el2n(records["el2n"], [1, 3]))
+    assert torch.equal(chosen["dyn_unc"], dyn_unc(records["p_label"], 2))
+    with pytest.raises(ValueError, match=r"el2n_epochs=\[0, 1\]: only epochs \[1, 2, 3, 4\] were recorded"):
+        dynamics_scores(out, el2n_epochs=range(2))
+
+
+# ---- bad input
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from Rows()
+
+    def __len__(self):
+        return ROWS
+
+
+@pytest.mark.parametrize("library", ["torch", "datasets"])
+def test_streams_are_refused(tmp_path, library):
+    stream = Stream() if library == "torch" else Dataset.from_list([{"x": 0, "labels": 0}]).to_iterable_dataset()
+    with pytest.raises(TypeError, match="is a stream"):
+        dynamics_run.trainer(tmp_path, rows=stream, max_steps=2).train()
+    with pytest.raises(TypeError, match="is a stream"):
+        DynamicsCallback(dataset=stream)
+
+
+def test_rows_without_labels_are_refused_before_the_first_step(tmp_path):
+    class Unlabelled(Rows):
+        def __getitem__(self, i):
+            return {"x": super().__getitem__(i)["x"], "weight": 1.0}
+
+    run = dynamics_run.trainer(tmp_path, rows=Unlabelled(), kind=PopsWeight, remove_unused_columns=False)
+    with pytest.raises(ValueError, match=r"the batches have no 'labels', only \['x'\]"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_a_model_without_class_logits_is_refused_before_the_first_step(tmp_path):
+    class Regression(Net):
+        def forward(self, x, labels=None):
+            return {"logits": self.body(x)[:, :1], "loss": self.body(x).sum()}
+
+    class Embedding(Net):
+        def forward(self, x, labels=None):
+            return {"loss": self.body(x).sum(), "embedding": x}
+
+    for net, message in ((Regression, r"logits have shape \(1, 1\)"), (Embedding, r"returns \['embedding', 'loss'\]")):
+        run = dynamics_run.trainer(tmp_path, net=net)
+        with pytest.raises(ValueError, match=message):
+            run.train()
+        assert run.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (torch.zeros(2, 3, 4), torch.zeros(2, 3).long(), "one label per row"),
+        (torch.zeros(2, 1), torch.zeros(2).long(), "two classes or more"),
+        (torch.zeros(2, 3), torch.zeros(2), "one class index per row"),
+        (torch.zeros(2, 3), torch.zeros(2, 3).long(), "one class index per row"),
+        (torch.zeros(2, 3), torch.tensor([0, -100]), "label -100 is none of the 3 classes"),
+        (torch.zeros(2, 3), torch.tensor([3, 0]), "label 3 is none of the 3 classes"),
+    ],
+)
+def test_what_is_no_classification_is_named(logits, labels, message):
+    with pytest.raises(ValueError, match=message):
+        row_dynamics(logits, labels)
+
+
+def test_records_of_another_number_of_rows_are_not_continued(tmp_path):
+    dynamics_run.trainer(tmp_path, save_strategy="steps", save_steps=STEPS + 2).train()
+    run = dynamics_run.trainer(tmp_path, rows=Rows(40))
+    with pytest.raises(ValueError, match="epoch-0001.safetensors is a record of 37 rows, but the dataset has 40 now"):
+        run.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-{STEPS + 2}")
+    assert run.state.global_step == STEPS + 2 and list(files(tmp_path)) == names(1)  # before any step
+
+    class Growing(Rows):
+        def __len__(self):
+            return ROWS if not (tmp_path / "dynamics" / names(1)[0]).exists() else ROWS - 1
+
+    with pytest.raises(ValueError, match="is a record of 37 rows, but the dataset has 36 now"):
+        dynamics_run.trainer(tmp_path, callback=DynamicsCallback(dataset=Growing())).train()
+
+
+def test_records_that_do_not_fit_together_are_not_loaded(tmp_path):
+    with pytest.raises(FileNotFoundError, match="a Trainer with DynamicsCallback"):
+        load_dynamics(tmp_path)
+    for epoch, rows in ((1, 4), (2, 5)):
+        values = {name: torch.zeros(rows) for name in ("p_label", "margin", "el2n")}
+        save_file(values, tmp_path / names(epoch)[0])
+    with pytest.raises(ValueError, match="epoch-0002.safetensors is a record of 5 rows, but"):
+        load_dynamics(tmp_path)
+
+
+def test_epochs_are_in_the_order_of_their_numbers(tmp_path):
+    for epoch in (10000, 2, 9999):
+        values = {name: torch.full((2,), float(epoch)) for name in ("p_label", "margin", "el2n")}
+        save_file(values, tmp_path / names(epoch)[0])
+    records = load_dynamics(tmp_path)
+    assert records["epoch"].tolist() == [2, 9999, 10000] == records["margin"][:, 0].tolist()
+    save_file({name: torch.zeros(2) for name in ("p_label", "margin", "el2n")}, tmp_path / names(2)[0])
+    assert load_dynamics(tmp_path)["correct"][:2].tolist() == [[False, False], [True, True]]  # a tie is not right
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])
+@pytest.mark.parametrize("name", ["every", "batch_size"])
+def test_arguments_out_of_range_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        DynamicsCallback(**{name: value})
+
+
+def test_an_empty_dataset_is_refused():
+    with pytest.raises(ValueError, match="empty"):
+        DynamicsCallback(dataset=Rows(0))
+
+
+def test_records_that_make_no_score_are_refused():
+    broken = torch.zeros(3, 2)
+    broken[1, 0] = float("nan")
+    for score in (mean_el2n, aum, dyn_unc):
+        with pytest.raises(ValueError, match=r"\[1, 0\] is nan: the recorded run had broken down"):
+            score(broken)
+        with pytest.raises(ValueError, match=r"of shape \(4,\) must have shape \(epochs, rows\)"):
+            score(torch.zeros(4))
+    with pytest.raises(ValueError, match="with 2 epochs or more"):
+        dyn_unc(torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="window=1"):
+        dyn_unc(torch.zeros(4, 4), window=1)
+    with pytest.raises(ValueError, match="with 1 epochs or more"):
+        forgetting(torch.zeros(0, 4))
+    for epochs in ([], [3], [-4]):
+        with pytest.raises(ValueError, match="must be one or more positions in the 3 epochs"):
+            mean_el2n(torch.zeros(3, 2), epochs)
+
+
+def test_nothing_is_logged_in_an_ordinary_run(tmp_path, caplog, capsys):
+    with caplog.at_level(logging.DEBUG, logger="hf_effdl"):
+        dynamics_run.trainer(tmp_path, num_train_epochs=1).train()
+    assert not [record for record in caplog.records if record.name.startswith("hf_effdl")]

@@ -1,0 +1,539 @@
+"""From a data set and a budget to the rows: scoring, planning, applying, on images, texts and tables."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import selection_run
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from PIL import Image as Picture
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    ConvNextImageProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ResNetModel,
+    TrainingArguments,
+)
+
+import hf_effdl.samples.uncertainty as formulas
+from hf_effdl import LinearProbes, Probes, UncertaintySelector, WeightedTrainer, fit_label_noise, train_probes
+from hf_effdl.samples import scoring, trained_probes
+from hf_effdl.samples.linear_probes import fit_heads
+from hf_effdl.samples.scoring import SCORES, UNLABELLED, score_rows
+
+
+SCRIPT = Path(__file__).parent / "selection_run.py"
+
+
+@pytest.fixture(scope="module")
+def probes():
+    return LinearProbes.train(None, selection_run.rows(90, 1), input_column="x", steps=50)
+
+
+@pytest.fixture
+def pool():
+    return selection_run.rows(200, 2)
+
+
+class Table(nn.Module):
+    """Logits by row number, to score what we like."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, row: torch.Tensor) -> torch.Tensor:
+        return self.logits[row.long()]
+
+
+def table_probes(logits: torch.Tensor) -> tuple[Probes, Dataset]:
+    """Probes that give these logits `(N, M, C)`, and a pool to ask them about."""
+    models = [Table(logits[:, m]) for m in range(logits.shape[1])]
+    labels = torch.arange(len(logits)) % max(2, logits.shape[2])
+    return Probes(models), Dataset.from_dict({"row": range(len(logits)), "label": labels.tolist()})
+
+
+# ---- scoring
+
+
+@pytest.mark.parametrize("classes", [4, 1])
+def test_scores_are_those_of_the_formulas(classes, monkeypatch):
+    monkeypatch.setattr(scoring, "PART", 17)
+    logits = torch.randn(50, 5, classes, generator=torch.Generator().manual_seed(0)) * 2
+    probes, pool = table_probes(logits)
+    labels = torch.tensor(pool["label"][:])
+    scored = UncertaintySelector(probes, batch_size=7).score(pool)
+    assert set(scored.column_names) == {*pool.column_names, *SCORES} and len(scored) == 50
+    expected = {
+        "u_x": formulas.uncertainty(logits), "u_y": formulas.uncertainty(logits, labels),
+        "p_label": formulas.p_label(logits, labels), "el2n": formulas.el2n(logits, labels),
+        **{name: getattr(formulas, name)(logits) for name in ("entropy", "margin", "least_confidence", "bald")},
+    }  # fmt: skip
+    p = formulas.mean_probability(logits)
+    expected |= {"confidence": p.amax(1), "predicted": p.argmax(1)}
+    expected["p_clean"] = fit_label_noise(p, labels).p_clean(p, labels)
+    for name, values in expected.items():
+        torch.testing.assert_close(torch.tensor(scored[name][:]), values, rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
+def test_the_paper_preset_scores_in_the_released_gauge(pool, probes):
+    scored = UncertaintySelector(probes, preset="paper").score(pool)
+    with torch.no_grad():
+        logits = torch.cat(list(probes.batches(pool, 64)))
+    labels = torch.tensor(pool["label"][:])
+    expected = formulas.uncertainty(logits, labels, gauge="drop-first")
+    torch.testing.assert_close(torch.tensor(scored["u_y"][:]), expected, check_dtype=False)
+
+
+def test_heads_fitted_with_counts_equal_heads_fitted_on_the_resampled_rows(probes):
+    x = probes.standardise(probes.encode(probes.probe_set.rows))
+    labels, counts = probes.probe_set.labels, probes.probe_set.counts
+    places = torch.arange(len(labels)).repeat_interleave(counts[0])
+    once = fit_heads(x, labels, counts[:1], classes=3, steps=20)
+    again = fit_heads(x[places], labels[places], torch.ones(1, len(places)), classes=3, steps=20)
+    torch.testing.assert_close(once, again, rtol=1e-4, atol=1e-5)
+    assert (counts.sum(1) == len(labels)).all() and (counts == 0).any()
+
+
+def test_out_of_bag_predictions_use_only_heads_that_did_not_see_the_row(probes):
+    with torch.no_grad():
+        logits = torch.cat(list(probes.batches(probes.probe_set.rows, 64)))
+    found = probes.out_of_bag()
+    for row in range(20):
+        unseen = probes.probe_set.counts[:, row] == 0
+        expected = logits[row, unseen].softmax(1).mean(0)
+        torch.testing.assert_close(found[row], expected, equal_nan=True)
+
+
+def start(folder: Path, *arguments: str, processes: int = 1) -> subprocess.Popen:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", str(processes), "--master_port",
+                    str(random.randint(20000, 40000))]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        [*launcher, str(SCRIPT), *arguments], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    run = start(folder, "out.pt")
+    assert run.wait(200) == 0, run.stderr.read().decode()[-2000:]
+    return torch.load(folder / "out.pt", weights_only=True)
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.allclose(first[k].double(), second[k].double(), rtol=1e-5, atol=1e-6) for k in first
+    )
+
+
+def test_two_processes_score_and_choose_the_same(uninterrupted, tmp_path):
+    run = start(tmp_path, "out.pt", processes=2)
+    assert run.wait(200) == 0, run.stderr.read().decode()[-2000:]
+    assert same(torch.load(tmp_path / "out.pt", weights_only=True), uninterrupted)
+
+
+def test_scoring_that_was_killed_goes_on_where_it_was(uninterrupted, tmp_path):
+    run = start(tmp_path, "out.pt", "cache", "0.01")
+    deadline = time.time() + 100
+    while len(list(tmp_path.glob("cache/*/*.safetensors"))) < 2 and time.time() < deadline:
+        time.sleep(0.005)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("cache/*/*.safetensors")}
+    assert 2 <= len(kept) < 6 and not (tmp_path / "out.pt").exists()
+    run = start(tmp_path, "out.pt", "cache")
+    assert run.wait(200) == 0, run.stderr.read().decode()[-2000:]
+    assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
+    assert same(torch.load(tmp_path / "out.pt", weights_only=True), uninterrupted)
+
+
+def test_cached_scores_are_not_mistaken_for_those_of_other_probes_or_rows(probes, pool, tmp_path):
+    labels = torch.tensor(pool["label"][:])
+    first, _ = score_rows(probes, pool, labels, cache_dir=tmp_path)
+    other = LinearProbes.train(None, selection_run.rows(90, 5), input_column="x", steps=50)
+    for data, asked in ((pool, other), (pool.select(range(150)), probes)):
+        cached, _ = score_rows(asked, data, labels[: len(data)], cache_dir=tmp_path)
+        fresh, _ = score_rows(asked, data, labels[: len(data)])
+        assert all(torch.equal(cached[name], fresh[name]) for name in fresh)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+# ---- selecting
+
+
+def test_a_selection_has_the_budget_weights_of_mean_one_and_the_pools_order(probes, pool):
+    selector = UncertaintySelector(probes)
+    subset = selector.select(pool, 0.15)
+    assert len(subset) == 30 and subset.column_names == [*pool.column_names, "weight", "inclusion_probability"]
+    assert np.mean(subset["weight"][:]) == pytest.approx(1)
+    places = [int(name.split()[1]) for name in subset["name"][:]]
+    assert places == sorted(places) == selector.selection.plan.positions.tolist()
+    for row in (0, 10, 29):
+        assert subset[row]["x"] == pool[places[row]]["x"]
+    again = UncertaintySelector(probes).select(pool, 30)
+    assert again["name"][:] == subset["name"][:] and again["weight"][:] == subset["weight"][:]
+    assert UncertaintySelector(probes, seed=1).select(pool, 30)["name"][:] != subset["name"][:]
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("mode", ["coreset", "active"])
+def test_with_an_id_column_the_order_of_the_rows_does_not_matter(probes, pool, preset, mode):
+    options = {"id_column": "name", "mode": mode, "preset": preset}
+    straight = UncertaintySelector(probes, **options).select(pool, 24)
+    shuffled = UncertaintySelector(probes, **options).select(pool.shuffle(seed=3), 24)
+    weights = [dict(zip(data["name"][:], data["weight"][:], strict=True)) for data in (straight, shuffled)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(weights[1][name] == pytest.approx(weight, rel=1e-4) for name, weight in weights[0].items())
+    assert [name for name in pool.shuffle(seed=3)["name"][:] if name in weights[0]] == shuffled["name"][:]
+
+
+def test_other_budgets_need_no_second_scoring(probes, pool, monkeypatch):
+    selector = UncertaintySelector(probes)
+    scored = selector.score(pool)
+    monkeypatch.setattr(Probes, "logits", None)
+    monkeypatch.setattr(LinearProbes, "logits", None)
+    selector.trial = False
+    plans = [selector.plan(scored, budget) for budget in (20, 40)]
+    assert [len(plan) for plan in plans] == [20, 40]
+    subset = selector.select(scored, 20)
+    assert len(subset) == 20 and not set(SCORES) & set(subset.column_names)
+
+
+def test_overrides_reach_the_plan(probes, pool):
+    selector = UncertaintySelector(probes, trial=False)
+    subset = selector.select(pool, 40, weights="none", quotas="none", score="entropy")
+    assert set(subset["weight"][:]) == {1.0}
+    settings = selector.selection.info["settings"]
+    assert (settings["score"], settings["quotas"], settings["weights"]) == ("entropy", "none", "none")
+
+
+def test_a_data_set_dict_needs_the_split_named_and_comes_back_with_it_replaced(probes, pool):
+    data = DatasetDict(train=pool, test=selection_run.rows(30, 3))
+    with pytest.raises(TypeError, match=r"DatasetDict with the splits \['train', 'test'\]"):
+        UncertaintySelector(probes).select(data, 20)
+    with pytest.raises(ValueError, match="split='valid': the DatasetDict has"):
+        UncertaintySelector(probes).select(data, 20, split="valid")
+    chosen = UncertaintySelector(probes).select(data, 20, split="train")
+    assert len(chosen["train"]) == 20 and len(chosen["test"]) == 30 and "weight" in chosen["train"].column_names
+
+
+def noisy(share: float, count: int = 600, seed: int = 0) -> Dataset:
+    data = selection_run.rows(count, seed)
+    x = np.array(data["x"][:]) + 6 * np.eye(6)[np.array(data["label"][:])]
+    rng = np.random.default_rng(seed)
+    labels = np.array(data["label"][:])
+    wrong = rng.random(count) < share
+    labels[wrong] = (labels[wrong] + rng.integers(1, 3, wrong.sum())) % 3
+    return Dataset.from_dict({"x": x.tolist(), "label": labels.tolist(), "wrong": wrong.tolist()})
+
+
+def test_wrong_labels_are_seen_and_left_out():
+    pool = noisy(0.25)
+    selector = UncertaintySelector(LinearProbes.train(None, noisy(0.25, 150, 1), input_column="x"))
+    subset = selector.select(pool, 120)
+    settings = selector.selection.info["settings"]
+    assert settings["regime"] == "agreement" and abs(settings["noise_rate"] - np.mean(pool["wrong"][:])) < 0.07
+    assert np.mean(subset["wrong"][:]) < 0.02
+
+
+def test_on_clean_and_solved_data_hard_rows_are_drawn():
+    pool = noisy(0.0)
+    selector = UncertaintySelector(LinearProbes.train(None, noisy(0.0, 150, 1), input_column="x"))
+    selector.select(pool, 120)
+    settings = selector.selection.info["settings"]
+    assert settings["regime"] == "unclipped" and settings["trial_accuracy"] > 0.98 and settings["noise_rate"] < 0.02
+    u_x, chosen = selector.selection.table["u_x"], selector.selection.plan.positions
+    in_proportion = u_x.square().mean() / u_x.mean()  # the mean of a draw in proportion to u_x
+    assert u_x[chosen].mean() > 0.95 * in_proportion > 1.05 * u_x.mean()
+
+
+@pytest.mark.parametrize(("accuracy", "regime"), [(0.5, "agreement"), (0.9, "clipped"), (0.99, "unclipped")])
+def test_a_trial_of_ones_own_decides_the_regime(accuracy, regime):
+    seen = []
+
+    def trial(positions, weights):
+        seen.append((len(positions), weights.mean().item()))
+        return accuracy
+
+    probes = LinearProbes.train(None, noisy(0.0, 150, 1), input_column="x")
+    selector = UncertaintySelector(probes, trial=trial)
+    selector.select(noisy(0.0), 60)
+    assert selector.selection.info["settings"]["regime"] == regime
+    assert seen == [(60, pytest.approx(1))] * 3
+
+
+def test_the_trial_trains_on_the_given_rows_and_is_measured_on_the_probe_set():
+    probes = LinearProbes.train(None, noisy(0.0, 150, 1), input_column="x")
+    pool = noisy(0.0)
+    labels = torch.tensor(pool["label"][:])
+    trial = probes.trial(pool, labels)
+    places = torch.arange(60)
+    assert trial(places, torch.ones(60)) > 0.95
+    turned = probes.trial(pool, (labels + 1) % 3)
+    assert turned(places, torch.ones(60)) < 0.05
+    # weights count: the rows with turned labels have none
+    mixed = labels.clone()
+    mixed[:30] = (mixed[:30] + 1) % 3
+    assert probes.trial(pool, mixed)(places, torch.cat([torch.zeros(30), torch.ones(30)])) > 0.95
+
+
+def test_active_mode_never_looks_at_the_labels(probes, pool):
+    unlabelled = pool.remove_columns("label")
+    first = UncertaintySelector(probes, mode="active").select(pool, 30)
+    second = UncertaintySelector(probes, label_column=None, mode="active").select(unlabelled, 30)
+    assert first["name"][:] == second["name"][:] and set(second["weight"][:]) == {1.0}
+
+
+# ---- images, texts, tables
+
+
+def pictures(count: int, seed: int = 0) -> Dataset:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, count)
+    images = [
+        Picture.fromarray((rng.integers(0, 80, (20, 20, 3)) + np.eye(3)[c] * 120).astype(np.uint8)) for c in labels
+    ]
+    features = Features({"image": Image(), "label": ClassLabel(names=["red", "green", "blue"])})
+    return Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features)
+
+
+NAMES = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+PROCESSOR = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0)
+
+
+def resnet() -> ResNetForImageClassification:
+    return ResNetForImageClassification(ResNetConfig(**RESNET, **NAMES))
+
+
+def arguments(folder, **options) -> TrainingArguments:
+    return TrainingArguments(
+        str(folder), per_device_train_batch_size=8, report_to="none", save_strategy="no", disable_tqdm=True,
+        logging_strategy="no", use_cpu=True, dataloader_pin_memory=False, **({"num_train_epochs": 2} | options),
+    )  # fmt: skip
+
+
+def test_images_with_linear_probes_on_a_backbone_then_training_on_the_weights(tmp_path):
+    probes = LinearProbes.train(ResNetModel(ResNetConfig(**RESNET)), pictures(60, 1), processing_class=PROCESSOR)
+    subset = UncertaintySelector(probes).select(pictures(80), 0.5)
+    assert len(subset) == 40 and subset[0]["image"].size == (20, 20)
+
+    def collate(rows):
+        batch = dict(PROCESSOR([row["image"] for row in rows], return_tensors="pt"))
+        return batch | {key: torch.tensor([row[name] for row in rows]) for key, name in
+                        (("labels", "label"), ("weight", "weight"))}  # fmt: skip
+
+    args = arguments(tmp_path, remove_unused_columns=False, max_steps=3)
+    result = WeightedTrainer(resnet(), args, data_collator=collate, train_dataset=subset).train()
+    assert np.isfinite(result.training_loss)
+
+
+def test_probes_see_what_a_transform_returns():
+    pool = pictures(30)
+
+    def transform(rows):
+        return {"pixel_values": PROCESSOR(rows["image"], return_tensors="pt")["pixel_values"], "labels": rows["label"]}
+
+    torch.manual_seed(0)
+    models = [resnet() for _ in range(3)]
+    plain = UncertaintySelector(models, processing_class=PROCESSOR).score(pool)
+    turned = UncertaintySelector(models).score(pool.with_transform(transform)).with_format(None)
+    for name in UNLABELLED:
+        np.testing.assert_allclose(plain[name][:], turned[name][:], rtol=1e-4, atol=1e-5)
+
+
+def test_texts_are_tokenised_and_padding_does_not_count():
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "dog", "car", "bus"]
+    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        num_labels=2, id2label={0: "animal", 1: "thing"}, label2id={"animal": 0, "thing": 1},
+    )  # fmt: skip
+    models = [BertForSequenceClassification(config) for _ in range(3)]
+    texts = ["cat dog", "car", "bus bus bus bus car", "dog"] * 5
+    pool = Dataset.from_dict({"text": texts, "topic": ["animal", "thing", "thing", "animal"] * 5})
+    options = {"label_column": "topic", "processing_class": tokenizer}
+    whole = UncertaintySelector(models, **options).score(pool)
+    alone = UncertaintySelector(models, **options, batch_size=1).score(pool)
+    np.testing.assert_allclose(whole["u_y"][:], alone["u_y"][:], rtol=1e-4, atol=1e-6)
+
+    encoder = models[0].bert
+    probe_rows = pool.class_encode_column("topic")
+    heads = [
+        LinearProbes.train(encoder, probe_rows, "topic", processing_class=tokenizer, batch_size=size, steps=5)
+        for size in (1, 20)
+    ]
+    torch.testing.assert_close(heads[0].mean, heads[1].mean, rtol=1e-4, atol=1e-5)
+
+
+def test_several_number_columns_are_one_input():
+    rng = np.random.default_rng(0)
+    data = {"width": rng.normal(size=90), "height": rng.normal(size=90)}
+    labels = (data["width"] + data["height"] > 0).astype(int)
+    pool = Dataset.from_dict({**data, "label": labels})
+    probes = LinearProbes.train(None, pool.select(range(40)), input_column=["width", "height"], steps=50)
+    assert probes.heads.shape == (8, 3, 2)
+    scored = UncertaintySelector(probes).score(pool.select(range(40, 90)))
+    assert np.mean(np.array(scored["predicted"][:]) == labels[40:]) > 0.85
+
+
+# ---- training probes
+
+
+def test_trained_probes_differ_by_bootstrap_and_are_kept(tmp_path, monkeypatch):
+    rows = pictures(40, 1)
+    probes = train_probes(resnet, arguments(tmp_path), rows, num_probes=3, processing_class=PROCESSOR)
+    assert len(probes) == 3 and probes.names == ["red", "green", "blue"] and probes.describe()["bootstrap"]
+    UncertaintySelector(probes, trial=False).select(pictures(50), 12)
+    runs = []
+    original = WeightedTrainer.train
+    monkeypatch.setattr(WeightedTrainer, "train", lambda self: (runs.append(1), original(self))[1])
+    again = train_probes(resnet, arguments(tmp_path), rows, num_probes=3, processing_class=PROCESSOR)
+    assert not runs and again.fingerprint == probes.fingerprint
+    (tmp_path / "probe-1" / "probe.safetensors").unlink()
+    third = train_probes(resnet, arguments(tmp_path), rows, num_probes=3, processing_class=PROCESSOR)
+    assert len(runs) == 1 and third.fingerprint == probes.fingerprint
+    other = train_probes(resnet, arguments(tmp_path, learning_rate=0.01), rows, num_probes=3,
+                         processing_class=PROCESSOR)  # fmt: skip
+    assert len(runs) == 4 and other.fingerprint != probes.fingerprint
+
+
+def test_trained_probes_can_try_a_training_set_out(tmp_path):
+    rows = pictures(60, 1)
+    args = arguments(tmp_path, num_train_epochs=8, learning_rate=0.02, optim="adamw_torch")
+    probes = train_probes(resnet, args, rows, num_probes=2, processing_class=PROCESSOR)
+    pool = pictures(60)
+    labels = torch.tensor(pool["label"][:])
+    state = torch.get_rng_state()
+    right = probes.trial(pool, labels)(torch.arange(60), torch.ones(60))
+    wrong = probes.trial(pool, (labels + 1) % 3)(torch.arange(60), torch.ones(60))
+    assert right > 0.8 and wrong < 0.3
+    assert not (tmp_path / "trial").exists()
+    assert torch.equal(state, torch.get_rng_state()), "trying a set out must not move the user's random numbers"
+
+
+def test_the_paper_preset_trains_ten_probes_on_all_rows(tmp_path, monkeypatch):
+    seen = []
+
+    def train(self):
+        seen.append((len(self.train_dataset), self.args.seed))
+
+    monkeypatch.setattr(trained_probes.WeightedTrainer, "train", train)
+    probes = train_probes(resnet, arguments(tmp_path), pictures(20), preset="paper", processing_class=PROCESSOR)
+    assert seen == [(20, m) for m in range(10)] and not probes.describe()["bootstrap"]
+
+
+# ---- bad input
+
+
+def test_heads_without_bootstrap_agree_and_the_error_points_to_it(pool):
+    probes = LinearProbes.train(None, selection_run.rows(90, 1), input_column="x")
+    x, labels = probes.standardise(probes.encode(probes.probe_set.rows)), probes.probe_set.labels
+    starts = [
+        fit_heads(x, labels, torch.ones(1, 90), classes=3, seed=m, steps=1000, learning_rate=0.05) for m in range(4)
+    ]
+    probes.heads = torch.cat(starts)
+    with pytest.raises(ValueError, match="agree on all 200 rows.*bootstrap"):
+        UncertaintySelector(probes).score(pool)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_probe_that_diverged_is_named_with_the_row(value, monkeypatch):
+    monkeypatch.setattr(scoring, "PART", 16)
+    logits = torch.randn(40, 3, 2)
+    logits[37, 1, 0] = value
+    probes, pool = table_probes(logits)
+    with pytest.raises(ValueError, match="probe 1 gives NaN or infinite logits for row 37"):
+        UncertaintySelector(probes, batch_size=8).score(pool)
+
+
+def test_budgets_out_of_range_are_refused_before_the_long_work(probes, pool, monkeypatch):
+    monkeypatch.setattr(LinearProbes, "logits", None)
+    selector = UncertaintySelector(probes)
+    for budget, message in (
+        (0, "budget=0: it must be from 1 to the 200 rows"), (201, "budget=201"), (1.5, "share must be above 0"),
+        (-0.1, "share must be"), (2, "budget=2 is below the 3 classes"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            selector.select(pool, budget)
+    for budget in (True, "10", None):
+        with pytest.raises(TypeError, match="pass a number of rows"):
+            selector.select(pool, budget)
+    assert selector.selection is None
+
+
+def test_missing_columns_and_odd_data_sets_are_named(probes, pool):
+    with pytest.raises(ValueError, match=r"no column 'lable'.*near ones \['label'"):
+        UncertaintySelector(probes, label_column="lable").select(pool, 20)
+    with pytest.raises(ValueError, match="no column 'id'"):
+        UncertaintySelector(probes, id_column="id").select(pool, 20)
+    with pytest.raises(ValueError, match="has no rows"):
+        UncertaintySelector(probes).select(pool.select([]), 20)
+    with pytest.raises(TypeError, match="IterableDataset"):
+        UncertaintySelector(probes).select(pool.to_iterable_dataset(), 20)
+    with pytest.raises(TypeError, match="is a list"):
+        UncertaintySelector(probes).select([{"x": 1}], 20)
+    with pytest.raises(ValueError, match=r"columns \['weight'\] already"):
+        UncertaintySelector(probes).select(pool.add_column("weight", [1.0] * 200), 20)
+    scored = UncertaintySelector(probes).score(pool)
+    with pytest.raises(ValueError, match="to score it anew"):
+        UncertaintySelector(probes).score(scored)
+    with pytest.raises(ValueError, match="no score columns"):
+        UncertaintySelector(probes).plan(pool, 20)
+    with pytest.raises(ValueError, match="call select"):
+        UncertaintySelector(probes).report()
+    with pytest.raises(ValueError, match="names some rows alike"):
+        UncertaintySelector(probes, id_column="label").select(pool, 20)
+
+
+def test_labels_that_are_no_classes_are_refused(probes, pool):
+    def labelled(values):
+        return pool.remove_columns("label").add_column("label", values)
+
+    for values, error, message in (
+        ([3] * 200, ValueError, "200 labels are outside the 3 classes"),
+        ([-1] + [0, 1, 2, 0] * 49 + [0] * 3, ValueError, "first is -1 at row 0"),
+        ([0.5] * 200, TypeError, "needs one class a row"),
+        (["red"] * 200, ValueError, "class_encode_column"),
+        ([None] + [1] * 199, ValueError, "1 rows without a label"),
+    ):
+        with pytest.raises(error, match=message):
+            UncertaintySelector(probes).select(labelled(values), 20)
+
+
+def test_probes_that_do_not_fit_together_or_the_data_are_refused(pool):
+    with pytest.raises(ValueError, match=r"1 probe\(s\)"):
+        UncertaintySelector([nn.Linear(6, 3)])
+    with pytest.raises(ValueError, match="num_probes=1"):
+        LinearProbes.train(None, selection_run.rows(30, 0), input_column="x", num_probes=1)
+    swapped = ResNetForImageClassification(ResNetConfig(**RESNET, id2label={0: "green", 1: "red", 2: "blue"}))
+    with pytest.raises(ValueError, match="probe 1 maps classes to labels as"):
+        UncertaintySelector([resnet(), swapped])
+    with pytest.raises(ValueError, match="in another order"):
+        UncertaintySelector([swapped, swapped], processing_class=PROCESSOR).select(pictures(30), 9)
+    with pytest.raises(ValueError, match="logits of shapes"):
+        UncertaintySelector([nn.Linear(6, 3), nn.Linear(6, 4)], input_column="x").select(pool, 20)
+    with pytest.raises(ValueError, match="cannot tell which of the columns"):
+        UncertaintySelector([nn.Linear(6, 3), nn.Linear(6, 3)]).select(pool, 20)
+    with pytest.raises(ValueError, match="mode='pool'"):
+        UncertaintySelector([nn.Linear(6, 3)] * 2, mode="pool")
+    with pytest.raises(ValueError, match="preset='best'"):
+        UncertaintySelector([nn.Linear(6, 3)] * 2, preset="best")
+    with pytest.raises(ValueError, match="set label_column"):
+        UncertaintySelector([nn.Linear(6, 3)] * 2, label_column=None)
