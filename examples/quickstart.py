@@ -1,6 +1,7 @@
-"""Train once on scikit-learn's handwritten digits, watch which channels the data asks for, take a smaller model.
+"""Train once on scikit-learn's handwritten digits, watch which channels the data asks for, take a smaller model; then
+choose the rows worth training on from a pool with wrong labels.
 
-    python examples/quickstart.py            # about two minutes on two CPU cores; results under runs/quickstart/
+    python examples/quickstart.py            # about a minute on two CPU cores; results under runs/quickstart/
 
 The data ship with scikit-learn (1,797 scans of 8x8 pixels); nothing is downloaded.
 """
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from PIL import Image as Picture
 from sklearn.datasets import load_digits
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments, set_seed
 
-from hf_effdl import SplitLBIArguments, SplitLBITrainer
+from hf_effdl import LinearProbes, SplitLBIArguments, SplitLBITrainer, UncertaintySelector, WeightedTrainer
 from hf_effdl.hub.cards import markdown_table
 
 
@@ -46,7 +48,57 @@ def augment(rows: dict[str, list]) -> dict[str, torch.Tensor]:
     images = torch.tensor(np.array(rows["pixel_values"]), dtype=torch.float32)
     shifts = torch.randint(-3, 4, (len(images), 2)).tolist()
     images = torch.stack([image.roll(shift, (1, 2)) for image, shift in zip(images, shifts, strict=True)])
-    return {"pixel_values": images + 0.3 * torch.randn_like(images), "labels": torch.tensor(rows["labels"])}
+    kept = {name: torch.tensor(rows[name]) for name in ("labels", "weight") if name in rows}
+    return {"pixel_values": images + 0.3 * torch.randn_like(images), **kept}
+
+
+def pool_with_wrong_labels(share: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """300 rows for the probes and a pool of 1,137, with a share of the labels wrong in both; none of the test rows."""
+    data, rng = load_digits(), np.random.default_rng(seed)
+    rows = rng.permutation(len(data.images))[360:]
+    wrong = rng.random(len(rows)) < share
+    labels = np.where(wrong, (data.target[rows] + rng.integers(1, 10, len(rows))) % 10, data.target[rows])
+    train = digits(seed)[0].with_format(None)["pixel_values"][:]
+    columns = {
+        "image": [Picture.fromarray((16 - data.images[i]).astype(np.uint8) * 15).resize((64, 64)) for i in rows],
+        "pixels": (data.images[rows] / 16).reshape(len(rows), -1), "pixel_values": train, "labels": labels,
+    }  # fmt: skip
+    features = Features({
+        "image": Image(), "pixels": List(Value("float32")), "pixel_values": List(List(List(Value("float32")))),
+        "labels": ClassLabel(names=[str(i) for i in range(10)]),
+    })  # fmt: skip
+    pool = Dataset.from_dict(columns, features=features)
+    return pool.select(range(300)), pool.select(range(300, len(pool)))
+
+
+def choose_rows(budget: float, epochs: float, out: Path, test: Dataset) -> dict[str, float]:
+    """Accuracy of the same net trained on as many chosen and random rows of a pool with wrong labels."""
+    probe_rows, pool = pool_with_wrong_labels()
+    probes = LinearProbes.train(None, probe_rows, "labels", input_column="pixels")
+    selector = UncertaintySelector(probes, "labels")
+    subset = selector.select(pool, budget)
+    report = selector.report()
+    report.save(out / "selection")
+    print(report)
+    everything = pool.add_column("weight", [1.0] * len(pool))
+    sets = {
+        "chosen": subset,
+        "random": everything.shuffle(seed=0).select(range(len(subset))),
+        "the whole pool": everything,
+    }
+    accuracies = {}
+    for name, rows in sets.items():
+        args = TrainingArguments(
+            str(out / "selection" / "run"), optim="sgd", optim_args="momentum=0.9", save_strategy="no",
+            num_train_epochs=epochs * len(pool) / len(rows) if rows is not everything else epochs,
+            **{**SHARED, "learning_rate": 0.05, "eval_strategy": "no", "remove_unused_columns": False},
+        )  # fmt: skip
+        trainer = WeightedTrainer(
+            new_model(), args, train_dataset=rows.with_transform(augment), eval_dataset=test, compute_metrics=accuracy
+        )
+        trainer.train()
+        accuracies[f"{name}, {len(rows)} rows"] = trainer.evaluate()["eval_accuracy"]
+    return accuracies
 
 
 def new_model() -> ResNetForImageClassification:
@@ -83,26 +135,31 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=15)
     parser.add_argument("--tune-epochs", type=float, default=5)
     parser.add_argument("--macs", type=float, default=0.25, help="share of the multiply-accumulates to keep")
+    parser.add_argument("--budget", type=float, default=0.2, help="share of the pool to select")
+    parser.add_argument("--select-epochs", type=float, default=3, help="length of each run, in epochs of the pool")
     options = parser.parse_args()
     start = time.time()
     train, test = digits()
 
-    print("\n[1/4] the same net with plain SGD, for comparison", flush=True)
+    print("\n[1/5] the same net with plain SGD, for comparison", flush=True)
     baseline = plain_sgd(new_model(), options.epochs, options.out / "sgd", train, test)
 
-    print("\n[2/4] one run with split LBI", flush=True)
+    print("\n[2/5] one run with split LBI", flush=True)
     args = SplitLBIArguments(str(options.out), num_train_epochs=options.epochs, save_strategy="no", **SHARED)
     trainer = SplitLBITrainer(new_model(), args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
     trainer.train()
 
-    print("\n[3/4] the accuracy of smaller models taken from it, without training again", flush=True)
+    print("\n[3/5] the accuracy of smaller models taken from it, without training again", flush=True)
     curve = trainer.evaluate_path(shares=(0.9, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1))
     print(markdown_table(curve, {"macs": "MACs", "params": "parameters", "accuracy": "accuracy"}))
 
-    print(f"\n[4/4] the model with {options.macs:.0%} of the MACs, fine-tuned", flush=True)
+    print(f"\n[4/5] the model with {options.macs:.0%} of the MACs, fine-tuned", flush=True)
     small = trainer.slim(macs=options.macs, bn_batches=8)
     cut = trainer.evaluate_model(small)["accuracy"]
     tuned = plain_sgd(small, options.tune_epochs, options.out / "tune", train, test, learning_rate=0.05)
+
+    print(f"\n[5/5] {options.budget:.0%} of a pool with a fifth of its labels wrong", flush=True)
+    chosen = choose_rows(options.budget, options.select_epochs, options.out, test)
 
     report = small.config.effdl_report
     before, after = (
@@ -130,6 +187,9 @@ def main() -> None:
         f"picture {folder / 'sparse_path.png'}, card {folder / 'README.md'}, "
         f"{time.time() - start:.0f} s in all"
     )
+    columns = {"rows": "trained on (same number of steps)", "accuracy": "test accuracy"}
+    print(f"\n{markdown_table([{'rows': name, 'accuracy': value} for name, value in chosen.items()], columns)}")
+    print(f"\nthe selection's report and pictures are in {options.out / 'selection'}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,557 @@
+"""Which rows to train on: the default preset beside everything it must beat, on 8 x 8 digits.
+
+Probe set 300, pool 1,000, test 497 rows of scikit-learn's digits; MLP 64-64-10, 200 full-batch steps of AdamW; scores
+from 8 bootstrapped probes of the same kind. Flips replace 20 % of the labels by another class, in probe set and pool;
+test labels are always right. A pair is a split with its own flips, probes and initialisation, which all arms of it
+share. All arms train on `r` rows for equally many steps and see the same labels, those of the probe set and the pool;
+those apart also train on the probe set or on the whole pool. Arms with "(pool)" need a model trained on the pool, too.
+
+    python examples/benchmarks/selection_digits.py                      # clean and flips, r = 100 and 400: minutes
+    python examples/benchmarks/selection_digits.py --cells digits-200   # r = 200
+    python examples/benchmarks/selection_digits.py --few --cells large  # r = 500, 700 and 900 of 1,000
+    python examples/benchmarks/selection_digits.py --few --cells tail   # class counts that fall tenfold
+    python examples/benchmarks/selection_digits.py --few --cells mnist mnist-tail  # MNIST at 8 x 8: HF_EFFDL_DATA
+    python examples/benchmarks/selection_digits.py --table
+
+Long-tailed cells have a probe set of 160 and a pool of 480 (digits; what 1,797 rows allow) or of 300 and 1,000
+(MNIST), and are tested twice: all classes alike, and in the pool's shares. Rows go to `--out` as one JSON line per
+(cell, arm, pair); rows already there are skipped.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_effdl.samples.dynamics import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
+from hf_effdl.samples.noise import LabelNoise, confident_disagreement, fit_label_noise
+from hf_effdl.samples.planning import Plan, default_plan, make_plan, paper_plan
+from hf_effdl.samples.sampling import loss_weights, without_hardest
+from hf_effdl.samples.uncertainty import (
+    el2n,
+    entropy,
+    least_confidence,
+    margin,
+    mean_probability,
+    p_label,
+    uncertainty,
+)
+
+
+DATA = Path(os.environ.get("HF_EFFDL_DATA", Path(__file__).parents[3] / "shared" / "data"))
+PIXELS, HIDDEN, CLASSES = 64, 64, 10
+STEPS, LR = 200, 5e-3
+PROBES = 8
+SIDE_BY_SIDE = 16  # nets per batch; their activations then fit the cache
+FALL = 10  # how many times the largest class is the smallest, in long-tailed cells
+Rows = tuple[Tensor, Tensor]  # images and labels
+
+
+@dataclass(frozen=True)
+class Cell:
+    data: str  # digits or mnist
+    tail: bool
+    flips: float
+    budget: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.data}, {'long tail, ' * self.tail}{f'{self.flips:.0%} flips' if self.flips else 'clean'}, "
+            f"r={self.budget}"
+        )
+
+
+def _cells(data: str, tail: bool, *budgets: int) -> list[Cell]:
+    return [Cell(data, tail, flips, budget) for flips in (0.0, 0.2) for budget in budgets]
+
+
+CELLS = {
+    "digits": _cells("digits", False, 100, 400),
+    "digits-200": _cells("digits", False, 200),
+    "large": _cells("digits", False, 500, 700, 900),
+    "tail": _cells("digits", True, 100, 200),
+    "mnist": _cells("mnist", False, 100, 400),
+    "mnist-large": _cells("mnist", False, 700, 900),
+    "mnist-tail": _cells("mnist", True, 100, 400),
+}
+
+
+# ---- data
+
+
+@cache
+def load(data: str) -> Rows:
+    if data == "digits":
+        from sklearn.datasets import load_digits
+
+        images, labels = load_digits(return_X_y=True)
+        return torch.tensor(images / 16).float(), torch.tensor(labels).long()
+    sys.path.insert(0, str(Path(__file__).parent))
+    from structure_mnist import mnist
+
+    images, labels = mnist("train")
+    return F.avg_pool2d(F.pad(images, (2, 2, 2, 2)), 4).flatten(1), labels
+
+
+def split(cell: Cell, pair: int) -> tuple[Rows, Rows, Rows, Tensor]:
+    """Probe set, pool and test set of a pair, and the classes' shares of the pool."""
+    images, labels = load(cell.data)
+    rng = torch.Generator().manual_seed(1000 + pair)
+    order = torch.randperm(len(labels), generator=rng)
+    shares = torch.full((CLASSES,), 1 / CLASSES)
+    tests = 497 if cell.data == "digits" else 2000
+    probes, pools = (160, 480) if cell.tail and cell.data == "digits" else (300, 1000)
+    if cell.tail:
+        shares = FALL ** (-torch.arange(CLASSES) / (CLASSES - 1))
+        shares = (shares / shares.sum())[torch.randperm(CLASSES, generator=rng)]
+        parts: list[list[Tensor]] = [[], [], []]
+        for k in range(CLASSES):
+            rows = order[labels[order] == k]
+            sizes = [round(probes * shares[k].item()), round(pools * shares[k].item())]
+            for part, found in zip(parts, rows[: sum(sizes) + tests // CLASSES].split([*sizes, min(
+                tests // CLASSES, len(rows) - sum(sizes))]), strict=True):  # fmt: skip
+                part.append(found)
+        probe, pool, test = (torch.cat(part) for part in parts)
+    else:
+        probe, pool, test = order[: probes + pools + tests].split([probes, pools, tests])
+
+    def flipped(rows: Tensor) -> Rows:
+        y = labels[rows].clone()
+        wrong = torch.rand(len(y), generator=rng) < cell.flips
+        other = (y + torch.randint(1, CLASSES, y.shape, generator=rng)) % CLASSES
+        return images[rows], torch.where(wrong, other, y)
+
+    return flipped(probe), flipped(pool), (images[test], labels[test]), shares
+
+
+# ---- the model: many nets of one size at once
+
+
+def new_nets(seed: int, count: int) -> list[Tensor]:
+    """Weights of `count` MLPs, as `nn.Linear` draws them."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def uniform(fan_in: int, *shape: int) -> Tensor:
+        return (torch.rand(count, *shape, generator=rng) * 2 - 1) / fan_in**0.5
+
+    return [uniform(PIXELS, PIXELS, HIDDEN), uniform(PIXELS, 1, HIDDEN),
+            uniform(HIDDEN, HIDDEN, CLASSES), uniform(HIDDEN, 1, CLASSES)]  # fmt: skip
+
+
+def hidden(nets: Sequence[Tensor], images: Tensor) -> Tensor:
+    return torch.baddbmm(nets[1], images.expand(len(nets[0]), -1, -1), nets[0]).relu()
+
+
+def logits_of(nets: Sequence[Tensor], images: Tensor) -> Tensor:
+    """`(nets, rows, classes)`."""
+    return torch.baddbmm(nets[3], hidden(nets, images), nets[2])
+
+
+def train(
+    nets: Sequence[Tensor], data: Rows, rows: Sequence[Tensor], weights: Sequence[Tensor] | None = None,
+    after_step: Callable[[Tensor], None] | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """Net k on `data[rows[k]]` with the mean of `weights[k] * loss`, all nets side by side."""
+    longest = max(map(len, rows))
+    index = torch.stack([F.pad(r, (0, longest - len(r))) for r in rows])
+    # padding weighs nothing
+    scale = torch.stack([
+        F.pad((torch.ones(len(r)) if weights is None else weights[k].float()) / len(r), (0, longest - len(r)))
+        for k, r in enumerate(rows)
+    ])  # fmt: skip
+    images, labels = data[0][index], data[1][index].flatten()
+    params = [p.clone().requires_grad_() for p in nets]
+    optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
+    for _ in range(STEPS):
+        logits = logits_of(params, images)
+        if after_step is not None:
+            after_step(logits.detach())
+        losses = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none").view(scale.shape)
+        optimizer.zero_grad()
+        (losses * scale).sum().backward()
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+# ---- one pair: probes, scores, selections
+
+
+@dataclass
+class Pair:
+    """What all arms of a pair and a noise level share; budgets too."""
+
+    cell: Cell
+    pair: int
+    _trials: dict[bytes, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.probe, self.pool, self.test, self.shares = split(self.cell, self.pair)
+
+    @cached_property
+    def _probes(self) -> tuple[list[Tensor], list[Tensor]]:
+        rng = torch.Generator().manual_seed(2000 + self.pair)
+        rows = len(self.probe[1])
+        bags = [torch.randint(rows, (rows,), generator=rng) for _ in range(PROBES)]
+        return train(new_nets(3000 + self.pair, PROBES), self.probe, bags), bags
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Of the pool, `(rows, probes, classes)`."""
+        return logits_of(self._probes[0], self.pool[0]).transpose(0, 1).contiguous()
+
+    @cached_property
+    def fit(self) -> LabelNoise:
+        return fit_label_noise(mean_probability(self.logits), self.pool[1])
+
+    @cached_property
+    def table(self) -> dict[str, Tensor]:
+        z, y = self.logits, self.pool[1]
+        p = mean_probability(z)
+        return {
+            "label": y, "predicted": p.argmax(1), "u_y": uncertainty(z, y), "u_x": uncertainty(z),
+            "p_label": p_label(z, y), "confidence": p.amax(1), "p_clean": self.fit.p_clean(p, y),
+            "entropy": entropy(z), "one_minus_margin": 1 - margin(z), "least_confidence": least_confidence(z),
+            "el2n": el2n(z, y), "u_y_drop_first": uncertainty(z, y, gauge="drop-first"),
+        }  # fmt: skip
+
+    @cached_property
+    def out_of_bag(self) -> Tensor:
+        """Mean prediction for the probe set by the probes that did not train on the row, `(rows, classes)`."""
+        nets, bags = self._probes
+        p = logits_of(nets, self.probe[0]).softmax(2)
+        out = torch.ones(p.shape[:2])
+        for k, bag in enumerate(bags):
+            out[k, bag] = 0
+        # rows that are in all bags (1 in 40) have no such prediction: flat
+        return (p * out[..., None]).sum(0) / out.sum(0)[:, None].clamp(min=1) + (out.sum(0) == 0)[:, None] / CLASSES
+
+    def trial(self, positions: Tensor, weights: Tensor) -> float:
+        """Accuracy of a net trained on these rows, on the probe rows whose label is likely."""
+        key = positions.numpy().tobytes()
+        if key not in self._trials:
+            net = train(new_nets(4000 + self.pair, 1), self.pool, [positions], [weights])
+            likely = self.fit.p_clean(self.out_of_bag, self.probe[1]) >= 0.5
+            right = logits_of(net, self.probe[0])[0].argmax(1) == self.probe[1]
+            self._trials[key] = right[likely].double().mean().item()
+        return self._trials[key]
+
+    @cached_property
+    def moderate(self) -> Tensor:
+        """How near a row's distance to its class centre, in the probes' hidden layers, is to the median distance.
+
+        Source: Xia et al., "Moderate coreset", ICLR 2023.
+        """
+        h = hidden(self._probes[0], self.pool[0]).transpose(0, 1).flatten(1)
+        y = self.pool[1]
+        centres = torch.stack([h[y == k].mean(0) for k in range(CLASSES)])
+        far = (h - centres[y]).norm(dim=1)
+        return -(far - far.median()).abs()
+
+    @cached_property
+    def dynamics(self) -> dict[str, Tensor]:
+        """Scores, large for hard rows, from the training of one net on the whole pool."""
+        y, steps = self.pool[1], []
+        train(
+            new_nets(5000 + self.pair, 1), self.pool, [torch.arange(len(y))],
+            after_step=lambda logits: steps.append(row_dynamics(logits[0], y)),
+        )  # fmt: skip
+        of = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+        return {
+            "EL2N": mean_el2n(of["el2n"], range(STEPS // 10)),  # early, as its authors do
+            "AUM": -aum(of["margin"]),
+            "forgetting": forgetting(of["margin"] > 0).float(),
+            "Dyn-Unc": dyn_unc(of["p_label"]),
+        }
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """The table with the columns that come from elsewhere; scores must not be negative."""
+        return self.table | {f"{name} (pool)": score - score.min() for name, score in self.dynamics.items()}
+
+    def noise(self) -> dict[str, float]:
+        confident = confident_disagreement(mean_probability(self.logits), self.pool[1])
+        return {"conf10": round(confident, 4), "mix": round(self.fit.rate, 4)}
+
+
+Select = Callable[[Pair, int, int], Plan]
+
+
+def plan(**options) -> Select:
+    def select(pair: Pair, budget: int, seed: int) -> Plan:
+        table = pair.columns if str(options.get("score", "")).endswith("(pool)") else pair.table
+        return make_plan(table, budget, seed=seed, **options)
+
+    return select
+
+
+def kept(mask: Callable[[dict[str, Tensor]], Tensor], **options) -> Select:
+    return lambda pair, budget, seed: make_plan(
+        pair.table, budget, seed=seed, **({"keep": mask(pair.table), "score": "uniform"} | options)
+    )
+
+
+def default(with_trial: bool = True, **options) -> Select:
+    return lambda pair, budget, seed: default_plan(
+        pair.table, budget, trial=pair.trial if with_trial else None, seed=seed, **options
+    )
+
+
+def paper(gauge: str) -> Select:
+    return lambda pair, budget, seed: paper_plan(
+        pair.table | ({"u_y": pair.table["u_y_drop_first"]} if gauge == "drop-first" else {}), budget, seed=seed
+    )
+
+
+def moderate(pair: Pair, budget: int, seed: int) -> Plan:
+    near = pair.moderate - pair.moderate.min()
+    return make_plan(pair.table | {"near": near}, budget, score="near", sampler="top-k", quotas="none", weights="none")
+
+
+def agree(table: dict[str, Tensor]) -> Tensor:
+    return table["label"] == table["predicted"]
+
+
+def likely(table: dict[str, Tensor]) -> Tensor:
+    return table["p_clean"] >= 0.5
+
+
+def without_doubted(table: dict[str, Tensor]) -> Tensor:
+    return without_hardest(1 - table["p_label"], 0.2)
+
+
+FREE = {"quotas": "none", "weights": "none", "force": True}
+CCS = {"quotas": "strata", "cut_hardest": 0.2, "weights": "none", "force": True}
+POOL = ("EL2N", "AUM", "forgetting", "Dyn-Unc")
+DEFAULT = "default"
+ARMS: dict[str, Select] = {
+    DEFAULT: default(),
+    "default, no trial": default(with_trial=False),
+    "default, no quotas": default(quotas="none"),
+    "AG50: agree, min(u_x, median), p_label": kept(agree, score="u_x", clip_quantile=0.5),
+    "AG: agree, uniform, p_label": kept(agree),
+    "agree, uniform, no weights": kept(agree, weights="none"),
+    "likely, min(u_x, median), p_label": kept(likely, score="u_x", clip_quantile=0.5),
+    "likely, uniform, p_label": kept(likely),
+    "uniform by class, p_label": plan(score="uniform"),
+    "min(u_x, median), p_label": plan(clip_quantile=0.5),
+    "u_x, p_label, no quotas": plan(quotas="none"),
+    "0.8 u_x + 0.2 uniform, p_label, no quotas": plan(quotas="none", uniform_share=0.2),
+    "drop lowest 20 % p_label, uniform": kept(without_doubted, weights="none"),
+    "A uniform by class": plan(score="uniform", weights="none"),
+    "uniform": plan(score="uniform", **FREE),
+    "B uniform by class, damped": plan(score="uniform", weights="damped"),
+    "C min(u_y, .005), no weights": plan(score="u_y", clip=0.005, weights="none", force=True),
+    "D authors' recipe": paper("drop-first"),
+    "D' authors' recipe, invariant": paper("invariant"),
+    "E min(u_y, .005), exact": plan(score="u_y", clip=0.005, weights="exact"),
+    "F u_y, exact": plan(score="u_y", weights="exact"),
+    "G u_x, exact": plan(quotas="none", weights="exact"),
+    "entropy, sampled": plan(score="entropy", **FREE),
+    "entropy, top": plan(score="entropy", sampler="top-k", **FREE),
+    "1 - margin, sampled": plan(score="one_minus_margin", **FREE),
+    "1 - margin, top": plan(score="one_minus_margin", sampler="top-k", **FREE),
+    "least confidence, sampled": plan(score="least_confidence", **FREE),
+    "least confidence, top": plan(score="least_confidence", sampler="top-k", **FREE),
+    "EL2N of probes, top": plan(score="el2n", sampler="top-k", **FREE),
+    "EL2N of probes, CCS": plan(score="el2n", **CCS),
+    "u_y, CCS": plan(score="u_y", **CCS),
+    "u_y, CCS, 20 strata": plan(score="u_y", bins=20, **CCS),
+    "moderate coreset": moderate,
+    **{f"{name}, top (pool)": plan(score=f"{name} (pool)", sampler="top-k", **FREE) for name in POOL},
+    **{f"{name}, CCS (pool)": plan(score=f"{name} (pool)", **CCS) for name in POOL},
+}  # fmt: skip
+
+# the ones that are near the best somewhere, and the plainest
+FEW = (
+    DEFAULT, "default, no trial", "default, no quotas", "AG50: agree, min(u_x, median), p_label",
+    "AG: agree, uniform, p_label", "likely, min(u_x, median), p_label", "likely, uniform, p_label",
+    "uniform by class, p_label", "u_x, p_label, no quotas", "A uniform by class", "B uniform by class, damped",
+    "D authors' recipe", "1 - margin, sampled", "EL2N of probes, CCS", "AUM, top (pool)", "AUM, CCS (pool)",
+)  # fmt: skip
+
+
+# ---- arms apart: they train on more rows than the budget
+
+
+def with_probe_rows(pair: Pair, plan: Plan, weighted: bool) -> tuple[Tensor, Tensor]:
+    """A plan and the probe set, as positions in the pool followed by the probe set, and weights."""
+    rows = len(pair.pool[1])
+    positions = torch.cat([plan.positions, rows + torch.arange(len(pair.probe[1]))])
+    if not weighted:
+        return positions, torch.ones(len(positions))
+    own = pair.out_of_bag.gather(1, pair.probe[1][:, None])[:, 0]
+    return positions, loss_weights("p_label", p_label=torch.cat([pair.table["p_label"], own])[positions])
+
+
+def whole_pool(pair: Pair, weights: str) -> tuple[Tensor, Tensor]:
+    return torch.arange(len(pair.pool[1])), loss_weights(weights, p_label=pair.table["p_label"])
+
+
+Apart = Callable[[Pair, int, int], tuple[Tensor, Tensor]]
+APART: dict[str, Apart] = {
+    "P uniform by class + probe set": lambda pair, r, seed: with_probe_rows(
+        pair, ARMS["A uniform by class"](pair, r, seed), False
+    ),
+    "P default + probe set, p_label": lambda pair, r, seed: with_probe_rows(pair, ARMS[DEFAULT](pair, r, seed), True),
+    "whole pool": lambda pair, r, seed: whole_pool(pair, "none"),
+    "whole pool, p_label": lambda pair, r, seed: whole_pool(pair, "p_label"),
+}
+ENSEMBLE = "the probes' mean prediction"
+
+
+def run(pair: Pair, cell: Cell, arms: Sequence[str]) -> list[dict]:
+    """The rows of these arms in a cell; `pair` may be of another budget."""
+    chosen: dict[str, tuple[Tensor, Tensor]] = {}
+    rows: dict[str, dict] = {arm: {"cell": str(cell), "arm": arm, "pair": pair.pair} for arm in arms}
+    seed = pair.pair
+    for arm in arms:
+        if arm in APART:
+            chosen[arm] = APART[arm](pair, cell.budget, seed)
+        elif arm in ARMS:
+            found = ARMS[arm](pair, cell.budget, seed)
+            chosen[arm] = found.positions, found.weights
+            if arm == DEFAULT:
+                trial = found.settings["trial_accuracy"]
+                rows[arm] |= {"regime": found.settings["regime"], "trial": trial and round(trial, 4)} | pair.noise()
+    data = tuple(torch.cat(both) for both in zip(pair.pool, pair.probe, strict=True))
+    # arms with the same plan share a net; nets with about equally many rows train side by side
+    same: dict[tuple[bytes, bytes], list[str]] = {}
+    for arm, (positions, weights) in chosen.items():
+        same.setdefault((positions.numpy().tobytes(), weights.double().numpy().tobytes()), []).append(arm)
+    by_size = sorted(same.values(), key=lambda arms: len(chosen[arms[0]][0]))
+    for first in range(0, len(by_size), SIDE_BY_SIDE):
+        batch = by_size[first : first + SIDE_BY_SIDE]
+        start = [p.expand(len(batch), -1, -1) for p in new_nets(6000 + pair.pair, 1)]
+        nets = train(start, data, *([chosen[arms[0]][k] for arms in batch] for k in (0, 1)))
+        for arms, logits in zip(batch, logits_of(nets, pair.test[0]), strict=True):
+            for arm in arms:
+                rows[arm] |= measure(pair, logits)
+    if ENSEMBLE in arms:
+        rows[ENSEMBLE] |= measure(pair, logits_of(pair._probes[0], pair.test[0]).softmax(2).mean(0))
+    return list(rows.values())
+
+
+def measure(pair: Pair, scores: Tensor) -> dict[str, float]:
+    right = (scores.argmax(1) == pair.test[1]).double()
+    if not pair.cell.tail:
+        return {"accuracy": round(right.mean().item(), 4)}
+    by_class = torch.stack([right[pair.test[1] == k].mean() for k in range(CLASSES)])
+    return {
+        "accuracy": round(by_class.mean().item(), 4),
+        "accuracy, pool's shares": round((by_class * pair.shares).sum().item(), 4),
+    }
+
+
+# ---- the table
+
+
+def table(rows: list[dict]) -> None:
+    """Mean accuracy (paired difference to the column's best arm +- standard error)."""
+    columns: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        for name in row:
+            if name.startswith("accuracy"):
+                column = columns.setdefault(row["cell"] + name.removeprefix("accuracy"), {})
+                column.setdefault(row["arm"], {})[row["pair"]] = row[name]
+    order = {f"{cell}": None for cells in CELLS.values() for cell in cells}
+    names = sorted(columns, key=lambda name: [str(cell) in name for cell in order].index(True))
+    best = {}
+    for name in names:
+        full = max(map(len, columns[name].values()))
+        ranked = {arm: statistics.mean(of.values()) for arm, of in columns[name].items()
+                  if arm in ARMS and len(of) == full}  # fmt: skip
+        best[name] = max(ranked, key=ranked.__getitem__)
+    print("Mean accuracy (paired difference to the best arm of the column +- standard error)\n")
+    print(f"| arm | {' | '.join(names)} | worst |")
+    print("|---|" + "---|" * (len(names) + 1))
+    for arm in [*ARMS, None, *APART, ENSEMBLE]:
+        if arm is None:
+            print("| *apart: more rows or labels in training* |" + " |" * (len(names) + 1))
+            continue
+        cells, worst = [], []
+        for name in names:
+            mine, ahead = columns[name].get(arm), columns[name][best[name]]
+            if not mine:
+                cells.append("-")
+                continue
+            difference, error = compare(mine, ahead)
+            worst.append(difference)
+            mean = f"{statistics.mean(mine.values()):.3f}"
+            cells.append(f"**{mean}**" if arm == best[name] else f"{mean} ({difference:+.3f}±{error:.3f})")
+        if worst:
+            print(f"| {arm} | {' | '.join(cells)} | {min(worst):+.3f} |")
+    print("\n| cell | pairs | best arm | default | conf10 | mix | regimes | trial |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in names:
+        found = [row for row in rows if row["cell"] in name and row["arm"] == DEFAULT
+                 and name.removeprefix(row["cell"]) in ("", ", pool's shares")]  # fmt: skip
+        if not found:
+            continue
+        regimes = [row["regime"] for row in found]
+        counts = ", ".join(f"{regime} {regimes.count(regime)}" for regime in sorted(set(regimes)))
+        trials = [row["trial"] for row in found if row["trial"] is not None]
+        difference, error = compare(columns[name][DEFAULT], columns[name][best[name]])
+        print(
+            f"| {name} | {len(found)} | {best[name]} | {difference:+.4f}±{error:.4f} | "
+            f"{statistics.mean(row['conf10'] for row in found):.3f} | "
+            f"{statistics.mean(row['mix'] for row in found):.3f} | {counts} | "
+            f"{f'{statistics.mean(trials):.3f}' if trials else '-'} |"
+        )
+
+
+def compare(mine: dict[int, float], other: dict[int, float]) -> tuple[float, float]:
+    """Mean and standard error of the paired difference."""
+    differences = [mine[pair] - other[pair] for pair in mine if pair in other]
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
+    return statistics.mean(differences), error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="+", choices=sorted(CELLS), default=["digits"])
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--arms", nargs="*", default=None, help="only these arms")
+    parser.add_argument("--few", action="store_true", help="only the arms that are near the best somewhere")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/selection_digits.jsonl"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="only print the table of the rows so far")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", message="sampler='top-k' keeps")
+    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
+    if options.table:
+        return table(rows)
+    names = options.arms or ([*FEW, ENSEMBLE] if options.few else [*ARMS, *APART, ENSEMBLE])
+    if unknown := set(names) - {*ARMS, *APART, ENSEMBLE}:
+        parser.error(f"no arms {sorted(unknown)}; there are {[*ARMS, *APART, ENSEMBLE]}")
+    done = {(row["cell"], row["arm"], row["pair"]) for row in rows}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    cells = [cell for name in options.cells for cell in CELLS[name]]
+    for number in range(options.pairs):
+        pairs: dict[tuple, Pair] = {}  # budgets share the probes
+        for cell in cells:
+            if not (arms := [arm for arm in names if (str(cell), arm, number) not in done]):
+                continue
+            start = time.perf_counter()
+            pair = pairs.setdefault((cell.data, cell.tail, cell.flips), Pair(cell, number))
+            found = run(pair, cell, arms)
+            with options.out.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in found)
+            rows += found
+            print(f"{cell}, pair {number}: {len(arms)} arms, {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    table(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Choose the rows worth training on, train on them, and see what it bought: any classification data set and model.
+
+    python examples/select_then_train.py --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name beans \\
+        --budget 0.2 --output_dir runs/beans --num_train_epochs 5 --compare
+    torchrun --nproc_per_node 2 examples/select_then_train.py --config banking.yaml --push_selection me/banking-r10
+
+Images and texts are told apart by the data set's columns. A share of the training rows is set aside for the probes:
+by default linear heads on the model's frozen backbone (`--probes trained` trains whole models). The rest is the pool.
+`--config file.yaml` holds any of the arguments as `name: value`; the command line wins. All fields of
+`TrainingArguments` are arguments too.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_effdl import LinearProbes, UncertaintySelector, WeightedTrainer, train_probes
+
+
+@dataclass
+class ScriptArguments:
+    """What to select from what, with what."""
+
+    model_name_or_path: str = field(metadata={"help": "Model id on the Hub, or a folder."})
+    dataset_name: str = field(metadata={"help": "Data set id on the Hub, a folder, or one from save_to_disk."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    input_column: str | None = field(default=None, metadata={"help": "Images or texts; default: the first such."})
+    label_column: str = field(default="label", metadata={"help": "Column with the class labels."})
+    train_split: str = field(default="train", metadata={"help": "Split to select from."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; default: 10%% of train."})
+    budget: float = field(default=0.2, metadata={"help": "Rows to select; up to 1: a share of the pool."})
+    probe_share: float = field(default=0.2, metadata={"help": "Share of the training rows that the probes get."})
+    probes: str = field(default="linear", metadata={"help": "'linear' heads on the backbone, or 'trained' models."})
+    num_probes: int = field(default=8, metadata={"help": "Number of probes."})
+    preset: str = field(default="default", metadata={"help": "'default' or 'paper'."})
+    compare: bool = field(default=False, metadata={"help": "Also train on as many random rows."})
+    push_selection: str | None = field(default=None, metadata={"help": "Push the selection to this data set repo."})
+
+
+def parse(argv: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
+    """Arguments from the command line, with defaults from `--config file.yaml`."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config")
+    known, rest = first.parse_known_args(argv)
+    parser = HfArgumentParser([ScriptArguments, TrainingArguments])
+    if known.config:
+        with open(known.config, encoding="utf-8") as file:
+            values = yaml.safe_load(file) or {}
+        if unknown := sorted(set(values) - {action.dest for action in parser._actions}):
+            raise ValueError(f"{known.config} sets {unknown}, which this script does not know; see --help")
+        for action in parser._actions:
+            action.required = action.required and action.dest not in values
+        parser.set_defaults(**values)
+    return parser.parse_args_into_dataclasses(rest)
+
+
+def load_splits(script: ScriptArguments, seed: int) -> DatasetDict:
+    """The data set as `{"probe", "pool", "eval"}` with a `ClassLabel` column."""
+    try:
+        data = load_from_disk(script.dataset_name)
+    except (FileNotFoundError, OSError):
+        data = load_dataset(script.dataset_name, script.dataset_config)
+    for split in filter(None, (script.train_split, script.eval_split)):
+        if split not in data:
+            raise ValueError(f"{script.dataset_name} has splits {list(data)}, not {split!r}")
+    if script.label_column not in data[script.train_split].column_names:
+        raise ValueError(
+            f"{script.dataset_name} has columns {data[script.train_split].column_names}, not {script.label_column!r}; "
+            "set --label_column"
+        )
+    if not isinstance(data[script.train_split].features[script.label_column], ClassLabel):
+        data = data.class_encode_column(script.label_column)
+    train = data[script.train_split]
+    if script.eval_split is None:
+        split = train.train_test_split(test_size=0.1, seed=seed)
+        train, test = split["train"], split["test"]
+    else:
+        test = data[script.eval_split]
+    parts = train.train_test_split(test_size=script.probe_share, seed=seed, stratify_by_column=script.label_column)
+    return DatasetDict(probe=parts["test"], pool=parts["train"], eval=test)
+
+
+def find_input(data: Dataset, script: ScriptArguments) -> tuple[str, bool]:
+    """The input column, and whether it holds images."""
+    kinds = {
+        name: isinstance(feature, Image)
+        for name, feature in data.features.items()
+        if isinstance(feature, Image) or getattr(feature, "dtype", None) in ("string", "large_string")
+    }
+    name = script.input_column or next(iter(sorted(kinds, key=lambda name: not kinds[name])), None)
+    if name not in kinds:
+        raise ValueError(f"no column with images or texts ({name!r} asked for) among {data.features}; set "
+                         "--input_column")  # fmt: skip
+    return name, kinds[name]
+
+
+def make_collator(processor: Any, column: str, images: bool, labels: str) -> Callable[[list[dict]], dict[str, Any]]:
+    def collate(rows: list[dict]) -> dict[str, Any]:
+        values = [row[column] for row in rows]
+        if images:
+            batch = dict(processor([value.convert("RGB") for value in values], return_tensors="pt"))
+        else:
+            batch = dict(processor(values, padding=True, truncation=True, return_tensors="pt"))
+        batch["labels"] = torch.tensor([row[labels] for row in rows])
+        if "weight" in rows[0]:
+            batch["weight"] = torch.tensor([row["weight"] for row in rows])
+        return batch
+
+    return collate
+
+
+def accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def main(argv: list[str] | None = None) -> None:
+    script, args = parse(sys.argv[1:] if argv is None else argv)
+    first = PartialState().is_main_process
+    set_seed(args.seed)
+    data = load_splits(script, args.seed)
+    column, images = find_input(data["pool"], script)
+    processor = (AutoImageProcessor if images else AutoTokenizer).from_pretrained(script.model_name_or_path)
+    names = data["pool"].features[script.label_column].names
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    classifier = AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    args.remove_unused_columns = False  # the collator reads columns that the model does not know
+    collate = make_collator(processor, column, images, script.label_column)
+
+    def new_model() -> torch.nn.Module:
+        set_seed(args.seed)
+        return classifier.from_pretrained(script.model_name_or_path, ignore_mismatched_sizes=True, **labels)
+
+    def train(rows: Dataset, folder: str) -> dict[str, float]:
+        args.output_dir = f"{output_dir}/{folder}"
+        weighted = rows if "weight" in rows.column_names else rows.add_column("weight", [1.0] * len(rows))
+        trainer = WeightedTrainer(
+            new_model(), args, data_collator=collate, train_dataset=weighted, eval_dataset=data["eval"],
+            processing_class=processor, compute_metrics=accuracy,
+        )  # fmt: skip
+        trainer.train()
+        metrics = trainer.evaluate()
+        trainer.save_model()
+        return metrics
+
+    output_dir = args.output_dir
+    common = {"label_column": script.label_column, "num_probes": script.num_probes, "seed": args.seed,
+              "processing_class": processor, "input_column": column}  # fmt: skip
+    if script.probes == "linear":
+        backbone = AutoModel.from_pretrained(script.model_name_or_path)
+        probes = LinearProbes.train(backbone, data["probe"], **common)
+    else:
+        args.output_dir = f"{output_dir}/probes"
+        probes = train_probes(new_model, args, data["probe"], **common)
+
+    selector = UncertaintySelector(
+        probes, script.label_column, preset=script.preset, seed=args.seed, cache_dir=f"{output_dir}/scores",
+        source=script.dataset_name, batch_size=args.per_device_eval_batch_size,
+    )  # fmt: skip
+    budget = script.budget if script.budget <= 1 else int(script.budget)
+    subset = selector.select(data["pool"], budget)
+    if first:
+        selector.report().save(f"{output_dir}/report")
+        print(selector.report(), flush=True)
+    results = {"selected rows": train(subset, "selected")}
+    if script.compare:
+        rows = data["pool"].shuffle(seed=args.seed).select(range(len(subset)))
+        results["random rows"] = train(rows, "random")
+    if first:
+        for name, metrics in results.items():
+            print(f"{name}: accuracy {metrics['eval_accuracy']:.4f}, loss {metrics['eval_loss']:.4f}")
+        if script.push_selection:
+            selector.selection.push_to_hub(script.push_selection)
+
+
+if __name__ == "__main__":
+    main()
