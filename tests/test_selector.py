@@ -243,7 +243,7 @@ def noisy(share: float, count: int = 600, seed: int = 0) -> Dataset:
 
 
 def test_wrong_labels_are_seen_and_left_out():
-    pool = noisy(0.25)
+    pool = noisy(0.25, 2000)
     selector = UncertaintySelector(LinearProbes.train(None, noisy(0.25, 150, 1), input_column="x"))
     subset = selector.select(pool, 120)
     settings = selector.selection.info["settings"]

@@ -1,0 +1,740 @@
+"""Plans against draws composed by hand, frequencies over seeds, and the documented switches of the presets."""
+
+import dataclasses
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from hf_effdl.samples.noise import agreement, fit_label_noise, noise_rate
+from hf_effdl.samples.planning import (
+    ENOUGH_ROWS,
+    HARD_ROWS_HELP,
+    LABEL_DEPENDENT,
+    NEARLY_SOLVED,
+    active_plan,
+    default_plan,
+    make_plan,
+    paper_plan,
+    table_noise,
+)
+from hf_effdl.samples.sampling import (
+    class_quotas,
+    clip_scores,
+    draw,
+    hashed_uniform,
+    inclusion_probabilities,
+    loss_weights,
+    priority_sample,
+    sequential_draw,
+    strata,
+    top_k,
+    without_hardest,
+)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def close(got, expected, rtol=1e-6, atol=1e-9):
+    torch.testing.assert_close(got, torch.as_tensor(expected, dtype=got.dtype), rtol=rtol, atol=atol)
+
+
+def score_table(rows=600, classes=5, agreed=0.8, seed=0):
+    """Columns without label noise as the presets read it: the surest rows agree, all posteriors are high."""
+    g = generator(seed)
+    label = torch.randint(0, classes, (rows,), generator=g)
+    agree = torch.rand(rows, generator=g) < agreed
+    p_label = torch.where(agree, 0.5 + 0.5 * torch.rand(rows, generator=g), 0.4 * torch.rand(rows, generator=g))
+    return {
+        "label": label,
+        "predicted": torch.where(agree, label, (label + 1) % classes),
+        "u_x": torch.exp(torch.randn(rows, generator=g)),
+        "u_y": torch.exp(torch.randn(rows, generator=g)),
+        "p_label": p_label,
+        "confidence": torch.where(agree, p_label, 0.5),
+        "p_clean": torch.where(torch.rand(rows, generator=g) < 0.95, 0.999, 0.3),
+        "margin": torch.rand(rows, generator=g) - 0.5,
+    }
+
+
+def chosen(plan):
+    return set(plan.positions.tolist())
+
+
+def same(one, other):
+    return (
+        torch.equal(one.positions, other.positions)
+        and torch.equal(one.weights, other.weights)
+        and torch.equal(one.probabilities.nan_to_num(-1), other.probabilities.nan_to_num(-1))
+    )
+
+
+def by_group(values, groups, quotas, pick):
+    """Positions and probabilities of `pick(scores, quota, rows)` in every group."""
+    found = {}
+    for group, quota in enumerate(quotas.tolist()):
+        rows = (groups == group).nonzero().flatten()
+        if quota:
+            positions, chances = pick(values[rows], quota, rows)
+            found |= dict(zip(rows[positions].tolist(), chances.tolist()))
+    return sorted(found), [found[row] for row in sorted(found)]
+
+
+def priority(scores, quota, rows):
+    positions, weights = priority_sample(scores, quota, seed=3, row_ids=rows)
+    return positions, 1 / weights
+
+
+def poisson(scores, quota, rows):
+    probabilities = inclusion_probabilities(scores, quota)
+    positions, _ = draw(probabilities, seed=3, row_ids=rows)
+    return positions, probabilities[positions]
+
+
+def sequential(scores, quota, rows):
+    positions = sequential_draw(scores, quota, seed=3, row_ids=rows)
+    return positions, torch.full((quota,), 1.0 if quota == len(rows) else NAN)
+
+
+def largest(scores, quota, rows):
+    return top_k(scores, quota), torch.ones(quota)
+
+
+PICKS = {"priority": priority, "poisson": poisson, "sequential": sequential, "top-k": largest}
+
+
+# ---- draws
+
+
+@pytest.mark.parametrize("sampler", PICKS)
+@pytest.mark.parametrize("quotas", ["label", "predicted", "none"])
+def test_a_plan_is_a_draw_in_every_class_by_its_quota(sampler, quotas):
+    table = score_table()
+    table["label"][:30] = 5  # a class that its quota takes whole
+    table["predicted"][:4] = 6
+    groups = torch.zeros(600, dtype=torch.long) if quotas == "none" else table[quotas]
+    counts = torch.bincount(groups)
+    plan = make_plan(table, 240, sampler=sampler, quotas=quotas, clip=2.0, seed=3)
+    expected = by_group(table["u_x"].clamp(max=2), groups, class_quotas(counts, 240, seed=3), PICKS[sampler])
+    assert plan.positions.tolist() == expected[0]
+    close(plan.probabilities.nan_to_num(-1), torch.tensor(expected[1]).nan_to_num(-1))
+    if sampler != "poisson":
+        assert len(plan) == 240
+        assert torch.bincount(groups[plan.positions]).tolist() == class_quotas(counts, 240, seed=3).tolist()
+        assert quotas == "none" or (plan.probabilities == 1).any()
+    close(plan.weights, loss_weights("p_label", p_label=table["p_label"][plan.positions]))
+    assert plan.rows == 600
+    assert plan.kish == pytest.approx(float(plan.weights.sum() ** 2 / plan.weights.square().sum()))
+
+
+def test_strata_draw_alike_from_every_range_of_the_score():
+    table = score_table()
+    table["u_x"][0] = 40
+    plan = make_plan(table, 120, quotas="strata", bins=10, seed=3)
+    bins = strata(table["u_x"], 10)
+    counts = torch.bincount(bins)
+    assert (counts == 0).any() and (counts[counts > 0] < 12).any()  # sparse far out
+    expected = by_group(torch.ones(600), bins, class_quotas(counts, 120, seed=3), priority)
+    assert plan.positions.tolist() == expected[0]
+    close(plan.probabilities, expected[1])
+    # scores that may be negative, as margins are, and fewer rows than strata
+    few = make_plan(table, 7, score="margin", quotas="strata", bins=50)
+    assert len(few) == len(strata(table["margin"])[few.positions].unique()) == 7
+
+
+def test_the_stratum_s_width_is_of_the_rows_that_are_kept():
+    table = score_table()
+    table["u_x"][5] = 1e6  # a far row that is cut must not squeeze the others into one stratum
+    plan = make_plan(table, 100, quotas="strata", bins=5, cut_hardest=0.1)
+    kept = without_hardest(table["u_x"], 0.1)
+    bins = strata(table["u_x"][kept], 5)
+    assert (torch.bincount(bins) > 0).all()
+    spread = strata(table["u_x"].clamp(max=table["u_x"][kept].max()), 5)[plan.positions]
+    assert torch.bincount(spread).tolist() == class_quotas(torch.bincount(bins), 100).tolist()
+    assert kept[plan.positions].all()
+    # where nothing is kept all rows are
+    assert len(make_plan(table, 100, quotas="strata", keep=torch.zeros(600, dtype=torch.bool))) == 100
+
+
+def test_uniform_draws_use_no_score():
+    table = score_table()
+    plan = make_plan({"p_label": table["p_label"]}, 50, score="uniform", quotas="none", seed=3)
+    positions, weights = priority_sample(torch.ones(600), 50, seed=3)
+    assert torch.equal(plan.positions, positions)
+    close(plan.probabilities, 1 / weights)
+
+
+@pytest.mark.parametrize("options", [{"clip_quantile": 0.5}, {"clip": 0.8}, {}])
+def test_caps_are_of_the_whole_pool(options):
+    table = score_table()
+    capped = clip_scores(table["u_x"], options.get("clip"), options.get("clip_quantile")) if options else table["u_x"]
+    plan = make_plan(table, 100, quotas="none", seed=3, **options)
+    positions, weights = priority_sample(capped, 100, seed=3)
+    assert torch.equal(plan.positions, positions)
+    close(plan.probabilities, 1 / weights)
+
+
+@pytest.mark.parametrize("sampler", ["priority", "poisson"])
+def test_a_uniform_share_bounds_the_inverse_probabilities(sampler):
+    table = score_table()
+    table["u_x"] = table["u_x"] ** 4
+    plans = [make_plan(table, 60, sampler=sampler, quotas="none", uniform_share=share) for share in (0.0, 0.3)]
+    bound = 600 / (0.3 * 60)
+    assert (1 / plans[0].probabilities).max() > 2 * bound
+    mixture = 0.7 * inclusion_probabilities(table["u_x"], 60) + 0.3 * 0.1
+    if sampler == "poisson":
+        assert (1 / plans[1].probabilities).max() <= bound
+        positions, weights = draw(mixture)
+    else:
+        positions, weights = priority_sample(mixture, 60)
+        assert (1 / plans[1].probabilities).max() <= 1.5 * bound  # the threshold is random
+    assert torch.equal(plans[1].positions, positions)
+    close(plans[1].probabilities, 1 / weights)
+
+
+@pytest.mark.parametrize("sampler,share", [("priority", 0.0), ("priority", 0.4), ("poisson", 0.0), ("poisson", 0.4)])
+def test_inclusion_probabilities_are_right_over_seeds(sampler, share):
+    table = {"u_x": torch.tensor([3.0, 1, 1, 0.5, 0.2, 0.1] * 4), "label": torch.tensor([0] * 12 + [1] * 8 + [2] * 4)}
+    seeds, counts, chances = 700, torch.zeros(24), torch.zeros(24).double()
+    inverse = torch.zeros(seeds, 24).double()
+    for seed in range(seeds):
+        plan = make_plan(table, 9, sampler=sampler, uniform_share=share, weights="none", seed=seed)
+        inverse[seed, plan.positions] = 1 / plan.probabilities
+        counts[plan.positions] += 1
+        chances[plan.positions] = plan.probabilities
+    # drawn with probability pi and weighted 1 / pi, every row counts once
+    assert ((inverse.mean(0) - 1).abs() <= 4 * inverse.std(0) / math.sqrt(seeds) + 1e-9).all()
+    if sampler == "poisson":
+        error = (chances * (1 - chances) / seeds).sqrt()
+        assert ((counts / seeds - chances).abs() <= 4 * error + 1e-6).all()
+        for group in range(3):
+            assert float(chances[table["label"] == group].sum()) == pytest.approx(3)
+
+
+# ---- what may be drawn
+
+
+def test_rows_outside_the_filter_are_not_drawn_while_the_kept_ones_suffice():
+    table, keep = score_table(), torch.rand(600, generator=generator(1)) < 0.5
+    before = keep.clone()
+    for budget in (50, int(keep.sum())):
+        plan = make_plan(table, budget, keep=keep, cut_hardest=0.0)
+        assert len(plan) == budget and keep[plan.positions].all()
+        quotas = class_quotas(torch.bincount(table["label"][keep]), budget)
+        assert torch.bincount(table["label"][plan.positions]).tolist() == quotas.tolist()
+    # a row's draw among the kept is that of a pool of the kept rows alone
+    alone = {name: column[keep] for name, column in table.items()}
+    rows = keep.nonzero().flatten()
+    plan = make_plan(table, 50, keep=keep, seed=2)
+    assert torch.equal(plan.positions, rows[make_plan(alone, 50, row_ids=rows, seed=2).positions])
+    make_plan(table, 50, keep=keep, cut_hardest=0.2)
+    assert torch.equal(keep, before)
+
+
+@pytest.mark.parametrize("quotas", ["label", "none", "strata"])
+@pytest.mark.parametrize("sampler", ["priority", "poisson", "sequential"])
+def test_what_the_kept_rows_cannot_fill_comes_from_the_others(sampler, quotas):
+    table, keep = score_table(), torch.arange(600) % 4 == 0
+    for extra in (1, 3, 90):  # also fewer than there are classes
+        plan = make_plan(table, 150 + extra, keep=keep, sampler=sampler, quotas=quotas)
+        assert set(keep.nonzero().flatten().tolist()) <= chosen(plan)
+        assert (plan.probabilities[keep[plan.positions]] == 1).all()
+        if sampler == "poisson":
+            assert extra < 90 or len(plan) == pytest.approx(240, abs=35)
+            continue
+        assert len(plan) == 150 + extra
+        others = table["label"][plan.positions][~keep[plan.positions]]
+        if quotas == "label":
+            shares = torch.bincount(others, minlength=5)
+            assert shares.max() - shares.min() <= 1
+
+
+def test_a_class_without_kept_rows_is_refilled_with_the_others():
+    table = score_table()
+    keep = table["label"] == 0
+    kept = int(keep.sum())
+    shares = torch.bincount(table["label"][make_plan(table, kept + 4, keep=keep).positions])
+    assert shares.tolist() == [kept, 1, 1, 1, 1] or shares[0] == kept + 1
+    nothing = make_plan(table, 50, keep=torch.zeros(600, dtype=torch.bool))
+    assert same(nothing, make_plan(table, 50))
+
+
+def test_the_hardest_share_counts_as_not_kept():
+    table, keep = score_table(), torch.rand(600, generator=generator(1)) < 0.7
+    soft = without_hardest(table["u_y"], 0.3)
+    plan = make_plan(table, 100, score="u_y", cut_hardest=0.3, keep=keep)
+    assert same(plan, make_plan(table, 100, score="u_y", keep=keep & soft))
+    assert (keep & soft)[plan.positions].all()
+    # by the score itself, not by its cap
+    capped = make_plan(table, 100, score="u_y", cut_hardest=0.3, clip=1e-3)
+    assert soft[capped.positions].all()
+    assert len(make_plan(table, 590, score="u_y", cut_hardest=0.3)) == 590
+
+
+# ---- weights
+
+
+def test_damped_weights_are_of_the_uncertainty_that_was_drawn_by():
+    table = score_table()
+    for score, column in {"u_x": "u_x", "u_y": "u_y", "uniform": "u_y", "margin": "u_y"}.items():
+        plan = make_plan(table, 60, score=score, quotas="strata", weights="damped", beta=0.7)
+        close(plan.weights, loss_weights("damped", uncertainty=table[column][plan.positions], beta=0.7))
+    del table["u_y"]
+    plan = make_plan(table, 60, weights="damped", score="uniform")
+    close(plan.weights, loss_weights("damped", uncertainty=table["u_x"][plan.positions]))
+
+
+@pytest.mark.parametrize("sampler", ["priority", "poisson"])
+def test_exact_weights_are_the_inverse_probabilities(sampler):
+    plan = make_plan(score_table(), 60, score="u_y", weights="exact", sampler=sampler)
+    close(plan.weights, (1 / plan.probabilities) / (1 / plan.probabilities).mean())
+    assert plan.kish < 0.9 * len(plan)
+    assert make_plan(score_table(), 60, weights="none").weights.tolist() == [1] * 60
+
+
+@pytest.mark.parametrize("score", LABEL_DEPENDENT)
+def test_scores_that_saw_the_label_are_refused_without_weights_unless_forced(score):
+    assert set(LABEL_DEPENDENT) >= {"u_y", "el2n"} and "u_x" not in LABEL_DEPENDENT
+    table = score_table()
+    table[score] = table["u_y"]
+    with pytest.raises(ValueError, match=rf"score='{score}' depends on the label.*weights='none'.*'p_label'.*force"):
+        make_plan(table, 60, score=score, weights="none")
+    assert len(make_plan(table, 60, score=score, weights="none", force=True)) == 60
+    assert len(make_plan(table, 60, score=score, weights="damped")) == 60
+    assert len(make_plan(table, 60, score="u_x", weights="none")) == 60
+
+
+@pytest.mark.parametrize("sampler", ["sequential", "top-k"])
+def test_exact_weights_are_refused_where_probabilities_are_unknown(sampler):
+    with pytest.raises(ValueError, match=f"weights='exact'.*sampler='{sampler}'.*'priority' or 'poisson'"):
+        make_plan(score_table(), 300, sampler=sampler, weights="exact")
+
+
+def test_the_largest_scores_warn_below_three_tenths():
+    table = score_table()
+    for score in ("u_x", "uniform"):
+        with pytest.warns(UserWarning, match=r"'top-k' keeps 30% of the rows: below 30 %") as caught:
+            make_plan(table, 179, score=score, sampler="top-k")
+        assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_plan(table, 180, sampler="top-k")
+        make_plan(table, 60)
+
+
+# ---- what a plan depends on
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"sampler": "poisson", "uniform_share": 0.2}, {"sampler": "sequential", "quotas": "none"},
+        {"quotas": "strata", "bins": 7}, {"quotas": "predicted", "clip_quantile": 0.5, "cut_hardest": 0.1},
+        {"sampler": "top-k"},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("named", [False, True])
+def test_a_plan_depends_on_seed_and_row_ids_and_not_on_the_order(options, named):
+    table, order = score_table(), torch.randperm(600, generator=generator(2))
+    rows = 13 * torch.arange(600)
+    names = [f"img/{row}.png" for row in rows.tolist()] if named else rows
+    shuffled_names = [names[i] for i in order.tolist()] if named else rows[order]
+    keep = torch.rand(600, generator=generator(3)) < 0.6
+    plan = make_plan(table, 200, row_ids=names, keep=keep, seed=4, **options)
+    shuffled = {name: column[order] for name, column in table.items()}
+    other = make_plan(shuffled, 200, row_ids=shuffled_names, keep=keep[order], seed=4, **options)
+    back = order[other.positions].argsort()
+    assert torch.equal(order[other.positions][back], plan.positions)
+    close(other.weights[back], plan.weights)
+    close(other.probabilities[back].nan_to_num(-1), plan.probabilities.nan_to_num(-1))
+    if options.get("sampler") != "top-k":
+        assert chosen(plan) != chosen(make_plan(table, 200, row_ids=names, keep=keep, seed=5, **options))
+        assert chosen(plan) != chosen(make_plan(table, 200, keep=keep, seed=4, **options))
+
+
+@pytest.mark.parametrize("sampler", PICKS)
+@pytest.mark.parametrize("quotas", ["label", "none"])
+@pytest.mark.filterwarnings("ignore:sampler='top-k'")
+def test_a_larger_budget_is_a_superset(sampler, quotas):
+    table, before = score_table(), set()
+    keep = torch.rand(600, generator=generator(3)) < 0.6
+    for budget in range(5, 600, 17):  # past the kept rows too
+        rows = chosen(make_plan(table, budget, sampler=sampler, quotas=quotas, keep=keep))
+        assert before <= rows
+        before = rows
+
+
+def test_a_plan_does_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make_plan(score_table(), 60).rows = 1
+
+
+def test_settings_are_plain_and_draw_the_same_rows_again():
+    table = score_table()
+    plans = [
+        make_plan(table, 60, score="u_y", sampler="poisson", clip=0.3, uniform_share=0.1, weights="damped", seed=8),
+        make_plan(table, 60, quotas="strata", bins=4, cut_hardest=0.1, clip_quantile=0.4, beta=0.2),
+        paper_plan(table, 60, seed=2),
+        active_plan(table, 60, accuracy=0.9),
+    ]
+    for plan in plans:
+        settings = json.loads(json.dumps(plan.settings))
+        for name in ("preset", "regime", "trial_accuracy"):
+            settings.pop(name, None)
+        assert same(make_plan(table, **settings), plan)
+    # but for the filter, which is as long as the pool
+    plan = default_plan(table, 60, seed=5)
+    settings = json.loads(json.dumps(plan.settings))
+    found = {name: settings.pop(name) for name in ("preset", "regime", "noise_rate", "trial_accuracy", "kept_rows")}
+    agreed = table["label"] == table["predicted"]
+    assert same(make_plan(table, keep=agreed, **settings), plan)
+    assert found == {
+        "preset": "default", "regime": "agreement", "noise_rate": table_noise(table), "trial_accuracy": None,
+        "kept_rows": int(agreed.sum()),
+    }  # fmt: skip
+
+
+# ---- the default
+
+
+def noisy_table(wrong):
+    """1,000 rows; of the 100 surest, so many disagree."""
+    table = score_table(1000)
+    table["confidence"] = torch.linspace(0.99, 0.3, 1000)
+    table["predicted"][:100] = table["label"][:100]
+    table["predicted"][:wrong] = (table["label"][:wrong] + 1) % 5
+    table["p_clean"] = torch.where(torch.rand(1000, generator=generator(6)) < 0.97, 0.999, 0.49)
+    table["p_clean"][7] = 0.5
+    return table
+
+
+class Trials:
+    """A trial that remembers what it was given and reports these accuracies in turn."""
+
+    def __init__(self, *accuracies):
+        self.accuracies, self.given = list(accuracies), []
+
+    def __call__(self, positions, weights):
+        self.given.append((positions, weights))
+        return self.accuracies[len(self.given) - 1]
+
+
+BUDGETS = {False: 5 * ENOUGH_ROWS - 1, True: 5 * ENOUGH_ROWS}
+
+
+@pytest.mark.parametrize("enough", [False, True])
+@pytest.mark.parametrize(
+    "wrong,accuracies,regime",
+    [
+        (0, None, "agreement"), (6, (0.99,) * 3, "agreement"), (5, (0.8, 0.8599, 0.92), "agreement"),
+        (5, (0.8599,) * 3, "agreement"), (5, (0.86,) * 3, "clipped"), (0, (0.9449,) * 3, "clipped"),
+        (0, (0.945,) * 3, "unclipped"), (0, (0.9, 0.99, 0.99), "unclipped"),
+    ],
+)  # fmt: skip
+def test_the_default_switches_where_it_says(enough, wrong, accuracies, regime):
+    assert (HARD_ROWS_HELP, NEARLY_SOLVED, ENOUGH_ROWS) == (0.86, 0.945, 20)
+    table, budget, trial = noisy_table(wrong), BUDGETS[enough], accuracies and Trials(*accuracies)
+    plan = default_plan(table, budget, trial=trial, seed=9)
+    likely = table["p_clean"] >= 0.5
+    assert likely[7] and not likely.all()
+    agreed = table["label"] == table["predicted"]
+    keep, options = {
+        "agreement": (agreed, {"clip_quantile": 0.5} if enough else {"score": "uniform"}),
+        "clipped": (likely, {"clip_quantile": 0.5}),
+        "unclipped": (likely, {"quotas": "none"}),
+    }[regime]
+    assert same(plan, make_plan(table, budget, keep=keep, weights="p_label", seed=9, **options))
+    assert len(plan) == budget and keep[plan.positions].all()
+    assert plan.settings["regime"] == regime
+    assert plan.settings["noise_rate"] == pytest.approx(wrong / 100, abs=0.02)
+    assert plan.settings["kept_rows"] == int(keep.sum())
+    if wrong > 5:
+        assert trial.given == [] and plan.settings["trial_accuracy"] is None  # no training is wasted
+    elif trial:
+        assert plan.settings["trial_accuracy"] == pytest.approx(np.mean(accuracies))
+
+
+def test_the_trial_trains_on_balanced_uniform_rows_that_are_likely_clean():
+    table = noisy_table(0)
+    names = [f"row {i}" for i in range(1000)]
+    trial = Trials(*[0.9] * 5)
+    default_plan(table, 60, trial=trial, trials=5, seed=9, row_ids=names)
+    assert len(trial.given) == 5
+    drawn = [set(positions.tolist()) for positions, _ in trial.given]
+    assert all(len(a & b) < 20 for i, a in enumerate(drawn) for b in drawn[:i])  # draws of their own
+    for k, (positions, weights) in enumerate(trial.given):
+        assert torch.bincount(table["label"][positions]).tolist() == [12] * 5
+        assert (table["p_clean"][positions] >= 0.5).all()
+        close(weights, loss_weights("p_label", p_label=table["p_label"][positions]))
+        expected = make_plan(table, 60, score="uniform", keep=table["p_clean"] >= 0.5, seed=10 + k, row_ids=names)
+        assert torch.equal(positions, expected.positions)
+
+
+def test_overrides_win_over_the_preset():
+    table = noisy_table(0)
+    agreed = table["label"] == table["predicted"]
+    plan = default_plan(table, 200, weights="none", sampler="poisson", seed=1)
+    assert same(plan, make_plan(table, 200, keep=agreed, clip_quantile=0.5, weights="none", sampler="poisson", seed=1))
+    # a cap of one form takes the place of the preset's of the other form
+    assert same(default_plan(table, 200, clip=0.3), make_plan(table, 200, keep=agreed, clip=0.3))
+    assert same(default_plan(table, 200, clip_quantile=None), make_plan(table, 200, keep=agreed))
+    assert same(
+        paper_plan(table, 200, clip_quantile=0.5),
+        make_plan(table, 200, score="u_y", sampler="sequential", weights="damped", clip_quantile=0.5),
+    )
+    assert same(active_plan(table, 200, clip=0.3), make_plan(table, 200, quotas="predicted", weights="none", clip=0.3))
+    with pytest.raises(ValueError, match="by one of them only"):
+        default_plan(table, 200, clip=0.3, clip_quantile=0.2)
+    # quotas are the trials' too: three rows for five classes
+    trial = Trials(0.9, 0.9, 0.9)
+    assert len(default_plan(table, 3, trial=trial, quotas="none")) == 3
+    keep = torch.arange(1000) < 700
+    plan = default_plan(table, 200, keep=keep)
+    assert same(plan, make_plan(table, 200, keep=keep, clip_quantile=0.5)) and plan.settings["kept_rows"] == 700
+    assert default_plan(table, 200, keep=None).settings["kept_rows"] == 1000
+
+
+def filled(table, keep, budget, groups):
+    """The kept rows and, for classes short of their quota, their likeliest others; written naively."""
+    likely = (table["p_clean"] >= 0.5) | keep
+    fits = likely if int(likely.sum()) >= budget else torch.ones_like(keep)
+    count = int(groups.max()) + 1
+    quotas = class_quotas(torch.bincount(groups[fits], minlength=count), budget)
+    keep = keep.clone()
+    for group in range(count):
+        rows = [i for i in range(len(keep)) if groups[i] == group]
+        rows.sort(key=lambda i: (not keep[i], not fits[i], -float(table["p_label"][i])))
+        keep[rows[: int(quotas[group])]] = True
+    return keep
+
+
+@pytest.mark.parametrize("quotas", ["label", "predicted", "none"])
+@pytest.mark.parametrize("budget", [60, 200, 330, 420])
+def test_classes_short_of_kept_rows_are_filled_with_their_likeliest_others(quotas, budget):
+    table = score_table(450, classes=3, agreed=0.5)
+    table["p_label"] = table["p_label"].mul(20).round() / 20  # with ties, of which the first rows come first
+    # class 0 is one that the probes are bad at, and many of its labels look wrong
+    hard = table["label"] == 0
+    table["predicted"][hard & (torch.arange(450) % 9 > 0)] = 1
+    table["p_clean"][hard & (torch.arange(450) % 5 < 3)] = 0.3
+    agreed = table["label"] == table["predicted"]
+    plan = default_plan(table, budget, quotas=quotas)
+    assert plan.settings["regime"] == "agreement"
+    groups = torch.zeros(450, dtype=torch.long) if quotas == "none" else table[quotas]
+    keep = filled(table, agreed, budget, groups)
+    options = {"score": "uniform"} if budget / 3 < ENOUGH_ROWS else {"clip_quantile": 0.5}
+    assert same(plan, make_plan(table, budget, keep=keep, quotas=quotas, **options))
+    assert keep[plan.positions].all() and len(plan) == budget
+    assert plan.settings["kept_rows"] == int(keep.sum())
+    doubted = (table["p_clean"] < 0.5) & ~agreed
+    if budget <= 330:  # there are other rows enough
+        assert not doubted[plan.positions].any()
+    if (quotas, budget) == ("label", 60):
+        assert int((agreed & hard).sum()) < 20  # or there is nothing to fill
+        assert torch.bincount(table["label"][plan.positions]).tolist() == [20, 20, 20]
+
+
+def test_a_class_of_which_no_label_is_believed_is_left_out_while_the_others_suffice():
+    table = score_table(450, classes=3, agreed=0.5)
+    lost = table["label"] == 2
+    table["predicted"][lost] = 1
+    table["p_clean"][lost] = 0.1
+    counts = torch.bincount(table["label"][default_plan(table, 90).positions], minlength=3)
+    assert counts.tolist() == [45, 45, 0]
+    assert (torch.bincount(table["label"][default_plan(table, 400).positions], minlength=3) > 80).all()
+
+
+def test_a_filter_that_leaves_every_class_its_quota_stays_as_it_is():
+    table = score_table(agreed=0.5)
+    agreed = table["label"] == table["predicted"]
+    assert int(torch.bincount(table["label"][agreed]).min()) >= 40
+    assert same(default_plan(table, 200), make_plan(table, 200, keep=agreed, clip_quantile=0.5))
+    assert default_plan(table, 200).settings["kept_rows"] == int(agreed.sum())
+
+
+# ---- pools without labels, and the released recipe
+
+
+@pytest.mark.parametrize(
+    "accuracy,regime,options",
+    [
+        (None, "clipped", {"clip_quantile": 0.5}), (0.5, "uniform", {"score": "uniform"}),
+        (0.8599, "uniform", {"score": "uniform"}), (0.86, "clipped", {"clip_quantile": 0.5}),
+        (0.9449, "clipped", {"clip_quantile": 0.5}), (0.945, "unclipped", {}), (1.0, "unclipped", {}),
+        (0.0, "uniform", {"score": "uniform"}),
+    ],
+)  # fmt: skip
+def test_what_to_label_follows_the_accuracy(accuracy, regime, options):
+    table = {name: column for name, column in score_table().items() if name in ("u_x", "predicted")}
+    plan = active_plan(table, 100, accuracy=accuracy, seed=3)
+    assert same(plan, make_plan(table, 100, quotas="predicted", weights="none", seed=3, **options))
+    assert plan.settings["regime"] == regime and plan.settings["trial_accuracy"] == accuracy
+    assert torch.bincount(table["predicted"][plan.positions]).tolist() == [20] * 5
+    named = active_plan(table, 100, accuracy=accuracy, row_ids=[str(i) for i in range(600)])
+    assert chosen(named) != chosen(active_plan(table, 100, accuracy=accuracy))
+
+
+def test_the_released_recipe_with_labels_draws_by_class_and_weights_by_u():
+    table = score_table()
+    for name in ("u_x", "u_y"):
+        table[name] = 0.05 * table[name] ** 3  # on either side of both constants
+    plan = paper_plan(table, 100, seed=3)
+    quotas = class_quotas(torch.bincount(table["label"]), 100, seed=3)
+    expected, _ = by_group(table["u_y"].clamp(max=0.005), table["label"], quotas, sequential)
+    assert plan.positions.tolist() == expected
+    u = table["u_y"][plan.positions].double()
+    assert (u < 0.005).any() and (u > 0.1).any()
+    raw = (1 / u).clamp(max=10)
+    close(plan.weights, raw / raw.mean())
+    assert plan.probabilities.isnan().all()
+    assert plan.settings["preset"] == "paper"
+
+
+def test_the_released_recipe_without_labels_draws_from_the_whole_pool():
+    table = score_table()
+    table["u_x"] = 0.05 * table["u_x"] ** 3
+    plan = paper_plan(table, 100, labelled=False, seed=3)
+    assert torch.equal(plan.positions, sequential_draw(table["u_x"].clamp(max=0.005), 100, seed=3))
+    raw = (1 / table["u_x"][plan.positions].double()).clamp(max=10)
+    close(plan.weights, raw / raw.mean())
+    named = paper_plan(table, 100, seed=3, row_ids=[f"{i}" for i in range(600)])
+    assert chosen(named) != chosen(paper_plan(table, 100, seed=3))
+
+
+# ---- the noise rate of a table
+
+
+@pytest.mark.parametrize("contamination", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize("rows", [60, 3000])
+def test_the_noise_rate_of_a_table_is_that_of_its_predictions(contamination, rows):
+    g = np.random.default_rng(0)
+    truth = g.integers(0, 6, rows)
+    logits = torch.from_numpy(1.5 * g.normal(size=(rows, 6)) + 4 * np.eye(6)[truth])
+    labels = torch.from_numpy(np.where(g.random(rows) < contamination, g.integers(0, 6, rows), truth))
+    p = logits.softmax(1)
+    table = {
+        "label": labels, "predicted": p.argmax(1), "confidence": p.amax(1),
+        "p_clean": fit_label_noise(p, labels).p_clean(p, labels),
+    }  # fmt: skip
+    assert table_noise(table) == pytest.approx(noise_rate(p, labels), abs=1e-4)
+    # either reading may be the larger one
+    assert table_noise(table | {"predicted": labels}) == pytest.approx(fit_label_noise(p, labels).rate, abs=1e-4)
+    sure = table_noise(table | {"p_clean": torch.ones(rows)})
+    surest = p.amax(1).topk(min(rows, max(100, rows // 10))).indices
+    assert sure == pytest.approx(1 - float(agreement(p[surest], labels[surest]).double().mean()), abs=1e-9)
+
+
+def test_the_noise_rate_counts_the_classes_voted_for_too():
+    table = {
+        "label": torch.tensor([0, 1]), "predicted": torch.tensor([0, 3]), "confidence": torch.tensor([0.9, 0.2]),
+        "p_clean": torch.tensor([0.2, 0.2]),
+    }  # fmt: skip
+    assert table_noise(table, share=0.5, least=1) == pytest.approx(0.8 * 3 / 4)
+    assert table_noise(table, share=1.0, least=1) == pytest.approx(0.6)
+    assert table_noise(table | {"p_clean": torch.ones(2)}, share=1.0, least=1) == pytest.approx(0.5)
+    assert table_noise(table | {"p_clean": torch.ones(2)}, share=0.5, least=1) == 0
+    assert table_noise(table | {"p_clean": torch.ones(2)}, share=0.5) == pytest.approx(0.5)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("budget", [0, -1, 601, 2.5, True, None, NAN, "60"])
+@pytest.mark.parametrize("make", [make_plan, default_plan, active_plan, paper_plan])
+def test_budgets_that_are_no_number_of_rows_are_refused(make, budget):
+    with pytest.raises(ValueError) as error:
+        make(score_table(), budget)
+    assert f"budget={budget!r}: it must be a whole number of rows from 1 up to the 600" in str(error.value)
+
+
+def test_a_budget_below_the_number_of_classes_is_refused_under_quotas():
+    with pytest.raises(ValueError, match=r"budget=4 is below the 5 classes.*to 5 or more, or set quotas='none'"):
+        make_plan(score_table(), 4)
+    assert len(make_plan(score_table(), 4, quotas="none")) == len(make_plan(score_table(), 4, quotas="strata")) == 4
+    assert len(make_plan(score_table(), 5)) == 5
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"sampler": "greedy"}, r"sampler='greedy'.*'priority', 'poisson', 'sequential', 'top-k'"),
+        ({"quotas": "class"}, r"quotas='class'.*'label', 'predicted', 'strata', 'none'"),
+        ({"weights": "inverse"}, r"weights='inverse'.*'p_label', 'damped', 'exact', 'none'"),
+        ({"score": "grand"}, r"no column 'grand', only \['confidence', .*score=, quotas= or weights="),
+        ({"clip": 0.1, "clip_quantile": 0.5}, "by one of them only"),
+        ({"clip": -1.0}, "value=-1.0: a cap must be positive"),
+        ({"clip_quantile": 2.0}, "quantile=2.0"),
+        ({"uniform_share": -0.1}, "share=-0.1"),
+        ({"uniform_share": 0.1, "sampler": "sequential"}, "uniform_share=0.1 has no effect on sampler='sequential'"),
+        ({"uniform_share": 0.1, "sampler": "top-k"}, "uniform_share=0.1 has no effect on sampler='top-k'"),
+        ({"quotas": "strata", "sampler": "top-k"}, "quotas='strata' draws uniformly.*use sampler='priority'"),
+        ({"quotas": "strata", "bins": 0}, "bins=0"),
+        ({"cut_hardest": 1.0}, "share=1.0"),
+        ({"cut_hardest": -0.5}, "share=-0.5"),
+        ({"cut_hardest": 0.2, "score": "uniform"}, "cut_hardest=0.2 needs a score.*keep=without_hardest"),
+        ({"weights": "damped", "beta": 0.0, "score": "zero"}, "weights='damped' come out infinite.*beta=0.0"),
+        ({"score": "margin"}, "scores are NaN, infinite or negative"),
+        ({"row_ids": torch.arange(599)}, "599 row_ids for 600 rows"),
+        ({"row_ids": ["a"] * 601}, "601 row_ids for 600 rows"),
+        ({"row_ids": torch.arange(600.0)}, "pass one integer or text a row"),
+        ({"keep": torch.ones(600)}, r"keep is torch.float32 of shape \(600,\); pass a boolean mask of 600 rows"),
+        ({"keep": torch.arange(600)}, r"keep is torch.int64"),
+        ({"keep": torch.ones(599, dtype=torch.bool)}, r"keep is torch.bool of shape \(599,\)"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused(options, message):
+    table = score_table() | {"zero": torch.zeros(600)}
+    table["u_y"] = torch.zeros(600)
+    with pytest.raises((ValueError, TypeError), match=message):
+        make_plan(table, 60, **options)
+
+
+@pytest.mark.parametrize("name", ["label", "predicted", "u_x", "p_label", "confidence", "p_clean"])
+def test_columns_that_are_missing_or_not_finite_are_named(name):
+    table = score_table()
+    given = {key: column for key, column in table.items() if key != name}
+    with pytest.raises(ValueError, match=f"no column '{name}'"):
+        default_plan(given, 200)
+    broken = table[name].double()
+    broken[[33, 44]] = NAN
+    with pytest.raises(ValueError, match=f"column '{name}' has 2 NaN or infinite values, the first at row 33"):
+        default_plan(table | {name: broken}, 200)
+    with pytest.raises(ValueError, match=rf"columns of \{{.*'{name}': 599.*one length"):
+        default_plan(table | {name: table[name][1:]}, 200)
+
+
+def test_classes_below_zero_and_empty_tables_are_refused():
+    table = score_table()
+    table["label"] = table["label"] - 1
+    missing = int((table["label"] < 0).sum())
+    with pytest.raises(ValueError, match=rf"column 'label' holds {missing} negative classes.*quotas='predicted' or"):
+        make_plan(table, 60)
+    assert len(make_plan(table, 60, quotas="predicted")) == 60
+    for make in (make_plan, default_plan, active_plan, paper_plan):
+        with pytest.raises(ValueError, match=r"columns of \{\} rows"):
+            make({}, 60)
+
+
+def test_an_empty_poisson_draw_is_refused():
+    table = score_table()
+    seed = next(s for s in range(99) if (hashed_uniform(s, torch.arange(600)) >= 1 / 600).all())
+    with pytest.raises(ValueError, match="Poisson draw with budget=1 came out empty.*sampler='priority'"):
+        make_plan(table, 1, score="uniform", quotas="none", sampler="poisson", seed=seed)
+
+
+def test_scores_of_any_real_type_and_masks_from_numpy_are_taken():
+    table, keep = score_table(), np.arange(600) % 2 == 0
+    plan = make_plan(table, 60, keep=keep)
+    assert same(plan, make_plan(table, 60, keep=torch.from_numpy(keep)))
+    table["u_x"] = (10 * table["u_x"]).ceil().long()
+    whole = make_plan(table, 60)
+    table["u_x"] = table["u_x"].double()
+    assert same(make_plan(table, 60), whole)

@@ -1,0 +1,324 @@
+"""Plans over Parquet shards equal the draw in memory, whatever the cut, the order and the interruptions."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import load_dataset
+
+from hf_effdl.samples.sampling import clip_scores, kish_size, loss_weights, priority_sample
+from hf_effdl.samples.shards import MANIFEST, PROGRESS, plan_shards
+
+
+ROOT = Path(__file__).parents[1]
+ROWS, BUDGET = 30_000, 3_000
+
+
+@pytest.fixture(scope="module")
+def table() -> pa.Table:
+    """Scores with a heavy tail, zeros and ties; ids that are no row numbers."""
+    rng = np.random.default_rng(0)
+    scores = rng.lognormal(sigma=2, size=ROWS).astype(np.float32)
+    scores[:50], scores[50:80] = 0, 3
+    return pa.table({"row_id": rng.permutation(10 * ROWS)[:ROWS], "u_x": scores, "u_y": rng.random(ROWS),
+                     "p_label": rng.random(ROWS)})  # fmt: skip
+
+
+def cut(table: pa.Table, folder: Path, shards: int, **options) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    edges = np.linspace(0, len(table), shards + 1).astype(int)
+    files = [folder / f"scores-{k}.parquet" for k in range(shards)]
+    for file, low, high in zip(files, edges, edges[1:]):
+        pq.write_table(table.slice(low, high - low), file, **options)
+    return files
+
+
+def read(folder: Path) -> pa.Table:
+    return pa.concat_tables([pq.read_table(file) for file in sorted(folder.glob("plan-*.parquet"))])
+
+
+def column(table: pa.Table, name: str) -> torch.Tensor:
+    return torch.tensor(table[name].to_numpy())
+
+
+def in_memory(table: pa.Table, budget: int = BUDGET, clip: float | None = None, seed: int = 0, ids: bool = True):
+    scores = column(table, "u_x")
+    scores = scores if clip is None else clip_scores(scores, clip)
+    return priority_sample(scores, budget, seed=seed, row_ids=column(table, "row_id") if ids else None)
+
+
+# ---- equal to the draw in memory
+
+
+@pytest.mark.parametrize("shards", [1, 3, 16])
+@pytest.mark.parametrize("budget", [1, 37, BUDGET, ROWS - 1, ROWS])
+def test_a_plan_over_shards_is_the_plan_in_memory(table, tmp_path, shards, budget):
+    files = cut(table, tmp_path / "in", shards, row_group_size=777)
+    summary = plan_shards(files, tmp_path / "out", budget, batch_rows=500, seed=5)
+    positions, inverse = in_memory(table, budget, seed=5)
+    found = read(tmp_path / "out")
+    assert column(found, "row_id").equal(column(table, "row_id")[positions])
+    torch.testing.assert_close(column(found, "inclusion_probability"), 1 / inverse, rtol=0, atol=1e-12)
+    torch.testing.assert_close(column(found, "weight"), inverse / inverse.mean(), rtol=1e-12, atol=0)
+    assert [output["selected"] for output in summary["outputs"]] == [
+        pq.read_metadata(file).num_rows for file in sorted((tmp_path / "out").glob("plan-*.parquet"))
+    ]
+    assert summary["kish"] == pytest.approx(kish_size(inverse))
+    assert summary["max_weight"] == pytest.approx((inverse / inverse.mean()).max().item())
+    assert json.loads((tmp_path / "out" / MANIFEST).read_text()) == summary
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(
+        [MANIFEST, *(output["file"] for output in summary["outputs"])]
+    )
+
+
+def test_order_threads_and_batches_change_nothing_but_the_order_of_the_output(table, tmp_path):
+    files = cut(table, tmp_path / "in", 16)
+    one = plan_shards(files, tmp_path / "one", BUDGET, workers=1)
+    plan_shards(files, tmp_path / "many", BUDGET, workers=8, batch_rows=123)
+    assert read(tmp_path / "many")["row_id"].equals(read(tmp_path / "one")["row_id"])
+    random.Random(0).shuffle(files)
+    shuffled = plan_shards(files, tmp_path / "shuffled", BUDGET)
+    assert all(shuffled[key] == one[key] for key in ("tau", "weight_scale", "max_weight", "kish"))
+    assert read(tmp_path / "shuffled").sort_by("row_id").equals(read(tmp_path / "one").sort_by("row_id"))
+
+
+def test_the_number_of_torch_threads_is_left_as_it_was(table, tmp_path):
+    files, threads = cut(table, tmp_path / "in", 2), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        plan_shards(files, tmp_path / "out", BUDGET)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_without_an_id_column_rows_are_known_by_their_number(table, tmp_path):
+    files = cut(table.drop_columns("row_id"), tmp_path / "in", 3)
+    summary = plan_shards(files, tmp_path / "out", BUDGET, batch_rows=700)
+    assert summary["settings"]["id_column"] is None
+    assert column(read(tmp_path / "out"), "row_id").equal(in_memory(table, ids=False)[0])
+    # and so they are if the column is to be ignored
+    plan_shards(cut(table, tmp_path / "with", 3), tmp_path / "ignored", BUDGET, id_column=None)
+    assert read(tmp_path / "ignored").equals(read(tmp_path / "out"))
+
+
+def test_ids_may_be_texts(table, tmp_path):
+    names = [f"row {i}" for i in range(1000)]
+    part = table.slice(0, 1000).set_column(0, "name", pa.array(names))
+    plan_shards(cut(part, tmp_path / "in", 2), tmp_path / "out", 90, id_column="name")
+    positions, _ = priority_sample(column(part, "u_x"), 90, row_ids=names)
+    assert read(tmp_path / "out")["row_id"].to_pylist() == [names[i] for i in positions]
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64(), pa.int32(), pa.uint64()])
+def test_scores_may_be_numbers_of_any_type(table, tmp_path, kind):
+    part = table.slice(0, 2000)
+    scores = pa.array((part["u_x"].to_numpy() * 10).astype(kind.to_pandas_dtype()))
+    part = part.set_column(1, "u_x", scores)
+    plan_shards(cut(part, tmp_path / "in", 2), tmp_path / "out", 100)
+    positions, _ = priority_sample(torch.tensor(scores.to_numpy()).double(), 100, row_ids=column(part, "row_id"))
+    assert column(read(tmp_path / "out"), "row_id").equal(column(part, "row_id")[positions])
+
+
+def test_clipped_scores_and_empty_shards(table, tmp_path):
+    files = cut(table, tmp_path / "in", 3)
+    files.insert(1, *cut(table.slice(0, 0), tmp_path / "empty", 1))
+    summary = plan_shards(files, tmp_path / "out", BUDGET, clip=0.7)
+    positions, inverse = in_memory(table, clip=0.7)
+    found = read(tmp_path / "out")
+    assert summary["outputs"][1]["selected"] == 0
+    assert column(found, "row_id").equal(column(table, "row_id")[positions])
+    torch.testing.assert_close(column(found, "inclusion_probability"), 1 / inverse, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "weights, score, reads", [("none", "u_x", "u_x"), ("damped", "u_x", "u_x"), ("damped", "p_label", "u_y"),
+                              ("p_label", "u_x", "p_label"), ("exact", "u_y", "u_y")],
+)  # fmt: skip
+def test_every_kind_of_weights_has_mean_one_over_all_shards(table, tmp_path, weights, score, reads):
+    files = cut(table, tmp_path / "in", 3)
+    summary = plan_shards(files, tmp_path / "out", BUDGET, weights=weights, score=score, beta=0.2, batch_rows=500)
+    positions, inverse = priority_sample(column(table, score), BUDGET, row_ids=column(table, "row_id"))
+    given = column(table, reads)[positions]
+    expected = loss_weights(weights, probabilities=1 / inverse, uncertainty=given, p_label=given, beta=0.2)
+    torch.testing.assert_close(column(read(tmp_path / "out"), "weight"), expected, rtol=1e-12, atol=0)
+    assert summary["kish"] == pytest.approx(kish_size(expected))
+
+
+def test_budgets_are_nested_and_estimates_unbiased(table, tmp_path):
+    files, wider, totals = cut(table, tmp_path / "in", 3), set(), []
+    for budget in (2000, 1000, 500):
+        plan_shards(files, tmp_path / str(budget), budget)
+        found = set(read(tmp_path / str(budget))["row_id"].to_pylist())
+        assert len(found) == budget and (not wider or found < wider)
+        wider = found
+    for seed in range(30):
+        plan_shards(files, tmp_path / f"seed{seed}", 500, clip=1.0, seed=seed)
+        totals.append((1 / column(read(tmp_path / f"seed{seed}"), "inclusion_probability")).sum().item())
+    assert abs(np.mean(totals) - ROWS) < 4 * np.std(totals) / len(totals) ** 0.5
+
+
+# ---- files
+
+
+def test_the_output_folder_opens_as_a_data_set(table, tmp_path):
+    for shards in (1, 3):
+        plan_shards(cut(table, tmp_path / "in", shards), tmp_path / f"out{shards}", 100)
+        data = load_dataset(str(tmp_path / f"out{shards}"), split="train", cache_dir=str(tmp_path / "cache"))
+        assert data.column_names == ["row_id", "inclusion_probability", "weight"]
+        assert data["row_id"][:] == read(tmp_path / f"out{shards}")["row_id"].to_pylist()
+        assert pq.read_table(tmp_path / f"out{shards}").equals(read(tmp_path / f"out{shards}"))
+
+
+def inodes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_ino for file in folder.glob("plan-*.parquet")}
+
+
+def test_a_finished_plan_is_kept_and_another_one_starts_over(table, tmp_path):
+    files, out = cut(table, tmp_path / "in", 3), tmp_path / "out"
+    first, before = plan_shards(files, out, BUDGET), inodes(out)
+    assert plan_shards([str(file) for file in files], out, BUDGET) == first and inodes(out) == before
+    (out / "plan-00001-of-00003.parquet").unlink()
+    assert plan_shards(files, out, BUDGET) == first
+    assert {name for name, inode in inodes(out).items() if before[name] == inode} >= {
+        "plan-00000-of-00003.parquet", "plan-00002-of-00003.parquet"
+    }  # fmt: skip
+    # other settings, other files, another number of files
+    plan_shards(files, out, BUDGET, seed=1)
+    assert column(read(out), "row_id").equal(column(table, "row_id")[in_memory(table, seed=1)[0]])
+    changed = table.set_column(1, "u_x", pa.array(table["u_x"].to_numpy()[::-1]))
+    cut(changed, tmp_path / "in", 3)
+    plan_shards(files, out, BUDGET, seed=1)
+    assert column(read(out), "row_id").equal(column(changed, "row_id")[in_memory(changed, seed=1)[0]])
+    plan_shards(files[:2], out, BUDGET)
+    assert sorted(inodes(out)) == ["plan-00000-of-00002.parquet", "plan-00001-of-00002.parquet"]
+
+
+def test_a_killed_plan_goes_on_and_ends_as_an_uninterrupted_one(table, tmp_path):
+    files, out = cut(table, tmp_path / "in", 16), tmp_path / "out"
+    whole = plan_shards(files, tmp_path / "whole", BUDGET, batch_rows=64)
+    # a clean server that has imported everything, so that children are there at once
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["hf_effdl.samples.shards", "pyarrow.parquet"])
+    moments, seen = random.Random(time.time_ns()), [inodes(out)]
+    exits = []
+    for _ in range(5):
+        child = server.Process(target=plan_shards, args=(files, out, BUDGET), kwargs={"batch_rows": 64, "workers": 1})
+        child.start()
+        enough = len(seen[-1]) + moments.randint(0, 2)
+        while child.is_alive() and not ((out / PROGRESS).is_file() and len(inodes(out)) >= enough):
+            time.sleep(0.001)
+        child.join(moments.uniform(0, 0.03))
+        child.kill()
+        child.join()
+        exits.append(child.exitcode)
+        seen.append(inodes(out))
+    assert exits.count(-signal.SIGKILL) >= 2 and any(0 < len(finished) < 16 for finished in seen)
+    for earlier, later in zip(seen, seen[1:]):
+        assert earlier.items() <= later.items(), "a finished shard was written again"
+    assert plan_shards(files, out, BUDGET, batch_rows=64) == whole
+    assert inodes(out).items() >= seen[-1].items()
+    assert read(out).equals(read(tmp_path / "whole"))
+    assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "whole"))
+
+
+# ---- bad input
+
+
+def test_bad_scores_are_named_by_file_and_row(table, tmp_path):
+    for value in (float("nan"), float("inf"), -1.0, None):
+        scores = table["u_x"].to_pylist()
+        scores[12_345] = value
+        bad = table.set_column(1, "u_x", pa.array(scores, pa.float32()))
+        files = cut(bad, tmp_path / str(value), 3)
+        with pytest.raises(ValueError, match=r"scores-1\.parquet: column 'u_x' is \S+ at row 2345 "):
+            plan_shards(files, tmp_path / "out", BUDGET, batch_rows=1000)
+    ids = table["row_id"].to_pylist()
+    ids[25_000] = None
+    files = cut(table.set_column(0, "row_id", pa.array(ids)), tmp_path / "ids", 3)
+    with pytest.raises(ValueError, match=r"scores-2\.parquet: column 'row_id' is missing at row 5000"):
+        plan_shards(files, tmp_path / "out", BUDGET, batch_rows=1000)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"score": "u_xx"}, r"no column 'u_xx'.*near ones \['u_x', 'u_y'\]; change score="),
+        ({"id_column": "rowid"}, r"no column 'rowid'.*near ones \['row_id'\]; change id_column="),
+        ({"budget": 0}, "budget=0: it must be a whole number"),
+        ({"budget": ROWS + 1}, f"up to the {ROWS} there are"),
+        ({"budget": 2.5}, "budget=2.5"),
+        ({"clip": 0.0}, "clip=0.0: a cap must be positive"),
+        ({"weights": "exactly"}, "weights='exactly': it must be one of"),
+        ({"score": "u_y", "weights": "none"}, "depends on the label"),
+        ({"batch_rows": 0}, "batch_rows=0"),
+        ({"files": []}, "pass one file or more"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(table, tmp_path, change, message):
+    files = cut(table, tmp_path / "in", 2)
+    arguments = {"files": files, "output_dir": tmp_path / "out", "budget": BUDGET} | change
+    with pytest.raises(ValueError, match=message):
+        plan_shards(**arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_files_are_refused(table, tmp_path):
+    files, out = cut(table, tmp_path / "in", 2), tmp_path / "out"
+    with pytest.raises(ValueError, match="each of them once"):
+        plan_shards([files[0], files[0]], out, 10)
+    with pytest.raises(FileNotFoundError, match="nothing.parquet"):
+        plan_shards([tmp_path / "nothing.parquet"], out, 10)
+    (tmp_path / "text.parquet").write_text("no Parquet file at all")
+    with pytest.raises(ValueError, match="text.parquet is not a Parquet file"):
+        plan_shards([tmp_path / "text.parquet"], out, 10)
+    pq.write_table(table.set_column(1, "u_x", table["u_x"].cast(pa.string())), tmp_path / "texts.parquet")
+    with pytest.raises(TypeError, match="'u_x' is of type string; cast it to numbers"):
+        plan_shards([tmp_path / "texts.parquet"], out, 10)
+    pq.write_table(table.set_column(0, "row_id", table["row_id"].cast(pa.int32())), tmp_path / "int32.parquet")
+    with pytest.raises(TypeError, match="'row_id' is of type int32, in .*scores-0.parquet of int64"):
+        plan_shards([files[0], tmp_path / "int32.parquet"], out, 10)
+    pq.write_table(table.drop_columns("row_id"), tmp_path / "without.parquet")
+    with pytest.raises(ValueError, match="without.parquet has no column 'row_id'"):
+        plan_shards([files[0], tmp_path / "without.parquet"], out, 10)
+    assert not out.exists()
+    same = tmp_path / "plan-00000-of-00001.parquet"
+    pq.write_table(table, same)
+    with pytest.raises(ValueError, match="choose another folder"):
+        plan_shards([same], tmp_path, 10)
+
+
+def test_ids_that_occur_twice_at_the_edge_are_refused(table, tmp_path):
+    same = pa.table({"row_id": [1, 1, 1, 1], "u_x": [1.0, 1.0, 1.0, 1.0]})
+    with pytest.raises(ValueError, match="4 rows have the same key .* rows share their id"):
+        plan_shards(cut(same, tmp_path / "in", 2), tmp_path / "out", 2)
+
+
+# ---- the benchmark
+
+
+def test_the_benchmark_runs_and_its_checks_hold(tmp_path):
+    script, work, out = ROOT / "examples/benchmarks/sampling_scale.py", tmp_path / "work", tmp_path / "rows.jsonl"
+    command = [sys.executable, str(script), "--rows", "100000", "--repeats", "1", "--work", str(work),
+               "--out", str(out), "--arms", "plan_shards", "Efraimidis-Spirakis, numpy, in memory"]  # fmt: skip
+    done = subprocess.run(
+        command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| plan_shards" in done.stdout
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 2 and all(row["peak_rss_mib"] > 10 and row["seconds"] > 0 for row in rows)
+    assert all(row["checks"]["exact number of rows"] for row in rows) and len(rows[0]["checks"]) == 5
+    assert not work.exists()
