@@ -11,7 +11,14 @@ import pytest
 from conftest import DATA
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as Picture
-from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    ConvNextImageProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +80,59 @@ def test_the_classifier_example_runs_on_two_processes_and_reports_once(config, t
     check(tmp_path / "out")
 
 
+SELECT = ROOT / "examples" / "select_then_train.py"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Texts of two topics and a model for them on disk, and a YAML file that names them."""
+    folder = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(0)
+    words = [["cat", "dog", "cow"], ["car", "bus", "van"]]
+    rows = {
+        "text": [" ".join(rng.choice(words[i % 2], 4)) for i in range(120)],
+        "topic": [["animal", "vehicle"][i % 2] for i in range(120)],
+    }
+    DatasetDict(train=Dataset.from_dict(rows)).save_to_disk(folder / "data")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words[0], *words[1]]
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder / "model")
+    net = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertForSequenceClassification(net).save_pretrained(folder / "model")
+    file = folder / "run.yaml"
+    file.write_text(
+        f"model_name_or_path: {folder / 'model'}\ndataset_name: {folder / 'data'}\nlabel_column: topic\n"
+        "use_cpu: true\nbudget: 0.3\ndisable_tqdm: true\nmax_steps: 2\ncompare: true\n"
+    )
+    return file
+
+
+def check_selection(out: str, folder: Path) -> None:
+    assert out.count("26 of 86 rows selected") == 1 and out.count("selected rows: accuracy") == 1
+    report = json.loads((folder / "report" / "report.json").read_text())
+    assert report["selected"] == 26 and (folder / "report" / "selection.png").stat().st_size > 1000
+    for name in ("selected", "random"):
+        BertForSequenceClassification.from_pretrained(folder / name)
+
+
+def test_the_selection_example_runs_under_accelerate_launch(texts, tmp_path):
+    out = run(
+        str(BIN / "accelerate"), "launch", "--cpu", str(SELECT), "--config", str(texts), "--output_dir", "out",
+        cwd=tmp_path,
+    )  # fmt: skip
+    check_selection(out, tmp_path / "out")
+
+
+def test_the_selection_example_trains_probes_on_two_processes(texts, tmp_path):
+    out = run(
+        str(BIN / "torchrun"), "--nproc_per_node", "2", str(SELECT), "--config", str(texts), "--output_dir", "out",
+        "--probes", "trained", "--num_probes", "2", cwd=tmp_path,
+    )  # fmt: skip
+    check_selection(out, tmp_path / "out")
+    assert len(list((tmp_path / "out" / "probes").glob("probe-*/probe.safetensors"))) == 2
+
+
 def test_a_yaml_file_with_an_unknown_name_is_refused(config, tmp_path):
     bad = tmp_path / "bad.yaml"
     bad.write_text(config.read_text() + "learning_rat: 0.1\n")
@@ -88,10 +148,13 @@ def test_a_yaml_file_with_an_unknown_name_is_refused(config, tmp_path):
 def test_the_quickstart_runs_and_leaves_its_pictures_and_cards(tmp_path):
     out = run(
         sys.executable, str(ROOT / "examples" / "quickstart.py"), "--epochs", "1", "--tune-epochs", "1",
-        "--out", "quick", cwd=tmp_path,
+        "--select-epochs", "1", "--out", "quick", cwd=tmp_path,
     )  # fmt: skip
-    assert "| slim, fine-tuned |" in out and "a stock config" in out
+    assert "| slim, fine-tuned |" in out and "a stock config" in out and "| chosen, 227 rows |" in out
     for file in (
+        "selection/selection.png",
+        "selection/examples.png",
+        "selection/report.json",
         "slim/README.md",
         "slim/sparse_path.png",
         "slim/model.safetensors",

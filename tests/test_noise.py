@@ -64,13 +64,13 @@ def test_confident_disagreement_counts_among_the_surest_rows(rows, share, least,
 
 
 def test_confident_disagreement_looks_at_a_tenth_of_the_rows_and_a_hundred_at_least():
-    # surest first, wrong up to the 150th and right from there on
+    # surest first, wrong up to the 100th and right from there on
     high = torch.linspace(0.99, 0.6, 2000)
     p = torch.stack([high, 1 - high], 1)
-    labels = (torch.arange(2000) < 150).long()
-    assert confident_disagreement(p, labels) == pytest.approx(150 / 200)
+    labels = (torch.arange(2000) < 100).long()
+    assert confident_disagreement(p, labels) == pytest.approx(100 / 200)
     assert confident_disagreement(p[:900], labels[:900]) == 1
-    assert confident_disagreement(p[140:160], labels[140:160]) == pytest.approx(0.5)
+    assert confident_disagreement(p[90:110], labels[90:110]) == pytest.approx(0.5)
 
 
 # ---- the model
@@ -195,6 +195,15 @@ def test_large_pools_are_fitted_on_rows_taken_at_random():
 def test_a_fit_does_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         LabelNoise(0.1, 1.0, 3).contamination = 0.2
+
+
+def test_half_precision_predictions_are_read_in_double():
+    p, labels, _ = simulate(700, 6, 0.2)
+    coarse = p.half()
+    assert (coarse == 0).any()
+    fit = fit_label_noise(coarse, labels)
+    assert fit.contamination == pytest.approx(fit_label_noise(p, labels).contamination, abs=0.01)
+    assert torch.equal(label_likelihoods(coarse, labels), label_likelihoods(coarse.double(), labels))
 
 
 def test_a_fit_on_kept_likelihoods_is_the_fit_on_predictions():

@@ -11,6 +11,7 @@ import hf_effdl
 
 PACKAGE = Path(hf_effdl.__file__).parent
 PURE = [f"structure/{name}.py" for name in ("groups", "path", "schedule", "split_lbi")]
+PURE += [f"samples/{name}.py" for name in ("uncertainty", "sampling", "noise", "planning")]
 LIGHT = {
     "torch",
     "numpy",
@@ -23,6 +24,9 @@ LIGHT = {
     "typing",
     "safetensors",
     "copy",
+    "hashlib",
+    "numbers",
+    "warnings",
 }
 
 
@@ -79,7 +83,7 @@ def test_the_maths_imports_only_torch_and_the_standard_library():
     for file in PURE:
         outside = {
             name for name in imports(PACKAGE / file, top_level_only=True)
-            if name.split(".")[0] not in LIGHT and not name.startswith("hf_effdl.structure")
+            if name.split(".")[0] not in LIGHT and f"{name.replace('.', '/').removeprefix('hf_effdl/')}.py" not in PURE
         }  # fmt: skip
         assert not outside, f"{file} imports {outside}"
 
@@ -94,6 +98,11 @@ def test_pillars_do_not_import_each_other_and_the_hub_folder_imports_none():
                 if other != folder and name.startswith(f"hf_effdl.{other}")
             }  # fmt: skip
             assert not wrong, f"{file} imports {wrong}"
+
+
+def test_what_all_pillars_share_imports_none_of_them():
+    for file in ("weighting.py", "random_state.py"):
+        assert not {name for name in imports(PACKAGE / file) if name.startswith("hf_effdl.")}, file
 
 
 def test_nothing_of_the_tracer_leaks_into_the_public_interface():

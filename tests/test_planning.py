@@ -15,6 +15,7 @@ from hf_effdl.samples.planning import (
     HARD_ROWS_HELP,
     LABEL_DEPENDENT,
     NEARLY_SOLVED,
+    Plan,
     active_plan,
     default_plan,
     make_plan,
@@ -145,6 +146,12 @@ def test_strata_draw_alike_from_every_range_of_the_score():
     expected = by_group(torch.ones(600), bins, class_quotas(counts, 120, seed=3), priority)
     assert plan.positions.tolist() == expected[0]
     close(plan.probabilities, expected[1])
+    for budget in range(113, 120):  # whatever does not divide
+        shares = torch.bincount(
+            bins[make_plan(table, budget, quotas="strata", bins=10, seed=4).positions], minlength=10
+        )
+        assert shares.tolist() == class_quotas(counts, budget, seed=4).tolist()
+    assert same(make_plan(table, 120, quotas="strata"), make_plan(table, 120, quotas="strata", bins=50))
     # scores that may be negative, as margins are, and fewer rows than strata
     few = make_plan(table, 7, score="margin", quotas="strata", bins=50)
     assert len(few) == len(strata(table["margin"])[few.positions].unique()) == 7
@@ -373,6 +380,7 @@ def test_a_larger_budget_is_a_superset(sampler, quotas):
 
 
 def test_a_plan_does_not_change():
+    assert Plan(torch.arange(2), torch.ones(2), torch.ones(2), 5).settings == {}
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_plan(score_table(), 60).rows = 1
 
@@ -502,12 +510,12 @@ def test_overrides_win_over_the_preset():
     assert default_plan(table, 200, keep=None).settings["kept_rows"] == 1000
 
 
-def filled(table, keep, budget, groups):
+def filled(table, keep, budget, groups, seed):
     """The kept rows and, for classes short of their quota, their likeliest others; written naively."""
     likely = (table["p_clean"] >= 0.5) | keep
     fits = likely if int(likely.sum()) >= budget else torch.ones_like(keep)
     count = int(groups.max()) + 1
-    quotas = class_quotas(torch.bincount(groups[fits], minlength=count), budget)
+    quotas = class_quotas(torch.bincount(groups[fits], minlength=count), budget, seed=seed)
     keep = keep.clone()
     for group in range(count):
         rows = [i for i in range(len(keep)) if groups[i] == group]
@@ -517,8 +525,8 @@ def filled(table, keep, budget, groups):
 
 
 @pytest.mark.parametrize("quotas", ["label", "predicted", "none"])
-@pytest.mark.parametrize("budget", [60, 200, 330, 420])
-def test_classes_short_of_kept_rows_are_filled_with_their_likeliest_others(quotas, budget):
+@pytest.mark.parametrize("budget,seed", [(60, 0), (200, 1), (200, 2), (200, 3), (331, 4), (331, 5), (420, 6)])
+def test_classes_short_of_kept_rows_are_filled_with_their_likeliest_others(quotas, budget, seed):
     table = score_table(450, classes=3, agreed=0.5)
     table["p_label"] = table["p_label"].mul(20).round() / 20  # with ties, of which the first rows come first
     # class 0 is one that the probes are bad at, and many of its labels look wrong
@@ -526,16 +534,16 @@ def test_classes_short_of_kept_rows_are_filled_with_their_likeliest_others(quota
     table["predicted"][hard & (torch.arange(450) % 9 > 0)] = 1
     table["p_clean"][hard & (torch.arange(450) % 5 < 3)] = 0.3
     agreed = table["label"] == table["predicted"]
-    plan = default_plan(table, budget, quotas=quotas)
+    plan = default_plan(table, budget, quotas=quotas, seed=seed)
     assert plan.settings["regime"] == "agreement"
     groups = torch.zeros(450, dtype=torch.long) if quotas == "none" else table[quotas]
-    keep = filled(table, agreed, budget, groups)
+    keep = filled(table, agreed, budget, groups, seed)
     options = {"score": "uniform"} if budget / 3 < ENOUGH_ROWS else {"clip_quantile": 0.5}
-    assert same(plan, make_plan(table, budget, keep=keep, quotas=quotas, **options))
+    assert same(plan, make_plan(table, budget, keep=keep, quotas=quotas, seed=seed, **options))
     assert keep[plan.positions].all() and len(plan) == budget
     assert plan.settings["kept_rows"] == int(keep.sum())
     doubted = (table["p_clean"] < 0.5) & ~agreed
-    if budget <= 330:  # there are other rows enough
+    if budget < 400:  # there are other rows enough
         assert not doubted[plan.positions].any()
     if (quotas, budget) == ("label", 60):
         assert int((agreed & hard).sum()) < 20  # or there is nothing to fill
@@ -642,6 +650,11 @@ def test_the_noise_rate_counts_the_classes_voted_for_too():
     assert table_noise(table | {"p_clean": torch.ones(2)}, share=1.0, least=1) == pytest.approx(0.5)
     assert table_noise(table | {"p_clean": torch.ones(2)}, share=0.5, least=1) == 0
     assert table_noise(table | {"p_clean": torch.ones(2)}, share=0.5) == pytest.approx(0.5)
+    # a tenth of the rows, and a hundred at least
+    for rows, expected in ((1000, 1), (900, 1), (2000, 0.5)):
+        table = {"label": torch.zeros(rows), "predicted": (torch.arange(rows) < 100).long()}
+        table |= {"confidence": torch.linspace(1, 0.5, rows), "p_clean": torch.ones(rows)}
+        assert table_noise(table) == pytest.approx(expected)
 
 
 # ---- bad input

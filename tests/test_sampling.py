@@ -329,6 +329,8 @@ def test_a_poisson_draw_has_its_size_in_the_mean_and_each_row_its_chance():
     error = (probabilities * (1 - probabilities) / 3000).sqrt()
     assert ((counts / 3000 - probabilities).abs() <= 4 * error + 1e-12).all()
     assert np.mean(sizes) == pytest.approx(12, abs=4 * float(error.norm()))
+    assert draw(torch.ones(3))[1].dtype == torch.float64
+    assert [len(part) for part in draw(torch.ones(0))] == [0, 0]
 
 
 @pytest.mark.parametrize("sampler", [poisson, priority_sample])
@@ -387,6 +389,12 @@ def test_sequential_draws_have_the_chances_of_drawing_row_after_row():
     # and not the capped ones in proportion
     capped = inclusion_probabilities(torch.tensor(scores), 3).numpy()
     assert np.abs(counts / 4000 - capped).max() > 12 * error.max()
+
+
+def test_sequential_draws_are_those_of_the_smallest_waiting_times():
+    scores, u = skewed(50), hashed_uniform(4, torch.arange(50))
+    by_time = sorted(range(50), key=lambda i: -math.log(u[i]) / float(scores[i]))
+    assert sequential_draw(scores, 9, seed=4).tolist() == sorted(by_time[:9])
 
 
 def test_sequential_draws_miss_both_the_capped_and_the_uncapped_proportion():
@@ -600,6 +608,7 @@ def test_loss_weights_are_their_formulas_with_mean_one():
     close(loss_weights("damped", uncertainty=u, beta=0.2), 3 * tensor(5, 5, 2.5) / 12.5)
     close(loss_weights("p_label", p_label=q), 3 * tensor(0.001, 0.5, 1.0) / 1.501)
     close(loss_weights("p_label", p_label=q, floor=0.5), 3 * tensor(0.5, 0.999, 1.499) / 2.998)
+    assert loss_weights("p_label", p_label=tensor(0.2)).tolist() == [1]
     assert loss_weights("none", uncertainty=u.float()).tolist() == [1, 1, 1]
     assert loss_weights("none", p_label=q[:2]).dtype == torch.float64
     for weights in (loss_weights("exact", probabilities=p.float()), loss_weights("none", probabilities=p)):

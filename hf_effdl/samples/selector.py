@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 
@@ -148,6 +149,8 @@ class UncertaintySelector:
             plan = active_plan(table, rows, accuracy=self._probe_accuracy(), **options)
         else:
             plan = default_plan(table, rows, trial=self._trial(scored, labels), **options)
+        # one process decides: a trial's accuracy may differ in its last digit between processes, the rows must not
+        [plan] = broadcast_object_list([plan])
         info = {
             "mode": self.mode, "preset": self.preset, "gauge": self.gauge, "label_column": self.label_column,
             "id_column": self.id_column, "settings": plan.settings, "probes": self.probes.describe(),
