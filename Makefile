@@ -25,6 +25,11 @@ bench: $(READY)
 	$(BIN)/python examples/benchmarks/structure_mnist.py --net lenet
 	$(BIN)/python examples/benchmarks/structure_mnist.py --net lenet --recipe paper
 	$(BIN)/python examples/benchmarks/structure_mnist.py --table
+	$(BIN)/python examples/benchmarks/selection_digits.py
+	$(BIN)/python examples/benchmarks/selection_digits.py --few --cells digits-200 large tail mnist mnist-tail
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(BIN)/python examples/benchmarks/selection_banking77.py
+	$(BIN)/python examples/benchmarks/sampling_scale.py
 
 style: $(READY)
 	$(BIN)/ruff check --fix .

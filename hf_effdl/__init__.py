@@ -18,6 +18,7 @@ _PUBLIC = {
     "samples.sampling": ["PrioritySampler", "draw", "inclusion_probabilities", "priority_sample"],
     "samples.selection": ["Selection", "load_selection"],
     "samples.selector": ["UncertaintySelector"],
+    "samples.shards": ["plan_shards"],
     "samples.trained_probes": ["train_probes"],
     "samples.uncertainty": ["uncertainty"],
     "structure.arguments": ["SplitLBIArguments", "scheduled_rates"],
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from hf_effdl.samples.sampling import PrioritySampler, draw, inclusion_probabilities, priority_sample
     from hf_effdl.samples.selection import Selection, load_selection
     from hf_effdl.samples.selector import UncertaintySelector
+    from hf_effdl.samples.shards import plan_shards
     from hf_effdl.samples.trained_probes import train_probes
     from hf_effdl.samples.uncertainty import uncertainty
     from hf_effdl.structure.arguments import SplitLBIArguments, scheduled_rates

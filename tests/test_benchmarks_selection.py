@@ -75,7 +75,7 @@ def test_rows_already_there_are_skipped_and_the_table_has_all_arms(folder, main,
 
 
 def test_long_tails_are_tested_twice(tmp_path, main, capsys):
-    main(["--out", str(tmp_path / "rows.jsonl"), "--pairs", "1", "--cells", "tail", "--arms", "uniform"])
+    main(["--out", str(tmp_path / "rows.jsonl"), "--pairs", "1", "--cells", "tail", "--arms", "uniform", ENSEMBLE])
     assert all(row["accuracy"] != row["accuracy, pool's shares"] for row in rows(tmp_path))
     assert capsys.readouterr().out.splitlines()[2].count("pool's shares") == 4
 

@@ -96,6 +96,8 @@ def test_the_posterior_is_one_without_contamination_and_zero_for_impossible_labe
     for temperature in (0.25, 1.0, 3.0):
         assert LabelNoise(0.0, temperature, 2).p_clean(p, labels).tolist() == [1, 1]
     assert LabelNoise(0.2, 1.0, 2).p_clean(p, labels)[0] < 1e-9
+    # likelihoods that single precision rounds to zero
+    assert LabelNoise(0.0, 1.0, 2).posterior(torch.zeros(1)).tolist() == [1]
 
 
 def test_the_likelihoods_kept_of_a_row_are_the_tempered_probabilities():

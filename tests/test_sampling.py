@@ -555,6 +555,9 @@ def test_rows_that_do_not_divide_go_to_random_classes():
         assert set((quotas == 11).nonzero().flatten().tolist()) == set(expected.tolist())
         counts += quotas - 10
     assert ((counts - 400).abs() < 4 * math.sqrt(1000 * 0.4 * 0.6)).all()
+    for budget in range(51, 55):
+        counts = torch.full((5,), 50)
+        assert torch.equal(class_quotas(counts, budget), class_quotas(counts, budget, seed=0))
 
 
 def test_a_budget_below_the_number_of_classes_is_refused():

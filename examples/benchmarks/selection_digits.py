@@ -429,13 +429,13 @@ def run(pair: Pair, cell: Cell, arms: Sequence[str]) -> list[dict]:
     same: dict[tuple[bytes, bytes], list[str]] = {}
     for arm, (positions, weights) in chosen.items():
         same.setdefault((positions.numpy().tobytes(), weights.double().numpy().tobytes()), []).append(arm)
-    by_size = sorted(same.values(), key=lambda arms: len(chosen[arms[0]][0]))
+    by_size = sorted(same.values(), key=lambda alike: len(chosen[alike[0]][0]))
     for first in range(0, len(by_size), SIDE_BY_SIDE):
         batch = by_size[first : first + SIDE_BY_SIDE]
         start = [p.expand(len(batch), -1, -1) for p in new_nets(6000 + pair.pair, 1)]
-        nets = train(start, data, *([chosen[arms[0]][k] for arms in batch] for k in (0, 1)))
-        for arms, logits in zip(batch, logits_of(nets, pair.test[0]), strict=True):
-            for arm in arms:
+        nets = train(start, data, *([chosen[alike[0]][k] for alike in batch] for k in (0, 1)))
+        for alike, logits in zip(batch, logits_of(nets, pair.test[0]), strict=True):
+            for arm in alike:
                 rows[arm] |= measure(pair, logits)
     if ENSEMBLE in arms:
         rows[ENSEMBLE] |= measure(pair, logits_of(pair._probes[0], pair.test[0]).softmax(2).mean(0))
@@ -519,7 +519,7 @@ def compare(mine: dict[int, float], other: dict[int, float]) -> tuple[float, flo
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", nargs="+", choices=sorted(CELLS), default=["digits"])
+    parser.add_argument("--cells", nargs="+", choices=sorted(CELLS), help="default: digits; of --table: all there are")
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--arms", nargs="*", default=None, help="only these arms")
     parser.add_argument("--few", action="store_true", help="only the arms that are near the best somewhere")
@@ -530,14 +530,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="sampler='top-k' keeps")
     rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
+    cells = [cell for name in options.cells or ["digits"] for cell in CELLS[name]]
     if options.table:
-        return table(rows)
+        return table([row for row in rows if not options.cells or row["cell"] in map(str, cells)])
     names = options.arms or ([*FEW, ENSEMBLE] if options.few else [*ARMS, *APART, ENSEMBLE])
     if unknown := set(names) - {*ARMS, *APART, ENSEMBLE}:
         parser.error(f"no arms {sorted(unknown)}; there are {[*ARMS, *APART, ENSEMBLE]}")
     done = {(row["cell"], row["arm"], row["pair"]) for row in rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    cells = [cell for name in options.cells for cell in CELLS[name]]
     for number in range(options.pairs):
         pairs: dict[tuple, Pair] = {}  # budgets share the probes
         for cell in cells:
