@@ -144,10 +144,10 @@ def main(argv: list[str] | None = None) -> None:
     collate = make_collator(processor, column, images, script.label_column)
 
     def new_model() -> torch.nn.Module:
-        set_seed(args.seed)
         return classifier.from_pretrained(script.model_name_or_path, ignore_mismatched_sizes=True, **labels)
 
     def train(rows: Dataset, folder: str) -> dict[str, float]:
+        set_seed(args.seed)
         args.output_dir = f"{output_dir}/{folder}"
         weighted = rows if "weight" in rows.column_names else rows.add_column("weight", [1.0] * len(rows))
         trainer = WeightedTrainer(

@@ -296,7 +296,7 @@ ARMS: dict[str, Select] = {
     "AG: agree, uniform, p_label": kept(agree),
     "agree, uniform, no weights": kept(agree, weights="none"),
     "likely, draw by p_label, p_label": kept(likely, score="p_label"),
-    "likely, draw by p_label, no weights": kept(likely, score="p_label", weights="none"),
+    "likely, draw by p_label, no weights": kept(likely, score="p_label", weights="none", force=True),
     "likely, min(u_x, median), p_label": kept(likely, score="u_x", clip_quantile=0.5),
     "likely, uniform, p_label": kept(likely),
     "uniform by class, p_label": plan(score="uniform"),

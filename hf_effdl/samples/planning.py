@@ -43,7 +43,7 @@ from hf_effdl.samples.sampling import (
 SAMPLERS = ("priority", "poisson", "sequential", "top-k")
 QUOTAS = ("label", "predicted", "strata", "none")
 # Scores that see the label: drawing by them without weights moves the model towards rows whose label is odd.
-LABEL_DEPENDENT = ("u_y", "el2n", "aum", "forgetting")
+LABEL_DEPENDENT = ("u_y", "el2n", "aum", "forgetting", "dyn_unc", "p_label", "p_clean")
 # Below these accuracies of a model trained on the budget, hard rows hurt; from the second on they pay. Measured on
 # digits, banking77 and CIFAR-10 features.
 HARD_ROWS_HELP = 0.86
