@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset, Image
 
-from hf_effdl.samples.inputs import NOT_INPUTS, _is_text, check_dataset
-from hf_effdl.samples.report import (
-    SHOWN_CLASSES,
+from hf_effdl.samples.findings import (
     class_counts,
     clip_value,
     describe_row,
@@ -18,6 +16,8 @@ from hf_effdl.samples.report import (
     suspect_positions,
     uncertainty_column,
 )
+from hf_effdl.samples.inputs import NOT_INPUTS, _is_text, check_dataset
+from hf_effdl.samples.report import SHOWN_CLASSES
 from hf_effdl.samples.scoring import SCORES
 
 
@@ -322,7 +322,7 @@ class _Rows:
         if row["label"] is not None and row["label"] == row["vote"]:
             names = [f"label and vote {_shorten(row['label'], wide - 18)}"]
         head = [f"row {_tail(row['row_id'], 36)}, {number}", *names]
-        body = textwrap.wrap(self.show[position], wide, max_lines=3, placeholder=" ...")
+        body = textwrap.wrap(self.show[position], wide, max_lines=3, placeholder=" …")
         return [(line, True) for line in head] + [(line, False) for line in body]
 
     def _row(self, position: int, kind: str) -> tuple[Mapping[str, Any], str]:

@@ -8,11 +8,23 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from hf_effdl.hub.cards import markdown_table
+from hf_effdl.samples.findings import (
+    DAMPED,
+    SURE,
+    class_counts,
+    clip_value,
+    describe_rows,
+    drawing_score,
+    kept_by_filter,
+    mode_of,
+    most_changed,
+    spread,
+    suspect_positions,
+    uncertainty_column,
+)
 from hf_effdl.samples.noise import NOISY
 from hf_effdl.samples.planning import HARD_ROWS_HELP, NEARLY_SOLVED, table_noise
 from hf_effdl.samples.sampling import _fill
@@ -22,9 +34,6 @@ if TYPE_CHECKING:
     from hf_effdl.samples.selection import Selection
 
 
-# The released code's two constants: below the first all probes are sure, above the second it damps a row.
-SURE, DAMPED = 0.005, 0.1
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 SHOWN_SUSPECTS, SHOWN_CLASSES, SHOWN_NAMES = 20, 30, 8
 
 
@@ -107,10 +116,10 @@ class SelectionReport:
             max_to_median=(weights.max() / weights.median()).item(),
             refilled=None if kept is None else int((~kept[plan.positions]).sum()),
             counted_by=next((name for name in ("label", "predicted") if name in table), None),
-            classes=class_counts(selection), uncertainty=None if column is None else _spread(column, table[column]),
+            classes=class_counts(selection), uncertainty=None if column is None else spread(column, table[column]),
             capped=None if clip is None else (scores >= clip).double().mean().item(),
             suspect_count=None if suspects is None else len(suspects),
-            suspects=_describe(selection, [] if suspects is None else suspects[:SHOWN_SUSPECTS].tolist()),
+            suspects=describe_rows(selection, [] if suspects is None else suspects[:SHOWN_SUSPECTS].tolist()),
             selection=selection,
         )  # fmt: skip
         report.warnings = _warnings(report, settings)
@@ -119,7 +128,7 @@ class SelectionReport:
     def all_suspects(self) -> list[dict[str, Any]]:
         """Every suspected label error, the least likely label first; see `suspects`."""
         positions = suspect_positions(self.selection)
-        return _describe(self.selection, [] if positions is None else positions.tolist())
+        return describe_rows(self.selection, [] if positions is None else positions.tolist())
 
     def to_dict(self) -> dict[str, Any]:
         """All attributes as plain values that `json.dumps` takes."""
@@ -235,124 +244,6 @@ class SelectionReport:
         shown = "" if len(rows) == self.suspect_count else f"; the {len(rows)} least likely"
         count = f"{self.suspect_count:,} row{'s' * (self.suspect_count != 1)}"
         return f"Suspected label errors: {count}{shown}:\n\n{markdown_table(rows, columns)}"
-
-
-# ---- readings of a selection, which the pictures share
-
-
-def mode_of(selection: "Selection") -> str:
-    """`"coreset"` or `"active"`."""
-    return selection.info.get("mode") or ("coreset" if "label" in selection.table else "active")
-
-
-def class_name(selection: "Selection", place: int) -> str:
-    """The name of a class, or its number."""
-    names = selection.names or []
-    return names[place] if 0 <= place < len(names) else str(place)
-
-
-def row_name(selection: "Selection", position: int) -> int | str:
-    """The row's id, or its place."""
-    return position if selection.row_ids is None else _plain(selection.row_ids[position])
-
-
-def uncertainty_column(selection: "Selection") -> str | None:
-    """The kind of uncertainty that the plan drew by; else the one that needs no label."""
-    wanted = selection.plan.settings.get("score")
-    names = ([wanted] if wanted in ("u_x", "u_y") else []) + ["u_x", "u_y"]
-    return next((name for name in names if name in selection.table), None)
-
-
-def drawing_score(selection: "Selection") -> tuple[Tensor | None, str | None]:
-    """The column that rows were drawn by, and its name; the uncertainty where the draw was uniform."""
-    name = selection.plan.settings.get("score")
-    name = name if name in selection.table else uncertainty_column(selection)
-    return (None if name is None else selection.table[name].float()), name
-
-
-def clip_value(selection: "Selection") -> float | None:
-    """The value at which the drawing score was capped."""
-    settings, (scores, name) = selection.plan.settings, drawing_score(selection)
-    if scores is None or settings.get("score") != name or settings.get("quotas") == "strata":
-        return None
-    if settings.get("clip_quantile") is not None:
-        return float(np.quantile(scores.numpy(), settings["clip_quantile"]))
-    return settings.get("clip")
-
-
-def kept_by_filter(selection: "Selection") -> Tensor | None:
-    """`(N,)` mask of the rows that the regime's filter keeps; None if it has none."""
-    table, settings = selection.table, selection.plan.settings
-    if settings.get("preset") != "default" or mode_of(selection) == "active":
-        return None
-    if settings.get("regime") == "agreement" and {"label", "predicted"} <= set(table):
-        return table["label"] == table["predicted"]
-    if settings.get("regime") in ("clipped", "unclipped") and "p_clean" in table:
-        return table["p_clean"] >= 0.5
-    return None
-
-
-def suspect_positions(selection: "Selection") -> Tensor | None:
-    """Rows with `p_clean < 1/2`, the least likely label first; None without labels."""
-    if mode_of(selection) == "active" or not {"p_clean", "p_label"} <= set(selection.table):
-        return None
-    found = (selection.table["p_clean"] < 0.5).nonzero().flatten()
-    return found[selection.table["p_label"][found].argsort(stable=True)]
-
-
-def class_counts(selection: "Selection") -> list[dict[str, Any]]:
-    """See `SelectionReport.classes`."""
-    table, chosen = selection.table, selection.plan.positions
-    column = next((table[name].long() for name in ("label", "predicted") if name in table), None)
-    if column is None:
-        return []
-    size = max(len(selection.names or []), int(column.max()) + 1)
-    kept = kept_by_filter(selection)
-    everything = torch.ones_like(column, dtype=torch.bool)
-    inside = torch.zeros_like(everything).index_fill(0, chosen, True)
-    # negative classes mark rows without a label
-    pool, passed, selected = (
-        [None] * size if mask is None else column[mask & (column >= 0)].bincount(minlength=size).tolist()
-        for mask in (everything, kept, inside)
-    )
-    return [
-        {"class": class_name(selection, c), "pool": pool[c], "kept": passed[c], "selected": selected[c],
-         "share": selected[c] / pool[c] if pool[c] else None}
-        for c in range(size)
-    ]  # fmt: skip
-
-
-def most_changed(classes: Sequence[Mapping[str, Any]], count: int) -> list[int]:
-    """Places of the classes whose share of all rows differs most before and after, the largest change first."""
-    rows, selected = (sum(row[key] for row in classes) for key in ("pool", "selected"))
-    change = [abs(row["selected"] / selected - row["pool"] / rows) for row in classes]
-    return sorted(range(len(classes)), key=lambda c: -change[c])[:count]
-
-
-def describe_row(selection: "Selection", position: int) -> dict[str, Any]:
-    """See `SelectionReport.suspects`; what is not known is None."""
-    table = selection.table
-    numbers = {name: table[name][position].item() if name in table else None for name in ("p_label", "p_clean")}
-    classes = {
-        key: class_name(selection, int(table[name][position])) if name in table else None
-        for key, name in (("label", "label"), ("vote", "predicted"))
-    }
-    return {"row_id": row_name(selection, position), **classes, **numbers}
-
-
-def _describe(selection: "Selection", positions: Sequence[int]) -> list[dict[str, Any]]:
-    chosen = set(selection.plan.positions.tolist())
-    return [describe_row(selection, i) | {"selected": i in chosen} for i in positions]
-
-
-def _spread(name: str, values: Tensor) -> dict[str, Any]:
-    values = values.double().numpy()
-    return {
-        "column": name, f"below_{SURE}": float((values < SURE).mean()), f"above_{DAMPED}": float(
-            (values > DAMPED).mean()
-        ),
-        "quantiles": {f"{q:g}": float(v) for q, v in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)},
-    }  # fmt: skip
 
 
 # ---- words
@@ -483,10 +374,6 @@ def _percent(share: float) -> str:
 
 def _escape(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _plain(value: Any) -> int | str:
-    return value.item() if hasattr(value, "item") else value
 
 
 def _write(target: Path, write: Any) -> Path:

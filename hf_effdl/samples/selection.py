@@ -14,9 +14,10 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_effdl.samples import storage
+from hf_effdl.samples.findings import kept_by_filter
 from hf_effdl.samples.inputs import check_dataset, label_names, label_tensor
 from hf_effdl.samples.planning import Plan, _filled, _override, make_plan
-from hf_effdl.samples.report import SelectionReport, kept_by_filter
+from hf_effdl.samples.report import SelectionReport
 from hf_effdl.samples.source import load_source, source_of  # noqa: F401  (source_of: the selector takes it from here)
 
 

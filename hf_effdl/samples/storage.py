@@ -23,8 +23,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, sn
 from huggingface_hub.errors import HFValidationError
 
 from hf_effdl.hub.cards import write_selection_card
+from hf_effdl.samples.findings import clip_value, suspect_positions
 from hf_effdl.samples.planning import Plan
-from hf_effdl.samples.report import SelectionReport, clip_value, suspect_positions
+from hf_effdl.samples.report import SelectionReport
 
 
 FORMAT = 1
