@@ -222,6 +222,22 @@ def test_overrides_reach_the_plan(probes, pool):
     assert (settings["score"], settings["quotas"], settings["weights"]) == ("entropy", "none", "none")
 
 
+def test_a_score_of_ones_own_is_drawn_by(probes, pool):
+    selector = UncertaintySelector(probes, trial=False)
+    hardness = np.arange(200) / 200
+    scored = selector.score(pool).add_column("hardness", hardness)
+    for options in ({"sampler": "top-k"}, {"quotas": "strata", "bins": 10}):
+        options = {"score": "hardness", "keep": None, "quotas": "none", "cut_hardest": 0.1, **options}
+        chosen = selector.plan(scored, 60, **options).plan.positions
+        assert chosen.max() < 180 and len(chosen) == 60
+        if options["sampler" if "sampler" in options else "quotas"] == "top-k":
+            assert chosen.tolist() == list(range(120, 180))
+        else:
+            assert np.histogram(chosen, 10, (0, 180))[0].tolist() == [6] * 10
+    with pytest.raises(ValueError, match="no column 'hardnes'.*hardness"):
+        selector.plan(scored, 60, score="hardnes")
+
+
 def test_a_data_set_dict_needs_the_split_named_and_comes_back_with_it_replaced(probes, pool):
     data = DatasetDict(train=pool, test=selection_run.rows(30, 3))
     with pytest.raises(TypeError, match=r"DatasetDict with the splits \['train', 'test'\]"):

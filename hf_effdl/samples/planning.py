@@ -283,7 +283,7 @@ def default_plan(
             the probe set.
         trials: draws that `a0` is the mean of.
         seed, row_ids: see `make_plan`.
-        overrides: any argument of `make_plan`, which then wins.
+        overrides: any argument of `make_plan`, which then wins; another `score` comes without the preset's cap.
 
     Example:
         >>> n = torch.arange(400) % 4
@@ -432,9 +432,10 @@ def _rows(table: Mapping[str, Tensor]) -> int:
 
 
 def _override(options: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Overrides win; a cap given as a value takes the place of a quantile, and the other way round."""
+    """Overrides win; the preset's cap goes with its score, and one given as a value takes the place of a quantile."""
     caps = {"clip", "clip_quantile"}
-    options = options if caps.isdisjoint(overrides) else {k: v for k, v in options.items() if k not in caps}
+    if not {*caps, "score"}.isdisjoint(overrides):
+        options = {k: v for k, v in options.items() if k not in caps}
     return options | overrides
 
 

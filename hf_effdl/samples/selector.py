@@ -122,7 +122,8 @@ class UncertaintySelector:
         Args:
             scored: what `score` returned.
             budget: rows (an int), or a share of them (a float up to 1).
-            overrides: arguments of `make_plan` that are to differ from the preset, e.g. `weights="none"`.
+            overrides: arguments of `make_plan` that are to differ from the preset, e.g. `weights="none"`; `score` may
+                name any column of numbers, such as one from `dynamics_scores`.
 
         Raises:
             ValueError: for missing score columns or a budget out of range.
@@ -132,10 +133,12 @@ class UncertaintySelector:
         wanted = UNLABELLED + (LABELLED if self.mode == "coreset" else ())
         if missing := [name for name in wanted if name not in scored.column_names]:
             raise ValueError(f"the data set has no score columns {missing}; pass what score() returned")
+        columns = [name for name in SCORES if name in scored.column_names]
+        if (own := overrides.get("score", "uniform")) not in (*columns, "uniform"):
+            check_dataset(scored, [own], "the scored data set")
+            columns.append(own)
         arrays = scored.with_format("numpy")
-        table = {
-            name: torch.from_numpy(arrays[name][:].copy()) for name in SCORES if name in scored.column_names
-        }  # fmt: skip
+        table = {name: torch.from_numpy(arrays[name][:].copy()) for name in columns}
         labels = self._labels(scored)
         if labels is not None:
             table["label"] = labels
