@@ -500,7 +500,7 @@ def test_overrides_win_over_the_preset():
     )
     assert same(active_plan(table, 200, clip=0.3), make_plan(table, 200, quotas="predicted", weights="none", clip=0.3))
     # the cap is one of the preset's score
-    assert same(default_plan(table, 200, score="entropy"), make_plan(table, 200, keep=agreed, score="entropy"))
+    assert same(default_plan(table, 200, score="u_y"), make_plan(table, 200, keep=agreed, score="u_y"))
     with pytest.raises(ValueError, match="by one of them only"):
         default_plan(table, 200, clip=0.3, clip_quantile=0.2)
     # quotas are the trials' too: three rows for five classes
