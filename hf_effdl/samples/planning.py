@@ -390,7 +390,9 @@ def paper_plan(
 ) -> Plan:
     """The released code's recipe: sequential draws in proportion to `min(u, 0.005)`, weights `1 / max(0.1, u)`.
 
-    With labels by class, without them from the whole pool. Its uncertainties are those of `gauge="drop-first"`.
+    With labels by class, without them from the whole pool. Its uncertainties are those of `gauge="drop-first"`. The
+    released training loop also divides by the sum of weights of each mini batch; `WeightedTrainer` does not, since
+    weights have mean 1 over the selection.
     """
     options = {
         "score": "u_y" if labelled else "u_x", "quotas": "label" if labelled else "none", "clip": 0.005, "beta": 0.1,
