@@ -103,7 +103,7 @@ def texts(tmp_path_factory):
     file = folder / "run.yaml"
     file.write_text(
         f"model_name_or_path: {folder / 'model'}\ndataset_name: {folder / 'data'}\nlabel_column: topic\n"
-        "use_cpu: true\nbudget: 0.3\ndisable_tqdm: true\nmax_steps: 2\ncompare: true\n"
+        "use_cpu: true\nbudget: 0.3\ndisable_tqdm: true\nmax_steps: 2\ncompare: true\nlearning_rate: 0.02\n"
     )
     return file
 

@@ -127,6 +127,7 @@ def test_a_plan_is_a_draw_in_every_class_by_its_quota(sampler, quotas):
     expected = by_group(table["u_x"].clamp(max=2), groups, class_quotas(counts, 240, seed=3), PICKS[sampler])
     assert plan.positions.tolist() == expected[0]
     close(plan.probabilities.nan_to_num(-1), torch.tensor(expected[1]).nan_to_num(-1))
+    assert plan.probabilities.dtype == plan.weights.dtype == torch.float64
     if sampler != "poisson":
         assert len(plan) == 240
         assert torch.bincount(groups[plan.positions]).tolist() == class_quotas(counts, 240, seed=3).tolist()
@@ -649,6 +650,11 @@ def test_the_noise_rate_counts_the_classes_voted_for_too():
     }  # fmt: skip
     assert table_noise(table, share=0.5, least=1) == pytest.approx(0.8 * 3 / 4)
     assert table_noise(table, share=1.0, least=1) == pytest.approx(0.6)
+    swapped = table | {"label": table["predicted"], "predicted": table["label"]}
+    assert table_noise(swapped) == table_noise(table)
+    swapped["label"] = torch.tensor([3, 0])  # the last class is not in the last row
+    assert table_noise(swapped, share=0.5, least=1) == 1
+    assert table_noise(swapped | {"predicted": swapped["label"]}, least=1) == pytest.approx(0.6)
     assert table_noise(table | {"p_clean": torch.ones(2)}, share=1.0, least=1) == pytest.approx(0.5)
     assert table_noise(table | {"p_clean": torch.ones(2)}, share=0.5, least=1) == 0
     assert table_noise(table | {"p_clean": torch.ones(2)}, share=0.5) == pytest.approx(0.5)

@@ -219,6 +219,7 @@ def test_a_budget_of_all_rows_takes_every_row():
     assert draw(inclusion_probabilities(scores, 55))[0].tolist() == list(range(55))
     positions, weights = priority_sample(scores, 55)
     assert positions.tolist() == list(range(55)) and weights.tolist() == [1.0] * 55
+    assert weights.dtype == priority_sample(scores, 54)[1].dtype == torch.float64
     assert sequential_draw(scores, 55).tolist() == top_k(scores, 55).tolist() == list(range(55))
 
 
@@ -293,7 +294,10 @@ def test_a_draw_depends_on_seed_and_row_ids_and_not_on_the_order(sampler):
         close(its_weights[order[shuffled].argsort()], weights)
     for seed, ids in ((4, rows), (3, rows + 1), (3, None)):
         assert not torch.equal(sampler(scores, 60, seed=seed, row_ids=ids)[0], positions)
-    # without ids the positions name the rows
+    # the seed is 0 and the positions name the rows if nothing else is said
+    plain = draw(inclusion_probabilities(scores, 60)) if sampler is poisson else None
+    plain = plain or (priority_sample(scores, 60) if sampler is priority_sample else (sequential_draw(scores, 60),))
+    assert torch.equal(plain[0], sampler(scores, 60, seed=0)[0])
     assert torch.equal(sampler(scores, 60)[0], sampler(scores, 60, seed=0, row_ids=torch.arange(300))[0])
     names = [f"row {i}" for i in rows.tolist()]
     by_name = sampler(scores, 60, seed=3, row_ids=names)[0]
@@ -425,11 +429,12 @@ def shards(rows, count):
 
 @pytest.mark.parametrize("count", [1, 2, 16])
 @pytest.mark.parametrize("peek", [False, True])
-def test_one_sampler_fed_by_parts_draws_what_one_call_draws(count, peek):
+@pytest.mark.parametrize("budget", [250, 3004])
+def test_one_sampler_fed_by_parts_draws_what_one_call_draws(count, peek, budget):
     scores = torch.cat([skewed(3000), torch.zeros(7)])
     rows = 11 * torch.arange(3007) - 4000
-    positions, weights = priority_sample(scores, 250, seed=2, row_ids=rows)
-    sampler = PrioritySampler(250, seed=2)
+    positions, weights = priority_sample(scores, budget, seed=2, row_ids=rows)
+    sampler = PrioritySampler(budget, seed=2)
     for part in shards(3007, count):
         sampler.add(scores[part], rows[part])
         if peek:  # drops all rows but the best so far
@@ -564,6 +569,8 @@ def test_a_budget_below_the_number_of_classes_is_refused():
     with pytest.raises(ValueError, match=r"budget=2 is below the 3 classes.*raise the budget to 3.*quotas='none'"):
         class_quotas(torch.tensor([5, 5, 0, 5]), 2)
     assert class_quotas(torch.tensor([5, 5, 0, 5]), 3).tolist() == [1, 1, 0, 1]
+    with pytest.raises(ValueError, match="budget=1 is below the 2 classes"):
+        class_quotas(torch.tensor([5, 1]), 1)
     with pytest.raises(ValueError, match="budget=16.*15 there are"):
         class_quotas(torch.tensor([5, 5, 0, 5]), 16)
 
@@ -587,6 +594,7 @@ def test_strata_count_as_numpy_does():
     scores = torch.randn(5000, dtype=torch.float64, generator=generator(0))
     assert torch.bincount(strata(scores), minlength=50).tolist() == np.histogram(scores, 50)[0].tolist()
     assert strata(tensor(-1, 0, 1, 2, 3), 2).tolist() == [0, 0, 1, 1, 1]
+    assert torch.equal(strata(scores.half()), strata(scores.half().double()))
 
 
 def test_leaving_out_the_hardest_leaves_out_that_share_of_the_largest():
@@ -616,6 +624,20 @@ def test_loss_weights_are_their_formulas_with_mean_one():
     assert loss_weights("none", p_label=q[:2]).dtype == torch.float64
     for weights in (loss_weights("exact", probabilities=p.float()), loss_weights("none", probabilities=p)):
         assert weights.dtype == torch.float64 and float(weights.mean()) == pytest.approx(1, abs=1e-15)
+
+
+def test_parts_of_a_selection_have_the_weights_of_the_whole_before_division():
+    p, u, q = skewed(30).clamp(max=1), skewed(30, 1), skewed(30, 2).clamp(max=1)
+    for kind in ("exact", "damped", "p_label", "none"):
+        whole = loss_weights(kind, probabilities=p, uncertainty=u, p_label=q)
+        parts = [
+            loss_weights(kind, probabilities=p[rows], uncertainty=u[rows], p_label=q[rows], normalise=False)
+            for rows in torch.arange(30).split(7)
+        ]
+        close(torch.cat(parts) / torch.cat(parts).mean(), whole)
+    close(loss_weights("exact", probabilities=tensor(0.5, 0.1), normalise=False), [2, 10])
+    close(loss_weights("damped", uncertainty=tensor(0.5, 0.01), normalise=False), [2, 10])
+    close(loss_weights("p_label", p_label=tensor(0.5, 0), normalise=False), [0.501, 0.001])
 
 
 def test_each_kind_of_weight_takes_its_own_column():
@@ -650,6 +672,7 @@ def test_kish_size_counts_the_rows_that_carry_weight():
     assert kish_size(torch.tensor([2.0, 0, 2, 0])) == 2
     assert kish_size(tensor(1, 2, 3)) == pytest.approx(36 / 14)
     assert kish_size(torch.tensor([1, 1, 2])) == pytest.approx(16 / 6)
+    assert kish_size(torch.ones(100_000).half()) == 100_000
 
 
 # ---- bad input
@@ -678,6 +701,8 @@ def test_negative_scores_are_refused_where_they_are_chances(use):
     scores = torch.tensor([1.0, 2.0, -0.5])
     if use in ("strata", "without_hardest"):
         USES_OF_SCORES[use](scores)
+        with pytest.raises(ValueError, match="1 scores are NaN or infinite, the first is nan at row 0"):
+            USES_OF_SCORES[use](torch.tensor([NAN, -0.5]))
     else:
         with pytest.raises(ValueError, match="1 scores are NaN, infinite or negative, the first is -0.5 at row 2"):
             USES_OF_SCORES[use](scores)

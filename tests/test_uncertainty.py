@@ -507,7 +507,7 @@ def test_a_convex_probe_from_two_seeds_is_refused_and_bootstrap_named():
 
 def twins(spread, dtype=torch.float64):
     """Two probes on 6 rows, their logits z (1 + spread) and z (1 - spread)."""
-    z = torch.tensor([1.0, -1.0], dtype=torch.float64).expand(6, 1, 2)
+    z = torch.tensor([3.0, -3.0], dtype=torch.float64).expand(6, 1, 2)
     return torch.cat([z * (1 + spread), z * (1 - spread)], 1).to(dtype)
 
 
@@ -625,7 +625,7 @@ def test_labels_of_another_shape_are_refused(labels):
 def test_other_types_are_refused():
     with pytest.raises(TypeError, match=r"logits are of type torch.int64.*floating-point"):
         uncertainty(torch.ones(6, 3, 4, dtype=torch.long))
-    for labels in (torch.full((6,), 0.5), torch.full((6,), NAN)):
+    for labels in (torch.full((6,), 0.5), torch.tensor([0, 1, 0.5, 1, 2, 3]), torch.full((6,), NAN)):
         with pytest.raises(TypeError, match=r"labels are of type torch.float32.*integer class"):
             uncertainty(normal(6, 3, 4), labels)
     with pytest.raises(ValueError, match=r"gauge='first'.*'invariant', 'drop-first'"):
