@@ -1,0 +1,198 @@
+"""SegGPT as a frozen in-context model: it paints the label of a query after one or several labelled examples."""
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from transformers import SegGptForImageSegmentation
+
+
+EMBEDDING_TYPES = ("instance", "semantic")
+ENSEMBLES = ("original", "upstream")
+# of ImageNet, which SegGPT's images and labels are normalised by
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+class SegGptInContext(nn.Module):
+    """A `SegGptForImageSegmentation` that takes pixels in [0, 1] and batches of different queries.
+
+    SegGPT sees two tall canvases of two halves each, an example over a query:
+
+        arrangement 0     image canvas [example; query],  label canvas [label; hidden]      the one it was trained for
+        arrangement 1     image canvas [query; example],  label canvas [hidden; label]
+
+    and paints the hidden half. Several examples of one query make one canvas pair each, joined by feature ensemble:
+    after every attention, the query's half is replaced by its mean over the m pairs of that query,
+
+        a[s, b, i, query half]  <-  1/m sum_j a[s, b, j, query half],
+
+    with `s` the image or the label stream, which are two up to and including block `merge_index` and one after it. The
+    m painted halves then differ only in the row of pixels next to the example, through the last convolution; they are
+    averaged, so that the order of the examples does not matter.
+
+    `ensemble="original"` is that formula, which is the authors' code (equal to 1e-6 on shared weights). transformers'
+    own `feature_ensemble=True`, here `"upstream"`, also averages over the two streams in block `merge_index`, so that
+    it paints something else; it does so even for a single example, for which this class never sets it.
+
+    Args:
+        model: the model. It is frozen in place: evaluation mode, no gradients.
+        embedding_type: `"instance"` (default) or `"semantic"`, which of SegGPT's two type tokens is added.
+        ensemble: `"original"` (default), any number of queries at once, or `"upstream"`, one query after the other, in
+            arrangement 0 only.
+
+    Raises:
+        TypeError: where the model is another one.
+        ValueError: for an unknown name, or a canvas that patches do not divide into two equal halves.
+
+    Example:
+        >>> from transformers import SegGptConfig
+        >>> config = SegGptConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, decoder_hidden_size=4,
+        ...     image_size=(64, 32), patch_size=8, merge_index=0, intermediate_hidden_state_indices=(0, 1))
+        >>> f = SegGptInContext(SegGptForImageSegmentation(config))
+        >>> queries, (images, labels) = torch.rand(2, 3, 32, 32), torch.rand(2, 2, 5, 3, 32, 32)  # 5 examples each
+        >>> f.image_size, f(queries, images, labels).shape
+        ((32, 32), torch.Size([2, 3, 32, 32]))
+
+    Source: Wang et al., "SegGPT: Segmenting Everything In Context", arXiv 2304.03284, section 3.3.
+    """
+
+    def __init__(
+        self, model: SegGptForImageSegmentation, embedding_type: str = "instance", ensemble: str = "original"
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, SegGptForImageSegmentation):
+            raise TypeError(f"model is a {type(model).__name__}: pass a SegGptForImageSegmentation, which can paint")
+        if embedding_type not in EMBEDDING_TYPES:
+            raise ValueError(f"embedding_type={embedding_type!r}: it must be one of {EMBEDDING_TYPES}")
+        if ensemble not in ENSEMBLES:
+            raise ValueError(f"ensemble={ensemble!r}: it must be one of {ENSEMBLES}")
+        size, patch = model.config.image_size, model.config.patch_size
+        height, width = (size, size) if isinstance(size, int) else size
+        if height % (2 * patch) or width % patch:
+            raise ValueError(
+                f"image_size={height, width} of the config is no two halves of whole patches of {patch} pixels"
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.embedding_type, self.ensemble = embedding_type, ensemble
+        self.image_size = (height // 2, width)
+        # upstream's ensemble averages the lower half wherever the query is
+        self.arrangements = 2 if ensemble == "original" else 1
+
+    def train(self, mode: bool = True) -> "SegGptInContext":
+        """The model is frozen and stays in evaluation mode."""
+        return super().train(False)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The images themselves: examples and query are seen together from the first block, nothing can be kept."""
+        return images
+
+    def forward(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:
+        """`predict` of encoded queries and images."""
+        return self.predict(self.encode(queries), self.encode(images), labels, arrangement)
+
+    @torch.no_grad()
+    def predict(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:
+        """The labels of the queries.
+
+        Args:
+            queries: `(B, 3, h, w)` in [0, 1], of `image_size`.
+            images: `(B, m, 3, h, w)` in [0, 1], the m >= 1 examples of each query.
+            labels: `(B, m, 3, h, w)` in [0, 1], their labels as images.
+            arrangement: 0, example over query; 1, query over example.
+
+        Returns:
+            `(B, 3, h, w)` in [0, 1], in the queries' dtype and on their device, computed in the model's.
+
+        Raises:
+            TypeError: for tensors that are not floating.
+            ValueError: for other sizes, no example, values outside [0, 1] or NaN, or an unknown arrangement.
+        """
+        if isinstance(arrangement, bool) or arrangement not in range(self.arrangements):
+            raise ValueError(
+                f"arrangement={arrangement!r}: ensemble={self.ensemble!r} has {list(range(self.arrangements))}"
+            )
+        self._check("queries", queries, 4)
+        self._check("images", images, 5)
+        self._check("labels", labels, 5)
+        if len(queries) != len(images) or images.shape != labels.shape:
+            raise ValueError(f"queries {tuple(queries.shape)}, images {tuple(images.shape)} and labels "
+                             f"{tuple(labels.shape)}: pass (B, 3, h, w) and twice (B, m, 3, h, w)")  # fmt: skip
+        b, m = images.shape[:2]
+        query, example, label = (
+            self._normalised(pixels.flatten(0, 1)) for pixels in (queries[:, None].expand_as(images), images, labels)
+        )
+        above, below = (example, query) if arrangement == 0 else (query, example)
+        half = 1 - arrangement  # the query's: 0 is the upper one
+        if m > 1 and self.ensemble == "upstream":
+            parts = zip(above.split(m), below.split(m), label.split(m))
+            painted = torch.cat([self._paint(*part, half, feature_ensemble=True) for part in parts])
+        else:
+            with ExitStack() as hooks:  # taken off again whatever happens
+                if m > 1:
+                    for layer in self.model.model.encoder.layers:
+                        hooks.enter_context(layer.attention.register_forward_hook(_averaging(m, half)))
+                painted = self._paint(above, below, label, half)
+        painted = painted.chunk(2, dim=2)[half].to(queries).unflatten(0, (b, m)).mean(1)
+        return (painted * _channels(STD, painted) + _channels(MEAN, painted)).clamp(0, 1)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """SegGPT's own features of images: the last hidden states of each as a query that has itself as example.
+
+        The labels are black.
+
+        Args:
+            images: `(N, 3, h, w)` in [0, 1], of `image_size`.
+
+        Returns:
+            `(N, gh, gw, C)`, one vector a patch, in the images' dtype.
+        """
+        self._check("images", images, 4)
+        pixels, black = self._normalised(images), self._normalised(torch.zeros_like(images))
+        states = self.model.model(
+            pixel_values=pixels, prompt_pixel_values=pixels, prompt_masks=black,
+            embedding_type=self.embedding_type, return_dict=True,
+        ).last_hidden_state  # fmt: skip
+        return states.chunk(2, dim=1)[1].to(images)
+
+    def _paint(self, above: Tensor, below: Tensor, label: Tensor, half: int, feature_ensemble: bool = False) -> Tensor:
+        # without labels= the label fills both halves of its canvas, and the mask alone says which is hidden
+        patches = self.model.model.embeddings.patch_embeddings.num_patches
+        hidden = torch.arange(patches, device=above.device) // (patches // 2) == half
+        return self.model(
+            pixel_values=below, prompt_pixel_values=above, prompt_masks=label, bool_masked_pos=hidden[None],
+            feature_ensemble=feature_ensemble, embedding_type=self.embedding_type, return_dict=True,
+        ).pred_masks  # fmt: skip
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        # transformers casts images to the model's dtype but not labels
+        pixels = (pixels - _channels(MEAN, pixels)) / _channels(STD, pixels)
+        return pixels.to(self.model.device, self.model.dtype)
+
+    def _check(self, name: str, pixels: Tensor, dims: int) -> None:
+        wanted = ("N", "m")[: dims - 3] + (3, *self.image_size)
+        if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
+            kind = getattr(pixels, "dtype", type(pixels).__name__)
+            raise TypeError(f"{name} is of {kind}: pass a floating tensor with values in [0, 1]")
+        if pixels.ndim != dims or pixels.shape[-3:] != wanted[-3:] or 0 in pixels.shape:
+            shape = ", ".join(map(str, wanted))
+            raise ValueError(f"{name} is {tuple(pixels.shape)}: it must be ({shape}) with at least one of each")
+        if not ((pixels >= 0) & (pixels <= 1)).all():  # NaN is neither
+            raise ValueError(f"{name} has values outside [0, 1] or NaN: divide by 255, and clamp after resizing")
+
+
+def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
+    return like.new_tensor(values)[:, None, None]
+
+
+def _averaging(m: int, half: int):
+    """A hook on an attention module, which takes the query's half for its mean over the m examples of a query."""
+
+    def hook(module: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # rows are (stream, query, example) before the streams merge and (query, example) after: examples are last
+        halves = list(output[0].unflatten(0, (-1, m)).chunk(2, dim=2))
+        halves[half] = halves[half].mean(1, keepdim=True).expand_as(halves[half])
+        return torch.cat(halves, dim=2).flatten(0, 1), *output[1:]
+
+    return hook

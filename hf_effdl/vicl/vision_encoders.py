@@ -1,0 +1,191 @@
+"""Any vision model of transformers as an encoder: one retrieval vector, five tokens and a grid of features per image."""
+
+import hashlib
+import json
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel, SegGptForImageSegmentation
+
+from .seggpt_in_context import SegGptInContext
+
+
+HALF = (0.5, 0.5, 0.5)
+# values taken from every tensor for the fingerprint: enough to tell two sets of weights apart, and quick for a large model
+SAMPLED = 4096
+
+
+class VisionEncoder(nn.Module):
+    """What retrieval, dense matching and the ranker know of an image.
+
+    One pass of the backbone gives a feature map, from which three views are taken:
+
+    - `vector` `(N, d)`: unit norm, for nearest neighbours. The class token where the backbone has one, the pooled output
+      of a contrastive model's vision tower (CLIP, SigLIP), else the mean of the map.
+    - `tokens` `(N, 5, d)`: the vector before it is normalised, then the map averaged over a 2x2 grid in reading order: the
+      input of the list-wise ranker (Partial2Global, arXiv 2405.15279).
+    - `grid` `(N, gh, gw, d)`: the map itself, for dense similarity and feature matching.
+
+    Register tokens are dropped. Images are squashed to `image_size`; nothing is cropped, so that a grid cell and the
+    same cell of a mask show the same place.
+
+    Args:
+        backbone: a transformers vision model with a class token (ViT, DINOv2), without (SigLIP) or convolutional
+            (MobileNetV2, ResNet, ConvNeXt); a two-tower model, whose vision tower is taken; or a
+            `SegGptForImageSegmentation`, whose own features are used.
+        image_size: pixels `(h, w)` or one side that images are resized to; default: the config's `image_size`, else 224.
+        layer: index into `hidden_states` for the map; None is the last one. A shallower layer of a convolutional backbone
+            has a finer grid.
+        mean, std: normalisation per channel; default 0.5.
+        id, revision: where the weights are from, for the records.
+
+    Raises:
+        ValueError: where the output of the backbone cannot be read as a grid.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        >>> views = VisionEncoder(ViTModel(config), image_size=64)(torch.rand(2, 3, 64, 64))
+        >>> {name: tuple(view.shape) for name, view in views.items()}
+        {'vector': (2, 16), 'tokens': (2, 5, 16), 'grid': (2, 4, 4, 16)}
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        *,
+        image_size: int | tuple[int, int] | None = None,
+        layer: int | None = None,
+        mean: tuple[float, ...] = HALF,
+        std: tuple[float, ...] = HALF,
+        id: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.contrastive = hasattr(backbone, "vision_model") and hasattr(backbone, "text_model")
+        self.backbone = backbone.vision_model if self.contrastive else backbone
+        self.backbone.eval().requires_grad_(False)
+        # in a tuple, so that the weights are not registered a second time
+        self._own = (SegGptInContext(backbone),) if isinstance(backbone, SegGptForImageSegmentation) else ()
+        if self._own:
+            image_size = self._own[0].image_size
+        if image_size is None:
+            image_size = getattr(self.backbone.config, "image_size", None) or 224
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.stretches = "interpolate_pos_encoding" in signature(self.backbone.forward).parameters
+        self.layer, self.mean, self.std = layer, tuple(mean), tuple(std)
+        self.id, self.revision = id, revision
+        self._fingerprint: str | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, id_or_folder: str, revision: str | None = None, image_size: int | tuple[int, int] | None = None,
+        layer: int | None = None, token: str | bool | None = None, **options: Any,
+    ) -> "VisionEncoder":  # fmt: skip
+        """The encoder in a repository or folder, with the normalisation of its image processor.
+
+        Args:
+            id_or_folder: e.g. `facebook/dinov2-base`.
+            revision: commit, branch or tag.
+            image_size, layer: see the class; the default size is that of the processor's crop, else of its size.
+            options: for the backbone's `from_pretrained`, e.g. `dtype`.
+        """
+        config = AutoConfig.from_pretrained(id_or_folder, revision=revision, token=token)
+        kind = SegGptForImageSegmentation if config.model_type == "seggpt" else AutoModel
+        backbone = kind.from_pretrained(id_or_folder, revision=revision, token=token, **{"dtype": torch.float32} | options)
+        try:
+            processor = AutoImageProcessor.from_pretrained(
+                id_or_folder, revision=revision, token=token, backend="pil"
+            ).to_dict()
+        except OSError:  # weights without a preprocessor_config.json
+            processor = {}
+        size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
+        if image_size is None and size:
+            image_size = (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
+        revision = revision or getattr(config, "_commit_hash", None)
+        return cls(backbone, image_size=image_size, layer=layer, mean=processor.get("image_mean") or HALF,
+                   std=processor.get("image_std") or HALF, id=str(id_or_folder), revision=revision)  # fmt: skip
+
+    @property
+    def dim(self) -> int:
+        """Width d of the features."""
+        if not hasattr(self, "_dim"):
+            with torch.no_grad():
+                blank = torch.zeros(1, 3, *self.image_size, device=next(self.backbone.parameters()).device)
+                self._dim = int(self(blank)["vector"].shape[1])
+        return self._dim
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what decides the features: architecture, a sample of every weight, layer, size and normalisation."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(json.dumps(self.settings() | {"model": self.backbone.config.model_type}).encode())
+            for name, value in sorted(self.backbone.state_dict().items()):
+                flat = value.detach().flatten()
+                sample = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].float().cpu().contiguous()
+                digest.update(f"{name}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments beside the backbone, as plain values."""
+        return {"layer": self.layer, "image_size": list(self.image_size), "mean": list(self.mean),
+                "std": list(self.std), "contrastive": self.contrastive}  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        """What a pool records of its encoder: plain values, with the fingerprint that another encoder would not have."""
+        return {"id": self.id, "revision": self.revision, "layer": self.layer, "image_size": list(self.image_size),
+                "fingerprint": self.fingerprint}  # fmt: skip
+
+    def train(self, mode: bool = True) -> "VisionEncoder":
+        """The encoder is frozen and stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Views of a batch.
+
+        Args:
+            pixels: `(N, 3, h, w)` in [0, 1], of `image_size`.
+
+        Returns:
+            `{"vector": (N, d), "tokens": (N, 5, d), "grid": (N, gh, gw, d)}`, float32.
+        """
+        if pixels.dim() != 4 or tuple(pixels.shape[1:]) != (3, *self.image_size):
+            raise ValueError(f"pixels of shape {tuple(pixels.shape)}, but the encoder takes (N, 3, {self.image_size[0]}, "
+                             f"{self.image_size[1]}): resize with visual_tasks.pixels(images, encoder.image_size)")  # fmt: skip
+        if self._own:
+            grid, pooled = self._own[0].features(pixels), None
+        else:
+            grid, pooled = self._features(pixels)
+        grid = grid.float()
+        pooled = grid.mean((1, 2)) if pooled is None else pooled.float()
+        quarters = nn.functional.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), 2).flatten(2).transpose(1, 2)
+        return {"vector": nn.functional.normalize(pooled, dim=1), "tokens": torch.cat([pooled[:, None], quarters], 1),
+                "grid": grid}  # fmt: skip
+
+    def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight = next(self.backbone.parameters())
+        mean, std = (torch.tensor(v, device=weight.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        normalised = ((pixels.to(weight.device) - mean) / std).to(weight.dtype)
+        # positions are made for one size; a backbone that can stretch them says so in its signature, or does it unasked
+        stretch = {"interpolate_pos_encoding": True} if self.stretches else {}
+        output = self.backbone(normalised, output_hidden_states=self.layer is not None, **stretch)
+        states = output.last_hidden_state if self.layer is None else output.hidden_states[self.layer]
+        if states.dim() == 4:  # a convolutional map
+            return states.permute(0, 2, 3, 1), None
+        patch = getattr(self.backbone.config, "patch_size", None)
+        if states.dim() != 3 or patch is None:
+            raise ValueError(f"{type(self.backbone).__name__} gives features of shape {tuple(states.shape)} and its config "
+                             f"has patch_size={patch}; a grid of features is needed, as of a ViT or a convolutional net")  # fmt: skip
+        gh, gw = (side // size for side, size in zip(self.image_size, (patch, patch) if isinstance(patch, int) else patch))
+        extra = states.shape[1] - gh * gw  # the class token and registers stand in front
+        if extra < 0:
+            raise ValueError(f"{type(self.backbone).__name__} gives {states.shape[1]} tokens, fewer than the {gh}x{gw} "
+                             f"patches of image_size={self.image_size}; pass the image_size it was made for")  # fmt: skip
+        grid = states[:, extra:].unflatten(1, (gh, gw))
+        if self.contrastive:
+            return grid, output.pooler_output
+        return grid, states[:, 0] if extra else None

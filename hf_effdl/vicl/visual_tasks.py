@@ -1,0 +1,392 @@
+"""The three tasks of visual in-context learning: how labels become images, and how painted images are read and scored.
+
+A frozen model sees and paints RGB images only, so a task says how a label is drawn (`label`, `labels`), how a painted
+answer is read (`decode`) and how good it is (`score`). Pixels are float `(N, 3, h, w)` in [0, 1]; images are squashed
+to the model's cell `(h, w)` (aspect ratio not kept), bicubic, masks nearest.
+
+Every image is turned as its EXIF orientation says, and **a mask or box belongs to the turned image**, the one a viewer
+shows. Boxes are half open: `[0, 0, W, H]` is the whole image.
+
+Sources: Bar et al., "Visual Prompting via Image Inpainting", arXiv 2209.00647 (tasks and metrics); Xu et al.,
+"Towards Global Optimal Visual In-Context Learning Prompt Selection" (Partial2Global), arXiv 2405.15279.
+"""
+
+import io
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+
+Size = tuple[int, int]
+_BICUBIC, _NEAREST = Image.Resampling.BICUBIC, Image.Resampling.NEAREST
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; the mean cancels in a difference
+
+
+def to_rgb(image: Any) -> Image.Image:
+    """Any image as PIL RGB, turned as its EXIF orientation says, transparency over white.
+
+    Args:
+        image: PIL image of any mode; numpy `(H, W)` or `(H, W, 1|3|4)` of bool, uint8, uint16 or floats in [0, 1];
+            path; encoded bytes; `{"bytes", "path"}` of a `datasets.Image(decode=False)` column. PIL modes I and I;16
+            hold 16 bits (scaled by 1 / 257), F holds [0, 1].
+
+    Raises:
+        ValueError: for an empty image, values outside the range (NaN too), another shape, unreadable bytes.
+        TypeError: for anything else, such as a tensor or an int64 array.
+
+    Example:
+        >>> to_rgb(np.array([[0, 65535]], dtype=np.uint16)).getpixel((1, 0))
+        (255, 255, 255)
+    """
+    image = _opened(image)
+    if not isinstance(image, (Image.Image, np.ndarray)):
+        raise TypeError(f"got {type(image).__name__}; pass a PIL image, a numpy array (H, W) or (H, W, 3), a path, "
+                        "bytes or a {'bytes', 'path'} dict")  # fmt: skip
+    if 0 in (image.size if isinstance(image, Image.Image) else image.shape):
+        raise ValueError("the image is empty: its width or height is 0")
+    if isinstance(image, np.ndarray):
+        image = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
+        if image.ndim != 2 and (image.ndim != 3 or image.shape[2] not in (3, 4)):
+            raise ValueError(f"an image array is (H, W) or (H, W, 1|3|4), channels last; got {image.shape}")
+        image = Image.fromarray(_eight_bits(image))
+    elif image.mode == "F" or image.mode[0] == "I":
+        array = np.asarray(image)
+        if image.mode == "I" and array.min() >= 0 and array.max() <= 65535:
+            array = array.astype(np.uint16)
+        image = Image.fromarray(_eight_bits(array))
+    if image.has_transparency_data:
+        # premultiplied modes have no direct way to RGBA
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _opened(image: Any) -> Any:
+    if isinstance(image, dict):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    try:
+        if isinstance(image, (bytes, str, os.PathLike)):
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+        return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"the image cannot be read: {error}") from error
+
+
+def _eight_bits(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if array.dtype.kind != "f":
+        raise TypeError(
+            f"got {array.dtype} values {array.min()}..{array.max()}; pass uint8, uint16, bool or floats in [0, 1]"
+        )
+    if not (array.min() >= 0 and array.max() <= 1):  # NaN fails both
+        raise ValueError(f"a float image holds values in [0, 1]; got {array.min()}..{array.max()}")
+    return np.floor(array.astype(np.float64) * 255 + 0.5).astype(np.uint8)
+
+
+def pixels(images: Sequence, size: Size, resample: int = _BICUBIC) -> Tensor:
+    """Images (anything `to_rgb` takes) squashed to `size = (h, w)`: `(N, 3, h, w)` float32 in [0, 1].
+
+    Example:
+        >>> pixels([Image.new("L", (640, 480), 255)], (4, 6)).shape
+        torch.Size([1, 3, 4, 6])
+    """
+    if isinstance(images, (Image.Image, np.ndarray, Tensor, str, bytes, dict)):
+        raise TypeError(f"got one {type(images).__name__}; pass a list of images")
+    h, w = size
+    cells = [np.array(to_rgb(image).resize((w, h), resample)) for image in images]
+    if not cells:
+        return torch.zeros(0, 3, h, w)
+    return torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def largest_boxes(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounding box of each mask's largest 8-connected component, for a whole batch at once.
+
+    Each pixel carries the first pixel, in reading order, that it is known to be connected to. A 3x3 max-pool takes
+    the earliest of the neighbours', and following that pixel's own entry doubles the reach, until nothing changes.
+
+    Args:
+        masks: `(N, h, w)` bool.
+
+    Returns:
+        `boxes (N, 4)` int64 `[x0, y0, x1, y1]`, half open, zeros where nothing is set, and `found (N,)` bool. Of
+        components of one size the first in reading order counts.
+
+    Example:
+        >>> mask = torch.tensor([[[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]]).bool()
+        >>> largest_boxes(mask)
+        (tensor([[2, 1, 4, 3]]), tensor([True]))
+    """
+    n, h, w = masks.shape
+    total = h * w
+    found = masks.flatten(1).any(1)
+    # a pixel's rank falls in reading order, 0 is background; float32 counts to 2^24
+    ranks = torch.arange(total, 0, -1, device=masks.device, dtype=torch.float32 if total < 2**24 else torch.float64)
+    ranks = ranks.view(1, h, w) * masks
+    while n:
+        grown = F.max_pool2d(ranks[:, None], 3, stride=1, padding=1)[:, 0] * masks
+        parent = (total - grown).long().clamp(max=total - 1).flatten(1)
+        grown = torch.maximum(grown, grown.flatten(1).gather(1, parent).view_as(grown) * masks)
+        if torch.equal(grown, ranks):
+            break
+        ranks = grown
+    first = (total - ranks).long().clamp(max=total - 1).flatten(1)
+    counts = torch.zeros(n, total, dtype=torch.long, device=masks.device)
+    counts.scatter_add_(1, first, masks.flatten(1).long())
+    largest = masks & (first == counts.argmax(1, keepdim=True)).view_as(masks)
+    columns, rows = largest.any(1).byte(), largest.any(2).byte()
+    boxes = [columns.argmax(1), rows.argmax(1), w - columns.flip(1).argmax(1), h - rows.flip(1).argmax(1)]
+    return torch.stack(boxes, 1) * found[:, None], found
+
+
+def _white(soft: Tensor) -> Tensor:
+    """`(..., h, w)` bool: pixels at least as near to white as to black."""
+    return _painted(soft).mean(-3) >= 0.5
+
+
+def _painted(soft: Tensor) -> Tensor:
+    if soft.ndim < 3 or soft.shape[-3] != 3:
+        raise ValueError(f"label images are (..., 3, h, w); got {tuple(soft.shape)}")
+    if not torch.isfinite(soft).all():
+        raise ValueError("a painted image holds NaN or infinite values; run the model in float32 or bfloat16")
+    return soft.float()
+
+
+def _rescaled(box: Sequence[float], old: Size, new: Size) -> list[int]:
+    """A box of an image of size `old = (h, w)` in pixels of one of size `new`, at least one pixel wide and high."""
+    before, after = np.array(old[::-1]), np.array(new[::-1])
+    low = np.floor(np.array(box[:2]) * after / before + 0.5).clip(0, after - 1)
+    high = np.floor(np.array(box[2:]) * after / before + 0.5).clip(low + 1, after)
+    return [int(value) for value in (*low, *high)]
+
+
+def _check_sizes(what: str, size: Size, image: Size) -> None:
+    if tuple(size) != tuple(image):
+        raise ValueError(f"the {what} is {size[0]} x {size[1]} pixels and its image {image[0]} x {image[1]} (width x "
+                         "height, after EXIF rotation); they must agree")  # fmt: skip
+
+
+class _Task:
+    name: str
+    metric: str
+    greater_is_better = True
+    _resample = _NEAREST
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{key}={value}' for key, value in vars(self).items())})"
+
+    def query(self, image: Any) -> Image.Image:
+        """What the frozen model sees of an image, PIL RGB."""
+        return to_rgb(image)
+
+    def labels(self, labels: Sequence, images: Sequence, size: Size) -> Tensor:
+        """`label()` of each, in cells of `size = (h, w)`: `(N, 3, h, w)`."""
+        return pixels([self.label(*pair) for pair in zip(labels, images, strict=True)], size, self._resample)
+
+    def decode(self, soft: Tensor, size: Size | Sequence[Size]) -> Any:
+        """The prediction in a painted `(3, h, w)` at the query's size `(H, W)`.
+
+        Of `(N, 3, h, w)` it is a list of N; `size` is then one `(H, W)` for all or one for each.
+        """
+        soft = _painted(soft.detach()).cpu()
+        if soft.ndim == 3:
+            return self._decode(soft[None], size)
+        sizes = [size] * len(soft) if np.ndim(size) == 1 else size
+        return [self._decode(one[None], each) for one, each in zip(soft, sizes, strict=True)]
+
+
+class Segmentation(_Task):
+    """Foreground segmentation: masks are drawn white on black; score: IoU of white, 1 if both are empty.
+
+    Args:
+        foreground: the mask value or values that are the object; every other value is background. None: every value
+            but 0 and `void`, and in a mask that holds only 0 and 255 the 255 (a black-and-white mask; where 255 may
+            mean void in such a mask, name the values).
+        void: the value of pixels that belong to nothing, drawn as background; None for no such value.
+
+    Example:
+        >>> task, photo = Segmentation(), Image.new("RGB", (3, 1))
+        >>> soft = task.labels([np.array([[0, 7, 255]])], [photo], (1, 3))
+        >>> task.decode(soft, (1, 3))
+        [array([[0, 1, 0]], dtype=uint8)]
+    """
+
+    name, metric = "segmentation", "foreground_iou"
+
+    def __init__(self, foreground: int | Iterable[int] | None = None, void: int | None = 255) -> None:
+        if foreground is not None:
+            foreground = (int(foreground),) if np.isscalar(foreground) else tuple(int(value) for value in foreground)
+        self.foreground, self.void = foreground, void
+        if foreground == ():
+            raise ValueError("foreground= names no value; pass the mask values of the object, or None for every class")
+
+    def label(self, label: Any, image: Any) -> Image.Image:
+        """The mask as a white-on-black PIL RGB image of `image`'s size; all black where the mask has no foreground.
+
+        Args:
+            label: `(H, W)` class numbers, an array or PIL image (mode P: the palette's indices; RGB: of equal
+                channels only), or a file as in `to_rgb`. Floats must be whole numbers.
+            image: the image it belongs to, after EXIF rotation.
+
+        Raises:
+            ValueError: for a mask of another size, with colours, fractions or negative values.
+        """
+        mask = self._class_map(label)
+        _check_sizes("mask", mask.shape[::-1], to_rgb(image).size)
+        if self.foreground is not None:
+            white = np.isin(mask, self.foreground)
+        else:
+            black_and_white = np.isin(mask, (0, 255)).all()
+            white = (mask != 0) & (black_and_white | (mask != self.void))
+        return Image.fromarray(white.astype(np.uint8) * 255).convert("RGB")
+
+    @staticmethod
+    def _class_map(label: Any) -> np.ndarray:
+        label = _opened(label)
+        mask = np.asarray(label)
+        if mask.ndim == 3 and (mask.shape[2] == 1 or (mask.shape[2] == 3 and (mask == mask[:, :, :1]).all())):
+            mask = mask[:, :, 0]
+        if mask.ndim != 2 or mask.dtype.kind not in "buif":
+            what = f"PIL mode {label.mode}" if isinstance(label, Image.Image) else f"{mask.dtype} {mask.shape}"
+            raise ValueError(f"a mask is (H, W) with one class number a pixel; got {what}")
+        if not (mask == np.round(mask)).all():
+            raise ValueError("a float mask must hold whole class numbers; threshold a soft mask first")
+        if mask.size and mask.min() < 0:
+            raise ValueError(f"a mask has no negative values; got {mask.min()} (void pixels are 255)")
+        return mask
+
+    def _decode(self, soft: Tensor, size: Size) -> np.ndarray:
+        soft = F.interpolate(soft, tuple(size), mode="bilinear", align_corners=False)
+        return _white(soft)[0].numpy().astype(np.uint8)
+
+    def score(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """IoU of the pixels nearer to white than to black, `(..., 3, h, w)` twice to `(...,)`."""
+        predicted, target = _white(predicted), _white(target)
+        both = (predicted & target).sum((-2, -1)).float()
+        either = (predicted | target).sum((-2, -1))
+        return torch.where(either > 0, both / either.clamp(min=1), 1.0)
+
+
+class Detection(_Task):
+    """Single-object detection: a box is drawn as a filled rectangle; score: IoU, 1 if both are empty.
+
+    The predicted rectangle bounds the largest 8-connected white component.
+
+    Example:
+        >>> task, photo = Detection(), Image.new("RGB", (8, 6))
+        >>> task.decode(task.labels([[1, 2, 5, 6], None], [photo, photo], (6, 8)), (6, 8))
+        [[1, 2, 5, 6], None]
+    """
+
+    name, metric = "detection", "box_iou"
+
+    def label(self, label: Sequence[float] | None, image: Any) -> Image.Image:
+        """The box `[x0, y0, x1, y1]` in pixels of `image`, filled white on black, as PIL RGB of its size; None: black.
+
+        Raises:
+            ValueError: for a box that is empty, unordered or reaches more than half a pixel out of the image.
+        """
+        size = to_rgb(image).size[::-1]
+        return Image.fromarray(self._drawn(label, size, size)).convert("RGB")
+
+    @staticmethod
+    def _drawn(box: Sequence[float] | None, old: Size, new: Size) -> np.ndarray:
+        canvas = np.zeros(new, dtype=np.uint8)
+        if box is None:
+            return canvas
+        if np.shape(box) != (4,):
+            raise ValueError(f"a box is four numbers [x0, y0, x1, y1], or None; got {box!r}")
+        x0, y0, x1, y1 = (float(value) for value in box)
+        if not (-0.5 <= x0 < x1 <= old[1] + 0.5 and -0.5 <= y0 < y1 <= old[0] + 0.5):
+            raise ValueError(f"box [{x0:g}, {y0:g}, {x1:g}, {y1:g}] is not 0 <= x0 < x1 <= {old[1]} and "
+                             f"0 <= y0 < y1 <= {old[0]}, the image's width and height")  # fmt: skip
+        x0, y0, x1, y1 = _rescaled((x0, y0, x1, y1), old, new)
+        canvas[y0:y1, x0:x1] = 255
+        return canvas
+
+    def labels(self, labels: Sequence, images: Sequence, size: Size) -> Tensor:
+        """The boxes drawn at cell size with rounded corners, one pixel at least: `(N, 3, h, w)`."""
+        pairs = zip(labels, images, strict=True)
+        return pixels([self._drawn(box, to_rgb(image).size[::-1], size) for box, image in pairs], size, _NEAREST)
+
+    def _decode(self, soft: Tensor, size: Size) -> list[int] | None:
+        boxes, found = largest_boxes(_white(soft))
+        return _rescaled(boxes[0].tolist(), tuple(soft.shape[-2:]), size) if found[0] else None
+
+    def score(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """IoU of the bounding rectangles of the largest white components, `(..., 3, h, w)` twice to `(...,)`."""
+        masks = torch.broadcast_tensors(_white(predicted), _white(target))
+        (a, any_a), (b, any_b) = (largest_boxes(mask.reshape(-1, *mask.shape[-2:])) for mask in masks)
+        overlap = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0).prod(1)
+        union = (a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - overlap
+        iou = torch.where(any_a | any_b, overlap.float() / union.clamp(min=1), 1.0)
+        return iou.view(masks[0].shape[:-2])
+
+
+class Colourisation(_Task):
+    """Colouring a grey image; score: mean squared error of ImageNet-normalised values (lower is better).
+
+    Example:
+        >>> task, photo = Colourisation(), Image.new("RGB", (2, 2), "red")
+        >>> task.query(photo).getpixel((0, 0)), task.label(None, photo).getpixel((0, 0))
+        ((76, 76, 76), (255, 0, 0))
+    """
+
+    name, metric, greater_is_better = "colourisation", "colour_mse", False
+    _resample = _BICUBIC
+
+    def query(self, image: Any) -> Image.Image:
+        """The grey version of the image, in three channels."""
+        return to_rgb(image).convert("L").convert("RGB")
+
+    def label(self, label: Any, image: Any) -> Image.Image:
+        """The colour image: `label`, of `image`'s size, or `image` itself where `label` is None."""
+        image = to_rgb(image)
+        label = image if label is None else to_rgb(label)
+        _check_sizes("colour label", label.size, image.size)
+        return label
+
+    def _decode(self, soft: Tensor, size: Size) -> Image.Image:
+        soft = F.interpolate(soft, tuple(size), mode="bicubic", align_corners=False).clamp(0, 1)
+        return Image.fromarray((soft[0] * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
+
+    def score(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """`mean(((predicted - target) / std)^2)` over channels and pixels, `(..., 3, h, w)` twice to `(...,)`."""
+        error = _painted(predicted) - _painted(target)
+        return (error / error.new_tensor(_STD)[:, None, None]).square().mean((-3, -2, -1))
+
+
+TASKS = {task.name: task for task in (Segmentation(), Detection(), Colourisation())}
+
+
+def find_task(task: str | _Task, foreground: int | Iterable[int] | None = None) -> _Task:
+    """A task by name, with its defaults, or the given task itself.
+
+    Args:
+        task: "segmentation", "detection", "colourisation", or an instance such as `Segmentation(foreground=[1])`.
+        foreground: for "segmentation" by name: the mask values that are the object.
+
+    Example:
+        >>> find_task("segmentation", foreground=[15])
+        Segmentation(foreground=(15,), void=255)
+    """
+    if not isinstance(task, _Task) and task not in TASKS:
+        raise ValueError(f"task={task!r}: it must be one of {list(TASKS)} or an instance of theirs")
+    if foreground is None:
+        return task if isinstance(task, _Task) else TASKS[task]
+    if task != "segmentation":
+        raise ValueError(f"foreground= goes with task='segmentation'; got task={task!r} beside it")
+    return Segmentation(foreground)
