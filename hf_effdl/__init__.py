@@ -30,6 +30,12 @@ _PUBLIC = {
     "structure.split_lbi": ["SplitLBI", "split_lbi_update"],
     "structure.tracing": ["find_groups"],
     "structure.trainer": ["SplitLBITrainer"],
+    "vicl.auto": ["VisualInContextConfig", "VisualInContextModel", "VisualInContextPipeline"],
+    "vicl.feature_matching": ["FeatureMatching"],
+    "vicl.labels": ["measure_examples"],
+    "vicl.pool": ["ExamplePool"],
+    "vicl.seggpt_in_context": ["SegGptInContext"],
+    "vicl.vision_encoders": ["VisionEncoder"],
     "weighting": ["WeightedTrainer"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
@@ -57,6 +63,12 @@ if TYPE_CHECKING:
     from hf_effdl.structure.split_lbi import SplitLBI, split_lbi_update
     from hf_effdl.structure.tracing import find_groups
     from hf_effdl.structure.trainer import SplitLBITrainer
+    from hf_effdl.vicl.auto import VisualInContextConfig, VisualInContextModel, VisualInContextPipeline
+    from hf_effdl.vicl.feature_matching import FeatureMatching
+    from hf_effdl.vicl.labels import measure_examples
+    from hf_effdl.vicl.pool import ExamplePool
+    from hf_effdl.vicl.seggpt_in_context import SegGptInContext
+    from hf_effdl.vicl.vision_encoders import VisionEncoder
     from hf_effdl.weighting import WeightedTrainer
 
 

@@ -1,4 +1,4 @@
-"""Feature matching: an in-context model without training. Similar places of the example say what a place of the query is."""
+"""Feature matching, an in-context model without training: like places of the example say what a place shows."""
 
 from typing import Any
 
@@ -14,31 +14,33 @@ GREY = (0.299, 0.587, 0.114)
 
 
 class FeatureMatching(nn.Module):
-    """A frozen in-context model on top of any vision encoder: the example's label is carried over by matching features.
+    """A frozen in-context model on any vision encoder: the example's label is carried over by matching features.
 
-    With unit features `q` of a query cell and `e_j` of the cells of the examples, whose labels `y_j` are averaged to the
-    grid, the label of the query cell is
+    With unit features `q` of a query cell and `e_j` of the cells of the examples, whose labels `y_j` are averaged to
+    the grid, the label of the query cell is
 
         soft        sum_j softmax_j(<q, e_j> / temperature) y_j
         nearest     y_j of the largest <q, e_j>
         prototype   1 if <q, p> > <q, b>, else 0: p and b are the unit means of the e_j weighted by y_j and 1 - y_j
 
-    and the grid is upsampled to the label's size by bilinear interpolation. Several examples are matched together, as if
-    they were one large one. After the training-free matching of frozen features in few-shot segmentation (e.g. PANet,
-    arXiv 1908.06391); the three forms differ in how they fail (noise or bias), which makes them useful as test beds.
+    and the grid is upsampled to the label's size by bilinear interpolation. Several examples are matched together, as
+    if they were one large one. After the training-free matching of frozen features in few-shot segmentation (e.g.
+    PANet, arXiv 1908.06391); the three forms differ in how they fail (noise or bias), which makes them useful as test
+    beds.
 
     Args:
         encoder: gives the grid of features.
         matching: "soft", "nearest" or "prototype" (black and white labels only).
         temperature: of the softmax.
-        carry: "label", or "difference": the label minus the grey example is carried over and added to the grey query at
-            full resolution. The choice for colourisation, where the query already has the brightness.
+        carry: "label", or "difference": the label minus the grey example is carried over and added to the grey query
+            at full resolution. The choice for colourisation, where the query already has the brightness.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel
         >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
         >>> model = FeatureMatching(VisionEncoder(ViTModel(config), image_size=64))
-        >>> queries, images, labels = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 3, 64, 64), torch.ones(2, 1, 3, 64, 64)
+        >>> queries, images, labels = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 3, 64, 64), torch.ones(2, 1, 3, 64,
+        64)
         >>> model(queries, images, labels).mean().item()
         1.0
     """
@@ -100,8 +102,14 @@ class FeatureMatching(nn.Module):
         Returns:
             `(B, 3, h, w)` in [0, 1].
         """
-        if labels.dim() != 5 or labels.shape[:2] != images.shape[:2] or len(queries) != len(images) or not images.shape[1]:
-            raise ValueError(f"queries {tuple(queries.shape)}, images {tuple(images.shape)} and labels {tuple(labels.shape)}: "
+        if (
+            labels.dim() != 5
+            or labels.shape[:2] != images.shape[:2]
+            or len(queries) != len(images)
+            or not images.shape[1]
+        ):
+            raise ValueError(f"queries {tuple(queries.shape)}, images {tuple(images.shape)} and labels "
+                             f"{tuple(labels.shape)}: "
                              "pass (B, ...), (B, m, ...) and (B, m, 3, h, w) with the same B and m >= 1")  # fmt: skip
         if arrangement:
             raise ValueError(f"arrangement={arrangement}: feature matching has no canvas to arrange, only 0")

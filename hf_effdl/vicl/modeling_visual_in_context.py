@@ -1,4 +1,4 @@
-"""One model for the Hub: a frozen in-context model, the encoder of its pool, and what is known of the pool's examples."""
+"""One model for the Hub: a frozen in-context model, the encoder of its pool, and what is known of the examples."""
 
 import os
 from typing import Any
@@ -19,12 +19,12 @@ DEFAULT = "BAAI/seggpt-vit-large"
 class VisualInContextModel(PreTrainedModel):
     """A frozen vision model that is shown examples, with all that is needed to choose them.
 
-    Three parts: `frozen`, the in-context model F; `encoder`, which the pool's vectors were made with; and, where it was
-    measured, the performance of the pool's examples on each other (`set_performance`). A backbone that has a repository
-    of its own is named in the config (id and revision) and not copied; weights that have none are embedded.
+    Three parts: `frozen`, the in-context model F; `encoder`, which the pool's vectors were made with; and, where it
+    was measured, the performance of the pool's examples on each other (`set_performance`). A backbone that has a
+    repository of its own is named in the config (id and revision) and not copied; weights that have none are embedded.
 
-    Make one with `from_backbone` or `from_parts`, then `save_pretrained`, `push_to_hub` and `from_pretrained` as with any
-    model of transformers. The pool is a repository of its own, named in the config with its revision.
+    Make one with `from_backbone` or `from_parts`, then `save_pretrained`, `push_to_hub` and `from_pretrained` as with
+    any model of transformers. The pool is a repository of its own, named in the config with its revision.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel
@@ -77,7 +77,9 @@ class VisualInContextModel(PreTrainedModel):
             form = {name: settings.pop(name) for name in ("image_size", "layer") if name in settings}
             if task == "colourisation":
                 settings.setdefault("carry", "difference")
-            frozen = FeatureMatching(VisionEncoder.from_pretrained(backbone, revision, token=token, **form), **settings)
+            frozen = FeatureMatching(
+                VisionEncoder.from_pretrained(backbone, revision, token=token, **form), **settings
+            )
         if isinstance(encoder, str):
             encoder = VisionEncoder.from_pretrained(encoder, token=token)
         return cls.from_parts(frozen, encoder, task=task)
@@ -90,8 +92,8 @@ class VisualInContextModel(PreTrainedModel):
         """A model from modules.
 
         Args:
-            frozen: `SegGptInContext`, `FeatureMatching`, or any module with their `image_size`, `arrangements`, `encode`
-                and `predict`; the last kind works here and now, but cannot be saved.
+            frozen: `SegGptInContext`, `FeatureMatching`, or any module with their `image_size`, `arrangements`,
+                `encode` and `predict`; the last kind works here and now, but cannot be saved.
             encoder: of the pool; default: the frozen model's own.
             task: "segmentation", "detection" or "colourisation".
             embed: True puts all weights into this model's file, False none; default: those without a repository.
@@ -100,10 +102,14 @@ class VisualInContextModel(PreTrainedModel):
         spec = _describe_frozen(frozen, embed)
         own = _own_encoder(frozen)
         if encoder is None and own is None:
-            raise ValueError(f"{type(frozen).__name__} has no encoder of its own: pass encoder=VisionEncoder.from_pretrained(...)")
+            raise ValueError(
+                f"{type(frozen).__name__} has no encoder of its own: pass encoder=VisionEncoder.from_pretrained(...)"
+            )
         separate = encoder is not None and encoder is not own
-        described = {"backbone": _source(encoder.backbone, encoder.id, encoder.revision, embed), **_settings(encoder)} \
-            if separate else None  # fmt: skip
+        described = None
+        if separate:
+            source = _source(encoder.backbone, encoder.id, encoder.revision, embed)
+            described = {"backbone": source, **_settings(encoder)}
         model = cls(VisualInContextConfig(task=task, **config))
         model.config.frozen_model, model.config.encoder = spec, described
         model.frozen = frozen
@@ -126,7 +132,8 @@ class VisualInContextModel(PreTrainedModel):
         """Load the parts that stand in repositories of their own; done by `from_pretrained`."""
         self._build(embedded=False, token=token)
         if self.frozen is None:
-            raise ValueError("config.frozen_model is empty, as for a model of parts that cannot be saved: make the model "
+            raise ValueError("config.frozen_model is empty, as for a model of parts that cannot be saved: make the "
+                             "model "
                              "with from_backbone or from_parts")  # fmt: skip
         if self.separate_encoder is None:
             self._shared = (_own_encoder(self.frozen),)
@@ -170,7 +177,8 @@ class VisualInContextModel(PreTrainedModel):
             ValueError: for other shapes, or values that are not finite.
         """
         if candidates.shape != performance.shape or candidates.dim() != 2:
-            raise ValueError(f"candidates {tuple(candidates.shape)} and performance {tuple(performance.shape)} must both "
+            raise ValueError(f"candidates {tuple(candidates.shape)} and performance {tuple(performance.shape)} must "
+                             "both "
                              "be (n, K)")  # fmt: skip
         if not performance[candidates >= 0].isfinite().all():
             raise ValueError("performance holds values that are not finite: measure these pairs again")
@@ -209,7 +217,12 @@ def _describe_frozen(frozen: nn.Module, embed: bool | None) -> dict[str, Any] | 
     if isinstance(frozen, SegGptInContext):
         config = frozen.model.config
         source = _source(frozen.model, config.name_or_path or None, getattr(config, "_commit_hash", None), embed)
-        return {"kind": "seggpt", "backbone": source, "embedding_type": frozen.embedding_type, "ensemble": frozen.ensemble}
+        return {
+            "kind": "seggpt",
+            "backbone": source,
+            "embedding_type": frozen.embedding_type,
+            "ensemble": frozen.ensemble,
+        }
     if isinstance(frozen, FeatureMatching):
         encoder = frozen.encoder
         source = _source(encoder.backbone, encoder.id, encoder.revision, embed)
@@ -228,7 +241,8 @@ def _source(backbone: PreTrainedModel, id: str | None, revision: str | None, emb
     if embed:
         return {"config": backbone.config.to_dict()}
     if id is None:
-        raise ValueError(f"embed=False, but it is not known where {type(backbone).__name__} was loaded from: load it by its "
+        raise ValueError(f"embed=False, but it is not known where {type(backbone).__name__} was loaded from: load it "
+                         "by its "
                          "repository's name, or embed its weights")  # fmt: skip
     return {"id": id, "revision": revision}
 

@@ -31,9 +31,9 @@ class SegGptInContext(nn.Module):
     m painted halves then differ only in the row of pixels next to the example, through the last convolution; they are
     averaged, so that the order of the examples does not matter.
 
-    `ensemble="original"` is that formula, which is the authors' code (equal to 1e-6 on shared weights). transformers'
-    own `feature_ensemble=True`, here `"upstream"`, also averages over the two streams in block `merge_index`, so that
-    it paints something else; it does so even for a single example, for which this class never sets it.
+    `ensemble="original"` is that formula, and the authors' code to 1e-6 on the same weights. transformers' own
+    `feature_ensemble=True`, here `"upstream"`, also averages over the two streams in block `merge_index`, and so
+    paints something slightly different; it does so even for a single example, for which this class never sets it.
 
     Args:
         model: the model. It is frozen in place: evaluation mode, no gradients.
@@ -54,7 +54,7 @@ class SegGptInContext(nn.Module):
         >>> f.image_size, f(queries, images, labels).shape
         ((32, 32), torch.Size([2, 3, 32, 32]))
 
-    Source: Wang et al., "SegGPT: Segmenting Everything In Context", arXiv 2304.03284, section 3.3.
+    Source: Wang et al., "SegGPT: Segmenting Everything In Context", arXiv 2304.03284, "Context Ensemble".
     """
 
     def __init__(
@@ -108,16 +108,11 @@ class SegGptInContext(nn.Module):
             TypeError: for tensors that are not floating.
             ValueError: for other sizes, no example, values outside [0, 1] or NaN, or an unknown arrangement.
         """
-        if isinstance(arrangement, bool) or arrangement not in range(self.arrangements):
+        if arrangement not in range(self.arrangements):
             raise ValueError(
                 f"arrangement={arrangement!r}: ensemble={self.ensemble!r} has {list(range(self.arrangements))}"
             )
-        self._check("queries", queries, 4)
-        self._check("images", images, 5)
-        self._check("labels", labels, 5)
-        if len(queries) != len(images) or images.shape != labels.shape:
-            raise ValueError(f"queries {tuple(queries.shape)}, images {tuple(images.shape)} and labels "
-                             f"{tuple(labels.shape)}: pass (B, 3, h, w) and twice (B, m, 3, h, w)")  # fmt: skip
+        check_prompts(queries, images, labels, self.image_size)
         b, m = images.shape[:2]
         query, example, label = (
             self._normalised(pixels.flatten(0, 1)) for pixels in (queries[:, None].expand_as(images), images, labels)
@@ -148,7 +143,7 @@ class SegGptInContext(nn.Module):
         Returns:
             `(N, gh, gw, C)`, one vector a patch, in the images' dtype.
         """
-        self._check("images", images, 4)
+        check_pixels("images", images, ("N", 3, *self.image_size))
         pixels, black = self._normalised(images), self._normalised(torch.zeros_like(images))
         states = self.model.model(
             pixel_values=pixels, prompt_pixel_values=pixels, prompt_masks=black,
@@ -170,16 +165,25 @@ class SegGptInContext(nn.Module):
         pixels = (pixels - _channels(MEAN, pixels)) / _channels(STD, pixels)
         return pixels.to(self.model.device, self.model.dtype)
 
-    def _check(self, name: str, pixels: Tensor, dims: int) -> None:
-        wanted = ("N", "m")[: dims - 3] + (3, *self.image_size)
-        if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
-            kind = getattr(pixels, "dtype", type(pixels).__name__)
-            raise TypeError(f"{name} is of {kind}: pass a floating tensor with values in [0, 1]")
-        if pixels.ndim != dims or pixels.shape[-3:] != wanted[-3:] or 0 in pixels.shape:
-            shape = ", ".join(map(str, wanted))
-            raise ValueError(f"{name} is {tuple(pixels.shape)}: it must be ({shape}) with at least one of each")
-        if not ((pixels >= 0) & (pixels <= 1)).all():  # NaN is neither
-            raise ValueError(f"{name} has values outside [0, 1] or NaN: divide by 255, and clamp after resizing")
+
+def check_pixels(name: str, pixels: Tensor, shape: tuple[int | str, ...]) -> None:
+    """Refuses tensors that are not floating, not of `shape` (a letter is any size from 1), or not within [0, 1]."""
+    if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
+        kind = getattr(pixels, "dtype", type(pixels).__name__)
+        raise TypeError(f"{name} is of {kind}: pass a floating tensor with values in [0, 1]")
+    if pixels.ndim != len(shape) or any(size == 0 or not isinstance(want, str) and size != want
+                                        for size, want in zip(pixels.shape, shape)):  # fmt: skip
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name} is {tuple(pixels.shape)}: it must be ({wanted}) with at least one of each")
+    if not ((pixels >= 0) & (pixels <= 1)).all():  # NaN is neither
+        raise ValueError(f"{name} has values outside [0, 1] or NaN: divide by 255, and clamp after resizing")
+
+
+def check_prompts(queries: Tensor, images: Tensor, labels: Tensor, image_size: tuple[int, int]) -> None:
+    """Refuses what is not `(B, 3, h, w)` and twice `(B, m, 3, h, w)` of pixels, with m >= 1."""
+    check_pixels("queries", queries, ("B", 3, *image_size))
+    check_pixels("images", images, (len(queries), "m", 3, *image_size))
+    check_pixels("labels", labels, tuple(images.shape))
 
 
 def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Any vision model of transformers as an encoder: one retrieval vector, five tokens and a grid of features per image."""
+"""Any vision model of transformers as an encoder: a retrieval vector, five tokens and a grid of features per image."""
 
 import hashlib
 import json
@@ -13,7 +13,8 @@ from .seggpt_in_context import SegGptInContext
 
 
 HALF = (0.5, 0.5, 0.5)
-# values taken from every tensor for the fingerprint: enough to tell two sets of weights apart, and quick for a large model
+# values taken from every tensor for the fingerprint: enough to tell two sets of weights apart, and quick for a large
+# model
 SAMPLED = 4096
 
 
@@ -22,10 +23,10 @@ class VisionEncoder(nn.Module):
 
     One pass of the backbone gives a feature map, from which three views are taken:
 
-    - `vector` `(N, d)`: unit norm, for nearest neighbours. The class token where the backbone has one, the pooled output
-      of a contrastive model's vision tower (CLIP, SigLIP), else the mean of the map.
-    - `tokens` `(N, 5, d)`: the vector before it is normalised, then the map averaged over a 2x2 grid in reading order: the
-      input of the list-wise ranker (Partial2Global, arXiv 2405.15279).
+    - `vector` `(N, d)`: unit norm, for nearest neighbours. The class token where the backbone has one, the pooled
+      output of a contrastive model's vision tower (CLIP, SigLIP), else the mean of the map.
+    - `tokens` `(N, 5, d)`: the vector before it is normalised, then the map averaged over a 2x2 grid in reading order:
+      the input of the list-wise ranker (Partial2Global, arXiv 2405.15279).
     - `grid` `(N, gh, gw, d)`: the map itself, for dense similarity and feature matching.
 
     Register tokens are dropped. Images are squashed to `image_size`; nothing is cropped, so that a grid cell and the
@@ -35,9 +36,10 @@ class VisionEncoder(nn.Module):
         backbone: a transformers vision model with a class token (ViT, DINOv2), without (SigLIP) or convolutional
             (MobileNetV2, ResNet, ConvNeXt); a two-tower model, whose vision tower is taken; or a
             `SegGptForImageSegmentation`, whose own features are used.
-        image_size: pixels `(h, w)` or one side that images are resized to; default: the config's `image_size`, else 224.
-        layer: index into `hidden_states` for the map; None is the last one. A shallower layer of a convolutional backbone
-            has a finer grid.
+        image_size: pixels `(h, w)` or one side that images are resized to; default: the config's `image_size`, else
+            224.
+        layer: index into `hidden_states` for the map; None is the last one. A shallower layer of a convolutional
+            backbone has a finer grid.
         mean, std: normalisation per channel; default 0.5.
         id, revision: where the weights are from, for the records.
 
@@ -94,7 +96,9 @@ class VisionEncoder(nn.Module):
         """
         config = AutoConfig.from_pretrained(id_or_folder, revision=revision, token=token)
         kind = SegGptForImageSegmentation if config.model_type == "seggpt" else AutoModel
-        backbone = kind.from_pretrained(id_or_folder, revision=revision, token=token, **{"dtype": torch.float32} | options)
+        backbone = kind.from_pretrained(
+            id_or_folder, revision=revision, token=token, **{"dtype": torch.float32} | options
+        )
         try:
             processor = AutoImageProcessor.from_pretrained(
                 id_or_folder, revision=revision, token=token, backend="pil"
@@ -119,7 +123,7 @@ class VisionEncoder(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what decides the features: architecture, a sample of every weight, layer, size and normalisation."""
+        """A hash of what decides the features: model type, a sample of every weight, layer, size, normalisation."""
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps(self.settings() | {"model": self.backbone.config.model_type}).encode())
             for name, value in sorted(self.backbone.state_dict().items()):
@@ -135,7 +139,7 @@ class VisionEncoder(nn.Module):
                 "std": list(self.std), "contrastive": self.contrastive}  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
-        """What a pool records of its encoder: plain values, with the fingerprint that another encoder would not have."""
+        """What a pool records of its encoder: plain values, among them the fingerprint."""
         return {"id": self.id, "revision": self.revision, "layer": self.layer, "image_size": list(self.image_size),
                 "fingerprint": self.fingerprint}  # fmt: skip
 
@@ -154,8 +158,10 @@ class VisionEncoder(nn.Module):
             `{"vector": (N, d), "tokens": (N, 5, d), "grid": (N, gh, gw, d)}`, float32.
         """
         if pixels.dim() != 4 or tuple(pixels.shape[1:]) != (3, *self.image_size):
-            raise ValueError(f"pixels of shape {tuple(pixels.shape)}, but the encoder takes (N, 3, {self.image_size[0]}, "
-                             f"{self.image_size[1]}): resize with visual_tasks.pixels(images, encoder.image_size)")  # fmt: skip
+            raise ValueError(f"pixels of shape {tuple(pixels.shape)}, but the encoder takes (N, 3, "
+                             f"{self.image_size[0]}, "
+                             f"{self.image_size[1]}): resize with visual_tasks.pixels(images, "
+                             "encoder.image_size)")  # fmt: skip
         if self._own:
             grid, pooled = self._own[0].features(pixels), None
         else:
@@ -170,7 +176,8 @@ class VisionEncoder(nn.Module):
         weight = next(self.backbone.parameters())
         mean, std = (torch.tensor(v, device=weight.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         normalised = ((pixels.to(weight.device) - mean) / std).to(weight.dtype)
-        # positions are made for one size; a backbone that can stretch them says so in its signature, or does it unasked
+        # positions are made for one size; a backbone that can stretch them says so in its signature, or does it
+        # unasked
         stretch = {"interpolate_pos_encoding": True} if self.stretches else {}
         output = self.backbone(normalised, output_hidden_states=self.layer is not None, **stretch)
         states = output.last_hidden_state if self.layer is None else output.hidden_states[self.layer]
@@ -178,13 +185,19 @@ class VisionEncoder(nn.Module):
             return states.permute(0, 2, 3, 1), None
         patch = getattr(self.backbone.config, "patch_size", None)
         if states.dim() != 3 or patch is None:
-            raise ValueError(f"{type(self.backbone).__name__} gives features of shape {tuple(states.shape)} and its config "
-                             f"has patch_size={patch}; a grid of features is needed, as of a ViT or a convolutional net")  # fmt: skip
-        gh, gw = (side // size for side, size in zip(self.image_size, (patch, patch) if isinstance(patch, int) else patch))
+            raise ValueError(f"{type(self.backbone).__name__} gives features of shape {tuple(states.shape)} and its "
+                             "config "
+                             f"has patch_size={patch}; a grid of features is needed, as of a ViT or a convolutional "
+                             "net")  # fmt: skip
+        gh, gw = (
+            side // size for side, size in zip(self.image_size, (patch, patch) if isinstance(patch, int) else patch)
+        )
         extra = states.shape[1] - gh * gw  # the class token and registers stand in front
         if extra < 0:
-            raise ValueError(f"{type(self.backbone).__name__} gives {states.shape[1]} tokens, fewer than the {gh}x{gw} "
-                             f"patches of image_size={self.image_size}; pass the image_size it was made for")  # fmt: skip
+            raise ValueError(f"{type(self.backbone).__name__} gives {states.shape[1]} tokens, fewer than the "
+                             f"{gh}x{gw} "
+                             f"patches of image_size={self.image_size}; pass the image_size it "
+                             "was made for")  # fmt: skip
         grid = states[:, extra:].unflatten(1, (gh, gw))
         if self.contrastive:
             return grid, output.pooler_output

@@ -115,8 +115,9 @@ def pixels(images: Sequence, size: Size, resample: int = _BICUBIC) -> Tensor:
 def largest_boxes(masks: Tensor) -> tuple[Tensor, Tensor]:
     """Bounding box of each mask's largest 8-connected component, for a whole batch at once.
 
-    Each pixel carries the first pixel, in reading order, that it is known to be connected to. A 3x3 max-pool takes
-    the earliest of the neighbours', and following that pixel's own entry doubles the reach, until nothing changes.
+    Each pixel points to the first pixel, in reading order, that it is known to be connected to. A round takes the
+    first of the neighbours' by a 3x3 max-pool, tells the pixel it pointed to before, and follows the pointers, until
+    nothing changes: some log(h w) rounds also for mazes.
 
     Args:
         masks: `(N, h, w)` bool.
@@ -135,18 +136,20 @@ def largest_boxes(masks: Tensor) -> tuple[Tensor, Tensor]:
     found = masks.flatten(1).any(1)
     # a pixel's rank falls in reading order, 0 is background; float32 counts to 2^24
     ranks = torch.arange(total, 0, -1, device=masks.device, dtype=torch.float32 if total < 2**24 else torch.float64)
-    ranks = ranks.view(1, h, w) * masks
+    ranks = ranks * masks.flatten(1)
+    pointers = torch.arange(total, device=masks.device).expand(n, total)
     while n:
-        grown = F.max_pool2d(ranks[:, None], 3, stride=1, padding=1)[:, 0] * masks
-        parent = (total - grown).long().clamp(max=total - 1).flatten(1)
-        grown = torch.maximum(grown, grown.flatten(1).gather(1, parent).view_as(grown) * masks)
+        grown = F.max_pool2d(ranks.view(n, 1, h, w), 3, stride=1, padding=1).view(n, total) * masks.flatten(1)
+        grown = grown.scatter_reduce(1, pointers, grown, "amax")
+        for _ in range(2):
+            pointers = (total - grown).long().clamp(max=total - 1)
+            grown = torch.maximum(grown, grown.gather(1, pointers) * masks.flatten(1))
         if torch.equal(grown, ranks):
             break
-        ranks = grown
-    first = (total - ranks).long().clamp(max=total - 1).flatten(1)
+        ranks, pointers = grown, (total - grown).long().clamp(max=total - 1)
     counts = torch.zeros(n, total, dtype=torch.long, device=masks.device)
-    counts.scatter_add_(1, first, masks.flatten(1).long())
-    largest = masks & (first == counts.argmax(1, keepdim=True)).view_as(masks)
+    counts.scatter_add_(1, pointers, masks.flatten(1).long())
+    largest = masks & (pointers == counts.argmax(1, keepdim=True)).view_as(masks)
     columns, rows = largest.any(1).byte(), largest.any(2).byte()
     boxes = [columns.argmax(1), rows.argmax(1), w - columns.flip(1).argmax(1), h - rows.flip(1).argmax(1)]
     return torch.stack(boxes, 1) * found[:, None], found

@@ -1,0 +1,265 @@
+"""Which example to show: six strategies, from a random one to the one that looks at the answer."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .modeling_visual_in_context import VisualInContextModel
+from .pool_reader import PoolReader
+from .visual_tasks import pixels
+
+
+# images, labels and features of the pool that are kept between calls
+CACHE_BYTES = 2**30
+# cells of one frozen model call where many examples are tried
+CHUNK = 64
+
+
+@dataclass
+class Queries:
+    """A batch of queries in every form that a strategy may ask for.
+
+    Args:
+        cells: `(B, 3, h, w)` in [0, 1] at the frozen model's size.
+        views: of the encoder: vector, tokens and grid.
+        truth: `(B, 3, h, w)` label images, for the oracle and for measuring; None where they are not known.
+        exclude: `(B,)` rows of the pool that the queries themselves are, which are never chosen; None: none are.
+        seed: of the random strategy.
+    """
+
+    cells: Tensor
+    views: dict[str, Tensor]
+    truth: Tensor | None = None
+    exclude: Tensor | None = None
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+
+class Examples:
+    """A pool as the frozen model sees it: encoded images and label cells by row, and grids; kept while memory lasts.
+
+    Args:
+        pool: the examples.
+        model: whose frozen model and encoder are used.
+        task: draws the labels.
+        metric: None for the task's own score, which is computed on label images; or any `evaluate` module or callable
+            `metric(predictions=[...], references=[...])`, called for one prediction at a time, as the task decodes it
+            at the cell's size. It may return a number or a dict, whose first value counts.
+        greater_is_better: of `metric`.
+    """
+
+    def __init__(
+        self, pool: PoolReader, model: VisualInContextModel, task: Any, metric: Any = None,
+        greater_is_better: bool = True,
+    ) -> None:  # fmt: skip
+        self.pool, self.model, self.task = pool, model, task
+        self.metric, self.greater_is_better = metric, greater_is_better
+        self._kept: dict[str, OrderedDict[int, Tensor]] = {"encoded": OrderedDict(), "labels": OrderedDict(),
+                                                           "grids": OrderedDict()}  # fmt: skip
+        self._bytes = 0
+
+    def encoded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What the frozen model takes of examples: encodings `(*rows, ...)` and labels `(*rows, 3, h, w)`."""
+        return self._gather("encoded", rows, self._encode), self._gather("labels", rows, self._draw)
+
+    def grids(self, rows: Tensor) -> Tensor:
+        """Unit features of every cell of the grid, `(*rows, gh gw, d)`; computed where the pool has not kept them."""
+        return self._gather("grids", rows, self._features)
+
+    def measure(self, queries: Queries, rows: Tensor) -> Tensor:
+        """Performance of every example in `rows (B, K)` on its query: larger is better, `(B, K)`.
+
+        One frozen model call each; rows of -1 give -inf.
+        """
+        if queries.truth is None:
+            raise ValueError("the performance of an example can only be measured where the label of the query is "
+                             "known: "
+                             "pass labels=")  # fmt: skip
+        asked = self.model.frozen.encode(queries.cells)
+        places = (rows >= 0).nonzero()
+        found = torch.full(rows.shape, -torch.inf)
+        for part in places.split(CHUNK):
+            b, k = part.unbind(1)
+            images, labels = self.encoded(rows[b, k])
+            painted = self.model.frozen.predict(asked[b], images[:, None], labels[:, None])
+            found[b, k] = self.score(painted, queries.truth[b]).cpu()
+        return found
+
+    def score(self, painted: Tensor, truth: Tensor) -> Tensor:
+        """`(N, 3, h, w)` twice to `(N,)`, larger is better."""
+        if self.metric is None:
+            return self.task.score(painted, truth) * (1 if self.task.greater_is_better else -1)
+        size = tuple(painted.shape[-2:])
+        pairs = zip(self.task.decode(painted, size), self.task.decode(truth, size))
+        compute = getattr(self.metric, "compute", self.metric)
+        values = [compute(predictions=[one], references=[other]) for one, other in pairs]
+        values = [next(iter(value.values())) if isinstance(value, dict) else value for value in values]
+        return torch.tensor([float(value) for value in values]) * (1 if self.greater_is_better else -1)
+
+    # ---- what is kept
+
+    def _encode(self, rows: Sequence[int]) -> Tensor:
+        images = [self.task.query(self.pool.image(row)) for row in rows]
+        return self.model.frozen.encode(pixels(images, self.model.image_size).to(self.model.device))
+
+    def _draw(self, rows: Sequence[int]) -> Tensor:
+        pairs = [(self.pool.label(row), self.pool.image(row)) for row in rows]
+        return self.task.labels(*zip(*pairs), self.model.image_size).to(self.model.device)
+
+    def _features(self, rows: Sequence[int]) -> Tensor:
+        if self.pool.has_grids:
+            grids = self.pool.grids(torch.tensor(rows)).float().to(self.model.device)
+        else:
+            images = [self.task.query(self.pool.image(row)) for row in rows]
+            views = self.model.encoder(pixels(images, self.model.encoder.image_size).to(self.model.device))
+            grids = views["grid"]
+        return F.normalize(grids.flatten(1, 2), dim=2)
+
+    def _gather(self, kind: str, rows: Tensor, make: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        kept = self._kept[kind]
+        wanted = rows.flatten().tolist()
+        here = {row: kept[row] for row in wanted if row in kept}
+        missing = [row for row in dict.fromkeys(wanted) if row not in here]
+        for start in range(0, len(missing), CHUNK):
+            part = missing[start : start + CHUNK]
+            for row, value in zip(part, make(part)):
+                here[row] = value.clone()
+                kept[row] = here[row]
+                self._bytes += value.numel() * value.element_size()
+        for row in here:
+            kept.move_to_end(row)
+        while self._bytes > CACHE_BYTES:  # the oldest of the largest kind goes first
+            oldest = max(self._kept.values(), key=len)
+            _, value = oldest.popitem(last=False)
+            self._bytes -= value.numel() * value.element_size()
+        return torch.stack([here[row] for row in wanted]).unflatten(0, rows.shape)
+
+
+def nearest(queries: Queries, examples: Examples, count: int, candidates: int) -> tuple[Tensor, Tensor]:
+    """The most similar examples: cosine of the encoder's vectors (UnsupPR, arXiv 2301.13670)."""
+    return examples.pool.search(queries.views["vector"].cpu(), count, exclude=queries.exclude)
+
+
+def random(queries: Queries, examples: Examples, count: int, candidates: int) -> tuple[Tensor, Tensor]:
+    """Examples drawn from the whole pool; the same for the same image and seed, whatever else is in the batch."""
+    scores = []
+    for i in range(len(queries)):
+        generator = torch.Generator().manual_seed(_number(queries.cells[i], queries.seed))
+        scores.append(torch.rand(len(examples.pool), generator=generator))
+        if queries.exclude is not None:
+            scores[i][queries.exclude[i]] = -1
+    return torch.stack(scores).topk(min(count, len(examples.pool) - (queries.exclude is not None)), dim=1)
+
+
+def static(queries: Queries, examples: Examples, count: int, candidates: int) -> tuple[Tensor, Tensor]:
+    """The examples that did best on average over the pool, the same for every query; needs measured performance."""
+    quality = _quality(examples).clone().expand(len(queries), -1).clone()
+    if queries.exclude is not None:
+        quality[torch.arange(len(queries)), queries.exclude] = -torch.inf
+    return quality.topk(min(count, len(examples.pool) - (queries.exclude is not None)), dim=1)
+
+
+def dense(queries: Queries, examples: Examples, count: int, candidates: int) -> tuple[Tensor, Tensor]:
+    """The candidates that show what the query shows: mean over the query's cells of the largest cosine with a cell.
+
+    s(q, c) = 1/Q sum_i max_j <q_i, c_j>, on unit features, inside the K nearest.
+    """
+    _, rows = nearest(queries, examples, candidates, candidates)
+    asked = F.normalize(queries.views["grid"].flatten(1, 2).float(), dim=2)
+    scores = torch.stack([
+        (examples.grids(row) @ one.T).amax(1).mean(1).cpu() for one, row in zip(asked, rows)
+    ])  # fmt: skip
+    return _best(scores, rows, count)
+
+
+def transfer(queries: Queries, examples: Examples, count: int, candidates: int) -> tuple[Tensor, Tensor]:
+    """The candidates that did best on the pool images most like the query; needs measured performance.
+
+    With R[j, c] the performance of example c on pool image j less the mean of what was measured on j, and the 40
+    nearest neighbours j of the query,
+
+        s(q, c) = sum_j w_j R[j, c] / (sum_j w_j + shrinkage),    w_j = softmax_j(cos(q, j) / temperature),
+
+    both sums over the j on which c was measured.
+    """
+    similarity, rows = nearest(queries, examples, max(candidates, NEIGHBOURS), candidates)
+    near, weight = rows[:, :NEIGHBOURS], (similarity[:, :NEIGHBOURS] / TEMPERATURE).softmax(1)
+    rows = rows[:, :candidates]
+    measured, values = _table(examples)
+    known = measured >= 0
+    centre = (values * known).sum(1) / known.sum(1).clamp(min=1)
+    residual = torch.where(known, values - centre[:, None], 0.0)
+    scores = torch.zeros(rows.shape)
+    for i in range(len(queries)):
+        hit = measured[near[i]].flatten()[None] == rows[i][:, None]  # (K, neighbours x measured)
+        each = weight[i][:, None].expand(-1, measured.shape[1]).flatten()
+        scores[i] = (hit * each * residual[near[i]].flatten()).sum(1) / ((hit * each).sum(1) + SHRINKAGE)
+    return _best(scores, rows, count)
+
+
+def oracle(queries: Queries, examples: Examples, count: int, candidates: int) -> tuple[Tensor, Tensor]:
+    """The candidates that do best on the query itself: all K are tried, against the label of the query."""
+    _, rows = nearest(queries, examples, candidates, candidates)
+    return _best(examples.measure(queries, rows), rows, count)
+
+
+STRATEGIES = {
+    "random": random, "nearest": nearest, "static": static, "dense": dense, "transfer": transfer, "oracle": oracle,
+}  # fmt: skip
+NEIGHBOURS, TEMPERATURE, SHRINKAGE = 40, 0.05, 0.0
+
+
+def find_strategy(selector: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A strategy by name, or anything called as one: `(queries, examples, count, candidates) -> (scores, rows)`."""
+    if isinstance(selector, str):
+        if selector not in STRATEGIES:
+            raise ValueError(f"strategy={selector!r}: it must be one of {list(STRATEGIES)}")
+        return STRATEGIES[selector]
+    if not callable(selector):
+        raise TypeError(f"selector is a {type(selector).__name__}: pass one of {list(STRATEGIES)}, or a callable "
+                        "(queries, examples, count, candidates) -> (scores, rows)")  # fmt: skip
+    return selector
+
+
+def _best(scores: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    # stable: among equals the nearer one, which stands first
+    top = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return scores.gather(1, top), rows.gather(1, top)
+
+
+def _table(examples: Examples) -> tuple[Tensor, Tensor]:
+    model, pool = examples.model, examples.pool
+    if model.config.performance is None:
+        raise ValueError("this strategy needs the performance of the pool's examples on each other: run "
+                         "hf_effdl.measure_examples(model, pool) first, or choose 'nearest' or 'dense'")  # fmt: skip
+    if model.config.pool_fingerprint != pool.fingerprint:
+        raise ValueError(f"the performance was measured on the pool {model.config.pool_fingerprint}, but this is "
+                         f"{pool.fingerprint}: the pool was changed since; run measure_examples(model, "
+                         "pool) again")  # fmt: skip
+    return model.measured_candidates.long().cpu(), model.measured_performance.cpu()
+
+
+def _quality(examples: Examples) -> Tensor:
+    """Mean of what was measured of each example, less the mean of what was measured on the same image; (n,)."""
+    measured, values = _table(examples)
+    known = measured >= 0
+    centre = (values * known).sum(1) / known.sum(1).clamp(min=1)
+    total, count = torch.zeros(len(measured)), torch.zeros(len(measured))
+    where = measured[known]
+    total.index_add_(0, where, (values - centre[:, None])[known])
+    count.index_add_(0, where, torch.ones(len(where)))
+    return torch.where(count > 0, total / count.clamp(min=1), -torch.inf)
+
+
+def _number(cell: Tensor, seed: int) -> int:
+    """A number from an image's pixels and a seed."""
+    digest = hashlib.sha256(f"{seed}:".encode() + cell.cpu().numpy().tobytes()).digest()
+    return int.from_bytes(digest[:7], "big")

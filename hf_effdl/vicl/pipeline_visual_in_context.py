@@ -1,0 +1,333 @@
+"""The pipeline: for each image, choose examples from a pool, show them to a frozen vision model, read its answer."""
+
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import Pipeline, PreTrainedConfig, PreTrainedModel
+
+from .configuration_visual_in_context import VisualInContextConfig
+from .example_panels import draw_panels
+from .example_selectors import Examples, Queries, find_strategy
+from .in_context_cards import write_model_card
+from .modeling_visual_in_context import VisualInContextModel
+from .pool_reader import PoolReader
+from .visual_tasks import find_task, pixels, to_rgb
+
+
+TASK = "visual-in-context-learning"
+FUSIONS = ("mean", "model")
+FORWARD = ("strategy", "num_examples", "fusion", "vote", "candidates", "seed")
+
+
+class VisualInContextPipeline(Pipeline):
+    """Predict for new images by showing a frozen vision model the right labelled examples.
+
+        query -> the K nearest of the pool -> a strategy ranks them -> the frozen model sees the best m -> prediction
+
+    Args:
+        model: a `VisualInContextModel`; a repository or folder of one; or one of a backbone (SegGPT, or any vision
+            encoder for feature matching), see `VisualInContextModel.from_backbone`.
+        selector: how examples are chosen: "random", "nearest", "static", "dense", "transfer", "oracle", or a callable
+            `(queries, examples, count, candidates) -> (scores, rows)`; default: the model's `config.strategy`.
+        pool: an `ExamplePool` or `PoolReader`, or a repository or folder of one; default: the one that the config
+            names.
+        metric, greater_is_better: what the oracle goes by, see `Examples`; default: the task's own metric.
+
+    Call it with an image (PIL, array, path, bytes) or any number of them; a list, a data set column or a generator is
+    a batch. Options of a call, or of the constructor as defaults:
+
+        num_examples    m, how many examples are shown (default 1)
+        fusion          for m > 1: "mean" of the answers to each (default), or "model": all in one call of the frozen
+                        model (SegGPT's feature ensemble; joint matching)
+        vote            also run every arrangement of the canvas and vote (prompt-SelF, arXiv 2304.04748); for frozen
+                        models that have more than one
+        strategy        instead of `selector`
+        candidates      K (default: the config's, 50); a smaller pool gives shorter lists
+        seed            of the random strategy
+        labels          labels of the queries, as many; for the oracle
+        batch_size      queries at a time (default 8)
+
+    Returns:
+        For one image a dict, for several a list of them:
+        `{"prediction", "example_ids", "scores"}`; ids and scores of the m examples shown, best first. The prediction
+        is, for segmentation, a uint8 array `(H, W)` of the query's size, 1 for the object; for detection `[x0, y0, x1,
+        y1]` in the query's pixels, or None where nothing was found; for colourisation an RGB PIL image of the query's
+        size.
+
+    Raises:
+        ValueError: for a pool of another task or made with another encoder, unknown options, labels that are missing
+            or of another size.
+
+    Example:
+        ```python
+        pool = ExamplePool.from_dataset(dataset, label_column="mask", encoder="facebook/dinov2-base")
+        pipe = VisualInContextPipeline(model="BAAI/seggpt-vit-large", selector="dense", pool=pool)
+        pipe("photo.jpg")["prediction"]
+        pipe.plot("photo.jpg").show()
+        pipe.push_to_hub("me/segment-like-these")    # then, with nothing but transformers:
+        pipeline(model="me/segment-like-these", trust_remote_code=True)("photo.jpg")
+        ```
+
+    Source: Xu et al., "Towards Global Optimal Visual In-Context Learning Prompt Selection", arXiv 2405.15279 (setting,
+    K = 50, top-m fusion).
+    """
+
+    _load_tokenizer = False
+    _load_feature_extractor = False
+    _load_image_processor = False
+    _load_processor = False
+
+    def __init__(
+        self,
+        model: VisualInContextModel | str,
+        selector: Any = None,
+        pool: PoolReader | str | None = None,
+        *,
+        metric: Any = None,
+        greater_is_better: bool = True,
+        token: str | bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        encoder = getattr(pool, "encoder_module", None)  # a pool that was built here still has its encoder
+        if isinstance(model, (str, os.PathLike)):
+            model = _load_model(str(model), pool, encoder, token)
+        if not isinstance(model, PreTrainedModel) or not hasattr(model, "frozen"):
+            raise TypeError(f"model is a {type(model).__name__}: pass a VisualInContextModel (from_backbone, "
+                            "from_parts, "
+                            "from_pretrained) or the name of a repository")  # fmt: skip
+        if pool is None:
+            pool = _named_pool(model)
+        if isinstance(pool, (str, os.PathLike)):
+            pool = PoolReader.from_pretrained(str(pool), token=token, **_revision(model, str(pool)))
+        kwargs.setdefault("task", TASK)
+        self.pool, self.selector = pool, selector
+        self.visual_task = find_task(model.config.task)
+        _check_pool(pool, model)
+        super().__init__(model=model, **kwargs)
+        self.examples = Examples(pool, model, self.visual_task, metric, greater_is_better)
+        find_strategy(self._strategy(None))
+
+    def __call__(self, images: Any, *, labels: Any = None, batch_size: int | None = None, **kwargs: Any) -> Any:
+        """See the class. One image gives a dict, a list gives a list, a generator is answered by a generator."""
+        if batch_size is None:
+            batch_size = self._batch_size or 8
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: pass a whole number of at least 1")
+        if _is_image(images):
+            return self._run([images], None if labels is None else [labels], 1, kwargs)[0]
+        if isinstance(images, Iterator):
+            if labels is not None and not isinstance(labels, Iterable):
+                raise ValueError("labels= must hold one label for each image")
+            return self._stream(images, labels if labels is None else iter(labels), batch_size, kwargs)
+        if labels is not None and len(labels) != len(images):
+            raise ValueError(f"{len(labels)} labels for {len(images)} images: pass one each")
+        return self._run(images, labels, batch_size, kwargs)
+
+    def _run(self, images: Any, labels: Any, batch_size: int, options: dict[str, Any]) -> list[dict[str, Any]]:
+        return list(self._stream(iter(images), None if labels is None else iter(labels), batch_size, options))
+
+    def _stream(
+        self, images: Iterator[Any], labels: Iterator[Any] | None, batch_size: int, options: dict[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        # a chunk travels through the base class as one input, since strategies and the frozen model take batches
+        while chunk := list(islice(images, batch_size)):
+            known = None if labels is None else list(islice(labels, len(chunk)))
+            if known is not None and len(known) != len(chunk):
+                raise ValueError("there are fewer labels than images: pass one each")
+            yield from super().__call__({"images": chunk, "labels": known}, **options)
+
+    def plot(
+        self,
+        images: Any,
+        outputs: Any = None,
+        *,
+        height: int = 160,
+        path: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> Image.Image:
+        """Query, chosen examples with their labels, and prediction, side by side; a row for each image.
+
+        Args:
+            images: one or a list.
+            outputs: what the pipeline gave for them; default: it is run with `options`.
+            height: of a row in pixels.
+            path: also write the picture here.
+        """
+        if _is_image(images):
+            images, outputs = [images], None if outputs is None else [outputs]
+        images = list(images)
+        if outputs is None:
+            outputs = self(images, **options)
+        rows = [
+            (self.visual_task.query(image), [self._example(id) for id in output["example_ids"]], output)
+            for image, output in zip(images, outputs, strict=True)
+        ]
+        picture = draw_panels(rows, self.visual_task.name, height)
+        if path is not None:
+            picture.save(path)
+        return picture
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save the model and the code that runs it anywhere; a pool without a repository goes into `pool/`."""
+        config = self.model.config
+        if isinstance(self.selector, str):
+            config.strategy = self.selector
+        if config.pool is None or not _is_repository(config.pool):
+            if not hasattr(self.pool, "save_pretrained"):
+                raise ValueError("the pool was read and not built here, and its repository is not known: set "
+                                 "model.config.pool to the repository's name")  # fmt: skip
+            self.pool.save_pretrained(os.path.join(save_directory, "pool"))
+            config.pool, config.pool_revision = "pool", None
+        super().save_pretrained(save_directory, **kwargs)
+        write_model_card(save_directory, config, self.pool, len(self.pool))
+
+    def push_to_hub(
+        self, repo_id: str, *, pool_repo_id: str | None = None, private: bool | None = None, token: str | bool | None =
+        None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Push the model, its code and card; first the pool, where it is not on the Hub yet.
+
+        Args:
+            repo_id: of the model.
+            pool_repo_id: of the pool, a data set repository; default: the one it is in, else `repo_id` + "-pool".
+            private: for repositories that are made now.
+        """
+        config = self.model.config
+        if pool_repo_id is not None or config.pool is None or not _is_repository(config.pool):
+            if not hasattr(self.pool, "push_to_hub"):
+                raise ValueError("the pool was read and not built here: load it with ExamplePool.from_pretrained to "
+                                 "push it, "
+                                 "or set model.config.pool to its repository")  # fmt: skip
+            pool_repo_id = pool_repo_id or f"{repo_id}-pool"
+            self.pool.push_to_hub(pool_repo_id, private=private, token=token)
+            config.pool, config.pool_revision = pool_repo_id, self.pool.commit
+        return super().push_to_hub(repo_id, private=private, token=token, **kwargs)
+
+    # ---- the steps of a pipeline
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        unknown = set(kwargs) - set(FORWARD)
+        if unknown:
+            raise TypeError(f"unknown options {sorted(unknown)}; there are {[*FORWARD, 'labels', 'batch_size']}")
+        return {}, {name: kwargs[name] for name in FORWARD if kwargs.get(name) is not None}, {}
+
+    def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        images = [self._opened(image) for image in inputs["images"]]
+        seen = [self.visual_task.query(image) for image in images]
+        batch = {"sizes": [image.size[::-1] for image in images], "cells": pixels(seen, self.model.image_size),
+                 "views": pixels(seen, self.model.encoder.image_size)}  # fmt: skip
+        if inputs["labels"] is not None:
+            batch["truth"] = self.visual_task.labels(inputs["labels"], images, self.model.image_size)
+        return batch
+
+    def _forward(
+        self, batch: dict[str, Any], strategy: Any = None, num_examples: int = 1, fusion: str = "mean",
+        vote: bool = False, candidates: int | None = None, seed: int = 0,
+    ) -> dict[str, Any]:  # fmt: skip
+        if not isinstance(num_examples, int) or num_examples < 1:
+            raise ValueError(f"num_examples={num_examples!r}: pass a whole number of at least 1")
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion={fusion!r}: choose one of {FUSIONS}")
+        arrangements = getattr(self.model.frozen, "arrangements", 1)
+        if vote and arrangements == 1:
+            raise ValueError(f"vote=True, but {type(self.model.frozen).__name__} has no canvas whose cells could be "
+                             "arranged "
+                             "in another way: leave vote out")  # fmt: skip
+        choose = find_strategy(self._strategy(strategy))
+        queries = Queries(batch["cells"], self.model.encoder(batch["views"]), batch.get("truth"), seed=seed)
+        if not len(self.pool):
+            raise ValueError("the pool is empty: add examples to it")
+        scores, rows = choose(queries, self.examples, num_examples, candidates or self.model.config.candidates)
+        images, labels = self.examples.encoded(rows)
+        asked = self.model.frozen.encode(batch["cells"])
+        layouts = range(arrangements) if vote else (0,)
+        answers = torch.stack([self._answer(asked, images, labels, fusion, layout) for layout in layouts])
+        painted = answers.mean(0)
+        if vote and self.visual_task.name != "colourisation":
+            # the mean of 0..255 values, white where it passes 127 in all channels: prompt-SelF's vote
+            painted = (painted * 255 > 127).all(1, keepdim=True).float().expand_as(painted)
+        return {"painted": painted, "rows": rows, "scores": scores, "sizes": batch["sizes"]}
+
+    def postprocess(self, outputs: dict[str, Any]) -> list[dict[str, Any]]:
+        predictions = self.visual_task.decode(outputs["painted"].float(), outputs["sizes"])
+        ids = self.pool.ids
+        return [
+            {"prediction": prediction, "example_ids": [ids[row] for row in rows], "scores": scores}
+            for prediction, rows, scores in zip(predictions, outputs["rows"].tolist(), outputs["scores"].tolist())
+        ]
+
+    def _answer(self, asked: Any, images: Any, labels: Any, fusion: str, layout: int) -> Any:
+        frozen, m = self.model.frozen, labels.shape[1]
+        if fusion == "model" or m == 1:
+            return frozen.predict(asked, images, labels, layout)
+        each = [frozen.predict(asked, images[:, j : j + 1], labels[:, j : j + 1], layout) for j in range(m)]
+        return torch.stack(each).mean(0)
+
+    def _strategy(self, given: Any) -> Any:
+        return next(value for value in (given, self.selector, self.model.config.strategy) if value is not None)
+
+    def _example(self, id: str) -> tuple[str, Image.Image, Any]:
+        row = self.pool.position(id)
+        image = self.pool.image(row)
+        label = self.pool.label(row)
+        if self.visual_task.name == "segmentation":
+            label = np.asarray(self.visual_task.label(label, image))[:, :, 0] // 255
+        return id, self.visual_task.query(image), image if self.visual_task.name == "colourisation" else label
+
+    @staticmethod
+    def _opened(image: Any) -> Image.Image:
+        return to_rgb(image)
+
+
+def _is_image(images: Any) -> bool:
+    # an array of four axes is a batch of images; strings, bytes and the dicts of datasets are single ones
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        return images.ndim < 4
+    return isinstance(images, (Image.Image, str, bytes, dict, os.PathLike)) or not isinstance(images, Iterable)
+
+
+def _is_repository(name: str) -> bool:
+    return not os.path.isdir(name) and name != "pool"
+
+
+def _revision(model: VisualInContextModel, pool: str) -> dict[str, Any]:
+    return {"revision": model.config.pool_revision} if pool == model.config.pool else {}
+
+
+def _named_pool(model: VisualInContextModel) -> str:
+    name = model.config.pool
+    if name is None:
+        raise ValueError("there is no pool: pass pool=ExamplePool.from_dataset(...), or a repository or folder of one")
+    inside = os.path.join(model.config.name_or_path or "", name)
+    return inside if os.path.isdir(inside) else name
+
+
+def _load_model(name: str, pool: Any, encoder: Any, token: str | bool | None) -> VisualInContextModel:
+    values, _ = PreTrainedConfig.get_config_dict(name, token=token)
+    if values.get("model_type") == VisualInContextConfig.model_type:
+        return VisualInContextModel.from_pretrained(name, token=token)
+    return VisualInContextModel.from_backbone(
+        name, task=getattr(pool, "task", "segmentation"), encoder=encoder, token=token
+    )
+
+
+def _check_pool(pool: PoolReader, model: VisualInContextModel) -> None:
+    if not hasattr(pool, "search"):  # by what it can do: code from the Hub has a PoolReader of its own
+        raise TypeError(f"pool is a {type(pool).__name__}: pass ExamplePool.from_dataset(dataset, encoder=...), or a "
+                        "repository or folder of a pool")  # fmt: skip
+    if pool.task != model.config.task:
+        raise ValueError(f"the pool is for task={pool.task!r}, the model for task={model.config.task!r}: make one of "
+                         "them "
+                         "again for the task of the other")  # fmt: skip
+    made, here = pool.encoder, model.encoder.describe()
+    if made["fingerprint"] != here["fingerprint"]:
+        raise ValueError(f"the pool was made with the encoder {made}, but the model's is {here}: vectors of two "
+                         "encoders "
+                         "cannot be compared. Pass encoder= of the pool to VisualInContextModel, or make the pool "
+                         "again "
+                         "with encoder=model.encoder")  # fmt: skip
