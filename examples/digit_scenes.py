@@ -5,12 +5,13 @@ One of them is the target. Three tasks share the pictures:
 
 - segmentation: a mask of the target;
 - detection: the box around the target;
-- colourisation: the tints of the scene, one of the target and one of everything else, from its luminance.
+- colourisation: the tints of background and ink, from the luminance.
 
-Each scene has its own lights and darks, texture, tints, sizes and angles, so of two examples with the same class one can
-be much closer to a query than the other. In the rows of `make_scenes` the target is the largest digit, so that a picture
-alone tells what kind of example would help; in the pairs of `make_pair`, which a model learns from, any digit is the
-target, so that only the example tells.
+What an example tells is drawn anew for every training pair (`make_pair`): which digit is the target, and which tint
+each class has in this pair; in colourisation, the two tints. The tint of a digit is the easy cue, its shape the hard one.
+Lights and darks, textures, sizes and angles are each scene's own, so of two examples with the same target one can be
+closer to a query than the other. In the rows of `make_scenes` the looks are fixed and the target is the largest digit,
+so that a picture alone tells what kind of example would help.
 
     from datasets import Dataset
     pool = Dataset.from_list(make_scenes(300, split="train", task="segmentation", seed=0))
@@ -49,7 +50,7 @@ def rows_of_class(split: str, label: int) -> np.ndarray:
 class Scene:
     """A colour picture (height, width, 3) in [0, 1], the target's mask (height, width), and the digits' classes.
 
-    `label` is the target's class, `others` are the other digits' classes, `rows` says which of the 1,797 digits are there.
+    `label` is the target's class, `others` are the other digits' classes, `rows` are the numbers of the digits it shows.
     """
 
     colour: np.ndarray
@@ -196,8 +197,8 @@ def make_pair(rng: np.random.Generator, task: str, split: str = "train") -> tupl
 def draw_scenes(n: int, split: str, task: str, seed: int) -> list[Scene]:
     """`n` scenes whose target is the largest digit; the classes take turns. The same seed draws the same scenes.
 
-    Here the looks are fixed, so that a picture tells which others could be its examples: in colourisation each of the six
-    kinds has its tints, otherwise each class has.
+    Here the looks are fixed, so that a picture tells which others could be its examples: in colourisation each of the
+    six kinds has its tints, otherwise each class has.
     """
     if task not in TASKS:
         raise ValueError(f"task is one of {TASKS}, not {task!r}")
@@ -225,8 +226,8 @@ def make_scenes(n: int, split: str = "train", task: str = "segmentation", seed: 
 
     Returns:
         Rows with `image` (PIL, RGB), `digit` (class of the target, which no model is told) and the label: `mask` (PIL,
-        mode L, 0 and 1), or `box` ([x0, y0, x1, y1] in pixels, x1 and y1 exclusive), or none in colourisation, where the
-        image is the label of its own luminance.
+        mode L, 0 and 1), or `box` ([x0, y0, x1, y1] in pixels, x1 and y1 exclusive), or none in colourisation, where
+        the image is the label of its own luminance.
     """
     rows = []
     for scene in draw_scenes(n, split, task, seed):

@@ -7,6 +7,7 @@ measured numbers (`metrics.json`), among them what choosing the example is worth
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,6 @@ from transformers import (
     SegGptConfig,
     SegGptForImageSegmentation,
     SegGptImageProcessorPil,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -34,19 +32,21 @@ class Arguments:
     output_dir: str = field(default="runs/tiny-seggpt", metadata={"help": "Folder for weights, configs and log."})
     steps: int = field(default=4000, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=16, metadata={"help": "Pairs per step."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak of the cosine schedule."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "AdamW's, at the peak of the cosine schedule."})
+    muon_learning_rate: float = field(default=0.02, metadata={"help": "Muon's, likewise."})
     seed: int = field(default=0, metadata={"help": "Seed of the weights, the training pairs and the test scenes."})
     hidden_size: int = field(default=96, metadata={"help": "Width of the transformer."})
     layers: int = field(default=5, metadata={"help": "Number of layers."})
     heads: int = field(default=3, metadata={"help": "Number of attention heads."})
     patch_size: int = field(default=8, metadata={"help": "Side of a patch; divides the scene's 48 pixels."})
-    beta: float = field(default=1.0, metadata={"help": "Where the smooth L1 loss turns from square to absolute."})
+    beta: float = field(default=4.0, metadata={"help": "Where the smooth L1 loss turns from square to absolute."})
     below: float = field(default=0.3, metadata={"help": "Share of pairs with the example below the query."})
     test_pairs: int = field(default=200, metadata={"help": "Test pairs per task."})
     queries: int = field(default=100, metadata={"help": "Queries of the retrieval protocol."})
     pool: int = field(default=300, metadata={"help": "Scenes to choose an example from, in that protocol."})
     candidates: int = field(default=50, metadata={"help": "Nearest scenes that are tried as the example."})
     init: float = field(default=0.06, metadata={"help": "Standard deviation of new weights."})
+    workers: int = field(default=1, metadata={"help": "Processes that draw scenes beside the training."})
     bf16: bool = field(default=True, metadata={"help": "Train in bfloat16 autocast."})
     progress_steps: int = field(default=200, metadata={"help": "Steps between two lines of progress."})
 
@@ -123,7 +123,7 @@ def paint(
     below: bool = False,
     batch_size: int = 50,
 ) -> np.ndarray:
-    """The queries painted as the examples show: (n, height, width, 3) in [0, 1], where the model does not overshoot."""
+    """The queries painted as the examples show, (n, height, width, 3): in [0, 1] but for what the model overshoots."""
     canvas = Canvas(model.config.patch_size)
     parts = []
     for i in range(0, len(queries), batch_size):
@@ -163,9 +163,9 @@ def test_triples(n: int, task: str, seed: int) -> list[tuple[Scene, Scene, Scene
 def evaluate_tasks(model: SegGptForImageSegmentation, n: int = 200, seed: int = 1000) -> dict[str, float]:
     """Means over `n` test pairs of each task; any digit of a scene is its target, so only the example tells which.
 
-    IoU of masks and of filled boxes; the mean squared error of colours in ImageNet's units, beside the error of the grey
-    picture itself; masks with the example below its query; and masks against the truth of the query where the example
-    shows the class of another digit of the query.
+    IoU of masks and of filled boxes, also where the example shows another digit of the query, which scores 0 if the
+    model obeys; masks with the example below its query; the mean squared error of colours in ImageNet's units, beside the
+    error of the grey picture itself.
     """
     result = {}
     for task in TASKS:
@@ -210,11 +210,11 @@ def retrieval_protocol(
     seed: int = 2000,
     random_draws: int = 10,
 ) -> dict[str, float]:
-    """What the choice of the example is worth: mean score with a random one, the nearest, the best of the nearest ones.
+    """What the choice of the example is worth: the mean score with a random one, the nearest, the best of the nearest.
 
-    The pool's scenes show training digits, the queries test digits; nothing tells the class of a query but its picture,
-    in which the target is the largest digit. Nearest is by the inner product of `embed`. The score is the IoU, or minus
-    the mean squared error in colourisation.
+    The pool's scenes show training digits, the queries test digits; only its picture tells the class of a query,
+    in which the target is the largest digit. Nearest is by the inner product of `embed`. The score is the IoU, or
+    minus the mean squared error in colourisation.
     """
     shelf, asked = draw_scenes(pool, "train", task, seed), draw_scenes(queries, "test", task, seed)
     shown, images = [s.painting(task) for s in shelf], [s.painting(task) for s in asked]
@@ -240,21 +240,51 @@ def retrieval_protocol(
     }
 
 
-class Progress(TrainerCallback):
-    """Prints the loss and the mask IoU on a few test pairs."""
+def optimizers(model: SegGptForImageSegmentation, args: Arguments) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the transformer's layers, AdamW for everything else."""
+    named = model.named_parameters()
+    hidden = {name for name, p in named if p.ndim == 2 and ".layers." in name and "rel_pos" not in name}
+    matrices = [p for name, p in model.named_parameters() if name in hidden]
+    rest = [p for name, p in model.named_parameters() if name not in hidden]
+    return [
+        torch.optim.Muon(matrices, lr=args.muon_learning_rate, momentum=0.9, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
 
-    def __init__(self, n: int = 32) -> None:
-        self.n, self.start = n, time.monotonic()
 
-    def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:
-        if "loss" in (logs or {}):
-            logs |= {f"small_{k}": round(v, 4) for k, v in evaluate_tasks(model, self.n).items()}
-            state.log_history[-1].update(logs)
-            model.train()
-            print(
-                json.dumps({"step": state.global_step, "seconds": round(time.monotonic() - self.start), **logs}),
-                flush=True,
-            )
+def train(model: SegGptForImageSegmentation, args: Arguments) -> list[dict[str, float]]:
+    """Trains in place, prints progress, returns the log."""
+    steppers = optimizers(model, args)
+    warmup = min(50, max(args.steps // 4, 1))
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            stepper, lambda t: min(1, (t + 1) / warmup) * (1 + math.cos(math.pi * t / args.steps)) / 2
+        )
+        for stepper in steppers
+    ]
+    pairs = Pairs(args.steps * args.batch_size, args.seed, args.below)
+    batches = torch.utils.data.DataLoader(
+        pairs, args.batch_size, collate_fn=Canvas(args.patch_size), num_workers=args.workers
+    )
+    start, losses, log = time.monotonic(), [], []
+    for step, batch in enumerate(batches, 1):
+        model.train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for stepper, schedule in zip(steppers, schedules):
+            stepper.step()
+            stepper.zero_grad()
+            schedule.step()
+        losses.append(loss.item())
+        if step % args.progress_steps == 0 or step == args.steps:
+            row = {"step": step, "seconds": round(time.monotonic() - start), "loss": float(np.mean(losses))}
+            row |= evaluate_tasks(model, 24, seed=500)
+            log.append({name: round(value, 4) for name, value in row.items()})
+            print(json.dumps(log[-1]), flush=True)
+            losses = []
+    return log
 
 
 def save(model: SegGptForImageSegmentation, processor: SegGptImageProcessorPil, folder: Path) -> None:
@@ -272,33 +302,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     set_seed(args.seed)
     model = build_model(args)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    trainer = Trainer(
-        model,
-        TrainingArguments(
-            output_dir=str(folder),
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            adam_beta2=0.98,
-            weight_decay=0.02,
-            lr_scheduler_type="cosine",
-            warmup_steps=min(100, args.steps // 4),
-            logging_steps=args.progress_steps,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=args.bf16,
-            remove_unused_columns=False,
-            dataloader_num_workers=1,
-            seed=args.seed,
-        ),
-        data_collator=Canvas(args.patch_size),
-        train_dataset=Pairs(args.steps * args.batch_size, args.seed, args.below),
-        callbacks=[Progress()],
-    )
     start = time.monotonic()
-    trainer.train()
+    log = train(model, args)
     seconds = time.monotonic() - start
     processor = SegGptImageProcessorPil(size={"height": SIZE, "width": SIZE}, num_labels=1)
     before = evaluate_tasks(model, args.test_pairs)
@@ -315,7 +320,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     }
     (folder / "metrics.json").write_text(json.dumps({"arguments": vars(args), **metrics}, indent=1) + "\n")
     with open(folder / "training_log.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in trainer.state.log_history)
+        file.writelines(json.dumps(row) + "\n" for row in log)
     print(json.dumps(metrics, indent=1))
     return metrics
 

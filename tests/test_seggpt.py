@@ -220,6 +220,13 @@ def test_the_model_is_frozen():
     assert apart(answers, f(queries, images, labels)) == 0
 
 
+@pytest.mark.parametrize("bias, answer", [(50.0, 1.0), (-50.0, 0.0)])
+def test_answers_are_clamped(bias, answer):
+    f, (queries, images, labels) = SegGptInContext(tiny()), prompts()
+    f.model.decoder.decoder_pred.head.bias.data += bias
+    assert torch.equal(f(queries, images, labels), torch.full_like(queries, answer))
+
+
 def test_encode_keeps_images_as_they_are():
     f, (queries, images, labels) = SegGptInContext(tiny()), prompts()
     assert f.encode(queries) is queries and f.encode(images) is images

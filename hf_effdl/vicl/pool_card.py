@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCa
 import hf_effdl
 from hf_effdl.hub.cards import write_card
 from hf_effdl.vicl.pool_reader import MANIFEST, NAME
+from hf_effdl.vicl.pool_writer import compacted, write_manifest
 
 
 CATEGORIES = {"segmentation": "image-segmentation", "detection": "object-detection", "colourisation": "image-to-image"}
@@ -103,9 +104,9 @@ def push_pool(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if any(entry["dropped"] for entry in pool.manifest["shards"]):
-            pool.save_pretrained(folder)
-            (folder / "README.md").unlink()
+            (folder / "data").mkdir()
             source = folder
+            write_manifest(folder, pool.manifest | {"shards": list(compacted(pool.manifest, pool._shards, folder))})
         else:
             source = pool.folder
         if "README.md" in files:

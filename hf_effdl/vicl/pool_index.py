@@ -44,11 +44,11 @@ class PoolIndex:
         similarities, rows = map(torch.from_numpy, self.index.search(queries.contiguous().numpy(), more))
         if exclude is not None:
             # the excluded row goes last, the others keep their order
-            order = (rows == exclude[:, None]).int().argsort(1, stable=True)[:, :k]
+            order = (rows == exclude[:, None]).int().argsort(dim=1, stable=True)[:, :k]
             similarities, rows = similarities.gather(1, order), rows.gather(1, order)
         # of equal similarities the lower row first
-        order = rows.argsort(1, stable=True)
-        order = order.gather(1, similarities.gather(1, order).argsort(1, descending=True, stable=True))
+        order = rows.argsort(dim=1, stable=True)
+        order = order.gather(1, similarities.gather(1, order).argsort(dim=1, descending=True, stable=True))
         return similarities.gather(1, order), rows.gather(1, order)
 
 

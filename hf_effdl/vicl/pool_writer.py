@@ -264,6 +264,8 @@ def build(
     number = 1 + max((int(entry["name"].split("-")[1]) for entry in manifest["shards"]), default=-1)
     key = source.key(manifest, on_bad_row)
     names = [f"pool-{number + i:05d}-{key}" for i in range(-(-len(source) // size))]
+    if len({*gather_object([key])}) > 1:
+        raise ValueError("the processes hold different data sets (a shuffle without a seed?) or settings")
     # the first process tells the others, as what is done changes while they look
     todo = broadcast_object_list([[i for i, name in enumerate(names) if _done(folder, name) is None]])[0]
     mine = todo[state.process_index :: state.num_processes]

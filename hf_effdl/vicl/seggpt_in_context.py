@@ -29,11 +29,11 @@ class SegGptInContext(nn.Module):
 
     with `s` the image or the label stream, which are two up to and including block `merge_index` and one after it. The
     m painted halves then differ only in the row of pixels next to the example, through the last convolution; they are
-    averaged, so that the order of the examples does not matter.
+    averaged, so that the order of the examples does not matter (the authors keep the first).
 
-    `ensemble="original"` is that formula, and the authors' code to 1e-6 on the same weights. transformers' own
+    `ensemble="original"` is that formula, equal to the authors' code to 1e-6 on the same weights. transformers' own
     `feature_ensemble=True`, here `"upstream"`, also averages over the two streams in block `merge_index`, and so
-    paints something slightly different; it does so even for a single example, for which this class never sets it.
+    paints something else; it does so even for a single example, for which this class never sets it.
 
     Args:
         model: the model. It is frozen in place: evaluation mode, no gradients.

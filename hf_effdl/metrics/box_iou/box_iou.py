@@ -21,12 +21,13 @@ _CITATION = """\
 """
 
 _DESCRIPTION = """\
-Intersection over union of one predicted and one true box an item, in pixels, averaged over items, as the field of visual
-in-context learning reports single-object detection. No box where there is none agrees: 1; a box against none: 0.
+Intersection over union of one predicted and one true box an item, in pixels, averaged over items, as the field of
+visual in-context learning reports single-object detection. No box where there is none agrees (1); a box there does
+not (0).
 
 Two means are given. `mean_iou` counts each item once. `mean_iou_1000` is the historic convention of the evaluators of
-visual in-context learning: a loop over the positions 0..999 takes item `position mod n`, so that the items at the front
-may count once more than the others (of 346 items the first 308 count three times, the rest twice) and of more than 1000
+visual in-context learning: a loop over the positions 0..999 takes item `position mod n`, so that the first items may
+count once more than the others (of 346 items the first 308 count three times, the rest twice), and of more than 1000
 only the first 1000 count. Say which one a number is.
 """
 

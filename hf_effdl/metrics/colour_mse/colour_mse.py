@@ -29,8 +29,8 @@ std (0.229, 0.224, 0.225), averaged over items, as the field of visual in-contex
 Lower is better.
 
 Two means are given. `mean_mse` counts each item once. `mean_mse_1000` is the historic convention of the evaluators of
-visual in-context learning: a loop over the positions 0..999 takes item `position mod n`, so that the items at the front
-may count once more than the others (of 346 items the first 308 count three times, the rest twice) and of more than 1000
+visual in-context learning: a loop over the positions 0..999 takes item `position mod n`, so that the first items may
+count once more than the others (of 346 items the first 308 count three times, the rest twice), and of more than 1000
 only the first 1000 count. Say which one a number is.
 """
 

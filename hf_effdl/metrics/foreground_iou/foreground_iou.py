@@ -23,12 +23,12 @@ _CITATION = """\
 """
 
 _DESCRIPTION = """\
-Intersection over union of the foreground of two masks, `|P & R| / |P | R|`, averaged over items (not over classes), as the
-field of visual in-context learning reports segmentation. Two empty masks agree: 1 (the original code gives NaN).
+Intersection over union of the foreground of two masks, `|P & R| / |P | R|`, averaged over items (not over classes), as
+the field of visual in-context learning reports segmentation. Two empty masks agree: 1 (the original code gives NaN).
 
 Two means are given. `mean_iou` counts each item once. `mean_iou_1000` is the historic convention of the evaluators of
-visual in-context learning: a loop over the positions 0..999 takes item `position mod n`, so that the items at the front
-may count once more than the others (of 346 items the first 308 count three times, the rest twice) and of more than 1000
+visual in-context learning: a loop over the positions 0..999 takes item `position mod n`, so that the first items may
+count once more than the others (of 346 items the first 308 count three times, the rest twice), and of more than 1000
 only the first 1000 count. Say which one a number is.
 """
 
@@ -48,7 +48,8 @@ Example:
     >>> import evaluate
     >>> from importlib.resources import files
     >>> metric = evaluate.load(str(files("hf_effdl.metrics") / "foreground_iou"))
-    >>> metric.compute(predictions=[[[0, 1], [1, 1]], [[0, 0]]], references=[[[0, 0], [255, 255]], [[0, 0]]], per_item=True)
+    >>> masks, truth = [[[0, 1], [1, 1]], [[0, 0]]], [[[0, 0], [255, 255]], [[0, 0]]]
+    >>> metric.compute(predictions=masks, references=truth, per_item=True)
     {'mean_iou': 0.8333333333333333, 'mean_iou_1000': 0.8333333333333333, 'iou': [0.6666666666666666, 1.0]}
 """
 
@@ -96,7 +97,7 @@ def _pair(prediction, reference):
 
 def _mask(mask):
     mask = np.asarray(mask)
-    if mask.ndim != 2 or mask.dtype.kind not in "bui":
+    if mask.ndim != 2 or not mask.size or mask.dtype.kind not in "bui":
         raise ValueError(f"a mask is (H, W) whole numbers; got {mask.dtype} {mask.shape}; threshold a soft mask first")
     return mask
 

@@ -1,0 +1,704 @@
+"""The pool of examples: what goes in comes out, whoever writes it and however often it is interrupted."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, Image, concatenate_datasets
+from PIL import Image as PILImage
+from pool_run import Encoder, encoded, picture, rows
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from hf_effdl.vicl import pool_index
+from hf_effdl.vicl.pool import ExamplePool
+from hf_effdl.vicl.pool_reader import PoolReader, exact_search
+from hf_effdl.vicl.visual_tasks import Segmentation, pixels
+
+
+@pytest.fixture
+def make(tmp_path):
+    def from_dataset(ds, **options):
+        options = {"encoder": Encoder(), "cache_dir": tmp_path / "cache", "rows_per_shard": 5, "batch_size": 3,
+                   "progress": False} | options  # fmt: skip
+        return ExamplePool.from_dataset(ds, **options)
+
+    return from_dataset
+
+
+def files_of(pool) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (pool.folder / "data").iterdir()}
+
+
+def same(pool, other) -> None:
+    """Two pools hold the same, whatever their shards."""
+    assert pool.ids == other.ids and pool.fingerprint == other.fingerprint
+    assert pool.encoder == other.encoder and pool.task == other.task and len(pool) == len(other)
+    torch.testing.assert_close(pool.vectors, other.vectors)
+    torch.testing.assert_close(pool.tokens(range(len(pool))), other.tokens(range(len(pool))), atol=1e-3, rtol=1e-3)
+    for row in range(len(pool)):
+        assert pool._read(row) == other._read(row)
+
+
+# ---- what goes in
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection", "colourisation"])
+def test_every_row_comes_back_as_it_was(make, task):
+    ds = rows(13)
+    pool = make(
+        ds, task=task, label_column="box" if task == "detection" else "label", id_column="name", keep_grids=True
+    )
+    assert (len(pool), pool.ids, pool.task) == (13, ds["name"][:], task)
+    assert [entry["rows"] for entry in pool.manifest["shards"]] == [5, 5, 3]
+    raw = ds.cast_column("image", Image(decode=False))["image"]
+    for row in range(13):
+        assert pool.position(ds[row]["name"]) == row
+        assert pool._read(row)[0] == raw[row]["bytes"]  # the very file
+        assert pool.image(row).mode == "RGB" and pool.image(row).size == (20, 14)
+        if task == "segmentation":
+            mask = np.array(ds[row]["label"])
+            assert np.array_equal(np.array(pool.label(row)), 255 * np.isin(mask, (1, 2, 3)))
+        else:
+            assert pool.label(row) == (ds[row]["box"] if task == "detection" else None)
+    views = Encoder()(pixels(ds["image"][:], (8, 8)))
+    torch.testing.assert_close(pool.vectors, views["vector"])
+    for name, stored in (("tokens", pool.tokens(range(13))), ("grid", pool.grids(range(13)))):
+        assert stored.dtype == torch.float32
+        torch.testing.assert_close(stored, views[name], atol=1e-3, rtol=1e-3)
+    assert (pool.dim, pool.encoder, pool.commit) == (12, Encoder().describe(), None)
+
+
+def test_files_that_browsers_show_are_kept_and_others_become_png(make):
+    image = picture(np.random.default_rng(0))
+    moving = {"save_all": True, "append_images": [image.rotate(90)]}
+    turned = PILImage.Exif()
+    turned[0x0112] = 6
+    contents = {
+        "jpg": encoded(image, "JPEG"), "cmyk": encoded(image.convert("CMYK"), "JPEG"), "webp": encoded(image, "WEBP"),
+        "16 bit": encoded(PILImage.fromarray(np.arange(280, dtype=np.uint16).reshape(14, 20) * 200)),
+        "palette": encoded(image.quantize(7)), "turned": encoded(image, "JPEG", exif=turned),
+        "bmp": encoded(image, "BMP"), "gif": encoded(image, "GIF"), "tiff": encoded(image, "TIFF"),
+        "moving": encoded(image, "WEBP", **moving), "moving png": encoded(image, "PNG", **moving),
+    }  # fmt: skip
+    ds = Dataset.from_dict({"image": list(contents.values()), "name": list(contents)})
+    pool = make(ds, task="colourisation", id_column="name")
+    kept = [id for row, id in enumerate(pool.ids) if pool._read(row)[0] == contents[id]]
+    assert kept == ["jpg", "cmyk", "webp", "16 bit", "palette", "turned"]
+    assert pool.image(pool.position("turned")).size == (14, 20)
+    assert np.array_equal(np.array(pool.image(pool.position("bmp"))), np.array(image))
+    names = []
+    for entry in pool.manifest["shards"]:
+        with tarfile.open(pool.folder / "data" / f"{entry['name']}.tar") as tar:
+            names += tar.getnames()
+    assert names[:2] == ["00000000.image.jpg", "00000000.json"] and names[4] == "00000002.image.webp"
+    assert {name.split(".", 1)[1] for name in names[12:]} == {"image.png", "json"}
+    assert {kind for entry in pool.manifest["shards"] for kind in entry["formats"]} == {"jpg", "png", "webp"}
+
+
+def test_images_may_be_paths_bytes_or_in_memory(make, tmp_path):
+    content = encoded(picture(np.random.default_rng(0)))
+    (tmp_path / "a.png").write_bytes(content)
+    path = str(tmp_path / "a.png")
+    memory = Dataset.from_dict({"image": [PILImage.open(path)]}).cast_column("image", Image())
+    for ds in (Dataset.from_dict({"image": [path]}), Dataset.from_dict({"image": [content]}), memory,
+               Dataset.from_dict({"image": [path]}).cast_column("image", Image())):  # fmt: skip
+        assert np.array_equal(np.array(make(ds, task="colourisation").image(0)), np.array(PILImage.open(path)))
+    with pytest.raises(ValueError, match="row 0, id '0'.*cast_column"):
+        make(Dataset.from_dict({"image": [[1, 2]]}), task="colourisation")
+
+
+def test_foreground_is_applied_once_and_for_all(make):
+    ds = rows(4)
+    for options, values in (({"foreground": 2}, [2]), ({"foreground": [1, 3]}, [1, 3]),
+                            ({"task": Segmentation(void=None)}, [1, 2, 3, 255])):  # fmt: skip
+        pool = make(ds, **options)
+        for row in range(4):
+            expected = 255 * np.isin(np.array(ds[row]["label"]), values)
+            assert pool.label(row).mode == "L" and np.array_equal(np.array(pool.label(row)), expected)
+            # the default task reads what is stored as it was meant
+            assert np.array_equal(np.array(Segmentation().label(pool.label(row), pool.image(row)))[:, :, 0], expected)
+
+
+def test_a_format_or_transform_of_the_data_set_does_not_matter(make):
+    ds = rows(4)
+    same(make(ds), make(ds.with_format("torch"), cache_dir=None or make(ds).cache_dir / "other"))
+    shuffled = make(ds.select([2, 0]), id_column="name")
+    assert shuffled.ids == [ds[2]["name"], ds[0]["name"]]
+
+
+def broken(kind: str, ds: Dataset) -> Dataset:
+    table = ds.cast_column("image", Image(decode=False)).cast_column("label", Image(decode=False)).to_dict()
+    good = table["image"][3]["bytes"]
+    match kind:
+        case "truncated":
+            table["image"][3] = {"bytes": good[: len(good) // 2], "path": None}
+        case "text":
+            table["image"][3] = {"bytes": b"no image", "path": None}
+        case "absent":
+            table["image"][3] = {"bytes": None, "path": "/absent/image.jpg"}
+        case "none":
+            table["image"][3] = None
+        case "mask size":
+            table["label"][3] = {"bytes": encoded(PILImage.new("L", (14, 20))), "path": None}
+        case "no mask":
+            table["label"][3] = None
+        case "box":
+            table["box"][3] = [5, 5, 30, 9]
+        case "unordered":
+            table["box"][3] = [9, 5, 3, 9]
+    return Dataset.from_dict(table).cast_column("image", Image()).cast_column("label", Image())
+
+
+@pytest.mark.parametrize("kind, text", [
+    ("truncated", "[Tt]runcated"), ("text", "image"), ("absent", "/absent/image.jpg"), ("none", "image"),
+    ("mask size", "20 x 14|14 x 20"), ("no mask", "no mask"), ("box", "width and height"), ("unordered", "x0 < x1"),
+])  # fmt: skip
+def test_a_bad_row_is_named_or_skipped(make, kind, text):
+    ds = broken(kind, rows(7))
+    task = "detection" if kind in ("box", "unordered") else "segmentation"
+    options = {"task": task, "label_column": "box" if task == "detection" else "label", "id_column": "name"}
+    with pytest.raises(ValueError, match=rf"row 3, id '0/image 3.jpg': .*({text}).*on_bad_row='skip'"):
+        make(ds, **options)
+    with pytest.warns(UserWarning, match=rf"1 of 7 rows were skipped: '0/image 3.jpg': .*({text})"):
+        pool = make(ds, on_bad_row="skip", **options)
+    assert pool.ids == [name for i, name in enumerate(ds["name"]) if i != 3]
+    assert pool.manifest["shards"][0]["skipped"][0][0] == "0/image 3.jpg"
+
+
+def test_labels_that_mark_nothing_are_counted(make):
+    ds = rows(3)
+    with pytest.warns(UserWarning, match="1 of 3 labels mark nothing"):
+        pool = make(ds.remove_columns("box").add_column("box", [[0, 0, 5, 5], None, [1, 1, 3, 3]]), task="detection",
+                    label_column="box")  # fmt: skip
+    assert [pool.label(row) for row in range(3)] == [[0, 0, 5, 5], None, [1, 1, 3, 3]]
+    with pytest.warns(UserWarning, match="3 of 3 labels mark nothing"):
+        pool = make(ds, foreground=9)
+    assert pool.manifest["shards"][0]["blank"] == [0, 1, 2] and pool.label(0).getextrema() == (0, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(ds)
+
+
+def test_wrong_arguments_are_named(make):
+    ds = rows(3)
+    for options, text in (
+        ({"label_column": "mask"}, r"no column 'mask'; it has \['image', 'label'"),
+        ({"image_column": "x"}, "no column 'x'"), ({"id_column": "x"}, "no column 'x'"),
+        ({"task": "depth"}, "task='depth'"), ({"on_bad_row": "x"}, "on_bad_row='x'"),
+        ({"rows_per_shard": 0}, "rows_per_shard=0"), ({"batch_size": 0}, "batch_size=0"),
+        ({"task": "detection", "foreground": 1}, "foreground="),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            make(ds, **options)
+    with pytest.raises(ValueError, match="no rows"):
+        make(ds.select([]))
+    with pytest.raises(ValueError, match="rows 1 and 3 are both named '1'"):
+        make(concatenate_datasets([ds, ds.select([1])]), id_column="number")
+    for options, text in (({"id_column": "box"}, r"\['list'\]"), ({"encoder": 3}, "encoder=int")):
+        with pytest.raises(TypeError, match=text):
+            make(ds, **options)
+    with pytest.raises(TypeError, match="DatasetDict.*one split"):
+        make(DatasetDict(train=ds))
+    with pytest.raises(ValueError, match="none of the 3 rows can be used"):
+        make(Dataset.from_dict({"image": [b"x"] * 3}), task="colourisation", on_bad_row="skip")
+    encoder = Encoder()
+    encoder.weight *= float("nan")
+    with pytest.raises(ValueError, match="row 0, id '0'.*NaN"):
+        make(ds, encoder=encoder)
+    encoder = Encoder()
+    encoder.forward = lambda pixels: {"vector": torch.ones(3, 4), "tokens": torch.ones(3, 5, 4)}
+    with pytest.raises(ValueError, match="must have norm 1"):
+        make(ds, encoder=encoder, batch_size=3)
+
+
+def test_processes_that_read_ahead_change_nothing(make, tmp_path):
+    ds = rows(9)
+    assert files_of(make(ds)) == files_of(make(ds, num_workers=2, cache_dir=tmp_path / "other"))
+
+
+# ---- the search
+
+
+def brute_force(vectors, queries, k, exclude=None):
+    similarity = queries.double() @ vectors.double().T
+    if exclude is not None:
+        similarity[torch.arange(len(queries)), exclude] = -torch.inf
+    order = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return similarity.gather(1, order).float(), order
+
+
+def test_search_is_brute_force(make):
+    pool = make(rows(23))
+    queries = torch.nn.functional.normalize(torch.randn(300, 12, generator=torch.Generator().manual_seed(0)), dim=1)
+    own = torch.arange(300) % 23
+    for k in (1, 7, 22, 23, 99):
+        for exclude in (None, own):
+            found, wanted = pool.search(queries, k, exclude), brute_force(pool.vectors, queries, k, exclude)
+            count = min(k, 23 - (exclude is not None))
+            torch.testing.assert_close(found[0], wanted[0][:, :count])
+            assert torch.equal(found[1], wanted[1][:, :count]) and found[1].shape == (300, count)
+    assert torch.equal(pool.search(pool.vectors, 1)[1][:, 0], torch.arange(23))
+    assert torch.equal(pool.search(pool.vectors, 23, -torch.ones(23))[1], pool.search(pool.vectors, 23)[1][:, :22])
+    assert pool.search(queries[:0], 3)[1].shape == (0, 3)
+
+
+def test_equal_similarities_come_in_the_order_of_rows_wherever_blocks_end():
+    generator = torch.Generator().manual_seed(0)
+    # few values, which floats hold exactly: most similarities occur many times, zeros of both signs among them
+    vectors = torch.randint(-1, 2, (40_000, 3), generator=generator).float()
+    queries = torch.randint(-2, 3, (5, 3), generator=generator).float()
+    wanted = brute_force(vectors, queries, 500)
+    for blocks in (
+        [vectors],
+        vectors.split(7000),
+        vectors.split(20_000),
+        [(part, None) for part in vectors.split(999)],
+    ):
+        found = exact_search(blocks, queries, 500)
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    kept = torch.rand(40_000, generator=generator) < 0.7
+    blocks = [
+        (part, some.nonzero()[:, 0]) for part, some in zip(vectors.split(17_000), kept.split(17_000), strict=True)
+    ]
+    assert torch.equal(exact_search(blocks, queries, 500)[1], brute_force(vectors[kept], queries, 500)[1])
+
+
+def test_a_pool_of_one_row_finds_itself_or_nothing(make):
+    pool = make(rows(1))
+    assert pool.search(pool.vectors, 5)[1].tolist() == [[0]]
+    assert pool.search(pool.vectors, 5, torch.tensor([0]))[1].shape == (1, 0)
+
+
+def test_wrong_queries_and_rows_are_refused(make):
+    pool = make(rows(6))
+    for queries, k, text in ((torch.ones(12), 1, r"\(12,\); pass \(B, 12\)"), (torch.ones(1, 5), 1, r"\(1, 5\)"),
+                             (torch.ones(1, 12), 0, "k=0"), (torch.full((1, 12), torch.nan), 1, "NaN")):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            pool.search(queries, k)
+    with pytest.raises(ValueError, match="one row for each"):
+        pool.search(torch.ones(2, 12), 1, torch.tensor([1]))
+    with pytest.raises(ValueError, match="keep_grids=True"):
+        pool.grids([0])
+    for rows_ in ([6], [-1], torch.tensor([[0, 1], [2, 9]])):
+        with pytest.raises(IndexError, match="of a pool of 6"):
+            pool.tokens(rows_)
+    with pytest.raises(IndexError):
+        pool.image(6)
+    with pytest.raises(KeyError, match="'nobody' is not in this pool of 6 rows"):
+        pool.position("nobody")
+
+
+def test_features_are_gathered_in_any_order_and_shape(make):
+    pool = make(rows(12), keep_grids=True)
+    every = pool.tokens(range(12))
+    index = torch.tensor([[11, 0, 5], [5, 4, 9]])
+    assert torch.equal(pool.tokens(index), every[index]) and pool.tokens([]).shape == (0, 5, 12)
+    assert pool.grids(index).shape == (2, 3, 4, 4, 12) and pool.has_grids
+
+
+def test_nothing_is_copied_into_memory(make):
+    pool = make(rows(12))
+    pool.search(torch.ones(1, 12), 3)
+    assert pool._vectors is None
+    maps = Path("/proc/self/maps")
+    if maps.is_file():
+        assert pool.manifest["shards"][0]["name"] + ".safetensors" in maps.read_text()
+
+
+# ---- other processes
+
+
+class Examples:
+    def __init__(self, pool):
+        self.pool = pool
+
+    def __len__(self):
+        return len(self.pool)
+
+    def __getitem__(self, row):
+        return np.array(self.pool.image(row)), np.array(self.pool.label(row)), self.pool.tokens([row])
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_pool_serves_the_workers_of_a_data_loader(make, start):
+    pool = make(rows(8))
+    loader = DataLoader(Examples(pool), 1, num_workers=2, multiprocessing_context=start)
+    for row, (image, label, tokens) in enumerate(loader):
+        assert np.array_equal(image[0], np.array(pool.image(row))) and np.array_equal(
+            label[0], np.array(pool.label(row))
+        )
+        assert torch.equal(tokens[0], pool.tokens([row]))
+
+
+def test_what_is_pickled_is_small(make):
+    pool = make(rows(30), rows_per_shard=30)
+    content = pickle.dumps(pool)
+    assert len(content) < 2000
+    same(pickle.loads(content), pool)
+
+
+def run(cache: Path, out: Path, seconds: float = 0, processes: int = 0) -> subprocess.Popen:
+    start = [sys.executable]
+    if processes:
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+                 "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # fmt: skip
+    command = [*start, str(Path(__file__).parent / "pool_run.py"), str(cache), str(out), str(seconds)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_two_processes_make_what_one_makes(tmp_path):
+    both = run(tmp_path / "two", tmp_path / "two.json", processes=2)
+    one = ExamplePool.from_dataset(
+        rows(37), encoder=Encoder(), cache_dir=tmp_path / "one", rows_per_shard=5, batch_size=2, progress=False
+    )
+    output = both.communicate(timeout=120)[0]
+    assert both.returncode == 0, output
+    said = [json.loads((tmp_path / f"two.json.{rank}").read_text()) for rank in range(2)]
+    assert said[0]["manifest"] == said[1]["manifest"] == one.manifest
+    assert [process["encoded"] for process in said] == [20, 17]  # 8 shards of 5 rows, the last of 2
+    two = PoolReader.from_pretrained(said[0]["folder"])
+    assert (two.folder / "pool.json").read_bytes() == (one.folder / "pool.json").read_bytes()
+    assert files_of(two) == files_of(one)
+    same(two, one)
+
+
+def test_a_killed_run_goes_on_from_its_finished_shards(tmp_path):
+    whole = ExamplePool.from_dataset(
+        rows(37), encoder=Encoder(), cache_dir=tmp_path / "whole", rows_per_shard=5, batch_size=2, progress=False
+    )
+    cut = run(tmp_path / "cut", tmp_path / "cut.json", seconds=0.15)
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "cut").glob("pool-*/done/*.json"))) < 2:
+        assert time.monotonic() < deadline and cut.poll() is None, cut.communicate()[0]
+        time.sleep(0.02)
+    time.sleep(0.1)  # into the next shard
+    cut.send_signal(signal.SIGKILL)
+    cut.communicate()
+    [folder] = (tmp_path / "cut").iterdir()
+    assert not (folder / "pool.json").exists()
+    with pytest.raises(FileNotFoundError, match="no pool.json"):
+        PoolReader.from_pretrained(folder)
+    finished = {
+        file.stem: (folder / "data" / f"{file.stem}.tar").stat().st_mtime_ns for file in folder.glob("done/*.json")
+    }
+    assert 2 <= len(finished) < 8
+    encoder = Encoder()
+    pool = ExamplePool.from_dataset(
+        rows(37), encoder=encoder, cache_dir=tmp_path / "cut", rows_per_shard=5, batch_size=2, progress=False
+    )
+    assert encoder.rows == 37 - 5 * len(finished)
+    assert all((folder / "data" / f"{name}.tar").stat().st_mtime_ns == time_ for name, time_ in finished.items())
+    assert (pool.folder / "pool.json").read_bytes() == (whole.folder / "pool.json").read_bytes()
+    same(pool, whole)
+
+
+def test_the_same_call_encodes_nothing_and_any_other_call_everything(make):
+    ds, encoder = rows(7), Encoder()
+    pool = make(ds, encoder=encoder)
+    same(make(ds, encoder=encoder, batch_size=1), pool)
+    assert encoder.rows == 7
+    folders = {pool.folder}
+    for other, options in (
+        (ds, {"encoder": Encoder(1)}), (ds.select(range(6)), {}), (rows(7, seed=1), {}), (ds, {"foreground": 1}),
+        (ds, {"keep_grids": True}), (ds, {"rows_per_shard": 4}), (ds, {"id_column": "name"}),
+        (ds, {"task": "detection", "label_column": "box"}), (ds, {"task": "colourisation"}),
+    ):  # fmt: skip
+        encoder = options.setdefault("encoder", Encoder())
+        folders.add(make(other, **options).folder)
+        assert encoder.rows == len(other)
+    assert len(folders) == 10
+
+
+def test_the_fingerprint_is_of_content_order_ids_and_encoder(make):
+    ds = rows(6)
+    pool = make(ds)
+    assert make(ds, rows_per_shard=2, keep_grids=True).fingerprint == pool.fingerprint
+    others = [make(ds, encoder=Encoder(1)), make(ds, id_column="name"), make(ds, foreground=1),
+              make(ds.select([1, 0, 2, 3, 4, 5])), make(ds, task="colourisation"),
+              make(ds.select(range(5)))]  # fmt: skip
+    assert len({pool.fingerprint, *(other.fingerprint for other in others)}) == 7
+
+
+# ---- changes
+
+
+def test_adding_and_removing_is_as_good_as_starting_over(make, tmp_path):
+    first, second, third = rows(8), rows(7, seed=1), rows(3, seed=2)
+    whole = make(concatenate_datasets([first, second, third]))
+    pool = make(first).add(second, progress=False).add(third, progress=False)
+    same(pool, whole)
+    assert pool.ids == [str(i) for i in range(18)]
+    gone = [0, 5, 6, 7, 9, 17]
+    kept = [i for i in range(18) if i not in gone]
+    before = files_of(pool)
+    assert pool.remove(gone[:2]).remove(map(str, gone[2:])) is pool
+    assert files_of(pool) == before
+    assert pool.ids == [str(i) for i in kept] and torch.equal(pool.vectors, whole.vectors[kept])
+    assert torch.equal(pool.tokens(range(12)), whole.tokens(kept))
+    for row, i in enumerate(kept):
+        assert pool._read(row) == whole._read(i) and pool.position(i) == row
+    wanted = brute_force(whole.vectors[kept], whole.vectors, 12)
+    assert torch.equal(pool.search(whole.vectors, 12)[1], wanted[1])
+    names = concatenate_datasets([first, second, third]).select(kept).add_column("id", [str(i) for i in kept])
+    same(pool, make(names, id_column="id"))
+    # numbers are not given twice
+    assert pool.add(third, progress=False).ids[-3:] == ["18", "19", "20"]
+    same(PoolReader.from_pretrained(pool.folder), pool)
+
+    saved = pool.save_pretrained(tmp_path / "saved")
+    again = ExamplePool.from_pretrained(saved)
+    same(again, pool)
+    assert all(not entry["dropped"] for entry in again.manifest["shards"])
+    assert again.manifest["rows"] == 15 and sum(entry["rows"] for entry in again.manifest["shards"]) == 15
+    assert len(files_of(again)) == 2 * len(again.manifest["shards"]) == 12  # the shard of 5, 6 and 7 has nothing left
+    again.verify()
+    # in place
+    pool.save_pretrained(pool.folder)
+    same(pool, again)
+    assert files_of(pool) == files_of(again)
+    # and the first call gives what it gave
+    same(make(first), PoolReader.from_pretrained(make(first, cache_dir=tmp_path / "fresh").folder))
+
+
+def test_a_saved_pool_takes_the_place_of_another(make, tmp_path):
+    make(rows(13)).save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "notes.txt").write_text("mine")
+    pool = make(rows(4, seed=1), id_column="name")
+    assert pool.save_pretrained(tmp_path / "saved") == tmp_path / "saved"
+    same(PoolReader.from_pretrained(tmp_path / "saved"), pool)
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        "README.md",
+        "data",
+        "notes.txt",
+        "pool.json",
+    ]
+    assert len(files_of(ExamplePool.from_pretrained(tmp_path / "saved"))) == 2
+
+
+def test_a_save_that_is_cut_off_leaves_the_old_pool(make, tmp_path, monkeypatch):
+    old = make(rows(4))
+    old.save_pretrained(tmp_path / "saved")
+    new = make(rows(13, seed=1))
+    monkeypatch.setattr("hf_effdl.vicl.pool.write_manifest", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        new.save_pretrained(tmp_path / "saved")
+    same(PoolReader.from_pretrained(tmp_path / "saved"), old)
+
+
+def test_blank_and_removed_rows_are_counted_after_a_copy(make, tmp_path):
+    ds = rows(5)
+    blank = {"bytes": encoded(PILImage.new("L", (20, 14))), "path": None}
+    table = ds.cast_column("label", Image(decode=False)).to_dict()
+    table["label"][1] = table["label"][3] = blank
+    ds = Dataset.from_dict(table).cast_column("image", Image()).cast_column("label", Image())
+    with pytest.warns(UserWarning, match="2 of 5"):
+        pool = make(ds)
+    pool.remove(["0", "1"]).save_pretrained(tmp_path / "saved")
+    assert PoolReader(tmp_path / "saved").manifest["shards"][0]["blank"] == [1]
+    assert "| of them without an object | 1 |" in (tmp_path / "saved" / "README.md").read_text()
+
+
+def test_changes_that_cannot_be_are_refused(make, tmp_path):
+    ds = rows(6)
+    pool = make(ds, id_column="name")
+    for call, error, text in (
+        (lambda: pool.remove(["nobody", ds[0]["name"]]), KeyError, "nobody"),
+        (lambda: pool.remove(ds["name"]), ValueError, "all 6 rows"),
+        (lambda: pool.add(rows(3, seed=1), encoder=Encoder(1)), ValueError, "fingerprint '0000000000000001'"),
+        (lambda: pool.add(ds.select([2])), ValueError, "1 ids are in the pool already, such as '0/image 2.jpg'"),
+        (lambda: pool.add(rows(3, seed=1).remove_columns("name")), ValueError, "no column 'name'"),
+        (lambda: ExamplePool.from_pretrained(pool.folder).add(rows(3, seed=1)), ValueError, "encoder='tests/enc"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=text):
+            call()
+        assert PoolReader.from_pretrained(pool.folder).ids == pool.ids == ds["name"][:]
+    pool.remove(ds[2]["name"]).add(ds.select([2]), progress=False)
+    assert pool.ids[-1] == ds[2]["name"] and len(pool) == 6
+    reopened = ExamplePool.from_pretrained(pool.folder).add(rows(3, seed=1), encoder=Encoder(), progress=False)
+    assert len(reopened) == 9
+
+
+# ---- damage
+
+
+def test_damaged_files_are_named(make, tmp_path):
+    def damaged(change):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(pool.folder, tmp_path / "copy")
+        change(tmp_path / "copy" / "data" / f"{name}.safetensors", tmp_path / "copy" / "data" / f"{name}.tar")
+        return tmp_path / "copy"
+
+    def flip(file, place):
+        content = bytearray(file.read_bytes())
+        content[place] ^= 1
+        file.write_bytes(content)
+
+    def edit(manifest, **changes):
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))
+
+    def other_ids(index):
+        tensors = load_file(index)
+        save_file(tensors | {"ids": torch.tensor(list(b'["0", "0", "2", "3", "4"]'), dtype=torch.uint8)}, index)
+        tell(index)
+
+    def fewer(index):
+        tensors = load_file(index)
+        save_file(tensors | {"vectors": tensors["vectors"][:3]}, index)
+        tell(index)
+
+    def tell(index):
+        manifest = index.parents[1] / "pool.json"
+        shards = json.loads(manifest.read_text())["shards"]
+        shards[1]["index_bytes"] = index.stat().st_size
+        edit(manifest, shards=shards)
+
+    pool = make(rows(12))
+    name = pool.manifest["shards"][1]["name"]
+    for change, error, text in (
+        (lambda index, tar: tar.write_bytes(tar.read_bytes()[:-512]), ValueError, rf"{name}.tar has .* cut off"),
+        (lambda index, tar: index.write_bytes(index.read_bytes()[:-9]), ValueError, rf"{name}.safetensors has"),
+        (lambda index, tar: index.unlink(), FileNotFoundError, rf"{name}.safetensors is missing"),
+        (lambda index, tar: flip(index, -7), ValueError, rf"{name}.safetensors is damaged"),
+        (lambda index, tar: flip(index, 0), ValueError, rf"{name}.safetensors is damaged"),
+        (lambda index, tar: fewer(index), ValueError, "do not agree on its number of rows"),
+        (lambda index, tar: other_ids(index), ValueError, "ids occur twice"),
+        (lambda index, tar: edit(tar.parents[1] / "pool.json", format=2), ValueError, "format is 2.*newer"),
+        (lambda index, tar: edit(tar.parents[1] / "pool.json", fingerprint="x"), ValueError, "not belong together"),
+        (lambda index, tar: edit(tar.parents[1] / "pool.json", shards=[]), ValueError, "no shards"),
+        (lambda index, tar: edit(tar.parents[1] / "pool.json", shards=[{"name": "../../x"}]), ValueError, "'../../x'"),
+        (lambda index, tar: (tar.parents[1] / "pool.json").write_text("{"), ValueError, "pool.json cannot be read"),
+        (lambda index, tar: (tar.parents[1] / "pool.json").unlink(), FileNotFoundError, "holds no pool"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=text):
+            PoolReader.from_pretrained(damaged(change))
+    # the shards in another order
+    shards = pool.manifest["shards"]
+    with pytest.raises(ValueError, match="not belong together"):
+        PoolReader(
+            damaged(lambda index, tar: edit(tar.parents[1] / "pool.json", shards=[shards[1], shards[0], shards[2]]))
+        )
+    # a tar is as large as it was: its rows tell
+    start = pool._shards[1].spans[2, 0, 0].item()
+    reader = PoolReader(damaged(lambda index, tar: flip(tar, start + 300)))
+    assert reader.image(6).size == (20, 14)
+    with pytest.raises(ValueError, match=rf"{name}.tar is damaged: row 7, id '7'"):
+        reader.image(7)
+    with pytest.raises(ValueError, match=rf"{name}.tar is damaged: its SHA-256"):
+        reader.verify()
+    pool.verify()
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a repository id"):
+        PoolReader.from_pretrained(tmp_path / "absent")
+
+
+def test_a_shard_that_was_lost_is_written_again(make):
+    pool = make(rows(12))
+    before = files_of(pool)
+    (pool.folder / "data" / f"{pool.manifest['shards'][1]['name']}.tar").write_bytes(b"cut off")
+    encoder = Encoder()
+    assert files_of(make(rows(12), encoder=encoder)) == before and encoder.rows == 5
+
+
+# ---- the index
+
+
+def clusters(count: int, dim: int = 16, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(60, dim, generator=torch.Generator().manual_seed(9))
+    points = centres[torch.randint(60, (count,), generator=generator)] + 0.4 * torch.randn(
+        count, dim, generator=generator
+    )
+    return torch.nn.functional.normalize(points, dim=1)
+
+
+@pytest.fixture
+def faiss():
+    return pytest.importorskip("faiss", reason="faiss is an extra: pip install 'hf_effdl[faiss]'")
+
+
+def test_the_index_finds_what_it_promises(faiss, tmp_path):
+    vectors, queries = clusters(6000), clusters(100, seed=1)
+    kept = (torch.arange(2000) % 3 > 0).nonzero()[:, 0]
+    blocks = [(vectors[:3000], None), (vectors[3000:5000], kept), (vectors[5000:], None)]
+    everything = torch.cat([vectors[:3000], vectors[3000:5000][kept], vectors[5000:]])
+    index = pool_index.build_index(blocks, tmp_path / "a.faiss", "abc", progress=False)
+    record = index.record
+    assert (record["rows"], record["recall"] >= 0.95, 1 <= record["probes"] < record["lists"]) == (
+        len(everything),
+        True,
+        True,
+    )
+    similarity, found = index.search(queries, 50)
+    assert pool_index.share_found(found, exact_search(blocks, queries, 50)[1]) >= 0.93
+    torch.testing.assert_close(similarity, (queries[:, None] * everything[found]).sum(2))
+    assert (similarity.diff(dim=1) <= 0).all()
+    own = torch.arange(0, 5000, 50)
+    found = index.search(everything[own], 50, own)[1]
+    assert not (found == own[:, None]).any() and found.shape == (100, 50)
+    opened = pool_index.open_index(tmp_path / "a.faiss", "abc", len(everything), 16)
+    assert torch.equal(opened.search(queries, 50)[1], index.search(queries, 50)[1])
+    assert opened.record == record
+    for other in (("x", len(everything), 16), ("abc", 17, 16), ("abc", len(everything), 8)):
+        assert pool_index.open_index(tmp_path / "a.faiss", *other) is None
+    assert pool_index.open_index(tmp_path / "b.faiss", "abc", len(everything), 16) is None
+    (tmp_path / "a.faiss").write_bytes((tmp_path / "a.faiss").read_bytes()[:1000])
+    assert pool_index.open_index(tmp_path / "a.faiss", "abc", len(everything), 16) is None
+    with pytest.raises(ValueError, match="recall=2"):
+        pool_index.build_index(blocks, tmp_path / "a.faiss", "abc", recall=2)
+    all_lists = pool_index.build_index(blocks, tmp_path / "c.faiss", "abc", recall=1.0, progress=False)
+    assert all_lists.record["recall"] == 1.0
+
+
+def test_a_large_pool_is_searched_by_its_own_index(make, faiss, monkeypatch):
+    pool = make(rows(200), rows_per_shard=64)
+    exact = pool.search(pool.vectors, 10, torch.arange(200))
+    monkeypatch.setattr(pool_index, "LEAST_ROWS", 100)
+    similarity, found = pool.search(pool.vectors, 10, torch.arange(200))
+    assert pool._index.record["fingerprint"] == pool.fingerprint
+    assert pool_index.share_found(found, exact[1]) > 0.9 and found.min() >= 0
+    assert torch.equal(pool.search(pool.vectors, 10, torch.arange(200), exact=True)[1], exact[1])
+    # more than the lists hold
+    assert torch.equal(
+        pool.search(pool.vectors, 199, torch.arange(200))[1].sort().values[:, 0], (torch.arange(200) == 0).long()
+    )
+    built = []
+    build = pool_index.build_index
+    monkeypatch.setattr(pool_index, "build_index", lambda *args, **options: built.append(1) or build(*args, **options))
+    again = ExamplePool.from_pretrained(pool.folder)
+    again.cache_dir = pool.cache_dir
+    assert torch.equal(again.search(pool.vectors, 10, torch.arange(200))[1], found) and not built
+    assert (
+        torch.equal(pickle.loads(pickle.dumps(pool)).search(pool.vectors, 10, torch.arange(200))[1], found)
+        and not built
+    )
+    pool.remove(["3"])
+    assert torch.equal(pool.search(pool.vectors, 1)[1][:, 0], torch.arange(199)) and built == [1]
+    assert (
+        PoolReader.search(pool, pool.vectors, 10)[1].shape == (199, 10)
+        and pool.build_index(progress=False)["rows"] == 199
+    )
+
+
+def test_without_faiss_a_large_pool_is_searched_exactly_and_says_so_once(make, monkeypatch):
+    pool = make(rows(20))
+    wanted = pool.search(pool.vectors, 5)[1]
+    monkeypatch.setattr(pool_index, "LEAST_ROWS", 10)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.warns(UserWarning, match=r"hf_effdl\[faiss\]") as said:
+        for _ in range(3):
+            assert torch.equal(pool.search(pool.vectors, 5)[1], wanted)
+    assert len(said) == 1
+    with pytest.raises(ImportError, match=r"hf_effdl\[faiss\]"):
+        pool.build_index()
