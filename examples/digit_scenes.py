@@ -8,7 +8,7 @@ One of them is the target. Three tasks share the pictures:
 - colourisation: the tints of background and ink, from the luminance.
 
 What an example tells is drawn anew for every training pair (`make_pair`): which digit is the target, and which tint
-each class has in this pair; in colourisation, the two tints. The tint of a digit is the easy cue, its shape the hard one.
+each class has in this pair; in colourisation, the two tints. A digit's tint is the easy cue, its shape the hard one.
 Lights and darks, textures, sizes and angles are each scene's own, so of two examples with the same target one can be
 closer to a query than the other. In the rows of `make_scenes` the looks are fixed and the target is the largest digit,
 so that a picture alone tells what kind of example would help.
@@ -50,7 +50,7 @@ def rows_of_class(split: str, label: int) -> np.ndarray:
 class Scene:
     """A colour picture (height, width, 3) in [0, 1], the target's mask (height, width), and the digits' classes.
 
-    `label` is the target's class, `others` are the other digits' classes, `rows` are the numbers of the digits it shows.
+    `label` is the target's class, `others` are the other digits' classes, `rows` the numbers of all digits it shows.
     """
 
     colour: np.ndarray

@@ -39,8 +39,8 @@ class FeatureMatching(nn.Module):
         >>> from transformers import ViTConfig, ViTModel
         >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
         >>> model = FeatureMatching(VisionEncoder(ViTModel(config), image_size=64))
-        >>> queries, images, labels = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 3, 64, 64), torch.ones(2, 1, 3, 64,
-        64)
+        >>> queries, images = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 3, 64, 64)
+        >>> labels = torch.ones_like(images)
         >>> model(queries, images, labels).mean().item()
         1.0
     """

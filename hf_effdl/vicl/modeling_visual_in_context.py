@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, SegGptForImageS
 from .configuration_visual_in_context import VisualInContextConfig
 from .feature_matching import FeatureMatching
 from .seggpt_in_context import SegGptInContext
-from .vision_encoders import VisionEncoder
+from .vision_encoders import VisionEncoder, commit_of
 
 
 DEFAULT = "BAAI/seggpt-vit-large"
@@ -70,7 +70,7 @@ class VisualInContextModel(PreTrainedModel):
         if kind.model_type == "seggpt":
             # single precision also where a file holds half: the CPU is slow in half, and a GPU user casts with .half()
             model = SegGptForImageSegmentation.from_pretrained(
-                backbone, revision=revision or getattr(kind, "_commit_hash", None), token=token, dtype=torch.float32
+                backbone, revision=revision, token=token, dtype=torch.float32
             )
             frozen: nn.Module = SegGptInContext(model, **settings)
         else:
@@ -216,7 +216,7 @@ class VisualInContextModel(PreTrainedModel):
 def _describe_frozen(frozen: nn.Module, embed: bool | None) -> dict[str, Any] | None:
     if isinstance(frozen, SegGptInContext):
         config = frozen.model.config
-        source = _source(frozen.model, config.name_or_path or None, getattr(config, "_commit_hash", None), embed)
+        source = _source(frozen.model, config.name_or_path or None, None, embed)
         return {
             "kind": "seggpt",
             "backbone": source,
@@ -244,13 +244,13 @@ def _source(backbone: PreTrainedModel, id: str | None, revision: str | None, emb
         raise ValueError(f"embed=False, but it is not known where {type(backbone).__name__} was loaded from: load it "
                          "by its "
                          "repository's name, or embed its weights")  # fmt: skip
-    return {"id": id, "revision": revision}
+    return {"id": id, "revision": revision or commit_of(id)}
 
 
 def _own_encoder(frozen: nn.Module) -> VisionEncoder | None:
     if isinstance(frozen, SegGptInContext):
         return VisionEncoder(frozen.model, id=frozen.model.config.name_or_path or None,
-                             revision=getattr(frozen.model.config, "_commit_hash", None))  # fmt: skip
+                             revision=None)  # fmt: skip
     return getattr(frozen, "encoder", None)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
+from accelerate import Accelerator
 from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
@@ -182,7 +182,7 @@ class ExamplePool(PoolReader):
             gone = [row - start for row in rows if start <= row < start + len(shard.ids)]
             gone = gone if shard.kept is None else shard.kept[gone].tolist()
             entry["dropped"] = sorted(entry["dropped"] + gone)
-        state = PartialState()
+        state = Accelerator()
         if rows and state.is_main_process:
             write_manifest(self.folder, manifest)
         state.wait_for_everyone()
@@ -205,7 +205,7 @@ class ExamplePool(PoolReader):
 
         On several processes the first one writes. Returns the folder.
         """
-        state, folder = PartialState(), Path(folder).absolute()
+        state, folder = Accelerator(), Path(folder).absolute()
         own = folder.resolve() == self.folder.resolve()
         if own:
             self._check_mine()
@@ -244,7 +244,7 @@ class ExamplePool(PoolReader):
         Raises:
             ValueError: where the repository holds other data, or is public and `private=True`.
         """
-        if not PartialState().is_main_process:
+        if not Accelerator().is_main_process:
             return None
         return push_pool(self, repo_id, private, token, commit_message, license=license, tags=tags)
 

@@ -18,7 +18,7 @@ from hf_effdl.vicl.pool_reader import exact_search
 LEAST_ROWS = 100_000
 CHUNK = 2**15
 # of the sample that the lists are fitted to, rows per list; faiss warns below 39
-FITTED = 64
+FITTED = 40
 NEIGHBOURS, TRIED = 50, 200
 Blocks = Sequence[tuple[Tensor, Tensor | None]]
 
@@ -57,7 +57,7 @@ def build_index(
 ) -> PoolIndex:
     """Fit, fill and write an index of rows that lie in blocks (see `exact_search`); one chunk is in memory twice.
 
-    `4 sqrt(n)` lists are fitted by spherical k-means to a sample of 64 rows per list. The number of lists to look into
+    `4 sqrt(n)` lists are fitted by spherical k-means to a sample of 40 rows per list. The number of lists to look into
     is doubled until `recall` of the 50 exact neighbours of 200 rows, themselves left out, are found.
 
     Args:

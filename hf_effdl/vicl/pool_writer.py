@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from PIL import Image
@@ -255,7 +255,7 @@ def build(
     """
     if on_bad_row not in ("raise", "skip"):
         raise ValueError(f"on_bad_row={on_bad_row!r}: it must be 'raise' or 'skip'")
-    state, size = PartialState(), manifest["settings"]["rows_per_shard"]
+    state, size = Accelerator(), manifest["settings"]["rows_per_shard"]
     if size < 1 or batch_size < 1:
         raise ValueError(f"rows_per_shard={size} and batch_size={batch_size} must be 1 or more")
     if state.is_main_process:

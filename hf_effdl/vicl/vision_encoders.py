@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import os
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel, SegGptForImageSegmentation
 
@@ -21,13 +25,13 @@ SAMPLED = 4096
 class VisionEncoder(nn.Module):
     """What retrieval, dense matching and the ranker know of an image.
 
-    One pass of the backbone gives a feature map, from which three views are taken:
+    One pass of the backbone gives three views:
 
-    - `vector` `(N, d)`: unit norm, for nearest neighbours. The class token where the backbone has one, the pooled
-      output of a contrastive model's vision tower (CLIP, SigLIP), else the mean of the map.
-    - `tokens` `(N, 5, d)`: the vector before it is normalised, then the map averaged over a 2x2 grid in reading order:
-      the input of the list-wise ranker (Partial2Global, arXiv 2405.15279).
-    - `grid` `(N, gh, gw, d)`: the map itself, for dense similarity and feature matching.
+    - `vector` `(N, d)`: unit norm, for nearest neighbours. The last layer's class token where the backbone has one,
+      the pooled output of a contrastive model's vision tower (CLIP, SigLIP), else the mean of the last feature map.
+    - `tokens` `(N, 5, d)`: the vector before it is normalised, then the last feature map averaged over a 2x2 grid in
+      reading order: the input of the list-wise ranker (Partial2Global, arXiv 2405.15279).
+    - `grid` `(N, gh, gw, d')`: the feature map of `layer`, for dense similarity and feature matching.
 
     Register tokens are dropped. Images are squashed to `image_size`; nothing is cropped, so that a grid cell and the
     same cell of a mask show the same place.
@@ -35,11 +39,11 @@ class VisionEncoder(nn.Module):
     Args:
         backbone: a transformers vision model with a class token (ViT, DINOv2), without (SigLIP) or convolutional
             (MobileNetV2, ResNet, ConvNeXt); a two-tower model, whose vision tower is taken; or a
-            `SegGptForImageSegmentation`, whose own features are used.
+            `SegGptForImageSegmentation`, whose own features are used. It is frozen in place.
         image_size: pixels `(h, w)` or one side that images are resized to; default: the config's `image_size`, else
             224.
-        layer: index into `hidden_states` for the map; None is the last one. A shallower layer of a convolutional
-            backbone has a finer grid.
+        layer: index into `hidden_states` for `grid`; None is the last one. A shallower layer of a convolutional
+            backbone has a finer grid: of a MobileNetV2, 11 has 96 channels at stride 16.
         mean, std: normalisation per channel; default 0.5.
         id, revision: where the weights are from, for the records.
 
@@ -69,6 +73,10 @@ class VisionEncoder(nn.Module):
         self.contrastive = hasattr(backbone, "vision_model") and hasattr(backbone, "text_model")
         self.backbone = backbone.vision_model if self.contrastive else backbone
         self.backbone.eval().requires_grad_(False)
+        pooler = getattr(self.backbone, "pooler", None)
+        if not self.contrastive and isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
+            # not used, and drawn at random where a checkpoint has none, as for many a ViT: two loads would differ
+            self.backbone.pooler = None
         # in a tuple, so that the weights are not registered a second time
         self._own = (SegGptInContext(backbone),) if isinstance(backbone, SegGptForImageSegmentation) else ()
         if self._own:
@@ -108,7 +116,7 @@ class VisionEncoder(nn.Module):
         size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
         if image_size is None and size:
             image_size = (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
-        revision = revision or getattr(config, "_commit_hash", None)
+        revision = commit_of(id_or_folder, revision, token) or revision
         return cls(backbone, image_size=image_size, layer=layer, mean=processor.get("image_mean") or HALF,
                    std=processor.get("image_std") or HALF, id=str(id_or_folder), revision=revision)  # fmt: skip
 
@@ -155,7 +163,7 @@ class VisionEncoder(nn.Module):
             pixels: `(N, 3, h, w)` in [0, 1], of `image_size`.
 
         Returns:
-            `{"vector": (N, d), "tokens": (N, 5, d), "grid": (N, gh, gw, d)}`, float32.
+            `{"vector": (N, d), "tokens": (N, 5, d), "grid": (N, gh, gw, d')}`, float32.
         """
         if pixels.dim() != 4 or tuple(pixels.shape[1:]) != (3, *self.image_size):
             raise ValueError(f"pixels of shape {tuple(pixels.shape)}, but the encoder takes (N, 3, "
@@ -163,42 +171,61 @@ class VisionEncoder(nn.Module):
                              f"{self.image_size[1]}): resize with visual_tasks.pixels(images, "
                              "encoder.image_size)")  # fmt: skip
         if self._own:
-            grid, pooled = self._own[0].features(pixels), None
+            last = grid = self._own[0].features(pixels).float()
+            pooled = None
         else:
-            grid, pooled = self._features(pixels)
-        grid = grid.float()
-        pooled = grid.mean((1, 2)) if pooled is None else pooled.float()
-        quarters = nn.functional.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), 2).flatten(2).transpose(1, 2)
-        return {"vector": nn.functional.normalize(pooled, dim=1), "tokens": torch.cat([pooled[:, None], quarters], 1),
-                "grid": grid}  # fmt: skip
+            last, grid, pooled = self._features(pixels)
+        pooled = last.mean((1, 2)) if pooled is None else pooled
+        quarters = nn.functional.adaptive_avg_pool2d(last.permute(0, 3, 1, 2), 2).flatten(2).transpose(1, 2)
+        return {
+            "vector": nn.functional.normalize(pooled, dim=1),
+            "tokens": torch.cat([pooled[:, None], quarters], 1),
+            "grid": grid,
+        }
 
-    def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         weight = next(self.backbone.parameters())
         mean, std = (torch.tensor(v, device=weight.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         normalised = ((pixels.to(weight.device) - mean) / std).to(weight.dtype)
-        # positions are made for one size; a backbone that can stretch them says so in its signature, or does it
-        # unasked
+        # positions are made for one size; one that can stretch them says so in its signature
         stretch = {"interpolate_pos_encoding": True} if self.stretches else {}
         output = self.backbone(normalised, output_hidden_states=self.layer is not None, **stretch)
-        states = output.last_hidden_state if self.layer is None else output.hidden_states[self.layer]
+        last, token = self._map(output.last_hidden_state)
+        if self.layer is None:
+            grid = last
+        elif -len(output.hidden_states) <= self.layer < len(output.hidden_states):
+            grid, _ = self._map(output.hidden_states[self.layer])
+        else:
+            raise ValueError(f"layer={self.layer}: {type(self.backbone).__name__} has {len(output.hidden_states)}")
+        return last, grid, output.pooler_output.float() if self.contrastive else token
+
+    def _map(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(N, gh, gw, d) and the class token, from what a layer gives."""
+        states = states.float()
         if states.dim() == 4:  # a convolutional map
             return states.permute(0, 2, 3, 1), None
-        patch = getattr(self.backbone.config, "patch_size", None)
+        name, patch = type(self.backbone).__name__, getattr(self.backbone.config, "patch_size", None)
         if states.dim() != 3 or patch is None:
-            raise ValueError(f"{type(self.backbone).__name__} gives features of shape {tuple(states.shape)} and its "
-                             "config "
-                             f"has patch_size={patch}; a grid of features is needed, as of a ViT or a convolutional "
-                             "net")  # fmt: skip
-        gh, gw = (
-            side // size for side, size in zip(self.image_size, (patch, patch) if isinstance(patch, int) else patch)
-        )
+            raise ValueError(
+                f"{name} gives features of shape {tuple(states.shape)} and its config has patch_size={patch}; a grid "
+                "is needed, as of a ViT or a convolutional net"
+            )
+        sides = (patch, patch) if isinstance(patch, int) else patch
+        gh, gw = (side // size for side, size in zip(self.image_size, sides, strict=True))
         extra = states.shape[1] - gh * gw  # the class token and registers stand in front
         if extra < 0:
-            raise ValueError(f"{type(self.backbone).__name__} gives {states.shape[1]} tokens, fewer than the "
-                             f"{gh}x{gw} "
-                             f"patches of image_size={self.image_size}; pass the image_size it "
-                             "was made for")  # fmt: skip
-        grid = states[:, extra:].unflatten(1, (gh, gw))
-        if self.contrastive:
-            return grid, output.pooler_output
-        return grid, states[:, 0] if extra else None
+            raise ValueError(
+                f"{name} gives {states.shape[1]} tokens, fewer than the {gh}x{gw} patches of image_size="
+                f"{self.image_size}: it merges patches, or was made for another size"
+            )
+        return states[:, extra:].unflatten(1, (gh, gw)), states[:, 0] if extra else None
+
+
+def commit_of(id: str, revision: str | None = None, token: str | bool | None = None) -> str | None:
+    """The commit that a repository's config was taken from; None for a folder, or where it is not known."""
+    if os.path.isdir(id):
+        return None
+    try:
+        return Path(hf_hub_download(id, "config.json", revision=revision, token=token)).parent.name
+    except (OSError, HfHubHTTPError, HFValidationError):
+        return None

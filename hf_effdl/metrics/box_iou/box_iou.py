@@ -22,8 +22,7 @@ _CITATION = """\
 
 _DESCRIPTION = """\
 Intersection over union of one predicted and one true box an item, in pixels, averaged over items, as the field of
-visual in-context learning reports single-object detection. No box where there is none agrees (1); a box there does
-not (0).
+visual in-context learning reports single-object detection. No box on both sides is 1, on one side 0.
 
 Two means are given. `mean_iou` counts each item once. `mean_iou_1000` is the historic convention of the evaluators of
 visual in-context learning: a loop over the positions 0..999 takes item `position mod n`, so that the first items may

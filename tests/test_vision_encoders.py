@@ -1,0 +1,181 @@
+import json
+
+import pytest
+import torch
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    MobileNetV2Config,
+    MobileNetV2Model,
+    ResNetConfig,
+    ResNetModel,
+    SegGptConfig,
+    SegGptForImageSegmentation,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
+
+from hf_effdl import FeatureMatching, SegGptInContext, VisionEncoder, VisualInContextModel
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+WIDE = SIZES | {"intermediate_size": 16}
+SMALL = {"image_size": 32, "patch_size": 8}
+TEXT = {"vocab_size": 10, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+BACKBONES = {  # a maker, image_size, layer -> grid, width
+    "vit": (lambda: ViTModel(ViTConfig(**WIDE, **SMALL)), None, None, (4, 4), 16),
+    "vit stretched": (lambda: ViTModel(ViTConfig(**WIDE, **SMALL)), (48, 64), None, (6, 8), 16),
+    "dinov2": (lambda: Dinov2Model(Dinov2Config(**SIZES, image_size=28, patch_size=14)), 56, None, (4, 4), 16),
+    "dinov2 registers": (
+        lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SIZES, image_size=28, patch_size=14)),
+        56, None, (4, 4), 16,
+    ),
+    "dinov3": (lambda: DINOv3ViTModel(DINOv3ViTConfig(**WIDE, num_register_tokens=4)), 64, None, (4, 4), 16),
+    "clip": (
+        lambda: CLIPModel(CLIPConfig(vision_config=WIDE | SMALL, text_config=WIDE | TEXT)), None, None, (4, 4), 16,
+    ),
+    "siglip": (
+        lambda: SiglipModel(SiglipConfig(vision_config=WIDE | SMALL, text_config=WIDE | TEXT)), None, None, (4, 4), 16,
+    ),
+    "siglip tower": (lambda: SiglipVisionModel(SiglipVisionConfig(**WIDE, **SMALL)), None, None, (4, 4), 16),
+    "mobilenet": (lambda: MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.35)), 96, None, (3, 3), 1280),
+    "mobilenet layer": (lambda: MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.35)), 96, 10, (6, 6), 32),
+    "resnet": (
+        lambda: ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])), 64, None, (8, 8), 16,
+    ),
+    "convnext": (
+        lambda: ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1])), 64, None, (2, 2), 16,
+    ),
+    "seggpt": (
+        lambda: SegGptForImageSegmentation(SegGptConfig(
+            **SIZES, image_size=(64, 32), patch_size=8, decoder_hidden_size=4, pretrain_image_size=32, merge_index=0,
+            intermediate_hidden_state_indices=[0, 1],
+        )), None, None, (4, 4), 16,
+    ),
+}  # fmt: skip
+
+
+def encoder_of(name: str) -> VisionEncoder:
+    torch.manual_seed(0)
+    make, size, layer, _, _ = BACKBONES[name]
+    backbone = make()
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.Conv2d):  # fresh ones are so small that deep features vanish
+            torch.nn.init.kaiming_normal_(module.weight)
+    return VisionEncoder(backbone, image_size=size, layer=layer)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_kind_of_backbone_gives_the_same_three_views(name):
+    encoder = encoder_of(name)
+    grid, width = BACKBONES[name][3:]
+    images = torch.rand(3, 3, *encoder.image_size)
+    views = encoder(images)
+    assert views["grid"].shape == (3, *grid, width) and views["tokens"].shape == (3, 5, encoder.dim)
+    assert views["vector"].shape == (3, encoder.dim)
+    torch.testing.assert_close(views["vector"].norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(torch.nn.functional.normalize(views["tokens"][:, 0], dim=1), views["vector"])
+    if (
+        grid[0] % 2 == 0 and encoder.layer is None
+    ):  # the other four tokens are the quarters of the grid in reading order
+        gh, gw = grid[0] // 2, grid[1] // 2
+        corners = [views["grid"][:, y : y + gh, x : x + gw].mean((1, 2)) for y in (0, gh) for x in (0, gw)]
+        torch.testing.assert_close(views["tokens"][:, 1:], torch.stack(corners, 1))
+    one = encoder(images[1:2])
+    for view in views:  # the rest of a batch does not matter
+        torch.testing.assert_close(one[view][0], views[view][1], rtol=1e-4, atol=1e-5)
+    assert not encoder.train().training and not any(p.requires_grad for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_saved_model_has_the_same_encoder(name, tmp_path):
+    encoder = encoder_of(name)
+    frozen = SegGptInContext(encoder.backbone) if name == "seggpt" else FeatureMatching(encoder)
+    model = VisualInContextModel.from_parts(frozen)
+    model.save_pretrained(tmp_path)
+    again = VisualInContextModel.from_pretrained(tmp_path)
+    images = torch.rand(2, 3, *encoder.image_size)
+    for view, value in encoder(images).items():
+        torch.testing.assert_close(again.encoder(images)[view], value)
+    assert again.encoder.fingerprint == model.encoder.fingerprint
+    shown = images, images[:, None], images[:, None]
+    torch.testing.assert_close(again(*shown), model(*shown))
+
+
+def test_a_shallower_layer_changes_the_grid_and_nothing_else():
+    deep, shallow = encoder_of("mobilenet"), encoder_of("mobilenet layer")
+    images = torch.rand(2, 3, 96, 96)
+    one, other = deep(images), shallow(images)
+    torch.testing.assert_close(one["vector"], other["vector"])
+    torch.testing.assert_close(one["tokens"], other["tokens"])
+    states = deep.backbone((images - 0.5) / 0.5, output_hidden_states=True).hidden_states[10]
+    torch.testing.assert_close(other["grid"], states.permute(0, 2, 3, 1))
+    shallow.layer = 99
+    with pytest.raises(ValueError, match="layer=99: MobileNetV2Model has"):
+        shallow(images)
+
+
+def test_the_class_token_stands_in_front_of_registers_and_patches():
+    encoder = encoder_of("dinov2 registers")
+    images = torch.rand(1, 3, 56, 56)
+    states = encoder.backbone((images - 0.5) / 0.5).last_hidden_state
+    views = encoder(images)
+    torch.testing.assert_close(views["tokens"][:, 0], states[:, 0])
+    torch.testing.assert_close(views["grid"].flatten(1, 2), states[:, 5:])  # four registers are left out
+
+
+def test_a_contrastive_tower_is_asked_for_its_pooled_output():
+    encoder = encoder_of("siglip")
+    images = torch.rand(1, 3, 32, 32)
+    pooled = encoder.backbone((images - 0.5) / 0.5).pooler_output
+    torch.testing.assert_close(encoder(images)["vector"], torch.nn.functional.normalize(pooled, dim=1))
+
+
+def test_loading_takes_the_normalisation_and_crop_size_of_the_processor(tmp_path):
+    ViTModel(ViTConfig(**WIDE, **SMALL)).save_pretrained(tmp_path)
+    bare = VisionEncoder.from_pretrained(str(tmp_path))
+    assert bare.image_size == (32, 32) and bare.mean == (0.5, 0.5, 0.5)  # weights alone
+    ViTImageProcessorPil(
+        size={"height": 48, "width": 40}, image_mean=[0.1, 0.2, 0.3], image_std=[1, 2, 3]
+    ).save_pretrained(tmp_path)
+    encoder = VisionEncoder.from_pretrained(str(tmp_path))
+    assert encoder.image_size == (48, 40) and encoder.mean == (0.1, 0.2, 0.3) and encoder.std == (1, 2, 3)
+    assert VisionEncoder.from_pretrained(str(tmp_path), image_size=64).image_size == (64, 64)
+    # loaded twice it is the same, also where a pooler was drawn anew
+    assert VisionEncoder.from_pretrained(str(tmp_path)).fingerprint == encoder.fingerprint
+
+
+def test_the_fingerprint_knows_weights_layer_and_size():
+    seen = {encoder_of(name).fingerprint for name in ("vit", "vit stretched", "mobilenet", "mobilenet layer")}
+    encoder = encoder_of("vit")
+    assert encoder.fingerprint in seen and len(seen) == 4
+    assert encoder_of("vit").fingerprint == encoder.fingerprint
+    other = encoder_of("vit")
+    with torch.no_grad():
+        list(other.backbone.parameters())[-1][0] += 1e-3
+    assert other.fingerprint not in seen
+    json.dumps(other.describe())
+
+
+def test_what_cannot_be_encoded_is_refused():
+    encoder = encoder_of("vit")
+    with pytest.raises(ValueError, match=r"takes \(N, 3, 32, 32\).*visual_tasks.pixels"):
+        encoder(torch.rand(1, 3, 40, 40))
+    config = SwinConfig(image_size=64, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4)
+    with pytest.raises(ValueError, match="64 tokens, fewer than the 16x16 patches"):
+        VisionEncoder(SwinModel(config))(torch.rand(1, 3, 64, 64))
