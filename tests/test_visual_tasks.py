@@ -292,6 +292,22 @@ def test_decoding_scales_to_each_querys_size():
         Detection().decode(soft, [(8, 4)])
 
 
+def test_masks_go_to_cells_by_nearest_and_colours_by_bicubic():
+    image = photo(40, 30)
+    mask = np.asarray(image)[:, :, 0] > 100
+    assert set(Segmentation().labels([mask], [image], (7, 9)).unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(
+        Colourisation().labels([None], [image], (7, 9)), pixels([image], (7, 9), Image.Resampling.BICUBIC)
+    )
+
+
+def test_half_precision_answers_are_read_as_float32():
+    soft = torch.rand(3, 9, 9, generator=torch.Generator().manual_seed(4)).half()
+    for task in TASKS.values():
+        got, expected = task.decode(soft, (31, 40)), task.decode(soft.float(), (31, 40))
+        assert np.array_equal(np.asarray(got), np.asarray(expected))
+
+
 def test_nan_in_a_painted_image_is_no_answer():
     soft = torch.full((3, 4, 4), float("nan"))
     for task in TASKS.values():
@@ -332,6 +348,7 @@ def test_a_small_box_keeps_a_pixel_and_fractions_are_rounded():
     image = photo(1000, 1000)
     cell = Detection().labels([[990.2, 995.0, 990.4, 996.0]], [image], (8, 8))[0, 0]
     assert cell.sum() == 1 and cell[7, 7] == 1
+    assert Detection().labels([[490.2, 495.0, 490.4, 496.0]], [image], (8, 8))[0, 0].nonzero().tolist() == [[4, 4]]
     assert np.argwhere(np.asarray(Detection().label([1.4, 0.6, 3.6, 5.4], photo()))[:, :, 0]).min(0).tolist() == [1, 1]
     assert Detection().decode(Detection().labels([np.array([0, 0, 7, 5])], [photo()], (64, 64)), (5, 7)) == [
         [0, 0, 7, 5]

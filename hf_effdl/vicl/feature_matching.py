@@ -21,7 +21,8 @@ class FeatureMatching(nn.Module):
 
         soft        sum_j softmax_j(<q, e_j> / temperature) y_j
         nearest     y_j of the largest <q, e_j>
-        prototype   1 if <q, p> > <q, b>, else 0: p and b are the unit means of the e_j weighted by y_j and 1 - y_j
+        prototype   sigmoid((<q, p> - <q, b>) / temperature): p and b are the unit means of the e_j weighted by y_j
+                    and 1 - y_j
 
     and the grid is upsampled to the label's size by bilinear interpolation. Several examples are matched together, as
     if they were one large one. After the training-free matching of frozen features in few-shot segmentation (e.g.
@@ -140,7 +141,7 @@ class FeatureMatching(nn.Module):
             weight = values[..., :1]
             sides = [F.normalize((known * share).sum(1), dim=1) for share in (weight, 1 - weight)]
             white, black = (torch.einsum("bqd,bd->bq", asked, side) for side in sides)
-            return (white > black).to(values)[..., None].expand(-1, -1, 3)
+            return ((white - black) / self.temperature).sigmoid()[..., None].expand(-1, -1, 3)
         similarity = asked @ known.transpose(1, 2)
         if self.matching == "nearest":
             best = similarity.argmax(2)

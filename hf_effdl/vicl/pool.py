@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from hf_effdl.vicl import pool_index
 from hf_effdl.vicl.pool_card import push_pool, write_pool_card
 from hf_effdl.vicl.pool_reader import FORMAT, MANIFEST, NAME, PoolReader
-from hf_effdl.vicl.pool_writer import Rows, build, compacted, write_manifest
+from hf_effdl.vicl.pool_writer import Rows, build, compacted, processes, write_manifest
 from hf_effdl.vicl.visual_tasks import find_task
 
 
@@ -73,7 +72,9 @@ class ExamplePool(PoolReader):
 
         Shards are files that come into being whole, named by data, encoder and settings: a run that was killed goes on
         from the finished ones, and the same call made again only opens the pool. All processes must see `cache_dir`.
-        Such a pool is remade as it was by the same call, without what `add` and `remove` did; `save_pretrained` keeps.
+        The same call makes the same pool again, without what `add` and `remove` did to it since: to keep that, use
+        `save_pretrained`. Masks and boxes that mark nothing are kept, as examples without an object, and a warning
+        counts them.
 
         Args:
             ds: images that are JPEG, PNG or WebP files go into the pool as they are, others as PNG.
@@ -96,8 +97,6 @@ class ExamplePool(PoolReader):
             ValueError: for an empty data set, columns that are not there, ids that occur twice, and, by row and id,
                 an image that cannot be read, a mask of another size or a box that is not inside its image.
             TypeError: for another kind of data set, column or id.
-
-        A mask or box that marks nothing is kept, as an example without an object; a warning counts them.
         """
         encoder = _loaded(encoder)
         task = find_task(task, foreground)
@@ -182,7 +181,7 @@ class ExamplePool(PoolReader):
             gone = [row - start for row in rows if start <= row < start + len(shard.ids)]
             gone = gone if shard.kept is None else shard.kept[gone].tolist()
             entry["dropped"] = sorted(entry["dropped"] + gone)
-        state = Accelerator()
+        state = processes()
         if rows and state.is_main_process:
             write_manifest(self.folder, manifest)
         state.wait_for_everyone()
@@ -205,7 +204,7 @@ class ExamplePool(PoolReader):
 
         On several processes the first one writes. Returns the folder.
         """
-        state, folder = Accelerator(), Path(folder).absolute()
+        state, folder = processes(), Path(folder).absolute()
         own = folder.resolve() == self.folder.resolve()
         if own:
             self._check_mine()
@@ -244,7 +243,7 @@ class ExamplePool(PoolReader):
         Raises:
             ValueError: where the repository holds other data, or is public and `private=True`.
         """
-        if not Accelerator().is_main_process:
+        if not processes().is_main_process:
             return None
         return push_pool(self, repo_id, private, token, commit_message, license=license, tags=tags)
 

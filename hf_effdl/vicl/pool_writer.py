@@ -16,8 +16,8 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import save_file
@@ -161,6 +161,11 @@ def _png(image: Image.Image) -> bytes:
 # ---- shards
 
 
+def processes() -> PartialState:
+    """This process and its siblings; unlike an `Accelerator` it leaves the precision of a later one open."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 class ShardWriter:
     """Writes a tar and its index under other names, and renames them when both are whole."""
 
@@ -255,7 +260,7 @@ def build(
     """
     if on_bad_row not in ("raise", "skip"):
         raise ValueError(f"on_bad_row={on_bad_row!r}: it must be 'raise' or 'skip'")
-    state, size = Accelerator(), manifest["settings"]["rows_per_shard"]
+    state, size = processes(), manifest["settings"]["rows_per_shard"]
     if size < 1 or batch_size < 1:
         raise ValueError(f"rows_per_shard={size} and batch_size={batch_size} must be 1 or more")
     if state.is_main_process:
