@@ -84,7 +84,8 @@ PUSH = """
     mixed = Dataset.from_dict({"image": [encoded(image, kind) for kind in ("PNG", "JPEG", "PNG", "WEBP")]})
     ExamplePool.from_dataset(mixed, task="colourisation", **options).push_to_hub("tester/mixed", private=True)
     found = load_dataset("tester/mixed", split="train")
-    out["mixed"] = [[name for name in ("image.jpg", "image.png", "image.webp") if row[name] is not None] for row in found]
+    kinds = ("image.jpg", "image.png", "image.webp")
+    out["mixed"] = [[kind for kind in kinds if row[kind] is not None] for row in found]
     assert found.features["image.png"] == Image() and found["json"][1] == {"id": "1"}
 
     # boxes, one absent

@@ -186,22 +186,21 @@ def transfer(queries: Queries, examples: Examples, count: int, candidates: int) 
     With R[j, c] the performance of example c on pool image j less the mean of what was measured on j, and the 40
     nearest neighbours j of the query,
 
-        s(q, c) = sum_j w_j R[j, c] / (sum_j w_j + shrinkage),    w_j = softmax_j(cos(q, j) / temperature),
+        s(q, c) = sum_j w_j R[j, c],    w_j = softmax_j(cos(q, j) / temperature);
 
-    both sums over the j on which c was measured.
+    where c was not measured on j, as for j = c, the mean of R[., c] stands for it.
     """
     similarity, rows = nearest(queries, examples, max(candidates, NEIGHBOURS), candidates)
     near, weight = rows[:, :NEIGHBOURS], (similarity[:, :NEIGHBOURS] / TEMPERATURE).softmax(1)
     rows = rows[:, :candidates]
-    measured, values = _table(examples)
-    known = measured >= 0
-    centre = (values * known).sum(1) / known.sum(1).clamp(min=1)
-    residual = torch.where(known, values - centre[:, None], 0.0)
-    scores = torch.zeros(rows.shape)
+    measured, residual = _residuals(examples)
+    mean = _quality(examples).nan_to_num(neginf=0.0)
+    scores = mean[rows]
     for i in range(len(queries)):
         hit = measured[near[i]].flatten()[None] == rows[i][:, None]  # (K, neighbours x measured)
+        above_mean = residual[near[i]].flatten() - mean[rows[i]][:, None]
         each = weight[i][:, None].expand(-1, measured.shape[1]).flatten()
-        scores[i] = (hit * each * residual[near[i]].flatten()).sum(1) / ((hit * each).sum(1) + SHRINKAGE)
+        scores[i] += (hit * each * above_mean).sum(1)
     return _best(scores, rows, count)
 
 
@@ -214,7 +213,7 @@ def oracle(queries: Queries, examples: Examples, count: int, candidates: int) ->
 STRATEGIES = {
     "random": random, "nearest": nearest, "static": static, "dense": dense, "transfer": transfer, "oracle": oracle,
 }  # fmt: skip
-NEIGHBOURS, TEMPERATURE, SHRINKAGE = 40, 0.05, 0.0
+NEIGHBOURS, TEMPERATURE = 40, 0.05
 
 
 def find_strategy(selector: Any) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -247,15 +246,21 @@ def _table(examples: Examples) -> tuple[Tensor, Tensor]:
     return model.measured_candidates.long().cpu(), model.measured_performance.cpu()
 
 
-def _quality(examples: Examples) -> Tensor:
-    """Mean of what was measured of each example, less the mean of what was measured on the same image; (n,)."""
+def _residuals(examples: Examples) -> tuple[Tensor, Tensor]:
+    """Which examples were measured on each image, and their performance less the image's mean; (n, K) each."""
     measured, values = _table(examples)
     known = measured >= 0
     centre = (values * known).sum(1) / known.sum(1).clamp(min=1)
+    return measured, torch.where(known, values - centre[:, None], 0.0)
+
+
+def _quality(examples: Examples) -> Tensor:
+    """Mean residual of each example, (n,); -inf for one that was never measured."""
+    measured, residual = _residuals(examples)
+    known = measured >= 0
     total, count = torch.zeros(len(measured)), torch.zeros(len(measured))
-    where = measured[known]
-    total.index_add_(0, where, (values - centre[:, None])[known])
-    count.index_add_(0, where, torch.ones(len(where)))
+    total.index_add_(0, measured[known], residual[known])
+    count.index_add_(0, measured[known], torch.ones(int(known.sum())))
     return torch.where(count > 0, total / count.clamp(min=1), -torch.inf)
 
 
