@@ -28,6 +28,8 @@ LIGHT = {
     "numbers",
     "warnings",
 }
+# what a model's code on the Hub may count on
+TRAVELLERS = {"torch", "numpy", "PIL", "transformers", "safetensors", "huggingface_hub"}
 
 
 def imports(file: Path, top_level_only: bool = False) -> set[str]:
@@ -98,6 +100,25 @@ def test_pillars_do_not_import_each_other_and_the_hub_folder_imports_none():
                 if other != folder and name.startswith(f"hf_effdl.{other}")
             }  # fmt: skip
             assert not wrong, f"{file} imports {wrong}"
+
+
+def test_what_travels_with_a_model_imports_its_siblings_and_well_known_packages_only():
+    folder = PACKAGE / "vicl"
+    waiting, seen = {"pipeline_visual_in_context", "modeling_visual_in_context"}, set()
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module and "." not in node.module, f"{name}: {ast.unparse(node)}"
+                waiting |= {node.module} - seen
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+                for module in modules:
+                    top = module.split(".")[0]
+                    assert top in TRAVELLERS or top in sys.stdlib_module_names, f"{name} imports {module}"
+    assert {"pool_reader", "visual_tasks", "seggpt_in_context", "feature_matching", "example_selectors"} <= seen
+    assert not {"pool", "labels", "auto"} & seen
 
 
 def test_what_all_pillars_share_imports_none_of_them():

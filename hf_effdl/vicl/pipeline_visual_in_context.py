@@ -19,6 +19,7 @@ from .example_selectors import Examples, Queries, find_strategy
 from .in_context_cards import write_model_card
 from .modeling_visual_in_context import VisualInContextModel
 from .pool_reader import PoolReader
+from .vision_encoders import VisionEncoder
 from .visual_tasks import find_task, pixels, to_rgb
 
 
@@ -96,20 +97,22 @@ class VisualInContextPipeline(Pipeline):
         token: str | bool | None = None,
         **kwargs: Any,
     ) -> None:
-        encoder = getattr(pool, "encoder_module", None)  # a pool that was built here still has its encoder
+        name = str(pool) if isinstance(pool, (str, os.PathLike)) else None
         if isinstance(model, (str, os.PathLike)):
-            model = _load_model(str(model), pool, encoder, token)
+            if name is not None:  # a backbone's name says nothing of the pool's task and encoder
+                pool = PoolReader.from_pretrained(name, token=token)
+            model = _load_model(str(model), pool, token)
         if not isinstance(model, PreTrainedModel) or not hasattr(model, "frozen"):
-            raise TypeError(f"model is a {type(model).__name__}: pass a VisualInContextModel (from_backbone, "
-                            "from_parts, "
-                            "from_pretrained) or the name of a repository")  # fmt: skip
+            raise TypeError(
+                f"model is a {type(model).__name__}: pass a VisualInContextModel (from_backbone, from_parts, "
+                "from_pretrained) or the name of a repository"
+            )
         if pool is None:
-            pool = _named_pool(model)
-        if isinstance(pool, (str, os.PathLike)):
-            name = str(pool)
+            name = _named_pool(model)
+        if pool is None or isinstance(pool, (str, os.PathLike)):
             pool = PoolReader.from_pretrained(name, token=token, **_revision(model, name))
-            if pool.commit is not None:  # from a repository, which is what the model will name
-                model.config.pool, model.config.pool_revision = name, pool.commit
+        if name is not None and pool.commit is not None:  # a repository, which is what the model will name
+            model.config.pool, model.config.pool_revision = name, pool.commit
         kwargs.setdefault("task", TASK)
         self.pool, self.selector = pool, selector
         self.visual_task = find_task(model.config.task)
@@ -328,13 +331,25 @@ def _named_pool(model: VisualInContextModel) -> str:
     return inside if os.path.isdir(inside) else name
 
 
-def _load_model(name: str, pool: Any, encoder: Any, token: str | bool | None) -> VisualInContextModel:
+def _load_model(name: str, pool: Any, token: str | bool | None) -> VisualInContextModel:
     values, _ = PreTrainedConfig.get_config_dict(name, token=token)
     if values.get("model_type") == VisualInContextConfig.model_type:
         return VisualInContextModel.from_pretrained(name, token=token)
-    return VisualInContextModel.from_backbone(
-        name, task=getattr(pool, "task", "segmentation"), encoder=encoder, token=token
-    )
+    if not hasattr(pool, "encoder"):
+        raise ValueError(f"{name} is a backbone and not a VisualInContextModel, which would name its pool: pass pool=")
+    made = pool.encoder
+    form = {"image_size": tuple(made["image_size"]), "layer": made["layer"]}
+    if made["id"] == name and values.get("model_type") != "seggpt":  # one encoder for both
+        return VisualInContextModel.from_backbone(name, task=pool.task, revision=made["revision"], token=token, **form)
+    encoder = getattr(pool, "encoder_module", None)  # a pool that was built here still has it
+    if encoder is None:
+        if made["id"] is None:
+            raise ValueError(
+                f"the pool was made with an encoder that has no name ({made['fingerprint']}): make the model with "
+                "VisualInContextModel.from_parts(frozen, encoder=...)"
+            )
+        encoder = VisionEncoder.from_pretrained(made["id"], made["revision"], token=token, **form)
+    return VisualInContextModel.from_backbone(name, task=pool.task, encoder=encoder, token=token)
 
 
 def _check_pool(pool: PoolReader, model: VisualInContextModel) -> None:
