@@ -26,6 +26,7 @@ from sklearn.datasets import load_digits
 
 
 SIZE = 48
+SPLITS = ("train", "test")
 TASKS = ("segmentation", "detection", "colourisation")
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 
@@ -33,8 +34,6 @@ LUMINANCE = np.array([0.299, 0.587, 0.114])
 @cache
 def digits(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pictures in [0, 1], classes and row numbers of one split: every fourth of the 1,797 digits is a test digit."""
-    if split not in ("train", "test"):
-        raise ValueError(f"split is 'train' or 'test', not {split!r}")
     data = load_digits()
     rows = np.arange(len(data.target))
     rows = rows[(rows % 4 == 3) == (split == "test")]
@@ -202,9 +201,11 @@ def draw_scenes(n: int, split: str, task: str, seed: int) -> list[Scene]:
     """
     if task not in TASKS:
         raise ValueError(f"task is one of {TASKS}, not {task!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split is one of {SPLITS}, not {split!r}")
     scenes = []
     for i in range(n):
-        rng = np.random.default_rng([seed, i, ("train", "test").index(split), TASKS.index(task)])
+        rng = np.random.default_rng([seed, i, SPLITS.index(split), TASKS.index(task)])
         kind = int(rng.integers(6))
         look = Look(background=kind / 6, ink=kind / 6 + 0.4) if task == "colourisation" else Look(np.arange(10) / 10)
         scenes.append(draw_scene(rng, split, i % 10, look, largest=True, kind=kind))

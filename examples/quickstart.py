@@ -1,5 +1,5 @@
 """Train once on scikit-learn's handwritten digits, watch which channels the data asks for, take a smaller model; then
-choose the rows worth training on from a pool with wrong labels.
+choose the rows worth training on from a pool with wrong labels; then the examples worth showing to a frozen model.
 
     python examples/quickstart.py            # about a minute on two CPU cores; results under runs/quickstart/
 
@@ -10,15 +10,38 @@ import argparse
 import time
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from digit_scenes import make_scenes
 from PIL import Image as Picture
 from sklearn.datasets import load_digits
-from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments, set_seed
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    SegGptForImageSegmentation,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
-from hf_effdl import LinearProbes, SplitLBIArguments, SplitLBITrainer, UncertaintySelector, WeightedTrainer
+from hf_effdl import (
+    ExamplePool,
+    LinearProbes,
+    SegGptInContext,
+    SplitLBIArguments,
+    SplitLBITrainer,
+    UncertaintySelector,
+    VisualInContextModel,
+    VisualInContextPipeline,
+    WeightedTrainer,
+    metrics,
+)
 from hf_effdl.hub.cards import markdown_table
+
+
+TINY = Path(__file__).parents[1] / "model_cards" / "tiny-seggpt-digits"
 
 
 SHARED = {
@@ -101,6 +124,26 @@ def choose_rows(budget: float, epochs: float, out: Path, test: Dataset) -> dict[
     return accuracies
 
 
+def choose_examples(queries: int, pool_rows: int, out: Path) -> dict[str, float]:
+    """Mean IoU of a frozen tiny SegGPT on scenes of unseen digits, by how the one example it is shown was chosen."""
+    frozen = SegGptInContext(SegGptForImageSegmentation.from_pretrained(TINY, dtype=torch.float32))
+    model = VisualInContextModel.from_parts(frozen, embed=True)
+    examples = Dataset.from_list(make_scenes(pool_rows, split="train", task="segmentation", seed=1))
+    pool = ExamplePool.from_dataset(examples, label_column="mask", encoder=model.encoder, cache_dir=out / "prompts")
+    pipe = VisualInContextPipeline(model, "dense", pool)
+    scenes = make_scenes(queries, split="test", task="segmentation", seed=2)
+    images, masks = [scene["image"] for scene in scenes], [scene["mask"] for scene in scenes]
+    iou = evaluate.load(str(Path(metrics.__path__[0]) / "foreground_iou"))
+    scores = {}
+    for strategy in ("random", "nearest", "dense", "oracle"):
+        outputs = pipe(images, strategy=strategy, labels=masks if strategy == "oracle" else None)
+        found = [output["prediction"] for output in outputs]
+        scores[strategy] = iou.compute(predictions=found, references=[np.asarray(mask) for mask in masks])["mean_iou"]
+    pipe.plot(images[:4], num_examples=1, path=out / "prompts" / "prompts.png")
+    pipe.save_pretrained(out / "prompts" / "model")
+    return scores
+
+
 def new_model() -> ResNetForImageClassification:
     set_seed(0)
     return ResNetForImageClassification(
@@ -137,29 +180,34 @@ def main() -> None:
     parser.add_argument("--macs", type=float, default=0.25, help="share of the multiply-accumulates to keep")
     parser.add_argument("--budget", type=float, default=0.2, help="share of the pool to select")
     parser.add_argument("--select-epochs", type=float, default=3, help="length of each run, in epochs of the pool")
+    parser.add_argument("--queries", type=int, default=40, help="scenes to segment by example")
+    parser.add_argument("--scenes", type=int, default=200, help="scenes to choose the example from")
     options = parser.parse_args()
     start = time.time()
     train, test = digits()
 
-    print("\n[1/5] the same net with plain SGD, for comparison", flush=True)
+    print("\n[1/6] the same net with plain SGD, for comparison", flush=True)
     baseline = plain_sgd(new_model(), options.epochs, options.out / "sgd", train, test)
 
-    print("\n[2/5] one run with split LBI", flush=True)
+    print("\n[2/6] one run with split LBI", flush=True)
     args = SplitLBIArguments(str(options.out), num_train_epochs=options.epochs, save_strategy="no", **SHARED)
     trainer = SplitLBITrainer(new_model(), args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
     trainer.train()
 
-    print("\n[3/5] the accuracy of smaller models taken from it, without training again", flush=True)
+    print("\n[3/6] the accuracy of smaller models taken from it, without training again", flush=True)
     curve = trainer.evaluate_path(shares=(0.9, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1))
     print(markdown_table(curve, {"macs": "MACs", "params": "parameters", "accuracy": "accuracy"}))
 
-    print(f"\n[4/5] the model with {options.macs:.0%} of the MACs, fine-tuned", flush=True)
+    print(f"\n[4/6] the model with {options.macs:.0%} of the MACs, fine-tuned", flush=True)
     small = trainer.slim(macs=options.macs, bn_batches=8)
     cut = trainer.evaluate_model(small)["accuracy"]
     tuned = plain_sgd(small, options.tune_epochs, options.out / "tune", train, test, learning_rate=0.05)
 
-    print(f"\n[5/5] {options.budget:.0%} of a pool with a fifth of its labels wrong", flush=True)
+    print(f"\n[5/6] {options.budget:.0%} of a pool with a fifth of its labels wrong", flush=True)
     chosen = choose_rows(options.budget, options.select_epochs, options.out, test)
+
+    print("\n[6/6] which example to show a frozen model: a tiny SegGPT on scenes of digits", flush=True)
+    shown = choose_examples(options.queries, options.scenes, options.out)
 
     report = small.config.effdl_report
     before, after = (
@@ -190,6 +238,9 @@ def main() -> None:
     columns = {"rows": "trained on (same number of steps)", "accuracy": "test accuracy"}
     print(f"\n{markdown_table([{'rows': name, 'accuracy': value} for name, value in chosen.items()], columns)}")
     print(f"\nthe selection's report and pictures are in {options.out / 'selection'}")
+    columns = {"strategy": "the example was chosen by", "iou": "mean IoU"}
+    print(f"\n{markdown_table([{'strategy': name, 'iou': value} for name, value in shown.items()], columns)}")
+    print(f"\nqueries, examples and predictions: {options.out / 'prompts' / 'prompts.png'}")
 
 
 if __name__ == "__main__":

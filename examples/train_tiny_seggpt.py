@@ -32,7 +32,7 @@ class Arguments:
     """How large a model, and how long it trains."""
 
     output_dir: str = field(default="runs/tiny-seggpt", metadata={"help": "Folder for weights, configs and log."})
-    steps: int = field(default=4000, metadata={"help": "Optimizer steps."})
+    steps: int = field(default=3600, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=16, metadata={"help": "Pairs per step."})
     learning_rate: float = field(default=2e-3, metadata={"help": "AdamW's, at the peak of the cosine schedule."})
     muon_learning_rate: float = field(default=0.02, metadata={"help": "Muon's, likewise."})
@@ -186,6 +186,26 @@ def evaluate_tasks(model: SegGptForImageSegmentation, n: int = 200, seed: int = 
     return {name: float(value) for name, value in result.items()}
 
 
+def evaluate_cues(model: SegGptForImageSegmentation, n: int = 200, seed: int = 4000) -> dict[str, float]:
+    """What a digit is recognised by: mask IoU where the example shares only its shape, or only its tint."""
+    queries, shapes, tints = [], [], []
+    for i in range(n):
+        rng = np.random.default_rng([seed, i])
+        label, look, other_look = int(rng.integers(10)), Look.draw(rng, TASKS[0]), Look.draw(rng, TASKS[0])
+        query = draw_scene(rng, "test", label, look)
+        absent = int(rng.choice([c for c in range(10) if c not in (label, *query.others)]))
+        swapped = look.classes.copy()
+        swapped[[label, absent]] = swapped[[absent, label]]
+        queries.append(query.painting(TASKS[0]))
+        shapes.append(draw_scene(rng, "test", label, other_look).painting(TASKS[0]))
+        tints.append(draw_scene(rng, "test", absent, Look(swapped)).painting(TASKS[0]))
+    images, labels = [image for image, _ in queries], np.stack([label for _, label in queries])
+    return {
+        "segmentation_iou_by_shape_alone": float(iou(paint(model, shapes, images), labels).mean()),
+        "segmentation_iou_by_tint_alone": float(iou(paint(model, tints, images), labels).mean()),
+    }
+
+
 @torch.no_grad()
 def embed(model: SegGptForImageSegmentation, images: list[np.ndarray], batch_size: int = 50) -> torch.Tensor:
     """Unit vectors (n, hidden_size) of pictures, from the model itself.
@@ -223,7 +243,7 @@ def retrieval_protocol(
     similarity = embed(model, [i for i, _ in images]) @ embed(model, [i for i, _ in shown]).T
     near = similarity.topk(candidates, dim=1).indices.numpy()
     rng = np.random.default_rng(seed)
-    drawn = np.stack([rng.choice(pool, random_draws, replace=False) for _ in asked])
+    drawn = np.stack([rng.choice(pool, min(random_draws, pool), replace=False) for _ in asked])
     tried = np.concatenate([near, drawn], 1)
     scores = []
     for (image, label), ids in zip(images, tried):
@@ -332,6 +352,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     metrics = {
         "training_seconds": round(seconds),
         "test": tasks,
+        "cues": evaluate_cues(loaded, args.test_pairs),
         "largest_change_by_half_precision": max(abs(before[k] - tasks[k]) for k in tasks),
         "retrieval": {
             task: retrieval_protocol(loaded, task, args.queries, args.pool, args.candidates) for task in TASKS
