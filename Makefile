@@ -30,6 +30,9 @@ bench: $(READY)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(BIN)/python examples/benchmarks/selection_banking77.py
 	$(BIN)/python examples/benchmarks/sampling_scale.py
+	$(BIN)/python examples/benchmarks/vicl_pets.py
+	$(BIN)/python examples/benchmarks/vicl_digits.py
+	$(BIN)/python examples/benchmarks/pool_scale.py
 
 style: $(READY)
 	$(BIN)/ruff check --fix .

@@ -70,6 +70,8 @@ class ExamplePool(PoolReader):
     ) -> "ExamplePool":
         """Encode a data set, shard by shard; every process of `accelerate launch` or `torchrun` takes its share.
 
+        Features are of what the frozen model sees of an image, `task.query(image)`: its grey version in colourisation.
+
         Shards are files that come into being whole, named by data, encoder and settings: a run that was killed goes on
         from the finished ones, and the same call made again only opens the pool. All processes must see `cache_dir`.
         The same call makes the same pool again, without what `add` and `remove` did to it since: to keep that, use
@@ -116,6 +118,11 @@ class ExamplePool(PoolReader):
         pool = cls(folder)
         pool.cache_dir, pool._encoder = cache_dir, encoder
         return pool
+
+    @property
+    def encoder_module(self) -> nn.Module | None:
+        """The encoder that it was built with in this process; None for a pool that was loaded."""
+        return self._encoder
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"cache_dir": self.cache_dir}

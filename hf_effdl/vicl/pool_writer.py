@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tarfile
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ from hf_effdl.vicl.visual_tasks import Segmentation, find_task, pixels, to_rgb
 # formats whose files go into the pool as they are; MPO is the JPEG of many phones
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 SHOWN = 5
+# seconds after which a file that was not finished is removed
+LITTER = 86_400
 
 
 # ---- rows
@@ -120,7 +123,7 @@ class Rows(torch.utils.data.Dataset):
             self.task.label(box, image)  # for its checks
             said["box"], row.blank = None if box is None else np.asarray(box).tolist(), box is None
         row.files["json"] = json.dumps(said).encode()
-        row.pixels = pixels([image], self.image_size)[0]
+        row.pixels = pixels([self.task.query(image)], self.image_size)[0]
 
 
 def _ids(ds: Dataset, column: str | None, first: int) -> list[str]:
@@ -184,7 +187,8 @@ class ShardWriter:
 
     def __exit__(self, *exc_info: object) -> None:
         self._file.close()
-        self._part.unlink(missing_ok=True)
+        for target in (self.tar, self.index):
+            part_of(target).unlink(missing_ok=True)
 
     def add(self, key: str, id: str, files: Mapping[str, bytes]) -> None:
         """Append a row's files: `image.*`, and `label.png` or `json`, which holds its label."""
@@ -266,6 +270,9 @@ def build(
     if state.is_main_process:
         (folder / "data").mkdir(parents=True, exist_ok=True)
         (folder / "done").mkdir(exist_ok=True)
+        for part in (folder / "data").glob(".pool-*"):  # of killed runs; a younger one may be being written
+            if time.time() - part.stat().st_mtime > LITTER:
+                part.unlink(missing_ok=True)
     number = 1 + max((int(entry["name"].split("-")[1]) for entry in manifest["shards"]), default=-1)
     key = source.key(manifest, on_bad_row)
     names = [f"pool-{number + i:05d}-{key}" for i in range(-(-len(source) // size))]
