@@ -169,6 +169,9 @@ def test_the_fingerprint_knows_weights_layer_and_size():
     with torch.no_grad():
         list(other.backbone.parameters())[-1][0] += 1e-3
     assert other.fingerprint not in seen
+    encoder = encoder_of("vit")
+    encoder.backbone.half()
+    assert encoder.fingerprint in seen  # the same weights in half precision
     json.dumps(other.describe())
 
 

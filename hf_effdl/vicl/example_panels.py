@@ -67,6 +67,7 @@ def _strip(panels: Sequence[tuple[Image.Image, str]], height: int) -> Image.Imag
     draw, left = ImageDraw.Draw(strip), GAP
     for image, text in sized:
         strip.paste(image, (left, CAPTION))
+        text = " ".join(text.splitlines())  # of an id
         # what does not fit under its image would run into the next caption
         while text and draw.textlength(text) > image.width:
             text = text[:-1]

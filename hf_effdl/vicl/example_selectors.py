@@ -29,7 +29,8 @@ class Queries:
         cells: `(B, 3, h, w)` in [0, 1] at the frozen model's size.
         views: of the encoder: vector, tokens and grid.
         truth: `(B, 3, h, w)` label images, for the oracle and for measuring; None where they are not known.
-        exclude: `(B,)` rows of the pool that the queries themselves are, which are never chosen; None: none are.
+        exclude: `(B,)` rows of the pool that the queries themselves are, which are never chosen, -1 for one that is
+            not in the pool; None: none are.
         seed: of the random strategy.
     """
 
@@ -44,7 +45,9 @@ class Queries:
 
 
 class Examples:
-    """A pool as the frozen model sees it: encoded images and label cells by row, and grids; kept while memory lasts.
+    """A pool as the frozen model sees it: encoded images and label cells by row, and grids; kept up to 1 GiB.
+
+    A pool that grows or shrinks in place is noticed, and what was kept of it is forgotten.
 
     Args:
         pool: the examples.
@@ -64,7 +67,7 @@ class Examples:
         self.metric, self.greater_is_better = metric, greater_is_better
         self._kept: dict[str, OrderedDict[int, Tensor]] = {"encoded": OrderedDict(), "labels": OrderedDict(),
                                                            "grids": OrderedDict()}  # fmt: skip
-        self._bytes = 0
+        self._bytes, self._fingerprint = 0, pool.fingerprint
 
     def encoded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What the frozen model takes of examples: encodings `(*rows, ...)` and labels `(*rows, 3, h, w)`."""
@@ -74,6 +77,7 @@ class Examples:
         """Unit features of every cell of the grid, `(*rows, gh gw, d)`; computed where the pool has not kept them."""
         return self._gather("grids", rows, self._features)
 
+    @torch.no_grad()
     def measure(self, queries: Queries, rows: Tensor) -> Tensor:
         """Performance of every example in `rows (B, K)` on its query: larger is better, `(B, K)`.
 
@@ -81,12 +85,11 @@ class Examples:
         """
         if queries.truth is None:
             raise ValueError("the performance of an example can only be measured where the label of the query is "
-                             "known: "
-                             "pass labels=")  # fmt: skip
+                             "known: pass labels=")  # fmt: skip
         asked = self.model.frozen.encode(queries.cells)
         places = (rows >= 0).nonzero()
         found = torch.full(rows.shape, -torch.inf)
-        for part in places.split(CHUNK):
+        for part in places.split(CHUNK) if len(places) else ():
             b, k = part.unbind(1)
             images, labels = self.encoded(rows[b, k])
             painted = self.model.frozen.predict(asked[b], images[:, None], labels[:, None])
@@ -123,7 +126,12 @@ class Examples:
             grids = views["grid"]
         return F.normalize(grids.flatten(1, 2), dim=2)
 
+    @torch.no_grad()
     def _gather(self, kind: str, rows: Tensor, make: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        if self.pool.fingerprint != self._fingerprint:  # rows have other numbers now
+            self._bytes, self._fingerprint = 0, self.pool.fingerprint
+            for kept in self._kept.values():
+                kept.clear()
         kept = self._kept[kind]
         wanted = rows.flatten().tolist()
         here = {row: kept[row] for row in wanted if row in kept}
@@ -154,17 +162,12 @@ def random(queries: Queries, examples: Examples, count: int, candidates: int) ->
     for i in range(len(queries)):
         generator = torch.Generator().manual_seed(_number(queries.cells[i], queries.seed))
         scores.append(torch.rand(len(examples.pool), generator=generator))
-        if queries.exclude is not None:
-            scores[i][queries.exclude[i]] = -1
-    return torch.stack(scores).topk(min(count, len(examples.pool) - (queries.exclude is not None)), dim=1)
+    return _best_of_all(torch.stack(scores), queries, count)
 
 
 def static(queries: Queries, examples: Examples, count: int, candidates: int) -> tuple[Tensor, Tensor]:
     """The examples that did best on average over the pool, the same for every query; needs measured performance."""
-    quality = _quality(examples).clone().expand(len(queries), -1).clone()
-    if queries.exclude is not None:
-        quality[torch.arange(len(queries)), queries.exclude] = -torch.inf
-    return quality.topk(min(count, len(examples.pool) - (queries.exclude is not None)), dim=1)
+    return _best_of_all(_quality(examples).expand(len(queries), -1), queries, count)
 
 
 def dense(queries: Queries, examples: Examples, count: int, candidates: int) -> tuple[Tensor, Tensor]:
@@ -207,7 +210,12 @@ def transfer(queries: Queries, examples: Examples, count: int, candidates: int) 
 def oracle(queries: Queries, examples: Examples, count: int, candidates: int) -> tuple[Tensor, Tensor]:
     """The candidates that do best on the query itself: all K are tried, against the label of the query."""
     _, rows = nearest(queries, examples, candidates, candidates)
-    return _best(examples.measure(queries, rows), rows, count)
+    performance = examples.measure(queries, rows)
+    if performance.isnan().any():
+        row = int(rows[performance.isnan()][0])
+        raise ValueError(f"the metric is not a number where example {examples.pool.ids[row]!r} was shown: a metric "
+                         "has to be defined for every prediction, also for an empty one")  # fmt: skip
+    return _best(performance, rows, count)
 
 
 STRATEGIES = {
@@ -234,6 +242,17 @@ def _best(scores: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return scores.gather(1, top), rows.gather(1, top)
 
 
+def _best_of_all(scores: Tensor, queries: Queries, count: int) -> tuple[Tensor, Tensor]:
+    """The best of the whole pool, `scores (B, n)`, without the query's own row."""
+    rows = scores.sort(dim=1, descending=True, stable=True).indices
+    if queries.exclude is not None:
+        # moved to the end, since a score of -inf may be another's too
+        own = rows == torch.as_tensor(queries.exclude).cpu()[:, None]
+        rows = rows.gather(1, own.sort(dim=1, stable=True).indices)
+    rows = rows[:, : min(count, rows.shape[1] - (queries.exclude is not None))]
+    return scores.gather(1, rows), rows
+
+
 def _table(examples: Examples) -> tuple[Tensor, Tensor]:
     model, pool = examples.model, examples.pool
     if model.config.performance is None:
@@ -241,9 +260,9 @@ def _table(examples: Examples) -> tuple[Tensor, Tensor]:
                          "hf_effdl.measure_examples(model, pool) first, or choose 'nearest' or 'dense'")  # fmt: skip
     if model.config.pool_fingerprint != pool.fingerprint:
         raise ValueError(f"the performance was measured on the pool {model.config.pool_fingerprint}, but this is "
-                         f"{pool.fingerprint}: the pool was changed since; run measure_examples(model, "
-                         "pool) again")  # fmt: skip
-    return model.measured_candidates.long().cpu(), model.measured_performance.cpu()
+                         f"{pool.fingerprint}: the pool was changed since; run measure_examples(model, pool) "
+                         "again")  # fmt: skip
+    return model.measured_candidates.long().cpu(), model.measured_performance.float().cpu()
 
 
 def _residuals(examples: Examples) -> tuple[Tensor, Tensor]:

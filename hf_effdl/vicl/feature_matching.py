@@ -98,10 +98,14 @@ class FeatureMatching(nn.Module):
         Args:
             queries: `(B, ...)` from `encode`.
             images: `(B, m, ...)` from `encode`: m examples for each query.
-            labels: `(B, m, 3, h, w)` in [0, 1].
+            labels: `(B, m, 3, h, w)` in [0, 1]; of any size, which is the answer's too, except with
+                carry="difference", where it is that of the images.
 
         Returns:
             `(B, 3, h, w)` in [0, 1].
+
+        Raises:
+            ValueError: for other shapes, no example, or an arrangement other than 0.
         """
         if (
             labels.dim() != 5
@@ -110,13 +114,16 @@ class FeatureMatching(nn.Module):
             or not images.shape[1]
         ):
             raise ValueError(f"queries {tuple(queries.shape)}, images {tuple(images.shape)} and labels "
-                             f"{tuple(labels.shape)}: "
-                             "pass (B, ...), (B, m, ...) and (B, m, 3, h, w) with the same B and m >= 1")  # fmt: skip
+                             f"{tuple(labels.shape)}: pass (B, ...), (B, m, ...) and (B, m, 3, h, w) with the same B "
+                             "and m >= 1")  # fmt: skip
         if arrangement:
             raise ValueError(f"arrangement={arrangement}: feature matching has no canvas to arrange, only 0")
         gh, gw, d = self._shape(queries.device)
         cells = gh * gw * d
         batch, m = labels.shape[:2]
+        if self.carry == "difference" and labels.shape[3:] != self.image_size:
+            raise ValueError(f"labels of {tuple(labels.shape[3:])} pixels: a difference is between a label and an "
+                             f"image of one size, {self.image_size}")  # fmt: skip
         carried = labels.flatten(0, 1).float()
         if self.carry == "difference":
             carried = carried - images[..., cells:].reshape(batch * m, 1, *labels.shape[3:])

@@ -133,8 +133,7 @@ class VisualInContextModel(PreTrainedModel):
         self._build(embedded=False, token=token)
         if self.frozen is None:
             raise ValueError("config.frozen_model is empty, as for a model of parts that cannot be saved: make the "
-                             "model "
-                             "with from_backbone or from_parts")  # fmt: skip
+                             "model with from_backbone or from_parts")  # fmt: skip
         if self.separate_encoder is None:
             self._shared = (_own_encoder(self.frozen),)
         self.eval()
@@ -150,7 +149,12 @@ class VisualInContextModel(PreTrainedModel):
             for prefix, spec in (("frozen.", self.config.frozen_model), ("separate_encoder.", self.config.encoder))
             if spec is not None and "id" in spec["backbone"]
         ]
-        state = {name: value for name, value in state.items() if not name.startswith(tuple(named))}
+        state = {
+            # a backbone that both parts share is written for each of them
+            name: value.clone() if name.startswith("separate_encoder.") else value
+            for name, value in state.items()
+            if not name.startswith(tuple(named))
+        }
         super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
 
     # ---- parts
@@ -178,8 +182,7 @@ class VisualInContextModel(PreTrainedModel):
         """
         if candidates.shape != performance.shape or candidates.dim() != 2:
             raise ValueError(f"candidates {tuple(candidates.shape)} and performance {tuple(performance.shape)} must "
-                             "both "
-                             "be (n, K)")  # fmt: skip
+                             "both be (n, K)")  # fmt: skip
         if not performance[candidates >= 0].isfinite().all():
             raise ValueError("performance holds values that are not finite: measure these pairs again")
         self.config.performance, self.config.pool_fingerprint = list(candidates.shape), pool_fingerprint
@@ -242,8 +245,7 @@ def _source(backbone: PreTrainedModel, id: str | None, revision: str | None, emb
         return {"config": backbone.config.to_dict()}
     if id is None:
         raise ValueError(f"embed=False, but it is not known where {type(backbone).__name__} was loaded from: load it "
-                         "by its "
-                         "repository's name, or embed its weights")  # fmt: skip
+                         "by its repository's name, or embed its weights")  # fmt: skip
     return {"id": id, "revision": revision or commit_of(id)}
 
 

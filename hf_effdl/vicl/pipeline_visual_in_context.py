@@ -1,9 +1,12 @@
 """The pipeline: for each image, choose examples from a pool, show them to a frozen vision model, read its answer."""
 
 import os
+import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ from .example_panels import draw_panels
 from .example_selectors import Examples, Queries, find_strategy
 from .in_context_cards import write_model_card
 from .modeling_visual_in_context import VisualInContextModel
-from .pool_reader import PoolReader
+from .pool_reader import MANIFEST, PoolReader
 from .vision_encoders import VisionEncoder
 from .visual_tasks import find_task, pixels, to_rgb
 
@@ -35,7 +38,8 @@ class VisualInContextPipeline(Pipeline):
 
     Args:
         model: a `VisualInContextModel`; a repository or folder of one; or one of a backbone (SegGPT, or any vision
-            encoder for feature matching), see `VisualInContextModel.from_backbone`.
+            encoder for feature matching), see `VisualInContextModel.from_backbone`; where the pool was made with
+            another encoder than the backbone, that one is loaded too.
         selector: how examples are chosen: "random", "nearest", "static", "dense", "transfer", "oracle", or a callable
             `(queries, examples, count, candidates) -> (scores, rows)`; default: the model's `config.strategy`.
         pool: an `ExamplePool` or `PoolReader`, or a repository or folder of one; default: the one that the config
@@ -45,13 +49,13 @@ class VisualInContextPipeline(Pipeline):
     Call it with an image (PIL, array, path, bytes) or any number of them; a list, a data set column or a generator is
     a batch. Options of a call, or of the constructor as defaults:
 
-        num_examples    m, how many examples are shown (default 1)
+        num_examples    m, how many examples are shown (default 1); a smaller pool gives all it has
         fusion          for m > 1: "mean" of the answers to each (default), or "model": all in one call of the frozen
                         model (SegGPT's feature ensemble; joint matching)
         vote            also run every arrangement of the canvas and vote (prompt-SelF, arXiv 2304.04748); for frozen
                         models that have more than one
         strategy        instead of `selector`
-        candidates      K (default: the config's, 50); a smaller pool gives shorter lists
+        candidates      K (default: the config's, 50), at least m; a smaller pool gives shorter lists
         seed            of the random strategy
         labels          labels of the queries, as many; for the oracle
         batch_size      queries at a time (default 8)
@@ -99,9 +103,12 @@ class VisualInContextPipeline(Pipeline):
     ) -> None:
         name = str(pool) if isinstance(pool, (str, os.PathLike)) else None
         if isinstance(model, (str, os.PathLike)):
-            if name is not None:  # a backbone's name says nothing of the pool's task and encoder
-                pool = PoolReader.from_pretrained(name, token=token)
-            model = _load_model(str(model), pool, token)
+            values, _ = PreTrainedConfig.get_config_dict(str(model), token=token)
+            if values.get("model_type") == VisualInContextConfig.model_type:
+                model = VisualInContextModel.from_pretrained(str(model), token=token)
+            else:  # a backbone's name says nothing of the pool's task and encoder
+                pool = pool if name is None else PoolReader.from_pretrained(name, token=token)
+                model = _from_backbone(str(model), values.get("model_type"), pool, token)
         if not isinstance(model, PreTrainedModel) or not hasattr(model, "frozen"):
             raise TypeError(
                 f"model is a {type(model).__name__}: pass a VisualInContextModel (from_backbone, from_parts, "
@@ -111,12 +118,15 @@ class VisualInContextPipeline(Pipeline):
             name = _named_pool(model)
         if pool is None or isinstance(pool, (str, os.PathLike)):
             pool = PoolReader.from_pretrained(name, token=token, **_revision(model, name))
+        _check_pool(pool, model)
+        config = model.config
         if name is not None and pool.commit is not None:  # a repository, which is what the model will name
-            model.config.pool, model.config.pool_revision = name, pool.commit
+            config.pool, config.pool_revision = name, pool.commit
+        elif config.pool == "pool" or config.pool_revision not in (None, pool.commit):
+            config.pool, config.pool_revision = None, None  # that was another pool
         kwargs.setdefault("task", TASK)
         self.pool, self.selector = pool, selector
-        self.visual_task = find_task(model.config.task)
-        _check_pool(pool, model)
+        self.visual_task = find_task(config.task)
         super().__init__(model=model, **kwargs)
         self.examples = Examples(pool, model, self.visual_task, metric, greater_is_better)
         find_strategy(self._strategy(None))
@@ -129,11 +139,11 @@ class VisualInContextPipeline(Pipeline):
             raise ValueError(f"batch_size={batch_size!r}: pass a whole number of at least 1")
         if _is_image(images):
             return self._run([images], None if labels is None else [labels], 1, kwargs)[0]
+        if labels is not None and not isinstance(labels, Iterable):
+            raise ValueError("labels= must hold one label for each image")
         if isinstance(images, Iterator):
-            if labels is not None and not isinstance(labels, Iterable):
-                raise ValueError("labels= must hold one label for each image")
             return self._stream(images, labels if labels is None else iter(labels), batch_size, kwargs)
-        if labels is not None and len(labels) != len(images):
+        if hasattr(labels, "__len__") and hasattr(images, "__len__") and len(labels) != len(images):
             raise ValueError(f"{len(labels)} labels for {len(images)} images: pass one each")
         return self._run(images, labels, batch_size, kwargs)
 
@@ -149,6 +159,8 @@ class VisualInContextPipeline(Pipeline):
             if known is not None and len(known) != len(chunk):
                 raise ValueError("there are fewer labels than images: pass one each")
             yield from super().__call__({"images": chunk, "labels": known}, **options)
+        if labels is not None and list(islice(labels, 1)):
+            raise ValueError("there are more labels than images: pass one each")
 
     def plot(
         self,
@@ -164,11 +176,13 @@ class VisualInContextPipeline(Pipeline):
         Args:
             images: one or a list.
             outputs: what the pipeline gave for them; default: it is run with `options`.
-            height: of a row in pixels.
+            height: of every image in pixels.
             path: also write the picture here.
         """
         if _is_image(images):
             images, outputs = [images], None if outputs is None else [outputs]
+            if options.get("labels") is not None:
+                options["labels"] = [options["labels"]]
         images = list(images)
         if outputs is None:
             outputs = self(images, **options)
@@ -184,17 +198,21 @@ class VisualInContextPipeline(Pipeline):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, repo_id: str | None = None, **kwargs: Any
     ) -> None:
-        """Save the model and the code that runs it anywhere; a pool without a repository goes into `pool/`."""
+        """Save the model and the code that runs it anywhere; a pool without a repository goes into `pool/`.
+
+        What stands in the config is kept, with the strategy and the number of candidates that this pipeline was made
+        with; the other options of the constructor are not.
+        """
         config = self.model.config
-        if isinstance(self.selector, str):
-            config.strategy = self.selector
-        if config.pool is None or not _is_repository(config.pool):
-            if not hasattr(self.pool, "save_pretrained"):
-                raise ValueError(
-                    "the pool was read and not built here, and its repository is not known: set "
-                    "model.config.pool to the repository's name"
-                )
-            self.pool.save_pretrained(os.path.join(save_directory, "pool"))
+        strategy = self._strategy(self._forward_params.get("strategy"))
+        if isinstance(strategy, str):
+            config.strategy = strategy
+        else:
+            warnings.warn(f"the strategy of this pipeline is a {type(strategy).__name__} and cannot be saved: the "
+                          f"saved one will use {config.strategy!r}", stacklevel=2)  # fmt: skip
+        config.candidates = self._forward_params.get("candidates", config.candidates)
+        if config.frozen_model is not None and (config.pool is None or not _is_repository(config.pool)):
+            _save_pool(self.pool, Path(save_directory, "pool"))
             config.pool, config.pool_revision = "pool", None
         super().save_pretrained(save_directory, **kwargs)
         write_model_card(save_directory, config, self.pool, repo_id)
@@ -214,8 +232,7 @@ class VisualInContextPipeline(Pipeline):
         if pool_repo_id is not None or config.pool is None or not _is_repository(config.pool):
             if not hasattr(self.pool, "push_to_hub"):
                 raise ValueError("the pool was read and not built here: load it with ExamplePool.from_pretrained to "
-                                 "push it, "
-                                 "or set model.config.pool to its repository")  # fmt: skip
+                                 "push it, or set model.config.pool to its repository")  # fmt: skip
             pool_repo_id = pool_repo_id or f"{repo_id}-pool"
             self.pool.push_to_hub(pool_repo_id, private=private, token=token)
             revision = HfApi(token=token).dataset_info(pool_repo_id).sha
@@ -237,7 +254,7 @@ class VisualInContextPipeline(Pipeline):
     # ---- the steps of a pipeline
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        unknown = set(kwargs) - set(FORWARD)
+        unknown = {name for name in kwargs if name not in FORWARD}
         if unknown:
             raise TypeError(f"unknown options {sorted(unknown)}; there are {[*FORWARD, 'labels', 'batch_size']}")
         return {}, {name: kwargs[name] for name in FORWARD if kwargs.get(name) is not None}, {}
@@ -255,20 +272,21 @@ class VisualInContextPipeline(Pipeline):
         self, batch: dict[str, Any], strategy: Any = None, num_examples: int = 1, fusion: str = "mean",
         vote: bool = False, candidates: int | None = None, seed: int = 0,
     ) -> dict[str, Any]:  # fmt: skip
-        if not isinstance(num_examples, int) or num_examples < 1:
-            raise ValueError(f"num_examples={num_examples!r}: pass a whole number of at least 1")
+        candidates = self.model.config.candidates if candidates is None else candidates
+        for name, value in (("num_examples", num_examples), ("candidates", candidates)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: pass a whole number of at least 1")
         if fusion not in FUSIONS:
             raise ValueError(f"fusion={fusion!r}: choose one of {FUSIONS}")
         arrangements = getattr(self.model.frozen, "arrangements", 1)
         if vote and arrangements == 1:
             raise ValueError(f"vote=True, but {type(self.model.frozen).__name__} has no canvas whose cells could be "
-                             "arranged "
-                             "in another way: leave vote out")  # fmt: skip
+                             "arranged in another way: leave vote out")  # fmt: skip
         choose = find_strategy(self._strategy(strategy))
         queries = Queries(batch["cells"], self.model.encoder(batch["views"]), batch.get("truth"), seed=seed)
         if not len(self.pool):
             raise ValueError("the pool is empty: add examples to it")
-        scores, rows = choose(queries, self.examples, num_examples, candidates or self.model.config.candidates)
+        scores, rows = choose(queries, self.examples, num_examples, max(candidates, num_examples))
         images, labels = self.examples.encoded(rows)
         asked = self.model.frozen.encode(batch["cells"])
         layouts = range(arrangements) if vote else (0,)
@@ -305,6 +323,8 @@ class VisualInContextPipeline(Pipeline):
 
     @staticmethod
     def _opened(image: Any) -> Image.Image:
+        if isinstance(image, dict) and not image.keys() & {"bytes", "path"}:
+            raise TypeError(f"got a row with the columns {sorted(image)}: pass the column of images, dataset['image']")
         return to_rgb(image)
 
 
@@ -328,18 +348,26 @@ def _named_pool(model: VisualInContextModel) -> str:
     if name is None:
         raise ValueError("there is no pool: pass pool=ExamplePool.from_dataset(...), or a repository or folder of one")
     inside = os.path.join(model.config.name_or_path or "", name)
+    if name == "pool" and not os.path.isdir(inside):
+        raise ValueError(f"the pool was saved beside the model, but there is no folder {inside!r}: pass pool=")
     return inside if os.path.isdir(inside) else name
 
 
-def _load_model(name: str, pool: Any, token: str | bool | None) -> VisualInContextModel:
-    values, _ = PreTrainedConfig.get_config_dict(name, token=token)
-    if values.get("model_type") == VisualInContextConfig.model_type:
-        return VisualInContextModel.from_pretrained(name, token=token)
+def _save_pool(pool: PoolReader, folder: Path) -> None:
+    if hasattr(pool, "save_pretrained"):
+        pool.save_pretrained(folder)
+    elif folder.resolve() != Path(pool.folder).resolve():  # a reader's files, as they are
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(Path(pool.folder, "data"), folder / "data")
+        shutil.copy(Path(pool.folder, MANIFEST), folder)
+
+
+def _from_backbone(name: str, kind: str | None, pool: Any, token: str | bool | None) -> VisualInContextModel:
     if not hasattr(pool, "encoder"):
         raise ValueError(f"{name} is a backbone and not a VisualInContextModel, which would name its pool: pass pool=")
     made = pool.encoder
     form = {"image_size": tuple(made["image_size"]), "layer": made["layer"]}
-    if made["id"] == name and values.get("model_type") != "seggpt":  # one encoder for both
+    if made["id"] == name and kind != "seggpt":  # one encoder for both
         return VisualInContextModel.from_backbone(name, task=pool.task, revision=made["revision"], token=token, **form)
     encoder = getattr(pool, "encoder_module", None)  # a pool that was built here still has it
     if encoder is None:
@@ -353,17 +381,17 @@ def _load_model(name: str, pool: Any, token: str | bool | None) -> VisualInConte
 
 
 def _check_pool(pool: PoolReader, model: VisualInContextModel) -> None:
-    if not hasattr(pool, "search"):  # by what it can do: code from the Hub has a PoolReader of its own
+    if not hasattr(pool, "fingerprint"):  # by what it can do: code from the Hub has a PoolReader of its own
         raise TypeError(f"pool is a {type(pool).__name__}: pass ExamplePool.from_dataset(dataset, encoder=...), or a "
                         "repository or folder of a pool")  # fmt: skip
     if pool.task != model.config.task:
         raise ValueError(f"the pool is for task={pool.task!r}, the model for task={model.config.task!r}: make one of "
-                         "them "
-                         "again for the task of the other")  # fmt: skip
+                         "them again for the task of the other")  # fmt: skip
     made, here = pool.encoder, model.encoder.describe()
     if made["fingerprint"] != here["fingerprint"]:
+        dtype = next((weight.dtype for weight in model.encoder.parameters()), torch.float32)
+        half = f". Weights saved or loaded in {dtype} count as others: do both in float32, and cast the model then"
+        half = half if dtype.itemsize < 4 else ""
         raise ValueError(f"the pool was made with the encoder {made}, but the model's is {here}: vectors of two "
-                         "encoders "
-                         "cannot be compared. Pass encoder= of the pool to VisualInContextModel, or make the pool "
-                         "again "
-                         "with encoder=model.encoder")  # fmt: skip
+                         "encoders cannot be compared. Pass encoder= of the pool to VisualInContextModel.from_parts, "
+                         "or make the pool again with encoder=model.encoder" + half)  # fmt: skip

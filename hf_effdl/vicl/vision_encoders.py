@@ -136,7 +136,8 @@ class VisionEncoder(nn.Module):
             digest = hashlib.sha256(json.dumps(self.settings() | {"model": self.backbone.config.model_type}).encode())
             for name, value in sorted(self.backbone.state_dict().items()):
                 flat = value.detach().flatten()
-                sample = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].float().cpu().contiguous()
+                # rounded to half, so that a copy saved in half precision is the same encoder
+                sample = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].half().cpu().contiguous()
                 digest.update(f"{name}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint

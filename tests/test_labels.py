@@ -1,0 +1,258 @@
+"""Measured performance of examples: as single calls give it, in one process or two, in one go or after a kill."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from labels_run import COUNT, K
+from safetensors.torch import load_file
+from scenes import TASKS, make_model, make_pool, tiny_encoder
+
+from hf_effdl import VisualInContextPipeline, measure_examples
+from hf_effdl.vicl import labels
+
+
+SCRIPT = Path(__file__).parent / "labels_run.py"
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pools")
+    make_pool(folder, count=COUNT)  # which the processes then find
+    return folder
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Numbers of pairs that are measured, call by call."""
+    seen, measure = [], labels.Examples.measure
+
+    def counted(self, queries, rows):
+        seen.append(int((rows >= 0).sum()))
+        return measure(self, queries, rows)
+
+    monkeypatch.setattr(labels.Examples, "measure", counted)
+    return seen
+
+
+def start(*arguments: object, processes: int = 1) -> subprocess.Popen:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", str(processes), "--master_port",
+                    str(random.randint(20000, 40000))]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        [*launcher, str(SCRIPT), *map(str, arguments)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finished(run: subprocess.Popen) -> None:
+    said = run.communicate(timeout=200)[1].decode()
+    assert run.returncode == 0 and "Traceback" not in said, said[-2000:]
+
+
+@pytest.fixture(scope="module")
+def expected(pools):
+    return measure_examples(make_model(), make_pool(pools, count=COUNT), candidates=K, progress=False)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_pair_is_measured_as_the_pipeline_would(tmp_path, task):
+    pool, model = make_pool(tmp_path, task, 7), make_model(task)
+    candidates, performance = measure_examples(model, pool, candidates=3, progress=False)
+    assert candidates.shape == performance.shape == (7, 3) and candidates.dtype == torch.int64
+    cosines = pool.vectors @ pool.vectors.T
+    pipe = VisualInContextPipeline(model, pool=pool)
+    task = pipe.visual_task
+    for j in range(7):
+        others = [c for c in cosines[j].argsort(descending=True, stable=True).tolist() if c != j]
+        assert candidates[j].tolist() == others[:3]
+        for k in range(3):
+            row = int(candidates[j, k])
+            choose = lambda queries, examples, count, limit: (torch.zeros(1, 1), torch.tensor([[row]]))  # noqa: B023, E731
+            batch = pipe.preprocess({"images": [pool.image(j)], "labels": [pool.label(j)]})
+            painted = pipe.forward(batch, strategy=choose)["painted"]
+            truth = task.labels([pool.label(j)], [pool.image(j)], model.image_size)
+            value = float(task.score(painted, truth)[0])
+            assert performance[j, k] == pytest.approx(value if task.greater_is_better else -value, abs=1e-5)
+    assert torch.equal(model.measured_candidates.long(), candidates)
+    assert torch.equal(model.measured_performance, performance)
+    assert model.config.performance == [7, 3] and model.config.pool_fingerprint == pool.fingerprint
+    # and the strategies that need it now run
+    for strategy in ("static", "transfer"):
+        assert len(pipe(pool.image(0), strategy=strategy, num_examples=2)["example_ids"]) == 2
+
+
+def test_a_small_pool_gives_all_others(pools, tmp_path, runs):
+    pool = make_pool(tmp_path, count=3)
+    candidates, _ = measure_examples(make_model(), pool, progress=False)
+    assert [sorted(row) for row in candidates.tolist()] == [[1, 2], [0, 2], [0, 1]] and sum(runs) == 6
+
+
+def test_a_budget_measures_on_that_many_images(pools, expected, runs, tmp_path, capsys):
+    pool, model = make_pool(pools, count=COUNT), make_model()
+    candidates, performance = measure_examples(model, pool, candidates=K, queries=9, seed=3, cache_dir=tmp_path)
+    assert "9/9" in capsys.readouterr().err
+    rows = (candidates >= 0).all(1)
+    assert rows.sum() == 9 and sum(runs) == 9 * K and (candidates[~rows] == -1).all()
+    assert torch.equal(candidates[rows], expected[0][rows])
+    torch.testing.assert_close(performance[rows], expected[1][rows])
+    assert (performance[~rows] == 0).all()
+    other, _ = measure_examples(make_model(), pool, candidates=K, queries=9, seed=4, progress=False)
+    assert not torch.equal(other, candidates)
+    assert VisualInContextPipeline(model, "transfer", pool)(pool.image(0))["example_ids"]
+
+
+def test_a_larger_budget_goes_on_from_a_smaller_one(pools, expected, runs, monkeypatch, tmp_path):
+    monkeypatch.setattr(labels, "PART", 4)
+    pool = make_pool(pools, count=COUNT)
+    options = {"candidates": K, "cache_dir": tmp_path, "progress": False}
+    measure_examples(make_model(), pool, queries=8, **options)
+    assert runs == [4 * K] * 2
+    found = measure_examples(make_model(), pool, **options)
+    assert sum(runs) == COUNT * K and torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+
+
+def test_a_run_of_two_processes_is_that_of_one(pools, expected, tmp_path):
+    finished(start(pools, "none", tmp_path / "two", processes=2))
+    two = [load_file(tmp_path / name) for name in ("two.0", "two.1")]
+    for found in two:
+        assert torch.equal(found["candidates"], expected[0])
+        torch.testing.assert_close(found["performance"], expected[1], atol=1e-6, rtol=0)
+        assert torch.equal(found["set candidates"].long(), found["candidates"])
+        assert torch.equal(found["set performance"], found["performance"])
+    assert torch.equal(two[0]["performance"], two[1]["performance"])
+    assert [int(found["runs"]) for found in two] == [12 * K, 10 * K]
+
+
+def test_a_process_without_a_part_gets_the_whole_table(monkeypatch, tmp_path):
+    pool = make_pool(tmp_path, count=3)
+    expected = measure_examples(make_model(), pool, progress=False)
+
+    def gather(lists):  # what two processes gather, of which this is the second, without a part
+        assert lists == []
+        every = torch.tensor([2, 0, 1])  # any order
+        return [(every, expected[0][every], expected[1][every])]
+
+    state = labels.processes()
+    monkeypatch.setattr(labels, "processes", lambda: Second(state))
+    monkeypatch.setattr(labels, "gather_object", gather)
+    found = measure_examples(make_model(), pool, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+class Second:
+    process_index, num_processes, is_main_process = 1, 2, False
+
+    def __init__(self, state):
+        self.device = state.device
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was(pools, expected, tmp_path):
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    run = start(pools, cache, out, 0.6)
+    deadline = time.time() + 100
+    while len(list(cache.glob("*/*.safetensors"))) < 2:
+        assert run.poll() is None and time.time() < deadline
+        time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    run.stdout.close(), run.stderr.close()
+    parts = {file: file.stat().st_mtime_ns for file in cache.glob("*/*.safetensors")}
+    assert 2 <= len(parts) < 6 and not Path(f"{out}.0").exists()
+    finished(start(pools, cache, out))
+    found = load_file(f"{out}.0")
+    assert torch.equal(found["candidates"], expected[0])
+    torch.testing.assert_close(found["performance"], expected[1], atol=1e-6, rtol=0)
+    assert int(found["runs"]) == (COUNT - 4 * len(parts)) * K
+    assert all(file.stat().st_mtime_ns == then for file, then in parts.items())
+
+
+def test_parts_of_something_else_are_not_taken(pools, runs, tmp_path):
+    pool = make_pool(pools, count=COUNT)
+    others = make_pool(tmp_path, count=COUNT, first=30)
+
+    def share(predictions, references):
+        return float(np.mean(predictions[0] == references[0]))
+
+    def agreement(predictions, references):
+        return -float(np.mean(predictions[0] != references[0]))
+
+    def foreground_iou(predictions, references):  # the name of the task's own
+        return 0.5
+
+    first = {"model": make_model(), "pool": pool, "candidates": K}
+    separate = make_model(encoder=tiny_encoder(1))
+    separate = type(separate).from_parts(separate.frozen, tiny_encoder())
+    changes = [{}, {"pool": others}, {"candidates": K - 1}, {"metric": share}, {"metric": agreement},
+               {"metric": share, "greater_is_better": False}, {"model": make_model(matching="nearest")},
+               {"model": make_model(temperature=0.1)}, {"model": separate}, {"metric": foreground_iou}]  # fmt: skip
+    tables = []
+    for change in changes:
+        options = first | change
+        model, pool = options.pop("model"), options.pop("pool")
+        runs.clear()
+        tables.append(measure_examples(model, pool, cache_dir=tmp_path / "cache", progress=False, **options)[1])
+        assert sum(runs) == COUNT * options["candidates"], change
+        runs.clear()
+        again = measure_examples(model, pool, cache_dir=tmp_path / "cache", progress=False, **options)[1]
+        assert torch.equal(again, tables[-1]) and not runs
+    torch.testing.assert_close(tables[3], tables[4] + 1)
+    torch.testing.assert_close(tables[3], -tables[5])
+
+
+def test_a_damaged_part_is_measured_again(pools, expected, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(labels, "PART", 8)
+    pool, options = make_pool(pools, count=COUNT), {"candidates": K, "cache_dir": tmp_path, "progress": False}
+    measure_examples(make_model(), pool, **options)
+    one, other, _ = sorted(tmp_path.glob("*/*.safetensors"), key=lambda file: -file.stat().st_size)
+    one.write_bytes(one.read_bytes()[:-7])
+    other.write_bytes(b"")
+    runs.clear()
+    found = measure_examples(make_model(), pool, **options)
+    assert runs == [8 * K, 8 * K]
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+
+
+def test_a_metric_has_to_be_a_number_and_to_have_a_name(pools, tmp_path):
+    pool, model = make_pool(pools, count=COUNT), make_model()
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not finite on pool image 'scene .*' *: a metric has to be defined"):
+            measure_examples(model, pool, metric=lambda value=value, **_: value, candidates=2, progress=False)
+    assert model.config.performance is None
+    with pytest.raises(ValueError, match="has no name that parts in cache_dir could be told apart by"):
+        measure_examples(model, pool, metric=lambda **_: 1, cache_dir=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_model_stays_where_it_was(pools, monkeypatch):
+    pool, model, moves = make_pool(pools, count=COUNT), make_model(), []
+    to = model.to
+    monkeypatch.setattr(model, "to", lambda device: (moves.append(str(device)), to(device))[1])
+    with pytest.raises(ValueError, match="not finite"):
+        measure_examples(model, pool, metric=lambda **_: float("nan"), progress=False)
+    assert moves == [str(labels.processes().device), "cpu"]
+
+
+def test_what_cannot_be_measured_is_refused(pools, tmp_path):
+    pool = make_pool(pools, count=COUNT)
+    with pytest.raises(ValueError, match="the pool has 1 examples: at least two"):
+        measure_examples(make_model(), make_pool(tmp_path, count=1), progress=False)
+    with pytest.raises(ValueError, match="made with another encoder.*encoder=model.encoder"):
+        measure_examples(make_model(encoder=tiny_encoder(1)), pool, progress=False)
+    with pytest.raises(ValueError, match="the pool is for task='segmentation', the model for task='detection'"):
+        measure_examples(make_model("detection"), pool, progress=False)
+    for queries in (0, -1, COUNT + 1):
+        with pytest.raises(ValueError, match=f"queries={queries}: the pool has {COUNT} images"):
+            measure_examples(make_model(), pool, queries=queries, progress=False)
+    with pytest.raises(ValueError, match="candidates=0: pass a whole number"):
+        measure_examples(make_model(), pool, candidates=0, progress=False)

@@ -1,0 +1,698 @@
+"""The pipeline as its users meet it: any image, any number of them, three tasks, three kinds of frozen models."""
+
+import io
+import json
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from datasets import Image
+from PIL import Image as Picture
+from scenes import SIZE, TASKS, label_of, make_model, make_pool, rows, scene, tiny_encoder, tiny_vit
+from torch.nn import functional as F
+from transformers import SegGptConfig, SegGptForImageSegmentation, pipeline
+
+import hf_effdl
+from hf_effdl import SegGptInContext, VisionEncoder, VisualInContextModel, VisualInContextPipeline, measure_examples
+from hf_effdl.vicl.canvas_models import CanvasModel, vote
+from hf_effdl.vicl.example_panels import CAPTION, GAP, draw_panels
+from hf_effdl.vicl.pool_reader import PoolReader
+from hf_effdl.vicl.visual_tasks import pixels
+
+
+COUNT = 12
+QUERIES = list(range(100, 105))
+
+
+class Mirror(CanvasModel):
+    """Paints the query's mirror image, and some of the example's label, so that every arrangement matters."""
+
+    def paint(self, canvas, mask):
+        return (0.5 * canvas.flip(3) + 0.5 * canvas.flip(2)).clamp(0, 1)
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pools")
+    return {task: make_pool(folder, task, COUNT) for task in TASKS}
+
+
+@pytest.fixture
+def pipes(pools):
+    def make(task="segmentation", selector=None, pool=None, **options):
+        return VisualInContextPipeline(make_model(task), selector, pool or pools[task], **options)
+
+    return make
+
+
+def tiny_seggpt():
+    torch.manual_seed(0)
+    values = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "decoder_hidden_size": 8,
+              "image_size": (2 * SIZE, SIZE), "patch_size": 8, "pretrain_image_size": 16, "merge_index": 0,
+              "intermediate_hidden_state_indices": (1, 2), "initializer_range": 0.2}  # fmt: skip
+    return SegGptForImageSegmentation(SegGptConfig(**values))
+
+
+def photos(numbers=QUERIES):
+    return [scene(number)[0] for number in numbers]
+
+
+def plain(output):
+    """Something that == compares, for each kind of prediction."""
+    prediction = output["prediction"]
+    if prediction is not None and not isinstance(prediction, list):
+        prediction = np.asarray(prediction).tolist()
+    return prediction, output["example_ids"], output["scores"]
+
+
+def check_contract(task, output, image, m, ids):
+    assert set(output) == {"prediction", "example_ids", "scores"}
+    names, scores, prediction = output["example_ids"], output["scores"], output["prediction"]
+    assert isinstance(names, list) and isinstance(scores, list) and len(names) == len(scores) == m
+    assert all(isinstance(name, str) and name in ids for name in names) and len(set(names)) == m
+    assert all(isinstance(score, float) for score in scores) and scores == sorted(scores, reverse=True)
+    width, height = image.size
+    if task == "segmentation":
+        assert isinstance(prediction, np.ndarray) and prediction.dtype == np.uint8
+        assert prediction.shape == (height, width) and set(np.unique(prediction)) <= {0, 1}
+    elif task == "detection":
+        if prediction is not None:
+            x0, y0, x1, y1 = prediction
+            assert all(type(value) is int for value in prediction)
+            assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
+    else:
+        assert isinstance(prediction, Picture.Image) and prediction.mode == "RGB" and prediction.size == image.size
+
+
+# ---- what comes out
+
+
+@pytest.mark.parametrize("strategy", ["random", "nearest", "static", "dense", "transfer", "oracle"])
+@pytest.mark.parametrize("task", TASKS)
+def test_the_answer_is_as_the_contract_says(pipes, pools, task, strategy):
+    pipe = pipes(task)
+    measure_examples(pipe.model, pools[task], candidates=4, progress=False)
+    labels = [label_of(task, number) for number in QUERIES]
+    outputs = pipe(photos(), strategy=strategy, labels=labels, num_examples=2)
+    assert isinstance(outputs, list) and len(outputs) == len(QUERIES)
+    for image, output in zip(photos(), outputs):
+        check_contract(task, output, image, 2, pools[task].ids)
+    single = pipe(scene(100)[0], strategy=strategy, labels=labels[0])
+    check_contract(task, single, scene(100)[0], 1, pools[task].ids)
+    assert single["example_ids"] == outputs[0]["example_ids"][:1]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_query_that_is_in_the_pool_gets_its_own_label_back(pipes, pools, task):
+    pipe = VisualInContextPipeline(make_model(task, temperature=1e-4), pool=pools[task])
+    found_something = 0
+    for row in range(COUNT):
+        image = pools[task].image(row)
+        output = pipe(image)
+        assert output["example_ids"] == [f"scene {row}"] and output["scores"] == [pytest.approx(1, abs=1e-5)]
+        carried = pipe.visual_task.labels([pools[task].label(row)], [image], (SIZE, SIZE))
+        grey = pixels([image.convert("L")], (SIZE, SIZE)) if task == "colourisation" else 0
+        coarse = F.interpolate(F.adaptive_avg_pool2d(carried - grey, 4), SIZE, mode="bilinear") + grey
+        expected = pipe.visual_task.decode(coarse[0], image.size[::-1])
+        if task == "detection":
+            assert (output["prediction"] is None) == (expected is None)
+            if expected is not None:
+                found_something += 1
+                assert np.abs(np.subtract(output["prediction"], expected)).max() <= 2
+        else:
+            found, expected = (np.asarray(one, dtype=float) for one in (output["prediction"], expected))
+            found_something += expected.max() > 0
+            assert abs(found - expected).mean() < 0.01 * max(1, expected.max())
+    assert found_something > COUNT / 2
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("strategy", ["random", "nearest", "dense", "oracle"])
+def test_a_batch_is_the_same_as_one_by_one(pipes, task, strategy):
+    pipe = pipes(task, strategy)
+    labels = [label_of(task, number) for number in QUERIES]
+    expected = [pipe(image, labels=label, num_examples=3) for image, label in zip(photos(), labels)]
+    for batch_size in (1, 2, 5, 100):
+        found = pipe(photos(), labels=labels, num_examples=3, batch_size=batch_size)
+        for one, other in zip(found, expected, strict=True):
+            assert one["example_ids"] == other["example_ids"]
+            assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
+            if task == "colourisation":
+                pair = [np.asarray(output["prediction"], dtype=int) for output in (one, other)]
+                assert abs(pair[0] - pair[1]).max() <= 1
+            else:
+                assert plain(one)[0] == plain(other)[0]
+
+
+def test_the_batch_size_of_the_constructor_is_the_default(pipes, monkeypatch):
+    pipe, seen = pipes(batch_size=2), []
+    preprocess = pipe.preprocess
+    monkeypatch.setattr(pipe, "preprocess", lambda inputs: (seen.append(len(inputs["images"])), preprocess(inputs))[1])
+    pipe(photos())
+    pipe(photos(), batch_size=4)
+    assert seen == [2, 2, 1, 4, 1]
+
+
+def test_a_generator_is_answered_as_it_comes(pipes):
+    pipe, taken = pipes(), []
+
+    def come():
+        for number in range(100, 200):
+            taken.append(number)
+            yield scene(number)[0]
+
+    stream = pipe(come(), batch_size=3)
+    assert taken == []
+    first = [next(stream) for _ in range(3)]
+    assert taken == [100, 101, 102]
+    next(stream)
+    assert len(taken) == 6
+    for one, other in zip(first, pipe(photos([100, 101, 102]))):
+        assert plain(one) == plain(other)
+    labels = (label_of("segmentation", number) for number in QUERIES)
+    streamed = list(pipe(iter(photos()), labels=labels, strategy="oracle", batch_size=2))
+    assert len(streamed) == 5 and streamed[4]["scores"][0] <= 1
+
+
+@pytest.mark.parametrize("nothing", [[], (), iter(())])
+def test_no_images_have_no_answers(pipes, nothing):
+    assert list(pipes()(nothing)) == []
+
+
+# ---- what goes in
+
+
+def test_every_form_of_an_image_is_the_same_image(pipes, tmp_path):
+    pipe, image = pipes(), scene(100)[0]
+    image.save(tmp_path / "photo.png")
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    array, path = np.array(image), str(tmp_path / "photo.png")
+    forms = {
+        "array": array, "floats": array / 255.0, "path": path, "Path": tmp_path / "photo.png",
+        "bytes": stream.getvalue(), "dict": {"bytes": stream.getvalue(), "path": None},
+        "dict of a path": {"bytes": None, "path": path}, "RGBA": image.convert("RGBA"),
+    }  # fmt: skip
+    expected = plain(pipe(image))
+    for name, form in forms.items():
+        assert plain(pipe(form)) == expected, name
+    for output in pipe(list(forms.values())):
+        assert plain(output) == expected
+    batch = np.stack([array, array[::-1]])
+    assert plain(pipe(batch)[0]) == expected and len(pipe(batch)) == 2
+    grey = image.convert("L")
+    expected = plain(pipe(grey.convert("RGB")))
+    sixteen = Picture.fromarray(np.array(grey).astype(np.uint16) * 257)
+    assert sixteen.mode == "I;16"
+    for form in (grey, np.array(grey), np.array(grey)[:, :, None], sixteen):
+        assert plain(pipe(form)) == expected
+    assert plain(pipe(image.quantize(8))) == plain(pipe(image.quantize(8).convert("RGB")))
+    turned = Picture.Exif()
+    turned[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=turned)
+    output = pipe(tmp_path / "turned.png")
+    assert output["prediction"].shape == image.size and plain(output) == plain(pipe(image.rotate(-90, expand=True)))
+
+
+def test_a_column_of_a_data_set_is_a_batch(pipes):
+    pipe, ds = pipes(), rows(5, 100)
+    expected = [plain(output) for output in pipe(photos())]
+    for column in (ds["image"], ds["image"][:], ds.cast_column("image", Image(decode=False))["image"],
+                   ds.to_iterable_dataset()["image"]):  # fmt: skip
+        assert [plain(output) for output in pipe(column)] == expected
+    assert len(pipe(ds["image"], labels=ds["mask"], strategy="oracle")) == 5
+    assert len(pipe(ds.to_iterable_dataset()["image"], labels=ds["mask"], strategy="oracle")) == 5
+
+
+def test_a_whole_data_set_is_refused_with_what_to_pass(pipes):
+    for ds in (rows(2), rows(2).to_iterable_dataset()):
+        with pytest.raises(TypeError, match=r"columns \['box', 'image', .*\]: pass the column of images"):
+            pipes()(ds)
+
+
+@pytest.mark.parametrize("wrong, text", [
+    (7, "got int; pass a PIL image"), (torch.rand(3, 8, 8), "got Tensor; pass a PIL image"), (None, "got NoneType"),
+    ([3.5], "got float"),
+])  # fmt: skip
+def test_what_is_no_image_is_named(pipes, wrong, text):
+    with pytest.raises(TypeError, match=text):
+        pipes()(wrong)
+    with pytest.raises(FileNotFoundError):
+        pipes()("absent.png")
+
+
+# ---- how many examples, and how they are fused
+
+
+@pytest.mark.parametrize("strategy", ["random", "nearest", "dense", "oracle"])
+def test_as_many_examples_as_asked_for_or_the_whole_pool(pipes, pools, strategy):
+    pipe = pipes(selector=strategy)
+    for m, candidates in ((1, None), (3, None), (3, 2), (COUNT + 5, None), (COUNT + 5, 3)):
+        output = pipe(scene(100)[0], labels=scene(100)[1], num_examples=m, candidates=candidates)
+        check_contract("segmentation", output, scene(100)[0], min(m, COUNT), pools["segmentation"].ids)
+
+
+def cells(pipe, pool, output, image):
+    task = pipe.visual_task
+    chosen = [pool.position(id) for id in output["example_ids"]]
+    images = pixels([task.query(pool.image(row)) for row in chosen], pipe.model.image_size)
+    labels = task.labels([pool.label(r) for r in chosen], [pool.image(r) for r in chosen], pipe.model.image_size)
+    return pixels([task.query(image)], pipe.model.image_size), images, labels
+
+
+@pytest.mark.parametrize("kind", ["matching", "seggpt"])
+@pytest.mark.parametrize("task", TASKS)
+def test_answers_are_averaged_or_given_in_one_call(pools, task, kind):
+    pool = pools[task]
+    model = make_model(task) if kind == "matching" else VisualInContextModel.from_parts(
+        SegGptInContext(tiny_seggpt()), tiny_encoder(), task=task)  # fmt: skip
+    pipe = VisualInContextPipeline(model, pool=pool)
+    for image in photos()[:2]:
+        for fusion in ("mean", "model"):
+            output = pipe(image, num_examples=3, fusion=fusion)
+            query, images, labels = cells(pipe, pool, output, image)
+            if fusion == "model":
+                painted = model(query, images[None], labels[None])
+            else:
+                each = [model(query, images[None, j : j + 1], labels[None, j : j + 1]) for j in range(3)]
+                painted = torch.stack(each).mean(0)
+            prediction = pipe.visual_task.decode(painted[0], image.size[::-1])
+            assert plain(output)[0] == plain(output | {"prediction": prediction})[0]
+
+
+@pytest.mark.parametrize("kind", ["seggpt", "canvas"])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_vote_is_over_every_arrangement(pools, task, kind):
+    pool = pools[task]
+    frozen = Mirror() if kind == "canvas" else SegGptInContext(tiny_seggpt())
+    model = VisualInContextModel.from_parts(frozen, tiny_encoder(), task=task)
+    assert (model.frozen.arrangements, model.image_size) == ((8, (111, 111)) if kind == "canvas" else (2, (32, 32)))
+    pipe, image = VisualInContextPipeline(model, pool=pool), scene(101)[0]
+    for fusion in ("mean", "model"):
+        output = pipe(image, vote=True, num_examples=2, fusion=fusion)
+        query, images, labels = cells(pipe, pool, output, image)
+        answers = []
+        for layout in range(frozen.arrangements):
+            if fusion == "model":
+                answers.append(model(query, images[None], labels[None], layout))
+            else:
+                each = [model(query, images[None, j : j + 1], labels[None, j : j + 1], layout) for j in range(2)]
+                answers.append(torch.stack(each).mean(0))
+        painted = vote(torch.stack(answers), threshold=task != "colourisation")
+        prediction = pipe.visual_task.decode(painted[0], image.size[::-1])
+        assert plain(output)[0] == plain(output | {"prediction": prediction})[0]
+    assert plain(pipe(image, vote=False)) == plain(pipe(image))
+
+
+def test_a_frozen_model_of_ones_own_runs_and_is_not_saved(pools, tmp_path):
+    with pytest.raises(ValueError, match="Mirror has no encoder of its own: pass encoder="):
+        VisualInContextModel.from_parts(Mirror())
+    pipe = VisualInContextPipeline(
+        VisualInContextModel.from_parts(Mirror(), tiny_encoder()), pool=pools["segmentation"]
+    )
+    check_contract("segmentation", pipe(scene(100)[0]), scene(100)[0], 1, pools["segmentation"].ids)
+    with pytest.raises(ValueError, match="a Mirror cannot be saved"):
+        pipe.save_pretrained(tmp_path / "mirror")
+    assert not (tmp_path / "mirror" / "pool").exists() and not (tmp_path / "mirror" / "config.json").exists()
+
+
+# ---- options
+
+
+def test_the_strategy_of_a_call_goes_before_the_selector_and_that_before_the_config(pools):
+    pool, image = pools["segmentation"], scene(100)[0]
+    seen = []
+
+    def last(queries, examples, count, candidates):
+        seen.append((len(queries), len(examples.pool), count, candidates))
+        return torch.zeros(len(queries), 1), torch.full((len(queries), 1), COUNT - 1)
+
+    def first(queries, examples, count, candidates):
+        return torch.zeros(len(queries), 1), torch.zeros(len(queries), 1, dtype=torch.long)
+
+    near = VisualInContextPipeline(make_model(), "nearest", pool)(image)["example_ids"]
+    dense = VisualInContextPipeline(make_model(), "dense", pool)(image)["scores"]
+    assert VisualInContextPipeline(make_model(strategy="dense"), None, pool)(image)["scores"] == dense
+    assert VisualInContextPipeline(make_model(strategy="dense"), "nearest", pool)(image)["example_ids"] == near
+    pipe = VisualInContextPipeline(make_model(), last, pool)
+    assert pipe(image, num_examples=2, candidates=7)["example_ids"] == [f"scene {COUNT - 1}"]
+    assert seen == [(1, COUNT, 2, 7)]
+    assert pipe(image, strategy=first)["example_ids"] == ["scene 0"]
+    assert pipe(image, strategy="nearest")["example_ids"] == near
+    assert VisualInContextPipeline(make_model(), last, pool, strategy=first)(image)["example_ids"] == ["scene 0"]
+
+
+def test_the_seed_is_of_the_random_strategy(pipes):
+    pipe = pipes(selector="random", num_examples=4)
+    chosen = [tuple(pipe(scene(100)[0], seed=seed)["example_ids"]) for seed in range(5)]
+    assert len(set(chosen)) == 5 and pipe(scene(100)[0])["example_ids"] == list(chosen[0])
+
+
+def test_candidates_limit_the_list(pipes):
+    pipe = pipes()
+    near = pipe(scene(100)[0], num_examples=3)["example_ids"]
+    for strategy in ("dense", "oracle"):
+        options = {"strategy": strategy, "labels": scene(100)[1]}
+        assert pipe(scene(100)[0], candidates=1, **options)["example_ids"] == near[:1]
+        assert set(pipe(scene(100)[0], candidates=3, num_examples=3, **options)["example_ids"]) == set(near)
+
+
+@pytest.mark.parametrize("options, text", [
+    ({"num_examples": 0}, "num_examples=0: pass a whole number"), ({"num_examples": 1.5}, "num_examples=1.5"),
+    ({"candidates": 0}, "candidates=0: pass a whole number"), ({"candidates": -3}, "candidates=-3"),
+    ({"fusion": "max"}, "fusion='max': choose one of"), ({"strategy": "best"}, "strategy='best': it must be one of"),
+    ({"vote": True}, "FeatureMatching has no canvas.*leave vote out"), ({"batch_size": 0}, "batch_size=0"),
+    ({"strategy": "oracle"}, "pass labels="), ({"strategy": "transfer"}, "measure_examples"),
+    ({"strategy": "static"}, "measure_examples"),
+])  # fmt: skip
+def test_an_option_that_cannot_be_is_refused(pipes, options, text):
+    with pytest.raises(ValueError, match=text):
+        pipes()(scene(100)[0], **options)
+
+
+def test_an_unknown_option_is_refused_with_those_there_are(pipes):
+    for call in (lambda: pipes()(scene(100)[0], examples=3), lambda: pipes(examples=3)):
+        with pytest.raises(TypeError, match=r"unknown options \['examples'\]; there are \['strategy', 'num_examples'"):
+            call()
+    with pytest.raises(ValueError, match="strategy='best'"):
+        pipes(selector="best")
+    with pytest.raises(TypeError, match="selector is a int"):
+        pipes(selector=3)
+
+
+def test_labels_have_to_be_as_many_and_of_the_right_size(pipes):
+    pipe, labels = pipes(selector="oracle"), [scene(number)[1] for number in QUERIES]
+    for wrong in (labels[:3], [*labels, labels[0]]):
+        with pytest.raises(ValueError, match=f"{len(wrong)} labels for 5 images"):
+            pipe(photos(), labels=wrong)
+        with pytest.raises(ValueError, match="there are (fewer|more) labels than images"):
+            list(pipe(iter(photos()), labels=wrong, batch_size=2))
+    with pytest.raises(ValueError, match="one label for each image"):
+        pipe(photos(), labels=3)
+    with pytest.raises(ValueError, match="the mask is 20 x 20 pixels and its image .* must agree"):
+        pipe(photos(), labels=[Picture.new("L", (20, 20))] * 5)
+    with pytest.raises(ValueError, match="box .* is not"):
+        pipes("detection", "oracle")(scene(100)[0], labels=[5, 5, 300, 9])
+
+
+def test_the_oracle_has_labels_of_every_task(pipes):
+    assert pipes("colourisation")(scene(100)[0], strategy="oracle", labels=scene(100)[0])["scores"][0] < 0
+    outputs = pipes("detection")(photos()[:2], strategy="oracle", labels=[None, scene(101)[2]])
+    assert all(0 <= output["scores"][0] <= 1 for output in outputs)
+
+
+def test_the_oracle_goes_by_the_metric_of_the_pipeline(pipes):
+    sums = pipes(selector="oracle", metric=lambda predictions, references: predictions[0].sum(),
+                 greater_is_better=False, num_examples=COUNT)  # fmt: skip
+    output = sums(scene(100)[0], labels=scene(100)[1])
+    assert len(output["scores"]) == COUNT and max(output["scores"]) <= 0
+
+
+# ---- what belongs together
+
+
+def test_a_pool_of_something_else_is_refused(pools, tmp_path):
+    with pytest.raises(ValueError, match="task='detection', the model for task='segmentation'"):
+        VisualInContextPipeline(make_model(), pool=pools["detection"])
+    with pytest.raises(ValueError, match="vectors of two encoders cannot be compared"):
+        VisualInContextPipeline(make_model(encoder=tiny_encoder(1)), pool=pools["segmentation"])
+    with pytest.raises(ValueError, match="there is no pool: pass pool="):
+        VisualInContextPipeline(make_model())
+    with pytest.raises(TypeError, match="pool is a Dataset: pass ExamplePool.from_dataset"):
+        VisualInContextPipeline(make_model(), pool=rows(2))
+    with pytest.raises(FileNotFoundError):
+        VisualInContextPipeline(make_model(), pool=str(tmp_path))
+    with pytest.raises(TypeError, match="model is a ViTModel: pass a VisualInContextModel"):
+        VisualInContextPipeline(tiny_vit(), pool=pools["segmentation"])
+
+
+def test_an_empty_pool_is_refused(pipes):
+    pipe = pipes()
+
+    class Empty:
+        task, encoder, fingerprint, commit, ids = "segmentation", pipe.pool.encoder, "empty", None, []
+        search, __len__ = None, lambda self: 0
+
+    with pytest.raises(ValueError, match="the pool is empty"):
+        VisualInContextPipeline(make_model(), pool=Empty())(scene(100)[0])
+
+
+def test_a_pool_that_grows_is_used_at_once(tmp_path):
+    pool = make_pool(tmp_path, count=5)
+    pipe = VisualInContextPipeline(make_model(), pool=pool)
+    assert pipe(scene(60)[0])["example_ids"][0] in pool.ids[:5]
+    pool.add(rows(1, 60), progress=False)
+    pool.remove(["scene 1"])
+    assert pipe(scene(60)[0])["example_ids"] == ["scene 60"]
+    expected = VisualInContextPipeline(make_model(), pool=pool)(photos(), num_examples=5)
+    assert [plain(output) for output in pipe(photos(), num_examples=5)] == [plain(output) for output in expected]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_name_of_a_backbone_is_enough(tmp_path, task):
+    tiny_vit().save_pretrained(tmp_path / "vit")
+    encoder = VisionEncoder.from_pretrained(str(tmp_path / "vit"))
+    pool = make_pool(tmp_path, task, 5, encoder)
+    expected = VisualInContextPipeline(make_model(task, encoder, temperature=0.05), pool=pool)(photos())
+    for given in (pool, PoolReader(pool.folder), str(pool.folder), pool.folder):
+        pipe = VisualInContextPipeline(str(tmp_path / "vit"), pool=given)
+        assert [plain(output) for output in pipe(photos())] == [plain(output) for output in expected]
+        assert pipe.model.separate_encoder is None and pipe.model.config.task == task
+    # a backbone and, from the pool, another encoder
+    tiny_seggpt().save_pretrained(tmp_path / "seggpt")
+    pipe = VisualInContextPipeline(str(tmp_path / "seggpt"), pool=str(pool.folder))
+    assert isinstance(pipe.model.frozen, SegGptInContext) and pipe.model.encoder.fingerprint == encoder.fingerprint
+    assert pipe(photos())[0]["example_ids"] == expected[0]["example_ids"]
+    with pytest.raises(ValueError, match="pass pool="):
+        VisualInContextPipeline(str(tmp_path / "vit"))
+
+
+def test_a_pool_keeps_the_encoder_it_was_made_with_for_a_backbone(pools, tmp_path):
+    tiny_seggpt().save_pretrained(tmp_path)
+    pipe = VisualInContextPipeline(str(tmp_path), pool=pools["segmentation"])  # whose encoder has no name
+    check_contract("segmentation", pipe(scene(100)[0]), scene(100)[0], 1, pools["segmentation"].ids)
+    with pytest.raises(ValueError, match="an encoder that has no name .*from_parts"):
+        VisualInContextPipeline(str(tmp_path), pool=PoolReader(pools["segmentation"].folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["matching", "seggpt", "canvas"])
+def test_half_precision_runs(pools, kind, dtype):
+    pool, encoder = pools["segmentation"], tiny_encoder()
+    encoder.fingerprint  # noqa: B018  of the weights as the pool knows them
+    frozen = {"matching": lambda: make_model(encoder=encoder).frozen, "seggpt": lambda: SegGptInContext(tiny_seggpt()),
+              "canvas": Mirror}[kind]()  # fmt: skip
+    model = VisualInContextModel.from_parts(frozen, encoder)
+    measure_examples(model, pool, candidates=4, progress=False)
+    full = VisualInContextPipeline(model, pool=pool)(photos())
+    pipe = VisualInContextPipeline(model.to(dtype), pool=pool)
+    for strategy in ("random", "nearest", "static", "dense", "transfer", "oracle"):
+        outputs = pipe(photos(), strategy=strategy, labels=[scene(number)[1] for number in QUERIES], num_examples=2)
+        for image, output in zip(photos(), outputs):
+            check_contract("segmentation", output, image, 2, pool.ids)
+    same = [a["example_ids"] == b["example_ids"] for a, b in zip(full, pipe(photos()))]
+    agreement = [np.mean(a["prediction"] == b["prediction"]) for a, b in zip(full, pipe(photos()))]
+    assert np.mean(same) >= 0.6 and np.mean(agreement) > 0.8
+
+
+def test_weights_of_less_precision_are_another_encoder_and_the_refusal_says_what_to_do(pools, tmp_path):
+    VisualInContextPipeline(make_model(), pool=pools["segmentation"]).save_pretrained(tmp_path)
+    half = VisualInContextModel.from_pretrained(tmp_path, dtype=torch.float16)
+    with pytest.raises(ValueError, match="loaded in torch.float16 count as others: do both in float32, and cast"):
+        VisualInContextPipeline(half, pool=pools["segmentation"])
+
+
+# ---- saved and loaded
+
+
+@pytest.mark.parametrize("kind", ["matching", "seggpt", "separate"])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_saved_pipeline_is_the_same(pools, tmp_path, task, kind):
+    pool = pools[task]
+    if kind == "matching":
+        model = make_model(task, candidates=9)
+    else:
+        frozen = SegGptInContext(tiny_seggpt()) if kind == "seggpt" else make_model(task, tiny_encoder(1)).frozen
+        model = VisualInContextModel.from_parts(frozen, tiny_encoder(), task=task, candidates=9)
+    measure_examples(model, pool, progress=False)
+    pipe = VisualInContextPipeline(model, "transfer", pool)
+    pipe.save_pretrained(tmp_path / "a")
+    VisualInContextPipeline(tmp_path / "a").save_pretrained(tmp_path / "b")  # also where it was only read
+    moved = (tmp_path / "a").rename(tmp_path / "moved")
+    for other in (VisualInContextPipeline(moved), VisualInContextPipeline(tmp_path / "b")):
+        assert other.model.config.strategy == "transfer" and other.model.config.candidates == 9
+        assert other.pool.ids == pool.ids and other.pool.fingerprint == pool.fingerprint
+        for options in ({}, {"strategy": "dense", "num_examples": 3}):
+            for one, two in zip(pipe(photos(), **options), other(photos(), **options)):
+                assert plain(one) == plain(two)
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["pool"] == "pool" and config["auto_map"]["AutoModel"].endswith("VisualInContextModel")
+    assert "visual-in-context-learning" in config["custom_pipelines"]
+
+
+def test_seggpt_may_find_its_examples_with_its_own_features(tmp_path):
+    frozen = SegGptInContext(tiny_seggpt())
+    model = VisualInContextModel.from_parts(frozen)
+    pool = make_pool(tmp_path, encoder=model.encoder)
+    pipe = VisualInContextPipeline(model, "dense", pool)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = VisualInContextPipeline(tmp_path / "saved")
+    for one, two, image in zip(pipe(photos(), num_examples=2), again(photos(), num_examples=2), photos()):
+        check_contract("segmentation", one, image, 2, pool.ids)
+        assert plain(one) == plain(two)
+    assert again.model.separate_encoder is None
+
+
+def test_saving_in_the_same_folder_again_keeps_the_pool(pools, tmp_path):
+    pipe = VisualInContextPipeline(make_model(), pool=pools["segmentation"])
+    expected = plain(pipe(scene(100)[0]))
+    pipe.save_pretrained(tmp_path)
+    VisualInContextPipeline(tmp_path).save_pretrained(tmp_path)
+    assert plain(VisualInContextPipeline(tmp_path)(scene(100)[0])) == expected
+
+
+def test_a_saved_pipeline_has_the_strategy_it_was_made_with(pools, tmp_path):
+    pool = pools["segmentation"]
+    VisualInContextPipeline(make_model(), pool=pool, strategy="dense", candidates=7).save_pretrained(tmp_path / "a")
+    config = VisualInContextPipeline(tmp_path / "a").model.config
+    assert (config.strategy, config.candidates) == ("dense", 7)
+    pipe = VisualInContextPipeline(make_model(), lambda *_: None, pool)
+    with pytest.warns(UserWarning, match="is a function and cannot be saved: the saved one will use 'nearest'"):
+        pipe.save_pretrained(tmp_path / "b")
+
+
+def test_another_pool_given_to_a_saved_model_is_the_one_that_is_saved(pools, tmp_path):
+    VisualInContextPipeline(make_model(), pool=pools["segmentation"]).save_pretrained(tmp_path / "a")
+    other = make_pool(tmp_path, count=3, first=30)
+    VisualInContextPipeline(tmp_path / "a", pool=other).save_pretrained(tmp_path / "b")
+    assert VisualInContextPipeline(tmp_path / "b").pool.ids == other.ids
+    model = make_model(pool="someone/pool", pool_revision="0" * 40)  # of which this is not
+    pipe = VisualInContextPipeline(model, pool=other)
+    pipe.save_pretrained(tmp_path / "c")
+    assert VisualInContextPipeline(tmp_path / "c").pool.ids == other.ids
+    pipe.model.config.pool = "me/pushed-by-hand"
+    pipe.save_pretrained(tmp_path / "d")
+    assert not (tmp_path / "d" / "pool").exists()
+    assert json.loads((tmp_path / "d" / "config.json").read_text())["pool"] == "me/pushed-by-hand"
+
+
+def test_a_pool_that_is_missing_beside_a_saved_model_is_named(pools, tmp_path):
+    make_model(pool="pool").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="saved beside the model, but there is no folder .*pool.: pass pool="):
+        VisualInContextPipeline(tmp_path)
+    check = VisualInContextPipeline(tmp_path, pool=pools["segmentation"])
+    assert check(scene(100)[0])["example_ids"]
+
+
+def test_two_encoders_on_one_backbone_can_be_saved(pools, tmp_path):
+    backbone = tiny_vit()
+    pool = make_pool(tmp_path, count=4, encoder=VisionEncoder(backbone))
+    frozen = hf_effdl.FeatureMatching(VisionEncoder(backbone, layer=0))
+    pipe = VisualInContextPipeline(VisualInContextModel.from_parts(frozen, VisionEncoder(backbone)), pool=pool)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = VisualInContextPipeline(tmp_path / "saved")
+    assert [plain(a) for a in again(photos())] == [plain(b) for b in pipe(photos())]
+
+
+def test_the_factory_of_transformers_makes_it_too(pools, tmp_path):
+    pipe = VisualInContextPipeline(make_model(), pool=pools["segmentation"])
+    expected = plain(pipe(scene(100)[0]))
+    made = pipeline("visual-in-context-learning", model=pipe.model, pool=pools["segmentation"],
+                    pipeline_class=VisualInContextPipeline)  # fmt: skip
+    assert type(made) is VisualInContextPipeline and plain(made(scene(100)[0])) == expected
+    pipe.save_pretrained(tmp_path)
+    made = pipeline("visual-in-context-learning", model=str(tmp_path), pipeline_class=VisualInContextPipeline,
+                    num_examples=2)  # fmt: skip
+    assert made(scene(100)[0])["example_ids"][:1] == expected[1] and made.task == "visual-in-context-learning"
+
+
+# ---- pictures
+
+
+def width_of(images, height):
+    return sum(max(1, round(image.width * height / image.height)) + GAP for image in images) + GAP
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_picture_has_a_row_for_each_query(pipes, pools, task, tmp_path):
+    pipe, images = pipes(task, num_examples=2), photos()[:3]
+    outputs = pipe(images)
+    for height in (40, 160):
+        picture = pipe.plot(images, outputs, height=height, path=tmp_path / "panel.png")
+        assert picture.mode == "RGB" and picture.height == 3 * (height + CAPTION + GAP)
+        wide = [
+            width_of([*(pools[task].image(pools[task].position(id)) for id in output["example_ids"]), image, image],
+                     height)
+            for image, output in zip(images, outputs)
+        ]  # fmt: skip
+        assert picture.width == max(wide)
+        assert np.array_equal(np.array(Picture.open(tmp_path / "panel.png")), np.array(picture))
+    run = pipe.plot(images, height=160)
+    assert np.array_equal(np.array(run), np.array(picture))
+    single = pipe.plot(images[0])
+    assert single.height == 160 + CAPTION + GAP
+    assert np.array_equal(np.array(pipe.plot(images[0], outputs[0])), np.array(single))
+    label = label_of(task, QUERIES[0])
+    assert pipe.plot(images[0], strategy="oracle", labels=label).height == single.height
+    assert pipe.plot(iter(images), strategy="oracle", labels=[label_of(task, n) for n in QUERIES[:3]]).height > 400
+
+
+def test_panels_show_examples_then_the_query_then_the_prediction(pipes):
+    pipe, image = pipes(), scene(100)[0]
+    output = pipe(image) | {"prediction": np.zeros(image.size[::-1], np.uint8)}
+    height = image.height  # so that nothing is resized
+    picture = np.array(pipe.plot(image, output, height=height))
+    right = picture.shape[1] - GAP - image.width
+    prediction = picture[CAPTION : CAPTION + height, right : right + image.width]
+    query = picture[CAPTION : CAPTION + height, right - GAP - image.width : right - GAP]
+    assert np.array_equal(query, np.array(image))
+    assert np.abs(prediction - 0.6 * np.array(image)).max() <= 1  # nothing was found: all of it is dimmed
+
+
+def test_a_picture_of_nothing_found_or_of_odd_shapes(pipes):
+    pipe, image = pipes("detection"), scene(100)[0]
+    assert pipe.plot(image, pipe(image) | {"prediction": None}).height == 160 + CAPTION + GAP
+    wide, tall = Picture.new("RGB", (300, 2), "red"), Picture.new("RGB", (2, 300), "blue")
+    for one in (wide, tall):
+        assert pipe.plot(one, height=50).height == 50 + CAPTION + GAP
+    with pytest.raises(ValueError, match="there is nothing to draw"):
+        pipe.plot([])
+    with pytest.raises(ValueError):
+        pipe.plot([image, image], [pipe(image)])
+
+
+def test_captions_do_not_run_into_each_other():
+    output = {"prediction": None, "scores": [0.5, 0.25], "example_ids": ["a", "b"]}
+    for name in ("n" * 500, "名前" * 50, "línea\nnueva"):
+        examples = [(name, Picture.new("RGB", (50, 40), "green"), None)] * 2
+        picture = np.array(draw_panels([(Picture.new("RGB", (50, 40), "green"), examples, output)], "detection", 40))
+        ink = (picture[:CAPTION] < 128).all(2).any(0)
+        assert ink.any()
+        for panel in range(5):  # in the gaps before, between and after there is none
+            start = panel * (50 + GAP)
+            assert not ink[start : start + GAP].any(), name
+        green = (picture[CAPTION:] == [0, 128, 0]).all(2)
+        assert green.sum() == 4 * 50 * 40, name
+
+
+# ---- names
+
+
+def test_the_public_names_are_there_and_nothing_of_this_is_imported_before_it_is_used():
+    names = ["ExamplePool", "FeatureMatching", "SegGptInContext", "VisionEncoder", "VisualInContextConfig",
+             "VisualInContextModel", "VisualInContextPipeline", "measure_examples"]  # fmt: skip
+    code = "import sys, hf_effdl; print([name for name in sys.modules if name.startswith('hf_effdl.vicl')])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+    assert set(names) <= set(hf_effdl.__all__)
+    for name in names:
+        assert getattr(hf_effdl, name).__doc__
+
+
+def test_nothing_is_warned_of_in_an_ordinary_run(pools):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        VisualInContextPipeline(make_model(), "dense", pools["segmentation"])(photos())
