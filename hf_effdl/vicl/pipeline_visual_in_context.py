@@ -390,7 +390,7 @@ def _check_pool(pool: PoolReader, model: VisualInContextModel) -> None:
     made, here = pool.encoder, model.encoder.describe()
     if made["fingerprint"] != here["fingerprint"]:
         dtype = next((weight.dtype for weight in model.encoder.parameters()), torch.float32)
-        half = f". Weights saved or loaded in {dtype} count as others: do both in float32, and cast the model then"
+        half = f". Weights saved or loaded in {dtype} may be others by rounding: load in float32, and cast then"
         half = half if dtype.itemsize < 4 else ""
         raise ValueError(f"the pool was made with the encoder {made}, but the model's is {here}: vectors of two "
                          "encoders cannot be compared. Pass encoder= of the pool to VisualInContextModel.from_parts, "

@@ -1,0 +1,114 @@
+"""The benchmarks of example selection: rows, skipping, table, and that what is looked up is what the pipeline does."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    """The scripts, imported by name as `python examples/benchmarks/...` would import what they share."""
+    before, threads = list(sys.path), torch.get_num_threads()
+    sys.path.insert(0, str(FOLDER))
+    yield importlib.import_module
+    sys.path[:] = before
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def arms(benchmarks):
+    return benchmarks("vicl_arms")
+
+
+def rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def runs_twice(main, arguments: list[str], file: Path, capsys) -> tuple[list[dict], str]:
+    """The rows of a first run, and the table, which a second run and `--table` print alone."""
+    main(arguments)
+    found, (table, said) = rows(file), capsys.readouterr()
+    assert "arms" in said
+    main(arguments)
+    assert rows(file) == found
+    again, said = capsys.readouterr()
+    assert again == table and "arms" not in said
+    main([*arguments, "--table"])
+    assert capsys.readouterr().out == table
+    return found, table
+
+
+def test_pets_small(benchmarks, arms, data_folder, tmp_path, capsys, monkeypatch):
+    pets = benchmarks("vicl_pets")
+    compared = []
+    compare = pets.compare_with_pipeline
+    monkeypatch.setattr(pets, "compare_with_pipeline", lambda *given: compared.append(compare(*given)))
+    monkeypatch.setattr(pets, "CHECKED", 2)
+    arguments = ["--tasks", "segmentation", "--frozen", "soft", "--seeds", "1", "--photos", "36", "--folds", "1"]
+    file = tmp_path / "rows.jsonl"
+    arguments += ["--out", str(file), "--cache", str(tmp_path / "cache")]
+    found, table = runs_twice(pets.main, arguments, file, capsys)
+    assert compared == [None]  # it raises where lookup and pipeline differ
+    of = {row["arm"]: row["folds"][0] for row in found}
+    assert [row["arm"] for row in found] == [arm for arm in arms.ARMS if arm in of]
+    assert all(len(row["folds"]) == 1 and row["date"] and row["torch"] for row in found)
+    assert of["oracle of the 50"] >= max(of[arm] for arm in of if arms.ARMS[arm] == 1 and "random" not in arm)
+    assert of["random"] == pytest.approx(of["mean of the 50"], abs=1e-4)  # the 30 others are all candidates
+    lines = table.splitlines()
+    assert lines[0].startswith("measured on ")
+    for arm in of:
+        assert sum(line.startswith(f"| {arm} |") for line in lines) == 1
+    assert "| oracle of the 50 | 50 |" in table
+
+
+def test_a_lookup_that_is_not_the_pipeline_is_noticed(benchmarks, data_folder, tmp_path, monkeypatch):
+    pets = benchmarks("vicl_pets")
+    monkeypatch.setattr(pets, "CHECKED", 1)
+    prepare = pets.prepare
+
+    def wrong(*given):
+        photos = prepare(*given)
+        photos.scores = photos.scores.flip(1).contiguous()
+        return photos
+
+    monkeypatch.setattr(pets, "prepare", wrong)
+    with pytest.raises(AssertionError, match="the pipeline"):
+        pets.main(["--tasks", "detection", "--frozen", "prototype", "--seeds", "1", "--photos", "18",
+                   "--out", str(tmp_path / "rows.jsonl"), "--cache", str(tmp_path / "cache")])  # fmt: skip
+
+
+def test_digits_small(benchmarks, arms, tmp_path, capsys):
+    digits = benchmarks("vicl_digits")
+    file = tmp_path / "rows.jsonl"
+    arguments = ["--seeds", "1", "--queries", "6", "--pool", "14", "--tasks", "segmentation", "--out", str(file)]
+    found, table = runs_twice(digits.main, arguments, file, capsys)
+    of = {row["arm"]: row["folds"][0] for row in found}
+    assert [row["arm"] for row in found] == [arm for arm in arms.ARMS if arm in of]
+    assert of["nearest"] <= of["oracle of the 50"] and "nearest, two arrangements" in of
+    assert f"oracle less nearest: {of['oracle of the 50'] - of['nearest']:.3f}" in table
+
+
+@pytest.mark.parametrize("name", ["segmentation", "detection"])
+def test_agreement_is_the_mean_score_with_the_others(arms, name):
+    from hf_effdl.vicl.visual_tasks import find_task
+
+    task, generator = find_task(name), torch.Generator().manual_seed(0)
+    painted = torch.nn.functional.interpolate(torch.rand(7, 1, 4, 4, generator=generator), (12, 12), mode="bilinear")
+    painted = painted.expand(-1, 3, -1, -1).clone()
+    painted[2] = 0  # nothing is painted
+    one_by_one = torch.stack([task.score(painted, other.expand_as(painted)) for other in painted]).sum(0)
+    torch.testing.assert_close(arms.agreement(task, painted), one_by_one)
+
+
+def test_gap_and_error_are_of_paired_differences(arms):
+    of = {"nearest": {0: [0.5, 0.6]}, "oracle of the 50": {0: [0.9, 1.0]}, "dense": {0: [0.6, 0.8]}}
+    assert arms.summary(of, "dense") == pytest.approx((0.7, 0.375, 0.05 / 0.4))
+    single = {arm: {seed: [value] for seed, value in enumerate(values[0])} for arm, values in of.items()}
+    assert arms.summary(single, "dense") == pytest.approx((0.7, 0.375, 0.05 / 0.4))
