@@ -155,6 +155,7 @@ def test_loading_takes_the_normalisation_and_crop_size_of_the_processor(tmp_path
     ).save_pretrained(tmp_path)
     encoder = VisionEncoder.from_pretrained(str(tmp_path))
     assert encoder.image_size == (48, 40) and encoder.mean == (0.1, 0.2, 0.3) and encoder.std == (1, 2, 3)
+    assert encoder.resample == 2 and bare.resample == 3  # bilinear, as a ViT's processor has it; bicubic
     assert VisionEncoder.from_pretrained(str(tmp_path), image_size=64).image_size == (64, 64)
     # loaded twice it is the same, also where a pooler was drawn anew
     assert VisionEncoder.from_pretrained(str(tmp_path)).fingerprint == encoder.fingerprint

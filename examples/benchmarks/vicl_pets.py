@@ -212,10 +212,8 @@ def prepare(task: str, matching: str, count: int, encoder: VisionEncoder, cache:
     if file.is_file():
         encoded = torch.load(file, weights_only=True)
     else:
-        seen = [small.query(image) for image in images]
-        encoded = torch.cat([
-            frozen.encode(pixels(seen[start : start + 32], encoder.image_size)) for start in range(0, len(seen), 32)
-        ])  # fmt: skip
+        seen = pixels([small.query(image) for image in images], encoder.image_size, encoder.resample)
+        encoded = torch.cat([frozen.encode(part) for part in seen.split(32)])
         torch.save(encoded, file)
     photos = Photos(pool, model, encoded, labels, torch.zeros(len(pool), len(pool)))
     file = cache / f"{key}-{matching}.pt"
@@ -350,7 +348,9 @@ def compare_with_pipeline(
     if photos.model.frozen.colours:  # and is the package's own form, where labels have full size
         frozen = photos.model.frozen
         model = FeatureMatching(frozen.encoder, frozen.matching, carry="difference")
-        encoded = model.encode(pixels([photos.task.query(image) for image in images], model.image_size))
+        encoded = model.encode(
+            pixels([photos.task.query(image) for image in images], model.image_size, model.resample)
+        )
         shown = encoded.flip(0)[:, None], pixels(images, model.image_size).flip(0)[:, None]
         if not torch.allclose(model.predict(encoded, *shown), frozen.predict(encoded, *shown), atol=1e-5):
             raise AssertionError("SmallMatching carries another difference than FeatureMatching")

@@ -111,7 +111,9 @@ class Examples:
 
     def _encode(self, rows: Sequence[int]) -> Tensor:
         images = [self.task.query(self.pool.image(row)) for row in rows]
-        return self.model.frozen.encode(pixels(images, self.model.image_size).to(self.model.device))
+        return self.model.frozen.encode(
+            pixels(images, self.model.image_size, self.model.resample).to(self.model.device)
+        )
 
     def _draw(self, rows: Sequence[int]) -> Tensor:
         pairs = [(self.pool.label(row), self.pool.image(row)) for row in rows]
@@ -122,7 +124,8 @@ class Examples:
             grids = self.pool.grids(torch.tensor(rows)).float().to(self.model.device)
         else:
             images = [self.task.query(self.pool.image(row)) for row in rows]
-            views = self.model.encoder(pixels(images, self.model.encoder.image_size).to(self.model.device))
+            encoder = self.model.encoder
+            views = encoder(pixels(images, encoder.image_size, encoder.resample).to(self.model.device))
             grids = views["grid"]
         return F.normalize(grids.flatten(1, 2), dim=2)
 

@@ -69,6 +69,11 @@ class FeatureMatching(nn.Module):
         """Pixels `(h, w)` of a cell, the encoder's."""
         return self.encoder.image_size
 
+    @property
+    def resample(self) -> int:
+        """How images are resized to a cell, the encoder's."""
+        return self.encoder.resample
+
     def settings(self) -> dict[str, Any]:
         """The arguments beside the encoder, as plain values."""
         return {"matching": self.matching, "temperature": self.temperature, "carry": self.carry}

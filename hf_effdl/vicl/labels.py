@@ -126,7 +126,7 @@ def _part(examples: Examples, rows: Tensor, count: int, folder: Path | None) -> 
     pool, model, task = examples.pool, examples.model, examples.task
     images = [pool.image(row) for row in rows.tolist()]
     seen = [task.query(image) for image in images]
-    cells = pixels(seen, model.image_size).to(model.device)
+    cells = pixels(seen, model.image_size, model.resample).to(model.device)
     truth = task.labels([pool.label(row) for row in rows.tolist()], images, model.image_size).to(model.device)
     _, found = pool.search(F.normalize(pool.vectors[rows].float(), dim=1), count, exclude=rows)
     performance = examples.measure(Queries(cells, {}, truth), found)

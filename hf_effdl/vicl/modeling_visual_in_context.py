@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, SegGptForImageS
 from .configuration_visual_in_context import VisualInContextConfig
 from .feature_matching import FeatureMatching
 from .seggpt_in_context import SegGptInContext
-from .vision_encoders import VisionEncoder, commit_of
+from .vision_encoders import BICUBIC, VisionEncoder, commit_of
 
 
 DEFAULT = "BAAI/seggpt-vit-large"
@@ -169,6 +169,11 @@ class VisualInContextModel(PreTrainedModel):
         """Pixels `(h, w)` of a cell."""
         return tuple(self.frozen.image_size)
 
+    @property
+    def resample(self) -> int:
+        """How images are resized to a cell, as PIL numbers it: as the frozen model wants it, else bicubic."""
+        return getattr(self.frozen, "resample", BICUBIC)
+
     def set_performance(self, candidates: Tensor, performance: Tensor, pool_fingerprint: str) -> None:
         """Keep what was measured of the pool: `performance[j, k]` of example `candidates[j, k]` on pool image j.
 
@@ -234,7 +239,9 @@ def _describe_frozen(frozen: nn.Module, embed: bool | None) -> dict[str, Any] | 
 
 
 def _settings(encoder: VisionEncoder) -> dict[str, Any]:
-    return {name: encoder.settings()[name] for name in ("layer", "image_size", "mean", "std", "contrastive")}
+    return {
+        name: encoder.settings()[name] for name in ("layer", "image_size", "mean", "std", "resample", "contrastive")
+    }
 
 
 def _source(backbone: PreTrainedModel, id: str | None, revision: str | None, embed: bool | None) -> dict[str, Any]:
@@ -270,7 +277,8 @@ def _make_encoder(spec: dict[str, Any], token: str | bool | None) -> VisionEncod
     backbone = _make_backbone(spec["backbone"], token, AutoModel)
     encoder = VisionEncoder(
         backbone, image_size=tuple(spec["image_size"]), layer=spec["layer"], mean=tuple(spec["mean"]),
-        std=tuple(spec["std"]), id=spec["backbone"].get("id"), revision=spec["backbone"].get("revision"),
+        std=tuple(spec["std"]), resample=spec["resample"],
+        id=spec["backbone"].get("id"), revision=spec["backbone"].get("revision"),
     )  # fmt: skip
     encoder.contrastive = spec["contrastive"]  # an embedded tower comes without its other half
     return encoder

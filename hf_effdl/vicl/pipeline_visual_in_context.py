@@ -262,8 +262,10 @@ class VisualInContextPipeline(Pipeline):
     def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
         images = [self._opened(image) for image in inputs["images"]]
         seen = [self.visual_task.query(image) for image in images]
-        batch = {"sizes": [image.size[::-1] for image in images], "cells": pixels(seen, self.model.image_size),
-                 "views": pixels(seen, self.model.encoder.image_size)}  # fmt: skip
+        model, encoder = self.model, self.model.encoder
+        batch = {"sizes": [image.size[::-1] for image in images],
+                 "cells": pixels(seen, model.image_size, model.resample),
+                 "views": pixels(seen, encoder.image_size, encoder.resample)}  # fmt: skip
         if inputs["labels"] is not None:
             batch["truth"] = self.visual_task.labels(inputs["labels"], images, self.model.image_size)
         return batch

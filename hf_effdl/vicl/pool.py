@@ -110,7 +110,7 @@ class ExamplePool(PoolReader):
             settings |= {"foreground": task.foreground and list(task.foreground), "void": task.void}
         start = {"format": FORMAT, "task": task.name, "settings": settings, "encoder": encoder.describe()}
         cache_dir = _cache(cache_dir)
-        source = Rows(ds, start, encoder.image_size, 0)
+        source = Rows(ds, start, encoder, 0)
         folder = cache_dir / f"pool-{source.key(start, on_bad_row)}"
         build(
             folder, start | {"shards": [], "seen": 0}, source, encoder, batch_size, num_workers, on_bad_row, progress
@@ -161,7 +161,7 @@ class ExamplePool(PoolReader):
             raise ValueError(f"encoder= has the fingerprint {encoder.describe()['fingerprint']!r} and the pool was "
                              "made "
                              f"with {self.encoder}; their vectors cannot be compared")  # fmt: skip
-        source = Rows(ds, self.manifest, encoder.image_size, self.manifest["seen"])
+        source = Rows(ds, self.manifest, encoder, self.manifest["seen"])
         if known := set(source.ids) & self._positions.keys():
             raise ValueError(f"{len(known)} ids are in the pool already, such as {min(known)!r}; remove them first")
         build(self.folder, self.manifest, source, encoder, batch_size, num_workers, on_bad_row, progress)

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 import hf_effdl
 from hf_effdl.vicl.pool_reader import MANIFEST, Shard, content_fingerprint, file_digest, row_digest
+from hf_effdl.vicl.vision_encoders import BICUBIC
 from hf_effdl.vicl.visual_tasks import Segmentation, find_task, pixels, to_rgb
 
 
@@ -60,11 +61,11 @@ class Rows(torch.utils.data.Dataset):
     Args:
         ds: the data set.
         manifest: its `task` and `settings` say how to read it.
-        image_size: of the encoder.
+        encoder: says to what size, and how, images are resized.
         first: number of the first row in the pool.
     """
 
-    def __init__(self, ds: Dataset, manifest: Mapping[str, Any], image_size: tuple[int, int], first: int) -> None:
+    def __init__(self, ds: Dataset, manifest: Mapping[str, Any], encoder: Any, first: int) -> None:
         if not isinstance(ds, Dataset):
             raise TypeError(f"got a {type(ds).__name__}; pass a datasets.Dataset, such as one split of a DatasetDict")
         if not len(ds):
@@ -74,9 +75,9 @@ class Rows(torch.utils.data.Dataset):
         columns = [name for name in (self.image, self.label, settings["id_column"]) if name is not None]
         if missing := [name for name in columns if name not in ds.column_names]:
             raise ValueError(f"the data set has no column {', '.join(map(repr, missing))}; it has {ds.column_names}: "
-                             "set "
-                             "image_column=, label_column= and id_column=")  # fmt: skip
-        self.fingerprint, self.first, self.image_size = ds._fingerprint, first, tuple(image_size)
+                             "set image_column=, label_column= and id_column=")  # fmt: skip
+        self.fingerprint, self.first = ds._fingerprint, first
+        self.image_size, self.resample = tuple(encoder.image_size), getattr(encoder, "resample", BICUBIC)
         self.task = find_task(manifest["task"])
         if manifest["task"] == "segmentation":
             self.task = Segmentation(settings["foreground"], settings["void"])
@@ -123,7 +124,7 @@ class Rows(torch.utils.data.Dataset):
             self.task.label(box, image)  # for its checks
             said["box"], row.blank = None if box is None else np.asarray(box).tolist(), box is None
         row.files["json"] = json.dumps(said).encode()
-        row.pixels = pixels([self.task.query(image)], self.image_size)[0]
+        row.pixels = pixels([self.task.query(image)], self.image_size, self.resample)[0]
 
 
 def _ids(ds: Dataset, column: str | None, first: int) -> list[str]:

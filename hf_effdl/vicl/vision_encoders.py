@@ -17,6 +17,7 @@ from .seggpt_in_context import SegGptInContext
 
 
 HALF = (0.5, 0.5, 0.5)
+BICUBIC = 3
 # values taken from every tensor for the fingerprint: enough to tell two sets of weights apart, and quick for a large
 # model
 SAMPLED = 4096
@@ -45,6 +46,7 @@ class VisionEncoder(nn.Module):
         layer: index into `hidden_states` for `grid`; None is the last one. A shallower layer of a convolutional
             backbone has a finer grid: of a MobileNetV2, 11 has 96 channels at stride 16.
         mean, std: normalisation per channel; default 0.5.
+        resample: how images are resized, as PIL numbers it: 2 bilinear, 3 bicubic.
         id, revision: where the weights are from, for the records.
 
     Raises:
@@ -66,6 +68,7 @@ class VisionEncoder(nn.Module):
         layer: int | None = None,
         mean: tuple[float, ...] = HALF,
         std: tuple[float, ...] = HALF,
+        resample: int = BICUBIC,
         id: str | None = None,
         revision: str | None = None,
     ) -> None:
@@ -85,7 +88,7 @@ class VisionEncoder(nn.Module):
             image_size = getattr(self.backbone.config, "image_size", None) or 224
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.stretches = "interpolate_pos_encoding" in signature(self.backbone.forward).parameters
-        self.layer, self.mean, self.std = layer, tuple(mean), tuple(std)
+        self.layer, self.mean, self.std, self.resample = layer, tuple(mean), tuple(std), int(resample)
         self.id, self.revision = id, revision
         self._fingerprint: str | None = None
 
@@ -94,7 +97,7 @@ class VisionEncoder(nn.Module):
         cls, id_or_folder: str, revision: str | None = None, image_size: int | tuple[int, int] | None = None,
         layer: int | None = None, token: str | bool | None = None, **options: Any,
     ) -> "VisionEncoder":  # fmt: skip
-        """The encoder in a repository or folder, with the normalisation of its image processor.
+        """The encoder in a repository or folder, with its image processor's normalisation and resampling.
 
         Args:
             id_or_folder: e.g. `facebook/dinov2-base`.
@@ -117,8 +120,10 @@ class VisionEncoder(nn.Module):
         if image_size is None and size:
             image_size = (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
         revision = commit_of(id_or_folder, revision, token) or revision
+        resample = processor.get("resample")
         return cls(backbone, image_size=image_size, layer=layer, mean=processor.get("image_mean") or HALF,
-                   std=processor.get("image_std") or HALF, id=str(id_or_folder), revision=revision)  # fmt: skip
+                   std=processor.get("image_std") or HALF, resample=BICUBIC if resample is None else resample,
+                   id=str(id_or_folder), revision=revision)  # fmt: skip
 
     @property
     def dim(self) -> int:
@@ -145,7 +150,7 @@ class VisionEncoder(nn.Module):
     def settings(self) -> dict[str, Any]:
         """The arguments beside the backbone, as plain values."""
         return {"layer": self.layer, "image_size": list(self.image_size), "mean": list(self.mean),
-                "std": list(self.std), "contrastive": self.contrastive}  # fmt: skip
+                "std": list(self.std), "resample": self.resample, "contrastive": self.contrastive}  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
         """What a pool records of its encoder: plain values, among them the fingerprint."""
@@ -167,10 +172,10 @@ class VisionEncoder(nn.Module):
             `{"vector": (N, d), "tokens": (N, 5, d), "grid": (N, gh, gw, d')}`, float32.
         """
         if pixels.dim() != 4 or tuple(pixels.shape[1:]) != (3, *self.image_size):
-            raise ValueError(f"pixels of shape {tuple(pixels.shape)}, but the encoder takes (N, 3, "
-                             f"{self.image_size[0]}, "
-                             f"{self.image_size[1]}): resize with visual_tasks.pixels(images, "
-                             "encoder.image_size)")  # fmt: skip
+            raise ValueError(
+                f"pixels of shape {tuple(pixels.shape)}, but the encoder takes (N, 3, {self.image_size[0]}, "
+                f"{self.image_size[1]}): resize with visual_tasks.pixels(images, encoder.image_size, encoder.resample)"
+            )
         if self._own:
             last = grid = self._own[0].features(pixels).float()
             pooled = None
