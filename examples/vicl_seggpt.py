@@ -106,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     pool = ExamplePool.from_dataset(
         pool_rows, args.image_column, args.label_column, encoder=model.encoder, task=args.task,
         foreground=args.foreground, cache_dir=out / "pool", batch_size=args.batch_size,
+        keep_grids="dense" in (args.strategy, *args.compare),
     )  # fmt: skip
     strategies = list(dict.fromkeys([args.strategy, *args.compare]))
     if set(strategies) & set(MEASURED):

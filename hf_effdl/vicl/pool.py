@@ -159,8 +159,7 @@ class ExamplePool(PoolReader):
         encoder = self._encoder if encoder is None else _loaded(encoder)
         if encoder.describe()["fingerprint"] != self.encoder["fingerprint"]:
             raise ValueError(f"encoder= has the fingerprint {encoder.describe()['fingerprint']!r} and the pool was "
-                             "made "
-                             f"with {self.encoder}; their vectors cannot be compared")  # fmt: skip
+                             f"made with {self.encoder}; their vectors cannot be compared")  # fmt: skip
         source = Rows(ds, self.manifest, encoder, self.manifest["seen"])
         if known := set(source.ids) & self._positions.keys():
             raise ValueError(f"{len(known)} ids are in the pool already, such as {min(known)!r}; remove them first")

@@ -133,8 +133,7 @@ class Shard:
                 raise FileNotFoundError(f"{file} is missing, which {folder / MANIFEST} names; {AGAIN}")
             if file.stat().st_size != size:
                 raise ValueError(f"{file} has {file.stat().st_size:,} bytes and {MANIFEST} says {size:,}, as of a "
-                                 "file "
-                                 f"that was cut off; {AGAIN}")  # fmt: skip
+                                 f"file that was cut off; {AGAIN}")  # fmt: skip
         try:
             with safe_open(self.index, "pt") as stored:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}

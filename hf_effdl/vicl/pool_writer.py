@@ -134,8 +134,7 @@ def _ids(ds: Dataset, column: str | None, first: int) -> list[str]:
     kinds = {type(value) for value in values}
     if kinds not in ({int}, {str}):
         raise TypeError(f"id_column={column!r} holds {sorted(kind.__name__ for kind in kinds)}; ids are all texts or "
-                        "all "
-                        "integers")  # fmt: skip
+                        "all integers")  # fmt: skip
     ids, seen = [str(value) for value in values], {}
     for row, id in enumerate(ids):
         if seen.setdefault(id, row) != row:
