@@ -148,10 +148,16 @@ def test_a_yaml_file_with_an_unknown_name_is_refused(config, tmp_path):
 def test_the_quickstart_runs_and_leaves_its_pictures_and_cards(tmp_path):
     out = run(
         sys.executable, str(ROOT / "examples" / "quickstart.py"), "--epochs", "1", "--tune-epochs", "1",
-        "--select-epochs", "1", "--out", "quick", cwd=tmp_path,
+        "--select-epochs", "1", "--queries", "6", "--scenes", "24", "--out", "quick", cwd=tmp_path,
     )  # fmt: skip
     assert "| slim, fine-tuned |" in out and "a stock config" in out and "| chosen, 227 rows |" in out
+    scores = {row.split("|")[1].strip(): row.split("|")[2] for row in out.splitlines() if row.startswith("|")}
+    assert float(scores["oracle"]) >= max(float(scores[name]) for name in ("random", "nearest", "dense"))
     for file in (
+        "prompts/prompts.png",
+        "prompts/model/README.md",
+        "prompts/model/model.safetensors",
+        "prompts/model/pool/pool.json",
         "selection/selection.png",
         "selection/examples.png",
         "selection/report.json",
