@@ -157,7 +157,7 @@ def test_the_quickstart_runs_and_leaves_its_pictures_and_cards(tmp_path):
         "prompts/prompts.png",
         "prompts/model/README.md",
         "prompts/model/model.safetensors",
-        "prompts/model/pool/pool.json",
+        "prompts/model/config.json",
         "selection/selection.png",
         "selection/examples.png",
         "selection/report.json",
