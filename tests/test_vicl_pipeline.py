@@ -478,6 +478,25 @@ def test_a_pool_keeps_the_encoder_it_was_made_with_for_a_backbone(pools, tmp_pat
         VisualInContextPipeline(str(tmp_path), pool=PoolReader(pools["segmentation"].folder))
 
 
+def test_a_frozen_model_is_joined_with_the_encoder_of_the_pool(pools):
+    pool, seggpt = pools["segmentation"], tiny_seggpt()
+    joined = VisualInContextPipeline(
+        VisualInContextModel.from_parts(SegGptInContext(seggpt), pool.encoder_module), pool=pool
+    )
+    for model in (seggpt, SegGptInContext(seggpt)):
+        pipe = VisualInContextPipeline(model, pool=pool)
+        assert pipe.model.encoder is pool.encoder_module
+        for one, other in zip(pipe(photos()), joined(photos())):
+            assert one["example_ids"] == other["example_ids"]
+            np.testing.assert_array_equal(one["prediction"], other["prediction"])
+    matching = make_model().frozen
+    assert VisualInContextPipeline(matching, pool=pool).model.encoder is matching.encoder  # the same encoder, its own
+    with pytest.raises(ValueError, match="SegGptInContext does not name its pool"):
+        VisualInContextPipeline(SegGptInContext(seggpt))
+    with pytest.raises(TypeError, match="model is a Linear"):
+        VisualInContextPipeline(torch.nn.Linear(1, 1), pool=pool)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["matching", "seggpt", "canvas"])
 def test_half_precision_runs(pools, kind, dtype):

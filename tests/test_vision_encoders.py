@@ -2,6 +2,9 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -30,7 +33,7 @@ from transformers import (
     ViTModel,
 )
 
-from hf_effdl import FeatureMatching, SegGptInContext, VisionEncoder, VisualInContextModel
+from hf_effdl import ExamplePool, FeatureMatching, SegGptInContext, VisionEncoder, VisualInContextModel
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -174,6 +177,18 @@ def test_the_fingerprint_knows_weights_layer_and_size():
     encoder.backbone.half()
     assert encoder.fingerprint in seen  # the same weights in half precision
     json.dumps(other.describe())
+
+
+def test_a_pool_takes_a_model_of_transformers_as_encoder(tmp_path):
+    image = Image.fromarray(torch.randint(256, (40, 30, 3), dtype=torch.uint8).numpy())
+    data = Dataset.from_dict({"image": [image, image.rotate(90)]}, features=Features({"image": ImageFeature()}))
+    backbone = encoder_of("vit").backbone
+    pool = ExamplePool.from_dataset(
+        data, encoder=backbone, task="colourisation", cache_dir=tmp_path, progress=False
+    )  # fmt: skip
+    assert pool.encoder["fingerprint"] == VisionEncoder(backbone).fingerprint
+    with pytest.raises(TypeError, match="encoder=Linear: pass a VisionEncoder, a vision model of transformers"):
+        ExamplePool.from_dataset(data, encoder=torch.nn.Linear(1, 1), task="colourisation", cache_dir=tmp_path)
 
 
 def test_what_cannot_be_encoded_is_refused():

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from huggingface_hub import HfApi
 from PIL import Image
-from transformers import Pipeline, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import Pipeline, PreTrainedConfig, SegGptForImageSegmentation
 
 from .canvas_models import vote as count_votes
 from .configuration_visual_in_context import VisualInContextConfig
@@ -22,6 +23,7 @@ from .example_selectors import Examples, Queries, find_strategy
 from .in_context_cards import write_model_card
 from .modeling_visual_in_context import VisualInContextModel
 from .pool_reader import MANIFEST, PoolReader
+from .seggpt_in_context import SegGptInContext
 from .vision_encoders import VisionEncoder
 from .visual_tasks import find_task, pixels, to_rgb
 
@@ -37,9 +39,10 @@ class VisualInContextPipeline(Pipeline):
         query -> the K nearest of the pool -> a strategy ranks them -> the frozen model sees the best m -> prediction
 
     Args:
-        model: a `VisualInContextModel`; a repository or folder of one; or one of a backbone (SegGPT, or any vision
-            encoder for feature matching), see `VisualInContextModel.from_backbone`; where the pool was made with
-            another encoder than the backbone, that one is loaded too.
+        model: a `VisualInContextModel`, or a repository or folder of one; a frozen model (`SegGptInContext`,
+            `FeatureMatching`, a `SegGptForImageSegmentation`), which is joined with the pool's encoder; or the name of
+            a backbone (SegGPT, or any vision encoder for feature matching), see `VisualInContextModel.from_backbone`;
+            where the pool was made with another encoder than the backbone, that one is loaded too.
         selector: how examples are chosen: "random", "nearest", "static", "dense", "transfer", "oracle", or a callable
             `(queries, examples, count, candidates) -> (scores, rows)`; default: the model's `config.strategy`.
         pool: an `ExamplePool` or `PoolReader`, or a repository or folder of one; default: the one that the config
@@ -109,11 +112,9 @@ class VisualInContextPipeline(Pipeline):
             else:  # a backbone's name says nothing of the pool's task and encoder
                 pool = pool if name is None else PoolReader.from_pretrained(name, token=token)
                 model = _from_backbone(str(model), values.get("model_type"), pool, token)
-        if not isinstance(model, PreTrainedModel) or not hasattr(model, "frozen"):
-            raise TypeError(
-                f"model is a {type(model).__name__}: pass a VisualInContextModel (from_backbone, from_parts, "
-                "from_pretrained) or the name of a repository"
-            )
+        elif not hasattr(model, "frozen"):
+            pool = pool if name is None else PoolReader.from_pretrained(name, token=token)
+            model = _from_module(model, pool, token)
         if pool is None:
             name = _named_pool(model)
         if pool is None or isinstance(pool, (str, os.PathLike)):
@@ -371,15 +372,36 @@ def _from_backbone(name: str, kind: str | None, pool: Any, token: str | bool | N
     form = {"image_size": tuple(made["image_size"]), "layer": made["layer"]}
     if made["id"] == name and kind != "seggpt":  # one encoder for both
         return VisualInContextModel.from_backbone(name, task=pool.task, revision=made["revision"], token=token, **form)
-    encoder = getattr(pool, "encoder_module", None)  # a pool that was built here still has it
-    if encoder is None:
-        if made["id"] is None:
-            raise ValueError(
-                f"the pool was made with an encoder that has no name ({made['fingerprint']}): make the model with "
-                "VisualInContextModel.from_parts(frozen, encoder=...)"
-            )
-        encoder = VisionEncoder.from_pretrained(made["id"], made["revision"], token=token, **form)
-    return VisualInContextModel.from_backbone(name, task=pool.task, encoder=encoder, token=token)
+    return VisualInContextModel.from_backbone(name, task=pool.task, encoder=_encoder_of(pool, token), token=token)
+
+
+def _from_module(frozen: Any, pool: Any, token: str | bool | None) -> VisualInContextModel:
+    if isinstance(frozen, SegGptForImageSegmentation):
+        frozen = SegGptInContext(frozen)
+    if not isinstance(frozen, nn.Module) or not hasattr(frozen, "predict"):
+        raise TypeError(
+            f"model is a {type(frozen).__name__}: pass a VisualInContextModel (from_backbone, from_parts, "
+            "from_pretrained), a frozen model such as SegGptInContext, or the name of a repository"
+        )
+    if not hasattr(pool, "encoder"):
+        raise ValueError(f"a {type(frozen).__name__} does not name its pool: pass pool=")
+    own = getattr(frozen, "encoder", None)
+    if own is None or own.fingerprint != pool.encoder["fingerprint"]:
+        own = _encoder_of(pool, token)
+    return VisualInContextModel.from_parts(frozen, own, task=pool.task)
+
+
+def _encoder_of(pool: Any, token: str | bool | None) -> Any:
+    encoder, made = getattr(pool, "encoder_module", None), pool.encoder
+    if encoder is not None:  # a pool that was built here still has it
+        return encoder
+    if made["id"] is None:
+        raise ValueError(
+            f"the pool was made with an encoder that has no name ({made['fingerprint']}): make the model with "
+            "VisualInContextModel.from_parts(frozen, encoder=...)"
+        )
+    form = {"image_size": tuple(made["image_size"]), "layer": made["layer"]}
+    return VisionEncoder.from_pretrained(made["id"], made["revision"], token=token, **form)
 
 
 def _check_pool(pool: PoolReader, model: VisualInContextModel) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_effdl.vicl import pool_index
 from hf_effdl.vicl.pool_card import push_pool, write_pool_card
 from hf_effdl.vicl.pool_reader import FORMAT, MANIFEST, NAME, PoolReader
 from hf_effdl.vicl.pool_writer import Rows, build, compacted, processes, write_manifest
+from hf_effdl.vicl.vision_encoders import VisionEncoder
 from hf_effdl.vicl.visual_tasks import find_task
 
 
@@ -317,9 +319,10 @@ def _cache(folder: str | os.PathLike[str] | None) -> Path:
 
 def _loaded(encoder: Any) -> Any:
     if isinstance(encoder, (str, os.PathLike)):
-        from hf_effdl.vicl.vision_encoders import VisionEncoder
-
         return VisionEncoder.from_pretrained(os.fspath(encoder))
+    if isinstance(encoder, PreTrainedModel):
+        return VisionEncoder(encoder)
     if not hasattr(encoder, "describe"):
-        raise TypeError(f"encoder={type(encoder).__name__}: pass a VisionEncoder, or the id or folder of one")
+        raise TypeError(f"encoder={type(encoder).__name__}: pass a VisionEncoder, a vision model of transformers, or "
+                        "the id or folder of one")  # fmt: skip
     return encoder
