@@ -95,6 +95,7 @@ print(json.dumps(plain(pipe(query))))
         and config["pool_revision"] == hub.repos["dataset", "tester/icl-pool"].head.oid
     )
     assert config["strategy"] == "dense"
+    assert "_name_or_path" not in config["frozen_model"]["backbone"]["config"]
     assert b"hf_effdl" not in b"".join(
         line for name, text in tree.items() if name.endswith(".py")
         for line in text.splitlines() if line.startswith((b"import", b"from"))
@@ -105,6 +106,35 @@ print(json.dumps(plain(pipe(query))))
     assert found[4:] == [2, 3, True, "tester/icl-pool"]
     found = last_line(hub.run(WITH_US.format(repo="tester/icl", query=query), home=tmp_path / "c"))
     assert found[:3] == expected[:3] and found[3] == pytest.approx(expected[3], abs=1e-6)
+
+
+def test_the_commit_that_was_loaded_is_the_one_that_is_named_and_folders_here_are_not(hub, tmp_path):
+    hub.run(MAKE + f"""
+from transformers import SegGptConfig, SegGptForImageSegmentation
+sizes = {{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "decoder_hidden_size": 4}}
+shape = {{"image_size": (64, 32), "patch_size": 8, "pretrain_image_size": 32, "merge_index": 0}}
+config = SegGptConfig(**sizes, **shape, intermediate_hidden_state_indices=[0, 1])
+from huggingface_hub import HfApi
+commits = []
+for _ in range(2):  # two sets of weights
+    SegGptForImageSegmentation(config).push_to_hub("tester/seggpt")
+    commits.insert(0, HfApi().model_info("tester/seggpt").sha)
+model = VisualInContextModel.from_backbone("tester/seggpt", revision=commits[1])
+assert model.config.frozen_model["backbone"] == {{"id": "tester/seggpt", "revision": commits[1]}}
+assert model.encoder.describe()["revision"] == commits[1]
+model.save_pretrained("saved")
+again = VisualInContextModel.from_pretrained("saved")
+assert again.encoder.fingerprint == model.encoder.fingerprint and again.frozen.revision == commits[1]
+assert VisualInContextModel.from_backbone("tester/seggpt").frozen.revision == commits[0]
+
+tiny().save_pretrained("vit")
+pool = ExamplePool.from_dataset(dataset, label_column="mask", encoder="vit", cache_dir={str(tmp_path / "cache")!r},
+                                progress=False)
+assert pool.encoder["id"] == "vit"
+pool.push_to_hub("tester/local")
+again = ExamplePool.from_pretrained("tester/local")
+assert again.encoder["id"] is None and again.fingerprint == pool.fingerprint
+""", home=tmp_path / "a")  # fmt: skip
 
 
 def test_backbones_with_a_repository_are_named_and_not_copied(hub, tmp_path):

@@ -73,6 +73,7 @@ class VisualInContextModel(PreTrainedModel):
                 backbone, revision=revision, token=token, dtype=torch.float32
             )
             frozen: nn.Module = SegGptInContext(model, **settings)
+            frozen.revision = commit_of(backbone, revision, token) or revision
         else:
             form = {name: settings.pop(name) for name in ("image_size", "layer") if name in settings}
             if task == "colourisation":
@@ -224,7 +225,7 @@ class VisualInContextModel(PreTrainedModel):
 def _describe_frozen(frozen: nn.Module, embed: bool | None) -> dict[str, Any] | None:
     if isinstance(frozen, SegGptInContext):
         config = frozen.model.config
-        source = _source(frozen.model, config.name_or_path or None, None, embed)
+        source = _source(frozen.model, config.name_or_path or None, frozen.revision, embed)
         return {
             "kind": "seggpt",
             "backbone": source,
@@ -249,7 +250,8 @@ def _source(backbone: PreTrainedModel, id: str | None, revision: str | None, emb
     if embed is None:
         embed = id is None or os.path.isdir(id)
     if embed:
-        return {"config": backbone.config.to_dict()}
+        # where a backbone was loaded from is nobody's business once its weights are here
+        return {"config": {key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"}}
     if id is None:
         raise ValueError(f"embed=False, but it is not known where {type(backbone).__name__} was loaded from: load it "
                          "by its repository's name, or embed its weights")  # fmt: skip
@@ -258,15 +260,16 @@ def _source(backbone: PreTrainedModel, id: str | None, revision: str | None, emb
 
 def _own_encoder(frozen: nn.Module) -> VisionEncoder | None:
     if isinstance(frozen, SegGptInContext):
-        return VisionEncoder(frozen.model, id=frozen.model.config.name_or_path or None,
-                             revision=None)  # fmt: skip
+        return VisionEncoder(frozen.model, id=frozen.model.config.name_or_path or None, revision=frozen.revision)
     return getattr(frozen, "encoder", None)
 
 
 def _make_frozen(spec: dict[str, Any], token: str | bool | None) -> nn.Module:
     if spec["kind"] == "seggpt":
         model = _make_backbone(spec["backbone"], token, SegGptForImageSegmentation)
-        return SegGptInContext(model, embedding_type=spec["embedding_type"], ensemble=spec["ensemble"])
+        frozen = SegGptInContext(model, embedding_type=spec["embedding_type"], ensemble=spec["ensemble"])
+        frozen.revision = spec["backbone"].get("revision")
+        return frozen
     if spec["kind"] == "feature-matching":
         settings = {name: spec[name] for name in ("matching", "temperature", "carry")}
         return FeatureMatching(_make_encoder(spec, token), **settings)

@@ -95,7 +95,7 @@ class VisualInContextPipeline(Pipeline):
 
     def __init__(
         self,
-        model: VisualInContextModel | str,
+        model: VisualInContextModel | nn.Module | str,
         selector: Any = None,
         pool: PoolReader | str | None = None,
         *,

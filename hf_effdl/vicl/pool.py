@@ -85,7 +85,7 @@ class ExamplePool(PoolReader):
             image_column: a `datasets.Image` column, or one of paths or file contents.
             label_column: masks for segmentation, boxes `[x0, y0, x1, y1]` or None for detection; not read for
                 colourisation.
-            encoder: a `VisionEncoder`, or the id or folder of one.
+            encoder: a `VisionEncoder`, a vision model of transformers, or the id or folder of one.
             task: "segmentation", "detection", "colourisation", or an instance such as `Segmentation(void=None)`.
             id_column: unique texts or integers that name the rows; default: their numbers, from 0.
             foreground: mask values that are the object; see `Segmentation`. Masks are stored white on black.

@@ -112,9 +112,12 @@ def push_pool(
         if "README.md" in files:
             api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=head.sha, local_dir=folder)
         manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
+        if os.path.isdir(manifest["encoder"].get("id") or ""):  # a folder here names nothing to others
+            manifest["encoder"]["id"] = None
         readme = write_pool_card(folder, manifest, repo_id=repo_id, **card)
         names = [f"data/{entry['name']}.{kind}" for entry in manifest["shards"] for kind in ("tar", "safetensors")]
-        operations = [CommitOperationAdd(name, source / name) for name in (MANIFEST, *names)]
+        operations = [CommitOperationAdd(name, source / name) for name in names]
+        operations.append(CommitOperationAdd(MANIFEST, json.dumps(manifest, indent=1).encode()))
         operations.append(CommitOperationAdd("README.md", readme))
         old = {name for name in files if re.fullmatch(rf"data/{NAME}\.(tar|safetensors)", name)}
         operations += [CommitOperationDelete(name) for name in sorted(old - set(names))]

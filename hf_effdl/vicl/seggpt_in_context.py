@@ -31,8 +31,8 @@ class SegGptInContext(nn.Module):
     m painted halves then differ only in the row of pixels next to the example, through the last convolution; they are
     averaged, so that the order of the examples does not matter (the authors keep the first).
 
-    `ensemble="original"` is that formula, equal to the authors' code to 1e-6 on the same weights. transformers' own
-    `feature_ensemble=True`, here `"upstream"`, also averages over the two streams in block `merge_index`, and so
+    `ensemble="original"` is that formula, the authors' code (`examples/benchmarks/seggpt_original.py`). transformers'
+    own `feature_ensemble=True`, here `"upstream"`, also averages over the two streams in block `merge_index`, and so
     paints something else; it does so even for a single example, for which this class never sets it.
 
     Args:
@@ -75,6 +75,7 @@ class SegGptInContext(nn.Module):
             )
         self.model = model.eval().requires_grad_(False)
         self.embedding_type, self.ensemble = embedding_type, ensemble
+        self.revision: str | None = None  # the commit the weights are from, where whoever loaded them knows it
         self.image_size = (height // 2, width)
         # upstream's ensemble averages the lower half wherever the query is
         self.arrangements = 2 if ensemble == "original" else 1
