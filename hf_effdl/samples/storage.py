@@ -23,6 +23,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, sn
 from huggingface_hub.errors import HFValidationError
 
 from hf_effdl.hub.cards import write_selection_card
+from hf_effdl.hub.repos import own_dataset_repo
 from hf_effdl.samples.findings import clip_value, suspect_positions
 from hf_effdl.samples.planning import Plan
 from hf_effdl.samples.report import SelectionReport
@@ -102,15 +103,8 @@ def push(
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
         return None
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-    head = api.dataset_info(repo_id)
-    files = {sibling.rfilename for sibling in head.siblings}
-    if private and not head.private:
-        raise ValueError(f"private=True, but {repo_id} exists and is public; make it private in its settings, or push "
-                         "to another repository")  # fmt: skip
-    if files - {".gitattributes", "README.md"} and not any(name.endswith(f"/{RECORD}") for name in files):
-        raise ValueError(f"{repo_id} holds other data, whose card would be lost; push the selection to a repository "
-                         "of its own")  # fmt: skip
+    head, files = own_dataset_repo(api, repo_id, private, lambda name: name.endswith(f"/{RECORD}"), "selection")
+    repo_id = head.id
     with tempfile.TemporaryDirectory() as folder:
         api.snapshot_download(
             repo_id, repo_type="dataset", revision=head.sha, local_dir=folder,

@@ -19,6 +19,7 @@ from hf_effdl.vicl.example_selectors import Examples, Queries
 from hf_effdl.vicl.modeling_visual_in_context import VisualInContextModel
 from hf_effdl.vicl.pool_reader import PoolReader
 from hf_effdl.vicl.pool_writer import processes
+from hf_effdl.vicl.vision_encoders import digest_weights
 from hf_effdl.vicl.visual_tasks import find_task, pixels
 
 
@@ -153,9 +154,5 @@ def _key(model: VisualInContextModel, pool: PoolReader, count: int, metric: str 
     parts = [type(model.frozen).__qualname__, model.config.frozen_model, model.config.task, pool.fingerprint, count,
              metric, greater]  # fmt: skip
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for name, value in sorted(model.frozen.state_dict().items()):
-        flat = value.detach().flatten()
-        digest.update(
-            name.encode() + flat[:: max(1, len(flat) // 4096)][:4096].float().cpu().contiguous().numpy().tobytes()
-        )
+    digest_weights(digest, model.frozen)
     return digest.hexdigest()[:16]

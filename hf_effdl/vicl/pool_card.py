@@ -12,6 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCa
 
 import hf_effdl
 from hf_effdl.hub.cards import write_card
+from hf_effdl.hub.repos import own_dataset_repo
 from hf_effdl.vicl.pool_reader import MANIFEST, NAME
 from hf_effdl.vicl.pool_writer import compacted, write_manifest
 
@@ -91,16 +92,8 @@ def push_pool(
 ) -> str:
     """Commit the files of a pool at once, and the removal of those of an older one."""
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-    head = api.dataset_info(repo_id)
-    files = {sibling.rfilename for sibling in head.siblings}
-    if private and not head.private:
-        raise ValueError(f"private=True, but {repo_id} exists and is public; make it private in its settings, or push "
-                         "to another repository")  # fmt: skip
-    if files - {".gitattributes", "README.md"} and MANIFEST not in files:
-        raise ValueError(
-            f"{repo_id} holds other data, whose card would be lost; push the pool to a repository of its own"
-        )
+    head, files = own_dataset_repo(api, repo_id, private, lambda name: name == MANIFEST, "pool")
+    repo_id = head.id
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if any(entry["dropped"] for entry in pool.manifest["shards"]):

@@ -139,11 +139,7 @@ class VisionEncoder(nn.Module):
         """A hash of what decides the features: model type, a sample of every weight, layer, size, normalisation."""
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps(self.settings() | {"model": self.backbone.config.model_type}).encode())
-            for name, value in sorted(self.backbone.state_dict().items()):
-                flat = value.detach().flatten()
-                # rounded to half, so that a copy saved in half precision is the same encoder
-                sample = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].half().cpu().contiguous()
-                digest.update(f"{name}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
+            digest_weights(digest, self.backbone)
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
@@ -225,6 +221,15 @@ class VisionEncoder(nn.Module):
                 f"{self.image_size}: it merges patches, or was made for another size"
             )
         return states[:, extra:].unflatten(1, (gh, gw)), states[:, 0] if extra else None
+
+
+def digest_weights(digest: Any, module: nn.Module) -> None:
+    """Feed a `hashlib` digest with names, shapes and a sample of the values of all tensors of a module."""
+    for name, value in sorted(module.state_dict().items()):
+        flat = value.detach().flatten()
+        # rounded to half, so that a copy saved in half precision is the same
+        sample = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].half().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
 
 
 def commit_of(id: str, revision: str | None = None, token: str | bool | None = None) -> str | None:
