@@ -478,6 +478,18 @@ def test_a_pool_keeps_the_encoder_it_was_made_with_for_a_backbone(pools, tmp_pat
         VisualInContextPipeline(str(tmp_path), pool=PoolReader(pools["segmentation"].folder))
 
 
+def test_saving_again_renews_the_card_and_keeps_what_others_wrote_into_its_metadata(pools, tmp_path):
+    pipe = VisualInContextPipeline(make_model(), "nearest", pools["segmentation"])
+    pipe.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    assert "| strategy | nearest |" in card.read_text()
+    card.write_text(card.read_text().replace("library_name:", "license: mit\nlibrary_name:", 1))
+    pipe.selector = "dense"
+    pipe.save_pretrained(tmp_path)
+    text = card.read_text()
+    assert "| strategy | dense |" in text and "license: mit" in text and text.count("- hf_effdl") == 1
+
+
 def test_a_frozen_model_is_joined_with_the_encoder_of_the_pool(pools):
     pool, seggpt = pools["segmentation"], tiny_seggpt()
     joined = VisualInContextPipeline(

@@ -22,7 +22,7 @@ CITATION = """@inproceedings{xu2024partial2global,
 
 
 def write_model_card(folder: str | os.PathLike[str], config: Any, pool: Any, repo_id: str | None = None) -> Path:
-    """`README.md` for a saved pipeline; one that is there already is kept.
+    """`README.md` for a saved pipeline; of one that is there the other metadata are kept.
 
     Args:
         folder: of the saved model.
@@ -31,18 +31,18 @@ def write_model_card(folder: str | os.PathLike[str], config: Any, pool: Any, rep
         repo_id: named in the snippets; default: the folder's name.
     """
     target = Path(folder) / "README.md"
-    if target.is_file():
-        return target
     rows, repo_id = len(pool), repo_id or Path(folder).name
     frozen, encoder = config.frozen_model, config.encoder
     named = frozen["backbone"].get("id")
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=PIPELINE_TAGS[config.task],
-        tags=["hf_effdl", "visual-in-context-learning"],
-        base_model=named,
-        datasets=config.pool if config.pool != "pool" else None,
-    )
+    known = ModelCard.load(target).data.to_dict() if target.is_file() else {}
+    ours = {
+        "library_name": "transformers",
+        "pipeline_tag": PIPELINE_TAGS[config.task],
+        "tags": list(dict.fromkeys([*(known.get("tags") or []), "hf_effdl", "visual-in-context-learning"])),
+        "base_model": named,
+        "datasets": config.pool if config.pool != "pool" else None,
+    }
+    data = ModelCardData(**(known | ours))
     backbone = f"[{named}](https://huggingface.co/{named})" if named else "embedded here"
     retrieval = (
         "the frozen model's own features" if encoder is None else (encoder["backbone"].get("id") or "embedded here")

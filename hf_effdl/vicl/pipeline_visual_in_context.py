@@ -221,14 +221,19 @@ class VisualInContextPipeline(Pipeline):
     def push_to_hub(
         self, repo_id: str, *, pool_repo_id: str | None = None, private: bool | None = None,
         token: str | bool | None = None, commit_message: str | None = None,
-    ) -> str:  # fmt: skip
+    ) -> str | None:  # fmt: skip
         """Push the model, its code and card; first the pool, where it is not on the Hub yet.
 
         Args:
             repo_id: of the model.
             pool_repo_id: of the pool, a data set repository; default: the one it is in, else `repo_id` + "-pool".
             private: for repositories that are made now.
+
+        Returns:
+            URL of the commit; None on other processes than the first.
         """
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+            return None
         config = self.model.config
         if pool_repo_id is not None or config.pool is None or not _is_repository(config.pool):
             if not hasattr(self.pool, "push_to_hub"):
