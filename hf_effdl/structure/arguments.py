@@ -9,8 +9,8 @@ from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
 from hf_effdl.structure.groups import Group, param_groups
+from hf_effdl.structure.param_group_checks import LAM_SCALES
 from hf_effdl.structure.schedule import derive_path
-from hf_effdl.structure.split_lbi import LAM_SCALES
 
 
 # What the released LeNet recipe of arXiv 2007.02010 sets: rows as units, one absolute threshold, single linear

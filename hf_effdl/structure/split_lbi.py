@@ -4,58 +4,33 @@ Source: Fu et al., "DessiLBI: Exploring Structural Sparsity of Deep Networks via
 (https://arxiv.org/abs/2007.02010) and its journal version (https://arxiv.org/abs/1905.09449).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-PENALTIES = (None, "l1", "group")
-LAM_SCALES = ("init", "none")
-
-
-def unit_norm(
-    tensors: Sequence[Tensor], axes: Sequence[int], blocks: Sequence[int], scales: Sequence[float]
-) -> Tensor:
-    """Norm of every unit over all the slices that belong to it: `n_c = sqrt(sum_t scale_t^2 ||T_t[c]||^2)`.
-
-    Args:
-        tensors: one tensor per slice; along `axes[t]` it has `units * blocks[t]` entries.
-        axes: the axis of each tensor that the units run along.
-        blocks: consecutive entries along that axis that belong to one unit (more than 1 where a convolution's output
-            is flattened into a linear layer).
-        scales: the factor each slice is multiplied with inside the norm.
-
-    Returns:
-        Tensor of shape `(units,)`.
-    """
-    total = None
-    for tensor, axis, block, scale in zip(tensors, axes, blocks, scales, strict=True):
-        others = [dim for dim in range(tensor.ndim) if dim != axis]
-        norm = torch.linalg.vector_norm(tensor, dim=others) if others else tensor.abs()
-        if block > 1:
-            norm = torch.linalg.vector_norm(norm.unflatten(0, (-1, block)), dim=1)
-        squared = (norm * scale).square()
-        total = squared if total is None else total + squared
-    return total.sqrt()
+from hf_effdl.structure.param_group_checks import (
+    POSITIVE,
+    check_dense_gradients,
+    check_devices,
+    check_finite_gradients,
+    check_group,
+    check_numbers,
+    check_same_groups,
+    check_unchanged,
+    dual_dtype,
+    initial_size,
+    signature,
+)
+from hf_effdl.structure.prox import per_entry, rows_in_cache, shrinkage, soft_threshold, unit_norm
+from hf_effdl.structure.sharding import local, sharded_like
 
 
-def per_entry(values: Tensor, tensor: Tensor, axis: int, block: int) -> Tensor:
-    """Give every unit's value to all entries of its slice: `(units,)` to a shape that broadcasts with `tensor`."""
-    if block > 1:
-        values = values.repeat_interleave(block)
-    return values.view([-1 if dim == axis else 1 for dim in range(tensor.ndim)])
-
-
-def shrinkage(norm: Tensor, threshold: Tensor) -> Tensor:
-    """Factor of the group prox, `max(0, 1 - threshold / norm)`, which is 0 for a unit whose norm is 0."""
-    return torch.where(norm > threshold, 1 - threshold / norm, torch.zeros_like(norm))
-
-
-def soft_threshold(dual: Tensor, threshold: Tensor) -> Tensor:
-    """Prox of `threshold * ||.||_1`: `sign(V) max(|V| - threshold, 0)`."""
-    return dual.sign() * (dual.abs() - threshold).clamp_min(0)
+# Names of the base's buffers in the state, in the order of `_direction`.
+BUFFERS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
+# Counters that live on the CPU, so that reading them never waits for a GPU.
+COUNTERS = ("step", "updates")
 
 
 def split_lbi_update(
@@ -89,15 +64,26 @@ def split_lbi_update(
         >>> split_lbi_update(w, v, torch.zeros(2), torch.zeros(2), lr=0.1, kappa=1.0, nu=1.0)
         (tensor([0.9000, 0.9000]), tensor([0.1000, 0.1000]))
     """
-    coupling = (weight.to(dual.dtype) - gamma) / nu
-    new_weight = (weight.to(dual.dtype) - (kappa * lr) * (direction.to(dual.dtype) + coupling)).to(weight.dtype)
-    return new_weight, dual + (path_scale * lr) * coupling
+    new_weight, new_dual = weight.to(dual.dtype, copy=True), dual.clone()
+    _update_in_place(new_weight, new_dual, new_weight - gamma, direction, lr, kappa, nu, path_scale)
+    return new_weight.to(weight.dtype), new_dual
+
+
+def _update_in_place(
+    weight: Tensor, dual: Tensor, gap: Tensor, direction: Tensor,
+    lr: float, kappa: float, nu: float, path_scale: float,
+) -> None:  # fmt: skip
+    """`split_lbi_update` from `gap = W - Gamma`: three passes over memory instead of copies."""
+    weight.add_(direction, alpha=-kappa * lr)
+    weight.add_(gap, alpha=-kappa * lr / nu)
+    dual.add_(gap, alpha=path_scale * lr / nu)
 
 
 class SplitLBI(torch.optim.Optimizer):
-    """SGD that also traces the regularisation path of its lifted parameters (split linearised Bregman iteration).
+    """SGD or AdamW that also traces the regularisation path of its lifted parameters (split linearised Bregman
+    iteration).
 
-    Every step, from the old W and the old Gamma, with d the momentum direction of the loss gradient:
+    Every step, from the old W and the old Gamma, with d the base optimizer's direction of the loss gradient:
 
         every parameter:   W <- W - kappa lr d
         lifted also:       W <- W - kappa lr (W - Gamma) / nu
@@ -106,33 +92,61 @@ class SplitLBI(torch.optim.Optimizer):
     V starts at 0, so the structure starts empty; a unit is in the support from the step at which its `||V||` passes
     its threshold. `lr=0` moves neither W nor V.
 
-    A parameter that is not lifted takes the step of `torch.optim.SGD(lr=kappa * lr)`.
+    A parameter that is not lifted takes the step of `torch.optim.SGD(lr=kappa * lr)` or of
+    `torch.optim.AdamW(lr=kappa * lr)`.
+
+    What the base does to the path. The coupling is a step of its own, as AdamW's weight decay is: it never enters a
+    momentum buffer nor a second moment, so V always integrates `W - Gamma` over the summed lr and a unit of unchanged
+    norm enters at the same time with every base. What differs is the loss it is weighed against:
+
+    - momentum m multiplies the loss gradient by `1 / (1 - m)` in the long run and leaves the coupling as it is, so
+      units are held against the ridge by a tenfold gradient at 0.9. `nesterov=True` changes the direction by one
+      step's look-ahead and the path hardly at all.
+    - AdamW's direction has entries of about one whatever the size of the gradient. A weight that any consistent
+      gradient pulls on withstands the ridge as long as `|W| / nu < 1`, and learning rates are a hundred times smaller:
+      so is the nu that fits (`derive_path`). Units differ less by how much the loss needs them, and rarely used units
+      move as fast as others, so the support is larger and its order says less than under SGD.
+    - weight decay shrinks lifted weights on both sides of the threshold, which delays all entries; decoupled decay
+      `W <- W - kappa lr weight_decay W` acts like a ridge that does not end when a unit enters. `param_groups` sets
+      it to 0 for lifted tensors.
 
     Args:
         params: parameters or param groups. A group may carry `penalty`: `None` (not lifted, the default), `"l1"`
             (every weight alone) or `"group"`: all tensors of the param group share its units, which run along `axis`
             (an int or one per tensor, default 0), `block` consecutive entries each (default 1), every tensor
             multiplied by `scale` inside the norm (default 1). `Group.param_group()` makes such groups.
-        lr: step size, > 0.
+        lr: step size, > 0. A schedule may bring it to 0.
         kappa: damping, > 0. It multiplies the step of every parameter, lifted or not.
         nu: coupling, > 0; see `split_lbi_update`.
-        momentum: in `[0, 1)`, `b <- momentum b + g`. The coupling is added outside the buffer, as in the authors'
-            code.
-        weight_decay: coupled L2 as in `torch.optim.SGD`, added to the gradient before momentum.
+        momentum: of the SGD base, in `[0, 1)`: `b <- momentum b + g`, `d = b`. The coupling is added outside the
+            buffer, as in the authors' code.
+        weight_decay: coupled to the gradient (`g <- g + weight_decay W`, as in `torch.optim.SGD`) or decoupled, see
+            below.
         lam: strength of the penalty, > 0.
         lam_scale: `"init"`: the threshold of a unit is `lam` times its initial norm over the lifted slices (`"l1"`:
             times the root mean square of the initial tensor), so that a unit enters for what it learns and not for how
             it was initialised. `"none"`: the threshold is `lam`, as in the paper.
         path_scale: factor on the step of V alone, > 0.
-        fused: `None` or `False`: plain tensor operations. `True` is refused: there is no compiled step yet.
+        fused: `True`: one compiled pass over W, gradient, momentum and V that carries each unit's norm over to the
+            next step, for float32, float64 and bfloat16: a C++ loop on CPU, built once per machine (some seconds); on
+            a GPU what `torch.compile` makes of it, at the first step of every process. `False` or `None`: plain tensor
+            operations, which never wait for a compiler.
+        base: `"sgd"` or `"adamw"`.
+        nesterov: of the SGD base: `d = g + momentum b`.
+        betas: of the AdamW base.
+        eps: of the AdamW base.
+        decoupled_weight_decay: `W <- W - kappa lr weight_decay W` instead of the coupled form. `None`: as the base's
+            name says, `False` for SGD and `True` for AdamW.
 
-    State: one tensor more than SGD with momentum (V, at least float32) and four numbers per unit. Gamma is never
-    stored.
+    State: one tensor more than the base (V, at least float32) and four numbers per unit. Gamma is never stored.
 
     Raises:
-        ValueError: for a number out of range, an unknown penalty, units that differ between the tensors of a group, a
-            tensor lifted twice, a zero initial norm under `lam_scale="init"`; at `step()` for a gradient that is not
-            finite (nothing has moved by then); at `load_state_dict` for the state of other groups.
+        ValueError: for a number out of range, an unknown penalty or base, units that differ between the tensors of a
+            group, a tensor lifted twice, a zero initial norm under `lam_scale="init"`, a group whose tensors lie on
+            different devices; for `fused=True` without a working compiler; at `step()` for a gradient that is not
+            finite or a param group that was edited in what V rests on (nothing has moved by then); at
+            `load_state_dict` for the state of other groups.
+        TypeError: for complex or integer parameters, and at `step()` for a sparse gradient.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -142,8 +156,13 @@ class SplitLBI(torch.optim.Optimizer):
         >>> opt.gamma(model[0].weight).shape
         torch.Size([8, 4])
 
-    Source: arXiv 2007.02010, algorithm 1, and the order of operations of the released code.
+    Source: arXiv 2007.02010, algorithm 1, and the order of operations of the released code; AdamW as base is ours.
     """
+
+    # on the class, because copying or unpickling an optimizer keeps its state and groups only
+    fused: bool | None = None
+    _before: list[dict[str, Any]] | None = None  # the groups' signatures at the last step
+    _compiled: Any = None  # the compiled step, made at the first one
 
     def __init__(
         self,
@@ -157,14 +176,18 @@ class SplitLBI(torch.optim.Optimizer):
         lam_scale: str = "init",
         path_scale: float = 1.0,
         fused: bool | None = None,
+        *,
+        base: str = "sgd",
+        nesterov: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        decoupled_weight_decay: bool | None = None,
     ) -> None:
-        if fused:
-            raise ValueError(
-                "fused=True asks for a compiled step, which SplitLBI does not have; pass fused=False or None"
-            )
+        self.fused = fused
         defaults = {
             "lr": lr, "kappa": kappa, "nu": nu, "momentum": momentum, "weight_decay": weight_decay, "lam": lam,
-            "lam_scale": lam_scale, "path_scale": path_scale, "penalty": None,
+            "lam_scale": lam_scale, "path_scale": path_scale, "base": base, "nesterov": nesterov, "betas": betas,
+            "eps": eps, "decoupled_weight_decay": decoupled_weight_decay, "penalty": None,
         }  # fmt: skip
         super().__init__(params, defaults)
 
@@ -176,10 +199,15 @@ class SplitLBI(torch.optim.Optimizer):
         self._check_lifted_once(param_group)
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
+            if self.fused:
+                from hf_effdl.structure import fused
+
+                fused.check(self.param_groups)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._before = self._compiled = None
 
     def _check_lifted_once(self, new: dict[str, Any]) -> None:
         # torch refuses a tensor that is in two param groups without saying in which
@@ -201,69 +229,108 @@ class SplitLBI(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
+        check_unchanged(self.param_groups, self._before)
         for group in self.param_groups:
-            hyper = {name: group[name] for name in ("kappa", "nu", "path_scale")} | {"lr": float(group["lr"])}
-            if group["penalty"] is not None:
-                self._lift(group)
-            factor = self._factor(group)
-            for i, p in enumerate(group["params"]):
-                if p.grad is None:
-                    continue
-                direction = self._direction(p, group)
-                if group["penalty"] is None:
-                    p.add_(direction, alpha=-hyper["kappa"] * hyper["lr"])
-                    continue
-                dual = self.state[p]["dual"]
-                weight, new_dual = split_lbi_update(p, dual, self._gamma(p, group, i, factor), direction, **hyper)
-                p.copy_(weight)
-                dual.copy_(new_dual)
-            if group["penalty"] is not None:
-                self._record(group)
+            check_numbers(group, POSITIVE[1:])
+            check_devices(group)
+        check_dense_gradients(self.param_groups)
+        self._check_finite()
+        for group in self.param_groups:
+            self._prepare(group)
+        if self.fused:
+            self._compiled.step(self.state)
+        else:
+            for group in self.param_groups:
+                self._step(group)
+        self._before = [signature(group) for group in self.param_groups]
         return loss
 
-    def _check_gradients(self) -> None:
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not grads or torch.isfinite(torch.nn.utils.get_total_norm(grads)):
-            return
-        bad = [
-            f"{group.get('name') or f'param group {k}'}, tensor {i}"
-            for k, group in enumerate(self.param_groups)
-            for i, p in enumerate(group["params"])
-            if p.grad is not None and not torch.isfinite(p.grad).all()
-        ]
-        if not bad:  # every entry is finite and only their norm overflowed
-            return
-        raise ValueError(
-            f"the gradient of {bad[0]} ({len(bad)} tensors in all) has NaN or infinite entries; no parameter was "
-            "changed by this step. Lower the learning rate, clip gradients, or look at the last batch"
-        )
+    def _check_finite(self) -> None:
+        if self.fused:
+            from hf_effdl.structure import fused
 
-    def _direction(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        grad = p.grad
-        if group["weight_decay"]:
-            grad = grad.add(p, alpha=group["weight_decay"])
-        if not group["momentum"]:
-            return grad
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = grad.clone()
-        else:
-            state["momentum_buffer"].mul_(group["momentum"]).add_(grad)
-        return state["momentum_buffer"]
+            if self._compiled is None or not self._compiled.fit():
+                self._compiled = fused.prepare(self.param_groups)
+            self._compiled.point_at_gradients()
+            if self._compiled.gradients_are_finite():
+                return
+        check_finite_gradients(self.param_groups)
 
-    def _lift(self, group: dict[str, Any]) -> None:
-        """Create V, and the numbers of every unit, from the weights as they are before the first step."""
-        first = group["params"][0]
-        if "threshold" in self.state[first]:
+    def _step(self, group: dict[str, Any]) -> None:
+        factor = self._factor(group)
+        for i, p in enumerate(group["params"]):
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if "updates" in state:
+                state["updates"] += 1
+            # in sharded tensors the local parts alone: only the norms of the units need the others
+            tensors = [p, p.grad, *(state[name] for name in BUFFERS[group["base"]] if name in state)]
+            entries = None
+            if group["penalty"] == "group":
+                tensors.append(state["dual"])
+                entries = per_entry(factor, state["dual"], group["axis"][i], group["block"][i])
+            elif group["penalty"] == "l1":
+                tensors.append(state["dual"])
+            tensors = [local(tensor) for tensor in tensors]
+            rows = rows_in_cache(tensors[0])
+            if p.ndim == 0 or rows == len(tensors[0]):
+                self._update(group, state, entries, *tensors)
+                continue
+            split_entries = entries is not None and len(entries) > 1
+            parts = [tensor.split(rows) for tensor in tensors]
+            for k, part in enumerate(zip(*parts, strict=True)):
+                own = entries[k * rows : (k + 1) * rows] if split_entries else entries
+                self._update(group, state, own, *part)
+        if group["penalty"]:
+            self._record(group)
+
+    @staticmethod
+    def _update(
+        group: dict[str, Any], state: dict[str, Any], entries: Tensor | None, weight: Tensor, grad: Tensor,
+        *others: Tensor,
+    ) -> None:  # fmt: skip
+        """The step of some rows of one tensor, in place; `others` are the base's buffers and V."""
+        lr, kappa, decay = float(group["lr"]), group["kappa"], group["weight_decay"]
+        buffers, dual = (others[:-1], others[-1]) if group["penalty"] else (others, weight)
+        wide = weight.to(dual.dtype)  # a copy only in half precision
+        if entries is not None:
+            gap = torch.addcmul(wide, dual, entries, value=-1)  # W - Gamma
+        elif group["penalty"]:
+            gap = wide.sub(soft_threshold(dual, state["threshold"]), alpha=kappa)
+        if decay and not group["decoupled_weight_decay"]:
+            grad = grad.add(weight, alpha=decay)
+        direction = _direction(grad, buffers, state, group)
+        if decay and group["decoupled_weight_decay"]:
+            wide.mul_(1 - kappa * lr * decay)
+        if not group["penalty"]:
+            weight.add_(direction, alpha=-kappa * lr)
+            return
+        _update_in_place(wide, dual, gap, direction, lr, kappa, group["nu"], group["path_scale"])
+        if wide is not weight:
+            weight.copy_(wide)
+
+    def _prepare(self, group: dict[str, Any]) -> None:
+        """Create what is not there yet: the base's buffers of the parameters with gradients, V and thresholds."""
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if group["base"] == "adamw" and "exp_avg" not in state:
+                state["updates"] = torch.zeros((), dtype=torch.int64)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            elif group["base"] == "sgd" and group["momentum"] and "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+        first = group["params"][0] if group["penalty"] else None
+        if first is None or "step" in self.state[first]:
             return
         for p in group["params"]:
-            self.state[p]["dual"] = torch.zeros_like(p, dtype=_dual_dtype(p))
+            self.state[p]["dual"] = torch.zeros_like(p, dtype=dual_dtype(p))
         if group["penalty"] == "l1":
             for p in group["params"]:
-                self.state[p]["threshold"] = _initial_size(group, [p])
+                self.state[p]["threshold"] = initial_size(group, [p])
         else:
-            threshold = _initial_size(group, group["params"])
+            threshold = initial_size(group, group["params"])
             never = torch.full_like(threshold, -1, dtype=torch.int64)
             self.state[first] |= {
                 "threshold": threshold, "norm": torch.zeros_like(threshold), "entered": never, "left": never.clone(),
@@ -275,12 +342,6 @@ class SplitLBI(torch.optim.Optimizer):
             return None
         unit = self.state[group["params"][0]]
         return group["kappa"] * shrinkage(unit["norm"], unit["threshold"])
-
-    def _gamma(self, p: Tensor, group: dict[str, Any], index: int, factor: Tensor | None) -> Tensor:
-        dual = self.state[p]["dual"]
-        if factor is None:
-            return group["kappa"] * soft_threshold(dual, self.state[p]["threshold"])
-        return dual * per_entry(factor, dual, group["axis"][index], group["block"][index])
 
     def _record(self, group: dict[str, Any]) -> None:
         """Carry the norms of the new V over to the next step and note who entered and who left the support."""
@@ -310,24 +371,29 @@ class SplitLBI(torch.optim.Optimizer):
 
     @torch.no_grad()
     def dual(self, p: Tensor) -> Tensor:
-        """V of a lifted parameter, with its shape, at least float32; zeros before the first step."""
+        """V of a lifted parameter, with its shape (and sharding), at least float32; zeros before the first step."""
         self._find(p)
         dual = self.state.get(p, {}).get("dual")
-        return torch.zeros_like(p, dtype=_dual_dtype(p)) if dual is None else dual.clone()
+        return torch.zeros_like(p, dtype=dual_dtype(p)) if dual is None else dual.clone()
 
     @torch.no_grad()
     def gamma(self, p: Tensor) -> Tensor:
         """Gamma = kappa Prox(V) of a lifted parameter: exact zeros outside the support."""
         group, index = self._find(p)
+        dual = self.dual(p)
         if "dual" not in self.state.get(p, {}):
-            return torch.zeros_like(p, dtype=_dual_dtype(p))
-        return self._gamma(p, group, index, self._factor(group))
+            return dual
+        if group["penalty"] == "l1":
+            part = group["kappa"] * soft_threshold(local(dual), self.state[p]["threshold"])
+        else:
+            part = local(dual) * per_entry(self._factor(group), dual, group["axis"][index], group["block"][index])
+        return sharded_like(part, dual)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but every tensor keeps the dtype it was saved with and groups must be the saved ones."""
         saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
-        _check_same_groups(self.param_groups, saved_groups)
+        check_same_groups(self.param_groups, saved_groups)
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
                 dual = saved_state.get(key, {}).get("dual")
@@ -337,104 +403,28 @@ class SplitLBI(torch.optim.Optimizer):
                         f"{tuple(p.shape)} here and {tuple(dual.shape)} there. Resume with the model that was trained"
                     )
         super().load_state_dict(state_dict)
+        self._before = self._compiled = None
         # torch casts float state to the parameter's dtype, which would round V of a bfloat16 model and turn step
         # numbers into floats.
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
                 for name, value in saved_state.get(key, {}).items():
                     if torch.is_tensor(value):
-                        device = value.device if name == "step" else p.device
+                        device = value.device if name in COUNTERS else p.device
                         self.state[p][name] = value.detach().clone().to(device)
 
 
-def _dual_dtype(p: Tensor) -> torch.dtype:
-    return torch.promote_types(p.dtype, torch.float32)
-
-
-def _initial_size(group: dict[str, Any], params: Sequence[Tensor]) -> Tensor:
-    """Thresholds of a group, by unit (`"group"`) or for its one tensor (`"l1"`), from the weights now."""
-    tensors = [p.detach().to(_dual_dtype(p)) for p in params]
-    if group["penalty"] == "l1":
-        size = tensors[0].square().mean().sqrt()
-    else:
-        size = unit_norm(tensors, group["axis"], group["block"], group["scale"])
-    return group["lam"] * (size if group["lam_scale"] == "init" else torch.ones_like(size))
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    name = group.setdefault("name", "unnamed")
-    for key in ("lr", "kappa", "nu", "lam", "path_scale"):
-        value = float(group[key])
-        if not 0 < value < float("inf"):
-            raise ValueError(
-                f"{key}={group[key]} in group {name!r}: it must be a positive finite number; pass {key}=..."
-            )
-    if not 0 <= group["momentum"] < 1:
-        raise ValueError(f"momentum={group['momentum']} in group {name!r}: it must be in [0, 1)")
-    if not group["weight_decay"] >= 0:
-        raise ValueError(f"weight_decay={group['weight_decay']} in group {name!r}: it must not be negative")
-    if group["penalty"] not in PENALTIES:
-        raise ValueError(f"penalty={group['penalty']!r} in group {name!r}: it must be one of {PENALTIES}")
-    if group["lam_scale"] not in LAM_SCALES:
-        raise ValueError(f"lam_scale={group['lam_scale']!r} in group {name!r}: it must be one of {LAM_SCALES}")
-    if group["penalty"] is None:
-        return
-    if not group["params"]:
-        raise ValueError(f"group {name!r} has penalty={group['penalty']!r} but no parameters; remove it")
-    for p in group["params"]:
-        if not p.is_floating_point():
-            raise TypeError(f"group {name!r} lifts a {p.dtype} tensor; only real floating point tensors can be lifted")
-    if group["penalty"] == "group":
-        _check_units(group, name)
-    if group["lam_scale"] == "init" and all(p.device.type != "meta" for p in group["params"]):
-        lifts = [[p] for p in group["params"]] if group["penalty"] == "l1" else [group["params"]]
-        for params in lifts:
-            zeros = int((_initial_size(group, params) == 0).sum())
-            if zeros:
-                raise ValueError(
-                    f"{zeros} units of group {name!r} have an initial norm of zero, so lam_scale='init' gives them no "
-                    "threshold; initialise them, lift other tensors, or pass lam_scale='none'"
-                )
-
-
-def _check_units(group: dict[str, Any], name: str) -> None:
-    """Bring `axis`, `block` and `scale` to one value per tensor, and check that the units agree."""
-    count = len(group["params"])
-    for key, default in (("axis", 0), ("block", 1), ("scale", 1.0)):
-        value = group.get(key, default)
-        group[key] = list(value) if isinstance(value, (list, tuple)) else [value] * count
-        if len(group[key]) != count:
-            raise ValueError(f"group {name!r} has {count} tensors but {len(group[key])} values in {key}={group[key]}")
-    for scale in group["scale"]:
-        if not 0 < float(scale) < float("inf"):
-            raise ValueError(f"scale={scale} of group {name!r} must be a positive finite number")
-    units = set()
-    for i, (p, axis, block) in enumerate(zip(group["params"], group["axis"], group["block"], strict=True)):
-        if not -p.ndim <= axis < p.ndim:
-            raise ValueError(f"axis={axis} of group {name!r} is outside its tensor of shape {tuple(p.shape)}")
-        group["axis"][i] = axis % p.ndim
-        if block < 1 or p.shape[axis] % block:
-            raise ValueError(f"block={block} of group {name!r} does not divide axis {axis} of shape {tuple(p.shape)}")
-        units.add(p.shape[axis] // block)
-    if len(units) > 1 or group.get("units", *units) not in units:
-        raise ValueError(
-            f"the tensors of group {name!r} have {sorted(units)} units along axis={group['axis']} (units="
-            f"{group.get('units')}): one param group is one group of units, so give each its own param group"
-        )
-    group["units"] = units.pop()
-
-
-def _check_same_groups(mine: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
-    def identity(group: dict[str, Any]) -> tuple[Any, ...]:
-        keys = ("penalty", "name", "axis", "block", "units")
-        return (*(group.get(key) for key in keys), len(group["params"]))
-
-    if [identity(group) for group in mine] == [identity(group) for group in saved]:
-        return
-    here, there = ([str(g.get("name")) for g in groups if g.get("penalty")] for groups in (mine, saved))
-    missing = [name for name in there if name not in here] or [name for name in here if name not in there]
-    raise ValueError(
-        f"this checkpoint is of other groups: it lifts {len(there)}, this optimizer {len(here)}; first difference: "
-        f"{missing[0] if missing else 'tensors, axes or units of one group'}. Resume with the model, preset and "
-        "groups that the checkpoint was trained with"
-    )
+def _direction(grad: Tensor, buffers: Sequence[Tensor], state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    """The base optimizer's direction; its buffers move on."""
+    if group["base"] == "adamw":
+        (beta1, beta2), count = group["betas"], int(state["updates"])
+        mean, square = buffers
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        root = square.sqrt().div_((1 - beta2**count) ** 0.5).add_(group["eps"])
+        return (mean / root).div_(1 - beta1**count)
+    if not group["momentum"]:
+        return grad
+    [buffer] = buffers
+    buffer.mul_(group["momentum"]).add_(grad)
+    return grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
