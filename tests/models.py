@@ -2,7 +2,14 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 
 def lenet() -> nn.Module:
@@ -31,6 +38,18 @@ def resnet(layer_type: str = "basic", **config: object) -> ResNetForImageClassif
     }
     values = {"layer_type": layer_type, "depths": [2, 1], "num_labels": 4, **sizes[layer_type], **config}
     return ResNetForImageClassification(ResNetConfig(**values))
+
+
+def mobilenet(**config: object) -> MobileNetV2ForImageClassification:
+    """A transformers MobileNetV2 for 32x32 with 16 inverted residual blocks, 8 to 64 channels wide."""
+    values = {"image_size": 32, "depth_multiplier": 0.2, "finegrained_output": False, "num_labels": 4, **config}
+    return MobileNetV2ForImageClassification(MobileNetV2Config(**values))
+
+
+def convnext(**config: object) -> ConvNextForImageClassification:
+    """A transformers ConvNeXt for 32x32: five blocks with hidden layers 32, 64, 96, 96 and 128 wide."""
+    values = {"image_size": 32, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "num_labels": 4, **config}
+    return ConvNextForImageClassification(ConvNextConfig(**values))
 
 
 NETS = {

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_effdl import SparsePath, SplitLBI, derive_path, find_groups, param_groups
+from hf_effdl.structure.arguments import LEARNING_RATES
 
 
 STEPS, BATCH = 468, 32
@@ -35,11 +36,11 @@ def mnist(folder) -> tuple[torch.Tensor, torch.Tensor]:
     return (images - 0.13) / 0.31, torch.tensor(labels[:10000].astype(np.int64))
 
 
-def entered_share(net: nn.Module, batch) -> float:
-    """Share of units in the support after a run with the default settings: lr 0.1, constant for 60 %, then to 0."""
-    rates = [0.1 * min(1.0, (STEPS - k) / (0.4 * STEPS)) for k in range(STEPS)]
+def entered_share(net: nn.Module, batch, base: str) -> float:
+    """Share of units in the support after a run with the default settings, lr constant for 60 %, then to 0."""
+    rates = [LEARNING_RATES[base] * min(1.0, (STEPS - k) / (0.4 * STEPS)) for k in range(STEPS)]
     groups = find_groups(net, torch.zeros(1, 1, 28, 28))
-    optimizer = SplitLBI(param_groups(net, groups), lr=0.1, **derive_path(sum(rates)))
+    optimizer = SplitLBI(param_groups(net, groups), lr=rates[0], base=base, **derive_path(sum(rates), base=base))
     net.train()
     for rate in rates:
         for group in optimizer.param_groups:
@@ -54,15 +55,17 @@ def entered_share(net: nn.Module, batch) -> float:
 
 @pytest.mark.parametrize("build", [conv_bn_net, lenet])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_noise_with_redrawn_labels_enters_hardly_any_unit(build, seed):
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_noise_with_redrawn_labels_enters_hardly_any_unit(build, seed, base):
     torch.manual_seed(seed)
-    share = entered_share(build(), lambda: (torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))))
+    share = entered_share(build(), lambda: (torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))), base)
     assert share < 0.1
 
 
 @pytest.mark.parametrize("build", [conv_bn_net, lenet])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_true_labels_enter_most_units_in_the_same_budget(data_folder, build, seed):
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_true_labels_enter_most_units_in_the_same_budget(data_folder, build, seed, base):
     torch.manual_seed(seed)
     images, labels = mnist(data_folder)
 
@@ -70,5 +73,5 @@ def test_true_labels_enter_most_units_in_the_same_budget(data_folder, build, see
         rows = torch.randint(len(images), (BATCH,))
         return images[rows], labels[rows]
 
-    share = entered_share(build(), batch)
+    share = entered_share(build(), batch, base)
     assert share > 0.5

@@ -488,7 +488,18 @@ def tail(units):
     "net, found, reason",
     [
         # the removable rest is found; with nothing left (None) it is an error that names the reason
-        (nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 6, groups=6), *tail(6)), ["4"], "0: 2 is a grouped convolution"),
+        (nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 6, groups=3), *tail(6)), ["4"], "0: 2 is a grouped convolution"),
+        (nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 3, groups=3), *tail(3)), ["4"], "0: 2 is a grouped convolution"),
+        (
+            nn.Sequential(conv(3, 3, groups=3), *tail(3)),
+            ["2"],
+            "0 is a depthwise convolution of channels that no layer",
+        ),
+        (
+            nn.Sequential(conv(3, 6, groups=3), *tail(6)),
+            ["2"],
+            "0 is a depthwise convolution of channels that no layer",
+        ),
         (nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 8, groups=2), *tail(8)), ["4"], "2 is a grouped convolution"),
         (nn.Sequential(conv(3, 6), nn.LayerNorm([6, 10, 10]), *tail(6)), ["3"], "1 is a LayerNorm"),
         (nn.Sequential(conv(3, 6), nn.GroupNorm(2, 6), *tail(6)), ["3"], "1 is a GroupNorm"),
@@ -496,7 +507,8 @@ def tail(units):
         (nn.Sequential(conv(3, 6), nn.BatchNorm2d(6, affine=False), *tail(6)), ["3"], "1 is a BatchNorm2d without"),
         (nn.Sequential(Residual(conv(3, 3, padding=1)), *tail(3)), ["2"], "0.body: a model without some"),
         (FixedSize(), ["second"], "first: a model without"),
-        (Concatenates(), ["mix"], "order other than one run per unit"),
+        (Concatenates(), ["mix"], "left: a concatenation sets them beside other channels in mix"),
+        (Concatenates(), ["mix"], "right: a concatenation sets them beside other channels in mix"),
         (tied(), ["0"], "6: 6.weight is shared with another layer"),
         (nn.Sequential(conv(3, 6), nn.Sigmoid(), Pools(), nn.Linear(6, 2)), None, "0: a model without some"),
         (nn.Sequential(conv(3, 6), nn.Softmax(1), Pools(), nn.Linear(6, 2)), None, "0: a model without some"),

@@ -419,8 +419,8 @@ def test_latency_is_held_as_measured():
 
     kept = path.select(latency=0.5, measure=measure)
     assert measure(kept) <= 0.5
-    # a latency is costly to measure, so the list is halved, not walked
-    assert len(calls) < 12
+    # a latency is costly to measure, so the list is halved, not walked, and what is plain is measured once
+    assert len(calls) < 30
     larger = [
         share
         for share in torch.linspace(0.5, 0.6, 11).tolist()

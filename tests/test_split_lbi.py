@@ -225,6 +225,104 @@ def test_a_parameter_that_is_not_lifted_takes_the_step_of_sgd_at_kappa_lr(moment
     assert not torch.equal(mine, other)
 
 
+@pytest.mark.parametrize("hyper,theirs,kwargs", [
+    ({"nesterov": True, "weight_decay": 0.05}, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    ({"base": "adamw", "weight_decay": 0.05}, torch.optim.AdamW, {}),
+    ({"base": "adamw", "weight_decay": 0.0, "betas": (0.8, 0.9), "eps": 1e-3}, torch.optim.AdamW,
+     {"betas": (0.8, 0.9), "eps": 1e-3}),
+    ({"base": "adamw", "weight_decay": 0.05, "decoupled_weight_decay": False}, torch.optim.Adam, {}),
+])  # fmt: skip
+def test_other_bases_are_those_of_torch_for_what_is_not_lifted(hyper, theirs, kwargs):
+    mine, other, lifted = (parameter(4, 3) for _ in range(3))
+    opt = SplitLBI([{"params": [mine]}, {"params": [lifted], "penalty": "group"}], lr=0.05, kappa=2.0, **hyper)
+    reference = theirs([other], lr=0.1, weight_decay=hyper["weight_decay"], **kwargs)
+    for step in range(20):
+        for p in (mine, other, lifted):
+            p.grad = parameter(4, 3, seed=step).detach()
+        opt.step()
+        reference.step()
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-13)
+    assert not torch.equal(mine, lifted)
+
+
+def test_decoupled_weight_decay_of_sgd_is_a_step_of_its_own():
+    p = parameter(4, 3)
+    opt = SplitLBI([p], lr=0.1, kappa=2.0, weight_decay=0.3, decoupled_weight_decay=True)
+    expected = p.detach() * (1 - 2.0 * 0.1 * 0.3) - 0.2
+    p.grad = torch.ones_like(p)
+    opt.step()
+    torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-14)
+
+
+BASE_SETTINGS = [
+    {"base": "adamw"},
+    {"base": "adamw", "weight_decay": 0.1},
+    {"base": "adamw", "weight_decay": 0.1, "decoupled_weight_decay": False},
+    {"nesterov": True},
+    {"weight_decay": 0.1, "decoupled_weight_decay": True},
+]
+
+
+@pytest.mark.parametrize("hyper", BASE_SETTINGS)
+@pytest.mark.parametrize("lift", LIFTS)
+def test_the_coupling_is_a_step_beside_any_base(lift, hyper):
+    """W of a lifted tensor takes the base's step from the old W, and the coupling's; neither sees the other."""
+    shapes, param_group, units = LIFTS[lift]
+    lr, kappa, nu, path_scale, lam = 0.05, 1.5, 0.7, 1.3, 0.8
+    params = [parameter(*shape, seed=i) for i, shape in enumerate(shapes)]
+    shared = {"lr": lr, "kappa": kappa, "nu": nu, "path_scale": path_scale, "lam": lam, **hyper}
+    opt = SplitLBI([{"params": params, "penalty": "group", **param_group}], **shared)
+    starts = [p.detach().clone() for p in params]
+    # the base alone, one fresh tensor moved from the old W at every step
+    moved = [torch.nn.Parameter(w.clone()) for w in starts]
+    base = SplitLBI([{"params": moved}], **shared)
+    w, v, gamma = [x.clone() for x in starts], [torch.zeros_like(x) for x in starts], [0 * x for x in starts]
+
+    def norm(tensors, unit):
+        return math.sqrt(sum(scale**2 * float((tensors[t][index] ** 2).sum()) for t, index, scale in unit))
+
+    thresholds = [lam * norm(starts, unit) for unit in units]
+    for step in range(40):
+        grads = [0.4 * (x - 2 * parameter(*x.shape, seed=10 + t).detach()) for t, x in enumerate(w)]
+        for t, p in enumerate(params):
+            p.grad = grads[t].clone()
+            with torch.no_grad():
+                moved[t].copy_(w[t])
+            moved[t].grad = grads[t].clone()
+        opt.step()
+        base.step()
+        for t in range(len(w)):
+            gap = (w[t] - gamma[t]) / nu
+            w[t], v[t] = moved[t].detach() - kappa * lr * gap, v[t] + path_scale * lr * gap
+        for unit, threshold in zip(units, thresholds, strict=True):
+            size = norm(v, unit)
+            for t, index, _ in unit:
+                gamma[t][index] = kappa * v[t][index] * max(0.0, 1 - threshold / size)
+        for t, p in enumerate(params):
+            torch.testing.assert_close(p.detach(), w[t], rtol=0, atol=1e-12)
+            torch.testing.assert_close(opt.gamma(p), gamma[t], rtol=0, atol=1e-12)
+    entered = opt.state[params[0]]["entered"]
+    assert (entered > 0).any() and len(entered.unique()) > 1
+
+
+@pytest.mark.parametrize("hyper", [{}, {"base": "adamw"}, {"weight_decay": 0.1}])
+@pytest.mark.parametrize("shape,axis,block", [((40, 30), 0, 1), ((40, 30), 1, 5), ((30, 8, 3, 3), 1, 1), ((500,), 0, 1)])
+def test_working_on_a_few_rows_at_a_time_changes_nothing(monkeypatch, shape, axis, block, hyper):
+    results = []
+    for entries in (1 << 30, 100):
+        monkeypatch.setattr("hf_effdl.structure.prox.CACHED", entries)
+        p, head = parameter(*shape), parameter(*shape, seed=1)
+        opt = SplitLBI([{"params": [p], "penalty": "group", "axis": axis, "block": block},
+                        {"params": [head], "penalty": "l1"}], lr=0.1, nu=1.0, lam=0.5, **hyper)  # fmt: skip
+        for step in range(15):
+            p.grad, head.grad = parameter(*shape, seed=2 + step).detach(), parameter(*shape, seed=50 + step).detach()
+            opt.step()
+        results.append([p.detach(), head.detach(), opt.gamma(p), opt.gamma(head), opt.state[p]["entered"].double()])
+    for whole, pieces in zip(*results, strict=True):
+        torch.testing.assert_close(whole, pieces, rtol=0, atol=1e-13)
+    assert results[0][2].any() and results[0][3].any()
+
+
 def test_weight_decay_of_a_lifted_parameter_is_added_to_the_gradient():
     decayed, by_hand = parameter(4, 3), parameter(4, 3)
     a = SplitLBI([{"params": [decayed], "penalty": "group"}], lr=0.1, nu=3.0, weight_decay=0.2)
@@ -422,12 +520,13 @@ def test_state_dict_holds_tensors_and_plain_values_only():
     assert exactly_equal(torch.load(file, weights_only=True), opt.state_dict())
 
 
+@pytest.mark.parametrize("hyper", [{}, {"base": "adamw", "nu": 0.4}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_a_reloaded_optimizer_continues_bit_for_bit(dtype):
-    params, opt = mixed(dtype)
+def test_a_reloaded_optimizer_continues_bit_for_bit(dtype, hyper):
+    params, opt = mixed(dtype, **hyper)
     run(params, opt, 12)
     saved = copy.deepcopy(opt.state_dict())
-    others, resumed = mixed(dtype, seed=50)
+    others, resumed = mixed(dtype, seed=50, **hyper)
     run(others, resumed, 2)  # what it has done before must not matter
     with torch.no_grad():
         for p, other in zip(params, others, strict=True):
@@ -449,6 +548,14 @@ def test_a_reloaded_optimizer_continues_bit_for_bit(dtype):
     assert not exactly_equal(resumed.state_dict()["state"], saved["state"])
 
 
+def test_state_is_one_tensor_larger_than_that_of_adamw():
+    weight = parameter(8, 5, 3, 3, dtype=torch.float32)
+    opt = SplitLBI([{"params": [weight], "penalty": "group"}], lr=0.1, base="adamw")
+    weight.grad = torch.ones_like(weight)
+    opt.step()
+    assert sorted(value.numel() for value in opt.state[weight].values()) == [1, 1, 8, 8, 8, 8, 360, 360, 360]
+
+
 def test_state_is_one_tensor_larger_than_that_of_sgd_with_momentum():
     weight = parameter(8, 5, 3, 3, dtype=torch.float32)
     sizes = {}
@@ -465,8 +572,9 @@ def test_state_is_one_tensor_larger_than_that_of_sgd_with_momentum():
     assert sizes["group"] == [1, 8, 8, 8, 8, 360, 360]
 
 
-def test_a_learning_rate_of_zero_moves_nothing():
-    params, opt = mixed()
+@pytest.mark.parametrize("hyper", [{}, {"base": "adamw", "weight_decay": 0.1, "nu": 0.4}, {"fused": True}])
+def test_a_learning_rate_of_zero_moves_nothing(hyper):
+    params, opt = mixed(**hyper)
     run(params, opt, 12)
     for group in opt.param_groups:
         group["lr"] = 0.0
@@ -670,7 +778,13 @@ def test_numbers_that_are_not_positive_and_finite_are_refused(name, value):
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"weight_decay": NAN}, "weight_decay=nan"),
         ({"lam_scale": "rms"}, "lam_scale='rms' .*'init', 'none'"),
-        ({"fused": True}, "fused=False"),
+        ({"base": "adam"}, "base='adam' .*'sgd', 'adamw'"),
+        ({"nesterov": True, "momentum": 0.0}, "nesterov=True .*momentum=0.0"),
+        ({"nesterov": True, "base": "adamw"}, "nesterov=True .*base='adamw'"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\)"),
+        ({"betas": (0.9,)}, r"betas=\(0.9,\)"),
+        ({"eps": -1.0}, "eps=-1.0"),
+        ({"eps": INF}, "eps=inf"),
     ],
 )
 def test_other_arguments_out_of_range_are_refused(hyper, match):
@@ -742,6 +856,84 @@ def test_only_real_floating_point_tensors_are_lifted(penalty, dtype):
     p = torch.ones(4, 3, dtype=dtype)
     with pytest.raises(TypeError, match=f"group 'g' lifts a {dtype}"):
         SplitLBI([{"params": [p], "penalty": penalty, "name": "g"}], lr=0.1)
+
+
+def test_complex_parameters_are_refused_lifted_or_not():
+    with pytest.raises(TypeError, match="group 'g' holds a torch.complex64 .*view_as_real"):
+        SplitLBI([{"params": [torch.ones(4, dtype=torch.complex64)], "name": "g"}], lr=0.1)
+
+
+def test_sparse_gradients_are_refused_by_name_before_anything_moves():
+    table = torch.nn.Embedding(6, 3, sparse=True)
+    other = parameter(3, 2, dtype=torch.float32)
+    opt = SplitLBI([{"params": [other], "penalty": "group"}, {"params": [table.weight], "name": "words"}], lr=0.1)
+    before = snapshot(opt)
+    other.grad = torch.ones_like(other)
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match="gradient of words, tensor 0 is sparse .*sparse=False"):
+        opt.step()
+    assert exactly_equal(snapshot(opt), before)
+
+
+def test_slices_of_a_unit_on_different_devices_are_refused():
+    here, there = parameter(4, 3), torch.nn.Parameter(torch.ones(4, 2, device="meta"))
+    with pytest.raises(ValueError, match="group 'g' are on cpu and meta: .*one device"):
+        SplitLBI([{"params": [here, there], "penalty": "group", "name": "g"}], lr=0.1)
+    SplitLBI([{"params": [here], "penalty": "group"}, {"params": [there], "penalty": "group"}], lr=0.1)
+
+
+@pytest.mark.parametrize("key,value", [
+    ("axis", [1, 1]), ("scale", [1.0, 1.0]), ("block", [1, 2]), ("penalty", None), ("lam", 2.0), ("lam_scale", "none"),
+    ("units", 5), ("base", "adamw"), ("name", "other"), ("params", None),
+])  # fmt: skip
+def test_a_group_that_is_edited_in_what_v_rests_on_is_refused(key, value):
+    params, opt = mixed()
+    run(params, opt, 3)
+    group = opt.param_groups[0]
+    old = group[key]
+    group[key] = value if key != "params" else [params[0], parameter(6, 4, 3, 3, dtype=torch.float32)]
+    before = copy.deepcopy([list(opt.state.values()), params])
+    with pytest.raises(ValueError, match=f"'{key}' of param group .* was changed between two steps.*new SplitLBI"):
+        opt.step()
+    assert str(before) == str([list(opt.state.values()), params])
+    group[key] = old
+    run(params, opt, 1)  # put back, it goes on
+
+
+@pytest.mark.parametrize("key", ["lr", "nu", "kappa", "path_scale", "momentum", "weight_decay"])
+def test_numbers_may_change_between_steps_within_their_range(key):
+    params, opt = mixed()
+    run(params, opt, 2)
+    opt.param_groups[0][key] = 0.5
+    run(params, opt, 2)
+    opt.param_groups[0][key] = NAN
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match=f"{key}=nan in group 'conv1'"):
+        opt.step()
+    assert exactly_equal(snapshot(opt), before)
+
+
+def test_groups_are_added_by_the_method_and_never_taken_away():
+    params, opt = mixed()
+    run(params, opt, 2)
+    more = parameter(3, 3, dtype=torch.float32)
+    opt.add_param_group({"params": [more], "penalty": "group", "name": "late"})
+    run([*params, more], opt, 2)
+    assert int(opt.state[more]["step"]) == 2
+    group = opt.param_groups.pop()
+    with pytest.raises(ValueError, match="3 param groups.*|there were 4 param groups .* 3; .*add_param_group"):
+        opt.step()
+    opt.param_groups.append(group)
+    run([*params, more], opt, 1)
+
+
+def test_a_copied_optimizer_goes_on_as_the_original_would():
+    params, opt = mixed(torch.float64)
+    run(params, opt, 4)
+    twins, twin = copy.deepcopy((params, opt))
+    run(params, opt, 4, seed=300)
+    run(twins, twin, 4, seed=300)
+    assert exactly_equal(snapshot(opt), snapshot(twin))
 
 
 @pytest.mark.parametrize("first", [0, 5])

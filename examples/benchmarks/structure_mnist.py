@@ -21,7 +21,10 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -91,42 +94,61 @@ def build(net: str) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
 
+@dataclass
+class Task:
+    """What another data set changes in the loop that all arms share."""
+
+    build: Callable[[str], nn.Module]
+    batch: int = BATCH
+    place: Callable[[nn.Module], nn.Module] = lambda model: model  # puts a net where the images are, in place
+    augment: Callable[[torch.Tensor, torch.Generator], torch.Tensor] = lambda images, generator: images
+    precision: Callable[[], AbstractContextManager] = nullcontext  # around every forward pass
+    trained: Callable[[int, float], None] = lambda steps, start: None  # called after every training
+
+
+MNIST = Task(build)
+
+
 def rates(net: str, steps: int, peak: float) -> list[float]:
     if net == "lenet":
         return [peak * 0.1 ** (3 * k // steps) for k in range(steps)]
     return [peak * min(1.0, (steps - k) / (0.4 * steps)) for k in range(steps)]
 
 
-def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, task: Task = MNIST) -> float:
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), task.precision():
         predicted = torch.cat([model(part).argmax(1) for part in images.split(2000)])
     return 100 * (predicted == labels).double().mean().item()
 
 
-def train(model, optimizer, lrs, data, seed, after_step=None, teacher=None, until=None):
+def train(model, optimizer, lrs, data, seed, after_step=None, teacher=None, until=None, task=MNIST):
     """The one training loop of every arm: batches from a seeded permutation per epoch."""
     images, labels = data
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(images.device).manual_seed(seed)
     order: torch.Tensor = torch.empty(0, dtype=torch.long)
+    start = time.perf_counter()
     model.train()
     for lr in lrs[:until]:
-        if len(order) < BATCH:
-            order = torch.randperm(len(images), generator=generator)
-        rows, order = order[:BATCH], order[BATCH:]
+        if len(order) < task.batch:
+            order = torch.randperm(len(images), generator=generator, device=images.device)
+        rows, order = order[: task.batch], order[task.batch :]
         for group in optimizer.param_groups:
             group["lr"] = lr
-        logits = model(images[rows])
-        loss = F.cross_entropy(logits, labels[rows])
-        if teacher is not None:  # Hinton et al., arXiv 1503.02531, at temperature 4
-            with torch.no_grad():
-                target = F.softmax(teacher(images[rows]) / 4, dim=1)
-            loss = 0.5 * loss + 0.5 * 16 * F.kl_div(F.log_softmax(logits / 4, 1), target, reduction="batchmean")
+        batch = task.augment(images[rows], generator)
+        with task.precision():
+            logits = model(batch)
+            loss = F.cross_entropy(logits, labels[rows])
+            if teacher is not None:  # Hinton et al., arXiv 1503.02531, at temperature 4
+                with torch.no_grad():
+                    target = F.softmax(teacher(batch) / 4, dim=1)
+                loss = 0.5 * loss + 0.5 * 16 * F.kl_div(F.log_softmax(logits / 4, 1), target, reduction="batchmean")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if after_step is not None:
             after_step(lr)
+    task.trained(len(lrs[:until]), start)
     return model
 
 
@@ -150,16 +172,17 @@ def lasso_prox(params: list[dict], strength: float):
     return prox
 
 
-def run(how: str, net: str, seed: int, data, settings: dict, epochs: int, cache: Path) -> dict:
+def run(how: str, net: str, seed: int, data, settings: dict, epochs: int, cache: Path, task: Task = MNIST) -> dict:
     """Train one net; returns what its arms are scored by. Nets that several arms share are kept in `cache`."""
-    steps = epochs * (len(data[0]) // BATCH)
+    steps = epochs * (len(data[0]) // task.batch)
     file = cache / f"{net}-{how.replace(' ', '_')}-{settings['lr']}-{epochs}-{len(data[0])}-{seed}.pt"
     lrs, early = rates(net, steps, settings["lr"]), how.endswith(" early")
     how = how.removesuffix(" early")
     torch.manual_seed(seed)
-    model = build(net)
+    model = task.build(net)
     unit = "paper" if how == "paper" else "default"
     groups = find_groups(model, data[0][:1], unit=unit)
+    model = task.place(model)
     decay = settings["weight_decay"]
     lifted = [{**group.param_group(), "weight_decay": decay} for group in groups if group.lifted]
     until = int(EARLY * steps) if early else None
@@ -194,7 +217,7 @@ def run(how: str, net: str, seed: int, data, settings: dict, epochs: int, cache:
                 reg=settings["group_norm"],
             )
     if file.is_file():
-        saved = torch.load(file, weights_only=True)
+        saved = torch.load(file, map_location=data[0].device, weights_only=True)
         model.load_state_dict(saved["model"])
         if "optimizer" in saved:
             optimizer.load_state_dict(saved["optimizer"])
@@ -202,9 +225,9 @@ def run(how: str, net: str, seed: int, data, settings: dict, epochs: int, cache:
     else:
         start = time.perf_counter()
         if pruner is not None:
-            train_with_group_norm(model, optimizer, lrs, data, seed, pruner)
+            train_with_group_norm(model, optimizer, lrs, data, seed, pruner, task)
         else:
-            train(model, optimizer, lrs, data, seed, after, until=until)
+            train(model, optimizer, lrs, data, seed, after, until=until, task=task)
         seconds = time.perf_counter() - start
         saved = {"model": model.state_dict(), "seconds": seconds}
         if isinstance(optimizer, SplitLBI):
@@ -216,7 +239,7 @@ def run(how: str, net: str, seed: int, data, settings: dict, epochs: int, cache:
             "lifted": lifted, "steps_left": steps - until if early else 0}  # fmt: skip
 
 
-def train_with_group_norm(model, optimizer, lrs, data, seed, pruner) -> None:
+def train_with_group_norm(model, optimizer, lrs, data, seed, pruner, task) -> None:
     # the regulariser adds to the gradients, so it goes between backward and step
     pruner.update_regularizer()
     step = optimizer.step
@@ -226,7 +249,7 @@ def train_with_group_norm(model, optimizer, lrs, data, seed, pruner) -> None:
         step()
 
     optimizer.step = regularised_step
-    train(model, optimizer, lrs, data, seed)
+    train(model, optimizer, lrs, data, seed, task=task)
     optimizer.step = step
 
 
@@ -239,8 +262,7 @@ def path_of(scoring: str, trained: dict, seed: int) -> tuple[SparsePath, str]:
     units = {}
     with torch.no_grad():
         for group in groups:
-            rows = [part for part in group.slices if part.role == "row"]
-            weight = model.get_parameter(rows[0].tensor).detach()
+            rows = [part for part in group.slices if part.role == "row"]  # several where layers add to one stream
             if scoring == "random":
                 score = torch.rand(group.units, generator=generator)
             elif scoring == "bn":
@@ -251,11 +273,12 @@ def path_of(scoring: str, trained: dict, seed: int) -> tuple[SparsePath, str]:
             elif scoring == "group norm":
                 score = group_norm_score(trained["pruner"], model, group)
             else:
-                score = weight.flatten(1).norm(dim=1)
+                score = sum(model.get_parameter(part.tensor).detach().flatten(1).norm(dim=1) for part in rows)
+            score = score.detach().cpu()
             never = torch.full((group.units,), -1)
             units[group.name] = {
-                "dual": score.detach().clone(), "threshold": torch.ones(group.units), "entered": never, "left": never,
-                "weight": score.detach().clone(),
+                "dual": score.clone(), "threshold": torch.ones(group.units), "entered": never, "left": never,
+                "weight": score.clone(),
             }  # fmt: skip
     return SparsePath(groups, units, 0), "entry" if scoring == "random" else "dual"
 
@@ -267,11 +290,12 @@ def group_norm_score(pruner, model: nn.Module, group) -> torch.Tensor:
     return pruner.importance(found).detach()
 
 
-def one_row(net: str, arm: str, seed: int, data, test, settings: dict, cache: Path) -> dict:
+def one_row(net: str, arm: str, seed: int, data, test, settings: dict, cache: Path, task: Task = MNIST) -> dict:
     how, scoring = ARMS[arm]
-    trained = run(how, net, seed, data, settings, settings["epochs"], cache)
-    model, groups = trained["model"], trained["groups"]
-    row: dict = {"net": net, "arm": arm, "seed": seed, "dense": accuracy(model, *test), "seconds": trained["seconds"]}
+    trained = run(how, net, seed, data, settings, settings["epochs"], cache, task)
+    model, groups, steps = trained["model"], trained["groups"], len(data[0]) // task.batch
+    dense = accuracy(model, *test, task)
+    row: dict = {"net": net, "arm": arm, "seed": seed, "dense": dense, "seconds": trained["seconds"]}
     path, order = path_of(scoring, trained, seed)
     if isinstance(trained["optimizer"], SplitLBI):
         inside = torch.cat(list(path.support.values())).float().mean().item()
@@ -279,28 +303,30 @@ def one_row(net: str, arm: str, seed: int, data, test, settings: dict, cache: Pa
     row["budgets"] = {}
     for budget in BUDGETS:
         kept = path.select(macs=budget, order=order)
-        small = slim(model, groups, kept)
-        recalibrate_batch_norm(small, data[0][:4000].split(1000))
-        before = accuracy(small, *test)
-        tune = settings["tune"] * (len(data[0]) // BATCH) + trained["steps_left"]
+        small = task.place(slim(model, groups, kept))
+        with task.precision():
+            recalibrate_batch_norm(small, data[0][:4000].split(1000))
+        before = accuracy(small, *test, task)
+        tune = settings["tune"] * steps + trained["steps_left"]
         peak, lrs = settings["lr"] / 2, None
         if arm.startswith("scratch"):
             torch.manual_seed(1000 + seed)
             for module in small.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
-            tune = (settings["epochs"] + settings["tune"]) * (len(data[0]) // BATCH)
+            tune = (settings["epochs"] + settings["tune"]) * steps
             lrs = rates(net, tune, settings["lr"])
         elif trained["steps_left"]:
             lrs = rates("bn", tune, settings["lr"])
         lrs = lrs or [peak * (1 - k / tune) for k in range(tune)]
         teacher = deepcopy(model).eval() if arm.endswith("distilled") else None
-        train(small, sgd(small, settings["weight_decay"]), lrs, data, 2000 + seed, teacher=teacher)
+        train(small, sgd(small, settings["weight_decay"]), lrs, data, 2000 + seed, teacher=teacher, task=task)
         counts = groups[0].network.count(groups, {name: len(index) for name, index in kept.items()})
         whole = groups[0].network.count()
-        times = measure_latency([model, small], test[0][:32], repeats=9)
+        with task.precision():
+            times = measure_latency([model, small], test[0][:32], repeats=9)
         row["budgets"][str(budget)] = {
-            "before": before, "after": accuracy(small, *test), "macs": counts["macs"] / whole["macs"],
+            "before": before, "after": accuracy(small, *test, task), "macs": counts["macs"] / whole["macs"],
             "params": counts["params"] / whole["params"], "latency": times[1] / times[0],
             "units": {name: len(index) for name, index in kept.items()},
         }  # fmt: skip
@@ -329,37 +355,47 @@ def paper_row(net: str, seed: int, data, test, how: str, cache: Path) -> dict:
     return row
 
 
+def paired(of: dict, arm: str, seeds: list[int], budget: str) -> tuple[float, float]:
+    """How much our arm is ahead of another after fine-tuning: mean over the seeds that both have, standard error."""
+    differences = [
+        of[OURS, seed]["budgets"][budget]["after"] - of[arm, seed]["budgets"][budget]["after"]
+        for seed in seeds
+        if (arm, seed) in of
+    ]
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
+    return statistics.mean(differences), error
+
+
+def arms_table(title: str, rows: list[dict]) -> None:
+    """One line per arm, over the seeds that our arm has; the rows share net and settings."""
+    of = {(row["arm"], row["seed"]): row for row in rows}
+    seeds = sorted({seed for arm, seed in of if arm == OURS})
+    print(
+        f"\n{title}: accuracy % before -> after fine-tuning, mean over {len(seeds)} seeds "
+        f"(paired difference of {OURS}, SE)"
+    )
+    print(f"| arm | dense | {' | '.join(f'{b:.0%} MACs' for b in BUDGETS)} | params, latency at 25 % |")
+    print("|---|---|" + "---|" * (len(BUDGETS) + 1))
+    for arm in ARMS:
+        mine = [of[arm, seed] for seed in seeds if (arm, seed) in of]
+        if not mine:
+            continue
+        cells = [f"{statistics.mean(row['dense'] for row in mine):.2f}"]
+        for budget in map(str, BUDGETS):
+            before, after = (statistics.mean(row["budgets"][budget][k] for row in mine) for k in ("before", "after"))
+            difference, error = paired(of, arm, seeds, budget)
+            cells.append(f"{before:.1f} -> {after:.2f} ({difference:+.2f}, {error:.2f})")
+        size = [statistics.mean(row["budgets"]["0.25"][k] for row in mine) for k in ("params", "latency")]
+        name = arm if len(mine) == len(seeds) else f"{arm} ({len(mine)} seeds)"
+        print(f"| {name} | {' | '.join(cells)} | {size[0]:.2f}, {size[1]:.2f} |")
+
+
 def table(rows: list[dict]) -> None:
     for net in sorted({row["net"] for row in rows}):
-        of = {(row["arm"], row["seed"]): row for row in rows if row["net"] == net}
-        long = [row for row in of.values() if "60 epochs" in row["arm"]]
-        seeds = sorted({seed for arm, seed in of if arm == OURS})
-        print(
-            f"\n{net}: accuracy % before -> after fine-tuning, mean over {len(seeds)} seeds "
-            f"(paired difference of {OURS}, SE)"
-        )
-        print(f"| arm | dense | {' | '.join(f'{b:.0%} MACs' for b in BUDGETS)} | params, latency at 25 % |")
-        print("|---|---|" + "---|" * (len(BUDGETS) + 1))
-        for arm in ARMS:
-            mine = [of[arm, seed] for seed in seeds if (arm, seed) in of]
-            if not mine:
-                continue
-            cells = [f"{statistics.mean(row['dense'] for row in mine):.2f}"]
-            for budget in map(str, BUDGETS):
-                before, after = (
-                    statistics.mean(row["budgets"][budget][k] for row in mine) for k in ("before", "after")
-                )
-                differences = [
-                    of[OURS, row["seed"]]["budgets"][budget]["after"] - row["budgets"][budget]["after"] for row in mine
-                ]
-                error = (
-                    statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
-                )
-                cells.append(f"{before:.1f} -> {after:.2f} ({statistics.mean(differences):+.2f}, {error:.2f})")
-            size = [statistics.mean(row["budgets"]["0.25"][k] for row in mine) for k in ("params", "latency")]
-            name = arm if len(mine) == len(seeds) else f"{arm} ({len(mine)} seeds)"
-            print(f"| {name} | {' | '.join(cells)} | {size[0]:.2f}, {size[1]:.2f} |")
-        for row in sorted(long, key=lambda row: (row["arm"], row["seed"])):
+        mine = [row for row in rows if row["net"] == net]
+        arms_table(net, mine)
+        long = {(row["arm"], row["seed"]): row for row in mine if "60 epochs" in row["arm"]}
+        for _, row in sorted(long.items()):
             read = ", ".join(f"{key} {row[key]:.2f}" for key in ("dense", "projected", "kept") if key in row)
             print(f"{row['arm']}, seed {row['seed']}: {read}")
 

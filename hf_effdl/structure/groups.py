@@ -24,7 +24,8 @@ class Slice:
     Args:
         tensor: name of the parameter or buffer in the model.
         axis: axis the units run along.
-        block: consecutive entries per unit along that axis (height times width where a convolution is flattened).
+        block: consecutive entries per unit along that axis (height times width where a convolution is flattened, the
+            outputs per channel of a depthwise convolution).
         role: `"row"` (producer weight), `"bias"`, `"scale"` and `"shift"` (norm weight and bias), `"mean"` and `"var"`
             (running statistics) or `"input"` (consumer weight).
     """
@@ -47,18 +48,21 @@ class Network:
     shapes: dict[str, tuple[int, ...]]
     uses: dict[str, int]
 
-    def count(self, groups: Iterable["Group"] = (), kept: Mapping[str, int] | None = None) -> dict[str, int]:
-        """Parameters and multiply-accumulates per input row when `kept[name]` units of each group stay.
-
-        Groups that `kept` does not name keep all. Only convolutions and linear layers count as multiply-accumulates.
-        """
-        kept = kept or {}
+    def sizes(self, groups: Iterable["Group"], kept: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter when `kept[name]` units of each group stay; groups not named keep all."""
         sizes = {name: list(shape) for name, shape in self.shapes.items()}
         for group in groups:
             for part in group.slices:
                 if part.tensor in sizes:
                     sizes[part.tensor][part.axis] = kept.get(group.name, group.units) * part.block
-        numel = {name: prod(size) for name, size in sizes.items()}
+        return {name: tuple(size) for name, size in sizes.items()}
+
+    def count(self, groups: Iterable["Group"] = (), kept: Mapping[str, int] | None = None) -> dict[str, int]:
+        """Parameters and multiply-accumulates per input row when `kept[name]` units of each group stay.
+
+        Groups that `kept` does not name keep all. Only convolutions and linear layers count as multiply-accumulates.
+        """
+        numel = {name: prod(size) for name, size in self.sizes(groups, kept or {}).items()}
         return {"params": sum(numel.values()), "macs": sum(uses * numel[name] for name, uses in self.uses.items())}
 
 
@@ -239,11 +243,18 @@ def cut(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -
     return model
 
 
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a layer convolves every channel on its own, into one or several outputs."""
+    return isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1
+
+
 def set_sizes(module: nn.Module) -> None:
     """Bring the sizes that a layer reports in line with its tensors."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.conv._ConvNd):
+        if is_depthwise(module):  # by the sizes before; outputs per channel stay
+            module.groups = module.weight.shape[0] * module.in_channels // module.out_channels
         module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         module.num_features = len(module.running_mean if module.running_mean is not None else module.weight)

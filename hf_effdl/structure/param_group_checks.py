@@ -145,10 +145,10 @@ def check_unchanged(groups: Sequence[Mapping[str, Any]], before: Sequence[Mappin
         )
     for group, old in zip(groups, before, strict=True):
         new = signature(group)
-        changed = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
+        changed = [key for key in (*FIXED, "params") if old.get(key) != new.get(key)]
         if changed:
             raise ValueError(
-                f"{sorted(changed)[0]!r} of param group {group['name']!r} was changed between two steps; V, "
+                f"{changed[0]!r} of param group {group['name']!r} was changed between two steps; V, "
                 "thresholds and the path rest on what it was. Make a new SplitLBI (lr, nu and the like may be changed)"
             )
 

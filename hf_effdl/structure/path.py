@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from hf_effdl.structure.groups import Group, Network
+from hf_effdl.structure.prox import unit_norm
 
 
 FILE_NAME = "sparse_path.safetensors"
 ORDERS = ("dual", "entry")
+LOOKS = 5  # at a latency near the budget
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,6 @@ class SparsePath:
         cls, optimizer: torch.optim.Optimizer, groups: Sequence[Group], ties: Sequence[Tie] = ()
     ) -> "SparsePath":
         """Read the path from a `SplitLBI` (or a wrapper around it) that was given `groups`."""
-        from hf_effdl.structure.split_lbi import unit_norm
-
         optimizer = unwrap(optimizer)
         units, step = {}, 0
         for group in optimizer.param_groups:
@@ -141,7 +142,7 @@ class SparsePath:
         latency: float | None = None,
         order: str = "dual",
         widths: str = "stock",
-        round_to: int = 1,
+        round_to: int | None = None,
         least: int = 2,
         measure: Callable[[dict[str, Tensor]], float] | None = None,
     ) -> dict[str, Tensor]:
@@ -159,18 +160,23 @@ class SparsePath:
             widths: `"stock"` moves groups together that one config number sizes (`ties`), so that the result is a
                 stock config; `"free"` sizes every group alone.
             round_to: sizes are multiples of this (a group smaller than it stays whole). They round down, so that the
-                budget is never exceeded; with `keep` they round up.
+                budget is never exceeded; with `keep` they round up. Default: 1; with `latency`, which falls in steps
+                of 8 or 16 channels, multiples of 16 (in small groups of 8, 4, 2 or 1), and others only where those
+                leave more than 3 % of the budget unused.
             least: units that every group keeps at least, as long as the budget can be held that way; else 1.
-            measure: from kept units to the ratio of their latency to the whole model's.
+            measure: from kept units to the ratio of their latency to the whole model's, as measured once; it is asked
+                again near the budget, and the median counts.
 
         Raises:
             ValueError: for a budget outside (0, 1] or below what one unit per group costs.
         """
         if widths not in ("stock", "free"):
             raise ValueError(f"widths={widths!r}: it must be 'stock' or 'free'")
-        if round_to < 1 or least < 1:
-            raise ValueError(f"round_to={round_to} and least={least} must be at least 1")
         budget, share = one_budget(keep=keep, params=params, macs=macs, latency=latency)
+        if round_to is None and budget != "latency":
+            round_to = 1
+        if least < 1 or (round_to is not None and round_to < 1):
+            raise ValueError(f"round_to={round_to} and least={least} must be at least 1")
         ties = self._ties(widths)
         scores = self.scores(order)
         order_of = {name: torch.argsort(score, descending=True, stable=True) for name, score in scores.items()}
@@ -185,41 +191,25 @@ class SparsePath:
         def sizes_at(steps: Mapping[int, int]) -> dict[str, int]:
             return {name: steps[i] * a for i, tie in enumerate(ties) for name, a in tie.shares.items()}
 
-        def steps_after(count: int) -> dict[int, int]:
-            return {i: tie.steps for i, tie in enumerate(ties)} | dict(removals[:count])
-
-        def sizes_after(count: int) -> dict[str, int]:
-            return sizes_at(steps_after(count))
-
         if budget == "latency":
             if measure is None:
                 raise ValueError("latency= needs measure=, a function that times the slim model; trainer.slim has one")
-            cost, allowed = (lambda sizes: measure(kept(sizes))), share
+            limit = _Limit(lambda steps: measure(kept(sizes_at(steps))), share, looks=LOOKS)
         else:
             network = self.groups[0].network
-            cost = lambda sizes: network.count(self.groups, sizes)[budget]  # noqa: E731
-            allowed = share * network.count()[budget] * (1 + 1e-9)
-        if cost(sizes_after(len(removals))) > allowed and least > 1:
-            removals += [item for item in _removal_list(ties, scores, round_to, 1) if item not in set(removals)]
-        if cost(sizes_after(len(removals))) > allowed:
-            whole = network.count()[budget] if budget != "latency" else 1.0
+            whole = network.count()[budget]
+            limit = _Limit(lambda steps: network.count(self.groups, sizes_at(steps))[budget] / whole, share)
+        lowest = _steps_after(removals, ties)
+        if (least > 1 or round_to is None) and not limit.holds(lowest):
+            removals += [(i, below) for i, below in _removal_list(ties, scores, round_to or 1, 1) if below < lowest[i]]
+        smallest = _steps_after(removals, ties)
+        if not any(limit.holds_again(smallest) for _ in range(3)):
             raise ValueError(
-                f"{budget}={share} is below what the smallest sizes cost ({sizes_after(len(removals))}), which is "
-                f"{cost(sizes_after(len(removals))) / whole:.4f} of the model; ask for at least that"
+                f"{budget}={share} is below what the smallest sizes cost ({sizes_at(smallest)}), which is "
+                f"{limit.cost(smallest):.4f} of the model; ask for at least that"
+                + (f", or for a smaller round_to than {round_to}" if round_to is not None and round_to > 1 else "")
             )
-        low, high = 0, len(removals)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if cost(sizes_after(middle)) <= allowed else (middle + 1, high)
-        steps = steps_after(low)
-        if budget != "latency":
-            # the last removal can free far more than was needed (a channel of the first layer, say): what was removed
-            # last comes back as long as it fits
-            for i, below in reversed(removals[:low]):
-                above = next((level for level in levels_of(ties[i], round_to) if level > below), ties[i].steps)
-                if steps[i] == below and cost(sizes_at(steps | {i: above})) <= allowed:
-                    steps[i] = above
-        return kept(sizes_at(steps))
+        return kept(sizes_at(_largest_within(limit, removals, ties, round_to)))
 
     def _sizes(self) -> dict[str, int]:
         return {group.name: group.units for group in self.groups if group.name in self.units}
@@ -319,12 +309,100 @@ def complete_ties(ties: Iterable[Tie], sizes: Mapping[str, int]) -> list[Tie]:
     return [*usable, *(Tie(size, {name: 1}) for name, size in sizes.items() if name not in named)]
 
 
-def _chunk(tie: Tie, round_to: int) -> int:
-    """Steps of a tie that together change every one of its groups by a multiple of `round_to`."""
+class _Limit:
+    """Whether sizes cost at most `limit`. With `looks` above 1 the cost is measured with noise: the median counts.
+
+    What lies near the limit is looked at more often than what is plainly above or below.
+    """
+
+    def __init__(self, measure: Callable[[dict[int, int]], float], limit: float, looks: int = 1) -> None:
+        self.measure, self.limit, self.looks = measure, limit, looks
+        self.seen: dict[tuple[int, ...], list[float]] = {}
+
+    def cost(self, steps: dict[int, int]) -> float:
+        seen = self.seen.setdefault(tuple(steps.values()), [])
+        while len(seen) < self._enough(seen):
+            seen.append(self.measure(steps))
+        return statistics.median(seen)
+
+    def holds(self, steps: dict[int, int]) -> bool:
+        return self.cost(steps) <= self.limit * (1 + 1e-9)
+
+    def is_near(self, steps: dict[int, int]) -> bool:
+        """So close below the limit that noise would hide what more units cost."""
+        return self.looks > 1 and self.cost(steps) > 0.97 * self.limit
+
+    def holds_again(self, steps: dict[int, int]) -> bool:
+        """The same, by new measurements alone."""
+        if self.looks > 1:
+            self.seen.pop(tuple(steps.values()), None)
+        return self.holds(steps)
+
+    def _enough(self, seen: list[float]) -> int:
+        gap = abs(statistics.median(seen) / self.limit - 1) if seen else 0.0
+        spread = (max(seen) - min(seen)) / self.limit if len(seen) > 1 else 0.2
+        if len(seen) == 1 and seen[0] > self.limit:
+            return min(2, self.looks)  # a disturbance only ever makes it longer
+        return max(1, len(seen)) if gap > spread else self.looks
+
+
+def _steps_after(removals: Iterable[tuple[int, int]], ties: Sequence[Tie]) -> dict[int, int]:
+    return {i: tie.steps for i, tie in enumerate(ties)} | dict(removals)
+
+
+def _largest_within(
+    limit: _Limit, removals: Sequence[tuple[int, int]], ties: Sequence[Tie], round_to: int | None
+) -> dict[int, int]:
+    """Steps of every tie after as few removals as the limit needs, and what comes back because it fits after all."""
+    low, high = 0, len(removals)
+    while low < high:
+        middle = (low + high) // 2
+        fits = limit.holds(_steps_after(removals[:middle], ties))
+        low, high = (low, middle) if fits else (middle + 1, high)
+    fitting = [_steps_after(removals[:low], ties)]
+
+    def grow(i: int, steps: int) -> bool:
+        larger = fitting[-1] | {i: steps}
+        if fits := not limit.is_near(fitting[-1]) and limit.holds(larger):
+            fitting.append(larger)
+        return fits
+
+    for _ in range(3):
+        # the last removal can free far more than was needed (a channel of the first layer, say): what was removed last
+        # comes back as long as it fits
+        for i, below in reversed(removals[:low]):
+            above = next(level for level in levels_of(ties[i], round_to) if level > below)
+            if below <= fitting[-1][i] < above:
+                grow(i, above)
+        for i in dict.fromkeys(i for i, _ in reversed(removals[:low])) if round_to is None else ():
+            above = next((level for level in levels_of(ties[i], None) if level > fitting[-1][i]), ties[i].steps)
+            while above - fitting[-1][i] > 1 and not limit.is_near(fitting[-1]):
+                middle = (fitting[-1][i] + above) // 2
+                above = above if grow(i, middle) else middle
+        # among many that nearly fit, noise favours one that does not: the last word have new measurements
+        while not limit.holds_again(fitting[-1]) and (len(fitting) > 1 or low < len(removals)):
+            fitting.pop()
+            if not fitting:
+                low += 1
+                fitting.append(_steps_after(removals[:low], ties))
+        if limit.looks == 1 or limit.cost(fitting[-1]) >= 0.95 * limit.limit:
+            break
+        limit.seen.clear()  # measurements may have been disturbed that said what came back does not fit
+    return fitting[-1]
+
+
+def _chunk(tie: Tie, round_to: int | None) -> int:
+    """Steps of a tie that together change every one of its groups by a multiple of `round_to`.
+
+    None: of the largest of 16, 8, 4, 2 and 1 that leaves the tie four sizes. Convolutions are computed in blocks of 8
+    or 16 channels, so that sizes in between are no faster than the next multiple.
+    """
+    if round_to is None:
+        return next((chunk for r in (16, 8, 4, 2) if 4 * (chunk := _chunk(tie, r)) <= tie.steps), 1)
     return math.lcm(*(round_to // math.gcd(round_to, share) for share in tie.shares.values()))
 
 
-def levels_of(tie: Tie, round_to: int) -> list[int]:
+def levels_of(tie: Tie, round_to: int | None) -> list[int]:
     """Ascending: the steps a tie can have when every size is a multiple of `round_to`, or the whole."""
     return [*range(_chunk(tie, round_to), tie.steps, _chunk(tie, round_to)), tie.steps]
 
@@ -341,7 +419,7 @@ def sizes_for_share(ties: Sequence[Tie], sizes: Mapping[str, int], share: float,
 
 
 def _removal_list(
-    ties: Sequence[Tie], scores: Mapping[str, Tensor], round_to: int, least: int
+    ties: Sequence[Tie], scores: Mapping[str, Tensor], round_to: int | None, least: int
 ) -> list[tuple[int, int]]:
     """All removals, weakest first, as (tie, steps it has afterwards)."""
     removals: list[tuple[float, int, int]] = []

@@ -8,11 +8,12 @@ LEAST_NU = 5.0
 
 
 def derive_path(
-    total_lr: float, *, lam: float = 1.0, kappa: float = 1.0, path_length: float = 2.5, ridge_length: float = 3.7
-) -> dict[str, float]:
+    total_lr: float, *, lam: float = 1.0, kappa: float = 1.0, path_length: float = 2.5, ridge_length: float = 3.7,
+    base: str = "sgd",
+) -> dict[str, float]:  # fmt: skip
     """nu and path_scale that fit a run of a given length, so that any learning rate travels the path once.
 
-        nu         = kappa max(total_lr / ridge_length, 5)
+        nu         = kappa max(total_lr / ridge_length, 5)     (without the 5 for AdamW)
         path_scale = path_length lam nu / total_lr
 
     Args:
@@ -25,6 +26,8 @@ def derive_path(
         ridge_length: length of the run in time constants of the ridge that pulls on units outside the support. Runs
             with a summed learning rate below `5 ridge_length` get fewer, and units without signal may enter too
             (`entry_of_noise`).
+        base: of `SplitLBI`. AdamW's direction does not shrink with the gradient, so no ridge of this form outweighs
+            it and nu has no least value.
 
     Returns:
         `{"nu": ..., "path_scale": ...}` for `SplitLBI`.
@@ -43,7 +46,7 @@ def derive_path(
             f"path_length={path_length}: a unit whose norm stays what it was would not enter before the run ends; "
             "pass path_length > 1"
         )
-    nu = kappa * max(total_lr / ridge_length, LEAST_NU)
+    nu = kappa * max(total_lr / ridge_length, LEAST_NU if base == "sgd" else 0.0)
     return {"nu": nu, "path_scale": path_length * lam * nu / total_lr}
 
 

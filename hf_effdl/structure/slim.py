@@ -68,12 +68,30 @@ def slim(
         sizes = sizes_for_share(complete_ties(ties, units), units, share, round_to)
     kept = {group.name: _fill(group, model, chosen.get(group.name), sizes[group.name]) for group in groups
             if group.name in sizes}  # fmt: skip
-    small = cut(deepcopy(model), groups, kept)
+    small = cut_copy(model, groups, kept)
     if isinstance(model, PreTrainedModel):  # only those are built from their config
         _set_config(small, ties, {name: len(kept.get(name, range(size))) for name, size in units.items()})
     if example_inputs is not None:
         asked = {name: len(index) for name, index in kept.items()} if isinstance(keep, Mapping) else {"keep": keep}
         set_report(small, effdl_report(model, small, example_inputs, groups, asked))
+    return small
+
+
+@torch.no_grad()
+def cut_copy(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a model without the units that are not kept, its tensors in the memory format that the model's have.
+
+    Args:
+        model: left as it is; also its config is as it was in the copy.
+        groups: the groups that `kept` speaks of.
+        kept: ascending indices of the kept units by group name.
+    """
+    small = cut(deepcopy(model), groups, kept)
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for name, old in model.named_parameters():
+        if old.ndim in layouts and old.stride() != torch.empty(old.shape, device="meta").stride():
+            new = small.get_parameter(name)
+            new.data = torch.empty_like(new, memory_format=layouts[old.ndim]).copy_(new)
     return small
 
 
@@ -164,9 +182,13 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
 
 @torch.no_grad()
 def measure_latency(
-    models: Sequence[nn.Module], inputs: Any, *, repeats: int = 15, seconds: float = 0.02
+    models: Sequence[nn.Module], inputs: Any, *, repeats: int = 21, seconds: float = 0.01
 ) -> list[float]:
-    """Median milliseconds of one forward pass in eval mode, for models timed in turns so that drift hits all alike.
+    """Milliseconds of one forward pass in eval mode, for models timed in turns so that what disturbs hits all alike.
+
+    The first model's time is its median over the rounds. Every other one's is that, times the median of its ratio to
+    the first within a round. On a CPU with one thread the clock is the thread's own, which does not count the time that
+    other programs have.
 
     Args:
         models: compared side by side.
@@ -175,29 +197,40 @@ def measure_latency(
         seconds: passes are repeated within a round until about this long.
     """
     device = next(models[0].parameters()).device
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    # some systems count a thread's time in ticks of many milliseconds
+    fine = time.get_clock_info("thread_time").resolution <= 1e-6
+    clock = time.thread_time if alone and fine else time.perf_counter
     times: list[list[float]] = [[] for _ in models]
     modes = [[m.training for m in model.modules()] for model in models]
 
     def run(model: nn.Module, passes: int) -> float:
-        start = time.perf_counter()
+        start = clock()
         for _ in range(passes):
             call(model, inputs)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / passes
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return max(clock() - start, 1e-9) / passes
 
     try:
+        passes = []
         for model in models:
             model.eval()
-        passes = [max(1, int(seconds / max(min(run(model, 1) for _ in range(3)), 1e-6))) for model in models]
+            run(model, 1)  # what happens once: memory, kernels, and on an accelerator the work that still waits
+            passes.append(max(1, int(seconds / max(min(run(model, 1) for _ in range(2)), 1e-6))))
         for _ in range(repeats):
             for model, count, record in zip(models, passes, times, strict=True):
                 record.append(1000 * run(model, count))
+    except Exception as error:
+        error.add_note("while measuring latency: every model must accept these inputs, on its device")
+        raise
     finally:
         for model, mode in zip(models, modes, strict=True):
             for module, training in zip(model.modules(), mode, strict=True):
                 module.training = training
-    return [statistics.median(record) for record in times]
+    first = statistics.median(times[0])
+    ratios = (statistics.median(b / a for a, b in zip(times[0], record, strict=True)) for record in times[1:])
+    return [first, *(first * ratio for ratio in ratios)]
 
 
 def set_report(small: nn.Module, report: dict[str, Any]) -> None:
@@ -212,21 +245,21 @@ def get_report(small: nn.Module) -> dict[str, Any] | None:
 
 
 def effdl_report(
-    model: nn.Module, small: nn.Module, inputs: Any, groups: Sequence[Group], budget: Mapping[str, Any]
-) -> dict[str, Any]:
+    model: nn.Module, small: nn.Module, inputs: Any, groups: Sequence[Group], budget: Mapping[str, Any],
+    latency: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """What slimming changed, in plain values: `{"params": {"before", "after", "ratio"}, "macs", "latency_ms", ...}`.
 
-    MACs are counted on a forward pass of each model, not predicted.
+    MACs are counted on a forward pass of each model, not predicted. With `latency=False` nothing is timed, and the
+    report has no `"latency_ms"`.
     """
     counts = [trace_network(m, inputs).count() for m in (model, small)]
-    times = measure_latency([model, small], inputs)
+    pairs = {key: (counts[0][key], counts[1][key]) for key in ("params", "macs")}
+    if latency:
+        pairs["latency_ms"] = tuple(round(time, 4) for time in measure_latency([model, small], inputs))
     report: dict[str, Any] = {
         key: {"before": before, "after": after, "ratio": round(after / before, 6)}
-        for key, before, after in (
-            ("params", counts[0]["params"], counts[1]["params"]),
-            ("macs", counts[0]["macs"], counts[1]["macs"]),
-            ("latency_ms", round(times[0], 4), round(times[1], 4)),
-        )
+        for key, (before, after) in pairs.items()
     }
     shapes = {name: tuple(p.shape) for name, p in small.named_parameters()}
     report["units"] = {
@@ -239,4 +272,5 @@ def effdl_report(
         inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
     )
     rows = next(len(value) for value in values if isinstance(value, Tensor))
-    return report | {"budget": dict(budget), "latency_batch": rows, "device": device.type}
+    timed = {"latency_batch": rows} if latency else {}
+    return report | {"budget": dict(budget), **timed, "device": device.type}

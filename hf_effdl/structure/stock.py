@@ -19,6 +19,9 @@ def config_ties(model: nn.Module, groups: Sequence[Group]) -> list[Tie]:
     axis of a group tie that group to the number. Groups that share a number, and numbers that share a group, make one
     `Tie`. For a transformers ResNet: the stem and the first stage, then one tie per stage.
 
+    A number that also sets other sizes (`hidden_sizes` of a ConvNeXt), or rounds them (`min_depth` of a MobileNetV2),
+    ties nothing. As long as one group is free the config cannot say the sizes anyway, so then there are no ties.
+
     Args:
         model: a `PreTrainedModel`; any other module has no ties.
         groups: its groups.
@@ -53,7 +56,13 @@ def config_ties(model: nn.Module, groups: Sequence[Group]) -> list[Tie]:
             steps, {name: units[name] // steps for name in units if name in names},
             {field: values[field] // steps for field in fields},
         ))  # fmt: skip
-    return ties
+    network = groups[0].network if groups else None
+    for tie in ties:
+        step = tie.steps - 1 or 2
+        sizes = network.sizes(groups, {name: share * step for name, share in tie.shares.items()})
+        if _meta_shapes(type(model), config, {field: share * step for field, share in tie.fields.items()}) != sizes:
+            return []
+    return ties if {name for tie in ties for name in tie.shares} == units.keys() else []
 
 
 def stock_config(model: nn.Module, ties: Sequence[Tie], sizes: Mapping[str, int]) -> Any | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from hf_effdl.structure.groups import Group, Groups, Network, Slice, cut, mask
+from hf_effdl.structure.groups import Group, Groups, Network, Slice, cut, is_depthwise, mask
 
 
 logger = logging.getLogger(__name__)
@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 UNITS = ("default", "row", "paper")
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_JOINT_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # each unit's output depends on the other units
 
 
 def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "default") -> Groups:
@@ -24,11 +25,14 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
 
     A copy of the model is traced with Torch-Pruning's dependency graph, so module and model names play no part and the
     model itself stays as it is. Every group found is tried out: taking a unit out of the copy must give the same
-    output as silencing it; groups that fail (or hold layers other than plain convolutions, linear layers and batch
-    norms) are left out with a warning. Inputs and outputs of the model are never groups.
+    output as silencing it; groups that fail are left out with a warning, and so are those that hold layers other than
+    plain and depthwise convolutions, linear layers and batch norms (subclasses included), or that a concatenation
+    joins. A depthwise convolution belongs to the units that it filters. Inputs and outputs of the model are never
+    groups.
 
     Args:
-        model: any module; convolutional networks are what this release is tested on.
+        model: any module, of transformers, timm or your own; convolutional networks are what this release is tested
+            on.
         example_inputs: a tensor, a tuple of positional or a dict of keyword tensors with a batch axis. Default: made
             from the config of a transformers vision model, else guessed from the first layer (with a warning, since
             MACs depend on it).
@@ -58,6 +62,7 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
         copy = _traceable_copy(model)
         inputs = _one_row(example_inputs, copy) if example_inputs is not None else _guess_inputs(copy)
         network = Network({name: tuple(p.shape) for name, p in copy.named_parameters()}, _count_uses(copy, inputs))
+        _even_out(copy, inputs)
         found, skipped = _trace(copy, inputs, network)
         groups = _keep_removable(copy, inputs, found, skipped)
     for name, reason in skipped.items():
@@ -107,12 +112,45 @@ def _traceable_copy(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for p in copy.parameters():
             _fill_zeros(p)
+            if p.numel() == max(p.shape, default=1):  # a vector; say a layer scale of 1e-6
+                p.copy_(p.abs().clamp_min(0.1).copysign(p))
     return copy
 
 
 def _fill_zeros(tensor: Tensor) -> Tensor:
     """Zeros (a fresh head, the last norm of a branch, a blank example) would hide what a silent unit still sends."""
     return tensor.masked_fill_(tensor == 0, 0.1) if tensor.is_floating_point() else tensor
+
+
+@torch.no_grad()
+def _even_out(model: nn.Module, inputs: Any) -> None:
+    """Scale every convolution and linear layer to outputs of size one, and let batch norms expect that.
+
+    A signal that fades on its way (through fresh weights, say) would hide what a silent unit still sends.
+    """
+    seen = set()
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        bias = 0 if module.bias is None else module.bias.view(-1, *[1] * (module.weight.ndim - 2))
+        size = (output - bias).square().mean().sqrt()
+        if module in seen or not (size.isfinite() and size > 0):
+            return None
+        seen.add(module)
+        module.weight.div_(size)
+        if module.bias is not None:
+            module.bias.div_(size.clamp_min(1))
+        return module.forward(*args, **kwargs)
+
+    layers = [module for module in model.modules() if isinstance(module, (*_CONVS, nn.Linear))]
+    hooks = [module.register_forward_hook(hook, with_kwargs=True) for module in layers]
+    for module in model.modules():
+        if isinstance(module, _BATCH_NORMS):
+            module.reset_running_stats()
+    try:
+        call(model, inputs)
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 def _one_row(inputs: Any, model: nn.Module) -> Any:
@@ -193,10 +231,9 @@ def _trace(model: nn.Module, inputs: Any, network: Network) -> tuple[list[Group]
     except Exception as error:
         raise ValueError(f"cannot trace {_describe(model)}: {type(error).__name__}: {error}") from error
 
-    shared = _shared_names(model)
     order = {module: i for i, module in enumerate(model.modules())}
     names = {module: name for name, module in model.named_modules()}
-    groups, skipped = [], {}
+    groups, reasons = [], {}
     for traced in found:
         members = [
             (item, graph.is_out_channel_pruning_fn(item.dep.handler))
@@ -207,23 +244,69 @@ def _trace(model: nn.Module, inputs: Any, network: Network) -> tuple[list[Group]
         root = traced[0].dep.target.module
         units = root.weight.shape[0]
         slices: list[Slice] = []
-        reason = None
         for item, is_output in members:
             module = item.dep.target.module
-            reason = _unsupported(module, names, item, units)
-            if reason:
-                break
-            slices += _slices(module, names[module], is_output, len(item.idxs) // units)
-        tied = next((part.tensor for part in slices if part.tensor in shared), None)
-        if tied:
-            reason = f"{tied} is shared with another layer"
+            if module in names:
+                slices += _slices(module, names[module], is_output, max(1, len(item.idxs) // units))
         name = next((p.tensor for p in slices if p.role == "row"), names[root] + ".weight").rpartition(".")[0]
-        if reason:
-            skipped[name] = reason
-        elif any(part.role == "input" for part in slices):  # without a consumer the units are the model's output
-            groups.append(Group(name, units, tuple(slices), (), network))
-    position = {name: i for i, name in enumerate(network.shapes)}
-    return sorted(groups, key=lambda group: position[group.slices[0].tensor]), skipped
+        groups.append(Group(name, units, tuple(slices), (), network))
+        how = {type(item.dep.target.module).__name__ for item in traced}
+        members.sort(key=lambda member: not _mixes(member[0].dep.target.module))  # the reason to name first
+        reasons[name] = next(filter(None, (_unsupported(model, names, *m, units, how) for m in members)), None)
+
+    position = {name: i for i, name in enumerate([*network.shapes, *dict(model.named_buffers())])}
+    groups = _join_depthwise(groups, reasons, position)
+    shared = _shared_names(model)
+    kept, skipped = [], {}
+    for group in groups:
+        rows = [part.tensor for part in group.slices if part.role == "row"]
+        tied = next((part.tensor for part in group.slices if part.tensor in shared), None)
+        if reasons[group.name]:
+            skipped[group.name] = reasons[group.name]
+        elif tied:
+            skipped[group.name] = f"{tied} is shared with another layer"
+        elif all(is_depthwise(model.get_submodule(row.rpartition(".")[0])) for row in rows):
+            skipped[group.name] = f"{group.name} is a depthwise convolution of channels that no layer makes"
+        elif any(part.role == "input" for part in group.slices):  # without a consumer the units are the model's output
+            kept.append(group)
+    return sorted(kept, key=lambda group: position[group.slices[0].tensor]), skipped
+
+
+def _join_depthwise(
+    groups: Sequence[Group], reasons: dict[str, str | None], position: Mapping[str, int]
+) -> list[Group]:
+    """Join the group that ends in a depthwise convolution with the one that starts there.
+
+    With one output per channel the tracer has one group already; with more, the outputs of a channel are one unit.
+    """
+    groups = list(groups)
+    while True:
+        pairs = (
+            (before, after, part, row)
+            for before in groups
+            for part in before.slices
+            if part.role == "filtered"
+            for after in groups
+            for row in after.slices
+            if (row.tensor, row.role) == (part.tensor, "row")
+        )
+        before, after, part, row = next(pairs, (None,) * 4)
+        if before is None:
+            return groups
+        # the larger unit decides: it covers as many rows of this convolution as several units of the other group
+        block = max(part.block, row.block)
+        rest = [other for other in before.slices if other is not part]
+        both = [(rest, block // part.block), (after.slices if after is not before else (), block // row.block)]
+        slices = [Slice(s.tensor, s.axis, s.block * times, s.role) for side, times in both for s in side]
+        slices.sort(key=lambda s: position.get(s.tensor, len(position)))  # a parametrised weight is no parameter
+        name = next(s.tensor for s in slices if s.role == "row").rpartition(".")[0]
+        reason = reasons[before.name] or reasons[after.name]
+        if block % part.block or block % row.block:
+            reason = reason or f"{row.tensor} has another number of outputs per unit than the layers beside it"
+        units = before.units * part.block // block
+        groups = [group for group in groups if group is not before and group is not after]
+        groups.append(Group(name, units, tuple(slices), (), before.network))
+        reasons[name] = reason
 
 
 def _shared_names(model: nn.Module) -> set[str]:
@@ -235,23 +318,46 @@ def _shared_names(model: nn.Module) -> set[str]:
     return {name for alike in names.values() if len(alike) > 1 for name in alike}
 
 
-def _unsupported(module: Any, names: Mapping[nn.Module, str], item: Any, units: int) -> str | None:
-    if module not in names:
-        return "a bare parameter goes with them"
-    kind = type(module).__name__
+def _mixes(module: Any) -> bool:
+    """Whether units come out of this layer changed by other units."""
+    grouped = isinstance(module, _CONVS) and module.groups != 1 and not is_depthwise(module)
+    return grouped or isinstance(module, _JOINT_NORMS)
+
+
+def _unsupported(
+    model: nn.Module, names: Mapping[nn.Module, str], item: Any, is_output: bool, units: int, how: set[str]
+) -> str | None:
+    """Why the units cannot go with their part of one layer; `how` names the operations between their layers."""
+    module = item.dep.target.module
+    if isinstance(module, nn.Parameter):
+        tensor = next(name for name, p in model.named_parameters() if p is module)
+        owner = model.get_submodule(tensor.rpartition(".")[0])
+        if any(owner.children()):
+            return f"the bare parameter {tensor} goes with them"
+        module = owner
+    name, kind = names[module], type(module).__name__
     if is_parametrized(module):
-        return f"{names[module]} has a parametrised weight; remove the parametrisation first"
-    if isinstance(module, _CONVS) and module.groups != 1:
-        return f"{names[module]} is a grouped convolution"
+        return f"{name} has a parametrised weight; remove the parametrisation first"
+    if isinstance(module, _JOINT_NORMS):
+        base = next(base.__name__ for base in _JOINT_NORMS if isinstance(module, base))
+        return f"{name} is a {base}, whose statistics run over them: without some, the others would change"
+    if _mixes(module):
+        return f"{name} is a grouped convolution"
     if isinstance(module, _BATCH_NORMS) and module.weight is None:
-        return f"{names[module]} is a {kind} without a weight, so that nothing silences them"
-    if not isinstance(module, (*_CONVS, *_BATCH_NORMS, nn.Linear)) and any(True for _ in module.parameters(False)):
-        return f"{names[module]} is a {kind}, which has parameters of its own"
+        return f"{name} is a {kind} without a weight, so that nothing silences them"
+    own = {leaf for leaf, _ in module.named_parameters(recurse=False)}
+    if own - ({"weight", "bias"} if isinstance(module, (*_CONVS, *_BATCH_NORMS, nn.Linear)) else set()):
+        return f"{name} is a {kind}, which has parameters of its own"
+    if not own:
+        return None
+    size = module.weight.shape[0] if is_output else getattr(module, "in_channels", module.weight.shape[-1])
     block, rest = divmod(len(item.idxs), units)
     # the tracer may list the entries in any order
     entries = sorted(zip(item.idxs, item.root_idxs, strict=True))
-    if rest or entries != [(i, i // block) for i in range(units * block)]:
-        return f"they are spread over {names[module]} in an order other than one run per unit"
+    if rest or size != len(entries) or entries != [(i, i // block) for i in range(units * block)]:
+        if "_ConcatOp" in how:
+            return f"a concatenation sets them beside other channels in {name}"
+        return f"they are spread over {name} in an order other than one run per unit"
     return None
 
 
@@ -262,6 +368,8 @@ def _slices(module: nn.Module, name: str, is_output: bool, block: int) -> list[S
         return [Slice(prefix + t, 0, block, role) for t, role in parts if getattr(module, t) is not None]
     if not isinstance(module, (*_CONVS, nn.Linear)):
         return []
+    if is_depthwise(module) and not is_output:  # each channel has its rows; `_join_depthwise` brings them
+        return [Slice(prefix + "weight", 0, block * module.out_channels // module.in_channels, "filtered")]
     if not is_output:
         return [Slice(prefix + "weight", 1, block, "input")]
     rows = [Slice(prefix + "weight", 0, block, "row")]
@@ -270,20 +378,21 @@ def _slices(module: nn.Module, name: str, is_output: bool, block: int) -> list[S
 
 def _keep_removable(model: nn.Module, inputs: Any, groups: Sequence[Group], skipped: dict[str, str]) -> list[Group]:
     """Only the groups whose units can be taken out; the rest goes to `skipped`."""
-    if _is_removable(model, inputs, groups):  # the common case costs two forward passes in all
+    if not groups or _is_removable(model, inputs, groups):  # the common case costs two forward passes in all
         return list(groups)
-    removable = []
-    for group in groups:
-        if _is_removable(model, inputs, [group]):
-            removable.append(group)
-        else:
-            skipped[group.name] = "a model without some of them is not the model in which those are silent"
-    return removable
+    if len(groups) == 1:
+        skipped[groups[0].name] = "a model without some of them is not the model in which those are silent"
+        return []
+    middle = len(groups) // 2
+    halves = (groups[:middle], groups[middle:])
+    return [group for half in halves for group in _keep_removable(model, inputs, half, skipped)]
 
 
 @torch.no_grad()
 def _is_removable(model: nn.Module, inputs: Any, groups: Sequence[Group]) -> bool:
-    kept = {group.name: torch.arange(1, group.units) for group in groups if group.units > 1}
+    # several at once, so that means and norms over the units change visibly; few, so that the signal stays
+    kept = {group.name: torch.arange(group.units) for group in groups if group.units > 1}
+    kept = {name: index[index % 8 > 0] for name, index in kept.items()}
     silent = output_tensors(call(mask(deepcopy(model), groups, kept), inputs))
     try:
         small = output_tensors(call(cut(deepcopy(model), groups, kept), inputs))

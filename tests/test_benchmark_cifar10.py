@@ -1,0 +1,283 @@
+"""The CIFAR-10 benchmark: reader, augmentation, nets, rows that go on after a kill, and what its table may claim."""
+
+import gzip
+import importlib
+import json
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from hf_effdl import find_groups
+
+
+LINES = {f"data_batch_{i + 1}": lines for i, lines in enumerate((2, 1, 3, 4, 5))} | {"test_batch": 4}
+COLUMNS = 5
+ARMS = ("path, early", "global L2, early")
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    folder, threads = str(ROOT / "examples" / "benchmarks"), torch.get_num_threads()
+    sys.path.insert(0, folder)  # as for a script that runs from there
+    yield importlib.import_module("structure_cifar10")
+    sys.path.remove(folder)
+    for name in ("structure_cifar10", "structure_mnist"):
+        sys.modules.pop(name)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder in the format of the data set, three classes of different brightness, and what was written there."""
+    folder, random = tmp_path_factory.mktemp("cifar10"), np.random.default_rng(0)
+    written, names = {}, []
+    for part, lines in LINES.items():
+        labels = np.arange(lines * COLUMNS) % 3
+        images = (random.integers(0, 60, (len(labels), 32, 32, 3)) + 90 * labels[:, None, None, None]).astype(np.uint8)
+        mosaic = Image.new("RGB", (32 * COLUMNS, 32 * lines))
+        for i, image in enumerate(images):
+            mosaic.paste(Image.fromarray(image), (32 * (i % COLUMNS), 32 * (i // COLUMNS)))
+        mosaic.save(folder / f"{part}.webp", lossless=True)
+        names += [f"{label}\tname_{i}.png" for i, label in enumerate(labels)]
+        written[part] = images, labels
+    with gzip.open(folder / "labels_filenames.tsv.gz", "wt") as file:
+        file.write("\n".join(names))
+    return folder, written
+
+
+@pytest.fixture
+def run(benchmark, data, tmp_path, capsys, monkeypatch):
+    """The script's main; gives the rows, what it printed and what it trained (one line of stderr each)."""
+
+    shared = sys.modules["structure_mnist"]
+    monkeypatch.setattr(shared, "measure_latency", partial(shared.measure_latency, seconds=0))  # one pass a round
+
+    def run(*options: str) -> tuple[list[dict], str, list[str]]:
+        common = ("--data", str(data[0]), "--out", str(tmp_path / "rows.jsonl"), "--width", "8", "--classes", "2")
+        short = ("--tune", "1", "--seeds", "1", "--set", "batch=16", "--arms", *ARMS)
+        benchmark.main([*common, *short, *options])
+        printed = capsys.readouterr()
+        trained = [line for line in printed.err.splitlines() if "per epoch" in line]
+        return benchmark.read_rows(tmp_path / "rows.jsonl"), printed.out, trained
+
+    return run
+
+
+def untimed(row: dict) -> dict:
+    budgets = {b: {k: v for k, v in found.items() if k != "latency"} for b, found in row["budgets"].items()}
+    return {k: v for k, v in row.items() if k not in ("seconds", "wall")} | {"budgets": budgets}
+
+
+# ---- data
+
+
+def test_the_reader_gives_the_pixels_and_labels_that_were_written(benchmark, data):
+    folder, written = data
+    for split, parts in (("train", list(LINES)[:5]), ("test", ["test_batch"])):
+        images, labels = benchmark.cifar10(split, folder)
+        assert images.dtype == np.uint8 and labels.dtype == np.int64
+        assert np.array_equal(images, np.concatenate([written[part][0] for part in parts]))
+        assert np.array_equal(labels, np.concatenate([written[part][1] for part in parts]))
+
+
+def test_a_folder_with_files_missing_or_of_two_copies_is_refused(benchmark, data, tmp_path):
+    for file in data[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with gzip.open(tmp_path / "labels_filenames.tsv.gz", "at") as file:
+        file.write("\n1\tone_more.png")
+    with pytest.raises(SystemExit, match="95 images and 96 labels"):
+        benchmark.cifar10("train", tmp_path)
+    (tmp_path / "data_batch_4.webp").unlink()
+    with pytest.raises(SystemExit, match="data_batch_4.webp missing; pass --data"):
+        benchmark.cifar10("test", tmp_path)
+
+
+def test_images_on_the_device_are_normalised_by_channel(benchmark, data):
+    images, labels = data[1]["test_batch"]
+    found, same = benchmark.on_device(images, labels.astype(np.int64), torch.device("cpu"))
+    expected = (images.transpose(0, 3, 1, 2) / 255 - np.reshape(benchmark.MEAN, (3, 1, 1))) / np.reshape(
+        benchmark.STD, (3, 1, 1)
+    )
+    assert found.dtype == torch.float32 and np.allclose(found.numpy(), expected, atol=1e-5)
+    assert np.array_equal(same.numpy(), labels)
+
+
+def test_a_row_is_augmented_as_by_a_loop_over_crops_and_flips(benchmark):
+    pad, size, rows = benchmark.PADDING, (6, 5), 2000
+    image = torch.arange(1.0, 2 * 6 * 5 + 1).reshape(2, *size)  # every pixel another value, none that of the padding
+    batch = benchmark.augment(image.expand(rows, -1, -1, -1), torch.Generator().manual_seed(3))
+    padded = np.pad(image.numpy(), ((0, 0), (pad, pad), (pad, pad)))
+    possible = {}
+    for top in range(2 * pad + 1):
+        for left in range(2 * pad + 1):
+            crop = padded[:, top : top + size[0], left : left + size[1]]
+            possible[crop.tobytes()] = top, left, False
+            possible[crop[:, :, ::-1].tobytes()] = top, left, True
+    found = [possible[np.ascontiguousarray(row).tobytes()] for row in batch.numpy()]
+    assert {(top, left) for top, left, _ in found} == {(t, c) for t in range(2 * pad + 1) for c in range(2 * pad + 1)}
+    assert 0.45 < np.mean([mirrored for *_, mirrored in found]) < 0.55
+    for corner in (0, 1):  # uniform in both directions: a standard error is 0.06
+        assert abs(np.mean([place[corner] for place in found]) - pad) < 0.25
+
+
+def test_the_same_seed_gives_the_same_batch_and_rows_keep_their_image(benchmark):
+    images = torch.arange(1.0, 65).reshape(64, 1, 1, 1) * torch.ones(64, 3, 32, 32)
+    one, two, other = (benchmark.augment(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    # every crop has some of the picture, and the picture is of one value
+    assert torch.equal(one.flatten(1).amax(1), torch.arange(1.0, 65))
+
+
+# ---- nets
+
+
+SIZES = [("resnet18", 11_173_962, 555_422_720, 12), ("vgg16", 14_724_042, 313_201_664, 13)]
+
+
+@pytest.mark.parametrize("net, params, macs, count", SIZES)
+def test_the_nets_are_those_of_the_papers_for_32_pixels(benchmark, net, params, macs, count):
+    groups = find_groups(benchmark.NETS[net](64, 10), torch.randn(1, 3, 32, 32))
+    assert groups[0].network.count() == {"params": params, "macs": macs}
+    # the channels of every convolution are in a group; those that add to one residual stream share it
+    assert len(groups) == count and all(group.lifted for group in groups)
+
+
+def test_the_magnitude_of_a_residual_channel_is_summed_over_the_layers_that_write_it(benchmark):
+    net = benchmark.resnet18(4, 10)
+    trained = {"model": net, "groups": find_groups(net, torch.randn(1, 3, 32, 32)), "optimizer": None}
+    path, _ = sys.modules["structure_mnist"].path_of("l2", trained, 0)
+    writers = (net[0], net[3].branch[3], net[4].branch[3])
+    expected = sum(layer.weight.detach().flatten(1).norm(dim=1) for layer in writers)
+    assert torch.allclose(path.units["0"]["dual"], expected)
+    assert torch.allclose(path.units["3.branch.0"]["dual"], net[3].branch[0].weight.detach().flatten(1).norm(dim=1))
+
+
+def test_forward_passes_run_in_bfloat16_if_asked_and_weights_stay(benchmark, data):
+    images, labels = benchmark.on_device(*benchmark.cifar10("train", data[0]), torch.device("cpu"))
+    nets = {}
+    for bf16 in (False, True):
+        task = benchmark.cifar_task(torch.device("cpu"), bf16, 4, 3, 16, len(images))
+        torch.manual_seed(0)
+        net = task.place(task.build("resnet18"))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        nets[bf16] = sys.modules["structure_mnist"].train(net, optimizer, [0.01] * 2, (images, labels), 0, task=task)
+        with task.precision():
+            assert net(images[:2]).dtype == (torch.bfloat16 if bf16 else torch.float32)
+    pairs = list(zip(nets[True].parameters(), nets[False].parameters(), strict=True))
+    assert all(a.dtype == torch.float32 and torch.allclose(a, b, atol=0.02) for a, b in pairs)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+
+
+# ---- rows
+
+
+def test_rows_are_written_once_and_a_killed_run_goes_on_as_an_uninterrupted_one(run, tmp_path):
+    rows, printed, trained = run("--epochs", "2")
+    assert [(row["arm"], row["seed"]) for row in rows] == [(arm, 1) for arm in ARMS]
+    # 3 steps an epoch: 60 % of 2 epochs for the net that selects, what is left and 1 more for each of three small ones
+    assert [int(line.split()[0]) for line in trained] == [3, 6, 6, 6] * 2
+    for row in rows:
+        said = {"net": "resnet18", "width": 8, "classes": 2, "rows": 52, "epochs": 2, "tune": 1, "device": "cpu"}
+        assert row | said | {"torch": torch.__version__, "settings": "batch=16", "held_out": 0} == row
+        for budget, found in row["budgets"].items():
+            assert 0.8 * float(budget) < found["macs"] <= float(budget) and 0 <= found["after"] <= 100
+    assert "2 classes, 52 rows, 2 epochs, 1 seeds, supports no claim" in printed and "Goal" not in printed
+    assert all(f"| {arm} |" in printed for arm in ARMS)
+
+    text = (tmp_path / "rows.jsonl").read_text()
+    again, table, trained = run("--epochs", "2")
+    assert again == rows and not trained and table == printed and (tmp_path / "rows.jsonl").read_text() == text
+
+    (tmp_path / "rows.jsonl").write_text(text[:-100])  # killed while it wrote the last row
+    again, _, trained = run("--epochs", "2")
+    assert len(trained) == 3  # the whole net was kept
+    assert [untimed(row) for row in again] == [untimed(row) for row in rows] and again[0] == rows[0]
+
+
+def test_other_settings_are_other_rows_and_another_table(run):
+    first, *_ = run("--epochs", "1", "--arms", ARMS[0])
+    rows, printed, trained = run("--epochs", "1", "--arms", ARMS[0], "--rows", "40", "--validate")
+    assert rows[: len(first)] == first and len(trained) == 4
+    assert [(row["rows"], row["held_out"]) for row in rows] == [(52, 0), (36, 4)]
+    headings = [line for line in printed.splitlines() if line.startswith("resnet18")]
+    assert len(headings) == 2 and "36 rows" in headings[0] and "4 held-out rows" in headings[0]
+    assert printed.count("| path, early |") == 2 == printed.count("supports no claim")
+    with pytest.raises(SystemExit):
+        run("--rows", "53")
+    with pytest.raises(SystemExit):
+        run("--arms", "path")
+
+
+# ---- what the table may claim
+
+FULL = {"net": "resnet18", "width": 64, "classes": 10, "rows": 50_000, "epochs": 30, "tune": 10, "settings": "",
+        "held_out": 0, "device": "a GPU", "precision": "bfloat16", "torch": "2", "dense": 90.0}  # fmt: skip
+
+
+def made_up(after: dict[str, list[float]], **changed) -> list[dict]:
+    def cell(value: float) -> dict:
+        return {"before": 50.0, "after": value, "macs": 0.1, "params": 0.1, "latency": 0.5}
+
+    return [
+        FULL | {"arm": arm, "seed": seed, "budgets": {b: cell(value) for b in ("0.5", "0.25", "0.1")}} | changed
+        for arm, values in after.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+AFTER = {"path, early": [92.0, 93.0, 94.5], "global L2, early": [91.0, 91.0, 91.0], "random": [92.0, 93.0, 94.0],
+         "scratch, widths of path": [99.0, 99.0, 99.0], "BN weight": [99.0, 99.0]}  # fmt: skip
+
+
+def test_a_full_comparison_names_the_best_other_arm_that_selects_from_one_run(benchmark):
+    lines = benchmark.verdict(made_up(AFTER))
+    assert len(lines) == 4 and "met in 3 of 3 cells, 3 seeds" in lines[-1]
+    # differences 0, 0 and 0.5: mean 1/6, standard error 1/6; scratch is no selection, two seeds are too few
+    assert all("+0.17 (SE 0.17) beside the best other, random" in line for line in lines[:3])
+    assert "not among the arms: group lasso, same unit, early, global L2, BN weight" in lines[-1]
+    lines = benchmark.verdict(made_up(AFTER | {"random": [93.0, 94.0, 95.0]}))
+    assert "met in 0 of 3" in lines[-1] and all("-0.83 (SE 0.17)" in line for line in lines[:3])
+
+
+@pytest.mark.parametrize(
+    "changed", [{"classes": 9}, {"rows": 49_999}, {"epochs": 29}, {"width": 32}, {"held_out": 5000}, {"seeds": 2}]
+)
+def test_anything_less_supports_no_claim(benchmark, changed):
+    seeds = changed.pop("seeds", 3)
+    lines = benchmark.verdict(made_up({arm: after[:seeds] for arm, after in AFTER.items()}, **changed))
+    assert len(lines) == 1 and "supports no claim" in lines[0]
+
+
+def test_rows_of_different_settings_never_meet_in_a_table(benchmark, capsys):
+    rows = [row | {key: value} for key, value in (("net", "vgg16"), ("classes", 2), ("rows", 9), ("epochs", 31),
+            ("device", "cpu")) for row in made_up(AFTER)]  # fmt: skip
+    benchmark.table(made_up(AFTER) + rows)
+    printed = capsys.readouterr().out
+    assert printed.count("| path, early |") == 6 and printed.count("mean over 3 seeds") == 6
+    assert printed.count("Goal") == 4 and printed.count("supports no claim") == 2
+
+
+def test_a_plan_counts_epochs_and_trains_nothing(benchmark, tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    benchmark.main(["--plan", "3", "--out", str(out), "--epochs", "20", "--tune", "5", "--seeds", "2"])
+    printed = capsys.readouterr().out
+    # three early arms: 12 of 20 epochs each, then three small nets of 8 + 5 each; scratch trains three for 25
+    assert "# 2 x (36 + 117 small) epochs" in printed and "# 2 x (20 + 120 small) epochs" in printed
+    commands = [line for line in printed.splitlines() if line.startswith("timeout")]
+    assert all(f'"{arm}"' in " ".join(commands) for stage in benchmark.STAGES for arm in stage)
+    assert all(f"--out {out}" in line and "--epochs 20 --tune 5" in line for line in commands)
+    assert not out.exists()
+
+
+def test_the_committed_rows_are_whole(benchmark):
+    lines = (ROOT / "examples" / "benchmarks" / "results" / "structure_cifar10.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len({(*(row[key] for key in benchmark.KEYS), row["arm"], row["seed"]) for row in rows}) == len(rows) > 0
+    for row in rows:
+        assert row["arm"] in benchmark.ARMS and row["torch"] and row["budgets"].keys() == {"0.5", "0.25", "0.1"}
+        assert all(found["macs"] <= float(budget) for budget, found in row["budgets"].items())
