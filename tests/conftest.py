@@ -51,3 +51,14 @@ def upstream_deprecations_fail():
     yield
     logger.removeHandler(handler)
     assert not handler.messages, f"deprecated upstream: {handler.messages}"
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """Tests of the compiled optimizer step need a C++ compiler."""
+    from hf_effdl.structure import fused
+
+    try:
+        fused.library()
+    except ValueError as error:
+        pytest.skip(f"no working C++ compiler: {error}")

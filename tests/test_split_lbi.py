@@ -306,7 +306,9 @@ def test_the_coupling_is_a_step_beside_any_base(lift, hyper):
 
 
 @pytest.mark.parametrize("hyper", [{}, {"base": "adamw"}, {"weight_decay": 0.1}])
-@pytest.mark.parametrize("shape,axis,block", [((40, 30), 0, 1), ((40, 30), 1, 5), ((30, 8, 3, 3), 1, 1), ((500,), 0, 1)])
+@pytest.mark.parametrize(
+    "shape,axis,block", [((40, 30), 0, 1), ((40, 30), 1, 5), ((30, 8, 3, 3), 1, 1), ((500,), 0, 1)]
+)
 def test_working_on_a_few_rows_at_a_time_changes_nothing(monkeypatch, shape, axis, block, hyper):
     results = []
     for entries in (1 << 30, 100):
@@ -548,6 +550,16 @@ def test_a_reloaded_optimizer_continues_bit_for_bit(dtype, hyper):
     assert not exactly_equal(resumed.state_dict()["state"], saved["state"])
 
 
+def test_a_checkpoint_brings_its_own_numbers():
+    params, opt = mixed(lam=0.3)
+    run(params, opt, 3)
+    others, resumed = mixed(lam=1.0)
+    run(others, resumed, 3)
+    resumed.load_state_dict(opt.state_dict())
+    run(others, resumed, 2)  # no group counts as edited
+    assert all(group["lam"] == 0.3 for group in resumed.param_groups)
+
+
 def test_state_is_one_tensor_larger_than_that_of_adamw():
     weight = parameter(8, 5, 3, 3, dtype=torch.float32)
     opt = SplitLBI([{"params": [weight], "penalty": "group"}], lr=0.1, base="adamw")
@@ -573,7 +585,9 @@ def test_state_is_one_tensor_larger_than_that_of_sgd_with_momentum():
 
 
 @pytest.mark.parametrize("hyper", [{}, {"base": "adamw", "weight_decay": 0.1, "nu": 0.4}, {"fused": True}])
-def test_a_learning_rate_of_zero_moves_nothing(hyper):
+def test_a_learning_rate_of_zero_moves_nothing(hyper, request):
+    if "fused" in hyper:
+        request.getfixturevalue("compiler")
     params, opt = mixed(**hyper)
     run(params, opt, 12)
     for group in opt.param_groups:

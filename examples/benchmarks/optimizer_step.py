@@ -188,7 +188,9 @@ def main() -> None:
         print(f"| {name} | {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f}) |")
     print(f"textbook loop / fused: {statistics.median(textbook):.1f}")
     if small:
-        print(f"state beyond SGD with momentum: {row['extra_state']:.4f} float32 tensors the size of the lifted weights")
+        print(
+            f"state beyond SGD with momentum: {row['extra_state']:.4f} float32 tensors the size of the lifted weights"
+        )
 
 
 if __name__ == "__main__":

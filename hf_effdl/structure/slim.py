@@ -187,8 +187,8 @@ def measure_latency(
     """Milliseconds of one forward pass in eval mode, for models timed in turns so that what disturbs hits all alike.
 
     The first model's time is its median over the rounds. Every other one's is that, times the median of its ratio to
-    the first within a round. On a CPU with one thread the clock is the thread's own, which does not count the time that
-    other programs have.
+    the first within a round. On a CPU with one thread the clock is the thread's own, which does not count the time
+    that other programs have.
 
     Args:
         models: compared side by side.
