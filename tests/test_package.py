@@ -2,6 +2,7 @@ import ast
 import importlib
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import hf_effdl
 
 
 PACKAGE = Path(hf_effdl.__file__).parent
-PURE = [f"structure/{name}.py" for name in ("groups", "path", "schedule", "split_lbi")]
+PURE = [f"structure/{name}.py" for name in (
+    "groups", "param_group_checks", "path", "prox", "schedule", "sharding", "split_lbi")]  # fmt: skip
 PURE += [f"samples/{name}.py" for name in ("uncertainty", "sampling", "noise", "planning")]
 LIGHT = {
     "torch",
@@ -23,6 +25,7 @@ LIGHT = {
     "pathlib",
     "typing",
     "safetensors",
+    "statistics",
     "copy",
     "hashlib",
     "numbers",
@@ -139,3 +142,11 @@ def test_torch_load_is_only_used_for_plain_values():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads"):
                 assert "weights_only=True" in ast.unparse(node), file
+
+
+def test_every_file_that_is_no_module_is_package_data():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["hf_effdl"]
+    packaged = {file for pattern in patterns for file in PACKAGE.glob(pattern)}
+    others = {file for file in PACKAGE.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert others == packaged and any(file.suffix == ".cpp" for file in packaged)

@@ -297,7 +297,7 @@ def test_slim_equals_the_masked_model_and_leaves_the_trained_one(trained):
 
 
 def test_slim_to_a_latency_asks_the_clock(trained, monkeypatch):
-    def clock(models, inputs):  # a machine whose time is the number of parameters
+    def clock(models, inputs, **rounds):  # a machine whose time is the number of parameters
         assert inputs["pixel_values"].shape == (64, 1, 16, 16)
         return [float(sum(p.numel() for p in net.parameters())) for net in models]
 
@@ -477,3 +477,56 @@ def test_a_net_without_a_config_is_not_saved_as_a_hub_model(trained, tmp_path):
     with pytest.raises(TypeError, match="Linear is no transformers model.*state_dict"):
         trained.save_slim(torch.nn.Linear(2, 2), tmp_path / "slim")
     assert not (tmp_path / "slim").exists()
+
+
+# ---- other bases, and the compiled step
+
+
+def test_the_base_sets_the_learning_rate_and_the_least_nu(tmp_path):
+    sgd, adamw = (SplitLBIArguments(str(tmp_path), base=base, use_cpu=True) for base in ("sgd", "adamw"))
+    assert (sgd.learning_rate, adamw.learning_rate) == (0.1, 0.003)
+    assert SplitLBIArguments(str(tmp_path), base="adamw", learning_rate=0.01, use_cpu=True).learning_rate == 0.01
+    total = sum(scheduled_rates(adamw, 1000))
+    kwargs = adamw.split_lbi_kwargs(1000)
+    assert kwargs["nu"] == pytest.approx(total / 3.7) and kwargs["nu"] < 1
+    assert kwargs["path_scale"] == pytest.approx(2.5 / 3.7)
+    named = SplitLBIArguments(
+        str(tmp_path), base="adamw", adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6, fused=True,
+        decoupled_weight_decay=False, use_cpu=True,
+    ).split_lbi_kwargs(10)  # fmt: skip
+    assert (named["betas"], named["eps"], named["fused"]) == ((0.8, 0.9), 1e-6, True)
+    assert named["decoupled_weight_decay"] is False
+    assert SplitLBIArguments(str(tmp_path), nesterov=True, use_cpu=True).split_lbi_kwargs(10)["nesterov"]
+    with pytest.raises(ValueError, match="base='adam': .*'sgd', 'adamw'"):
+        SplitLBIArguments(str(tmp_path), base="adam", use_cpu=True)
+    for bad in ({"base": "adamw"}, {"momentum": 0.0}):
+        with pytest.raises(ValueError, match="nesterov=True needs base='sgd' and momentum > 0"):
+            SplitLBIArguments(str(tmp_path), nesterov=True, use_cpu=True, **bad)
+
+
+@pytest.mark.parametrize("changes", [{"base": "adamw", "learning_rate": 0.01}, {"nesterov": True}])
+def test_a_run_with_another_base_resumes_bit_for_bit_and_slims(tmp_path, changes):
+    whole = tiny_run.trainer(str(tmp_path / "whole"), **changes)
+    whole.train()
+    expected = tiny_run.outcome(whole)
+    first = sorted((tmp_path / "whole").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))[0]
+    again = tiny_run.trainer(str(tmp_path / "again"), **changes)
+    again.train(resume_from_checkpoint=str(first))
+    got = tiny_run.outcome(again)
+    assert got["step"] > int(first.name[11:])
+    assert_same({key: got[key] for key in ("model", "optimizer", "path")},
+                {key: expected[key] for key in ("model", "optimizer", "path")})  # fmt: skip
+    base = changes.get("base", "sgd")
+    assert all(group["base"] == base for group in again.optimizer.param_groups)
+    assert again.slim(macs=0.5).config.effdl_report["macs"]["ratio"] <= 0.5
+
+
+def test_a_run_with_the_compiled_step_has_the_same_path(finished, tmp_path, compiler):
+    run = tiny_run.trainer(str(tmp_path), fused=True)
+    run.train()
+    got = tiny_run.outcome(run)
+    for name, units in finished["path"].items():
+        assert torch.equal(units["entered"], got["path"][name]["entered"])
+        assert torch.equal(units["left"], got["path"][name]["left"])
+    for name, tensor in finished["model"].items():
+        torch.testing.assert_close(got["model"][name], tensor, rtol=1e-3, atol=1e-4)

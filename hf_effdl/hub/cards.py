@@ -77,10 +77,11 @@ def write_structure_card(
 
     The other arguments are those of `Trainer.create_model_card`.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model) if small is None else small
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False) if small is None else small
+    kind = type(model).__name__.removeprefix("FSDP")  # the class that FSDP2 makes of a model
     config = getattr(model, "config", None)
     repo_id = repo_id or trainer.args.hub_model_id or Path(folder).name
-    tasks = tasks or ("image-classification" if type(model).__name__.endswith("ForImageClassification") else None)
+    tasks = tasks or ("image-classification" if kind.endswith("ForImageClassification") else None)
     task = tasks[0] if isinstance(tasks, list) else tasks
     report = None if small is None else getattr(config or model, "effdl_report", None)
     old = Path(folder) / "README.md"
@@ -96,9 +97,9 @@ def write_structure_card(
     dataset = [dataset] if isinstance(dataset, str) else list(dataset or [])
     return write_card(
         folder, "structure_card.md", data,
-        title=model_name or repo_id, kind=type(model).__name__, slim=small is not None, report=report, repo_id=repo_id,
+        title=model_name or repo_id, kind=kind, slim=small is not None, report=report, repo_id=repo_id,
         custom=getattr(config, "quantization_config", None) is not None, version=hf_effdl.__version__, task=task,
-        auto_class=_AUTO_CLASSES.get(task, type(model).__name__), dataset=dataset, dataset_args=dataset_args,
+        auto_class=_AUTO_CLASSES.get(task, kind), dataset=dataset, dataset_args=dataset_args,
         rows=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
         table=markdown_table(rows, columns), plain_sgd=any("SGD" in row["name"] for row in rows),
         picture=_save_picture(path, report, folder), recipe=_recipe(trainer), citation=CITATION,
@@ -128,7 +129,7 @@ def _result_rows(trainer: Any, report: Mapping[str, Any] | None) -> list[dict[st
             }  # fmt: skip
             rows.append({"name": name, **metrics, **counts})
     if report is not None and not any(row.get("params") == report["params"]["after"] for row in rows):
-        rows.append({"name": "slim", **{key: report[key]["after"] for key in _SIZES}})
+        rows.append({"name": "slim", **{key: report[key]["after"] for key in _SIZES if key in report}})
     return rows
 
 

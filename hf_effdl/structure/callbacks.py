@@ -16,6 +16,7 @@ from hf_effdl.structure.evaluation import evaluate_model, example_row, projected
 from hf_effdl.structure.groups import Group, Groups
 from hf_effdl.structure.path import SparsePath, unwrap
 from hf_effdl.structure.schedule import entry_of_noise, entry_share
+from hf_effdl.structure.sharding import is_sharded, whole
 from hf_effdl.structure.slim import recalibrate_batch_norm
 from hf_effdl.structure.split_lbi import SplitLBI
 from hf_effdl.structure.stock import config_ties
@@ -42,8 +43,8 @@ class SplitLBICallback(TrainerCallback):
         bn_batches: training batches that the projected model's batch norms are re-estimated on.
 
     Raises:
-        ValueError: at the start of training, if the optimizer is not a `SplitLBI`, lifts nothing, or its path is too
-            short for a unit of unchanged norm to enter.
+        ValueError: at the start of training, if the optimizer is not a `SplitLBI`, lifts nothing, its path is too
+            short for a unit of unchanged norm to enter, or groups would have to be found in a model that is sharded.
 
     Example:
         >>> groups = find_groups(model, example)                                               # doctest: +SKIP
@@ -78,6 +79,11 @@ class SplitLBICallback(TrainerCallback):
             raise ValueError("no param group of SplitLBI has a penalty, so nothing would be selected; pass "
                              "params=param_groups(model, find_groups(model))")  # fmt: skip
         if self.groups is None:
+            if any(is_sharded(p) for p in model.parameters()):
+                raise ValueError(
+                    f"{type(model).__name__} is sharded by now, and groups are found in a whole model: call "
+                    "find_groups(model, example) before the Trainer starts and pass SplitLBICallback(groups)"
+                )
             self.groups = find_groups(model, example_row(kwargs["train_dataloader"]))
         self.ties = config_ties(model, self.groups)
         epochs = state.max_steps / _steps_per_epoch(args, kwargs["train_dataloader"], state)
@@ -110,16 +116,16 @@ class SplitLBICallback(TrainerCallback):
             state.log_history[-1] |= extra
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        path = self.path(kwargs["optimizer"])  # on every process: sharded tensors are read together
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            self.path(kwargs["optimizer"]).save(folder)
+            path.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        path = self.path(kwargs["optimizer"])
         if not state.is_world_process_zero:
             return
-        path = self.path(kwargs["optimizer"])
         if args.should_save:
             path.save(args.output_dir)
         inside = {name: int(support.sum()) for name, support in path.support.items()}
@@ -127,7 +133,7 @@ class SplitLBICallback(TrainerCallback):
         print(f"support after {path.step} steps: {sum(inside.values())} of {total} units: {inside}", flush=True)
 
     def path(self, optimizer: Any) -> SparsePath:
-        """The path as the optimizer has it now."""
+        """The path as the optimizer has it now. With FSDP2 every process must ask."""
         return SparsePath.from_optimizer(optimizer, self.groups, self.ties)
 
     def _evaluate_projected(
@@ -180,7 +186,7 @@ def _support_logs(optimizer: SplitLBI) -> dict[str, float]:
         if group["penalty"] is None:
             continue
         for p in group["params"]:
-            coupling += ((p - optimizer.gamma(p)).square().sum() / (2 * group["nu"])).item()
+            coupling += (whole((p - optimizer.gamma(p)).square().sum()) / (2 * group["nu"])).item()
         state = optimizer.state[group["params"][0]]
         if "norm" in state:
             support = int((state["norm"] > state["threshold"]).sum())

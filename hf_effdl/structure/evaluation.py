@@ -1,5 +1,6 @@
 """Evaluating the models that a path contains: the one projected on the support, and slim ones."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -13,10 +14,14 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers.trainer_utils import EvalPrediction
 
 from hf_effdl.random_state import random_state_kept
-from hf_effdl.structure.groups import Group, mask
+from hf_effdl.structure.groups import PRODUCERS, Group
+from hf_effdl.structure.prox import per_entry
+from hf_effdl.structure.sharding import local
 from hf_effdl.structure.split_lbi import SplitLBI
 
 
+# what torch.compile and the activation checkpointing of FSDP2 put into the names of parameters
+WRAPPERS = re.compile("_orig_mod[.]|_checkpoint_wrapped_module[.]")
 NOT_MODEL_INPUTS = ("labels", "label", "weight")
 
 
@@ -25,21 +30,28 @@ def projected(model: nn.Module, optimizer: SplitLBI, groups: Iterable[Group]) ->
     """The model projected on the support, in place and for the length of a `with` block.
 
     Units outside the support are silent; weights lifted one at a time are zero where Gamma is. Parameters and buffers
-    are put back afterwards.
+    are put back afterwards. Of parameters that FSDP2 shards, every process changes its own part.
     """
+    # taking the state of an FSDP2 module also frees the whole tensors that its last forward pass left: what comes next
+    # gathers the changed parts, in the block and again after it
     saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         with torch.no_grad():
-            support = {}
+            outside = {}
             for group in optimizer.param_groups:
                 if group["penalty"] == "l1":
                     for p in group["params"]:
-                        p.mul_(optimizer.gamma(p) != 0)
+                        local(p).masked_fill_(local(optimizer.gamma(p)) == 0, 0)
                 elif group["penalty"] == "group":
                     state = optimizer.state[group["params"][0]]
-                    inside = state["norm"] > state["threshold"] if "norm" in state else torch.zeros(group["units"])
-                    support[group["name"]] = inside.nonzero().flatten()
-            mask(model, groups, support)
+                    everything = torch.ones(group["units"], dtype=torch.bool, device=group["params"][0].device)
+                    outside[group["name"]] = ~(state["norm"] > state["threshold"]) if "norm" in state else everything
+            named = {WRAPPERS.sub("", name): p for name, p in model.named_parameters()}
+            for group in groups:
+                for part in group.slices if group.name in outside else ():
+                    if part.role in PRODUCERS:
+                        p = named[part.tensor]
+                        local(p).masked_fill_(per_entry(outside[group.name], p, part.axis, part.block), 0)
         yield model
     finally:
         with torch.no_grad():

@@ -410,7 +410,7 @@ class SplitLBI(torch.optim.Optimizer):
             for p, key in zip(group["params"], saved["params"], strict=True):
                 for name, value in saved_state.get(key, {}).items():
                     if torch.is_tensor(value):
-                        device = value.device if name in COUNTERS else p.device
+                        device = "cpu" if name in COUNTERS else p.device
                         self.state[p][name] = value.detach().clone().to(device)
 
 

@@ -3,11 +3,13 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from transformers import DataCollator, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
@@ -16,9 +18,11 @@ from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.arguments import SplitLBIArguments
 from hf_effdl.structure.callbacks import SplitLBICallback
 from hf_effdl.structure.evaluation import evaluate_model, example_row, projected, training_inputs
-from hf_effdl.structure.groups import Group
+from hf_effdl.structure.groups import Group, Groups
 from hf_effdl.structure.path import FILE_NAME, SparsePath, unwrap
+from hf_effdl.structure.sharding import is_sharded
 from hf_effdl.structure.slim import (
+    cut_copy,
     effdl_report,
     get_report,
     measure_latency,
@@ -29,6 +33,12 @@ from hf_effdl.structure.slim import (
 from hf_effdl.structure.split_lbi import SplitLBI
 from hf_effdl.structure.tracing import find_groups
 from hf_effdl.weighting import WeightedLossMixin
+
+
+FSDP1 = (
+    "split LBI cannot run under FSDP1, which flattens the parameters, so units are gone: set fsdp_version: 2 in the "
+    "accelerate config, or fsdp_config={'version': 2} in the arguments"
+)
 
 
 class SplitLBITrainer(WeightedLossMixin, Trainer):
@@ -44,8 +54,11 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
     `results` holds the rows of the model card's table by name, e.g. `{"dense, plain SGD": {"accuracy": 0.98, "params":
     78394}}`; left empty, the card shows the last evaluation of the dense and of the projected model.
 
+    Processes: DDP, and FSDP2 with whole weights on every process at the start. `path`, `slim` and what evaluates are
+    then for all processes to call; saving and pushing a slim model is for one.
+
     Raises:
-        ValueError: for an empty training set, DeepSpeed or DataParallel, another optimizer, or no groups.
+        ValueError: for an empty training set, DeepSpeed, DataParallel or FSDP1, another optimizer, or no groups.
 
     Example:
         >>> trainer = SplitLBITrainer(model, SplitLBIArguments("out"), train_dataset=rows)  # doctest: +SKIP
@@ -80,6 +93,8 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
                 f"one process sees {args.n_gpu} GPUs, for which Trainer would use DataParallel: split LBI cannot "
                 "follow its replicas. Start one process per GPU: torchrun --nproc_per_node or accelerate launch"
             )
+        if args.fsdp and int(args.fsdp_config.get("version", 2)) == 1:
+            raise ValueError(FSDP1)
         if optimizer_cls_and_kwargs is not None:
             raise ValueError("SplitLBITrainer makes its own optimizer, so optimizer_cls_and_kwargs has no use here; "
                              "set SplitLBIArguments, or use a plain Trainer with SplitLBICallback")  # fmt: skip
@@ -91,7 +106,9 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
         if self.is_deepspeed_enabled:
-            raise ValueError("split LBI cannot run under DeepSpeed, which flattens the parameters; use DDP")
+            raise ValueError("split LBI cannot run under DeepSpeed, which flattens the parameters; use DDP or FSDP2")
+        if self.is_fsdp_enabled:
+            _check_fsdp(self.accelerator.state.fsdp_plugin)
         if self.optimizer is not None and not isinstance(self.optimizer, SplitLBI):
             raise ValueError(
                 f"optimizers= holds {type(self.optimizer).__name__}; SplitLBITrainer trains with SplitLBI"
@@ -99,6 +116,8 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         if self.train_dataset is not None and hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
             raise ValueError("train_dataset is empty; pass a data set with at least one row")
         self._groups = groups
+        self._path: SparsePath | None = None
+        self._skeleton: nn.Module | None = None
         self.results: dict[str, dict[str, float]] = {}
         self.curve: list[dict[str, float]] = []
         self.callback = SplitLBICallback(groups, self.compute_metrics, args.bn_batches)
@@ -129,6 +148,11 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
             params = self.args.split_lbi_params(model, self.groups, self.get_decay_parameter_names(model))
             # nu and path_scale follow when the length of the run is known
             self.optimizer = SplitLBI(params, **self.args.split_lbi_kwargs(max(self.state.max_steps, 1)))
+            if self.is_fsdp_enabled:  # next the model is sharded, in place
+                self._skeleton = _copy_without_weights(model, "meta")
+                # groups that hold the whole tensors would keep them in memory
+                self._groups = self.callback.groups = Groups(replace(group, tensors={}) for group in self.groups)
+                _answer_for_embeddings(model)
         return self.optimizer
 
     def create_scheduler(
@@ -148,14 +172,23 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         """As in `Trainer`; `resume_from_checkpoint=True` skips a checkpoint whose saving was cut off."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, self.args.world_size)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self._path = None
+        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        # here all processes are together; cards and slim models are saved by one
+        self._path = SparsePath.from_optimizer(self.optimizer, self.groups, self.callback.ties)
+        return output
 
     @property
     def path(self) -> SparsePath:
-        """The path of the run so far; with `load_best_model_at_end`, after training, that of the best checkpoint."""
+        """The path of the run so far; with `load_best_model_at_end`, after training, that of the best checkpoint.
+
+        During a run with FSDP2 every process must ask.
+        """
         best = self.state.best_model_checkpoint
         if self.args.load_best_model_at_end and not self.is_in_train and best and (Path(best) / FILE_NAME).is_file():
             path = SparsePath.load(best)
+        elif self._path is not None:
+            path = self._path
         elif self.optimizer is None:
             raise ValueError("there is no path yet: call train() first, or SparsePath.load(folder) for a saved one")
         else:
@@ -164,6 +197,20 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         return path
 
     # ---- the smaller model
+
+    def plain_model(self) -> nn.Module:
+        """The model as an ordinary module: itself, or under FSDP2, where every process must ask, a gathered copy."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not any(is_sharded(p) for p in model.parameters()):
+            return model
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        copy = _copy_without_weights(self._skeleton, self.args.device).to(self.args.device)
+        copy.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+        for buffer, trained in zip(copy.buffers(), model.buffers(), strict=True):
+            buffer.copy_(trained)  # also those that no checkpoint holds
+        broadcast(dict(copy.named_buffers()))  # every process has its own batch statistics; the first one's are saved
+        return copy.train(model.training)
 
     def slim(
         self,
@@ -174,7 +221,7 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         *,
         order: str | None = None,
         widths: str = "stock",
-        round_to: int = 1,
+        round_to: int | None = None,
         bn_batches: int = 0,
         latency_batch: int = 32,
     ) -> nn.Module:
@@ -185,22 +232,33 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
             order: see `SparsePath.scores`; default `"dual"`, or `"entry"` with the paper preset.
             widths: `"stock"`: sizes that the stock config can say, so that anyone's `from_pretrained` loads it;
                 `"free"`: every group on its own, which `from_pretrained` loads after `import hf_effdl`.
-            round_to: sizes are multiples of this.
+            round_to: sizes are multiples of this; default: 1, and with `latency` multiples of 16 where they fit. See
+                `SparsePath.select`.
             bn_batches: re-estimate the batch norms on so many training batches (0: keep the dense model's statistics).
-            latency_batch: rows per forward pass when latency is measured.
+            latency_batch: rows per forward pass when latency is measured; 0 measures none, and the report has none.
 
         Returns:
             The smaller model; the report (MACs, parameters and latency before and after, units) stands in
             `small.config.effdl_report` (`small.effdl_report` for a module without a config).
         """
-        path, model = self.path, self.accelerator.unwrap_model(self.model)
-        inputs = self._latency_inputs(latency_batch)
+        if latency_batch < 0 or (latency_batch == 0 and latency is not None):
+            raise ValueError(
+                f"latency_batch={latency_batch}: it must be at least 1 to measure latency, or 0 where latency is not "
+                "the budget, to leave it out of the report"
+            )
+        path, model = self.path, self.plain_model()
+        inputs = self._latency_inputs(max(latency_batch, 1))
         order = order or ("entry" if self.args.preset == "paper" else "dual")
         budget = {"macs": macs, "params": params, "latency": latency, "keep": keep}
         asked = {name: value for name, value in budget.items() if value is not None}
 
+        rounds = 15
+        if latency is not None:  # about 0.3 s of the whole model a time
+            rounds = max(5, min(15, int(300 / measure_latency([model], inputs, repeats=3, seconds=0.0)[0])))
+
         def measure(kept: Mapping[str, Tensor]) -> float:
-            whole, part = measure_latency([model, slim(model, self.groups, kept)], inputs)
+            pair = [model, cut_copy(model, self.groups, kept)]
+            whole, part = measure_latency(pair, inputs, repeats=rounds, seconds=0.002)
             return part / whole
 
         options = {"order": order, "widths": widths, "round_to": round_to, "measure": measure}
@@ -210,21 +268,37 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
             # down the path they differ again
             if widths == "free" or not path.ties or getattr(small.config, "quantization_config", None) is None:
                 break
-            budget = {name: value and value * 0.99 for name, value in budget.items()}
+            budget = {name: value and value * (0.97 if name == "latency" else 0.99) for name, value in budget.items()}
             small = self._slim_once(path, model, budget, options)
         if bn_batches:
             with random_state_kept():
                 recalibrate_batch_norm(small, training_inputs(self.get_train_dataloader(), bn_batches, small))
-        [report] = broadcast_object_list([effdl_report(model, small, inputs, self.groups, asked)])
+        report = self._by_one_process(
+            lambda: effdl_report(model, small, inputs, self.groups, asked, latency=latency_batch > 0)
+        )
         set_report(small, report | {"order": order})
+        forward = vars(small).pop("_original_forward", None)
+        if forward is not None:  # mixed precision: Accelerate's wrapper of the trained model came along
+            del small.forward
         return small
 
     def _slim_once(
         self, path: SparsePath, model: nn.Module, budget: Mapping[str, float | None], options: Mapping[str, Any]
     ) -> nn.Module:
-        # one process decides: measured latencies differ between processes, the chosen units must not
-        [kept] = broadcast_object_list([path.select(**budget, **options)])
-        return slim(model, self.groups, kept)
+        return slim(model, self.groups, self._by_one_process(lambda: path.select(**budget, **options)))
+
+    def _by_one_process(self, decide: Callable[[], Any]) -> Any:
+        """What the main process finds or raises, on all: measured latencies differ between processes, and disturb."""
+        found: Any = None
+        if self.accelerator.is_main_process:
+            try:
+                found = decide()
+            except Exception as error:  # noqa: BLE001 - the other processes wait for an answer, whatever it is
+                found = error
+        [found] = broadcast_object_list([found])
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def _latency_inputs(self, rows: int) -> dict[str, Any]:
         example = self.example()
@@ -249,7 +323,8 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         curve = []
         for share in shares:
             try:
-                small = self.slim(**{budget: share}, bn_batches=bn_batches)
+                timed = 32 if budget == "latency" else 0  # the curve shows no latency
+                small = self.slim(**{budget: share}, bn_batches=bn_batches, latency_batch=timed)
             except ValueError as error:
                 print(f"left out of the curve: {error}", flush=True)
                 continue
@@ -324,6 +399,32 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
             self.save_slim(small, folder, model_name=repo_id.split("/")[-1], repo_id=repo_id, **card)
             return str(upload_folder(repo_id=repo_id, folder_path=folder, token=self.args.hub_token,
                                      commit_message="Slim model chosen along its sparse path"))  # fmt: skip
+
+
+def _check_fsdp(plugin: Any) -> None:
+    if plugin.fsdp_version == 1:
+        raise ValueError(FSDP1)
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "with cpu_ram_efficient_loading only one process has the weights, but each of them finds the groups and "
+            "their scales: set fsdp_cpu_ram_efficient_loading: false in the accelerate config"
+        )
+
+
+def _answer_for_embeddings(model: nn.Module) -> None:
+    # accelerate asks for the input embeddings, to shard them apart; convolutional models of transformers raise there
+    try:
+        getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        model.get_input_embeddings = lambda: None
+
+
+def _copy_without_weights(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """A copy whose parameters are new, empty ones on a device."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) for p in model.parameters()
+    }
+    return deepcopy(model, memo)
 
 
 def last_complete_checkpoint(folder: str, processes: int = 1) -> str:
