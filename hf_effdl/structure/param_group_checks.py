@@ -128,29 +128,38 @@ def _check_units(group: dict[str, Any], name: str) -> None:
     group["units"] = units.pop()
 
 
-def signature(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What must stay as it is from one step to the next."""
-    fixed = {key: str(group.get(key)) for key in FIXED} if group["penalty"] else {"penalty": None}
-    return fixed | {"params": [id(p) for p in group["params"]]}
+def snapshot(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The group as it is now, to compare with at the next step."""
+    return {key: list(value) if isinstance(value, list) else value for key, value in group.items()}
 
 
 def check_unchanged(groups: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]] | None) -> None:
-    """Refuse param groups that were edited since the last step in what the state rests on."""
-    if before is None:
-        return
-    if len(groups) != len(before):
+    """Check the numbers of groups that were edited since the last step, and refuse edits in what the state rests on.
+
+    Args:
+        groups: the param groups.
+        before: their snapshots from the last step; None where there was none.
+    """
+    if before is not None and len(groups) != len(before):
         raise ValueError(
             f"there were {len(before)} param groups at the last step and now there are {len(groups)}; add groups with "
             "add_param_group, and make a new SplitLBI to take some away"
         )
-    for group, old in zip(groups, before, strict=True):
-        new = signature(group)
-        changed = [key for key in (*FIXED, "params") if old.get(key) != new.get(key)]
-        if changed:
-            raise ValueError(
-                f"{changed[0]!r} of param group {group['name']!r} was changed between two steps; V, "
-                "thresholds and the path rest on what it was. Make a new SplitLBI (lr, nu and the like may be changed)"
-            )
+    for group, old in zip(groups, before or [None] * len(groups), strict=True):
+        if old is not None:
+            params, same = group["params"], old["params"]
+            moved = len(params) != len(same) or any(p is not q for p, q in zip(params, same, strict=True))
+            if not moved and group == old:
+                continue
+            fixed = FIXED if group["penalty"] or old["penalty"] else ("penalty", "base")
+            changed = [key for key in fixed if group.get(key) != old.get(key)] + ["params"] * moved
+            if changed:
+                raise ValueError(
+                    f"{changed[0]!r} of param group {group['name']!r} was changed between two steps; V, thresholds "
+                    "and the path rest on what it was. Make a new SplitLBI (lr, nu and the like may be changed)"
+                )
+        check_numbers(group, POSITIVE[1:])
+        check_devices(group)
 
 
 def named_tensors(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tensor]]:
@@ -162,12 +171,18 @@ def named_tensors(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tensor
 
 
 def check_dense_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
-    for name, p in named_tensors(groups):
-        if p.grad is not None and p.grad.layout != torch.strided:
-            raise TypeError(
-                f"the gradient of {name} is sparse ({p.grad.layout}), which SplitLBI cannot follow; use dense "
-                "gradients (nn.Embedding(sparse=False)), or give that parameter to another optimizer"
-            )
+    grads = [p.grad for group in groups for p in group["params"]]
+    if all(grad is None or grad.layout is torch.strided for grad in grads):
+        return
+    name, layout = next(
+        (name, p.grad.layout)
+        for name, p in named_tensors(groups)
+        if p.grad is not None and p.grad.layout is not torch.strided
+    )
+    raise TypeError(
+        f"the gradient of {name} is sparse ({layout}), which SplitLBI cannot follow; use dense gradients "
+        "(nn.Embedding(sparse=False)), or give that parameter to another optimizer"
+    )
 
 
 def check_finite_gradients(groups: Sequence[Mapping[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_effdl.structure.sharding import is_sharded, local_part, whole
 
 
-CACHED = 1 << 17  # entries
+CACHED = 1 << 18  # entries
 
 
 def unit_norm(

@@ -11,17 +11,14 @@ import torch
 from torch import Tensor
 
 from hf_effdl.structure.param_group_checks import (
-    POSITIVE,
     check_dense_gradients,
-    check_devices,
     check_finite_gradients,
     check_group,
-    check_numbers,
     check_same_groups,
     check_unchanged,
     dual_dtype,
     initial_size,
-    signature,
+    snapshot,
 )
 from hf_effdl.structure.prox import per_entry, rows_in_cache, shrinkage, soft_threshold, unit_norm
 from hf_effdl.structure.sharding import local, sharded_like
@@ -161,7 +158,7 @@ class SplitLBI(torch.optim.Optimizer):
 
     # on the class, because copying or unpickling an optimizer keeps its state and groups only
     fused: bool | None = None
-    _before: list[dict[str, Any]] | None = None  # the groups' signatures at the last step
+    _before: list[dict[str, Any]] | None = None  # the groups as they were at the last step
     _compiled: Any = None  # the compiled step, made at the first one
 
     def __init__(
@@ -230,9 +227,6 @@ class SplitLBI(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         check_unchanged(self.param_groups, self._before)
-        for group in self.param_groups:
-            check_numbers(group, POSITIVE[1:])
-            check_devices(group)
         check_dense_gradients(self.param_groups)
         self._check_finite()
         for group in self.param_groups:
@@ -242,7 +236,7 @@ class SplitLBI(torch.optim.Optimizer):
         else:
             for group in self.param_groups:
                 self._step(group)
-        self._before = [signature(group) for group in self.param_groups]
+        self._before = [snapshot(group) for group in self.param_groups]
         return loss
 
     def _check_finite(self) -> None:
