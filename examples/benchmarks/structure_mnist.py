@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_effdl import SparsePath, SplitLBI, derive_path, find_groups, param_groups, recalibrate_batch_norm, slim
+from hf_effdl.structure.arguments import LEARNING_RATES
 from hf_effdl.structure.slim import measure_latency
 from hf_effdl.structure.split_lbi import per_entry, unit_norm
 
@@ -53,6 +54,8 @@ ARMS = {
     "path, late": ("path", "dual"),
     "path, late, entry step": ("path", "entry"),
     "path, late, distilled": ("path", "dual"),
+    "path, late, AdamW": ("path adamw", "dual"),
+    "same unit, magnitude, AdamW": ("adamw", "norm"),
     "paper preset": ("paper", "entry"),
     "ridge only": ("ridge", "dual"),
     "group lasso, same unit": ("lasso", "norm"),
@@ -178,6 +181,9 @@ def run(how: str, net: str, seed: int, data, settings: dict, epochs: int, cache:
     file = cache / f"{net}-{how.replace(' ', '_')}-{settings['lr']}-{epochs}-{len(data[0])}-{seed}.pt"
     lrs, early = rates(net, steps, settings["lr"]), how.endswith(" early")
     how = how.removesuffix(" early")
+    base = "adamw" if "adamw" in how else "sgd"
+    if base == "adamw":
+        lrs = [LEARNING_RATES["adamw"] / LEARNING_RATES["sgd"] * lr for lr in lrs]
     torch.manual_seed(seed)
     model = task.build(net)
     unit = "paper" if how == "paper" else "default"
@@ -187,7 +193,7 @@ def run(how: str, net: str, seed: int, data, settings: dict, epochs: int, cache:
     lifted = [{**group.param_group(), "weight_decay": decay} for group in groups if group.lifted]
     until = int(EARLY * steps) if early else None
     after, optimizer, pruner = None, None, None
-    if how in ("path", "ridge", "paper"):
+    if how in ("path", "path adamw", "ridge", "paper"):
         if how == "paper":
             l1 = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)]
             params = param_groups(model, groups, weight_decay=decay, l1=l1)
@@ -198,10 +204,11 @@ def run(how: str, net: str, seed: int, data, settings: dict, epochs: int, cache:
             params = lifted + [
                 {"params": [p for p, d in rest if d == flag], "weight_decay": decay * flag} for flag in (True, False)
             ]
-            hyper = derive_path(sum(lrs[:until])) | ({"lam": 1e9} if how == "ridge" else {})
+            hyper = derive_path(sum(lrs[:until]), base=base) | ({"lam": 1e9} if how == "ridge" else {})
+            hyper["base"] = base
         optimizer = SplitLBI([group for group in params if group["params"]], lr=0.1, **hyper)
     else:
-        optimizer = sgd(model, decay)
+        optimizer = sgd(model, decay) if base == "sgd" else torch.optim.AdamW(model.parameters(), lr=lrs[0])
         if how == "lasso":
             after = lasso_prox(lifted, settings["lasso"])
         if how == "group norm":
