@@ -276,6 +276,67 @@ def test_large_finite_gradients_are_a_step():
     torch.testing.assert_close(p.detach(), torch.zeros(4, 3))
 
 
+def test_what_changes_its_form_is_never_read_in_the_old_one():
+    """The loop reads raw memory: another dtype or shape must be noticed."""
+    runs = [make(torch.float64, fused=choice) for choice in (False, True)]
+    for params, opt in runs:
+        run(params, opt, 3)
+        state = opt.state[params[4]]
+        state["momentum_buffer"] = state["momentum_buffer"].float()  # as from a checkpoint in another dtype
+        state["dual"] = state["dual"].float()
+        state["momentum_buffer"], state["dual"] = state["momentum_buffer"].double(), state["dual"].double()
+        run(params, opt, 2, seed=300)
+    assert_same(*runs, 1e-12)
+    params, opt = make(torch.float32, fused=True)
+    run(params, opt, 3)
+    state = opt.state[params[3]]
+    state["momentum_buffer"] = state["momentum_buffer"].double()
+    kept = state["momentum_buffer"].clone()
+    params[3].grad = torch.zeros_like(params[3])
+    opt.step()
+    assert state["momentum_buffer"].dtype == torch.float32
+    torch.testing.assert_close(state["momentum_buffer"].double(), 0.9 * kept)
+    params[4].data = params[4].data[:10].clone()
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(
+        ValueError, match=r"momentum_buffer of a parameter of shape \(10, 30, 3, 3\).*\(40, 30, 3, 3\)"
+    ):
+        opt.step()
+
+
+@pytest.mark.parametrize("choice", [False, True])
+def test_a_learning_rate_may_be_a_tensor_that_is_written_to(choice):
+    results = []
+    for tensor_rate in (False, True):
+        params, opt = make(torch.float64, fused=choice)
+        rate = torch.tensor(0.1, dtype=torch.float64)
+        for step in range(6):
+            rate.fill_(0.1 / (1 + step))
+            for group in opt.param_groups:
+                group["lr"] = rate if tensor_rate else rate.item()
+            run(params, opt, 1, seed=100 + 20 * step)
+        results.append((params, opt))
+    assert_same(*results, 0.0)
+    rate.fill_(float("nan"))
+    with pytest.raises(ValueError, match="lr=.*nan"):
+        opt.step()
+
+
+def test_slices_of_two_precisions_have_no_common_loop():
+    params = [torch.nn.Parameter(torch.ones(4, 3, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    group = {"params": params, "penalty": "group", "name": "g"}
+    with pytest.raises(ValueError, match="V of group 'g' would be torch.float32 and torch.float64.*fused=False"):
+        SplitLBI([group], lr=0.1, fused=True)
+    mixed = [torch.nn.Parameter(torch.ones(4, 3, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    opt = SplitLBI([{"params": mixed, "penalty": "group"}], lr=0.1, nu=1.0, fused=True)
+    for p in mixed:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    size = sum(opt.state[p]["dual"].square().sum(1) for p in mixed).sqrt()
+    torch.testing.assert_close(opt.state[mixed[0]]["norm"], size)
+
+
 # ---- building
 
 

@@ -30,6 +30,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     FLAGS.append("-mprefer-vector-width=512")  # where there are such registers, memory is read faster with them
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 PENALTIES = {None: 0, "l1": 1, "group": 2}
+_ALIKE = ("buffer", "square", "dual")  # of the form of their parameter
 _UNIT = ("step", "norm", "threshold", "entered", "left")
 PLAIN, MOMENTUM, NESTEROV, ADAMW = range(4)
 
@@ -140,6 +141,12 @@ def check(groups: Sequence[Mapping[str, Any]]) -> None:
     for group in groups:
         for p in group["params"]:
             _check_tensor(p, group["name"])
+        wide = sorted({str(checks.dual_dtype(p)) for p in group["params"]})
+        if group["penalty"] == "group" and len(wide) > 1:
+            raise ValueError(
+                f"fused=True: V of group {group['name']!r} would be {' and '.join(wide)}, and its units share one "
+                "norm; give the tensors one dtype, or pass fused=False"
+            )
     if kinds == {"cpu"}:
         library()
 
@@ -187,6 +194,10 @@ def _layout(shape: torch.Size, strides: tuple[int, ...], axis: int, block: int) 
     return outer, inner
 
 
+def _form(p: Tensor) -> tuple[Any, ...]:
+    return p.shape, p.stride(), p.dtype, p.device
+
+
 # ---- the step
 
 
@@ -201,7 +212,8 @@ class Tables:
         self.copies: list[Tensor] = []  # of gradients in another memory format, for as long as a step takes
         self.seen: list[Any] = [None] * len(self.groups)  # what the rows hold, to leave them where nothing changed
         self.pointers: list[list[int]] = [[] for _ in self.params]
-        self.strides: list[tuple[int, ...]] = []
+        self.strides = [p.stride() for p in self.params]
+        self.forms = [_form(p) for p in self.params]
         members = [(p, i, group) for group in self.groups for i, p in enumerate(group["params"])]
         for row, (p, i, group) in zip(self.rows, members, strict=True):
             row.numel, row.dtype, row.scale = p.numel(), DTYPES[p.dtype], 1.0
@@ -209,11 +221,10 @@ class Tables:
             if group["penalty"] == "group":
                 row.outer, row.run = _layout(p.shape, p.stride(), group["axis"][i], group["block"][i])
                 row.units, row.scale = group["units"], group["scale"][i]
-            self.strides.append(p.stride())
 
     def fit(self) -> bool:
         """Whether the parameters still lie in memory as they did."""
-        return all(p.stride() == strides for p, strides in zip(self.params, self.strides, strict=True))
+        return all(_form(p) == form for p, form in zip(self.params, self.forms, strict=True))
 
     def point_at_gradients(self) -> None:
         self.copies.clear()
@@ -222,7 +233,7 @@ class Tables:
             if grad is None:
                 row.grad = None
                 continue
-            if grad.stride() != strides:
+            if grad.stride() != strides or grad.dtype is not p.dtype:
                 grad = torch.empty_like(p).copy_(grad)
                 self.copies.append(grad)
             row.grad = grad.data_ptr()
@@ -252,8 +263,15 @@ class Tables:
             value = own.get(name)
             if value is None:  # no gradient so far
                 continue
-            if value.ndim and value.stride() != strides:  # it was loaded in another memory format
-                own[name] = value = torch.empty_like(p, dtype=value.dtype).copy_(value)
+            if field in _ALIKE:
+                if value.shape != p.shape or value.device != p.device:
+                    raise ValueError(
+                        f"{name} of a parameter of shape {tuple(p.shape)} on {p.device} has shape "
+                        f"{tuple(value.shape)} on {value.device}: the parameter was changed after the first step; make a new SplitLBI"
+                    )
+                dtype = checks.dual_dtype(p) if field == "dual" else p.dtype
+                if value.stride() != strides or value.dtype is not dtype:  # it was loaded in another format
+                    own[name] = value = torch.empty_like(p, dtype=dtype).copy_(value)
             setattr(row, field, value.data_ptr())
 
     def gradients_are_finite(self) -> bool:

@@ -130,7 +130,9 @@ def _check_units(group: dict[str, Any], name: str) -> None:
 
 def snapshot(group: Mapping[str, Any]) -> dict[str, Any]:
     """The group as it is now, to compare with at the next step."""
-    return {key: list(value) if isinstance(value, list) else value for key, value in group.items()}
+    copied = {key: list(value) if isinstance(value, list) else value for key, value in group.items()}
+    # a learning rate may be a tensor that its schedule writes to
+    return {key: value.item() if isinstance(value, Tensor) else value for key, value in copied.items()}
 
 
 def check_unchanged(groups: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]] | None) -> None:
