@@ -267,7 +267,8 @@ class Tables:
                 if value.shape != p.shape or value.device != p.device:
                     raise ValueError(
                         f"{name} of a parameter of shape {tuple(p.shape)} on {p.device} has shape "
-                        f"{tuple(value.shape)} on {value.device}: the parameter was changed after the first step; make a new SplitLBI"
+                        f"{tuple(value.shape)} on {value.device}: the parameter was changed after the first step; "
+                        "make a new SplitLBI"
                     )
                 dtype = checks.dual_dtype(p) if field == "dual" else p.dtype
                 if value.stride() != strides or value.dtype is not dtype:  # it was loaded in another format
