@@ -396,6 +396,21 @@ def test_a_callback_without_its_optimizer_is_refused(tmp_path):
         run.train()
 
 
+def test_a_plain_trainer_under_fsdp1_is_refused_by_name(tmp_path):
+    class FullyShardedDataParallel(torch.nn.Module):  # what accelerate wraps the model in
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+    plain = tiny_run.plain_trainer(str(tmp_path))
+    callback = next(c for c in plain.callback_handler.callbacks if isinstance(c, SplitLBICallback))
+    with pytest.raises(ValueError, match="cannot run under FSDP1.*fsdp_version: 2"):
+        callback.on_train_begin(
+            plain.args, plain.state, plain.control, model=FullyShardedDataParallel(plain.model),
+            optimizer=plain.create_optimizer(),
+        )  # fmt: skip
+
+
 def test_the_path_is_asked_for_too_early(tmp_path):
     with pytest.raises(ValueError, match="call train"):
         tiny_run.trainer(str(tmp_path)).path  # noqa: B018

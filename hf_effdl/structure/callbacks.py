@@ -25,6 +25,11 @@ from hf_effdl.structure.tracing import find_groups
 
 logger = logging.getLogger(__name__)
 
+FSDP1 = (
+    "split LBI cannot run under FSDP1, which flattens the parameters, so units are gone: set fsdp_version: 2 in the "
+    "accelerate config, or fsdp_config={'version': 2} in the arguments"
+)
+
 
 class SplitLBICallback(TrainerCallback):
     """Reports the groups, logs the support, evaluates the projected model and saves the path beside each checkpoint.
@@ -74,6 +79,8 @@ class SplitLBICallback(TrainerCallback):
                 f"SplitLBICallback needs the SplitLBI optimizer, this Trainer has {type(optimizer).__name__}: pass "
                 "optimizer_cls_and_kwargs=(SplitLBI, {...}), or use SplitLBITrainer"
             )
+        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+            raise ValueError(FSDP1)
         lifted = [group for group in optimizer.param_groups if group["penalty"] is not None]
         if not lifted:
             raise ValueError("no param group of SplitLBI has a penalty, so nothing would be selected; pass "

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, Tr
 
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.arguments import SplitLBIArguments
-from hf_effdl.structure.callbacks import SplitLBICallback
+from hf_effdl.structure.callbacks import FSDP1, SplitLBICallback
 from hf_effdl.structure.evaluation import evaluate_model, example_row, projected, training_inputs
 from hf_effdl.structure.groups import Group, Groups
 from hf_effdl.structure.path import FILE_NAME, SparsePath, unwrap
@@ -33,12 +33,6 @@ from hf_effdl.structure.slim import (
 from hf_effdl.structure.split_lbi import SplitLBI
 from hf_effdl.structure.tracing import find_groups
 from hf_effdl.weighting import WeightedLossMixin
-
-
-FSDP1 = (
-    "split LBI cannot run under FSDP1, which flattens the parameters, so units are gone: set fsdp_version: 2 in the "
-    "accelerate config, or fsdp_config={'version': 2} in the arguments"
-)
 
 
 class SplitLBITrainer(WeightedLossMixin, Trainer):
