@@ -533,6 +533,10 @@ def test_a_run_with_another_base_resumes_bit_for_bit_and_slims(tmp_path, changes
                 {key: expected[key] for key in ("model", "optimizer", "path")})  # fmt: skip
     base = changes.get("base", "sgd")
     assert all(group["base"] == base for group in again.optimizer.param_groups)
+    again.create_model_card()
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert f"| base | {base} |" in card
+    assert ("| betas | (0.9, 0.999) |" in card, "| nesterov | True |" in card) == (base == "adamw", base == "sgd")
     assert again.slim(macs=0.5).config.effdl_report["macs"]["ratio"] <= 0.5
 
 

@@ -152,11 +152,14 @@ def _recipe(trainer: Any) -> dict[str, Any]:
     args = trainer.args
     optimizer = trainer.optimizer
     group = next(group for group in optimizer.param_groups if group["penalty"] is not None)
+    of_base = {"momentum": args.momentum, "nesterov": args.nesterov}
+    if args.base == "adamw":
+        of_base = {"betas": group["betas"], "eps": group["eps"]}
     return {
         "preset": args.preset, "epochs": args.num_train_epochs, "batch size": args.train_batch_size * args.world_size,
         "learning rate": args.learning_rate,
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        "momentum": args.momentum, "weight decay": args.weight_decay, "seed": args.seed,
+        "base": args.base, **of_base, "weight decay": args.weight_decay, "seed": args.seed,
         "kappa": args.kappa, "lam": args.lam, "nu": round(group["nu"], 6), "path_scale": round(group["path_scale"], 6),
         "processes": args.world_size,
     }  # fmt: skip
