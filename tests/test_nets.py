@@ -20,6 +20,11 @@ from hf_effdl.structure.stock import config_ties
 from hf_effdl.structure.tracing import find_groups
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def conv(inputs, outputs, kernel=3, **kwargs):
     return nn.Conv2d(inputs, outputs, kernel, **kwargs)
 

@@ -64,7 +64,7 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
         network = Network({name: tuple(p.shape) for name, p in copy.named_parameters()}, _count_uses(copy, inputs))
         _even_out(copy, inputs)
         found, skipped = _trace(copy, inputs, network)
-        groups = _keep_removable(copy, inputs, found, skipped)
+        groups = _keep_removable(*_in_double(copy, inputs), found, skipped)
     for name, reason in skipped.items():
         logger.warning("hf_effdl leaves out the units of %s: %s", name, reason)
     if not groups:
@@ -376,6 +376,26 @@ def _slices(module: nn.Module, name: str, is_output: bool, block: int) -> list[S
     return rows + ([Slice(prefix + "bias", 0, block, "bias")] if module.bias is not None else [])
 
 
+@torch.no_grad()
+def _in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
+    """A model and its inputs in double precision, where it runs in that: what a few units change shows up better."""
+
+    def wide(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    try:
+        double = deepcopy(model).double()
+        if isinstance(inputs, Mapping):
+            doubled: Any = {name: wide(value) for name, value in inputs.items()}
+        else:
+            doubled = type(inputs)(map(wide, inputs)) if isinstance(inputs, (tuple, list)) else wide(inputs)
+        if all(tensor.dtype == torch.float64 for tensor in output_tensors(call(double, doubled))):
+            return double, doubled
+    except Exception:  # noqa: BLE001 - a dtype written into the forward pass, a device without double precision
+        pass
+    return model, inputs
+
+
 def _keep_removable(model: nn.Module, inputs: Any, groups: Sequence[Group], skipped: dict[str, str]) -> list[Group]:
     """Only the groups whose units can be taken out; the rest goes to `skipped`."""
     if not groups or _is_removable(model, inputs, groups):  # the common case costs two forward passes in all
@@ -399,7 +419,8 @@ def _is_removable(model: nn.Module, inputs: Any, groups: Sequence[Group]) -> boo
     except Exception:  # noqa: BLE001 - a size written into the forward pass may break it in any way
         return False
     return len(silent) == len(small) and all(
-        a.shape == b.shape and (a - b).abs().max() <= 1e-4 * (1 + a.abs().max())
+        a.shape == b.shape
+        and (a - b).abs().max() <= (1e-6 if a.dtype == torch.float64 else 1e-4) * (1 + a.abs().max())
         for a, b in zip(silent, small, strict=True)
     )
 
