@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -38,8 +39,7 @@ def finish(process: subprocess.Popen) -> None:
 
 def kill(process: subprocess.Popen) -> None:
     """SIGKILL for torchrun and its workers, which have sessions of their own."""
-    workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    for pid in [process.pid, *map(int, workers.stdout.split())]:
+    for pid in [process.pid, *(worker.pid for worker in psutil.Process(process.pid).children(recursive=True))]:
         os.kill(pid, signal.SIGKILL)
     process.communicate()
 

@@ -927,6 +927,19 @@ def test_numbers_may_change_between_steps_within_their_range(key):
     assert exactly_equal(snapshot(opt), before)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_nesterov_momentum_is_not_taken_away_between_steps(fused, request):
+    if fused:
+        request.getfixturevalue("compiler")
+    params, opt = mixed(nesterov=True, fused=fused)
+    run(params, opt, 2)
+    opt.param_groups[0]["momentum"] = 0.0
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match="nesterov=True in group 'conv1' .*momentum=0.0"):
+        opt.step()
+    assert exactly_equal(snapshot(opt), before)
+
+
 def test_groups_are_added_by_the_method_and_never_taken_away():
     params, opt = mixed()
     run(params, opt, 2)

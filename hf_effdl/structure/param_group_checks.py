@@ -41,11 +41,6 @@ def check_group(group: dict[str, Any]) -> None:
     check_numbers(group, POSITIVE)
     if group["decoupled_weight_decay"] is None:
         group["decoupled_weight_decay"] = group["base"] == "adamw"
-    if group["nesterov"] and (group["base"] != "sgd" or not group["momentum"]):
-        raise ValueError(
-            f"nesterov=True in group {name!r} needs base='sgd' with a momentum above 0; it has base={group['base']!r} "
-            f"and momentum={group['momentum']}"
-        )
     for p in group["params"]:
         if p.is_complex():
             raise TypeError(
@@ -87,6 +82,11 @@ def check_numbers(group: Mapping[str, Any], positive: Sequence[str]) -> None:
         raise ValueError(f"momentum={group['momentum']} in group {name!r}: it must be in [0, 1)")
     if not all(0 <= beta < 1 for beta in group["betas"]) or len(group["betas"]) != 2:
         raise ValueError(f"betas={group['betas']} in group {name!r}: they must be two numbers in [0, 1)")
+    if group["nesterov"] and (group["base"] != "sgd" or not group["momentum"]):
+        raise ValueError(
+            f"nesterov=True in group {name!r} needs base='sgd' with a momentum above 0; it has base={group['base']!r} "
+            f"and momentum={group['momentum']}"
+        )
     for key in ("weight_decay", "eps"):
         if not 0 <= group[key] < float("inf"):
             raise ValueError(f"{key}={group[key]} in group {name!r}: it must not be negative, and finite")
