@@ -40,6 +40,8 @@ class SplitLBIArguments(TrainingArguments):
         fused: `True` for the compiled step, see `SplitLBI`.
         path_length: see `derive_path`.
         ridge_length: see `derive_path`.
+        path_share: share of the run, from its start, that is as long as one path: with 0.2 a unit of unchanged norm enters
+            at `0.2 / path_length` of the run (by summed learning rate). For finding tickets early, and for growing.
         max_grad_norm: defaults to 0, no clipping: it would hold back the loss gradient but not the ridge, and fewer
             units would enter.
         bn_batches: training batches for the batch norms of the projected model at each evaluation.
@@ -63,6 +65,7 @@ class SplitLBIArguments(TrainingArguments):
     fused: bool | None = field(default=None, metadata={"help": "Compiled optimizer step; needs a compiler."})
     path_length: float = field(default=2.5, metadata={"help": "Path length, in entry times of an unchanged unit."})
     ridge_length: float = field(default=3.7, metadata={"help": "Run length, in time constants of the ridge."})
+    path_share: float = field(default=1.0, metadata={"help": "Share of the run that is as long as one path."})
     bn_batches: int = field(default=8, metadata={"help": "Training batches for the projected model's batch norms."})
 
     def __post_init__(self) -> None:
@@ -80,6 +83,8 @@ class SplitLBIArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value}: it must be a positive finite number")
+        if not 0 < self.path_share <= 1:
+            raise ValueError(f"path_share={self.path_share}: it is a share of the run, in (0, 1]")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum={self.momentum}: it must be in [0, 1)")
         if self.nesterov and (self.base != "sgd" or not self.momentum):
@@ -99,7 +104,7 @@ class SplitLBIArguments(TrainingArguments):
         if self.preset == "paper":
             preset: dict[str, Any] = dict(PAPER)
         else:
-            total = sum(scheduled_rates(self, steps))
+            total = sum(scheduled_rates(self, steps)[: max(1, round(self.path_share * steps))])
             lengths = {"path_length": self.path_length, "ridge_length": self.ridge_length, "base": self.base}
             preset = {"lam_scale": "init", **derive_path(total, lam=self.lam, kappa=self.kappa, **lengths)}
             if self.nu is not None:

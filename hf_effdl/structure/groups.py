@@ -4,7 +4,7 @@ Sparsifying, counting, slimming and growing are all verbs on this one noun.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -258,6 +258,24 @@ def set_sizes(module: nn.Module) -> None:
         module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         module.num_features = len(module.running_mean if module.running_mean is not None else module.weight)
+
+
+def regroup(groups: Sequence[Group], model: nn.Module) -> Groups:
+    """The same groups in a model whose units were cut or grown: its numbers of units, shapes and parameters.
+
+    Args:
+        groups: of the model before, or of one that differs in layers outside the groups only.
+        model: has all tensors of the groups.
+    """
+    parameters = dict(model.named_parameters())
+    network = Network({name: tuple(p.shape) for name, p in parameters.items()}, groups[0].network.uses)
+    result = Groups()
+    for group in groups:
+        part = next(part for part in group.slices if part.tensor in parameters)
+        units = parameters[part.tensor].shape[part.axis] // part.block
+        tensors = {name: parameters[name] for name in group.lifted}
+        result.append(replace(group, units=units, network=network, tensors=tensors))
+    return result
 
 
 def check_same_network(groups: Sequence[Group], model: nn.Module) -> None:

@@ -70,7 +70,7 @@ def slim(
             if group.name in sizes}  # fmt: skip
     small = cut_copy(model, groups, kept)
     if isinstance(model, PreTrainedModel):  # only those are built from their config
-        _set_config(small, ties, {name: len(kept.get(name, range(size))) for name, size in units.items()})
+        set_config(small, ties, {name: len(kept.get(name, range(size))) for name, size in units.items()})
     if example_inputs is not None:
         asked = {name: len(index) for name, index in kept.items()} if isinstance(keep, Mapping) else {"keep": keep}
         set_report(small, effdl_report(model, small, example_inputs, groups, asked))
@@ -120,7 +120,14 @@ def _fill(group: Group, model: nn.Module, chosen: Tensor | None, size: int) -> T
     return norm.topk(size).indices.sort().values
 
 
-def _set_config(small: nn.Module, ties: Sequence[Any], sizes: Mapping[str, int]) -> None:
+def set_config(small: nn.Module, ties: Sequence[Any], sizes: Mapping[str, int]) -> None:
+    """Say the new sizes in the config of a transformers model: in its own numbers, or else as `SlimConfig`.
+
+    Args:
+        small: a model whose units were cut or grown, its config still the one it had before.
+        ties: of the model before.
+        sizes: units that each group has now.
+    """
     config = stock_config(small, ties, sizes)
     if config is None:
         from hf_effdl.structure.quantizer import SlimConfig
