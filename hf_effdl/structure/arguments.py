@@ -40,8 +40,8 @@ class SplitLBIArguments(TrainingArguments):
         fused: `True` for the compiled step, see `SplitLBI`.
         path_length: see `derive_path`.
         ridge_length: see `derive_path`.
-        path_share: share of the run, from its start, that is as long as one path: with 0.2 a unit of unchanged norm enters
-            at `0.2 / path_length` of the run (by summed learning rate). For finding tickets early, and for growing.
+        path_share: share of the run, from its start, that is as long as one path, for finding tickets early and for
+            growing: with 0.2 a unit of unchanged norm enters after `0.2 / path_length` of the summed learning rate.
         max_grad_norm: defaults to 0, no clipping: it would hold back the loss gradient but not the ridge, and fewer
             units would enter.
         bn_batches: training batches for the batch norms of the projected model at each evaluation.

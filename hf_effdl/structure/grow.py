@@ -1,13 +1,12 @@
 """Putting units in: the same class with larger tensors that computes what it computed before."""
 
-from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_effdl.structure.groups import Group, Slice, check_same_network, set_sizes
+from hf_effdl.structure.groups import Group, Slice, set_sizes
 from hf_effdl.structure.slim import set_config
 from hf_effdl.structure.stock import config_ties
 
