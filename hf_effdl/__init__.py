@@ -23,11 +23,15 @@ _PUBLIC = {
     "samples.uncertainty": ["uncertainty"],
     "structure.arguments": ["SplitLBIArguments", "scheduled_rates"],
     "structure.callbacks": ["SplitLBICallback"],
+    "structure.early_ticket": ["EarlyTicketCallback", "find_ticket"],
     "structure.groups": ["Group", "param_groups"],
+    "structure.grow": ["deepen", "widen"],
+    "structure.growing": ["GrowingArguments", "GrowingTrainer", "GrowthCallback"],
     "structure.path": ["SparsePath"],
     "structure.slim": ["recalibrate_batch_norm", "slim"],
     "structure.schedule": ["derive_path"],
     "structure.split_lbi": ["SplitLBI", "split_lbi_update"],
+    "structure.tickets": ["Ticket", "rewind", "transfer"],
     "structure.tracing": ["find_groups"],
     "structure.trainer": ["SplitLBITrainer"],
     "vicl.auto": ["VisualInContextConfig", "VisualInContextModel", "VisualInContextPipeline"],
@@ -56,11 +60,15 @@ if TYPE_CHECKING:
     from hf_effdl.samples.uncertainty import uncertainty
     from hf_effdl.structure.arguments import SplitLBIArguments, scheduled_rates
     from hf_effdl.structure.callbacks import SplitLBICallback
+    from hf_effdl.structure.early_ticket import EarlyTicketCallback, find_ticket
     from hf_effdl.structure.groups import Group, param_groups
+    from hf_effdl.structure.grow import deepen, widen
+    from hf_effdl.structure.growing import GrowingArguments, GrowingTrainer, GrowthCallback
     from hf_effdl.structure.path import SparsePath
     from hf_effdl.structure.schedule import derive_path
     from hf_effdl.structure.slim import recalibrate_batch_norm, slim
     from hf_effdl.structure.split_lbi import SplitLBI, split_lbi_update
+    from hf_effdl.structure.tickets import Ticket, rewind, transfer
     from hf_effdl.structure.tracing import find_groups
     from hf_effdl.structure.trainer import SplitLBITrainer
     from hf_effdl.vicl.auto import VisualInContextConfig, VisualInContextModel, VisualInContextPipeline

@@ -103,6 +103,7 @@ def write_structure_card(
         rows=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
         table=markdown_table(rows, columns), plain_sgd=any("SGD" in row["name"] for row in rows),
         picture=_save_picture(path, report, folder), recipe=_recipe(trainer), citation=CITATION,
+        growth=_growth(trainer, folder),
         support=[f"`{name}`: {int(inside.sum())} of {len(inside)}" for name, inside in path.support.items()],
     )  # fmt: skip
 
@@ -120,7 +121,7 @@ def _result_rows(trainer: Any, report: Mapping[str, Any] | None) -> list[dict[st
         logged = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
         values = {name: value for name, value in logged.items() if not any(clock in name for clock in _CLOCKS)}
         for name, prefix, other in (
-            ("dense, split LBI", "eval_", "eval_sparse_"),
+            (("grown" if _has_grown(trainer) else "dense") + ", split LBI", "eval_", "eval_sparse_"),
             ("masked on the support", "eval_sparse_", "-"),
         ):
             metrics = {
@@ -148,8 +149,27 @@ def _save_picture(path: Any, report: Mapping[str, Any] | None, folder: str | os.
     return "sparse_path.png"
 
 
+def _has_grown(trainer: Any) -> bool:
+    return bool(getattr(trainer, "history", None))
+
+
+def _growth(trainer: Any, folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The growth history of a `GrowingTrainer`, as a table and a picture."""
+    if not _has_grown(trainer):
+        return None
+    picture = "growth.png"
+    try:
+        trainer.plot_growth().savefig(Path(folder) / picture, dpi=110)
+    except ImportError:
+        picture = None
+    return {"table": markdown_table(*trainer.growth_table()), "picture": picture}
+
+
 def _recipe(trainer: Any) -> dict[str, Any]:
     args = trainer.args
+    growing = {name: getattr(args, name) for name in vars(args) if name.startswith("growth_")}
+    if growing:
+        growing |= {name: getattr(args, name) for name in ("max_macs", "max_params", "max_width", "widths")}
     optimizer = trainer.optimizer
     group = next(group for group in optimizer.param_groups if group["penalty"] is not None)
     of_base = {"momentum": args.momentum, "nesterov": args.nesterov}
@@ -161,7 +181,7 @@ def _recipe(trainer: Any) -> dict[str, Any]:
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "base": args.base, **of_base, "weight decay": args.weight_decay, "seed": args.seed,
         "kappa": args.kappa, "lam": args.lam, "nu": round(group["nu"], 6), "path_scale": round(group["path_scale"], 6),
-        "processes": args.world_size,
+        **growing, "processes": args.world_size,
     }  # fmt: skip
 
 

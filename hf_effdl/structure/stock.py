@@ -80,7 +80,12 @@ def stock_config(model: nn.Module, ties: Sequence[Tie], sizes: Mapping[str, int]
             return None
         changes |= {field: int(step) * value for field, value in tie.fields.items()}
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return _changed(model.config, changes) if _meta_shapes(type(model), model.config, changes) == shapes else None
+    if _meta_shapes(type(model), model.config, changes) != shapes:
+        return None
+    config = _changed(model.config, changes)
+    if _is_custom(config):  # sizes of before, which the numbers of the config now say
+        del config.quantization_config
+    return config
 
 
 def _is_custom(config: Any) -> bool:

@@ -1,0 +1,105 @@
+"""Winning tickets on MNIST: found early by `find_ticket`, beside the baselines of `ticket_arms.py`.
+
+Two nets: LeNet (no batch norm) and four conv-BN layers of 32, 48, 64 and 64 channels. Transfer: a ticket found on the
+digits 0 to 4 in grey, trained on 1,000 digits 5 to 9 in random colours.
+
+    python examples/benchmarks/tickets_mnist.py --net lenet
+    python examples/benchmarks/tickets_mnist.py --net wide
+    python examples/benchmarks/tickets_mnist.py --table
+
+Rows go to `--out` as one JSON line per finished (net, arm, budget, seed); rows already there are skipped.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from structure_mnist import Task, mnist
+from structure_mnist import build as small_build
+from ticket_arms import Setting, append_row, rows_of_seed, table, transfer_rows
+from torch import Tensor, nn
+from trainer_rows import Classifier
+
+
+SETTINGS = {
+    "lenet": {"epochs": 10, "lr": 0.02, "weight_decay": 0.0},
+    "wide": {"epochs": 5, "lr": 0.1, "weight_decay": 5e-4},
+}
+WIDTHS = (32, 48, 64, 64)
+
+
+def conv_bn_net(widths: tuple[int, ...], channels: int = 1, classes: int = 10) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width, stride in zip(widths, (2, 1, 2, 1), strict=True):
+        layers += [nn.Conv2d(channels, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+def build(net: str, channels: int = 1, classes: int = 10) -> nn.Sequential:
+    if net == "wide":
+        return conv_bn_net(WIDTHS, channels, classes)
+    model = small_build(net)
+    if (channels, classes) != (1, 10):
+        first, last = model[0], model[-1]
+        model[0] = nn.Conv2d(channels, first.out_channels, 5, padding=2)
+        model[-1] = nn.Linear(last.in_features, classes)
+    return model
+
+
+def coloured(images: Tensor, seed: int) -> Tensor:
+    """Every grey image in a colour of its own."""
+    colours = torch.rand(len(images), 3, 1, 1, generator=torch.Generator().manual_seed(seed))
+    return images * (0.3 + 0.7 * colours)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", choices=sorted(SETTINGS), default="lenet")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--rows", type=int, default=60000)
+    parser.add_argument("--epochs", type=int, default=None)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/tickets_mnist.jsonl"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="only print the table of the rows so far")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
+    if options.table:
+        return table(rows)
+    values = SETTINGS[options.net] | ({"epochs": options.epochs} if options.epochs else {})
+    images, labels = mnist("train")
+    data, test = (images[: options.rows], labels[: options.rows]), mnist("test")
+    config = {"classes": 10, "rows": len(data[0]), "epochs": values["epochs"], "device": "cpu"}
+    setting = Setting(options.net, Task(build), data, test, values["epochs"], values["lr"], values["weight_decay"],
+                      config=config)  # fmt: skip
+    mine = [row for row in rows if row["net"] == options.net and all(row[name] == config[name] for name in config)]
+    done = {(row["arm"], row["seed"], row["budget"]) for row in mine if not row.get("transfer")}
+    cache = options.out.parent / "cache" / f"tickets-{options.rows}-{values['epochs']}-{values['lr']}"
+    for seed in options.seeds:
+        for row in rows_of_seed(setting, seed, done, cache):
+            append_row(options.out, row)
+            rows.append(row)
+    low, high, unseen = data[1] < 5, data[1] >= 5, test[1] >= 5
+    source = data[0][low], data[1][low]
+    target = coloured(data[0][high][:1000], 1), data[1][high][:1000] - 5
+    target_test = coloured(test[0][unseen], 2), test[1][unseen] - 5
+    for seed in options.seeds:
+        if any(row.get("transfer") and row["seed"] == seed for row in mine):
+            continue
+        torch.manual_seed(seed)
+        model = Classifier(build(options.net, 1, 5))
+
+        def other(seed: int = seed) -> Classifier:
+            torch.manual_seed(500 + seed)
+            return Classifier(build(options.net, 3, 5))
+
+        for row in list(transfer_rows(setting, seed, source, model, target, target_test, other, 0.25, steps=800)):
+            append_row(options.out, row)
+            rows.append(row)
+    table(rows)
+
+
+if __name__ == "__main__":
+    main()
