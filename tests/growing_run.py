@@ -27,7 +27,15 @@ from hf_effdl import GrowingArguments, GrowingTrainer
 from hf_effdl.structure import grow_checkpoint
 
 
-GROWTH = {"growth_rounds": 3, "growth_until": 0.6, "growth_add": 4, "save_total_limit": None}
+GROWTH = {
+    "growth_rounds": 3,
+    "growth_until": 0.6,
+    "growth_add": 4,
+    "save_total_limit": None,
+    "growth_ratio": 1.5,
+    "growth_init": "zero-out",
+    "growth_release": False,
+}
 SHARED = {**tiny_run.SHARED, **GROWTH, "num_train_epochs": 4}
 POINTS = ("before", "inside", "renaming", "renamed")
 

@@ -45,6 +45,7 @@ from hf_effdl.structure import grow_checkpoint
 from hf_effdl.structure.groups import regroup
 from hf_effdl.structure.grow import widen_groups
 from hf_effdl.structure.grow_checkpoint import (
+    RELEASE,
     fits,
     grow_optimizer,
     grown_folder,
@@ -385,7 +386,12 @@ def test_a_run_in_which_nothing_grows_is_the_ordinary_run_bit_for_bit(tmp_path, 
     runs, batches = [], []
     for name, trainer, arguments, more in (
         ("plain", SplitLBITrainer, SplitLBIArguments, {}),
-        ("growing", GrowingTrainer, GrowingArguments, {"growth_rounds": 3, "growth_until": 0.7, "growth_patience": 9}),
+        (
+            "growing",
+            GrowingTrainer,
+            GrowingArguments,
+            {"growth_rounds": 3, "growth_until": 0.7, "growth_patience": 9, "growth_release": False},
+        ),
     ):
         args = arguments(str(tmp_path / name), **shared, **more)
         run = trainer(
@@ -606,6 +612,40 @@ def test_bounds_are_kept_and_a_full_net_trains_on_without_stopping(tmp_path):
                                max_params=network.count()["params"])  # fmt: skip
     full.train()
     assert full.history == [] and not list((tmp_path / "full").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("patience", [1, 9])
+def test_the_ridge_is_released_after_the_last_round_and_the_path_goes_on_at_its_speed(tmp_path, patience):
+    """The last round is the last of the schedule, or the one after which none can bring anything."""
+    settings = {"growth_release": True, "growth_patience": patience, "growth_threshold": 1.0, "path_length": 1.05,
+                "path_share": 1.0, "eval_strategy": "no", "save_steps": 1, "logging_steps": 1}  # fmt: skip
+    run = growing_run.plain_trainer(tmp_path, **settings)
+    run.train()
+    rounds = [rows[0]["step"] for rows in by_round(run.history)]
+    assert len(rounds) == (1 if patience == 1 else 3) and not any(map(grew, by_round(run.history)))
+
+    def hyper(folder):
+        saved = torch.load(folder / "optimizer.pt", weights_only=True)["param_groups"][0]
+        return saved["nu"], saved["path_scale"]
+
+    nu, path_scale = hyper(tmp_path / f"checkpoint-{rounds[-1]}")
+    assert nu == pytest.approx(run.args.split_lbi_kwargs(run.state.max_steps)["nu"])
+    for folder in (f"checkpoint-{rounds[-1]}/grown", f"checkpoint-{run.state.max_steps}"):
+        assert hyper(tmp_path / folder) == pytest.approx((RELEASE * nu, RELEASE * path_scale))
+    # ||W - Gamma||^2 / (2 nu) is what the ridge weighs
+    coupling = {entry["step"]: entry["coupling"] for entry in run.state.log_history if "coupling" in entry}
+    assert coupling[rounds[-1] + 1] < 1e-4 * coupling[rounds[-1]]
+    parts = [load_file(tmp_path / f"checkpoint-{rounds[-1] + i}" / "sparse_path.safetensors") for i in (0, 1, 2)]
+    [name] = [key for key in parts[0] if key == "hidden|dual"]
+    slow, fast = parts[1][name] - parts[0][name], parts[2][name] - parts[1][name]
+    assert (fast / slow).median() == pytest.approx(1, abs=0.2)
+
+
+def test_a_seed_without_room_is_released_at_the_first_round(tmp_path):
+    full = find_groups(tiny_run.model(), torch.zeros(1, 1, 16, 16))[0].network.count()["params"]
+    run = growing_run.trainer(tmp_path, growth_release=True, growth_threshold=1.0, max_params=full, eval_strategy="no")
+    run.train()
+    assert len(by_round(run.history)) == 1 and not grew(run.history) and run.optimizer.param_groups[0]["nu"] > 1e6
 
 
 @pytest.mark.parametrize("name,size", [("max_macs", 20752), ("max_params", 1470), ("max_width", 8)])

@@ -23,8 +23,8 @@ from trainer_rows import Classifier
 
 
 SETTINGS = {
-    "lenet": {"epochs": 10, "lr": 0.02, "weight_decay": 0.0},
-    "wide": {"epochs": 5, "lr": 0.1, "weight_decay": 5e-4},
+    "lenet": {"epochs": 6, "lr": 0.02, "weight_decay": 0.0},
+    "wide": {"epochs": 4, "lr": 0.1, "weight_decay": 5e-4},
 }
 WIDTHS = (32, 48, 64, 64)
 

@@ -171,6 +171,8 @@ def _describe_path(rates: Sequence[float], epochs: float, group: Mapping[str, An
         )
     step = next(k for k, seen in enumerate(accumulate(rates), 1) if seen >= share * total * (1 - 1e-9))
     line += f": a median unit, of unchanged norm, enters at epoch {epochs * step / len(rates):.2f} of {epochs:.2f}"
+    if hyper["nu"] > 100 * group["kappa"] * total:
+        return line + ". There is no ridge to speak of: the order of the units says which are large"
     noise = entry_of_noise(total, **hyper, kappa=group["kappa"])
     if noise > 0.8:
         line += (

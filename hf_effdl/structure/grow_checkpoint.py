@@ -32,6 +32,7 @@ STATE, OPTIMIZER, WEIGHTS, ORIGIN = "trainer_state.json", "optimizer.pt", "model
 CALLBACK = "GrowthCallback"  # under this name the history stands in the trainer's state
 # What new units have in the optimizer's state, per unit; the threshold is the mean of the old ones'.
 NEW_UNIT = {"norm": 0, "entered": -1, "left": -1}
+RELEASE = 1e6  # nu times this is no ridge; path_scale times this leaves the speed of V as it was
 
 
 # ---- what may grow, and by how much
@@ -105,15 +106,21 @@ def _is_stock(model: nn.Module, groups: Sequence[Group], ties: Iterable[Tie], si
     return _meta_shapes(type(model), model.config, changes) == groups[0].network.sizes(groups, sizes)
 
 
-def growth_is_over(model: nn.Module, groups: Sequence[Group], args: Any, history: Sequence[Row]) -> bool:
-    """Whether no further round can bring anything: too many went by without growth, or no tie has room for a step."""
+def growth_is_over(
+    model: nn.Module, groups: Sequence[Group], args: Any, history: Sequence[Row],
+    sizes: Mapping[str, int] | None = None,
+) -> bool:  # fmt: skip
+    """Whether no further round can bring anything: too many went by without growth, or no tie has room for a step.
+
+    `sizes`: units by group, where they are not those of `model`.
+    """
     if rounds_without_growth(history) >= args.growth_patience:
         return True
     if args.max_macs is None and args.max_params is None and args.max_width is None:
         return False
-    sizes = {group.name: group.units for group in groups}
+    sizes = sizes or {group.name: group.units for group in groups}
     ties = growth_ties(model, groups, args.widths)
-    one_more = (sizes | {name: (tie.steps + 1) * a for name, a in tie.shares.items()} for tie in ties)
+    one_more = (sizes | {name: sizes[name] + a for name, a in tie.shares.items()} for tie in ties)
     return not any(fits(groups, wanted, args) for wanted in one_more)
 
 
@@ -174,7 +181,7 @@ def grow_checkpoint(
     steps and batch statistics of the old units are carried bit by bit (with `growth_init="split"` but for the
     outgoing weights, which parents share with their copies); the new units have V 0, never entered, and the mean
     threshold of their group. Schedule, random states and log are copied. A round in which nothing grows only leaves
-    its rows in the history of the folder's own state.
+    its rows in the history of the folder's own state. After the last round the ridge is released (`growth_release`).
 
     Args:
         folder: a complete checkpoint of a `GrowingTrainer`, left as it is but for its history.
@@ -197,7 +204,7 @@ def grow_checkpoint(
     rounds = args.growth_steps(state.max_steps)
     if state.global_step not in rounds or any(row["step"] == state.global_step for row in history):
         return folder
-    if growth_is_over(model, groups, args, history):
+    if (history or not args.growth_release) and growth_is_over(model, groups, args, history):
         return folder
     for name in (WEIGHTS, OPTIMIZER):
         if not (folder / name).is_file():
@@ -208,7 +215,9 @@ def grow_checkpoint(
     add = plan_growth(groups, growth_ties(model, groups, args.widths), support, args, model)
     rows = _rows(rounds.index(state.global_step) + 1, state, groups, support, add, history, rows_seen)
     state.stateful_callbacks[CALLBACK]["attributes"]["history"] = history + rows
-    if not add:
+    after = {group.name: group.units + add.get(group.name, 0) for group in groups}
+    last = state.global_step == rounds[-1] or growth_is_over(model, groups, args, history + rows, after)
+    if not add and not (last and args.growth_release):
         state.save_to_json(str(folder / (STATE + ".tmp")))
         os.replace(folder / (STATE + ".tmp"), folder / STATE)
         return folder
@@ -216,9 +225,14 @@ def grow_checkpoint(
     old = deepcopy(model)
     load_weights(old, folder)
     groups = regroup(groups, old)
-    big = widen_groups(old, groups, add, args.growth_init, seed=args.seed + state.global_step, batch=batch, loss=loss)
+    big = old
+    if add:
+        seed = args.seed + state.global_step
+        big = widen_groups(old, groups, add, args.growth_init, seed=seed, batch=batch, loss=loss)
     names = optimizer_names(old, args.split_lbi_params(old, groups, decay))
     optimizer = grow_optimizer(optimizer, names, {name: p.shape for name, p in big.named_parameters()}, add)
+    for group in optimizer["param_groups"] if last and args.growth_release else ():
+        group |= {name: RELEASE * group[name] for name in ("nu", "path_scale")}
 
     part, target = folder / f".{GROWN}", folder / GROWN
     shutil.rmtree(part, ignore_errors=True)  # what a killed attempt left

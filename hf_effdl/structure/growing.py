@@ -250,7 +250,8 @@ class GrowingTrainer(SplitLBITrainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         steps = self.args.growth_steps(num_training_steps)
-        over = growth_is_over(self.model, self.groups, self.args, self.history)
+        begun = self.history or not self.args.growth_release  # the first round also releases a seed without room
+        over = begun and growth_is_over(self.model, self.groups, self.args, self.history)
         self.growth.steps = () if over else [step for step in steps if step > self.state.global_step]
         return super().create_scheduler(num_training_steps, optimizer)
 

@@ -22,7 +22,10 @@ class GrowingArguments(SplitLBIArguments):
         growth_threshold: share of a group's units in the support from which it counts as saturated, in (0, 1].
         growth_add: new units at least, at saturation.
         growth_ratio: factor of growth, at least 1.
-        growth_init: what the new units start with, see `widen`.
+        growth_init: what the new units start with, see `widen`. `"split"` by default: under the ridge of a short path
+            new units whose outgoing slices are zero mostly fade before they are of use.
+        growth_release: let go of the ridge after the last round (`nu` and `path_scale` times `RELEASE`): the grown net
+            then trains as with the plain base optimizer, and the order of its units goes on being recorded.
         growth_batch: training rows that `growth_init="gradmax"` looks at.
         growth_patience: rounds in a row without growth after which there are no more.
         max_macs: multiply-accumulates of one input row that growth must not pass; default: no bound.
@@ -37,12 +40,13 @@ class GrowingArguments(SplitLBIArguments):
             `save_strategy="best"`, `save_on_each_node` or `ignore_data_skip`, which cannot work across growth.
     """
 
-    growth_rounds: int = field(default=6, metadata={"help": "Rounds of growth."})
-    growth_until: float = field(default=0.5, metadata={"help": "Share of the run in which the rounds take place."})
+    growth_rounds: int = field(default=3, metadata={"help": "Rounds of growth."})
+    growth_until: float = field(default=0.2, metadata={"help": "Share of the run in which the rounds take place."})
     growth_threshold: float = field(default=0.8, metadata={"help": "Support share of a saturated group."})
     growth_add: int = field(default=8, metadata={"help": "New units at least."})
-    growth_ratio: float = field(default=1.5, metadata={"help": "Factor of growth."})
-    growth_init: str = field(default="zero-out", metadata={"help": "What new units start with."})
+    growth_ratio: float = field(default=2.0, metadata={"help": "Factor of growth."})
+    growth_init: str = field(default="split", metadata={"help": "What new units start with."})
+    growth_release: bool = field(default=True, metadata={"help": "No ridge after the last round."})
     growth_batch: int = field(default=64, metadata={"help": "Training rows for growth_init='gradmax'."})
     growth_patience: int = field(default=2, metadata={"help": "Rounds without growth after which it stops."})
     max_macs: int | None = field(default=None, metadata={"help": "Bound on the MACs of one input row."})

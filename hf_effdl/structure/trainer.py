@@ -271,6 +271,7 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
             lambda: effdl_report(model, small, inputs, self.groups, asked, latency=latency_batch > 0)
         )
         set_report(small, report | {"order": order})
+        vars(small).pop("_is_accelerate_prepared", None)  # or the next Trainer would leave mixed precision out
         forward = vars(small).pop("_original_forward", None)
         if forward is not None:  # mixed precision: Accelerate's wrapper of the trained model came along
             del small.forward

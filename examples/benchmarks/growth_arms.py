@@ -1,0 +1,227 @@
+"""Growing beside the baselines: what `growth_mnist.py` and `growth_cifar10.py` share.
+
+Every arm trains in a `Trainer` with the same batch size, learning rate and linear schedule over its own steps:
+
+- dense: plain SGD on the net of full width, all epochs; its training MACs are the unit of every cost;
+- grown: `GrowingTrainer` from a narrow seed, all epochs, MACs of a row bounded by a share of the dense net's; the same
+  with zero-out, GradMax and fresh new units (fresh as in the authors' released growth: not function-preserving);
+- final from scratch: the widths that growth ended with, new weights, plain SGD for as many training MACs in all as
+  growth took (so fewer steps);
+- uniform from scratch: the dense net's widths times one factor, of the same MACs, for as many training MACs.
+
+Growth decides from training data alone; test accuracy is read once per epoch and used for nothing.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trainer_rows import Classifier, Rows, collate
+from transformers import Trainer, TrainingArguments
+
+from hf_effdl import GrowingArguments, GrowingTrainer
+from hf_effdl.structure.tracing import trace_network
+
+
+ARMS = (
+    "dense",
+    "grown",
+    "grown, zero-out",
+    "grown, GradMax",
+    "grown, fresh",
+    "final from scratch",
+    "uniform from scratch",
+)
+INITS = {"grown": "split", "grown, zero-out": "zero-out", "grown, GradMax": "gradmax", "grown, fresh": "fresh"}
+Data = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Setting:
+    """Nets by width, data and training."""
+
+    net: str
+    build: Callable[[Sequence[int]], nn.Module]
+    dense: Sequence[int]
+    seed_widths: Sequence[int]
+    data: Data
+    test: Data
+    epochs: int
+    batch: int = 128
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    augment: Any = None
+    bf16: bool = False
+    growth: dict[str, Any] = field(default_factory=dict)  # for GrowingArguments
+    share: float = 0.5  # of the dense net's MACs that growth may reach
+    config: dict[str, Any] = field(default_factory=dict)  # what tells these rows from others
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * (len(self.data[0]) // self.batch)
+
+    def model(self, widths: Sequence[int], seed: int) -> Classifier:
+        torch.manual_seed(seed)
+        return Classifier(self.build(widths))
+
+    def macs(self, model: nn.Module) -> int:
+        return trace_network(model, {"pixel_values": self.data[0][:1].cpu()}).count()["macs"]
+
+
+def common(setting: Setting, folder: str, seed: int, steps: int) -> dict[str, Any]:
+    """The arguments that all arms share."""
+    per_epoch = len(setting.data[0]) // setting.batch
+    return {
+        "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": setting.batch, "seed": seed,
+        "per_device_eval_batch_size": 2000, "learning_rate": setting.lr, "weight_decay": setting.weight_decay,
+        "lr_scheduler_type": "linear", "max_grad_norm": 0.0, "save_strategy": "no", "eval_strategy": "steps",
+        "eval_steps": per_epoch, "logging_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "dataloader_drop_last": True, "bf16": setting.bf16,
+    }  # fmt: skip
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": 100 * float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def train(setting: Setting, model: nn.Module, seed: int, steps: int, init: str | None = None) -> dict[str, Any]:
+    """One arm: plain SGD, or growth where `init` names what new units start with."""
+    start = time.perf_counter()
+    rows = {"train_dataset": Rows(*setting.data, setting.augment), "eval_dataset": Rows(*setting.test),
+            "data_collator": collate, "compute_metrics": accuracy}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        options = common(setting, folder, seed, steps)
+        row: dict[str, Any] = {}
+        if init is None:
+            args = TrainingArguments(optim="sgd", optim_args="momentum=0.9", **options)
+            trainer = Trainer(model, args, **rows)
+            trainer.train()
+            macs = setting.macs(trainer.model.cpu())
+            row["training_macs"] = 3 * macs * setting.batch * steps
+            row["curve"] = [
+                {"training_macs": 3 * macs * setting.batch * entry["step"], "accuracy": entry["eval_accuracy"]}
+                for entry in trainer.state.log_history if "eval_accuracy" in entry
+            ]  # fmt: skip
+        else:
+            bound = int(setting.share * setting.macs(setting.model(setting.dense, 0)))
+            args = GrowingArguments(**options | setting.growth, max_macs=bound, growth_init=init, widths="free")
+            trainer = GrowingTrainer(model, args, **rows)
+            trainer.train()
+            macs = setting.macs(trainer.model.cpu())
+            row["history"] = trainer.history
+            row["curve"] = [
+                {key: point[key] for key in ("training_macs", "accuracy")} for point in trainer.growth_curve
+            ]
+            row["training_macs"] = row["curve"][-1]["training_macs"]
+            row["units"] = {group.name: group.units for group in trainer.groups}
+        row |= {"accuracy": row["curve"][-1]["accuracy"], "macs": macs, "seconds": time.perf_counter() - start,
+                "params": sum(p.numel() for p in trainer.model.parameters())}  # fmt: skip
+    return row
+
+
+def uniform_widths(setting: Setting, macs: int) -> list[int]:
+    """The dense net's widths times the largest factor that costs at most so many MACs."""
+    best = [max(1, width // 100) for width in setting.dense]
+    for percent in range(2, 101):
+        widths = [max(1, round(width * percent / 100)) for width in setting.dense]
+        if setting.macs(setting.model(widths, 0)) > macs:
+            break
+        best = widths
+    return best
+
+
+def one_row(setting: Setting, arm: str, seed: int, grown: dict[str, Any] | None) -> dict[str, Any]:
+    """One arm and seed; `grown` is the row of "grown" for the arms that follow its cost."""
+    if arm == "dense":
+        return train(setting, setting.model(setting.dense, seed), seed, setting.steps)
+    if arm in INITS:
+        return train(setting, setting.model(setting.seed_widths, seed), seed, setting.steps, INITS[arm])
+    widths = list(grown["units"].values()) if arm.startswith("final") else uniform_widths(setting, grown["macs"])
+    model = setting.model(widths, 1000 + seed)
+    steps = max(1, int(grown["training_macs"] / (3 * setting.macs(model) * setting.batch)))
+    return train(setting, model, seed, steps) | {"widths": widths, "steps": steps}
+
+
+def run(setting: Setting, arms: Sequence[str], seeds: Sequence[int], out: Path) -> list[dict]:
+    """All rows that are not there yet, each appended as soon as it is done."""
+    rows = read_rows(out)
+    keys = {"net": setting.net, **setting.config}
+
+    def find(arm: str, seed: int) -> dict | None:
+        wanted = keys | {"arm": arm, "seed": seed}
+        return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        for arm in arms:
+            if find(arm, seed) is not None:
+                continue
+            grown = find("grown", seed)
+            if grown is None and arm.endswith("scratch"):
+                print(f"left out: {arm}, seed {seed}: it follows the row of 'grown'", file=sys.stderr)
+                continue
+            row = keys | {"arm": arm, "seed": seed} | one_row(setting, arm, seed, grown)
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            rows.append(row)
+            print(
+                json.dumps({k: v for k, v in row.items() if k not in ("history", "curve")}),
+                file=sys.stderr,
+                flush=True,
+            )
+    return rows
+
+
+def read_rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def paired(of: dict, ours: str, other: str, key: str = "accuracy") -> tuple[float, float, int]:
+    """How far one arm is ahead of another: mean over the seeds that both have, standard error, seeds."""
+    seeds = sorted({seed for arm, seed in of if arm == ours and (other, seed) in of})
+    ahead = [of[ours, seed][key] - of[other, seed][key] for seed in seeds]
+    error = statistics.stdev(ahead) / len(ahead) ** 0.5 if len(ahead) > 1 else float("nan")
+    return (statistics.mean(ahead) if ahead else float("nan")), error, len(ahead)
+
+
+def table(rows: list[dict], title: str) -> None:
+    of = {(row["arm"], row["seed"]): row for row in rows}
+    unit = {seed: row["training_macs"] for (arm, seed), row in of.items() if arm == "dense"}
+    whole = {seed: row["macs"] for (arm, seed), row in of.items() if arm == "dense"}
+    print(f"\n{title}\n| arm | seeds | accuracy | beside dense (SE) | grown, ahead (SE) | parameters | MACs | "
+          "training MACs | seconds |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for arm in ARMS:
+        mine = [of[arm, seed] for seed in unit if (arm, seed) in of]
+        if not mine:
+            continue
+        beside, error, _ = paired(of, arm, "dense")
+        ahead, other_error, _ = paired(of, "grown", arm)
+        mean = {key: statistics.mean(row[key] for row in mine) for key in ("accuracy", "params", "seconds")}
+        shares = [(row["macs"] / whole[row["seed"]], row["training_macs"] / unit[row["seed"]]) for row in mine]
+        macs, cost = (statistics.mean(values) for values in zip(*shares, strict=True))
+        last = "" if arm == "grown" else f"{ahead:+.2f} ({other_error:.2f})"
+        print(f"| {arm} | {len(mine)} | {mean['accuracy']:.2f} | {beside:+.2f} ({error:.2f}) | {last} | "
+              f"{mean['params']:,.0f} | {macs:.2f} | {cost:.2f} | {mean['seconds']:.0f} |")  # fmt: skip
+    for seed in unit:
+        if ("grown", seed) in of:
+            steps = dict.fromkeys(row["step"] for row in of["grown", seed]["history"])
+            widths = {step: [r["to"] for r in of["grown", seed]["history"] if r["step"] == step] for step in steps}
+            first = [r["from"] for r in of["grown", seed]["history"] if r["step"] == next(iter(steps))]
+            print(f"seed {seed}: {first} " + " ".join(f"-> {value} at {step}" for step, value in widths.items()))
+
+
+def save_picture(rows: list[dict], seed: int, file: Path) -> None:
+    """Widths over steps, and accuracy against training MACs beside the dense net's curve, for one seed."""
+    from hf_effdl.structure.growth_history import plot_growth
+
+    of = {row["arm"]: row for row in rows if row["seed"] == seed}
+    figure = plot_growth(of["grown"]["history"], of["grown"]["curve"], of["dense"]["curve"])
+    figure.savefig(file, dpi=110)

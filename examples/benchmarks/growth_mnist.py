@@ -1,0 +1,56 @@
+"""Growing on MNIST: four conv-BN layers from 8 channels each, beside the net of 32, 48, 64 and 64 channels.
+
+Arms and costs are those of `growth_arms.py`.
+
+    python examples/benchmarks/growth_mnist.py
+    python examples/benchmarks/growth_mnist.py --table --picture growth.png
+
+Rows go to `--out` as one JSON line per finished (arm, seed); rows already there are skipped.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from growth_arms import ARMS, Setting, read_rows, run, save_picture, table
+from structure_mnist import mnist
+from tickets_mnist import WIDTHS, conv_bn_net
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS, metavar="ARM")
+    parser.add_argument("--rows", type=int, default=60000)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="of GrowingArguments, for tuning")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/growth_mnist.jsonl"))
+    parser.add_argument("--picture", type=Path, default=None, help="also draw the first seed's growth")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="only print the table of the rows so far")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    config = {
+        "rows": options.rows,
+        "epochs": options.epochs,
+        "settings": " ".join(sorted(options.set)),
+        "device": "cpu",
+    }
+    rows = read_rows(options.out)
+    if not options.table:
+        images, labels = mnist("train")
+        pairs = (text.split("=") for text in options.set)
+        growth = {name: float(value) if "." in value else int(value) for name, value in pairs}
+        setting = Setting(
+            "conv-bn", conv_bn_net, WIDTHS, (8, 8, 8, 8), (images[: options.rows], labels[: options.rows]),
+            mnist("test"), options.epochs, growth=growth, config=config,
+        )  # fmt: skip
+        rows = run(setting, options.arms, options.seeds, options.out)
+    mine = [row for row in rows if all(row.get(key) == value for key, value in config.items())]
+    table(mine, f"MNIST, {options.rows:,} rows, {options.epochs} epochs {config['settings']}".rstrip())
+    if options.picture:
+        save_picture(mine, options.seeds[0], options.picture)
+
+
+if __name__ == "__main__":
+    main()
