@@ -27,6 +27,9 @@ bench: $(READY)
 	$(BIN)/python examples/benchmarks/structure_mnist.py --table
 	$(BIN)/python examples/benchmarks/structure_cifar10.py --width 16 --classes 2 --rows 2000 --epochs 6 --tune 3 --seeds 1 \
 		--set batch=32 lasso=0.004
+	$(BIN)/python examples/benchmarks/tickets_mnist.py --net lenet
+	$(BIN)/python examples/benchmarks/tickets_mnist.py --net wide
+	$(BIN)/python examples/benchmarks/growth_mnist.py
 	$(BIN)/python examples/benchmarks/optimizer_step.py
 	$(BIN)/python examples/benchmarks/train_overhead.py
 	$(BIN)/python examples/benchmarks/slim_latency.py

@@ -1,5 +1,6 @@
 """Train once on scikit-learn's handwritten digits, watch which channels the data asks for, take a smaller model; then
-choose the rows worth training on from a pool with wrong labels; then the examples worth showing to a frozen model.
+choose the rows worth training on from a pool with wrong labels; then the examples worth showing to a frozen model; then
+grow the same net from a few channels.
 
     python examples/quickstart.py            # about a minute on two CPU cores; results under runs/quickstart/
 
@@ -28,6 +29,8 @@ from transformers import (
 
 from hf_effdl import (
     ExamplePool,
+    GrowingArguments,
+    GrowingTrainer,
     LinearProbes,
     SegGptInContext,
     SplitLBIArguments,
@@ -144,11 +147,21 @@ def choose_examples(queries: int, pool_rows: int, out: Path) -> dict[str, float]
     return scores
 
 
-def new_model() -> ResNetForImageClassification:
+def grow(epochs: float, max_macs: int, out: Path, train: Dataset, test: Dataset) -> GrowingTrainer:
+    """A run of the same net that begins with a quarter of its channels and may grow to `max_macs`."""
+    args = GrowingArguments(
+        str(out), num_train_epochs=epochs, max_macs=max_macs, save_strategy="no", save_total_limit=1, **SHARED
+    )
+    trainer = GrowingTrainer(new_model(4), args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
+    trainer.train()
+    return trainer
+
+
+def new_model(width: int = 16) -> ResNetForImageClassification:
     set_seed(0)
     return ResNetForImageClassification(
         ResNetConfig(
-            num_channels=1, embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 1], layer_type="basic",
+            num_channels=1, embedding_size=width, hidden_sizes=[width, 2 * width, 4 * width], depths=[1, 1, 1], layer_type="basic",
             id2label={i: str(i) for i in range(10)}, label2id={str(i): i for i in range(10)},
         )
     )  # fmt: skip
@@ -158,7 +171,8 @@ def accuracy(prediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def plain_sgd(model, epochs: float, out: Path, train: Dataset, test: Dataset, **options) -> float:
+def plain_sgd(model, epochs: float, out: Path, train: Dataset, test: Dataset, **options) -> list[dict[str, float]]:
+    """Train, and return every evaluation."""
     args = TrainingArguments(
         str(out),
         optim="sgd",
@@ -169,7 +183,8 @@ def plain_sgd(model, epochs: float, out: Path, train: Dataset, test: Dataset, **
     )
     trainer = Trainer(model, args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
     trainer.train()
-    return trainer.evaluate()["eval_accuracy"]
+    trainer.evaluate()
+    return [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
 
 
 def main() -> None:
@@ -186,27 +201,29 @@ def main() -> None:
     start = time.time()
     train, test = digits()
 
-    print("\n[1/6] the same net with plain SGD, for comparison", flush=True)
-    baseline = plain_sgd(new_model(), options.epochs, options.out / "sgd", train, test)
+    print("\n[1/7] the same net with plain SGD, for comparison", flush=True)
+    dense = plain_sgd(new_model(), options.epochs, options.out / "sgd", train, test)
 
-    print("\n[2/6] one run with split LBI", flush=True)
+    print("\n[2/7] one run with split LBI", flush=True)
     args = SplitLBIArguments(str(options.out), num_train_epochs=options.epochs, save_strategy="no", **SHARED)
     trainer = SplitLBITrainer(new_model(), args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
     trainer.train()
 
-    print("\n[3/6] the accuracy of smaller models taken from it, without training again", flush=True)
+    print("\n[3/7] the accuracy of smaller models taken from it, without training again", flush=True)
     curve = trainer.evaluate_path(shares=(0.9, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1))
     print(markdown_table(curve, {"macs": "MACs", "params": "parameters", "accuracy": "accuracy"}))
 
-    print(f"\n[4/6] the model with {options.macs:.0%} of the MACs, fine-tuned", flush=True)
+    print(f"\n[4/7] the model with {options.macs:.0%} of the MACs, fine-tuned", flush=True)
     small = trainer.slim(macs=options.macs, bn_batches=8)
     cut = trainer.evaluate_model(small)["accuracy"]
-    tuned = plain_sgd(small, options.tune_epochs, options.out / "tune", train, test, learning_rate=0.05)
+    tuned = plain_sgd(small, options.tune_epochs, options.out / "tune", train, test, learning_rate=0.05)[-1][
+        "eval_accuracy"
+    ]
 
-    print(f"\n[5/6] {options.budget:.0%} of a pool with a fifth of its labels wrong", flush=True)
+    print(f"\n[5/7] {options.budget:.0%} of a pool with a fifth of its labels wrong", flush=True)
     chosen = choose_rows(options.budget, options.select_epochs, options.out, test)
 
-    print("\n[6/6] which example to show a frozen model: a tiny SegGPT on scenes of digits", flush=True)
+    print("\n[6/7] which example to show a frozen model: a tiny SegGPT on scenes of digits", flush=True)
     shown = choose_examples(options.queries, options.scenes, options.out)
 
     report = small.config.effdl_report
@@ -214,12 +231,21 @@ def main() -> None:
         {key: report[key][side] for key in ("params", "macs", "latency_ms")} for side in ("before", "after")
     )
     trainer.results = {
-        "dense, plain SGD": {"accuracy": baseline, **before},
+        "dense, plain SGD": {"accuracy": dense[-1]["eval_accuracy"], **before},
         "dense, split LBI": {"accuracy": trainer.evaluate_model(trainer.model)["accuracy"], **before},
         "masked on the support": {"accuracy": trainer.evaluate_masked()["accuracy"], **before},
         "slim": {"accuracy": cut, **after},
         "slim, fine-tuned": {"accuracy": tuned, **after},
     }
+
+    print("\n[7/7] growing the same net from a seed of 4 channels", flush=True)
+    grown = grow(options.epochs, before["macs"] // 2, options.out / "grown", train, test)
+    cost = 3 * before["macs"] * len(train)  # of one epoch of the dense net
+    grown.dense_curve = [
+        {"training_macs": cost * entry["epoch"], "accuracy": entry["eval_accuracy"]} for entry in dense
+    ]
+    grown.plot_growth().savefig(options.out / "growth.png", dpi=110)
+
     trainer.save_model()
     trainer.create_model_card(model_name="digits-resnet", dataset="scikit-learn digits", tasks="image-classification")
     folder = trainer.save_slim(
@@ -241,6 +267,19 @@ def main() -> None:
     columns = {"strategy": "the example was chosen by", "iou": "mean IoU"}
     print(f"\n{markdown_table([{'strategy': name, 'iou': value} for name, value in shown.items()], columns)}")
     print(f"\nqueries, examples and predictions: {options.out / 'prompts' / 'prompts.png'}")
+    last, counts = grown.growth_curve[-1], grown.groups[0].network.count()
+    rows = [{"model": name, **trainer.results[name], "training": 1.0} for name in list(trainer.results)[:2]]
+    rows += [{
+        "model": "grown", **counts, "accuracy": last["accuracy"],
+        "training": last["training_macs"] / (cost * options.epochs),
+    }]  # fmt: skip
+    columns = {k: k for k in ("model", "accuracy", "params", "macs")} | {"training": "training MACs (dense = 1)"}
+    print(f"\n{markdown_table(rows, columns)}")
+    sizes = (new_model(4).config, grown.model.config)
+    print(
+        f"\nstage widths {sizes[0].hidden_sizes} -> {sizes[1].hidden_sizes}, of at most half the dense net's MACs\n"
+        f"widths over the steps and accuracy against training cost: {options.out / 'growth.png'}"
+    )
 
 
 if __name__ == "__main__":

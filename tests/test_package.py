@@ -12,7 +12,7 @@ import hf_effdl
 
 PACKAGE = Path(hf_effdl.__file__).parent
 PURE = [f"structure/{name}.py" for name in (
-    "groups", "param_group_checks", "path", "prox", "schedule", "sharding", "split_lbi")]  # fmt: skip
+    "groups", "param_group_checks", "path", "prox", "schedule", "settling", "sharding", "split_lbi")]  # fmt: skip
 PURE += [f"samples/{name}.py" for name in ("uncertainty", "sampling", "noise", "planning")]
 LIGHT = {
     "torch",

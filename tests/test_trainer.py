@@ -18,6 +18,7 @@ from hf_effdl import SparsePath, SplitLBI, SplitLBIArguments, SplitLBICallback, 
 from hf_effdl.structure.arguments import scheduled_rates
 from hf_effdl.structure.evaluation import evaluate_model, projected, training_inputs
 from hf_effdl.structure.groups import mask
+from hf_effdl.structure.schedule import derive_path
 from hf_effdl.structure.slim import recalibrate_batch_norm
 from hf_effdl.structure.trainer import last_complete_checkpoint
 
@@ -350,6 +351,18 @@ def test_what_cannot_work_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(SplitLBIArguments, "n_gpu", 2)
     with pytest.raises(ValueError, match="DataParallel.*torchrun"):
         SplitLBITrainer(tiny_run.model(), args, train_dataset=tiny_run.images(8, 1))
+
+
+def test_a_path_may_fill_the_first_part_of_a_run(tmp_path):
+    """It is as long as that of a run that ends there, with the learning rates of the whole run."""
+    args = SplitLBIArguments(str(tmp_path), path_share=0.25, lr_scheduler_type="linear", use_cpu=True)
+    rates = scheduled_rates(args, 4000)[:1000]
+    assert args.split_lbi_kwargs(4000)["nu"] == pytest.approx(sum(rates) / 3.7)
+    expected = derive_path(sum(rates))
+    assert {name: args.split_lbi_kwargs(4000)[name] for name in expected} == pytest.approx(expected)
+    for share in (0, 1.5, -1):
+        with pytest.raises(ValueError, match=f"path_share={share}: it is a share of the run"):
+            SplitLBIArguments(str(tmp_path), path_share=share, use_cpu=True)
 
 
 @pytest.mark.parametrize("name", ["nu", "kappa", "learning_rate", "lam", "path_scale", "path_length", "ridge_length"])
