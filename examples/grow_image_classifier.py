@@ -4,8 +4,8 @@
         --output_dir runs/beans --num_train_epochs 30 --max-macs-share 0.5
     torchrun --nproc_per_node 2 examples/grow_image_classifier.py --config beans.yaml --push_to_hub
 
-The net begins with the depths and a quarter of the widths of the dense net named, with new weights, and grows where its
-support saturates, until it has the share of the dense net's multiply-accumulates (`--max_macs`: an absolute bound).
+The net begins with new weights, the depths and a quarter of the widths of the dense net named, and grows where its
+support saturates, to at most that share of the dense net's multiply-accumulates (`--max_macs`: an absolute bound).
 `--config file.yaml` holds any of the arguments as `name: value`; the command line wins. All fields of
 `GrowingArguments` (a `TrainingArguments`) are arguments too.
 """

@@ -37,6 +37,7 @@ GROWTH = {
     "growth_release": False,
 }
 SHARED = {**tiny_run.SHARED, **GROWTH, "num_train_epochs": 4}
+USUAL = {"growth_init": "split", "growth_release": True}  # the defaults; without them old units go on bit for bit
 POINTS = ("before", "inside", "renaming", "renamed")
 
 
@@ -93,7 +94,7 @@ def main(arguments: list[str]) -> None:
     for name in options.ddp or [""]:
         if options.pause and name == (options.ddp or [""])[-1]:
             pause_at(options.pause, options.out / "paused")
-        run = plain_trainer(options.out / name, 2) if name else trainer(options.out)
+        run = plain_trainer(options.out / name, 2, **USUAL) if name else trainer(options.out, **USUAL)
         run.train(resume_from_checkpoint=options.resume)
         torch.save(outcome(run), options.out / (f"{name}-{dist.get_rank()}.pt" if name else "final.pt"))
     if options.ddp:

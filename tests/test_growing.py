@@ -559,9 +559,9 @@ def forks():
     runs.server.wait()
 
 
-def test_a_run_killed_at_every_point_of_a_growth_step_and_resumed_equals_an_uninterrupted_one(
-    forks, finished, tmp_path
-):
+def test_a_run_killed_at_every_point_of_a_growth_step_and_resumed_equals_an_uninterrupted_one(forks, tmp_path):
+    whole = growing_run.trainer(tmp_path / "whole", **growing_run.USUAL)
+    whole.train()
     flags = []
     for point in growing_run.POINTS:
         pid = forks.start(tmp_path, *flags, "--pause", point)
@@ -583,7 +583,7 @@ def test_a_run_killed_at_every_point_of_a_growth_step_and_resumed_equals_an_unin
         forks.end()
     forks.start(tmp_path, "--resume")
     assert forks.end() == 0
-    assert_same(torch.load(tmp_path / "final.pt", weights_only=True), finished)
+    assert_same(torch.load(tmp_path / "final.pt", weights_only=True), growing_run.outcome(whole))
 
 
 # ---- bounds
@@ -626,12 +626,13 @@ def test_the_ridge_is_released_after_the_last_round_and_the_path_goes_on_at_its_
 
     def hyper(folder):
         saved = torch.load(folder / "optimizer.pt", weights_only=True)["param_groups"][0]
-        return saved["nu"], saved["path_scale"]
+        return saved["nu"], saved["path_scale"], saved["weight_decay"]
 
-    nu, path_scale = hyper(tmp_path / f"checkpoint-{rounds[-1]}")
+    nu, path_scale, decay = hyper(tmp_path / f"checkpoint-{rounds[-1]}")
+    assert decay == 0 and run.args.weight_decay == 0.01
     assert nu == pytest.approx(run.args.split_lbi_kwargs(run.state.max_steps)["nu"])
     for folder in (f"checkpoint-{rounds[-1]}/grown", f"checkpoint-{run.state.max_steps}"):
-        assert hyper(tmp_path / folder) == pytest.approx((RELEASE * nu, RELEASE * path_scale))
+        assert hyper(tmp_path / folder) == pytest.approx((RELEASE * nu, RELEASE * path_scale, 0.01))
     # ||W - Gamma||^2 / (2 nu) is what the ridge weighs
     coupling = {entry["step"]: entry["coupling"] for entry in run.state.log_history if "coupling" in entry}
     assert coupling[rounds[-1] + 1] < 1e-4 * coupling[rounds[-1]]
@@ -931,7 +932,7 @@ def pair(tmp_path_factory):
 
 
 def test_two_processes_grow_alike_and_as_one(pair, tmp_path):
-    run = growing_run.plain_trainer(tmp_path)
+    run = growing_run.plain_trainer(tmp_path, **growing_run.USUAL)
     run.train()
     assert sum(map(bool, map(grew, by_round(run.history)))) >= 2
     alone = growing_run.outcome(run)

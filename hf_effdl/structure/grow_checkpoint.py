@@ -233,6 +233,8 @@ def grow_checkpoint(
     optimizer = grow_optimizer(optimizer, names, {name: p.shape for name, p in big.named_parameters()}, add)
     for group in optimizer["param_groups"] if last and args.growth_release else ():
         group |= {name: RELEASE * group[name] for name in ("nu", "path_scale")}
+        if group["penalty"]:  # had the ridge in its place
+            group["weight_decay"] = args.weight_decay
 
     part, target = folder / f".{GROWN}", folder / GROWN
     shutil.rmtree(part, ignore_errors=True)  # what a killed attempt left
