@@ -150,8 +150,9 @@ def choose_examples(queries: int, pool_rows: int, out: Path) -> dict[str, float]
 def grow(epochs: float, max_macs: int, out: Path, train: Dataset, test: list) -> GrowingTrainer:
     """A run of the same net that begins with a quarter of its channels and may grow to `max_macs`."""
     args = GrowingArguments(
-        str(out), num_train_epochs=epochs, max_macs=max_macs, save_strategy="no", save_total_limit=1, **SHARED
-    )
+        str(out), num_train_epochs=epochs, max_macs=max_macs, save_strategy="no", save_total_limit=1,
+        growth_rounds=2, growth_until=0.3, **SHARED,  # with more and shorter rounds the support would say little
+    )  # fmt: skip
     trainer = GrowingTrainer(new_model(4), args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
     trainer.train()
     return trainer

@@ -129,7 +129,7 @@ def test_a_saturated_group_grows_by_the_larger_of_step_and_factor_and_others_sta
 
 
 @pytest.mark.parametrize("bound", ["macs", "params"])
-def test_what_would_pass_a_bound_is_cut_down_to_what_fits_the_most_saturated_first(bound):
+def test_what_would_pass_a_bound_is_cut_down_alike_and_what_is_left_goes_to_the_most_saturated(bound):
     net, groups = mlp(3, 10, 40, 2)
     ties = growth_ties(net, groups, "stock")
     network, support = groups[0].network, {"0": (10, 10), "2": (38, 40)}
@@ -140,11 +140,16 @@ def test_what_would_pass_a_bound_is_cut_down_to_what_fits_the_most_saturated_fir
     whole = cost(18, 60)
     for limit in (cost(10, 40), cost(13, 40), cost(18, 40) + 1, cost(18, 53), whole - 1, whole):
         plan = plan_growth(groups, ties, support, settings(**{f"max_{bound}": limit}))
-        first = max(n for n in range(10, 19) if cost(n, 40) <= limit)
-        second = max(n for n in range(40, 61) if cost(first, n) <= limit)
-        assert plan == {k: v for k, v in {"0": first - 10, "2": second - 40}.items() if v}
+        shares = [k / 160 for k in range(161)]  # every share at which one of them gets a unit more
+        alike = max(
+            (10 + int(s * 8), 40 + int(s * 20)) for s in shares if cost(10 + int(s * 8), 40 + int(s * 20)) <= limit
+        )
+        first = max(n for n in range(alike[0], 19) if cost(n, alike[1]) <= limit)
+        second = max(n for n in range(alike[1], 61) if cost(first, n) <= limit)
+        assert plan == {k: v for k, v in {"0": first - 10, "2": second - 40}.items() if v}, limit
     support = {"0": (9, 10), "2": (40, 40)}  # now the other one comes first
-    assert plan_growth(groups, ties, support, settings(**{f"max_{bound}": cost(10, 60)})) == {"2": 20}
+    alike = plan_growth(groups, ties, support, settings(**{f"max_{bound}": cost(10, 60)}))
+    assert 0 < alike["0"] < 8 and 0 < alike["2"] < 20 and cost(10 + alike["0"], 41 + alike["2"]) > cost(10, 60)
     assert plan_growth(groups, ties, support, settings(max_width=45)) == {"0": 8, "2": 5}
 
 

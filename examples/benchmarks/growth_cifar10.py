@@ -29,8 +29,9 @@ from torch import nn
 
 
 # rows that differ in one of these never share a table
-KEYS = (*SHARED, "seed_width", "settings")
+KEYS = (*SHARED, "seed_width", "share", "settings")
 SEED_WIDTH = 16
+EVAL_BATCH = 2000  # of growth_arms.py, whose Trainers drop the last batch if it is smaller
 CONVOLUTIONS = (2, 2, 3, 3, 3)  # of VGG16, between its poolings
 
 
@@ -116,7 +117,11 @@ def verdict(rows: list[dict]) -> list[str]:
 
 def table(rows: list[dict]) -> None:
     for mine in by_settings(rows, KEYS):
-        title = f"{title_of(mine[0])}; from {mine[0]['seed_width']} filters in every layer"
+        first = mine[0]
+        title = (
+            f"{title_of(first)}; from {first['seed_width']} filters in every layer to at most {first['share']:.0%} of "
+            "the dense net's MACs"
+        )
         if not any(row["arm"] == "dense" for row in mine):
             print(f"\n{title}: {len(mine)} rows, none of dense to compare with")
             continue
@@ -127,6 +132,9 @@ def table(rows: list[dict]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__, "growth_cifar10.jsonl")
     parser.add_argument("--seed-width", type=int, default=SEED_WIDTH, help="filters of every layer to begin with")
+    parser.add_argument(
+        "--share", type=float, default=Setting.share, help="of the dense net's MACs that growth may reach"
+    )
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS, metavar="ARM")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="of GrowingArguments, for tuning")
     parser.add_argument("--picture", type=Path, default=None, help="also draw the first seed's growth")
@@ -135,21 +143,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not options.table:
         cuda = device_of(parser, options).type == "cuda"
         data, test = load(parser, options, torch.device("cpu"))  # Trainer moves every batch
+        if len(test[0]) % EVAL_BATCH:
+            parser.error(f"{len(test[0])} test rows: the last batch of {EVAL_BATCH} would be lost; change --classes")
         pairs = (text.split("=") for text in options.set)
         growth = {name: float(value) if "." in value else int(value) for name, value in pairs}
         config = config_of(options, len(data[0]), cuda)
-        config |= {"seed_width": options.seed_width, "settings": " ".join(sorted(options.set))}
+        config |= {name: getattr(options, name) for name in ("seed_width", "share")}
+        config["settings"] = " ".join(sorted(options.set))
         dense = dense_widths(options.net, options.width)
         setting = Setting(
             options.net, lambda widths: NETS[options.net](widths, options.classes), dense,
             [options.seed_width] * len(dense), data, test, options.epochs, options.batch, SETTINGS["lr"],
-            SETTINGS["weight_decay"], augment, config["precision"] == "bfloat16", growth, config=config,
+            SETTINGS["weight_decay"], augment, config["precision"] == "bfloat16", growth, options.share, config,
         )  # fmt: skip
         drop_cut_line(options.out)
         rows = run(setting, options.arms, options.seeds, options.out)
     table(rows)
     if options.picture:
-        asked = {name: getattr(options, name) for name in ("net", "width", "classes", "epochs", "batch", "seed_width")}
+        names = ("net", "width", "classes", "epochs", "batch", "seed_width", "share")
+        asked = {name: getattr(options, name) for name in names}
         asked |= {"settings": " ".join(sorted(options.set))} | ({"rows": options.rows} if options.rows else {})
         mine = [row for row in rows if all(row[key] == value for key, value in asked.items())]
         save_picture(mine, options.seeds[0], options.picture)

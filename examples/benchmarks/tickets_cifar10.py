@@ -204,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = config_of(options, len(data[0]), device.type == "cuda")
     bf16 = config["precision"] == "bfloat16"
     task = cifar_task(device, bf16, options.width, options.classes, options.batch, len(data[0]))
+    # rounds of a run this short may have no steps to say the speed of
+    task = replace(task, trained=lambda steps, start, said=task.trained: said(steps, start) if steps else None)
     setting = Setting(
         options.net, task, data, test, options.epochs, SETTINGS["lr"], SETTINGS["weight_decay"],
         tuple(options.budgets), config | {"augment": "crop, flip"},

@@ -66,8 +66,8 @@ def plan_growth(
     """New units by group for one round.
 
     A tie is saturated when the share of its units in the support is at least `growth_threshold`. Its largest group
-    grows from n to `max(n + growth_add, int(growth_ratio n))` units and the others in proportion, the most saturated
-    tie first; what would pass a bound is cut down to what fits.
+    grows from n to `max(n + growth_add, int(growth_ratio n))` units and the others in proportion. What would pass a
+    bound is cut down to what fits: alike for all saturated ties, and what is left goes to the most saturated first.
 
     Args:
         groups: the groups of the model.
@@ -83,18 +83,39 @@ def plan_growth(
         inside, units = (sum(support[name][i] for name in tie.shares if name in support) for i in (0, 1))
         if units and inside / units >= args.growth_threshold:
             saturated.append((inside / units, tie))
-    for _, tie in sorted(saturated, key=lambda item: -item[0]):
-        share = max(tie.shares.values())
-        largest = share * tie.steps
-        target = max(largest + args.growth_add, int(args.growth_ratio * largest))
-        for steps in range(-(-target // share), tie.steps, -1):
+    saturated.sort(key=lambda item: -item[0])
+    wishes = [(tie, _steps_wished(tie, args)) for _, tie in saturated]
+
+    def at(share: float) -> dict[str, int]:
+        steps = ((tie, tie.steps + int(share * (wish - tie.steps))) for tie, wish in wishes)
+        return sizes | {name: step * a for tie, step in steps for name, a in tie.shares.items()}
+
+    def holds(wanted: Mapping[str, int]) -> bool:
+        stock = model is None or not any(tie.fields for tie in ties) or _is_stock(model, groups, ties, wanted)
+        return fits(groups, wanted, args) and stock
+
+    # what does not fit is cut down alike for all; then, from the most saturated on, what one more step fits into
+    low, high = 0.0, 1.0
+    if fits(groups, at(high), args):
+        low = high
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(groups, at(middle), args) else (low, middle)
+    sizes = at(low) if holds(at(low)) else sizes
+    for tie, wish in wishes:
+        name, a = next(iter(tie.shares.items()))
+        for steps in range(wish, sizes[name] // a, -1):
             wanted = sizes | {name: steps * a for name, a in tie.shares.items()}
-            if fits(groups, wanted, args) and (
-                not tie.fields or model is None or _is_stock(model, groups, ties, wanted)
-            ):
+            if holds(wanted):
                 sizes = wanted
                 break
     return {group.name: sizes[group.name] - group.units for group in groups if sizes[group.name] > group.units}
+
+
+def _steps_wished(tie: Tie, args: Any) -> int:
+    share = max(tie.shares.values())
+    largest = share * tie.steps
+    return -(-max(largest + args.growth_add, int(args.growth_ratio * largest)) // share)
 
 
 def _is_stock(model: nn.Module, groups: Sequence[Group], ties: Iterable[Tie], sizes: Mapping[str, int]) -> bool:

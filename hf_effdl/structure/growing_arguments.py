@@ -24,9 +24,9 @@ class GrowingArguments(SplitLBIArguments):
         growth_ratio: factor of growth, at least 1.
         growth_init: what the new units start with, see `widen`. `"split"` by default: under the ridge of a short path
             new units whose outgoing slices are zero mostly fade before they are of use.
-        growth_release: let go of the ridge after the last round (`nu` and `path_scale` times `RELEASE`), and give lifted
-            tensors the weight decay of the others: the grown net then trains as with the plain base optimizer, and the
-            order of its units goes on being recorded.
+        growth_release: let go of the ridge after the last round (`nu` and `path_scale` times `RELEASE`), and give
+            lifted tensors the weight decay of the others: the grown net then trains as with the plain base optimizer,
+            and the order of its units goes on being recorded.
         growth_batch: training rows that `growth_init="gradmax"` looks at.
         growth_patience: rounds in a row without growth after which there are no more.
         max_macs: multiply-accumulates of one input row that growth must not pass; default: no bound.

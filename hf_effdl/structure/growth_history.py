@@ -160,4 +160,4 @@ def _plot_widths(axis: Any, history: Sequence[Row], end: int) -> None:
     axis.set_xlabel("optimizer step")
     axis.set_title("Units per group", loc="left", fontsize=11)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7, loc="upper left")
+    axis.legend(fontsize=7, loc="lower right")
