@@ -46,10 +46,9 @@ def growth(scripts):
 @pytest.fixture
 def run(scripts, tmp_path, monkeypatch, capsys):
     """A script's main on made-up images of four classes; gives the rows, the table and how many rows were made."""
-    tested = 80
 
     def made_up(split, folder):
-        random, n = np.random.default_rng(split == "test"), 240 if split == "train" else tested
+        random, n = np.random.default_rng(split == "test"), 240 if split == "train" else 80
         labels = np.arange(n) % 4
         return (random.integers(0, 60, (n, 32, 32, 3)) + 60 * labels[:, None, None, None]).astype(np.uint8), labels
 
@@ -59,8 +58,6 @@ def run(scripts, tmp_path, monkeypatch, capsys):
     file = tmp_path / "rows.jsonl"
 
     def run(name: str, *options: str) -> tuple[list[dict], str, int]:
-        nonlocal tested
-        tested = 2000 if name == "growth_cifar10" else 80
         before = len(file.read_text().splitlines()) if file.is_file() else 0
         small = ("--net", "vgg16", "--width", "4", "--classes", "4", "--batch", "16", "--seeds", "1")
         scripts[name].main([*small, "--out", str(file), *options])

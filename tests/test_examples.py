@@ -151,6 +151,7 @@ def test_the_quickstart_runs_and_leaves_its_pictures_and_cards(tmp_path):
         "--select-epochs", "1", "--queries", "6", "--scenes", "24", "--out", "quick", cwd=tmp_path,
     )  # fmt: skip
     assert "| slim, fine-tuned |" in out and "a stock config" in out and "| chosen, 227 rows |" in out
+    assert "| grown" in out
     scores = {row.split("|")[1].strip(): row.split("|")[2] for row in out.splitlines() if row.startswith("|")}
     assert float(scores["oracle"]) >= max(float(scores[name]) for name in ("random", "nearest", "dense"))
     for file in (
@@ -164,6 +165,7 @@ def test_the_quickstart_runs_and_leaves_its_pictures_and_cards(tmp_path):
         "slim/README.md",
         "slim/sparse_path.png",
         "slim/model.safetensors",
+        "growth.png",
         "README.md",
         "sparse_path.safetensors",
     ):

@@ -31,7 +31,6 @@ from torch import nn
 # rows that differ in one of these never share a table
 KEYS = (*SHARED, "seed_width", "share", "settings")
 SEED_WIDTH = 16
-EVAL_BATCH = 2000  # of growth_arms.py, whose Trainers drop the last batch if it is smaller
 CONVOLUTIONS = (2, 2, 3, 3, 3)  # of VGG16, between its poolings
 
 
@@ -143,8 +142,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not options.table:
         cuda = device_of(parser, options).type == "cuda"
         data, test = load(parser, options, torch.device("cpu"))  # Trainer moves every batch
-        if len(test[0]) % EVAL_BATCH:
-            parser.error(f"{len(test[0])} test rows: the last batch of {EVAL_BATCH} would be lost; change --classes")
         pairs = (text.split("=") for text in options.set)
         growth = {name: float(value) if "." in value else int(value) for name, value in pairs}
         config = config_of(options, len(data[0]), cuda)

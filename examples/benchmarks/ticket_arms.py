@@ -77,7 +77,7 @@ def search(setting: Setting, seed: int, budget: float, data: Data | None = None,
             folder, num_train_epochs=setting.epochs, per_device_train_batch_size=setting.task.batch,
             learning_rate=setting.lr, weight_decay=setting.weight_decay, lr_scheduler_type="constant", seed=seed,
             save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, dataloader_drop_last=True,
-            bf16=setting.config.get("precision") == "bfloat16",
+            bf16=setting.config.get("precision") == "bfloat16", use_cpu=setting.data[0].device.type == "cpu",
         )  # fmt: skip
         data = data or setting.data
         trainer = SplitLBITrainer(
