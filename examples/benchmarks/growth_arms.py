@@ -82,10 +82,11 @@ def common(setting: Setting, folder: str, seed: int, steps: int) -> dict[str, An
     per_epoch = len(setting.data[0]) // setting.batch
     return {
         "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": setting.batch, "seed": seed,
-        "per_device_eval_batch_size": math.gcd(len(setting.test[0]), 2000), "learning_rate": setting.lr, "weight_decay": setting.weight_decay,
-        "lr_scheduler_type": "linear", "max_grad_norm": 0.0, "save_strategy": "no", "eval_strategy": "steps",
-        "eval_steps": per_epoch, "logging_strategy": "no", "report_to": "none", "disable_tqdm": True,
-        "dataloader_drop_last": True, "bf16": setting.bf16, "use_cpu": setting.config.get("device") == "cpu",
+        "per_device_eval_batch_size": math.gcd(len(setting.test[0]), 2000), "learning_rate": setting.lr,
+        "weight_decay": setting.weight_decay, "lr_scheduler_type": "linear", "max_grad_norm": 0.0,
+        "save_strategy": "no", "eval_strategy": "steps", "eval_steps": per_epoch, "logging_strategy": "no",
+        "report_to": "none", "disable_tqdm": True, "dataloader_drop_last": True, "bf16": setting.bf16,
+        "use_cpu": setting.config.get("device") == "cpu",
     }  # fmt: skip
 
 
