@@ -151,7 +151,8 @@ def grow(epochs: float, max_macs: int, out: Path, train: Dataset, test: list) ->
     """A run of the same net that begins with a quarter of its channels and may grow to `max_macs`."""
     args = GrowingArguments(
         str(out), num_train_epochs=epochs, max_macs=max_macs, save_strategy="no", save_total_limit=1,
-        growth_rounds=2, growth_until=0.3, **SHARED,  # with more and shorter rounds the support would say little
+        # with shorter rounds the support would say little in a run of this length
+        growth_rounds=2, growth_until=0.3, growth_ratio=2.0, **SHARED,
     )  # fmt: skip
     trainer = GrowingTrainer(new_model(4), args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
     trainer.train()

@@ -62,7 +62,7 @@ class Setting:
     augment: Any = None
     bf16: bool = False
     growth: dict[str, Any] = field(default_factory=dict)  # for GrowingArguments
-    share: float = 0.55  # of the dense net's MACs that growth may reach
+    share: float = 0.52  # of the dense net's MACs that growth may reach
     config: dict[str, Any] = field(default_factory=dict)  # what tells these rows from others
 
     @property

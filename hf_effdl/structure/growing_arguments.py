@@ -41,11 +41,11 @@ class GrowingArguments(SplitLBIArguments):
             `save_strategy="best"`, `save_on_each_node` or `ignore_data_skip`, which cannot work across growth.
     """
 
-    growth_rounds: int = field(default=3, metadata={"help": "Rounds of growth."})
-    growth_until: float = field(default=0.2, metadata={"help": "Share of the run in which the rounds take place."})
+    growth_rounds: int = field(default=2, metadata={"help": "Rounds of growth."})
+    growth_until: float = field(default=0.1, metadata={"help": "Share of the run in which the rounds take place."})
     growth_threshold: float = field(default=0.8, metadata={"help": "Support share of a saturated group."})
     growth_add: int = field(default=8, metadata={"help": "New units at least."})
-    growth_ratio: float = field(default=2.0, metadata={"help": "Factor of growth."})
+    growth_ratio: float = field(default=3.0, metadata={"help": "Factor of growth."})
     growth_init: str = field(default="split", metadata={"help": "What new units start with."})
     growth_release: bool = field(default=True, metadata={"help": "No ridge after the last round."})
     growth_batch: int = field(default=64, metadata={"help": "Training rows for growth_init='gradmax'."})
