@@ -220,10 +220,11 @@ def table(rows: list[dict], title: str) -> None:
             print(f"seed {seed}: {first} " + " ".join(f"-> {value} at {step}" for step, value in widths.items()))
 
 
-def save_picture(rows: list[dict], seed: int, file: Path) -> None:
-    """Widths over steps, and accuracy against training MACs beside the dense net's curve, for one seed."""
+def save_picture(rows: list[dict], seed: int, file: Path, steps: int) -> None:
+    """Widths over a run's steps, and accuracy against training MACs beside the dense net's curve, for one seed."""
     from hf_effdl.structure.growth_history import plot_growth
 
     of = {row["arm"]: row for row in rows if row["seed"] == seed}
-    figure = plot_growth(of["grown"]["history"], of["grown"]["curve"], of["dense"]["curve"])
+    curve = [*of["grown"]["curve"][:-1], of["grown"]["curve"][-1] | {"step": steps}]
+    figure = plot_growth(of["grown"]["history"], curve, of["dense"]["curve"])
     figure.savefig(file, dpi=110)

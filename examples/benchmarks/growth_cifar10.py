@@ -161,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         asked = {name: getattr(options, name) for name in names}
         asked |= {"settings": " ".join(sorted(options.set))} | ({"rows": options.rows} if options.rows else {})
         mine = [row for row in rows if all(row[key] == value for key, value in asked.items())]
-        save_picture(mine, options.seeds[0], options.picture)
+        steps = options.epochs * (mine[0]["rows"] // options.batch)
+        save_picture(mine, options.seeds[0], options.picture, steps)
 
 
 if __name__ == "__main__":

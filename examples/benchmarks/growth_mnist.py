@@ -52,7 +52,7 @@ def main() -> None:
     mine = [row for row in rows if all(row.get(key) == value for key, value in config.items())]
     table(mine, f"MNIST, {options.rows:,} rows, {options.epochs} epochs {config['settings']}".rstrip())
     if options.picture:
-        save_picture(mine, options.seeds[0], options.picture)
+        save_picture(mine, options.seeds[0], options.picture, options.epochs * (options.rows // Setting.batch))
 
 
 if __name__ == "__main__":
