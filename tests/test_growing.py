@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -582,9 +583,10 @@ def test_a_run_killed_at_every_point_of_a_growth_step_and_resumed_equals_an_unin
     for step in (13, 20):
         pid = forks.start(tmp_path, "--resume")
         wait_for(forks.server, (tmp_path / f"checkpoint-{step}" / "model.safetensors").exists)
-        time.sleep(delay := random.SystemRandom().uniform(0, 0.3))
+        time.sleep(delay := random.SystemRandom().uniform(0, 0.1))
         print(f"killed {delay:.3f} s after checkpoint-{step} was begun")
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # on a fast machine the run may have ended
+            os.kill(pid, signal.SIGKILL)
         forks.end()
     forks.start(tmp_path, "--resume")
     assert forks.end() == 0
