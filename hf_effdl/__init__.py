@@ -34,10 +34,25 @@ _PUBLIC = {
     "structure.tickets": ["Ticket", "rewind", "transfer"],
     "structure.tracing": ["find_groups"],
     "structure.trainer": ["SplitLBITrainer"],
-    "vicl.auto": ["VisualInContextConfig", "VisualInContextModel", "VisualInContextPipeline"],
+    "vicl.aggregation": ["aggregate_rankings"],
+    "vicl.auto": [
+        "ListwiseRanker",
+        "ListwiseRankerConfig",
+        "VisualInContextConfig",
+        "VisualInContextModel",
+        "VisualInContextPipeline",
+    ],
+    "vicl.cascade": ["CascadeSelector"],
+    "vicl.designs": ["covering_design", "knock_out"],
     "vicl.feature_matching": ["FeatureMatching"],
+    "vicl.held_out": ["near_duplicates", "read_splits", "split_pool", "write_splits"],
     "vicl.labels": ["measure_examples"],
+    "vicl.losses": ["neural_ndcg_loss", "pairwise_margin_loss"],
     "vicl.pool": ["ExamplePool"],
+    "vicl.ranker_selector": ["RankerSelector"],
+    "vicl.ranker_trainer": ["RankerTrainer"],
+    "vicl.ranking_lists": ["RankingLists"],
+    "vicl.reliable": ["reliable_rows"],
     "vicl.seggpt_in_context": ["SegGptInContext"],
     "vicl.vision_encoders": ["VisionEncoder"],
     "weighting": ["WeightedTrainer"],
@@ -71,10 +86,25 @@ if TYPE_CHECKING:
     from hf_effdl.structure.tickets import Ticket, rewind, transfer
     from hf_effdl.structure.tracing import find_groups
     from hf_effdl.structure.trainer import SplitLBITrainer
-    from hf_effdl.vicl.auto import VisualInContextConfig, VisualInContextModel, VisualInContextPipeline
+    from hf_effdl.vicl.aggregation import aggregate_rankings
+    from hf_effdl.vicl.auto import (
+        ListwiseRanker,
+        ListwiseRankerConfig,
+        VisualInContextConfig,
+        VisualInContextModel,
+        VisualInContextPipeline,
+    )
+    from hf_effdl.vicl.cascade import CascadeSelector
+    from hf_effdl.vicl.designs import covering_design, knock_out
     from hf_effdl.vicl.feature_matching import FeatureMatching
+    from hf_effdl.vicl.held_out import near_duplicates, read_splits, split_pool, write_splits
     from hf_effdl.vicl.labels import measure_examples
+    from hf_effdl.vicl.losses import neural_ndcg_loss, pairwise_margin_loss
     from hf_effdl.vicl.pool import ExamplePool
+    from hf_effdl.vicl.ranker_selector import RankerSelector
+    from hf_effdl.vicl.ranker_trainer import RankerTrainer
+    from hf_effdl.vicl.ranking_lists import RankingLists
+    from hf_effdl.vicl.reliable import reliable_rows
     from hf_effdl.vicl.seggpt_in_context import SegGptInContext
     from hf_effdl.vicl.vision_encoders import VisionEncoder
     from hf_effdl.weighting import WeightedTrainer

@@ -1,4 +1,4 @@
-"""The growth example as a user would run it: on one process with a push to a Hub, and on two."""
+"""The growth example as a user would run it: with a push to a Hub, under accelerate launch, and on two processes."""
 
 import json
 import subprocess
@@ -96,6 +96,15 @@ def test_the_grown_model_loads_from_the_hub_where_the_package_cannot_be_imported
     assert not any("checkpoint" in name for name in files)
     card = files["README.md"].decode()
     assert "## Growth" in card and 'from_pretrained("tester/grown")' in card and "growing" in card.partition("# ")[0]
+
+
+def test_the_example_runs_under_accelerate_launch(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    out = run(
+        str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "1", str(SCRIPT), "--config", str(config),
+        "--output_dir", "out", "--max_steps", "8", "--growth_rounds", "1", "--eval_strategy", "no", cwd=tmp_path,
+    )  # fmt: skip
+    check(out, tmp_path / "out")
 
 
 def test_the_example_runs_on_two_processes_and_reports_once(config, tmp_path, monkeypatch):

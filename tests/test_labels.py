@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from labels_run import COUNT, K
+from labels_run import COUNT, TIMED, K
 from safetensors.torch import load_file
 from scenes import TASKS, make_model, make_pool, tiny_encoder
 
@@ -53,9 +53,10 @@ def start(*arguments: object, processes: int = 1) -> subprocess.Popen:
     )
 
 
-def finished(run: subprocess.Popen) -> None:
+def finished(run: subprocess.Popen) -> str:
     said = run.communicate(timeout=200)[1].decode()
     assert run.returncode == 0 and "Traceback" not in said, said[-2000:]
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_a_budget_measures_on_that_many_images(pools, expected, runs, tmp_path, 
     candidates, performance = measure_examples(model, pool, candidates=K, queries=9, seed=3, cache_dir=tmp_path)
     assert "9/9" in capsys.readouterr().err
     rows = (candidates >= 0).all(1)
-    assert rows.sum() == 9 and sum(runs) == 9 * K and (candidates[~rows] == -1).all()
+    assert rows.sum() == 9 and sum(runs) == 9 * K + TIMED and (candidates[~rows] == -1).all()
     assert torch.equal(candidates[rows], expected[0][rows])
     torch.testing.assert_close(performance[rows], expected[1][rows])
     assert (performance[~rows] == 0).all()
@@ -121,8 +122,146 @@ def test_a_larger_budget_goes_on_from_a_smaller_one(pools, expected, runs, monke
     torch.testing.assert_close(found[1], expected[1])
 
 
+@pytest.mark.parametrize("form", [list, torch.tensor, np.array, iter, "ids"])
+def test_named_images_are_measured_on_in_their_order(pools, expected, runs, form):
+    pool, named = make_pool(pools, count=COUNT), [17, 0, 5]
+    queries = [pool.ids[row] for row in named] if form == "ids" else form(named)
+    candidates, performance = measure_examples(make_model(), pool, candidates=K, queries=queries, progress=False)
+    assert (candidates >= 0).all(1).nonzero()[:, 0].tolist() == sorted(named) and runs == [3 * K]
+    assert torch.equal(candidates[named], expected[0][named])
+    torch.testing.assert_close(performance[named], expected[1][named])
+
+
+def test_a_longer_list_goes_on_from_the_one_it_begins_with(pools, runs, monkeypatch, tmp_path):
+    monkeypatch.setattr(labels, "PART", 2)
+    pool, options = make_pool(pools, count=COUNT), {"candidates": K, "cache_dir": tmp_path, "progress": False}
+    measure_examples(make_model(), pool, queries=[17, 0], **options)
+    measure_examples(make_model(), pool, queries=[17, 0, 5, 3], **options)
+    assert runs == [2 * K] * 2
+
+
+@pytest.mark.parametrize("queries,count", [(None, COUNT - 4), (7, 7), ([0, 8, 20], 3)])
+def test_excluded_images_are_neither_measured_on_nor_shown(pools, queries, count):
+    pool, excluded = make_pool(pools, count=COUNT), [19, 2, 5, 11, 2]
+    options = {"candidates": K, "queries": queries, "seed": 1, "progress": False}
+    candidates, performance = measure_examples(make_model(), pool, exclude=excluded, **options)
+    rows = (candidates >= 0).all(1).nonzero()[:, 0].tolist()
+    assert len(rows) == count and not set(rows) & set(excluded) and not np.isin(candidates, excluded).any()
+    assert (candidates >= 0).sum() == len(rows) * K and not performance[candidates < 0].any()
+    every, known = measure_examples(make_model(), pool, progress=False)
+    for row in rows:  # the nearest of those that are left, with what they do among all
+        left = [place for place, other in enumerate(every[row].tolist()) if other not in excluded][:K]
+        assert torch.equal(candidates[row], every[row][left])
+        torch.testing.assert_close(performance[row], known[row][left])
+    by_id = measure_examples(make_model(), pool, exclude=[pool.ids[row] for row in excluded], **options)
+    assert torch.equal(by_id[0], candidates) and torch.equal(by_id[1], performance)
+    few = measure_examples(make_model(), pool, exclude=range(3, COUNT), progress=False)[0]
+    assert [sorted(row) for row in few[:3].tolist()] == [[1, 2], [0, 2], [0, 1]] and (few[3:] == -1).all()
+
+
+def test_nothing_excluded_is_as_if_it_was_not_said(pools, expected, runs, tmp_path):
+    pool, options = make_pool(pools, count=COUNT), {"candidates": K, "cache_dir": tmp_path, "progress": False}
+    measure_examples(make_model(), pool, **options)
+    runs.clear()
+    found = measure_examples(make_model(), pool, exclude=[], **options)
+    assert not runs and torch.equal(found[0], expected[0])
+
+
+def test_images_that_cannot_be_named_are_refused(pools):
+    pool, model = make_pool(pools, count=COUNT), make_model()
+    for wrong, message in (
+        ({"queries": ["scene 1", "scene 77"]}, "queries: id 'scene 77' is not in this pool.*texts are ids"),
+        ({"queries": ["1"]}, "id '1' is not in this pool"),
+        ({"queries": [1, COUNT]}, f"queries holds row {COUNT}: the pool has rows 0 to {COUNT - 1}"),
+        ({"exclude": [-1]}, "exclude holds row -1"),
+        ({"exclude": ["scene 77"]}, "exclude: id 'scene 77'"),
+        ({"queries": [4, 1, "scene 4"]}, "queries holds row 4, 'scene 4', 2 times"),
+        ({"queries": []}, "queries is empty"),
+        ({"queries": [4, 1], "exclude": ["scene 1"]}, "row 1, 'scene 1', is in queries and in exclude"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measure_examples(model, pool, candidates=K, progress=False, **wrong)
+    for wrong, message in (
+        ({"queries": "scene 1"}, "queries='scene 1': pass a list"),
+        ({"exclude": 3}, "exclude=3: pass a list of rows"),
+        ({"queries": True}, "queries=True: pass a list"),
+        ({"exclude": torch.ones(COUNT).bool()}, "exclude holds True.*rows of a mask"),
+        ({"queries": [1.0]}, "queries holds 1.0"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            measure_examples(model, pool, candidates=K, progress=False, **wrong)
+    assert model.config.performance is None
+
+
+def test_the_cost_is_told_before_it_is_paid(pools, monkeypatch, tmp_path, capsys):
+    pool, model, clock, sizes = make_pool(pools, count=COUNT), make_model(), [0.0], []
+    said = []
+    measure = labels.Examples.measure
+
+    def seven_minutes_each(self, queries, rows):
+        said.append(capsys.readouterr().err)
+        sizes.append(rows.numel())
+        clock[0] += 400 * rows.numel() if len(sizes) > 1 else 1e6  # the first one warms up
+        return measure(self, queries, rows)
+
+    monkeypatch.setattr(labels.Examples, "measure", seven_minutes_each)
+    monkeypatch.setattr(labels.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(labels, "PART", 16)
+    options = {"candidates": 10, "cache_dir": tmp_path}
+    measure_examples(model, pool, **options)
+    assert sizes == [1, 1, 160, 60]  # a slow model is tried with one pair only
+    assert "measuring: 220 runs of the frozen model, 10 examples on each of 22 images\n" in said[0]
+    assert "measuring: about 24.4 h at 4e+02 s a run on cpu\n" in said[2] and "done before" not in "".join(said)
+    measure_examples(model, pool, **options)
+    assert len(sizes) == 4
+    last = capsys.readouterr().err
+    assert "22 images, 220 of them done before\n" in last and "about" not in last
+    max((tmp_path.glob("*/*.safetensors")), key=lambda file: file.stat().st_size).unlink()
+    measure_examples(model, pool, **options)
+    assert sizes[4:] == [1, 1, 160] and "measuring: about 17.8 h" in said[6] and "60 of them done before" in said[4]
+    measure_examples(model, pool, candidates=3, progress=False)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds,sizes", [(0.01, [1, 1, 5, 5, 60, 60]), (0.1, [1, 1, 5, 5]), (1.0, [1, 1])])
+def test_a_fast_model_is_timed_in_batches(pools, monkeypatch, seconds, sizes):
+    pool, clock, tried = make_pool(pools, count=COUNT), [0.0], []
+
+    def measure(self, queries, rows):
+        tried.append(rows.numel())
+        clock[0] += seconds * rows.numel()
+
+    monkeypatch.setattr(labels.Examples, "measure", measure)
+    monkeypatch.setattr(labels.time, "perf_counter", lambda: clock[0])
+    model = make_model()
+    examples = labels.Examples(pool, model, labels.find_task(model.config.task))
+    found = labels._seconds_each(examples, torch.arange(16), 5, torch.zeros(COUNT, dtype=torch.bool), 10**6)
+    assert tried == sizes and found == pytest.approx(seconds)
+    tried.clear()
+    labels._seconds_each(examples, torch.arange(16), 5, torch.zeros(COUNT, dtype=torch.bool), 99)
+    assert tried == [1, 1]  # a twentieth of 99 runs is less than 5
+
+
+def test_the_slowest_process_is_waited_for(pools, monkeypatch, tmp_path, capsys):
+    pool, model = make_pool(pools, count=COUNT), make_model()
+    tried = []
+    monkeypatch.setattr(labels, "_seconds_each", lambda *given: tried.append(given[-1]) or 2.0)
+    examples = labels.Examples(pool, model, labels.find_task(model.config.task))
+    parts = torch.arange(COUNT).split(8)  # 8 + 6 and 8
+    labels._tell_cost(examples, parts, 5, torch.zeros(COUNT, dtype=torch.bool), None, 2)
+    assert "about 2.3 min at 2 s a run on cpu, shared by 2 processes" in capsys.readouterr().err
+    labels._tell_cost(examples, parts[:1], 1, torch.zeros(COUNT, dtype=torch.bool), None, 1)
+    assert "about 16.0 s at 2 s a run" in capsys.readouterr().err
+    labels._file(tmp_path, parts[0]).touch()
+    labels._tell_cost(examples, parts, 5, torch.zeros(COUNT, dtype=torch.bool), tmp_path, 2)
+    said = capsys.readouterr().err
+    assert "110 runs of the frozen model, 5 examples on each of 22 images, 40 of them done before" in said
+    assert "about 80.0 s at" in said and tried == [COUNT * 5, 8, 14 * 5]  # 8 and 6
+
+
 def test_a_run_of_two_processes_is_that_of_one(pools, expected, tmp_path):
-    finished(start(pools, "none", tmp_path / "two", processes=2))
+    said = finished(start(pools, "none", tmp_path / "two", processes=2))
+    assert said.count(f"measuring: {COUNT * K} runs") == said.count("shared by 2 processes") == 1
     two = [load_file(tmp_path / name) for name in ("two.0", "two.1")]
     for found in two:
         assert torch.equal(found["candidates"], expected[0])
@@ -130,7 +269,7 @@ def test_a_run_of_two_processes_is_that_of_one(pools, expected, tmp_path):
         assert torch.equal(found["set candidates"].long(), found["candidates"])
         assert torch.equal(found["set performance"], found["performance"])
     assert torch.equal(two[0]["performance"], two[1]["performance"])
-    assert [int(found["runs"]) for found in two] == [12 * K, 10 * K]
+    assert [int(found["runs"]) for found in two] == [12 * K + TIMED, 10 * K]
 
 
 def test_a_process_without_a_part_gets_the_whole_table(monkeypatch, tmp_path):
@@ -168,11 +307,12 @@ def test_a_run_that_was_killed_goes_on_where_it_was(pools, expected, tmp_path):
     run.stdout.close(), run.stderr.close()
     parts = {file: file.stat().st_mtime_ns for file in cache.glob("*/*.safetensors")}
     assert 2 <= len(parts) < 6 and not Path(f"{out}.0").exists()
-    finished(start(pools, cache, out))
+    said = finished(start(pools, cache, out))
+    assert f" images, {4 * len(parts) * K} of them done before" in said
     found = load_file(f"{out}.0")
     assert torch.equal(found["candidates"], expected[0])
     torch.testing.assert_close(found["performance"], expected[1], atol=1e-6, rtol=0)
-    assert int(found["runs"]) == (COUNT - 4 * len(parts)) * K
+    assert int(found["runs"]) == (COUNT - 4 * len(parts)) * K + TIMED
     assert all(file.stat().st_mtime_ns == then for file, then in parts.items())
 
 
@@ -192,7 +332,8 @@ def test_parts_of_something_else_are_not_taken(pools, runs, tmp_path):
     first = {"model": make_model(), "pool": pool, "candidates": K}
     separate = make_model(encoder=tiny_encoder(1))
     separate = type(separate).from_parts(separate.frozen, tiny_encoder())
-    changes = [{}, {"pool": others}, {"candidates": K - 1}, {"metric": share}, {"metric": agreement},
+    changes = [{}, {"pool": others}, {"candidates": K - 1}, {"exclude": [1]}, {"exclude": [2]},
+               {"metric": share}, {"metric": agreement},
                {"metric": share, "greater_is_better": False}, {"model": make_model(matching="nearest")},
                {"model": make_model(temperature=0.1)}, {"model": separate}, {"metric": foreground_iou}]  # fmt: skip
     tables = []
@@ -201,12 +342,12 @@ def test_parts_of_something_else_are_not_taken(pools, runs, tmp_path):
         model, pool = options.pop("model"), options.pop("pool")
         runs.clear()
         tables.append(measure_examples(model, pool, cache_dir=tmp_path / "cache", progress=False, **options)[1])
-        assert sum(runs) == COUNT * options["candidates"], change
+        assert sum(runs) == (COUNT - len(options.get("exclude", []))) * options["candidates"], change
         runs.clear()
         again = measure_examples(model, pool, cache_dir=tmp_path / "cache", progress=False, **options)[1]
         assert torch.equal(again, tables[-1]) and not runs
-    torch.testing.assert_close(tables[3], tables[4] + 1)
-    torch.testing.assert_close(tables[3], -tables[5])
+    torch.testing.assert_close(tables[5], tables[6] + 1)
+    torch.testing.assert_close(tables[5], -tables[7])
 
 
 def test_a_damaged_part_is_measured_again(pools, expected, runs, tmp_path, monkeypatch):
@@ -254,5 +395,9 @@ def test_what_cannot_be_measured_is_refused(pools, tmp_path):
     for queries in (0, -1, COUNT + 1):
         with pytest.raises(ValueError, match=f"queries={queries}: the pool has {COUNT} images"):
             measure_examples(make_model(), pool, queries=queries, progress=False)
+    with pytest.raises(ValueError, match=f"queries={COUNT - 1}: the pool has {COUNT - 2} images"):
+        measure_examples(make_model(), pool, queries=COUNT - 1, exclude=[3, 4], progress=False)
+    with pytest.raises(ValueError, match="the pool has 1 examples that are not excluded: at least two"):
+        measure_examples(make_model(), pool, exclude=range(1, COUNT), progress=False)
     with pytest.raises(ValueError, match="candidates=0: pass a whole number"):
         measure_examples(make_model(), pool, candidates=0, progress=False)

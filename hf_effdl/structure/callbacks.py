@@ -31,6 +31,17 @@ FSDP1 = (
 )
 
 
+def check_split_lbi(model: nn.Module, optimizer: Any, purpose: str) -> None:
+    """Refuse a run with another optimizer, or under FSDP1; `purpose` begins the sentence, such as "X needs"."""
+    if not isinstance(optimizer, SplitLBI):
+        raise ValueError(
+            f"{purpose} the SplitLBI optimizer, this Trainer has {type(optimizer).__name__}: pass "
+            "optimizer_cls_and_kwargs=(SplitLBI, {...}), or use SplitLBITrainer"
+        )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError(FSDP1)
+
+
 class SplitLBICallback(TrainerCallback):
     """Reports the groups, logs the support, evaluates the projected model and saves the path beside each checkpoint.
 
@@ -74,13 +85,7 @@ class SplitLBICallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, optimizer = kwargs["model"], unwrap(kwargs["optimizer"])
-        if not isinstance(optimizer, SplitLBI):
-            raise ValueError(
-                f"SplitLBICallback needs the SplitLBI optimizer, this Trainer has {type(optimizer).__name__}: pass "
-                "optimizer_cls_and_kwargs=(SplitLBI, {...}), or use SplitLBITrainer"
-            )
-        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-            raise ValueError(FSDP1)
+        check_split_lbi(model, optimizer, "SplitLBICallback needs")
         lifted = [group for group in optimizer.param_groups if group["penalty"] is not None]
         if not lifted:
             raise ValueError("no param group of SplitLBI has a penalty, so nothing would be selected; pass "

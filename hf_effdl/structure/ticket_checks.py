@@ -7,10 +7,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerState
 
-from hf_effdl.structure.callbacks import FSDP1
+from hf_effdl.structure.callbacks import check_split_lbi
 from hf_effdl.structure.path import ORDERS, one_budget
 from hf_effdl.structure.sharding import is_sharded
-from hf_effdl.structure.split_lbi import SplitLBI
 
 
 def check_search(settings: Mapping[str, Any]) -> None:
@@ -55,13 +54,7 @@ def last_step(settings: Mapping[str, Any], state: TrainerState) -> int:
 
 def check_run(model: nn.Module, optimizer: Any) -> None:
     """Refuse a run that no ticket can be read from."""
-    if not isinstance(optimizer, SplitLBI):
-        raise ValueError(
-            f"a ticket is read from the SplitLBI optimizer, this Trainer has {type(optimizer).__name__}: pass "
-            "optimizer_cls_and_kwargs=(SplitLBI, {...}), or use SplitLBITrainer"
-        )
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise ValueError(FSDP1)
+    check_split_lbi(model, optimizer, "a ticket is read from")
     if any(is_sharded(p) for p in model.parameters()):
         raise ValueError("the weights are sharded (FSDP2), and a ticket holds whole ones: find it with DDP, which a "
                          "search this short rarely needs more than")  # fmt: skip

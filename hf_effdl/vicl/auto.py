@@ -1,16 +1,23 @@
-"""Registers the model and its pipeline with transformers' Auto classes, so that they load without remote code."""
+"""Registers the models and the pipeline with transformers' Auto classes, so that they load without remote code."""
 
 from transformers import AutoConfig, AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from hf_effdl.vicl.configuration_listwise_ranker import ListwiseRankerConfig
 from hf_effdl.vicl.configuration_visual_in_context import VisualInContextConfig
+from hf_effdl.vicl.modeling_listwise_ranker import ListwiseRanker
 from hf_effdl.vicl.modeling_visual_in_context import VisualInContextModel
 from hf_effdl.vicl.pipeline_visual_in_context import TASK, VisualInContextPipeline
 
 
 AutoConfig.register(VisualInContextConfig.model_type, VisualInContextConfig)
 AutoModel.register(VisualInContextConfig, VisualInContextModel)
+AutoConfig.register(ListwiseRankerConfig.model_type, ListwiseRankerConfig)
+AutoModel.register(ListwiseRankerConfig, ListwiseRanker)
 # an Auto class by name, since a file on the Hub can only name one of those
 PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=VisualInContextPipeline, pt_model=AutoModel, type="image")
 
-__all__ = ["VisualInContextConfig", "VisualInContextModel", "VisualInContextPipeline"]
+__all__ = [
+    "ListwiseRanker", "ListwiseRankerConfig", "VisualInContextConfig", "VisualInContextModel",
+    "VisualInContextPipeline",
+]  # fmt: skip

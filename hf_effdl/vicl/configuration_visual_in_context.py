@@ -22,6 +22,7 @@ class VisualInContextConfig(PreTrainedConfig):
         pool_revision: commit of the pool.
         pool_fingerprint: of the pool that `performance` was measured on.
         performance: shape `[n, K]` of the table of measured performance in the weights; None: there is none.
+        selector: the selector that the model keeps, as plain values; None: there is none.
     """
 
     model_type = "effdl-visual-in-context"
@@ -35,6 +36,7 @@ class VisualInContextConfig(PreTrainedConfig):
     pool_revision: str | None = None
     pool_fingerprint: str | None = None
     performance: list[int] | None = None
+    selector: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.candidates, int) or self.candidates < 1:

@@ -4,16 +4,19 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .modeling_visual_in_context import VisualInContextModel
-from .pool_reader import PoolReader
+from .consensus import small
 from .visual_tasks import pixels
 
+
+if TYPE_CHECKING:  # the model keeps a selector
+    from .modeling_visual_in_context import VisualInContextModel
+    from .pool_reader import PoolReader
 
 # images, labels and features of the pool that are kept between calls
 CACHE_BYTES = 2**30
@@ -60,13 +63,14 @@ class Examples:
     """
 
     def __init__(
-        self, pool: PoolReader, model: VisualInContextModel, task: Any, metric: Any = None,
+        self, pool: "PoolReader", model: "VisualInContextModel", task: Any, metric: Any = None,
         greater_is_better: bool = True,
     ) -> None:  # fmt: skip
         self.pool, self.model, self.task = pool, model, task
         self.metric, self.greater_is_better = metric, greater_is_better
-        self._kept: dict[str, OrderedDict[int, Tensor]] = {"encoded": OrderedDict(), "labels": OrderedDict(),
-                                                           "grids": OrderedDict()}  # fmt: skip
+        self._kept: dict[str, OrderedDict[int, Tensor]] = {
+            kind: OrderedDict() for kind in ("encoded", "labels", "small", "grids")
+        }
         self._bytes, self._fingerprint = 0, pool.fingerprint
 
     def encoded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,6 +80,21 @@ class Examples:
     def grids(self, rows: Tensor) -> Tensor:
         """Unit features of every cell of the grid, `(*rows, gh gw, d)`; computed where the pool has not kept them."""
         return self._gather("grids", rows, self._features)
+
+    def small_labels(self, rows: Tensor) -> Tensor:
+        """Labels of at most 56 pixels a side, `(*rows, 3, h, w)`."""
+        return self._gather("small", rows, lambda part: small(self._draw(part)))
+
+    @torch.no_grad()
+    def answers(self, queries: Queries, rows: Tensor) -> Tensor:
+        """What the frozen model paints for each query when shown each of `rows (B, m)` alone: `(B, m, 3, h, w)`."""
+        asked = self.model.frozen.encode(queries.cells)
+        places = torch.arange(len(queries)).repeat_interleave(rows.shape[1])
+        parts = []
+        for b, flat in zip(places.split(CHUNK), rows.clamp(min=0).flatten().split(CHUNK), strict=True):
+            images, labels = self.encoded(flat)
+            parts.append(self.model.frozen.predict(asked[b.to(asked.device)], images[:, None], labels[:, None]))
+        return torch.cat(parts).unflatten(0, rows.shape)
 
     @torch.no_grad()
     def measure(self, queries: Queries, rows: Tensor) -> Tensor:

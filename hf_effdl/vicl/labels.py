@@ -3,6 +3,10 @@
 import hashlib
 import json
 import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from hf_effdl.vicl.example_selectors import Examples, Queries
+from hf_effdl.vicl.example_selectors import CHUNK, Examples, Queries
 from hf_effdl.vicl.modeling_visual_in_context import VisualInContextModel
 from hf_effdl.vicl.pool_reader import PoolReader
 from hf_effdl.vicl.pool_writer import processes
@@ -33,7 +37,8 @@ def measure_examples(
     pool: PoolReader,
     *,
     candidates: int | None = None,
-    queries: int | None = None,
+    queries: int | Iterable[int | str] | None = None,
+    exclude: Iterable[int | str] | None = None,
     seed: int = 0,
     metric: Any = None,
     greater_is_better: bool = True,
@@ -47,26 +52,36 @@ def measure_examples(
     "static" and "transfer" find it. Processes of `accelerate launch` or `torchrun` share the images, each on its
     device; all of them return the whole table.
 
+    Before it starts, the first process says on stderr how many runs that is, how many of them were done before, and
+    about how long the others take, from a few that are run and timed.
+
     Args:
         model: a `VisualInContextModel`.
         pool: made with the model's encoder.
         candidates: K examples each (default: the config's, 50); a smaller pool gives all others.
-        queries: how many pool images to measure on, drawn at random with `seed`; None: all.
+        queries: the pool images to measure on: how many, drawn at random with `seed`; or which, as rows (numbers) or
+            ids (texts), each once; None: all.
+        exclude: rows or ids of the pool that are neither measured on nor shown as an example, such as the `queries`
+            and `dropped` of a `Split`: rankers that are judged on them must not have seen them.
         metric, greater_is_better: see `Examples`; default: the task's own.
-        cache_dir: keeps finished parts of 16 images, so that a run that was cut off, or one on more images, goes on;
-            those of another model, pool, metric (by its name) or K are not mistaken for them.
-        progress: show a bar on the first process.
+        cache_dir: keeps finished parts of 16 images, so that a run that was cut off, or one on more images (a larger
+            number, or a list that begins with the same ones), goes on; those of another model, pool, metric (by its
+            name), `exclude` or K are not mistaken for them.
+        progress: tell the cost and show a bar on the first process.
 
     Returns:
         candidates `(n, K)` rows of the pool, -1 where not measured, and performance `(n, K)`, larger is better.
 
     Raises:
-        ValueError: for a pool of fewer than two examples or of another task or encoder, values that are not finite,
-            and for a metric without a name where parts are kept.
+        ValueError: for a pool of another task or encoder or of fewer than two examples that are not excluded, queries
+            that are excluded, occur twice or are not in the pool, values that are not finite, and for a metric
+            without a name where parts are kept.
+        TypeError: for queries or excluded rows that are neither numbers nor texts.
 
     Example:
         ```python
-        measure_examples(pipe.model, pool, cache_dir="labels")
+        split = split_pool(pool.ids, queries=100, vectors=pool.vectors)
+        measure_examples(pipe.model, pool, exclude=split.queries + split.dropped, cache_dir="labels")
         pipe(image, strategy="transfer")
         ```
 
@@ -74,38 +89,39 @@ def measure_examples(
     """
     if candidates is not None and candidates < 1:
         raise ValueError(f"candidates={candidates}: pass a whole number of at least 1")
-    count = min(candidates or model.config.candidates, len(pool) - 1)
+    excluded = torch.zeros(len(pool), dtype=torch.bool)
+    if exclude is not None:
+        excluded[_rows(pool, exclude, "exclude")] = True
+    left = len(pool) - int(excluded.sum())
+    count = min(candidates or model.config.candidates, left - 1)
     if count < 1:
-        raise ValueError(f"the pool has {len(pool)} examples: at least two are needed to measure one on another")
+        among = " that are not excluded" if excluded.any() else ""
+        raise ValueError(f"the pool has {left} examples{among}: at least two are needed to measure one on another")
     if pool.task != model.config.task:
         raise ValueError(f"the pool is for task={pool.task!r}, the model for task={model.config.task!r}")
     if pool.encoder["fingerprint"] != model.encoder.fingerprint:
         raise ValueError(
             "the pool was made with another encoder than the model's: make it again with encoder=model.encoder"
         )
-    if queries is not None and not 0 < queries <= len(pool):
-        raise ValueError(f"queries={queries}: the pool has {len(pool)} images to measure on")
+    asked = _asked(pool, queries, excluded, seed)
     task = find_task(model.config.task)
     folder = None
     if cache_dir is not None:
         name = None if metric is None else _name(metric)
-        folder = Path(cache_dir) / f"performance-{_key(model, pool, count, name, greater_is_better)}"
+        folder = Path(cache_dir) / f"performance-{_key(model, pool, count, name, greater_is_better, excluded)}"
         folder.mkdir(parents=True, exist_ok=True)
-    # in the order of the draw, so that more queries begin with the same parts
-    parts = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:queries].split(PART)
-    state, home = processes(), model.device
-    logger.info(f"{sum(map(len, parts)) * count:,} runs of the frozen model, {count} examples on each image")
+    parts, state, home = asked.split(PART), processes(), model.device
     mine = parts[state.process_index :: state.num_processes]
-    bar = tqdm(total=sum(map(len, mine)), desc="measuring", unit=" images",
-               disable=not (progress and state.is_main_process))  # fmt: skip
     examples = Examples(pool, model.to(state.device), task, metric, greater_is_better)
-    measured = []
+    measured, shown = [], progress and state.is_main_process
     try:
-        for rows in mine:
-            measured.append((rows, *_part(examples, rows, count, folder)))
-            bar.update(len(rows))
+        if shown:
+            _tell_cost(examples, parts, count, excluded, folder, state.num_processes)
+        with tqdm(total=sum(map(len, mine)), desc="measuring", unit=" images", disable=not shown) as bar:
+            for rows in mine:
+                measured.append((rows, *_part(examples, rows, count, excluded, folder)))
+                bar.update(len(rows))
     finally:
-        bar.close()
         model.to(home)  # where a pipeline expects it
     table = torch.full((len(pool), count), -1), torch.zeros(len(pool), count)
     for rows, found, performance in gather_object(measured):
@@ -114,23 +130,113 @@ def measure_examples(
     return table
 
 
-def _part(examples: Examples, rows: Tensor, count: int, folder: Path | None) -> tuple[Tensor, Tensor]:
+def _rows(pool: PoolReader, wanted: Any, name: str) -> Tensor:
+    """Rows of the pool, in the order given."""
+    values = wanted.tolist() if hasattr(wanted, "tolist") else wanted
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}={wanted!r}: pass a list of rows (numbers) or of ids (texts)")
+    rows = []
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, Integral | str):
+            raise TypeError(f"{name} holds {value!r}: pass rows (numbers) or ids (texts); mask.nonzero()[:, 0] are "
+                            "the rows of a mask")  # fmt: skip
+        try:
+            rows.append(pool.position(value) if isinstance(value, str) else int(value))
+        except KeyError as error:
+            raise ValueError(f"{name}: {error.args[0]}; numbers are rows, texts are ids") from None
+        if not 0 <= rows[-1] < len(pool):
+            raise ValueError(f"{name} holds row {value}: the pool has rows 0 to {len(pool) - 1}")
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def _asked(pool: PoolReader, queries: Any, excluded: Tensor, seed: int) -> Tensor:
+    """Rows to measure on. In the order of the draw or the list, so that more queries begin with the same parts."""
+    if queries is None or (isinstance(queries, Integral) and not isinstance(queries, bool)):
+        drawn = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+        drawn = drawn[~excluded[drawn]]
+        if queries is not None and not 0 < queries <= len(drawn):
+            raise ValueError(f"queries={queries}: the pool has {len(drawn)} images to measure on")
+        return drawn[:queries]
+    rows = _rows(pool, queries, "queries")
+    if not len(rows):
+        raise ValueError("queries is empty: name one image or more, or pass None for all")
+    values, times = rows.unique(return_counts=True)
+    if times.max() > 1:
+        row = int(values[times.argmax()])
+        raise ValueError(f"queries holds row {row}, {pool.ids[row]!r}, {times.max()} times: name every image once")
+    if excluded[rows].any():
+        row = int(rows[excluded[rows]][0])
+        raise ValueError(f"row {row}, {pool.ids[row]!r}, is in queries and in exclude: take it out of one of them")
+    return rows
+
+
+def _tell_cost(
+    examples: Examples, parts: Sequence[Tensor], count: int, excluded: Tensor, folder: Path | None, processes: int
+) -> None:
+    waiting = [[] if (file := _file(folder, rows)) and file.is_file() else rows for rows in parts]
+    images, left = sum(map(len, parts)), sum(map(len, waiting))
+    done = f", {(images - left) * count:,} of them done before" if left < images else ""
+    runs = f"{images * count:,} runs of the frozen model, {count} examples on each of {images:,} images"
+    print(f"measuring: {runs}{done}", file=sys.stderr, flush=True)
+    if not left:
+        return
+    each = _seconds_each(examples, parts[0], count, excluded, left * count)
+    longest = max(sum(map(len, waiting[i::processes])) for i in range(processes)) * count * each
+    amount, unit = next((longest / size, unit) for size, unit in ((3600, "h"), (60, "min"), (1, "s"))
+                        if longest > 2 * size or unit == "s")  # fmt: skip
+    among = f", shared by {processes} processes" if processes > 1 else ""
+    print(f"measuring: about {amount:.1f} {unit} at {each:.2g} s a run on {examples.model.device}{among}",
+          file=sys.stderr, flush=True)  # fmt: skip
+
+
+def _seconds_each(examples: Examples, rows: Tensor, count: int, excluded: Tensor, runs: int) -> float:
+    """Seconds of one of the runs to come, in batches as large as they allow: of a slow model one or two are tried."""
+    queries, found = _questions(examples, rows, count, excluded)
+    each = 0.0
+    for size in (1, 8, CHUNK):
+        b, k = max(1, size // count), min(size, count)
+        some = Queries(queries.cells[:b], {}, queries.truth[:b]), found[:b, :k]
+        # the estimate itself is to cost little
+        if size > 1 and (20 * some[1].numel() > runs or each * some[1].numel() > 2):
+            break
+        examples.measure(*some)  # encodes the examples, which are kept, and warms up the device
+        start = time.perf_counter()
+        examples.measure(*some)
+        each = (time.perf_counter() - start) / some[1].numel()
+    return each
+
+
+def _file(folder: Path | None, rows: Tensor) -> Path | None:
     # by the rows themselves, so that another seed or number of queries shares what it has in common
     digest = hashlib.sha256(str(rows.tolist()).encode()).hexdigest()[:16]
-    file = None if folder is None else folder / f"rows-{digest}.safetensors"
+    return None if folder is None else folder / f"rows-{digest}.safetensors"
+
+
+def _questions(examples: Examples, rows: Tensor, count: int, excluded: Tensor) -> tuple[Queries, Tensor]:
+    """Images of the pool as queries, and the nearest others of each that are not excluded."""
+    pool, model, task = examples.pool, examples.model, examples.task
+    images = [pool.image(row) for row in rows.tolist()]
+    seen = [task.query(image) for image in images]
+    cells = pixels(seen, model.image_size, model.resample).to(model.device)
+    truth = task.labels([pool.label(row) for row in rows.tolist()], images, model.image_size).to(model.device)
+    vectors = F.normalize(pool.vectors[rows].float(), dim=1)
+    _, found = pool.search(vectors, count + int(excluded.sum()), exclude=rows)
+    order = excluded[found].int().sort(dim=1, stable=True).indices[:, :count]
+    return Queries(cells, {}, truth), found.gather(1, order)
+
+
+def _part(
+    examples: Examples, rows: Tensor, count: int, excluded: Tensor, folder: Path | None
+) -> tuple[Tensor, Tensor]:
+    pool, file = examples.pool, _file(folder, rows)
     if file is not None and file.is_file():
         try:
             part = load_file(file)
             return part["candidates"], part["performance"]
         except (SafetensorError, KeyError):
             logger.warning(f"{file} is damaged and is measured again")
-    pool, model, task = examples.pool, examples.model, examples.task
-    images = [pool.image(row) for row in rows.tolist()]
-    seen = [task.query(image) for image in images]
-    cells = pixels(seen, model.image_size, model.resample).to(model.device)
-    truth = task.labels([pool.label(row) for row in rows.tolist()], images, model.image_size).to(model.device)
-    _, found = pool.search(F.normalize(pool.vectors[rows].float(), dim=1), count, exclude=rows)
-    performance = examples.measure(Queries(cells, {}, truth), found)
+    queries, found = _questions(examples, rows, count, excluded)
+    performance = examples.measure(queries, found)
     if not performance.isfinite().all():
         row = int(rows[(~performance.isfinite()).any(1)][0])
         raise ValueError(f"the metric is not finite on pool image {pool.ids[row]!r}: a metric has to be defined for "
@@ -150,9 +256,13 @@ def _name(metric: Any) -> str:
     return name
 
 
-def _key(model: VisualInContextModel, pool: PoolReader, count: int, metric: str | None, greater: bool) -> str:
+def _key(
+    model: VisualInContextModel, pool: PoolReader, count: int, metric: str | None, greater: bool, excluded: Tensor
+) -> str:
     parts = [type(model.frozen).__qualname__, model.config.frozen_model, model.config.task, pool.fingerprint, count,
              metric, greater]  # fmt: skip
+    if excluded.any():
+        parts.append(excluded.nonzero()[:, 0].tolist())
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     digest_weights(digest, model.frozen)
     return digest.hexdigest()[:16]

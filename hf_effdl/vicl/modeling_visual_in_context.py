@@ -7,20 +7,25 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, SegGptForImageSegmentation
 
+from .cascade import CascadeSelector
 from .configuration_visual_in_context import VisualInContextConfig
 from .feature_matching import FeatureMatching
+from .ranker_selector import RankerSelector
 from .seggpt_in_context import SegGptInContext
 from .vision_encoders import BICUBIC, VisionEncoder, commit_of
 
 
 DEFAULT = "BAAI/seggpt-vit-large"
+# selectors that a model can keep, by the name of the strategy
+KINDS = {selector.kind: selector for selector in (CascadeSelector, RankerSelector)}
 
 
 class VisualInContextModel(PreTrainedModel):
     """A frozen vision model that is shown examples, with all that is needed to choose them.
 
-    Three parts: `frozen`, the in-context model F; `encoder`, which the pool's vectors were made with; and, where it
-    was measured, the performance of the pool's examples on each other (`set_performance`). A backbone that has a
+    Its parts: `frozen`, the in-context model F; `encoder`, which the pool's vectors were made with; where it was
+    measured, the performance of the pool's examples on each other (`set_performance`); and, where one was fitted, the
+    `selector` that learnt from it (`set_selector`). A backbone that has a
     repository of its own is named in the config (id and revision) and not copied; weights that have none are embedded.
 
     Make one with `from_backbone` or `from_parts`, then `save_pretrained`, `push_to_hub` and `from_pretrained` as with
@@ -45,6 +50,8 @@ class VisualInContextModel(PreTrainedModel):
         self._shared: tuple[VisionEncoder, ...] = ()
         self.register_buffer("format", torch.tensor(1))  # a model of named backbones alone would have an empty file
         self._make_table(config.performance)
+        kept = config.selector
+        self.selector: nn.Module | None = None if kept is None else KINDS[kept["kind"]].from_settings(kept)
         # here the embedded parts, whose weights from_pretrained then reads; named ones in load_backbones
         self._build(embedded=True)
         self.post_init()
@@ -195,6 +202,24 @@ class VisualInContextModel(PreTrainedModel):
         self._make_table(self.config.performance)
         self.measured_candidates.copy_(candidates)
         self.measured_performance.copy_(performance)
+
+    def set_selector(self, selector: CascadeSelector | RankerSelector | None) -> "VisualInContextModel":
+        """Keep a selector, which is saved with the model and chooses by default from now on; None forgets it.
+
+        Raises:
+            TypeError: for what is neither a `CascadeSelector` nor a `RankerSelector`.
+            ValueError: for a cascade that was not fitted, or on other labels than the model's.
+        """
+        if selector is None:
+            self.selector, self.config.selector = None, None
+            self.config.strategy = "nearest" if self.config.strategy in KINDS else self.config.strategy
+            return self
+        if not isinstance(selector, tuple(KINDS.values())):
+            raise TypeError(f"selector is a {type(selector).__name__}: a model keeps a CascadeSelector or a "
+                            "RankerSelector; pass others to the pipeline")  # fmt: skip
+        self.config.selector = selector.settings(self.config)
+        self.selector, self.config.strategy = selector.to(self.device), selector.kind
+        return self
 
     @torch.no_grad()
     def forward(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:

@@ -1,7 +1,6 @@
 """The pipeline: for each image, choose examples from a pool, show them to a frozen vision model, read its answer."""
 
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
@@ -14,22 +13,21 @@ import torch
 from huggingface_hub import HfApi
 from PIL import Image
 from torch import nn
-from transformers import Pipeline, PreTrainedConfig, SegGptForImageSegmentation
+from transformers import Pipeline, PreTrainedConfig
 
 from .canvas_models import vote as count_votes
 from .configuration_visual_in_context import VisualInContextConfig
 from .example_panels import draw_panels
 from .example_selectors import Examples, Queries, find_strategy
 from .in_context_cards import write_model_card
-from .modeling_visual_in_context import VisualInContextModel
-from .pool_reader import MANIFEST, PoolReader
-from .seggpt_in_context import SegGptInContext
-from .vision_encoders import VisionEncoder
+from .modeling_visual_in_context import KINDS, VisualInContextModel
+from .pipeline_parts import check_pool, from_backbone, from_module, is_repository, named_pool, revision_of, save_pool
+from .pool_reader import PoolReader
 from .visual_tasks import find_task, pixels, to_rgb
 
 
 TASK = "visual-in-context-learning"
-FUSIONS = ("mean", "model")
+FUSIONS = ("mean", "weighted", "model")
 FORWARD = ("strategy", "num_examples", "fusion", "vote", "candidates", "seed")
 
 
@@ -43,8 +41,11 @@ class VisualInContextPipeline(Pipeline):
             `FeatureMatching`, a `SegGptForImageSegmentation`), which is joined with the pool's encoder; or the name of
             a backbone (SegGPT, or any vision encoder for feature matching), see `VisualInContextModel.from_backbone`;
             where the pool was made with another encoder than the backbone, that one is loaded too.
-        selector: how examples are chosen: "random", "nearest", "static", "dense", "transfer", "oracle", or a callable
-            `(queries, examples, count, candidates) -> (scores, rows)`; default: the model's `config.strategy`.
+        selector: how examples are chosen: "random", "nearest", "static", "dense", "transfer", "oracle"; a fitted
+            `CascadeSelector` or a `RankerSelector`, or "cascade" or "ranker" for one that the model keeps; or a
+            callable `(queries, examples, count, candidates) -> (scores, rows)`, and, where it knows them, the answers
+            `(B, count, 3, h, w)` to each. Default: the model's `config.strategy`, which is "cascade" where it keeps
+            one.
         pool: an `ExamplePool` or `PoolReader`, or a repository or folder of one; default: the one that the config
             names.
         metric, greater_is_better: what the oracle goes by, see `Examples`; default: the task's own metric.
@@ -53,8 +54,9 @@ class VisualInContextPipeline(Pipeline):
     a batch. Options of a call, or of the constructor as defaults:
 
         num_examples    m, how many examples are shown (default 1); a smaller pool gives all it has
-        fusion          for m > 1: "mean" of the answers to each (default), or "model": all in one call of the frozen
-                        model (SegGPT's feature ensemble; joint matching)
+        fusion          for m > 1: "mean" of the answers to each (default); "weighted" mean by the scores, for a
+                        cascade; or "model": all in one call of the frozen model (SegGPT's feature ensemble; joint
+                        matching)
         vote            also run every arrangement of the canvas and vote (prompt-SelF, arXiv 2304.04748); for frozen
                         models that have more than one
         strategy        instead of `selector`
@@ -111,15 +113,15 @@ class VisualInContextPipeline(Pipeline):
                 model = VisualInContextModel.from_pretrained(str(model), token=token)
             else:  # a backbone's name says nothing of the pool's task and encoder
                 pool = pool if name is None else PoolReader.from_pretrained(name, token=token)
-                model = _from_backbone(str(model), values.get("model_type"), pool, token)
+                model = from_backbone(str(model), values.get("model_type"), pool, token)
         elif not hasattr(model, "frozen"):
             pool = pool if name is None else PoolReader.from_pretrained(name, token=token)
-            model = _from_module(model, pool, token)
+            model = from_module(model, pool, token)
         if pool is None:
-            name = _named_pool(model)
+            name = named_pool(model)
         if pool is None or isinstance(pool, (str, os.PathLike)):
-            pool = PoolReader.from_pretrained(name, token=token, **_revision(model, name))
-        _check_pool(pool, model)
+            pool = PoolReader.from_pretrained(name, token=token, **revision_of(model, name))
+        check_pool(pool, model)
         config = model.config
         if name is not None and pool.commit is not None:  # a repository, which is what the model will name
             config.pool, config.pool_revision = name, pool.commit
@@ -130,7 +132,7 @@ class VisualInContextPipeline(Pipeline):
         self.visual_task = find_task(config.task)
         super().__init__(model=model, **kwargs)
         self.examples = Examples(pool, model, self.visual_task, metric, greater_is_better)
-        find_strategy(self._strategy(None))
+        self._chooser(None)
 
     def __call__(self, images: Any, *, labels: Any = None, batch_size: int | None = None, **kwargs: Any) -> Any:
         """See the class. One image gives a dict, a list gives a list, a generator is answered by a generator."""
@@ -208,12 +210,14 @@ class VisualInContextPipeline(Pipeline):
         strategy = self._strategy(self._forward_params.get("strategy"))
         if isinstance(strategy, str):
             config.strategy = strategy
+        elif hasattr(strategy, "settings"):
+            self.model.set_selector(strategy)
         else:
             warnings.warn(f"the strategy of this pipeline is a {type(strategy).__name__} and cannot be saved: the "
                           f"saved one will use {config.strategy!r}", stacklevel=2)  # fmt: skip
         config.candidates = self._forward_params.get("candidates", config.candidates)
-        if config.frozen_model is not None and (config.pool is None or not _is_repository(config.pool)):
-            _save_pool(self.pool, Path(save_directory, "pool"))
+        if config.frozen_model is not None and (config.pool is None or not is_repository(config.pool)):
+            save_pool(self.pool, Path(save_directory, "pool"))
             config.pool, config.pool_revision = "pool", None
         super().save_pretrained(save_directory, **kwargs)
         write_model_card(save_directory, config, self.pool, repo_id)
@@ -235,7 +239,7 @@ class VisualInContextPipeline(Pipeline):
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
             return None
         config = self.model.config
-        if pool_repo_id is not None or config.pool is None or not _is_repository(config.pool):
+        if pool_repo_id is not None or config.pool is None or not is_repository(config.pool):
             if not hasattr(self.pool, "push_to_hub"):
                 raise ValueError("the pool was read and not built here: load it with ExamplePool.from_pretrained to "
                                  "push it, or set model.config.pool to its repository")  # fmt: skip
@@ -290,15 +294,24 @@ class VisualInContextPipeline(Pipeline):
         if vote and arrangements == 1:
             raise ValueError(f"vote=True, but {type(self.model.frozen).__name__} has no canvas whose cells could be "
                              "arranged in another way: leave vote out")  # fmt: skip
-        choose = find_strategy(self._strategy(strategy))
+        choose = self._chooser(strategy)
+        if fusion == "weighted" and not hasattr(choose, "temperature"):
+            raise ValueError("fusion='weighted' weighs answers by what is expected of their examples, which a fitted "
+                             "CascadeSelector says: fit one, or choose 'mean'")  # fmt: skip
         queries = Queries(batch["cells"], self.model.encoder(batch["views"]), batch.get("truth"), seed=seed)
         if not len(self.pool):
             raise ValueError("the pool is empty: add examples to it")
-        scores, rows = choose(queries, self.examples, num_examples, max(candidates, num_examples))
-        images, labels = self.examples.encoded(rows)
-        asked = self.model.frozen.encode(batch["cells"])
-        layouts = range(arrangements) if vote else (0,)
-        answers = torch.stack([self._answer(asked, images, labels, fusion, layout) for layout in layouts])
+        scores, rows, *known = choose(queries, self.examples, num_examples, max(candidates, num_examples))
+        weights = torch.full_like(scores, 1 / scores.shape[1])
+        if fusion == "weighted":
+            weights = (scores / choose.temperature).softmax(1)
+        if known and fusion != "model" and not vote:  # the frozen model has answered already
+            answers = _fused(known[0], weights)[None]
+        else:
+            images, labels = self.examples.encoded(rows)
+            asked = self.model.frozen.encode(batch["cells"])
+            layouts = range(arrangements) if vote else (0,)
+            answers = torch.stack([self._answer(asked, images, labels, fusion, weights, at) for at in layouts])
         # one answer stays soft until it is resized
         painted = count_votes(answers, self.visual_task.name != "colourisation") if vote else answers[0]
         return {"painted": painted, "rows": rows, "scores": scores, "sizes": batch["sizes"]}
@@ -311,15 +324,24 @@ class VisualInContextPipeline(Pipeline):
             for prediction, rows, scores in zip(predictions, outputs["rows"].tolist(), outputs["scores"].tolist())
         ]
 
-    def _answer(self, asked: Any, images: Any, labels: Any, fusion: str, layout: int) -> Any:
+    def _answer(self, asked: Any, images: Any, labels: Any, fusion: str, weights: torch.Tensor, layout: int) -> Any:
         frozen, m = self.model.frozen, labels.shape[1]
         if fusion == "model" or m == 1:
             return frozen.predict(asked, images, labels, layout)
         each = [frozen.predict(asked, images[:, j : j + 1], labels[:, j : j + 1], layout) for j in range(m)]
-        return torch.stack(each).mean(0)
+        return _fused(torch.stack(each, 1), weights)
 
     def _strategy(self, given: Any) -> Any:
         return next(value for value in (given, self.selector, self.model.config.strategy) if value is not None)
+
+    def _chooser(self, given: Any) -> Any:
+        strategy, kept = self._strategy(given), self.model.selector
+        if strategy not in KINDS:
+            return find_strategy(strategy)
+        if kept is None or kept.kind != strategy:
+            raise ValueError(f"strategy={strategy!r}, but the model keeps {'none' if kept is None else kept.kind}: "
+                             "model.set_selector(...) with a fitted CascadeSelector, or a RankerSelector")  # fmt: skip
+        return kept
 
     def _example(self, id: str) -> tuple[str, Image.Image, Any]:
         row = self.pool.position(id)
@@ -336,91 +358,15 @@ class VisualInContextPipeline(Pipeline):
         return to_rgb(image)
 
 
+def _fused(answers: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean of answers `(B, m, 3, h, w)`."""
+    if answers.shape[1] == 1:
+        return answers[:, 0]
+    return torch.einsum("bm,bmchw->bchw", weights.to(answers), answers)
+
+
 def _is_image(images: Any) -> bool:
     # an array of four axes is a batch of images; strings, bytes and the dicts of datasets are single ones
     if isinstance(images, (np.ndarray, torch.Tensor)):
         return images.ndim < 4
     return isinstance(images, (Image.Image, str, bytes, dict, os.PathLike)) or not isinstance(images, Iterable)
-
-
-def _is_repository(name: str) -> bool:
-    return not os.path.isdir(name) and name != "pool"
-
-
-def _revision(model: VisualInContextModel, pool: str) -> dict[str, Any]:
-    return {"revision": model.config.pool_revision} if pool == model.config.pool else {}
-
-
-def _named_pool(model: VisualInContextModel) -> str:
-    name = model.config.pool
-    if name is None:
-        raise ValueError("there is no pool: pass pool=ExamplePool.from_dataset(...), or a repository or folder of one")
-    inside = os.path.join(model.config.name_or_path or "", name)
-    if name == "pool" and not os.path.isdir(inside):
-        raise ValueError(f"the pool was saved beside the model, but there is no folder {inside!r}: pass pool=")
-    return inside if os.path.isdir(inside) else name
-
-
-def _save_pool(pool: PoolReader, folder: Path) -> None:
-    if hasattr(pool, "save_pretrained"):
-        pool.save_pretrained(folder)
-    elif folder.resolve() != Path(pool.folder).resolve():  # a reader's files, as they are
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(Path(pool.folder, "data"), folder / "data")
-        shutil.copy(Path(pool.folder, MANIFEST), folder)
-
-
-def _from_backbone(name: str, kind: str | None, pool: Any, token: str | bool | None) -> VisualInContextModel:
-    if not hasattr(pool, "encoder"):
-        raise ValueError(f"{name} is a backbone and not a VisualInContextModel, which would name its pool: pass pool=")
-    made = pool.encoder
-    form = {"image_size": tuple(made["image_size"]), "layer": made["layer"]}
-    if made["id"] == name and kind != "seggpt":  # one encoder for both
-        return VisualInContextModel.from_backbone(name, task=pool.task, revision=made["revision"], token=token, **form)
-    return VisualInContextModel.from_backbone(name, task=pool.task, encoder=_encoder_of(pool, token), token=token)
-
-
-def _from_module(frozen: Any, pool: Any, token: str | bool | None) -> VisualInContextModel:
-    if isinstance(frozen, SegGptForImageSegmentation):
-        frozen = SegGptInContext(frozen)
-    if not isinstance(frozen, nn.Module) or not hasattr(frozen, "predict"):
-        raise TypeError(
-            f"model is a {type(frozen).__name__}: pass a VisualInContextModel (from_backbone, from_parts, "
-            "from_pretrained), a frozen model such as SegGptInContext, or the name of a repository"
-        )
-    if not hasattr(pool, "encoder"):
-        raise ValueError(f"a {type(frozen).__name__} does not name its pool: pass pool=")
-    own = getattr(frozen, "encoder", None)
-    if own is None or own.fingerprint != pool.encoder["fingerprint"]:
-        own = _encoder_of(pool, token)
-    return VisualInContextModel.from_parts(frozen, own, task=pool.task)
-
-
-def _encoder_of(pool: Any, token: str | bool | None) -> Any:
-    encoder, made = getattr(pool, "encoder_module", None), pool.encoder
-    if encoder is not None:  # a pool that was built here still has it
-        return encoder
-    if made["id"] is None:
-        raise ValueError(
-            f"the pool was made with an encoder that has no name ({made['fingerprint']}): make the model with "
-            "VisualInContextModel.from_parts(frozen, encoder=...)"
-        )
-    form = {"image_size": tuple(made["image_size"]), "layer": made["layer"]}
-    return VisionEncoder.from_pretrained(made["id"], made["revision"], token=token, **form)
-
-
-def _check_pool(pool: PoolReader, model: VisualInContextModel) -> None:
-    if not hasattr(pool, "fingerprint"):  # by what it can do: code from the Hub has a PoolReader of its own
-        raise TypeError(f"pool is a {type(pool).__name__}: pass ExamplePool.from_dataset(dataset, encoder=...), or a "
-                        "repository or folder of a pool")  # fmt: skip
-    if pool.task != model.config.task:
-        raise ValueError(f"the pool is for task={pool.task!r}, the model for task={model.config.task!r}: make one of "
-                         "them again for the task of the other")  # fmt: skip
-    made, here = pool.encoder, model.encoder.describe()
-    if made["fingerprint"] != here["fingerprint"]:
-        dtype = next((weight.dtype for weight in model.encoder.parameters()), torch.float32)
-        half = f". Weights saved or loaded in {dtype} may be others by rounding: load in float32, and cast then"
-        half = half if dtype.itemsize < 4 else ""
-        raise ValueError(f"the pool was made with the encoder {made}, but the model's is {here}: vectors of two "
-                         "encoders cannot be compared. Pass encoder= of the pool to VisualInContextModel.from_parts, "
-                         "or make the pool again with encoder=model.encoder" + half)  # fmt: skip

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -128,11 +129,18 @@ class VisionEncoder(nn.Module):
     @property
     def dim(self) -> int:
         """Width d of the features."""
-        if not hasattr(self, "_dim"):
-            with torch.no_grad():
-                blank = torch.zeros(1, 3, *self.image_size, device=next(self.backbone.parameters()).device)
-                self._dim = int(self(blank)["vector"].shape[1])
-        return self._dim
+        return self._shapes["vector"][1]
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Cells `(gh, gw)` of the grid."""
+        return tuple(self._shapes["grid"][1:3])
+
+    @cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        with torch.no_grad():
+            blank = torch.zeros(1, 3, *self.image_size, device=next(self.backbone.parameters()).device)
+            return {name: view.shape for name, view in self(blank).items()}
 
     @property
     def fingerprint(self) -> str:

@@ -1,0 +1,226 @@
+"""The cascade: rank the candidates without the frozen model, try the best few with it, and let the answers decide."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .cascade_features import MATCHES, STATISTICS, dense_matches, label_statistics, standardised
+from .cascade_head import head_scores
+from .consensus import ANSWERS, MAPS, Consensus, small
+from .example_selectors import Examples, Queries
+from .modeling_listwise_ranker import ListwiseRanker
+from .row_model import RowModel, quarters_of
+
+
+FIRST = ("similarity", "quarters", "rank", *MATCHES, *STATISTICS, *RowModel.names)
+HEADS = ("ridge", "listwise")
+
+
+class CascadeSelector(nn.Module):
+    """Chooses examples in two stages, both learned from what the pool's examples do on each other.
+
+    Stage 1 scores the K nearest candidates without running the frozen model F: similarity, dense matching (also inside
+    and outside the labelled object), where and how large the label is, and what was measured on pool images like the
+    query (`RowModel`). Stage 2 runs F with the best `passes` of them and looks at the answers: how much each agrees
+    with their weighted consensus, which was calibrated on pool images (`Consensus`). Both are ridge regressions in
+    closed form on features relative to the list,
+
+        w = argmin sum_(q, c) (m(q, c) - mean_c m(q, .) - w x(q, c))^2 + 300 |w|^2,
+
+    with m(q, c) the measured performance of example c on pool image q. What a pool image itself measured never enters
+    its own features (leave-one-out), and stage 2 learns on scores of stage 1 from folds without the image.
+
+    A strategy of the pipeline: `model.set_selector(cascade)` keeps it in the model, with which it is saved and pushed
+    and whose default it then is; or pass it as `selector=`. Scores are expected performance less the mean of the
+    examples that were tried, so that `fusion="weighted"` can weigh answers by them.
+
+    Args:
+        model: a `VisualInContextModel`; may also be given to `fit`.
+        passes: runs of F on a query, m; 1 leaves out stage 2, and only the chosen example is shown.
+        head: of stage 2: "ridge", or "listwise", a small `ListwiseRanker` over the same features, which sees the
+            answers beside each other.
+        seed: of the training of a list-wise head.
+
+    Raises:
+        ValueError: for other values; when called before `fit`, or with a pool that is not the fitted one, or was
+            changed since.
+
+    Example:
+        ```python
+        measure_examples(model, pool, queries=100)                  # 100 pool images x 50 examples
+        cascade = CascadeSelector(model).fit(pool)
+        print(cascade.report)                                       # what it gains on the pool's own images
+        pipe = VisualInContextPipeline(model=model.set_selector(cascade), pool=pool)
+        pipe(image)                                                 # 10 runs of F
+        pipe(image, num_examples=10, fusion="weighted")             # their weighted mean: better still
+        ```
+
+    Source: the setting and its measure, Xu et al., arXiv 2405.15279; the two stages are this package's own.
+    """
+
+    kind = "cascade"
+
+    def __init__(self, model: Any = None, *, passes: int = 10, head: str = "ridge", seed: int = 0) -> None:
+        super().__init__()
+        if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
+            raise ValueError(f"passes={passes!r}: pass a whole number of runs of the frozen model, at least 1")
+        if head not in HEADS:
+            raise ValueError(f"head={head!r}: choose one of {HEADS}")
+        self.passes, self.head, self.seed = passes, head, seed
+        self._model = (model,)  # not registered: the model keeps the selector, not the other way round
+        self._rows: tuple[Any, RowModel] | None = None
+        self.pool_fingerprint: str | None = None
+        self.report: dict[str, float] = {}
+        self.list_head: ListwiseRanker | None = None
+        self.make_weights(colours=False)
+
+    def make_weights(self, colours: bool) -> None:
+        """Room for what `fit` learns: spreads and weights of both stages, the calibration and the temperature."""
+        first, second = len(FIRST), len(FIRST) + 1 + ANSWERS[colours]
+        for name, size in (("first_spread", first), ("first_weights", 2 * first), ("second_spread", second),
+                           ("second_weights", 2 * second), ("calibration", MAPS)):  # fmt: skip
+            self.register_buffer(name, torch.zeros(size))
+        self.register_buffer("fitted_temperature", torch.ones(()))
+        self.colours = colours
+
+    @property
+    def temperature(self) -> float:
+        """How soft the weights `softmax(scores / temperature)` of a fusion are: 0.4 of the spread inside lists."""
+        return float(self.fitted_temperature)
+
+    def fit(
+        self, pool: Any, labels: tuple[Tensor, Tensor] | None = None, *, model: Any = None,
+        examples: Examples | None = None, progress: bool = True,
+    ) -> "CascadeSelector":  # fmt: skip
+        """Learn both stages from measured performance, and say what they gain on the pool's own images.
+
+        Stage 2 runs the frozen model with the `passes` best examples of up to 1,000 labelled images. Processes of
+        `accelerate launch` or `torchrun` share these runs; all of them return the same selector.
+
+        Args:
+            pool: the examples.
+            labels: candidates and performance `(n, K)` as `measure_examples` returns them, which are set on the model;
+                default: what was set there before.
+            model: a `VisualInContextModel`; default: the one of the constructor.
+            examples: the pool as the model sees it, where there already is one.
+            progress: show a bar on the first process.
+
+        Returns:
+            the selector. Its `report` holds mean performance on labelled pool images: of the nearest example, of the
+            choice of either stage (folds without the image), of plain consensus, and of the best candidate.
+
+        Raises:
+            ValueError: for labels of another pool, NaN in them, the same performance everywhere, fewer than 10
+                labelled images, or not more candidates than `passes`.
+        """
+        from .cascade_fit import fit
+
+        model = model if model is not None else self._model[0]
+        if model is None:
+            raise ValueError("a cascade is fitted for one frozen model: pass model=, here or to the constructor")
+        fit(self, pool, labels, model, examples, progress)
+        return self
+
+    @torch.no_grad()
+    def forward(self, queries: Queries, examples: Examples, count: int, candidates: int) -> tuple[Tensor, ...]:
+        """Scores and rows `(B, count)`, best first, and, after stage 2, the answers `(B, count, 3, h, w)` to each."""
+        if self.pool_fingerprint is None:
+            raise ValueError("the cascade was not fitted: measure_examples(model, pool), then cascade.fit(pool)")
+        if examples.pool.fingerprint != self.pool_fingerprint:
+            raise ValueError(f"the cascade was fitted on the pool {self.pool_fingerprint}, but this is "
+                             f"{examples.pool.fingerprint}: another one, or it was changed since. Run "
+                             "measure_examples and cascade.fit again")  # fmt: skip
+        similarity, rows = examples.pool.search(queries.views["vector"].cpu(), candidates, exclude=queries.exclude)
+        known = rows >= 0
+        features = self.first_features(queries.views, examples, similarity, rows, queries.exclude)
+        scores = standardised(features, known, self.first_spread.cpu())[0] @ self.first_weights.cpu()
+        scores = scores.masked_fill(~known, -torch.inf)
+        top = scores.sort(dim=1, descending=True, stable=True).indices[:, : max(count, self.passes)]
+        rows, scores = rows.gather(1, top), scores.gather(1, top)
+        if self.passes == 1:
+            return scores[:, :count], rows[:, :count]
+        features = features.gather(1, top[..., None].expand(-1, -1, features.shape[2]))
+        answers = examples.answers(queries, rows)
+        consensus = self.consensus(examples, small(answers).cpu(), scores, queries.views["grid"].cpu(), rows >= 0)
+        calibrated = consensus.calibrate(consensus.maps(), self.calibration.cpu())
+        features = self.second_features(consensus, calibrated, features, scores)
+        scores = self.second_scores(features, rows >= 0)
+        order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+        picked = order.to(answers.device)[..., None, None, None].expand(-1, -1, *answers.shape[2:])
+        return scores.gather(1, order), rows.gather(1, order), answers.gather(1, picked)
+
+    # ---- the two stages, as fitting sees them
+
+    def first_features(
+        self, views: dict[str, Tensor], examples: Examples, similarity: Tensor, rows: Tensor, own: Tensor | None
+    ) -> Tensor:
+        """What stage 1 knows of each candidate, `(B, K, f)` in the order of `FIRST`; the candidates nearest first."""
+        safe = rows.clamp(min=0)
+        vectors, tokens = views["vector"].float().cpu(), views["tokens"].float().cpu()
+        asked = quarters_of(tokens)
+        quarters = quarters_of(examples.pool.tokens(safe).flatten(0, 1)).unflatten(0, rows.shape)
+        grid = F.normalize(views["grid"].flatten(1, 2).float(), dim=2)
+        labels = examples.small_labels(safe)
+        shares = F.adaptive_avg_pool2d(labels.flatten(0, 1).mean(1, keepdim=True), views["grid"].shape[1:3])
+        matches = dense_matches(grid, examples.grids(safe), shares.flatten(1).unflatten(0, rows.shape))
+        simple = [similarity.nan_to_num(neginf=0.0), (quarters @ asked[..., None])[..., 0],
+                  torch.arange(rows.shape[1]).expand(rows.shape).float()]  # fmt: skip
+        learned = self._row_model(examples).predict(vectors, asked, rows, own)
+        return torch.cat([torch.stack(simple, 2), matches.cpu(), label_statistics(labels).cpu(), learned], 2)
+
+    def consensus(self, examples: Examples, painted: Tensor, scores: Tensor, grid: Tensor, known: Tensor) -> Consensus:
+        """Of answers (see `small`) that stage 1 gave these scores."""
+        return Consensus(examples.task, painted, scores, self.temperature, grid, known)
+
+    def second_features(self, consensus: Consensus, calibrated: Tensor, first: Tensor, scores: Tensor) -> Tensor:
+        """What stage 2 knows of each candidate: what stage 1 did, its score, and the answers."""
+        area = first[..., FIRST.index("area")]
+        return torch.cat([first, scores[..., None], consensus.features(calibrated, area)], 2)
+
+    def second_scores(self, features: Tensor, known: Tensor) -> Tensor:
+        features, _ = standardised(features, known, self.second_spread.cpu())
+        if self.list_head is None:
+            scores = features @ self.second_weights.cpu()
+        else:
+            scores = head_scores(self.list_head, features, known)
+        return scores.masked_fill(~known, -torch.inf)
+
+    def _row_model(self, examples: Examples) -> RowModel:
+        pool, model = examples.pool, examples.model
+        if self._rows is None or self._rows[0] != (pool.fingerprint, model.config.pool_fingerprint):
+            if model.config.performance is None or model.config.pool_fingerprint != pool.fingerprint:
+                raise ValueError("the cascade needs the measured performance that it was fitted on, and the model has "
+                                 "none of this pool: run measure_examples and cascade.fit again")  # fmt: skip
+            table = model.measured_candidates.cpu(), model.measured_performance.cpu()
+            quarters = torch.cat([
+                quarters_of(pool.tokens(rows)) for rows in torch.arange(len(pool)).split(4096)
+            ])  # fmt: skip
+            self._rows = ((pool.fingerprint, pool.fingerprint), RowModel(pool.vectors.float(), quarters, *table))
+        return self._rows[1]
+
+    # ---- as plain values, for the model's config
+
+    def settings(self, config: Any) -> dict[str, Any]:
+        """What is needed to make it again for a model of this config, beside the weights."""
+        if self.pool_fingerprint is None:
+            raise ValueError("the cascade was not fitted: measure_examples(model, pool), then cascade.fit(pool)")
+        if self.pool_fingerprint != config.pool_fingerprint:
+            raise ValueError(f"the cascade was fitted on the pool {self.pool_fingerprint}, and the model's measured "
+                             f"performance is of {config.pool_fingerprint}: a model keeps a cascade with the labels "
+                             "that it was fitted on")  # fmt: skip
+        head = None if self.list_head is None else self.list_head.config.to_diff_dict()
+        return {"kind": self.kind, "passes": self.passes, "head": self.head, "colours": self.colours,
+                "pool_fingerprint": self.pool_fingerprint, "report": self.report, "list_head": head}  # fmt: skip
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> "CascadeSelector":
+        """A selector with room for the weights, which are then loaded."""
+        made = cls(passes=settings["passes"], head=settings["head"])
+        made.make_weights(settings["colours"])
+        made.pool_fingerprint, made.report = settings["pool_fingerprint"], settings["report"]
+        if settings["list_head"] is not None:
+            config = {key: value for key, value in settings["list_head"].items() if key != "model_type"}
+            made.list_head = ListwiseRanker(ListwiseRanker.config_class(**config))
+        return made.eval()

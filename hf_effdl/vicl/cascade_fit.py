@@ -1,0 +1,268 @@
+"""Fit both stages of a cascade on what was measured of a pool, without letting an image see its own answers."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.utils import logging
+
+from .cascade_features import ridge, standardised
+from .cascade_head import train_head
+from .consensus import small
+from .example_selectors import Examples, Queries
+from .visual_tasks import find_task, pixels
+
+
+PENALTY, FOLDS = 300.0, 5
+BATCH = 8  # images encoded, and answered for, at once
+LEAST = 10  # labelled images that a fit takes
+LEARNT = 1000  # of the labelled images, which stage 2 learns on
+CHECKED = 50  # of these, on which plain consensus is tried
+PIXELS = 8  # every so many of an answer's pixels calibration learns on
+SOFTNESS = 0.4  # of the weights of a fusion, in units of the spread of performance inside lists
+
+
+@dataclass
+class _Lists:
+    """The measured candidates of the labelled images, the nearest first."""
+
+    images: Tensor  # (L,) rows of the pool
+    rows: Tensor  # (L, K), -1 where there is none
+    performance: Tensor  # (L, K)
+    similarity: Tensor  # (L, K)
+
+    @property
+    def known(self) -> Tensor:
+        return self.rows >= 0
+
+    @property
+    def target(self) -> Tensor:
+        """Performance less the mean of the list."""
+        mean = (self.performance * self.known).sum(1) / self.known.sum(1).clamp(min=1)
+        return torch.where(self.known, self.performance - mean[:, None], 0.0)
+
+    @property
+    def fold(self) -> Tensor:
+        return torch.arange(len(self.images)) % FOLDS
+
+    def pick(self, top: Tensor) -> "_Lists":
+        """Of every list the places `top (L', m)`, of the first L' images."""
+        parts = (part[: len(top)].gather(1, top) for part in (self.rows, self.performance, self.similarity))
+        return _Lists(self.images[: len(top)], *parts)
+
+    def mean_of(self, scores: Tensor) -> float:
+        """Mean performance of what scores `(L', K)` put first."""
+        at = scores.masked_fill(~self.known[: len(scores)], -torch.inf).argmax(1, keepdim=True)
+        return float(self.performance[: len(scores)].gather(1, at).mean())
+
+
+def fit(selector: Any, pool: Any, labels: Any, model: Any, examples: Examples | None, progress: bool) -> None:
+    """See `CascadeSelector.fit`."""
+    if labels is not None:
+        _check_labels(labels, pool)
+        model.set_performance(*(value.cpu() for value in labels), pool.fingerprint)
+    _check_table(model, pool, selector.passes)
+    task = find_task(model.config.task)
+    examples = examples if examples is not None else Examples(pool, model, task)
+    selector.make_weights(colours=examples.task.name == "colourisation")
+    selector.pool_fingerprint, selector._rows, selector.list_head = pool.fingerprint, None, None
+    with torch.no_grad():
+        lists = _read_lists(pool, model)
+        features, scores = _fit_first(selector, examples, lists)
+        learnt = len(lists.images[:LEARNT])
+        selector.report = {
+            "images": len(lists.images),
+            "nearest": float(lists.performance[:learnt, 0].mean()),
+            "stage 1": lists.mean_of(scores[:learnt]),
+            "best": float(lists.performance[:learnt].masked_fill(~lists.known[:learnt], -torch.inf).amax(1).mean()),
+        }
+    if selector.passes > 1:
+        top = scores[:learnt].sort(dim=1, descending=True, stable=True).indices[:, : selector.passes]
+        first = features[:learnt].gather(1, top[..., None].expand(-1, -1, features.shape[2]))
+        _fit_second(selector, examples, lists, lists.pick(top), first, scores[:learnt].gather(1, top), progress)
+    selector.eval()
+    _warn(selector)
+
+
+def _read_lists(pool: Any, model: Any) -> _Lists:
+    table = model.measured_candidates.cpu().long(), model.measured_performance.cpu().float()
+    images = (table[0] >= 0).any(1).nonzero()[:, 0]
+    # in an order that says nothing of the images, since folds and checks go by it
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+    rows, performance = table[0][images], table[1][images]
+    similarity = torch.cat([
+        torch.einsum("lkd,ld->lk", pool.vectors[some.clamp(min=0)].float(), pool.vectors[own].float())
+        for some, own in zip(rows.split(64), images.split(64), strict=True)
+    ]).masked_fill(rows < 0, -torch.inf)  # fmt: skip
+    order = similarity.sort(dim=1, descending=True, stable=True).indices[:, : model.config.candidates]
+    return _Lists(images, *(part.gather(1, order) for part in (rows, performance, similarity)))
+
+
+def _fit_first(selector: Any, examples: Examples, lists: _Lists) -> tuple[Tensor, Tensor]:
+    """Features `(L, K, f)` and scores from folds without the image `(L, K)`."""
+    raw = torch.cat([
+        selector.first_features(_views(examples, lists.images[part]), examples, lists.similarity[part],
+                                lists.rows[part], lists.images[part])
+        for part in torch.arange(len(lists.images)).split(BATCH)
+    ])  # fmt: skip
+    known, target = lists.known, lists.target
+    features, spread = standardised(raw, known)
+    selector.first_spread.copy_(spread)
+    selector.first_weights.copy_(ridge(features, target, known, PENALTY))
+    selector.fitted_temperature.copy_(SOFTNESS * target[known].square().mean().sqrt())
+    scores = _out_of_fold(lists.fold, lambda train, test: (
+        features[test] @ ridge(features[train], target[train], known[train], PENALTY)
+    ))  # fmt: skip
+    return raw, scores.masked_fill(~known, -torch.inf)
+
+
+def _fit_second(
+    selector: Any, examples: Examples, all_lists: _Lists, lists: _Lists, first: Tensor, scores: Tensor, progress: bool
+) -> None:
+    parts = torch.arange(len(lists.images)).split(BATCH)
+    painted = _answers(examples, lists, progress, "fitting")
+    truth = torch.cat([examples.small_labels(lists.images[part]).cpu() for part in parts])
+    fold, known = lists.fold, lists.known
+
+    def consensus(part: Tensor) -> Any:
+        grid = _views(examples, lists.images[part])["grid"].cpu()
+        return selector.consensus(examples, painted[part], scores[part], grid, known[part])
+
+    # calibration: of an image's own consensus by the pixels of the other folds
+    drawn = torch.Generator().manual_seed(0)
+    pixels_of, labels_of = [], []
+    for part in parts:
+        made = consensus(part)
+        maps, target = made.maps(), made.target(truth[part])
+        some = torch.randperm(maps.shape[2] * maps.shape[3], generator=drawn)[::PIXELS]
+        pixels_of.append(maps.flatten(2, 3)[:, :, some])
+        labels_of.append(target.flatten(2)[:, :, some])
+    sampled, wanted = torch.cat(pixels_of), torch.cat(labels_of)
+    calibrations = torch.stack([
+        made.fit_calibration(sampled[fold != one], wanted[fold != one]) for one in range(FOLDS)
+    ])  # fmt: skip
+    selector.calibration.copy_(made.fit_calibration(sampled, wanted))
+    raw = []
+    for part in parts:
+        made = consensus(part)
+        maps = made.maps()
+        calibrated = torch.cat([
+            made.calibrate(maps[i : i + 1], calibrations[fold[row]]) for i, row in enumerate(part.tolist())
+        ])  # fmt: skip
+        raw.append(selector.second_features(made, calibrated, first[part], scores[part]))
+    raw, target = torch.cat(raw), lists.target
+    features, spread = standardised(raw, known)
+    selector.second_spread.copy_(spread)
+    selector.second_weights.copy_(ridge(features, target, known, PENALTY))
+    held = _out_of_fold(fold, lambda train, test: (
+        features[test] @ ridge(features[train], target[train], known[train], PENALTY)
+    ))  # fmt: skip
+    if selector.head == "listwise":
+        selector.list_head, held = train_head(features, lists.performance, known, fold, selector.seed)
+    selector.report["stage 2"] = lists.mean_of(held)
+    _check_consensus(selector, examples, all_lists, progress)
+
+
+def _check_consensus(selector: Any, examples: Examples, lists: _Lists, progress: bool) -> None:
+    """What the answer most like the plain mean of the nearest examples' answers is worth, with no learning."""
+    some = min(CHECKED, LEARNT, len(lists.images))
+    near = torch.arange(min(selector.passes, lists.rows.shape[1])).expand(some, -1)
+    lists = lists.pick(near)
+    painted = _answers(examples, lists, progress, "checking")
+    chosen = []
+    for part in torch.arange(some).split(BATCH):
+        grid = _views(examples, lists.images[part])["grid"].cpu()
+        even = torch.zeros(len(part), near.shape[1])
+        chosen.append(selector.consensus(examples, painted[part], even, grid, lists.known[part]).medoid())
+    picked = lists.performance.gather(1, torch.cat(chosen)[:, None])
+    selector.report |= {"plain consensus": float(picked.mean()), "nearest, of the same": float(
+        lists.performance[:, 0].mean())}  # fmt: skip
+
+
+def _answers(examples: Examples, lists: _Lists, progress: bool, what: str) -> Tensor:
+    """Small answers `(L, m, c, h, w)`, shared among processes."""
+    many = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)
+    parts = torch.arange(len(lists.images)).split(BATCH)
+    model, found = examples.model, []
+    for part in logging.tqdm(parts[rank::world], desc=what, unit=" batches", disable=not progress or rank > 0):
+        images = [examples.task.query(examples.pool.image(row)) for row in lists.images[part].tolist()]
+        cells = pixels(images, model.image_size, model.resample).to(model.device)
+        found.append(small(examples.answers(Queries(cells, {}), lists.rows[part])).cpu())
+    if many:
+        gathered: list[Any] = [None] * world
+        torch.distributed.all_gather_object(gathered, found)
+        found = [gathered[number % world][number // world] for number in range(len(parts))]
+    return torch.cat(found)
+
+
+def _views(examples: Examples, images: Tensor) -> dict[str, Tensor]:
+    """Of images of the pool, as `Queries` have them; the grid with its two sides."""
+    pool, encoder = examples.pool, examples.model.encoder
+    flat = examples.grids(images)
+    side = tuple(encoder.grid_size)
+    return {"vector": F.normalize(pool.vectors[images].float(), dim=1), "tokens": pool.tokens(images),
+            "grid": flat.unflatten(1, side)}  # fmt: skip
+
+
+def _out_of_fold(fold: Tensor, scores: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    parts = [((fold != one).nonzero()[:, 0], (fold == one).nonzero()[:, 0]) for one in range(FOLDS)]
+    found = [scores(train, test) for train, test in parts]
+    order = torch.cat([test for _, test in parts])
+    return torch.cat(found)[order.argsort()]
+
+
+def _check_labels(labels: Any, pool: Any) -> None:
+    if not isinstance(labels, (tuple, list)) or len(labels) != 2 or not all(isinstance(v, Tensor) for v in labels):
+        raise TypeError("labels= must be (candidates, performance), as measure_examples returns them")
+    candidates, performance = labels
+    if candidates.dim() != 2 or candidates.shape != performance.shape:
+        raise ValueError(f"labels: candidates {tuple(candidates.shape)} and performance {tuple(performance.shape)} "
+                         "must both be (n, K), as measure_examples returns them")  # fmt: skip
+    if len(candidates) != len(pool) or (candidates.numel() and int(candidates.max()) >= len(pool)):
+        raise ValueError(f"labels of {len(candidates)} images, with candidates up to {int(candidates.max())}, for a "
+                         f"pool of {len(pool)}: they are of another pool; run measure_examples on this "
+                         "one")  # fmt: skip
+    if not performance[candidates >= 0].isfinite().all():
+        raise ValueError("labels hold performance that is NaN or infinite: measure these pairs again with a metric "
+                         "that is defined for every prediction")  # fmt: skip
+
+
+def _check_table(model: Any, pool: Any, passes: int) -> None:
+    if model.config.performance is None:
+        raise ValueError("there are no labels: pass labels=measure_examples(model, pool), or measure first")
+    if model.config.pool_fingerprint != pool.fingerprint:
+        raise ValueError(f"the labels were measured on the pool {model.config.pool_fingerprint}, but this is "
+                         f"{pool.fingerprint}: another pool, or it was changed since; run measure_examples "
+                         "again")  # fmt: skip
+    known = model.measured_candidates.cpu() >= 0
+    labelled, values = known.any(1), model.measured_performance.cpu()[known]
+    if labelled.sum() < LEAST:
+        raise ValueError(f"{int(labelled.sum())} pool images were measured on, and a cascade needs {LEAST} or more "
+                         "(50 to 100 are enough): run measure_examples with more queries=")  # fmt: skip
+    if float(values.max()) == float(values.min()):
+        raise ValueError(f"the measured performance is {float(values[0]):g} everywhere: no example is better than "
+                         "another, and there is nothing to learn; look at the metric and the labels")  # fmt: skip
+    most = min(int(known.sum(1).max()), model.config.candidates)
+    if most <= passes and passes > 1:
+        raise ValueError(f"passes={passes}, but at most {most} candidates are ranked for an image: the list must be "
+                         "longer than what is tried of it; measure more candidates= or lower passes=")  # fmt: skip
+
+
+def _warn(selector: Any) -> None:
+    report = selector.report
+    last = report.get("stage 2", report["stage 1"])
+    if last <= report["nearest"]:
+        warnings.warn(f"on the pool's own images the cascade chooses examples of mean performance {last:.4g}, no "
+                      f"better than the nearest ({report['nearest']:.4g}): measure on more images, or use "
+                      "'nearest'", stacklevel=4)  # fmt: skip
+    if report.get("plain consensus", 0) < report.get("nearest, of the same", 0):
+        warnings.warn(f"on the pool's own images the answer that the others agree with most is worse "
+                      f"({report['plain consensus']:.4g}) than the nearest example's "
+                      f"({report['nearest, of the same']:.4g}): the frozen model errs the same way with many "
+                      "examples. The cascade has learnt to weigh that; plain means and votes over examples will not "
+                      "help", stacklevel=4)  # fmt: skip

@@ -1,0 +1,170 @@
+"""What several answers of the frozen model say of each other, and of the one answer they add up to."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .visual_tasks import Colourisation
+
+
+# how many features and maps there are; features by whether labels are colours
+ANSWERS, MAPS = {False: 26, True: 22}, 12
+# sides of the maps that answers are compared at
+SIDE = 56
+LOWEST = 0.01
+# of the softmax over the cells of a query's own feature map
+AFFINITY = 0.1
+
+
+def small(painted: Tensor, side: int = SIDE) -> Tensor:
+    """Label images `(..., 3, h, w)` averaged to at most `side` pixels a side, float32."""
+    h, w = painted.shape[-2:]
+    if h <= side and w <= side:
+        return painted.float()
+    flat = F.adaptive_avg_pool2d(painted.flatten(0, -4).float(), (min(h, side), min(w, side)))
+    return flat.unflatten(0, painted.shape[:-3])
+
+
+class Consensus:
+    """The answers of one frozen model to a batch of queries, each shown m examples one by one.
+
+    Their means (weighted by `softmax(scores / temperature)`, plain, of the answers and of the answers rounded to black
+    and white) are estimates of the label, but biased ones: `maps` describes every pixel by them, and a linear or
+    logistic model fitted on pool images, whose labels are known, turns that into a calibrated estimate
+    (`fit_calibration`, `calibrate`).
+
+    Args:
+        task: of the pipeline.
+        painted: `(B, m, 3, h, w)` in [0, 1], see `small`.
+        scores: `(B, m)` what was expected of the examples.
+        temperature: of the weights, in units of the scores.
+        grid: `(B, gh, gw, d)` features of the queries, along which answers are smoothed: a cell takes the mean of the
+            cells that look like it.
+        known: `(B, m)` bool; answers that exist.
+    """
+
+    def __init__(
+        self, task: object, painted: Tensor, scores: Tensor, temperature: float, grid: Tensor, known: Tensor
+    ) -> None:
+        self.task, self.colours = task, isinstance(task, Colourisation)
+        # masks have one channel
+        self.painted = painted if self.colours else painted.mean(2, keepdim=True)
+        self.rounded = self.painted if self.colours else (self.painted >= 0.5).float()
+        self.known = known
+        self.weights = (scores / temperature).masked_fill(~known, -torch.inf).softmax(1)
+        self.sharp = (scores / (temperature / 3)).masked_fill(~known, -torch.inf).softmax(1)
+        self.even = known / known.sum(1, keepdim=True)
+        self.means = {
+            "weighted": self._mean(self.weights, self.painted), "votes": self._mean(self.weights, self.rounded),
+            "plain": self._mean(self.even, self.painted),
+        }  # fmt: skip
+        self.grid = grid
+
+    def maps(self) -> Tensor:
+        """Every pixel in numbers, `(B, c, h, w, 12)`; of masks they are log-odds."""
+        weighted, votes, plain = self.means.values()
+        estimates = [weighted, votes, plain, self._mean(self.even, self.rounded), self._mean(self.sharp, self.painted)]
+        estimates += [self._smooth(weighted), self._smooth(votes)]
+        if not self.colours:
+            estimates = [estimate.clamp(LOWEST, 1 - LOWEST).logit() for estimate in estimates]
+        around = 2 * (weighted.shape[-1] // 14) + 1
+        estimates += [_blurred(estimate, around) for estimate in estimates[:2]]
+        estimates += [mean.mean((2, 3), keepdim=True).expand_as(mean) for mean in (weighted, votes)]
+        return torch.stack([*estimates, torch.ones_like(weighted)], -1)
+
+    def target(self, truth: Tensor) -> Tensor:
+        """What calibration is fitted to, `(B, c, h, w)`, of labels `(B, 3, h, w)`."""
+        return truth if self.colours else (truth.mean(1, keepdim=True) >= 0.5).float()
+
+    def fit_calibration(self, maps: Tensor, target: Tensor) -> Tensor:
+        """Weights `(12,)` of logistic (masks) or linear (colours) regression of `target (...)` on `maps (..., 12)`."""
+        rows, target = maps.flatten(0, -2).double(), target.flatten().double()
+        penalty = torch.eye(rows.shape[1], dtype=torch.float64) * (1.0 if not self.colours else 1e-4 * len(rows))
+        if self.colours:
+            # drawn to the weighted mean, which needs no labels
+            start = torch.zeros(rows.shape[1], dtype=torch.float64)
+            start[0] = 1
+            return (start + torch.linalg.solve(rows.T @ rows + penalty, rows.T @ (target - rows @ start))).float()
+        weights = torch.zeros(rows.shape[1], dtype=torch.float64)
+        for _ in range(8):  # Newton
+            chance = (rows @ weights).clamp(-20, 20).sigmoid()
+            slope = rows.T @ (chance - target) + penalty @ weights
+            curvature = (rows * (chance * (1 - chance))[:, None]).T @ rows + penalty
+            weights = weights - torch.linalg.solve(curvature, slope)
+        return weights.float()
+
+    def calibrate(self, maps: Tensor, weights: Tensor) -> Tensor:
+        """The estimate of the label, `(B, c, h, w)` in [0, 1]."""
+        found = maps @ weights
+        return found.clamp(0, 1) if self.colours else found.sigmoid()
+
+    def features(self, calibrated: Tensor, areas: Tensor) -> Tensor:
+        """What is known of each answer beside the others, `(B, m, f)`.
+
+        Against each of the four estimates: the task's score, the mean difference, the score to be expected if the
+        estimate is a chance (masks), and the difference in area, with and without sign. Then: agreement with the other
+        answers (plain and weighted), area, spread, decidedness, and difference to the area of the example's label.
+
+        Args:
+            calibrated: of `calibrate`.
+            areas: `(B, m)` of the examples' labels.
+        """
+        sign = 1 if self.task.greater_is_better else -1
+        area = self.painted.mean((2, 3, 4))
+        found = []
+        for estimate in (*self.means.values(), calibrated):
+            each = estimate[:, None].expand_as(self.painted)
+            wide = [value.expand(-1, -1, 3, -1, -1) for value in (self.painted, each)]
+            found.append(self.task.score(*wide) * sign)
+            found.append(-(self.painted - each).abs().mean((2, 3, 4)))
+            if not self.colours:
+                found.append(_overlap(self.rounded, each))
+            apart = area - each.mean((2, 3, 4))
+            found += [apart, apart.abs()]
+        alike = self._alike()
+        found += [(alike * self.even[:, None]).sum(2), (alike * self.weights[:, None]).sum(2)]
+        found += [
+            area,
+            self.painted.flatten(2).std(2),
+            (2 * self.painted - 1).abs().mean((2, 3, 4)),
+            (area - areas).abs(),
+        ]
+        return torch.stack(found, 2)
+
+    def medoid(self) -> Tensor:
+        """`(B,)` which answer is most like the plain mean of all, as the task counts."""
+        sign = 1 if self.task.greater_is_better else -1
+        each = self.means["plain"][:, None].expand_as(self.painted)
+        wide = [value.expand(-1, -1, 3, -1, -1) for value in (self.painted, each)]
+        return (self.task.score(*wide) * sign).masked_fill(~self.known, -torch.inf).argmax(1)
+
+    def _alike(self) -> Tensor:
+        flat = self.rounded.flatten(2)
+        if self.colours:
+            return -torch.cdist(flat, flat).square() / flat.shape[2]
+        both, area = flat @ flat.transpose(1, 2), flat.sum(2)
+        either = area[:, :, None] + area[:, None] - both
+        return torch.where(either > 0, both / either.clamp(min=1), 1.0)
+
+    def _smooth(self, mean: Tensor) -> Tensor:
+        b, gh, gw, _ = self.grid.shape
+        cells = F.normalize(self.grid.flatten(1, 2).float(), dim=2)
+        affinity = (cells @ cells.transpose(1, 2) / AFFINITY).softmax(2)
+        coarse = F.adaptive_avg_pool2d(mean, (gh, gw)).flatten(2).transpose(1, 2)
+        smooth = (affinity @ coarse).transpose(1, 2).unflatten(2, (gh, gw))
+        return F.interpolate(smooth, size=mean.shape[-2:], mode="bilinear", align_corners=False)
+
+    @staticmethod
+    def _mean(weights: Tensor, values: Tensor) -> Tensor:
+        return torch.einsum("bm,bmchw->bchw", weights, values)
+
+
+def _overlap(rounded: Tensor, chance: Tensor) -> Tensor:
+    """IoU that a mask can expect where every pixel is white with some chance."""
+    both = (rounded * chance).sum((2, 3, 4))
+    either = rounded.sum((2, 3, 4)) + chance.sum((2, 3, 4)) - both
+    return torch.where(either > 0, both / either.clamp(min=1e-6), 1.0)
+
+
+def _blurred(values: Tensor, size: int) -> Tensor:
+    return F.avg_pool2d(values, size, 1, size // 2, count_include_pad=False)

@@ -1,0 +1,241 @@
+"""Images of a pool that nothing learns from: drawn once, without near duplicates in the rest, kept in a file."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+FORMAT = 1
+PARTS = ("queries", "pool", "dropped")
+# similarities held at once: ROWS x OTHERS
+ROWS, OTHERS = 2**13, 2**10
+# a copy's cosine with the original, in float32
+ROUNDING = 1e-6
+
+
+def near_duplicates(vectors: Tensor, of: Tensor | Sequence[int], threshold: float = 0.98) -> Tensor:
+    """Rows whose vector is almost that of one of some others: copies, crops, the next photo of a series.
+
+    Row i is one if max_j cos(vectors_i, of_j) >= threshold. From how high a cosine images are copies depends on the
+    encoder: look at the most similar pairs as pictures.
+
+    Args:
+        vectors: `(n, d)`, of any norm.
+        of: rows of `vectors`, which are not found themselves; or `(m, d)` vectors of other images.
+        threshold: in (0, 1].
+
+    Returns:
+        Rows in ascending order, int64.
+
+    Raises:
+        ValueError: for shapes that do not match, rows that do not exist, values that are not finite, and a threshold
+            out of range.
+
+    Example:
+        >>> near_duplicates(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.1], [0.0, 3.0]]), of=[0])
+        tensor([2])
+
+    Source: held-out queries whose copies are in the pool are no test of what was learnt on it.
+    """
+    if vectors.dim() != 2 or not vectors.is_floating_point():
+        raise ValueError(f"vectors is {vectors.dtype} of shape {tuple(vectors.shape)}: pass (n, d) floating point")
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold={threshold}: it is a cosine, in (0, 1]")
+    of = torch.as_tensor(of, device=vectors.device)
+    rows = None
+    if of.dim() == 1 and (not len(of) or not (of.is_floating_point() or of.dtype == torch.bool)):
+        if len(of) and not 0 <= int(of.min()) <= int(of.max()) < len(vectors):
+            raise ValueError(f"of holds rows {int(of.min())} to {int(of.max())}: there are {len(vectors)} vectors")
+        rows = of.long()
+    elif of.dim() != 2 or not of.is_floating_point() or of.shape[1] != vectors.shape[1]:
+        raise ValueError(f"of is {of.dtype} of shape {tuple(of.shape)}: pass rows of `vectors`, as whole numbers, or "
+                         f"vectors (m, {vectors.shape[1]})")  # fmt: skip
+    found = torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
+    for own, block in zip(found.split(ROWS), vectors.split(ROWS)):
+        block = _unit(block, "vectors")
+        for part in (of if rows is None else rows).split(OTHERS) if len(of) else ():
+            part = _unit(part if rows is None else vectors[part], "of")
+            own |= (block @ part.T).amax(1) >= threshold - ROUNDING
+    if rows is not None:
+        found[rows] = False
+    return found.nonzero()[:, 0]
+
+
+def _unit(vectors: Tensor, name: str) -> Tensor:
+    if not vectors.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinite values: encode the images in float32 or bfloat16")
+    return F.normalize(vectors.float(), dim=1)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Ids of held-out queries, of the pool that may be learnt from, and of near duplicates that are in neither.
+
+    Args:
+        queries: one or more, in any order, which is kept.
+        pool: one or more; kept in alphabetical order.
+        dropped: near duplicates of the queries; kept in alphabetical order.
+
+    Raises:
+        ValueError: for an id that occurs twice, and for no queries or pool.
+        TypeError: for ids that are not texts.
+
+    Example:
+        >>> Split(queries=["a"], pool=["b", "c"])
+        Split(queries=('a',), pool=('b', 'c'), dropped=())
+    """
+
+    queries: tuple[str, ...]
+    pool: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        seen: dict[str, str] = {}
+        for part in PARTS:
+            ids = tuple(getattr(self, part))
+            if not ids and part != "dropped":
+                raise ValueError(f"{part} is empty: a split needs queries and a pool")
+            for id in ids:
+                if not isinstance(id, str):
+                    raise TypeError(f"{part} holds {id!r}, a {type(id).__name__}: ids are texts, as in `pool.ids`")
+                if id in seen:
+                    both = f"twice in {part}" if seen[id] == part else f"in {seen[id]} and in {part}"
+                    raise ValueError(f"id {id!r} is {both}: an image may have one place only")
+                seen[id] = part
+            object.__setattr__(self, part, ids if part == "queries" else tuple(sorted(ids)))
+
+
+def split_pool(
+    ids: Sequence[str],
+    queries: int | Iterable[str] = 100,
+    seed: int = 0,
+    vectors: Tensor | None = None,
+    threshold: float = 0.98,
+) -> Split:
+    """Hold images of a pool out, and drop their near duplicates from the rest.
+
+    Args:
+        ids: of all images, `pool.ids`.
+        queries: how many to draw, or the ids of those to hold out.
+        seed: of the draw.
+        vectors: `(n, d)` of all images, `pool.vectors`; None: near duplicates are not looked for.
+        threshold: see `near_duplicates`.
+
+    Returns:
+        A `Split`; its queries in the order of the draw, or as given.
+
+    Raises:
+        ValueError: for ids that occur twice, queries that are not among them or leave no pool, and vectors of another
+            number.
+
+    Example:
+        >>> split_pool(["a", "b", "c", "d"], queries=["b"], vectors=torch.eye(4)[[0, 1, 1, 2]])
+        Split(queries=('b',), pool=('a', 'd'), dropped=('c',))
+    """
+    ids = list(ids)
+    places = {id: row for row, id in enumerate(ids)}
+    if len(places) != len(ids):
+        raise ValueError(f"{len(ids) - len(places)} of the ids occur twice: name every image once")
+    if isinstance(queries, Integral):
+        if not 0 < queries < len(ids):
+            raise ValueError(f"queries={queries} of {len(ids)} images: pass at least 1, and fewer than there are")
+        asked = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:queries].tolist()
+    else:
+        queries = [queries] if isinstance(queries, str) else list(queries)
+        if unknown := [id for id in queries if id not in places]:
+            raise ValueError(f"queries holds {unknown[0]!r}, which is not in ids ({len(unknown)} such)")
+        asked = [places[id] for id in queries]
+    dropped: set[int] = set()
+    if vectors is not None:
+        if len(vectors) != len(ids):
+            raise ValueError(f"{len(vectors)} vectors for {len(ids)} ids: pass one row for each")
+        dropped = set(near_duplicates(vectors, asked, threshold).tolist())
+    taken = dropped.union(asked)
+    rest = [id for row, id in enumerate(ids) if row not in taken]
+    if not rest:
+        raise ValueError(f"{len(asked)} queries and {len(dropped)} near duplicates are all of the {len(ids)} images: "
+                         "pass fewer queries or a higher threshold")  # fmt: skip
+    return Split([ids[row] for row in asked], rest, [ids[row] for row in dropped])
+
+
+def write_splits(file: str | os.PathLike[str], splits: Mapping[str, Split]) -> None:
+    """Write splits under their names into one JSON file, atomically.
+
+    Ids stand in it once; of every split the places of its queries, its near duplicates, and of ids of the file that
+    are in none of its parts. A SHA-256 of all of it says when the file was edited.
+
+    Args:
+        file: is replaced.
+        splits: such as the folds of a cross-validation; one or more.
+
+    Raises:
+        ValueError: for no splits.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     write_splits(f"{folder}/splits.json", {"seed 0": Split(["b"], ["a", "d"], ["c"])})
+        ...     read_splits(f"{folder}/splits.json")
+        {'seed 0': Split(queries=('b',), pool=('a', 'd'), dropped=('c',))}
+    """
+    if not splits:
+        raise ValueError("splits is empty: pass {name: Split, ...}")
+    ids = sorted({id for split in splits.values() for part in PARTS for id in getattr(split, part)})
+    places = {id: place for place, id in enumerate(ids)}
+    table: dict[str, Any] = {}
+    for name, split in splits.items():
+        own = {part: [places[id] for id in getattr(split, part)] for part in PARTS}
+        absent = set(places.values()).difference(*own.values())
+        table[name] = {"queries": own["queries"], "dropped": own["dropped"], "absent": sorted(absent)}
+    content = {"format": FORMAT, "ids": ids, "splits": table}
+    content["sha256"] = _digest(content)
+    # a split a line: short, and a change can be seen
+    lines = ",\n".join(f"{json.dumps(name)}: {_compact(split)}" for name, split in table.items())
+    head = f'{{"format": {FORMAT}, "sha256": "{content["sha256"]}",\n"ids": {_compact(ids)},\n'
+    text = f'{head}"splits": {{\n{lines}\n}}}}\n'
+    target = Path(file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part_file = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    part_file.write_text(text, encoding="utf-8")
+    os.replace(part_file, target)
+
+
+def read_splits(file: str | os.PathLike[str]) -> dict[str, Split]:
+    """The splits in a file of `write_splits`, by name.
+
+    Raises:
+        ValueError: for a file that is not one of these, was changed since, or is of a later format.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        version, stored, ids, table = (content[key] for key in ("format", "sha256", "ids", "splits"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a file of splits ({type(error).__name__}: {error}); "
+                         "write one with write_splits") from error  # fmt: skip
+    if version != FORMAT:
+        raise ValueError(f"{file} has format {version} and this version of hf_effdl reads {FORMAT}: upgrade hf_effdl")
+    if _digest({"format": version, "ids": ids, "splits": table}) != stored:
+        raise ValueError(f"{file} was changed after it was written: its SHA-256 is another; write it again")
+    splits = {}
+    for name, own in table.items():
+        elsewhere = {place for places in own.values() for place in places}
+        rest = [id for place, id in enumerate(ids) if place not in elsewhere]
+        splits[name] = Split([ids[i] for i in own["queries"]], rest, [ids[i] for i in own["dropped"]])
+    return splits
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

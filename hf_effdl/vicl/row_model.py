@@ -1,0 +1,146 @@
+"""How a query's row of the table of performance would look: learned from the rows of pool images like it."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+WIDTHS = (1.0, 0.3)
+NEIGHBOURS, TEMPERATURE = (5, 15, 40), 0.05
+# pool rows whose distances give the unit of the kernels' widths
+SAMPLE = 1000
+
+
+class RowModel:
+    """Predicts how each example will do on a query, relative to the others, from what was measured on pool images.
+
+    R[j, c] is the performance of example c on pool image j less the mean of what was measured on j; images are alike
+    by two views, the retrieval vector and the four quarters of the feature map, k(a, b) = exp(-d^2 / (gamma median
+    d^2)), gamma 1 and 0.3. Where every other example was measured on each labelled image,
+
+        r(q, .) = mu + k(q, P) (k(P, P) + I)^-1 (R - mu)        (kernel ridge; mu = column means)
+
+    and where only some were, sum_j k(q, j) R[j, c] / (sum_j k(q, j) + 1) over the j that c was measured on. Beside
+    these four, transfer from the 5, 15 and 40 nearest labelled images, weights softmax(cos / 0.05), and the mean of R
+    over all of them ("quality"). What a labelled image itself measured is left out of its own predictions: for kernel
+    ridge by R_i - alpha_i / [(k + I)^-1]_ii, alpha = (k + I)^-1 (R - mu).
+
+    Args:
+        vectors: `(n, d)` unit vectors of the pool.
+        quarters: `(n, 4 d)` unit vectors of the pool's quarters.
+        measured: `(n, K)` rows of the pool, -1 where not measured.
+        performance: `(n, K)` of those, larger is better.
+    """
+
+    names = (
+        "vector 1",
+        "vector 0.3",
+        "quarters 1",
+        "quarters 0.3",
+        "5 nearest",
+        "15 nearest",
+        "40 nearest",
+        "quality",
+    )
+
+    def __init__(self, vectors: Tensor, quarters: Tensor, measured: Tensor, performance: Tensor) -> None:
+        n = len(vectors)
+        self.labelled = (measured >= 0).any(1).nonzero()[:, 0]
+        measured, performance = measured[self.labelled].long(), performance[self.labelled].float()
+        known = measured >= 0
+        mean = (performance * known).sum(1) / known.sum(1)
+        residual = torch.where(known, performance - mean[:, None], 0.0)
+        self.position = torch.full((n,), -1)
+        self.position[self.labelled] = torch.arange(len(self.labelled))
+        self.views = vectors[self.labelled], quarters[self.labelled]
+        self.units = [_unit(view) for view in (vectors, quarters)]
+        self.complete = bool((known.sum(1) == n - 1).all())
+        if self.complete:
+            self._make_complete(n, measured, residual, known)
+        else:
+            # columns of one sparse table: sums of R and counts over the images that an example was measured on
+            place = torch.stack([measured[known], torch.arange(len(measured))[:, None].expand_as(measured)[known]])
+            shape = (n, len(measured))
+            self.residual = torch.sparse_coo_tensor(place, residual[known], shape).coalesce()
+            self.count = torch.sparse_coo_tensor(place, known[known].float(), shape).coalesce()
+
+    def _make_complete(self, n: int, measured: Tensor, residual: Tensor, known: Tensor) -> None:
+        table = torch.zeros(len(measured), n + 1)
+        table.scatter_(1, torch.where(known, measured, n), residual)
+        table, seen = table[:, :n], torch.ones(len(measured), n)
+        seen[torch.arange(len(measured)), self.labelled] = 0
+        mean = table.sum(0) / seen.sum(0).clamp(min=1)
+        # an image is not measured on itself: its other images stand for it
+        table = torch.where(seen > 0, table, mean)
+        self.table, self.mean = table, table.mean(0)
+        self.alpha, self.left_out = [], []
+        for view, unit in zip(self.views, self.units, strict=True):
+            for width in WIDTHS:
+                gram = _kernel(view, view, width * unit).double()
+                inverse = torch.linalg.inv(gram + torch.eye(len(gram), dtype=torch.float64))
+                alpha = inverse @ (table - self.mean).double()
+                self.alpha.append(alpha.float())
+                self.left_out.append((table - alpha / inverse.diagonal()[:, None]).float())
+
+    def predict(self, vectors: Tensor, quarters: Tensor, rows: Tensor, own: Tensor | None = None) -> Tensor:
+        """Predictions for the candidates of each query.
+
+        Args:
+            vectors, quarters: `(B, d)` and `(B, 4 d)` of the queries.
+            rows: `(B, K)` candidates; -1 gives 0.
+            own: `(B,)` rows of the pool that the queries themselves are, -1 for none.
+
+        Returns:
+            `(B, K, 8)` in the order of `names`.
+        """
+        places = torch.full((len(vectors),), -1) if own is None else self._positions(own)
+        itself = (places[:, None] == torch.arange(len(self.labelled))) & (places >= 0)[:, None]
+        kernels = [
+            _kernel(asked, view, width * unit)
+            for asked, view, unit in zip((vectors, quarters), self.views, self.units, strict=True)
+            for width in WIDTHS
+        ]
+        cosine = (vectors @ self.views[0].T).masked_fill(itself, -torch.inf)
+        near = []
+        for count in NEIGHBOURS:
+            top, at = cosine.topk(min(count, cosine.shape[1]), 1)
+            near.append(torch.zeros_like(cosine).scatter_(1, at, (top / TEMPERATURE).softmax(1)))
+        even = torch.ones_like(cosine)
+        gathered = rows.clamp(min=0)
+        if self.complete:
+            found = [self.mean + kernel @ alpha for kernel, alpha in zip(kernels, self.alpha, strict=True)]
+            for values, left_out in zip(found, self.left_out, strict=True):
+                values[places >= 0] = left_out[places[places >= 0]]
+            found += [weights.masked_fill(itself, 0) @ self.table for weights in near]
+            even = even.masked_fill(itself, 0)
+            found.append(even @ self.table / even.sum(1, keepdim=True).clamp(min=1))
+            found = [values.gather(1, gathered) for values in found]
+        else:
+            weights = torch.cat([part.masked_fill(itself, 0) for part in (*kernels, *near, even)])
+            shape = (len(self.names), len(vectors))
+            sums = torch.sparse.mm(self.residual, weights.T).T.unflatten(0, shape)
+            counts = torch.sparse.mm(self.count, weights.T).T.unflatten(0, shape)
+            # how many images' worth of zero everything is drawn to; softmax weights sum to one
+            prior = torch.tensor([1.0] * 4 + [0.1] * 3 + [1.0])[:, None, None]
+            found = list((sums / (counts + prior)).gather(2, gathered.expand(len(self.names), -1, -1)))
+        return torch.stack(found, 2) * (rows >= 0)[..., None]
+
+    def _positions(self, own: Tensor) -> Tensor:
+        own = torch.as_tensor(own).cpu()
+        return torch.where(own >= 0, self.position[own.clamp(min=0)], -1)
+
+
+def quarters_of(tokens: Tensor) -> Tensor:
+    """Unit vectors `(N, 4 d)` of the four quarters in `tokens (N, 5, d)`."""
+    return F.normalize(tokens[:, 1:].float().flatten(1), dim=1)
+
+
+def _unit(view: Tensor) -> Tensor:
+    """Median squared distance between pool images."""
+    view = view[:: max(1, len(view) // SAMPLE)]
+    apart = 2 - 2 * view @ view.T
+    return apart[~torch.eye(len(view), dtype=torch.bool)].median().clamp(min=1e-6)
+
+
+def _kernel(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    return torch.exp(-(2 - 2 * a @ b.T).clamp(min=0) / scale)

@@ -1,0 +1,70 @@
+"""The ranker's example as a user would run it: alone, on two processes, and its settings."""
+
+import json
+import sys
+
+import pytest
+import torch
+from test_examples import BIN, ROOT, run
+
+
+SCRIPT = ROOT / "examples" / "train_ranker.py"
+sys.path.insert(0, str(ROOT / "examples"))
+
+import train_ranker  # noqa: E402
+
+from hf_effdl.vicl.auto import ListwiseRanker  # noqa: E402
+
+
+SMALL = ("--max_pool", "16", "--max_queries", "4", "--candidates", "7", "--label_budget", "8", "--lengths", "3", "5",
+         "--hidden_size", "32", "--num_train_epochs", "1", "--use_cpu", "--disable_tqdm", "true")  # fmt: skip
+
+
+def check(printed: str, out) -> dict:
+    """One table; a ranker for each length; scores of every query."""
+    rows = [line.split("|") for line in printed.splitlines() if line.startswith("|")]
+    scores = {row[1].strip(): float(row[3]) for row in rows[2:]}
+    assert set(scores) == {"nearest", "ranker", "oracle"} and len(rows) == 5
+    assert scores["oracle"] >= max(scores.values())
+    report = json.loads((out / "report.json").read_text())
+    assert [len(each) for each in report["scores"].values()] == [4, 4, 4]
+    for k in (3, 5):
+        ranker = ListwiseRanker.from_pretrained(out / f"ranker-{k}")
+        assert ranker.config.list_length == k and ranker.config.hidden_size == 32
+        assert 0 <= report[f"ranker-{k}"]["eval_list_accuracy"] <= 1
+    return report
+
+
+def test_it_trains_rankers_alone_and_on_two_processes(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_ranker.main([*SMALL, "--output_dir", "one"])
+    one = check(capsys.readouterr().out, tmp_path / "one")
+    printed = run(
+        str(BIN / "torchrun"), "--nproc_per_node", "2", str(SCRIPT), *SMALL, "--output_dir", "two", cwd=tmp_path
+    )
+    two = check(printed, tmp_path / "two")
+    assert one["scores"]["nearest"] == pytest.approx(two["scores"]["nearest"])
+    assert one["scores"]["oracle"] == pytest.approx(two["scores"]["oracle"])
+
+
+def test_settings_come_from_a_file_and_the_command_line(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("dataset_name: some/photos\nlengths: [4]\nuse_cpu: true\nlearning_rate: 0.001\n")
+    args, training = train_ranker.parse(["--config", str(file), "--schedule", "partitions", "--lengths", "6", "7"])
+    assert args.dataset_name == "some/photos" and args.model == "BAAI/seggpt-vit-large" and args.hidden_size == 768
+    assert args.lengths == [6, 7] and args.schedule == "partitions" and training.learning_rate == 0.001
+    assert training.per_device_train_batch_size == 64 and training.lr_scheduler_type == "constant"
+    args, _ = train_ranker.parse(["--use_cpu"])
+    assert args.dataset_name is None and args.model == train_ranker.TINY
+    file.write_text("lenghts: [4]\n")
+    with pytest.raises(ValueError, match=r"sets \['lenghts'\]"):
+        train_ranker.parse(["--config", str(file)])
+
+
+def test_queries_to_evaluate_on_are_not_trained_on():
+    model = torch.nn.Module()
+    model.measured_candidates = torch.full((40, 3), -1)
+    model.measured_candidates[::2, 1] = 5
+    train, other = train_ranker.split_queries(model, 0)
+    assert sorted(train + other) == list(range(0, 40, 2)) and len(other) == 2
+    assert train_ranker.split_queries(model, 1)[1] != other
