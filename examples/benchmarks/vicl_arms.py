@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_effdl.vicl.visual_tasks import find_task, largest_boxes
 
 
-CANDIDATES, FEW = 50, 5
+CANDIDATES, FEW, TEN = 50, 5, 10
 # every arm with the examples that the frozen model tries on the query before it has answered; in order of the table
 ARMS = {
     "random": 1,
@@ -28,6 +28,18 @@ ARMS = {
     "dense": 1,
     "transfer": 1,
     "transfer, 50 labels each": 1,
+    "released ranker, aggregated": 1,
+    "list-wise ranker, aggregated": 1,
+    "list-wise ranker + similarities, knock-out": 1,
+    "list-wise ranker + similarities, aggregated": 1,
+    "cascade, 100 x 50 labels, one pass": 1,
+    "cascade, one pass": 1,
+    "medoid of the nearest 10": TEN,
+    "medoid of dense 10": TEN,
+    "like the mean of dense 10": TEN,
+    "cascade, 100 x 50 labels": TEN,
+    "cascade, list-wise head": TEN,
+    "cascade": TEN,
     "medoid of the 50": CANDIDATES,
     "like the mean of the 50": CANDIDATES,
     "oracle of the 50": CANDIDATES,
@@ -35,6 +47,10 @@ ARMS = {
     "dense 5, mean": FEW,
     "transfer 5, mean": FEW,
     "transfer 5, 50 labels each, mean": FEW,
+    "nearest 10, mean": TEN,
+    "dense 10, mean": TEN,
+    "cascade 10, 100 x 50 labels, weighted": TEN,
+    "cascade 10, weighted": TEN,
     "all 50, mean": CANDIDATES,
     "nearest 5, in one call": FEW,
     "dense 5, in one call": FEW,
@@ -48,6 +64,15 @@ FROM, TO = "nearest", "oracle of the 50"
 FUSED = {
     "nearest": "nearest 5, mean", "dense": "dense 5, mean", "transfer": "transfer 5, mean",
     "transfer, 50 labels each": "transfer 5, 50 labels each, mean",
+}  # fmt: skip
+# what needs nothing that was measured of the pool, by kind and F passes: a choice of one example, or a mean
+TRAINING_FREE = {
+    "cascade, one pass": ("random", "mean of the 50", "nearest", "dense"),
+    "cascade": ("nearest", "dense", "medoid of the nearest 10", "medoid of dense 10", "like the mean of dense 10",
+                "nearest, two arrangements", "dense, two arrangements"),
+    "cascade 10, weighted": ("nearest 5, mean", "dense 5, mean", "nearest 10, mean", "dense 10, mean",
+                             "nearest 5, in one call", "dense 5, in one call",
+                             "nearest 5 in one call, two arrangements"),
 }  # fmt: skip
 
 
@@ -68,7 +93,10 @@ def agreement(task: Any, painted: Tensor) -> Tensor:
     return torch.where(either > 0, both / either.clamp(min=1), 1.0).sum(1)
 
 
-def arms_of_query(task: Any, painted: Tensor, truth: Tensor, chosen: Mapping[str, Tensor]) -> dict[str, float]:
+def arms_of_query(
+    task: Any, painted: Tensor, truth: Tensor, chosen: Mapping[str, Tensor],
+    weighted: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> dict[str, float]:  # fmt: skip
     """The score of every arm that shows some of a query's K candidates, whose answers are known.
 
     Args:
@@ -77,6 +105,7 @@ def arms_of_query(task: Any, painted: Tensor, truth: Tensor, chosen: Mapping[str
         truth: `(3, h, w)`.
         chosen: strategy -> places among the K, best first: its first is an arm, and the mean of its first five
             another, where `FUSED` has one.
+        weighted: arm -> places and weights of a weighted mean.
     """
     values = task.score(painted, truth.expand_as(painted))
     good = values if task.greater_is_better else -values
@@ -87,6 +116,17 @@ def arms_of_query(task: Any, painted: Tensor, truth: Tensor, chosen: Mapping[str
         "medoid of the 50": values[agreement(task, painted).argmax()],
         "like the mean of the 50": values[like.argmax()],
     }  # fmt: skip
+    for name in ("nearest", "dense"):
+        if len(ten := chosen.get(name, ())[:TEN]) == TEN:
+            found[f"{name} 10, mean"] = task.score(painted[ten].mean(0), truth)
+            of = "the nearest 10" if name == "nearest" else "dense 10"
+            found[f"medoid of {of}"] = values[ten[agreement(task, painted[ten]).argmax()]]
+    if "dense 10, mean" in found:
+        near = painted[chosen["dense"][:TEN]]
+        like = task.score(near, near.mean(0).expand_as(near)) * (1 if task.greater_is_better else -1)
+        found["like the mean of dense 10"] = values[chosen["dense"][like.argmax()]]
+    for name, (places, weights) in (weighted or {}).items():
+        found[name] = task.score((painted[places] * weights[:, None, None, None]).sum(0), truth)
     for name, places in chosen.items():
         found[name] = values[places[0]]
         if name in FUSED:
@@ -152,6 +192,15 @@ def summary(of: Mapping[str, Mapping[int, Sequence[float]]], arm: str) -> tuple[
     return score, (score - start) / gap, error / abs(gap)
 
 
+def ahead(of: Mapping[str, Mapping[int, Sequence[float]]], arm: str, other: str) -> tuple[float, float]:
+    """Share of the gap that `arm` closes more than `other`, with the standard error of the paired difference."""
+    moved = {FROM: of[other], arm: of[arm], TO: {
+        seed: [value + shift for value, shift in zip(of[TO][seed], (b - a for a, b in zip(of[FROM][seed],
+               of[other][seed], strict=True)), strict=True)] for seed in of[TO] if seed in of[other]}}  # fmt: skip
+    _, closed, error = summary(moved, arm)
+    return closed, error
+
+
 def print_tables(rows: list[dict]) -> None:
     """A table for each task: the frozen models side by side, mean score (gap closed +- standard error)."""
     for said in sorted({(row["date"], row["torch"], row["platform"], row["cpus"]) for row in rows}):
@@ -181,3 +230,19 @@ def print_tables(rows: list[dict]) -> None:
                 cells.append(f"{score:.4f} | {fixed}")
             if any(cell != "- | -" for cell in cells):
                 print(f"| {arm} | {passes} | {' | '.join(cells)} |")
+        print_ahead(tables)
+
+
+def print_ahead(tables: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]) -> None:
+    """How far the cascade is ahead of the best arm of its kind that learns nothing, with as many F passes or fewer."""
+    lines = []
+    for arm, others in TRAINING_FREE.items():
+        for model, of in tables.items():
+            there = [other for other in others if other in of]
+            if arm in of and there:
+                best = max(there, key=lambda other: summary(of, other)[1])
+                closed, error = ahead(of, arm, best)
+                lines.append(f"| {arm} | {model} | {best} | {100 * closed:+.1f} ± {100 * error:.1f} |")
+    if lines:
+        print("\n| arm | F | best training-free arm | ahead, in % of the gap |\n|---|---|---|---|")
+        print("\n".join(lines))

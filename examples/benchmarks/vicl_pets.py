@@ -19,11 +19,13 @@ performance of each pool, and looked up; the first queries of every task are run
 give the same. Rows go to `--out` as one JSON line per (task, frozen, seed, arm); rows already there are skipped.
 """
 
+import argparse
 import os
 import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,7 @@ from vicl_arms import (
     ARMS,
     CANDIDATES,
     FEW,
+    TEN,
     append_rows,
     arms_of_query,
     machine,
@@ -48,7 +51,15 @@ from vicl_arms import (
     read_rows,
 )
 
-from hf_effdl import ExamplePool, FeatureMatching, VisionEncoder, VisualInContextModel, VisualInContextPipeline
+from hf_effdl import (
+    CascadeSelector,
+    ExamplePool,
+    FeatureMatching,
+    VisionEncoder,
+    VisualInContextModel,
+    VisualInContextPipeline,
+    read_splits,
+)
 from hf_effdl.vicl.example_selectors import STRATEGIES, Examples, Queries
 from hf_effdl.vicl.feature_matching import GREY
 from hf_effdl.vicl.visual_tasks import Colourisation, Detection, Segmentation, pixels
@@ -59,6 +70,9 @@ PHOTOS, FOLDS, LAYER = 600, 6, 11
 SHRINK = 4  # label cells and answers: 224 / 4
 BLOCK = 50  # pairs of one call of the frozen model
 CHECKED = 3  # queries that the pipeline answers, too
+BUDGET = 100  # pool images that the small label budget measures 50 examples on each
+BATCH = 10  # queries of one call of a selector
+SPLITS = Path(__file__).parent / "splits"  # see make_splits.py
 MATCHINGS = {"segmentation": ("soft", "nearest", "prototype"), "detection": ("soft", "nearest", "prototype"),
              "colourisation": ("soft", "nearest")}  # fmt: skip
 SEEDS = {"segmentation": 3, "detection": 10, "colourisation": 3}
@@ -108,6 +122,8 @@ class SmallMatching(FeatureMatching):
         self.colours = colours
 
     def encode(self, images: Tensor) -> Tensor:
+        if images.dim() == 2:  # encoded already
+            return images
         encoded = super().encode(images)
         if not self.colours:
             return encoded
@@ -160,6 +176,8 @@ class Photos:
     encoded: Tensor  # (n, ...)
     labels: Tensor  # (n, 3, 56, 56), also the truth
     scores: Tensor  # (n, n): of the query in the row with the example in the column, as the task counts
+    names: list[str]
+    near: Tensor | None = None  # (n, n, 8) dense matches
 
     @property
     def task(self):
@@ -171,7 +189,7 @@ class Photos:
     def views(self, photos: Tensor) -> dict[str, Tensor]:
         gh, gw = self.grid
         grids = self.encoded[photos][:, : gh * gw * self.depth].unflatten(1, (gh, gw, self.depth))
-        return {"vector": self.pool.vectors[photos], "grid": grids}
+        return {"vector": self.pool.vectors[photos], "tokens": self.pool.tokens(photos), "grid": grids}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -215,7 +233,9 @@ def prepare(task: str, matching: str, count: int, encoder: VisionEncoder, cache:
         seen = pixels([small.query(image) for image in images], encoder.image_size, encoder.resample)
         encoded = torch.cat([frozen.encode(part) for part in seen.split(32)])
         torch.save(encoded, file)
-    photos = Photos(pool, model, encoded, labels, torch.zeros(len(pool), len(pool)))
+    names = [Path(name).name for name in data["image"]]
+    photos = Photos(pool, model, encoded, labels, torch.zeros(len(pool), len(pool)), names)
+    photos.near = match_all(photos, cache / f"{key}-matches.pt")
     file = cache / f"{key}-{matching}.pt"
     if file.is_file():
         photos.scores = torch.load(file, weights_only=True)
@@ -231,6 +251,21 @@ def prepare(task: str, matching: str, count: int, encoder: VisionEncoder, cache:
     return photos
 
 
+def match_all(photos: Photos, file: Path) -> Tensor:
+    """Dense matches of all photos with all others: the same for every frozen model and pool."""
+    if file.is_file():
+        return torch.load(file, weights_only=True)
+    examples, everyone = Known(photos.pool, photos, torch.arange(0)), torch.arange(len(photos.pool))
+    start, parts = time.perf_counter(), []
+    for photo in everyone:
+        views = photos.views(photo[None])
+        parts.append(torch.cat([Examples.matches(examples, views, part[None])[0] for part in everyone.split(BLOCK)]))
+    near = torch.stack(parts)
+    torch.save(near, file)
+    say(f"{photos.task.name}: dense matches of {near.shape[0]} photos, {time.perf_counter() - start:.0f} s")
+    return near
+
+
 # ---- a pool and its queries
 
 
@@ -240,23 +275,34 @@ class Known(Examples):
     def __init__(self, pool: ExamplePool, photos: Photos, queries: Tensor) -> None:
         super().__init__(pool, photos.model, photos.task)
         self.photos, self.queries = photos, queries
-        self.members = torch.tensor([int(id) for id in pool.ids])
+        self.members = torch.tensor([int(id) for id in pool.ids], dtype=torch.long)
 
     def encoded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         chosen = self.members[rows]
         return self.photos.encoded[chosen], self.photos.labels[chosen]
 
+    def small_labels(self, rows: Tensor) -> Tensor:
+        return self.photos.labels[self.members[rows]]
+
     def grids(self, rows: Tensor) -> Tensor:
-        return self.photos.views(self.members[rows])["grid"].flatten(1, 2)
+        return self.photos.views(self.members[rows.flatten()])["grid"].flatten(1, 2).unflatten(0, rows.shape)
+
+    def matches(self, views: dict[str, Tensor], rows: Tensor) -> Tensor:
+        # a photo is known by its vector, whether it is a query or one of the pool that is learnt from
+        asked = (views["vector"] @ self.photos.pool.vectors.T).argmax(1)
+        return self.photos.near[asked[:, None], self.members[rows]]
 
     def measure(self, queries: Queries, rows: Tensor) -> Tensor:
         return self.photos.good()[self.queries[:, None], self.members[rows]]
 
-    def set_performance(self, labels_each: int | None) -> None:
-        """As `measure_examples` would: `labels_each` nearest others of every image; None: all others."""
+    def set_performance(self, labels_each: int | None, images: int | None = None) -> None:
+        """As `measure_examples` would: `labels_each` nearest others (None: all) of every image, or of so many."""
         n = len(self.pool)
         _, candidates = self.pool.search(self.pool.vectors, labels_each or n - 1, exclude=torch.arange(n))
         table = self.photos.good()[self.members[:, None], self.members[candidates]]
+        if images is not None:
+            left_out = torch.randperm(n, generator=torch.Generator().manual_seed(0))[images:]
+            candidates[left_out], table[left_out] = -1, 0
         self.model.set_performance(candidates, table, self.pool.fingerprint)
 
 
@@ -271,21 +317,67 @@ def splits(task: str, count: int, seed: int, folds: int) -> list[tuple[np.ndarra
             for k in range(folds)]  # fmt: skip
 
 
-def run_fold(photos: Photos, queries: Tensor, members: Tensor, folder: Path, check: bool) -> dict[str, float]:
-    """Means over the queries of every arm."""
+def without_copies(photos: Photos, queries: np.ndarray, members: np.ndarray, seed: int, fold: int) -> np.ndarray:
+    """The pool without near duplicates of the queries, by the committed split, which must be this one."""
+    task = "-detection" if photos.task.name == "detection" else ""
+    if len(photos.names) != {"": PHOTOS, "-detection": 296}[task]:
+        return members
+    split = read_splits(SPLITS / f"pets{task}.json").get(f"seed {seed}" + ("" if task else f", fold {fold}"))
+    if split is None:  # more seeds than are committed
+        return members
+    if {photos.names[query] for query in queries} != set(split.queries):
+        raise AssertionError(f"the queries of seed {seed}, fold {fold} are not those of the split file")
+    return np.array([member for member in members if photos.names[member] in set(split.pool)])
+
+
+def learned_arms(known: Known, batch: Queries, heads: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, tuple]]:
+    """What cascades of both label budgets choose: arm -> rows, best first; arm of a mean -> rows and weights."""
+    rows: dict[str, Tensor] = {}
+    weighted: dict[str, tuple] = {}
+
+    def choose(cascade: CascadeSelector, count: int) -> tuple[Tensor, Tensor]:
+        parts = []
+        for part in torch.arange(len(batch)).split(BATCH):
+            some = Queries(batch.cells[part], {name: view[part] for name, view in batch.views.items()})
+            parts.append(cascade(some, known, count, CANDIDATES)[:2])
+        scores, chosen = (torch.cat(values) for values in zip(*parts, strict=True))
+        return scores, chosen
+
+    for labels, budget in (("", (None, None)), (", 100 x 50 labels", (CANDIDATES, BUDGET))):
+        known.set_performance(*budget)
+        for head in heads if not labels else ("ridge",):
+            cascade = CascadeSelector(known.model, passes=TEN, head=head)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # plain consensus fails with a biased model: a row of the table
+                cascade.fit(known.pool, examples=known, progress=False)
+            scores, chosen = choose(cascade, TEN)
+            if head == "listwise":
+                rows["cascade, list-wise head"] = chosen
+                continue
+            rows[f"cascade{labels}"] = chosen
+            weighted[f"cascade 10{labels}, weighted"] = chosen, (scores / cascade.temperature).softmax(1)
+            cascade.passes = 1
+            rows[f"cascade{labels}, one pass"] = choose(cascade, 1)[1]
+    return rows, weighted
+
+
+def run_fold(
+    photos: Photos, queries: Tensor, members: Tensor, folder: Path, check: bool, rankers: bool = False
+) -> dict[str, float]:
+    """Means over the queries of every arm; with `rankers`, also of those that take minutes to train."""
     shutil.copytree(photos.pool.folder, folder)
     pool = ExamplePool(folder)
     keep = set(members.tolist())
     pool.remove([row for row in range(len(pool)) if row not in keep])
     known = Known(pool, photos, queries)
-    batch = Queries(torch.zeros(len(queries), 1), photos.views(queries), photos.labels[queries])
+    batch = Queries(photos.encoded[queries], photos.views(queries), photos.labels[queries])
     task = photos.task
 
     def choose(strategy: str, count: int) -> Tensor:
         return STRATEGIES[strategy](batch, known, count, CANDIDATES)[1]
 
     candidates = choose("nearest", CANDIDATES)
-    rows = {"nearest": candidates[:, :FEW], "dense": choose("dense", FEW), "oracle": choose("oracle", FEW)}
+    rows = {"nearest": candidates[:, :TEN], "dense": choose("dense", TEN), "oracle": choose("oracle", FEW)}
     known.set_performance(CANDIDATES)
     rows["transfer, 50 labels each"] = choose("transfer", FEW)
     known.set_performance(None)
@@ -293,20 +385,24 @@ def run_fold(photos: Photos, queries: Tensor, members: Tensor, folder: Path, che
     quality, order = STRATEGIES["static"](batch, known, len(pool), CANDIDATES)
     quality = torch.empty_like(quality).scatter_(1, order, quality).gather(1, candidates)
     rows["quality inside the 50"] = candidates.gather(1, quality.argmax(1)[:, None])
+    learned, weighted = learned_arms(known, batch, ("ridge", "listwise") if rankers else ("ridge",))
+    rows |= learned
     if check:
         compare_with_pipeline(photos, pool, queries, known, rows)
+    means = {name: (places_of(chosen, candidates), weights) for name, (chosen, weights) in weighted.items()}
     places = {name: places_of(chosen, candidates) for name, chosen in rows.items()}
     scores = photos.scores[queries[:, None], known.members]
     found: dict[str, list[float]] = {}
     for i, query in enumerate(queries.tolist()):
         painted = photos.predict(query, known.members[candidates[i]][:, None])
         truth = photos.labels[query]
-        one = arms_of_query(task, painted, truth, {name: chosen[i] for name, chosen in places.items()})
+        fused = {name: (chosen[i], weights[i]) for name, (chosen, weights) in means.items()}
+        one = arms_of_query(task, painted, truth, {name: chosen[i] for name, chosen in places.items()}, fused)
         if abs(one["oracle"] - one["oracle of the 50"]) > 1e-5:
             raise AssertionError("the best in the table of scores is not the best of the answers")
         one |= {"random": scores[i].mean().item(), "static": scores[i, order[i, 0]].item()}
         for name in ("nearest", "dense"):
-            joint = photos.predict(query, known.members[rows[name][i]][None])[0]
+            joint = photos.predict(query, known.members[rows[name][i, :FEW]][None])[0]
             one[f"{name} 5, in one call"] = float(task.score(joint, truth))
         if task.name == "colourisation":
             grey = photos.encoded[query, -truth[0].numel() :].view(1, *truth.shape[1:]).expand_as(truth)
@@ -327,8 +423,14 @@ def compare_with_pipeline(
     some = queries[:CHECKED].tolist()
     images = [photos.pool.image(query) for query in some]
     labels = [photos.pool.label(query) for query in some]
-    for strategy in ("nearest", "dense", "transfer", "oracle"):
+    known.set_performance(None)
+    for strategy in ("nearest", "dense", "transfer", "oracle", "cascade"):
         chosen = rows[strategy][:CHECKED]
+        if strategy == "cascade":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                cascade = CascadeSelector(photos.model, passes=TEN).fit(pool, examples=known, progress=False)
+            photos.model.set_selector(cascade)
         for m, fusion in ((1, "mean"), (FEW, "mean"), (FEW, "model")):
             options = {"strategy": strategy, "num_examples": m, "fusion": fusion}
             answers = pipe(images, labels=labels, **options)
@@ -345,6 +447,7 @@ def compare_with_pipeline(
                 there = photos.task.score(fused, photos.labels[some])
             if not torch.allclose(here, there, atol=2e-3):
                 raise AssertionError(f"{options}: the pipeline scores {here.tolist()}, the table {there.tolist()}")
+    photos.model.set_selector(None)
     if photos.model.frozen.colours:  # and is the package's own form, where labels have full size
         frozen = photos.model.frozen
         model = FeatureMatching(frozen.encoder, frozen.matching, carry="difference")
@@ -364,6 +467,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, help="permutations; default: 3, in detection 10")
     parser.add_argument("--folds", type=int, default=FOLDS, help="rotations of a permutation")
     parser.add_argument("--photos", type=int, default=PHOTOS, help="only the first so many")
+    parser.add_argument("--rankers", action=argparse.BooleanOptionalAction, default=True,
+                        help="also train list-wise rankers, in segmentation with soft matching")  # fmt: skip
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks/vicl_pets"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -385,8 +490,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 with tempfile.TemporaryDirectory(dir=options.cache) as folder:
                     for queries, members in splits(task, len(photos.pool), seed, options.folds):
                         inside = Path(folder) / f"fold-{len(folds)}"
-                        parts = torch.from_numpy(queries), torch.from_numpy(members)
-                        folds.append(run_fold(photos, *parts, inside, check=not seed and not folds))
+                        kept = without_copies(photos, queries, members, seed, len(folds))
+                        parts = torch.from_numpy(queries), torch.from_numpy(kept)
+                        # by hand for the main setting: minutes a fold
+                        rankers = (task, matching) == ("segmentation", "soft") and options.rankers
+                        folds.append(run_fold(photos, *parts, inside, check=not seed and not folds, rankers=rankers))
                 of = {"task": task, "frozen": matching, "photos": options.photos, "seed": seed}
                 found = [
                     of | {"arm": arm, "passes": ARMS[arm], "metric": photos.task.metric,

@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .cascade_features import MATCHES, STATISTICS, dense_matches, label_statistics, standardised
+from .cascade_features import MATCHES, STATISTICS, label_statistics, standardised
 from .cascade_head import head_scores
 from .consensus import ANSWERS, MAPS, Consensus, small
 from .example_selectors import Examples, Queries
@@ -135,16 +134,16 @@ class CascadeSelector(nn.Module):
         similarity, rows = examples.pool.search(queries.views["vector"].cpu(), candidates, exclude=queries.exclude)
         known = rows >= 0
         features = self.first_features(queries.views, examples, similarity, rows, queries.exclude)
-        scores = standardised(features, known, self.first_spread.cpu())[0] @ self.first_weights.cpu()
+        scores = standardised(features, known, _plain(self.first_spread))[0] @ _plain(self.first_weights)
         scores = scores.masked_fill(~known, -torch.inf)
         top = scores.sort(dim=1, descending=True, stable=True).indices[:, : max(count, self.passes)]
         rows, scores = rows.gather(1, top), scores.gather(1, top)
         if self.passes == 1:
             return scores[:, :count], rows[:, :count]
         features = features.gather(1, top[..., None].expand(-1, -1, features.shape[2]))
-        answers = examples.answers(queries, rows)
+        answers = examples.answers(examples.model.frozen.encode(queries.cells), rows)
         consensus = self.consensus(examples, small(answers).cpu(), scores, queries.views["grid"].cpu(), rows >= 0)
-        calibrated = consensus.calibrate(consensus.maps(), self.calibration.cpu())
+        calibrated = consensus.calibrate(consensus.maps(), _plain(self.calibration))
         features = self.second_features(consensus, calibrated, features, scores)
         scores = self.second_scores(features, rows >= 0)
         order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
@@ -161,14 +160,11 @@ class CascadeSelector(nn.Module):
         vectors, tokens = views["vector"].float().cpu(), views["tokens"].float().cpu()
         asked = quarters_of(tokens)
         quarters = quarters_of(examples.pool.tokens(safe).flatten(0, 1)).unflatten(0, rows.shape)
-        grid = F.normalize(views["grid"].flatten(1, 2).float(), dim=2)
-        labels = examples.small_labels(safe)
-        shares = F.adaptive_avg_pool2d(labels.flatten(0, 1).mean(1, keepdim=True), views["grid"].shape[1:3])
-        matches = dense_matches(grid, examples.grids(safe), shares.flatten(1).unflatten(0, rows.shape))
         simple = [similarity.nan_to_num(neginf=0.0), (quarters @ asked[..., None])[..., 0],
                   torch.arange(rows.shape[1]).expand(rows.shape).float()]  # fmt: skip
+        matches, statistics = examples.matches(views, safe).cpu(), label_statistics(examples.small_labels(safe)).cpu()
         learned = self._row_model(examples).predict(vectors, asked, rows, own)
-        return torch.cat([torch.stack(simple, 2), matches.cpu(), label_statistics(labels).cpu(), learned], 2)
+        return torch.cat([torch.stack(simple, 2), matches, statistics, learned], 2)
 
     def consensus(self, examples: Examples, painted: Tensor, scores: Tensor, grid: Tensor, known: Tensor) -> Consensus:
         """Of answers (see `small`) that stage 1 gave these scores."""
@@ -180,24 +176,25 @@ class CascadeSelector(nn.Module):
         return torch.cat([first, scores[..., None], consensus.features(calibrated, area)], 2)
 
     def second_scores(self, features: Tensor, known: Tensor) -> Tensor:
-        features, _ = standardised(features, known, self.second_spread.cpu())
+        features, _ = standardised(features, known, _plain(self.second_spread))
         if self.list_head is None:
-            scores = features @ self.second_weights.cpu()
+            scores = features @ _plain(self.second_weights)
         else:
             scores = head_scores(self.list_head, features, known)
         return scores.masked_fill(~known, -torch.inf)
 
     def _row_model(self, examples: Examples) -> RowModel:
         pool, model = examples.pool, examples.model
-        if self._rows is None or self._rows[0] != (pool.fingerprint, model.config.pool_fingerprint):
-            if model.config.performance is None or model.config.pool_fingerprint != pool.fingerprint:
-                raise ValueError("the cascade needs the measured performance that it was fitted on, and the model has "
-                                 "none of this pool: run measure_examples and cascade.fit again")  # fmt: skip
+        if model.config.performance is None or model.config.pool_fingerprint != pool.fingerprint:
+            raise ValueError("the cascade needs the measured performance that it was fitted on, and the model has "
+                             "none of this pool: run measure_examples and cascade.fit again")  # fmt: skip
+        # a table that was measured anew, or moved, is another tensor
+        if self._rows is None or self._rows[0] is not model.measured_performance:
             table = model.measured_candidates.cpu(), model.measured_performance.cpu()
             quarters = torch.cat([
                 quarters_of(pool.tokens(rows)) for rows in torch.arange(len(pool)).split(4096)
             ])  # fmt: skip
-            self._rows = ((pool.fingerprint, pool.fingerprint), RowModel(pool.vectors.float(), quarters, *table))
+            self._rows = (model.measured_performance, RowModel(pool.vectors.float(), quarters, *table))
         return self._rows[1]
 
     # ---- as plain values, for the model's config
@@ -224,3 +221,8 @@ class CascadeSelector(nn.Module):
             config = {key: value for key, value in settings["list_head"].items() if key != "model_type"}
             made.list_head = ListwiseRanker(ListwiseRanker.config_class(**config))
         return made.eval()
+
+
+def _plain(weights: Tensor) -> Tensor:
+    """As features are: of a model in half precision too."""
+    return weights.float().cpu()

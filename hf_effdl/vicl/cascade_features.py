@@ -66,9 +66,9 @@ def _mean(values: Tensor, weights: Tensor) -> Tensor:
 def label_statistics(labels: Tensor) -> Tensor:
     """Where an example's label is white, how large and round that is, and how coloured.
 
-    `(..., 3, h, w)` in [0, 1] to `(..., 10)`, in the order of `STATISTICS`: mean; centre and squared spread in units of half a side; mean along the border; area
-    over four times the spread; length of the outline over the root of the area; mean distance from grey; standard
-    deviation.
+    `(..., 3, h, w)` in [0, 1] to `(..., 10)`, in the order of `STATISTICS`: mean; centre and squared spread in units
+    of half a side; mean along the border; area over four times the spread; length of the outline over the root of the
+    area; mean distance from grey; standard deviation.
 
     Example:
         >>> label_statistics(torch.ones(3, 8, 8))[:3]

@@ -13,8 +13,8 @@ from transformers.utils import logging
 from .cascade_features import ridge, standardised
 from .cascade_head import train_head
 from .consensus import small
-from .example_selectors import Examples, Queries
-from .visual_tasks import find_task, pixels
+from .example_selectors import Examples
+from .visual_tasks import find_task
 
 
 PENALTY, FOLDS = 300.0, 5
@@ -188,11 +188,10 @@ def _answers(examples: Examples, lists: _Lists, progress: bool, what: str) -> Te
     many = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)
     parts = torch.arange(len(lists.images)).split(BATCH)
-    model, found = examples.model, []
+    found = []
     for part in logging.tqdm(parts[rank::world], desc=what, unit=" batches", disable=not progress or rank > 0):
-        images = [examples.task.query(examples.pool.image(row)) for row in lists.images[part].tolist()]
-        cells = pixels(images, model.image_size, model.resample).to(model.device)
-        found.append(small(examples.answers(Queries(cells, {}), lists.rows[part])).cpu())
+        asked, _ = examples.encoded(lists.images[part])
+        found.append(small(examples.answers(asked, lists.rows[part])).cpu())
     if many:
         gathered: list[Any] = [None] * world
         torch.distributed.all_gather_object(gathered, found)
@@ -223,10 +222,14 @@ def _check_labels(labels: Any, pool: Any) -> None:
     if candidates.dim() != 2 or candidates.shape != performance.shape:
         raise ValueError(f"labels: candidates {tuple(candidates.shape)} and performance {tuple(performance.shape)} "
                          "must both be (n, K), as measure_examples returns them")  # fmt: skip
-    if len(candidates) != len(pool) or (candidates.numel() and int(candidates.max()) >= len(pool)):
-        raise ValueError(f"labels of {len(candidates)} images, with candidates up to {int(candidates.max())}, for a "
-                         f"pool of {len(pool)}: they are of another pool; run measure_examples on this "
-                         "one")  # fmt: skip
+    largest = int(candidates.max()) if candidates.numel() else -1
+    if len(candidates) != len(pool) or largest >= len(pool):
+        raise ValueError(f"labels of {len(candidates)} images, with candidates up to {largest}, for a pool of "
+                         f"{len(pool)}: they are of another pool; run measure_examples on this one")  # fmt: skip
+    own = torch.arange(len(pool), device=candidates.device)[:, None]
+    if itself := (candidates == own).any(1).nonzero()[:, 0].tolist():
+        raise ValueError(f"labels hold row {itself[0]} of the pool as an example for itself, which tells nothing of "
+                         "other images: set candidates to -1 there")  # fmt: skip
     if not performance[candidates >= 0].isfinite().all():
         raise ValueError("labels hold performance that is NaN or infinite: measure these pairs again with a metric "
                          "that is defined for every prediction")  # fmt: skip

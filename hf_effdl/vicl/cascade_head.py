@@ -38,7 +38,7 @@ def head_scores(head: ListwiseRanker, features: Tensor, known: Tensor) -> Tensor
     device = next(head.parameters()).device
     features = features.to(device)
     asked = torch.zeros_like(features[:, :1])
-    return head(query_tokens=asked, candidate_tokens=features[:, :, None], mask=known.to(device)).scores.cpu()
+    return head(query_tokens=asked, candidate_tokens=features[:, :, None], mask=known.to(device)).scores.float().cpu()
 
 
 @torch.enable_grad()

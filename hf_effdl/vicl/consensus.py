@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .visual_tasks import Colourisation
-
 
 # how many features and maps there are; features by whether labels are colours
 ANSWERS, MAPS = {False: 26, True: 22}, 12
@@ -46,7 +44,7 @@ class Consensus:
     def __init__(
         self, task: object, painted: Tensor, scores: Tensor, temperature: float, grid: Tensor, known: Tensor
     ) -> None:
-        self.task, self.colours = task, isinstance(task, Colourisation)
+        self.task, self.colours = task, task.name == "colourisation"
         # masks have one channel
         self.painted = painted if self.colours else painted.mean(2, keepdim=True)
         self.rounded = self.painted if self.colours else (self.painted >= 0.5).float()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cascade_features import dense_matches
 from .consensus import small
 from .visual_tasks import pixels
 
@@ -86,10 +87,21 @@ class Examples:
         return self._gather("small", rows, lambda part: small(self._draw(part)))
 
     @torch.no_grad()
-    def answers(self, queries: Queries, rows: Tensor) -> Tensor:
-        """What the frozen model paints for each query when shown each of `rows (B, m)` alone: `(B, m, 3, h, w)`."""
-        asked = self.model.frozen.encode(queries.cells)
-        places = torch.arange(len(queries)).repeat_interleave(rows.shape[1])
+    def matches(self, views: dict[str, Tensor], rows: Tensor) -> Tensor:
+        """`dense_matches` of queries with each of `rows (B, K)`: `(B, K, 8)`."""
+        grid = views["grid"]
+        shares = F.adaptive_avg_pool2d(self.small_labels(rows).flatten(0, 1).mean(1, keepdim=True), grid.shape[1:3])
+        shares = shares.flatten(1).unflatten(0, rows.shape)
+        return dense_matches(F.normalize(grid.flatten(1, 2).float(), dim=2), self.grids(rows), shares)
+
+    @torch.no_grad()
+    def answers(self, asked: Tensor, rows: Tensor) -> Tensor:
+        """What the frozen model paints for each query when shown each of `rows (B, m)` alone: `(B, m, 3, h, w)`.
+
+        Args:
+            asked: `(B, ...)` queries as the frozen model encodes them.
+        """
+        places = torch.arange(len(asked)).repeat_interleave(rows.shape[1])
         parts = []
         for b, flat in zip(places.split(CHUNK), rows.clamp(min=0).flatten().split(CHUNK), strict=True):
             images, labels = self.encoded(flat)

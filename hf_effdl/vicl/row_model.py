@@ -16,14 +16,14 @@ class RowModel:
 
     R[j, c] is the performance of example c on pool image j less the mean of what was measured on j; images are alike
     by two views, the retrieval vector and the four quarters of the feature map, k(a, b) = exp(-d^2 / (gamma median
-    d^2)), gamma 1 and 0.3. Where every other example was measured on each labelled image,
+    d^2)), gamma 1 and 0.3. Where every other example was measured on each labelled image, by kernel ridge:
 
-        r(q, .) = mu + k(q, P) (k(P, P) + I)^-1 (R - mu)        (kernel ridge; mu = column means)
+        r(q, c) = sum_j w_j R[j, c] + (1 - sum_j w_j) mu_c,    w = k(q, P) A,    A = (k(P, P) + I)^-1,
 
-    and where only some were, sum_j k(q, j) R[j, c] / (sum_j k(q, j) + 1) over the j that c was measured on. Beside
-    these four, transfer from the 5, 15 and 40 nearest labelled images, weights softmax(cos / 0.05), and the mean of R
-    over all of them ("quality"). What a labelled image itself measured is left out of its own predictions: for kernel
-    ridge by R_i - alpha_i / [(k + I)^-1]_ii, alpha = (k + I)^-1 (R - mu).
+    sums over the j that c was measured on, mu_c the mean over them; and where only some were measured,
+    sum_j k(q, j) R[j, c] / (sum_j k(q, j) + 1). Beside these four, transfer from the 5, 15 and 40 nearest labelled
+    images, weights softmax(cos / 0.05), and mu ("quality"). What a labelled image i itself measured is left out of its
+    own predictions, of mu too: for kernel ridge w_j = -A_ij / A_ii is what the other images alone would give.
 
     Args:
         vectors: `(n, d)` unit vectors of the pool.
@@ -56,31 +56,20 @@ class RowModel:
         self.units = [_unit(view) for view in (vectors, quarters)]
         self.complete = bool((known.sum(1) == n - 1).all())
         if self.complete:
-            self._make_complete(n, measured, residual, known)
+            # 0 where an image is not measured on itself
+            table = torch.zeros(len(measured), n + 1).scatter_(1, torch.where(known, measured, n), residual)
+            self.table = table[:, :n]
+            self.inverses = [
+                torch.linalg.inv(_kernel(view, view, width * unit).double() + torch.eye(len(view)).double()).float()
+                for view, unit in zip(self.views, self.units, strict=True)
+                for width in WIDTHS
+            ]
         else:
             # columns of one sparse table: sums of R and counts over the images that an example was measured on
             place = torch.stack([measured[known], torch.arange(len(measured))[:, None].expand_as(measured)[known]])
             shape = (n, len(measured))
-            self.residual = torch.sparse_coo_tensor(place, residual[known], shape).coalesce()
-            self.count = torch.sparse_coo_tensor(place, known[known].float(), shape).coalesce()
-
-    def _make_complete(self, n: int, measured: Tensor, residual: Tensor, known: Tensor) -> None:
-        table = torch.zeros(len(measured), n + 1)
-        table.scatter_(1, torch.where(known, measured, n), residual)
-        table, seen = table[:, :n], torch.ones(len(measured), n)
-        seen[torch.arange(len(measured)), self.labelled] = 0
-        mean = table.sum(0) / seen.sum(0).clamp(min=1)
-        # an image is not measured on itself: its other images stand for it
-        table = torch.where(seen > 0, table, mean)
-        self.table, self.mean = table, table.mean(0)
-        self.alpha, self.left_out = [], []
-        for view, unit in zip(self.views, self.units, strict=True):
-            for width in WIDTHS:
-                gram = _kernel(view, view, width * unit).double()
-                inverse = torch.linalg.inv(gram + torch.eye(len(gram), dtype=torch.float64))
-                alpha = inverse @ (table - self.mean).double()
-                self.alpha.append(alpha.float())
-                self.left_out.append((table - alpha / inverse.diagonal()[:, None]).float())
+            self.residual = torch.sparse_coo_tensor(place, residual[known], shape, check_invariants=False).coalesce()
+            self.count = torch.sparse_coo_tensor(place, known[known].float(), shape, check_invariants=False).coalesce()
 
     def predict(self, vectors: Tensor, quarters: Tensor, rows: Tensor, own: Tensor | None = None) -> Tensor:
         """Predictions for the candidates of each query.
@@ -105,18 +94,17 @@ class RowModel:
         for count in NEIGHBOURS:
             top, at = cosine.topk(min(count, cosine.shape[1]), 1)
             near.append(torch.zeros_like(cosine).scatter_(1, at, (top / TEMPERATURE).softmax(1)))
-        even = torch.ones_like(cosine)
         gathered = rows.clamp(min=0)
         if self.complete:
-            found = [self.mean + kernel @ alpha for kernel, alpha in zip(kernels, self.alpha, strict=True)]
-            for values, left_out in zip(found, self.left_out, strict=True):
-                values[places >= 0] = left_out[places[places >= 0]]
-            found += [weights.masked_fill(itself, 0) @ self.table for weights in near]
-            even = even.masked_fill(itself, 0)
-            found.append(even @ self.table / even.sum(1, keepdim=True).clamp(min=1))
-            found = [values.gather(1, gathered) for values in found]
+            weights = [self._left_out(kernel @ A, A, places) for kernel, A in zip(kernels, self.inverses, strict=True)]
+            weights = torch.stack([*weights, *near]).masked_fill(itself, 0)
+            mean = self._mean(places)
+            # the weight of an image that an example was not measured on, its own, goes to the mean
+            missing = weights[:, :, self.position.clamp(min=0)] * (self.position >= 0)
+            found = weights @ self.table + (1 - weights.sum(2, keepdim=True) + missing) * mean
+            found = list(torch.cat([found, mean[None]]).gather(2, gathered.expand(len(self.names), -1, -1)))
         else:
-            weights = torch.cat([part.masked_fill(itself, 0) for part in (*kernels, *near, even)])
+            weights = torch.cat([part.masked_fill(itself, 0) for part in (*kernels, *near, torch.ones_like(cosine))])
             shape = (len(self.names), len(vectors))
             sums = torch.sparse.mm(self.residual, weights.T).T.unflatten(0, shape)
             counts = torch.sparse.mm(self.count, weights.T).T.unflatten(0, shape)
@@ -124,6 +112,18 @@ class RowModel:
             prior = torch.tensor([1.0] * 4 + [0.1] * 3 + [1.0])[:, None, None]
             found = list((sums / (counts + prior)).gather(2, gathered.expand(len(self.names), -1, -1)))
         return torch.stack(found, 2) * (rows >= 0)[..., None]
+
+    @staticmethod
+    def _left_out(weights: Tensor, inverse: Tensor, places: Tensor) -> Tensor:
+        own = places >= 0
+        weights[own] = -inverse[places[own]] / inverse.diagonal()[places[own], None]
+        return weights
+
+    def _mean(self, places: Tensor) -> Tensor:
+        """`(B, n)` mean of every example over the images that it was measured on, without the queries themselves."""
+        own = (places >= 0).float()[:, None]
+        total = self.table.sum(0) - self.table[places.clamp(min=0)] * own
+        return total / (len(self.table) - (self.position >= 0).float() - own).clamp(min=1)
 
     def _positions(self, own: Tensor) -> Tensor:
         own = torch.as_tensor(own).cpu()

@@ -1,0 +1,479 @@
+"""What the cascade knows of candidates and of answers: row model, matches, labels, consensus, against plain loops."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_effdl.vicl import cascade_features, cascade_head, row_model
+from hf_effdl.vicl.cascade_features import (
+    MATCHES,
+    STATISTICS,
+    dense_matches,
+    label_statistics,
+    ridge,
+    standardised,
+)
+from hf_effdl.vicl.cascade_head import head_scores, train_head
+from hf_effdl.vicl.consensus import ANSWERS, MAPS, Consensus, _overlap, small
+from hf_effdl.vicl.row_model import RowModel, quarters_of
+from hf_effdl.vicl.visual_tasks import find_task
+
+
+def drawn(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    return F.normalize(torch.randn(*shape, generator=drawn(seed)), dim=-1)
+
+
+# ---- the row model
+
+
+def table(n: int, labelled: list[int], count: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Measured candidates, in a random order, and performance; of some images, and of all others or of `count`."""
+    generator = drawn(seed)
+    count = n - 1 if count is None else count
+    measured, performance = torch.full((n, count), -1), torch.zeros(n, count)
+    for row in labelled:
+        others = torch.randperm(n, generator=generator)
+        measured[row] = others[others != row][:count]
+        performance[row] = torch.rand(count, generator=generator) + 0.1 * row
+    return measured, performance
+
+
+def by_hand(
+    views: list[Tensor], measured: Tensor, performance: Tensor, asked: list[Tensor], row: int, own: int
+) -> list[float]:
+    """The eight predictions for one candidate of one query, from a table that never had the query's own row."""
+    n = len(measured)
+    labelled = [j for j in range(n) if (measured[j] >= 0).any() and j != own]
+    complete = all((measured[j] >= 0).sum() == n - 1 for j in labelled)
+    residual = []  # of the candidate, on each labelled image; None where it was not measured
+    for j in labelled:
+        known = [k for k in range(measured.shape[1]) if measured[j, k] >= 0]
+        mean = sum(float(performance[j, k]) for k in known) / len(known)
+        at = [k for k in known if measured[j, k] == row]
+        residual.append(float(performance[j, at[0]]) - mean if at else None)
+    seen = [value for value in residual if value is not None]
+    quality = sum(seen) / len(seen) if seen else 0.0
+    found = []
+    for view, one in zip(views, asked):
+        apart = [float((a - b).square().sum()) for i, a in enumerate(view) for j, b in enumerate(view) if i != j]
+        middle = sorted(apart)[(len(apart) - 1) // 2]
+        for gamma in (1.0, 0.3):
+
+            def kernel(a: Tensor, b: Tensor) -> Tensor:
+                return (-(a[:, None] - b[None]).double().square().sum(2) / (gamma * middle)).exp()  # noqa: B023
+
+            k = kernel(one[None], view[labelled])[0]
+            if complete:
+                filled = torch.tensor([quality if value is None else value for value in residual]).double()
+                gram = kernel(view[labelled], view[labelled]) + torch.eye(len(labelled)).double()
+                found.append(quality + float(k @ torch.linalg.solve(gram, filled - quality)))
+            else:
+                pairs = [(float(w), value) for w, value in zip(k, residual) if value is not None]
+                found.append(sum(w * v for w, v in pairs) / (sum(w for w, _ in pairs) + 1))
+    cosine = views[0][labelled] @ asked[0]
+    for count in (5, 15, 40):
+        near = sorted(range(len(labelled)), key=lambda j: -float(cosine[j]))[:count]
+        total = sum(math.exp(float(cosine[j]) / 0.05) for j in near)
+        pairs = [(math.exp(float(cosine[j]) / 0.05) / total, residual[j]) for j in near]
+        if complete:
+            found.append(sum(w * (quality if v is None else v) for w, v in pairs))
+        else:
+            pairs = [(w, v) for w, v in pairs if v is not None]
+            found.append(sum(w * v for w, v in pairs) / (sum(w for w, _ in pairs) + 0.1))
+    return [*found, quality if complete else sum(seen) / (len(seen) + 1)]
+
+
+CASES = {
+    "all pairs": (list(range(14)), None),
+    "all examples on some images": ([1, 3, 4, 7, 8, 12, 13], None),
+    "some examples on all images": (list(range(14)), 6),
+    "some examples on some images": ([0, 2, 5, 6, 9, 11], 5),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_are_predicted_as_by_hand_also_where_the_own_row_was_never_there(case):
+    n, (labelled, count) = 14, CASES[case]
+    views = [unit(n, 6), unit(n, 12, seed=1)]
+    measured, performance = table(n, labelled, count)
+    model = RowModel(*views, measured, performance)
+    own = torch.tensor([labelled[2], -1, next(iter({*range(n)} - {*labelled}), labelled[0]), labelled[-1]])
+    asked = [torch.where(own[:, None] >= 0, view[own], unit(4, view.shape[1], seed=5)) for view in views]
+    rows = torch.tensor([[c for c in range(n) if c != one][:13] for one in own.tolist()])
+    found = model.predict(*asked, rows, own)
+    expected = [
+        [by_hand(views, measured, performance, [a[b] for a in asked], c, int(own[b])) for c in rows[b].tolist()]
+        for b in range(4)
+    ]
+    assert found.shape == (4, 13, len(RowModel.names))
+    torch.testing.assert_close(found, torch.tensor(expected), atol=2e-5, rtol=1e-4)
+    # without `own`, a query is one like any other
+    torch.testing.assert_close(model.predict(*asked, rows)[1], found[1])
+    assert (model.predict(*asked, rows)[0] - found[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_an_image_measured_itself_does_not_matter_to_its_own_row(case):
+    n, (labelled, count) = 14, CASES[case]
+    views, own = [unit(n, 6), unit(n, 12, seed=1)], labelled[3]
+    measured, performance = table(n, labelled, count)
+    rows = torch.tensor([[c for c in range(n) if c not in (own, labelled[0])]] * 2)
+    asked, both = [view[[own, labelled[0]]] for view in views], torch.tensor([own, labelled[0]])
+    before = RowModel(*views, measured, performance).predict(*asked, rows, both)
+    performance[own] = torch.rand(performance.shape[1], generator=drawn(9)) * 100
+    after = RowModel(*views, measured, performance).predict(*asked, rows, both)
+    torch.testing.assert_close(after[0], before[0], atol=1e-4, rtol=1e-4)
+    seen = (after[1] - before[1]).abs().amax(0)  # in the row of another
+    assert seen[[0, 1, 2, 3, 7]].min() > 0.01
+
+
+def test_entries_that_are_not_there_are_zero_and_neighbours_may_be_fewer_than_asked_for():
+    views, (measured, performance) = [unit(9, 6), unit(9, 12)], table(9, [2, 3], 4)
+    found = RowModel(*views, measured, performance).predict(
+        *(view[:2] for view in views), torch.tensor([[4, -1, int(measured[2, 0])], [-1, -1, int(measured[3, 1])]])
+    )
+    assert found.isfinite().all() and not found[0, 1].any() and not found[1, :2].any() and found[1, 2].any()
+
+
+def test_widths_are_measured_on_a_sample_of_a_large_pool(monkeypatch):
+    monkeypatch.setattr(row_model, "SAMPLE", 4)
+    views, (measured, performance) = [unit(13, 6), unit(13, 12)], table(13, [0, 1])
+    model = RowModel(*views, measured, performance)
+    some = views[0][[0, 3, 6, 9, 12]]
+    apart = torch.cdist(some, some).square()
+    assert model.units[0] == pytest.approx(float(apart[~torch.eye(5, dtype=torch.bool)].median()), abs=1e-5)
+
+
+def test_quarters_are_unit_vectors_of_all_tokens_but_the_first():
+    tokens = torch.randn(3, 5, 4, generator=drawn())
+    expected = tokens[:, 1:].reshape(3, 16)
+    torch.testing.assert_close(quarters_of(tokens), expected / expected.norm(dim=1, keepdim=True))
+    assert torch.equal(quarters_of(tokens.half()).dtype and quarters_of(tokens * 3), quarters_of(tokens * 3))
+
+
+# ---- matches, labels, a linear model inside lists
+
+
+def matches_by_hand(asked: Tensor, example: Tensor, share: Tensor) -> dict[str, float]:
+    s = asked @ example.T
+    inside = [j for j in range(len(example)) if share[j] > 0.5]
+    outside = [j for j in range(len(example)) if share[j] <= 0.5]
+    best, back = [float(s[i].max()) for i in range(len(asked))], [float(s[:, j].max()) for j in range(len(example))]
+    found = {"forward": sum(best) / len(best), "backward": sum(back) / len(back)}
+    for name, cells in (("object", inside), ("background", outside)):
+        found[f"to {name}"] = sum(max(float(s[i, j]) for j in cells) for i in range(len(asked))) / len(asked) if (
+            cells) else 0.0  # fmt: skip
+        found[f"from {name}"] = sum(back[j] for j in cells) / len(cells) if cells else 0.0
+    mutual = [
+        any(s[i, j] == s[i].max() and s[i, j] == s[:, j].max() for j in range(len(example))) for i in range(len(s))
+    ]
+    worst = sorted(best)[: max(1, len(best) // 10)]
+    return found | {"mutual": sum(mutual) / len(mutual), "worst places": sum(worst) / len(worst)}
+
+
+@pytest.mark.parametrize(("cells", "others"), [(6, 6), (25, 9)])
+def test_matches_are_those_of_loops(cells, others):
+    asked, grids = unit(3, cells, 5), unit(3, 4, others, 5, seed=1)
+    shares = torch.rand(3, 4, others, generator=drawn(2))
+    shares[0, 0], shares[0, 1], shares[1, 2, :2] = 0.0, 1.0, 0.5  # no object, no background, and the edge between
+    found = dense_matches(asked, grids, shares)
+    for b in range(3):
+        for k in range(4):
+            expected = matches_by_hand(asked[b], grids[b, k], shares[b, k])
+            assert found[b, k].tolist() == pytest.approx([expected[name] for name in MATCHES], abs=1e-5), (b, k)
+
+
+def test_an_image_matches_itself_wholly():
+    grids, shares = unit(1, 1, 16, 8), torch.rand(1, 1, 16, generator=drawn())
+    found = dict(zip(MATCHES, dense_matches(grids[:, 0], grids, shares)[0, 0].tolist()))
+    assert all(found[name] == pytest.approx(1, abs=1e-5) for name in ("forward", "backward", "mutual", "worst places"))
+    assert found["from object"] == pytest.approx(1, abs=1e-5) and found["to object"] < 1
+
+
+def test_statistics_of_a_rectangle():
+    label = torch.zeros(3, 20, 40)
+    label[:, 4:12, 10:40] = 1  # 8 x 30 pixels, which touch the right side
+    found = dict(zip(STATISTICS, label_statistics(label).tolist()))
+    x, y = torch.linspace(-1, 1, 40)[10:], torch.linspace(-1, 1, 20)[4:12]
+    assert found["area"] == pytest.approx(240 / 800)
+    assert (found["x"], found["y"]) == (pytest.approx(float(x.mean()), abs=1e-5), pytest.approx(float(y.mean())))
+    spread = float(x.var(correction=0)), float(y.var(correction=0))
+    assert (found["x spread"], found["y spread"]) == (pytest.approx(spread[0], 1e-3), pytest.approx(spread[1], 1e-3))
+    assert found["border"] == pytest.approx(8 / 120)
+    assert found["compactness"] == pytest.approx(0.3 / (4 * math.sqrt(spread[0] * spread[1])), 1e-3)
+    assert found["outline"] == pytest.approx((2 * 30 + 8) / math.sqrt(240))  # where the picture ends is no outline
+    assert found["chroma"] == 0 and found["contrast"] == pytest.approx(math.sqrt(0.3 * 0.7 * 800 / 799))
+
+
+def test_statistics_of_colours_of_nothing_and_of_batches():
+    labels = torch.rand(2, 4, 3, 7, 9, generator=drawn())
+    labels[0, 1] = 0
+    found = label_statistics(labels)
+    assert found.shape == (2, 4, len(STATISTICS)) and found.isfinite().all()
+    for b in range(2):
+        for k in range(4):
+            torch.testing.assert_close(label_statistics(labels[b, k]), found[b, k])
+    grey = labels[1, 2].mean(0, keepdim=True)
+    assert float(found[1, 2, STATISTICS.index("chroma")]) == pytest.approx(float((labels[1, 2] - grey).abs().mean()))
+    assert not found[0, 1].any()
+
+
+def test_features_are_relative_to_the_list_in_two_units():
+    generator = drawn()
+    features = torch.randn(5, 6, 4, generator=generator) * torch.tensor([1.0, 50.0, 1e-3, 3.0])
+    features[..., 3] = torch.arange(5.0)[:, None] * 1e4 / 3  # the same all over a list
+    features[0, :, 1] *= 100  # one wild list
+    known = torch.rand(5, 6, generator=generator) > 0.3
+    known[:, 0], known[4] = True, torch.tensor([True] + [False] * 5)
+    features[~known] = torch.nan  # what is not there may be anything
+    found, spread = standardised(features, known)
+    every = torch.cat([features[b][known[b]] - features[b][known[b]].mean(0) for b in range(5)])
+    torch.testing.assert_close(spread, every.square().mean(0).sqrt(), rtol=1e-4, atol=1e-3)
+    for b in range(5):
+        rows = features[b][known[b]]
+        for f in range(3):
+            centred = rows[:, f] - rows[:, f].mean()
+            own = found[b, known[b], f]
+            assert own.tolist() == pytest.approx(
+                (centred / rows[:, f].std()).tolist() if len(rows) > 1 else [0.0], abs=1e-3
+            )
+            both = (centred / spread[f]).clamp(-6, 6)
+            assert found[b, known[b], 4 + f].tolist() == pytest.approx(both.tolist(), abs=1e-3)
+    assert not found[~known].any() and not found[..., 3].any()
+    assert found[..., 4:].abs().max() <= 6
+    again, same = standardised(features[:1], known[:1], spread)
+    torch.testing.assert_close(again, found[:1])
+    assert same is spread
+
+
+def test_ridge_is_least_squares_with_rows_that_hold_the_weights_down():
+    generator = drawn()
+    features, target = torch.randn(7, 5, 3, generator=generator), torch.randn(7, 5, generator=generator)
+    known = torch.rand(7, 5, generator=generator) > 0.4
+    target[~known] = 1e6
+    rows = torch.cat([features[known], math.sqrt(2.5) * torch.eye(3)]).double()
+    values = torch.cat([target[known], torch.zeros(3)]).double()
+    expected = torch.linalg.lstsq(rows, values[:, None]).solution[:, 0].float()
+    torch.testing.assert_close(ridge(features, target, known, 2.5), expected)
+
+
+# ---- what answers say of each other
+
+
+def answers(b: int, m: int, side: int = 16, wrong: float = 0.25, seed: int = 0, colours: bool = False) -> tuple:
+    """Blobs as truth `(b, 3, side, side)`, and answers to them: pale, and wrong where noise is, some more often."""
+    generator = drawn(seed)
+    soft = F.interpolate(torch.randn(b, 3 if colours else 1, 4, 4, generator=generator), side, mode="bilinear")
+    truth = soft.sigmoid() if colours else (soft > 0).float().expand(-1, 3, -1, -1)
+    rate = wrong * 2 * torch.linspace(0, 1, m)[None, :, None, None, None]
+    coarse = torch.randn(b, m, 1, 8, 8, generator=generator).flatten(0, 1)
+    noise = F.interpolate(coarse, side, mode="nearest").unflatten(0, (b, m))
+    if colours:
+        return truth, (0.5 * truth[:, None] + 0.1 + rate * noise * 0.3).clamp(0, 1)
+    flip = (noise < 2 * rate - 1.5).float()
+    painted = truth[:, None] * (1 - flip) + (1 - truth[:, None]) * flip
+    return truth, 0.3 * painted + 0.25 + 0.02 * noise.clamp(-1, 1)
+
+
+def consensus(
+    painted: Tensor, task: str = "segmentation", known: Tensor | None = None, **changes: object
+) -> Consensus:
+    b, m = painted.shape[:2]
+    values = {"scores": torch.linspace(0.3, 0, m).expand(b, m), "temperature": 0.1, "grid": unit(b, 4, 4, 6),
+              "known": torch.ones(b, m, dtype=torch.bool) if known is None else known, **changes}  # fmt: skip
+    return Consensus(find_task(task), painted, **values)
+
+
+def test_means_weigh_answers_by_what_was_expected_of_them():
+    painted, scores = torch.rand(2, 3, 3, 8, 8, generator=drawn()), torch.tensor([[0.2, 0.0, -1.0], [0.1, 0.3, 0.1]])
+    known = torch.tensor([[True, True, True], [True, True, False]])
+    made = consensus(painted, known=known, scores=scores, temperature=0.2)
+    for b in range(2):
+        here = [k for k in range(3) if known[b, k]]
+        weights = [math.exp(float(scores[b, k]) / 0.2) for k in here]
+        grey = painted[b].mean(1, keepdim=True)
+        expected = sum(w * grey[k] for w, k in zip(weights, here)) / sum(weights)
+        torch.testing.assert_close(made.means["weighted"][b], expected)
+        votes = sum(w * (grey[k] >= 0.5).float() for w, k in zip(weights, here)) / sum(weights)
+        torch.testing.assert_close(made.means["votes"][b], votes)
+        torch.testing.assert_close(made.means["plain"][b], grey[here].mean(0))
+        sharp = [w**3 for w in weights]
+        estimate = (sum(w * grey[k] for w, k in zip(sharp, here)) / sum(sharp)).clamp(0.01, 0.99)
+        torch.testing.assert_close(made.maps()[b, ..., 4], estimate.logit())
+    assert made.maps().shape == (2, 1, 8, 8, MAPS) and made.maps().isfinite().all()
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection", "colourisation"])
+def test_features_of_answers_are_those_of_loops(task):
+    colours, m = task == "colourisation", 4
+    truth, painted = answers(3, m, colours=colours)
+    painted = painted if colours else (2 * painted.expand(-1, -1, 3, -1, -1) - 0.4).clamp(0, 1)
+    made, areas = consensus(painted, task), torch.rand(3, m, generator=drawn(4))
+    calibrated = made.calibrate(made.maps(), 0.3 * torch.randn(MAPS, generator=drawn(5)) / MAPS)
+    found, score = made.features(calibrated, areas), find_task(task).score
+    sign = -1 if colours else 1
+    assert found.shape == (3, m, ANSWERS[colours]) and found.isfinite().all()
+    weights = (torch.linspace(0.3, 0, m) / 0.1).softmax(0)
+    for b in range(3):
+        each = painted[b] if colours else painted[b].mean(1, keepdim=True)
+        hard = each if colours else (each >= 0.5).float()
+        for k in range(m):
+            expected = []
+            for mean in (*(value[b] for value in made.means.values()), calibrated[b]):
+                expected.append(sign * float(score(each[k].expand(3, -1, -1), mean.expand(3, -1, -1))))
+                expected.append(-float((each[k] - mean).abs().mean()))
+                if not colours:
+                    both = sum(float(x * y) for x, y in zip(hard[k].flatten(), mean.flatten()))
+                    expected.append(both / (float(hard[k].sum()) + float(mean.sum()) - both))
+                apart = float(each[k].mean() - mean.mean())
+                expected += [apart, abs(apart)]
+            if colours:
+                alike = [-float((each[k] - other).square().mean()) for other in each]
+            else:
+                alike = [float((hard[k] * other).sum() / (hard[k] + other).clamp(max=1).sum()) for other in hard]
+            expected += [sum(alike) / m, sum(float(w) * a for w, a in zip(weights, alike))]
+            area = float(each[k].mean())
+            expected += [
+                area,
+                float(each[k].std()),
+                float((2 * each[k] - 1).abs().mean()),
+                abs(area - float(areas[b, k])),
+            ]
+            assert found[b, k].tolist() == pytest.approx(expected, abs=1e-5), (b, k)
+
+
+def test_an_answer_that_does_not_exist_changes_nothing():
+    truth, painted = answers(2, 5)
+    whole, known = consensus(painted[:, :3], scores=torch.zeros(2, 3)), torch.tensor([[True] * 3 + [False] * 2] * 2)
+    part = consensus(painted, known=known, scores=torch.zeros(2, 5).masked_fill(~known, -torch.inf))
+    torch.testing.assert_close(part.maps(), whole.maps())
+    calibrated = torch.rand(2, 1, 16, 16, generator=drawn())
+    torch.testing.assert_close(
+        part.features(calibrated, torch.zeros(2, 5))[:, :3], whole.features(calibrated, torch.zeros(2, 3))
+    )
+    assert torch.equal(part.medoid(), whole.medoid())
+
+
+def test_no_object_anywhere_is_agreement():
+    made = consensus(torch.zeros(1, 3, 3, 8, 8))
+    found = made.features(torch.zeros(1, 1, 8, 8), torch.zeros(1, 3))
+    assert found.isfinite().all() and (found[..., [0, 2]] == 1).all() and (found[..., 20:22] == 1).all()
+
+
+def test_expected_overlap():
+    rounded, chance = torch.zeros(1, 1, 1, 1, 4), torch.tensor([0.5, 1.0, 0.25, 0.0]).view(1, 1, 1, 1, 4)
+    rounded[..., :2] = 1
+    assert float(_overlap(rounded, chance)) == pytest.approx(1.5 / (2 + 1.75 - 1.5))
+    assert float(_overlap(rounded * 0, chance * 0)) == 1 and float(_overlap(rounded, rounded)) == 1
+
+
+@pytest.mark.parametrize("colours", [False, True])
+def test_calibration_finds_the_truth_better_than_the_plain_mean(colours):
+    truth, painted = answers(24, 6, wrong=0.5, colours=colours)
+    made = consensus(painted, "colourisation" if colours else "segmentation")
+    maps, target = made.maps(), made.target(truth)
+    assert torch.equal(target, truth if colours else truth[:, :1])
+    weights = made.fit_calibration(maps[:12], target[:12])
+    found = made.calibrate(maps[12:], weights)
+    plain = made.means["plain"][12:]
+    assert ((found - target[12:]) ** 2).mean() < 0.5 * ((plain - target[12:]) ** 2).mean()
+    assert found.min() >= 0 and found.max() <= 1
+    if not colours:  # the answers are so pale that their mean has little of an object
+        score = find_task("segmentation").score
+        iou = [float(score(one.expand(-1, 3, -1, -1), truth[12:]).mean()) for one in (found, plain)]
+        assert iou[0] > 0.7 and iou[1] < 0.4
+
+
+def test_calibration_is_where_the_likelihood_is_largest():
+    truth, painted = answers(6, 5)
+    made = consensus(painted)
+    maps, target = made.maps().double(), made.target(truth).double()
+    weights = made.fit_calibration(maps, target).double()
+    rows = maps.flatten(0, -2)
+    slope = rows.T @ ((rows @ weights).sigmoid() - target.flatten()) + weights
+    assert slope.abs().max() < 1e-3 * len(rows)
+    # an estimate that is right everywhere does not run away
+    perfect = torch.randn(200, MAPS, generator=drawn())
+    assert made.fit_calibration(perfect, (perfect[:, 0] > 0).float()).isfinite().all()
+
+
+def test_colours_are_drawn_to_the_weighted_mean_which_needs_no_labels():
+    made = consensus(torch.rand(1, 3, 3, 8, 8, generator=drawn()), "colourisation")
+    maps = made.maps()
+    weights = made.fit_calibration(maps, made.means["weighted"])
+    torch.testing.assert_close(weights, F.one_hot(torch.tensor(0), MAPS).float(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(made.calibrate(maps, weights), made.means["weighted"], atol=1e-4, rtol=0)
+
+
+def test_estimates_are_smoothed_along_the_query():
+    grid = torch.zeros(1, 4, 4, 2)
+    grid[:, :, :2, 0], grid[:, :, 2:, 1] = 1, 1  # two sides that look alike inside
+    painted = torch.zeros(1, 1, 3, 8, 8)
+    painted[..., :4] = torch.rand(8, 4, generator=drawn())
+    made = consensus(painted, "colourisation", grid=grid)
+    smooth = made.maps()[0, 0, ..., 5]
+    torch.testing.assert_close(smooth[:, 0], painted[..., :4].mean().expand(8), atol=1e-3, rtol=0)
+    torch.testing.assert_close(smooth[:, 7], torch.zeros(8), atol=1e-3, rtol=0)
+
+
+def test_the_medoid_is_the_answer_most_like_the_mean():
+    truth, painted = answers(1, 4, wrong=0.0)
+    painted = painted.clone()
+    painted[0, 2] = 1 - painted[0, 2]  # an odd one out, and the others are the same
+    assert consensus(painted.roll(0, 1)).medoid().tolist()[0] in (0, 1, 3)
+    painted = torch.zeros(1, 3, 3, 8, 8)
+    for k, width in enumerate((2, 4, 8)):
+        painted[0, k, :, :, :width] = 1
+    assert consensus(painted).medoid().tolist() == [1]
+    assert consensus(painted, "detection").medoid().tolist() == [1]
+    assert consensus(painted, "colourisation").medoid().tolist() == [1]
+    assert consensus(painted, known=torch.tensor([[True, False, False]])).medoid().tolist() == [0]
+
+
+def test_answers_are_compared_small():
+    painted = torch.rand(2, 3, 3, 112, 60, generator=drawn()).half()
+    found = small(painted)
+    assert found.shape == (2, 3, 3, 56, 56) and found.dtype == torch.float32
+    torch.testing.assert_close(found[1, 2], F.adaptive_avg_pool2d(painted[1, 2].float(), (56, 56)))
+    assert torch.equal(small(painted[..., :30, :30]), painted[..., :30, :30].float())
+    assert small(painted[..., :30]).shape == (2, 3, 3, 56, 30)
+
+
+# ---- a list-wise head
+
+
+def test_a_list_head_learns_what_is_there_and_leaves_the_random_state_alone(monkeypatch):
+    monkeypatch.setattr(cascade_head, "STEPS", 25)
+    monkeypatch.setattr(cascade_head, "RATE", 5e-3)
+    features = torch.randn(40, 5, 3, generator=drawn())
+    performance = 0.1 * features[..., 0].tanh()
+    known = torch.ones(40, 5, dtype=torch.bool)
+    known[::4, 3:] = False
+    fold, state = torch.arange(40) % 2, torch.get_rng_state()
+    head, held = train_head(features, performance, known, fold, seed=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not head.training and not any(weight.requires_grad for weight in head.parameters())
+    best = performance.masked_fill(~known, -torch.inf).argmax(1)
+    for scores in (held, head_scores(head, features, known)):
+        assert (scores.masked_fill(~known, -torch.inf).argmax(1) == best).float().mean() > 0.7
+    # lists of a fold get scores of a head that never saw them; and the same ones again
+    performance[fold == 1] *= -1
+    _, other = train_head(features, performance, known, fold, seed=0)
+    torch.testing.assert_close(other[fold == 1], held[fold == 1])
+    assert (other[fold == 0].argmax(1) != held[fold == 0].argmax(1)).float().mean() > 0.5
+    monkeypatch.setattr(cascade_head, "STEPS", 4)
+    two = [train_head(features, performance, known, fold, seed)[1][known] for seed in (0, 1)]
+    assert (two[0] - two[1]).abs().max() > 1e-3
+
+
+def test_the_names_of_the_features_are_as_many_as_the_features():
+    assert len(MATCHES) == dense_matches(unit(1, 4, 3), unit(1, 2, 4, 3), torch.zeros(1, 2, 4)).shape[2]
+    assert len(set((*MATCHES, *STATISTICS, *RowModel.names))) == len(MATCHES) + len(STATISTICS) + len(RowModel.names)
+    assert cascade_features.NOWHERE < -1000
