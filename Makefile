@@ -41,6 +41,7 @@ bench: $(READY)
 	$(BIN)/python examples/benchmarks/vicl_pets.py
 	$(BIN)/python examples/benchmarks/vicl_digits.py
 	$(BIN)/python examples/benchmarks/pool_scale.py
+	$(BIN)/python examples/benchmarks/selection_speed.py
 
 style: $(READY)
 	$(BIN)/ruff check --fix .

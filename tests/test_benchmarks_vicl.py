@@ -51,7 +51,8 @@ def test_pets_small(benchmarks, arms, data_folder, tmp_path, capsys, monkeypatch
     compare = pets.compare_with_pipeline
     monkeypatch.setattr(pets, "compare_with_pipeline", lambda *given: compared.append(compare(*given)))
     monkeypatch.setattr(pets, "CHECKED", 2)
-    arguments = ["--tasks", "segmentation", "--frozen", "soft", "--seeds", "1", "--photos", "30", "--folds", "1"]
+    arguments = ["--tasks", "segmentation", "--frozen", "soft", "--seeds", "1", "--photos", "30", "--folds", "1",
+                 "--rankers", "0"]  # fmt: skip
     file = tmp_path / "rows.jsonl"
     arguments += ["--out", str(file), "--cache", str(tmp_path / "cache")]
     found, table = runs_twice(pets.main, arguments, file, capsys)
@@ -66,6 +67,8 @@ def test_pets_small(benchmarks, arms, data_folder, tmp_path, capsys, monkeypatch
     for arm in of:
         assert sum(line.startswith(f"| {arm} |") for line in lines) == 1
     assert "| oracle of the 50 | 50 |" in table
+    assert {"cascade", "cascade, one pass", "cascade 10, weighted", "medoid of dense 10"} <= set(of)
+    assert "| soft | cascade |" in table  # and how far it is ahead
 
 
 def test_a_lookup_that_is_not_the_pipeline_is_noticed(benchmarks, data_folder, tmp_path, monkeypatch):
@@ -112,3 +115,62 @@ def test_gap_and_error_are_of_paired_differences(arms):
     assert arms.summary(of, "dense") == pytest.approx((0.7, 0.375, 0.05 / 0.4))
     single = {arm: {seed: [value] for seed, value in enumerate(values[0])} for arm, values in of.items()}
     assert arms.summary(single, "dense") == pytest.approx((0.7, 0.375, 0.05 / 0.4))
+
+
+def test_how_far_ahead_is_of_paired_differences(arms):
+    of = {"nearest": {0: [0.5, 0.6]}, "oracle of the 50": {0: [0.9, 1.0]}, "dense": {0: [0.6, 0.8]},
+          "cascade": {0: [0.7, 0.8]}}  # fmt: skip
+    closed, error = arms.ahead(of, "cascade", "dense")
+    assert closed == pytest.approx(0.05 / 0.4)
+    assert error == pytest.approx(0.05 / 0.4)
+
+
+def test_weighted_means_and_ten_pass_arms_are_what_they_say(arms):
+    from hf_effdl.vicl.visual_tasks import find_task
+
+    task, generator = find_task("segmentation"), torch.Generator().manual_seed(0)
+    painted = torch.rand(12, 1, 6, 6, generator=generator).expand(-1, 3, -1, -1).clone()
+    truth = (torch.rand(1, 6, 6, generator=generator) > 0.5).float().expand(3, -1, -1)
+    places, weights = torch.tensor([3, 1]), torch.tensor([0.9, 0.1])
+    order = torch.arange(12)
+    of = arms.arms_of_query(task, painted, truth, {"dense": order, "nearest": order}, {"cascade": (places, weights)})
+    assert of["cascade"] == pytest.approx(float(task.score(0.9 * painted[3] + 0.1 * painted[1], truth)))
+    assert of["dense 10, mean"] == pytest.approx(float(task.score(painted[:10].mean(0), truth)))
+    best = arms.agreement(task, painted[:10]).argmax()
+    assert of["medoid of dense 10"] == pytest.approx(float(task.score(painted[best], truth)))
+
+
+def test_rankers_of_the_benchmark_learn_what_images_tell(benchmarks):
+    ranker_arms = benchmarks("ranker_arms")
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(40, 5, 12, generator=generator)
+    grids = torch.randn(40, 4, 4, 6, generator=generator)
+    candidates = torch.stack([torch.randperm(32, generator=generator)[:14] for _ in range(8)])
+    measured = torch.stack([torch.tensor([c for c in range(32) if c != row])[:14] for row in range(32)])
+    performance = tokens[:, 0, 0][measured]  # the same example is good for all
+    orders = ranker_arms.ranker_orders(
+        tokens[32:], grids[32:], tokens[:32], grids[:32], candidates, measured, performance, steps=15
+    )
+    assert tuple(orders) == ranker_arms.RANKER_ARMS
+    for order in orders.values():
+        assert torch.equal(order.sort(1).values, torch.arange(14).expand(8, -1))
+    picked = candidates.gather(1, orders["list-wise ranker, aggregated"][:, :1])
+    assert tokens[:, 0, 0][picked].mean() > tokens[:, 0, 0][candidates].mean() + 0.5
+
+
+def test_queries_and_their_near_duplicates_are_not_in_a_pool(benchmarks, monkeypatch):
+    pets = benchmarks("vicl_pets")
+    split = pets.read_splits(pets.SPLITS / "pets.json")["seed 0, fold 0"]
+    names = sorted({*split.queries, *split.pool, *split.dropped})
+    assert len(names) == 600 and split.dropped
+
+    class Photos:
+        pass
+
+    photos = Photos()
+    photos.names, photos.task = names, pets.TASKS["segmentation"]
+    queries, members = pets.splits("segmentation", 600, 0, 1)[0]
+    kept = {photos.names[row] for row in pets.without_copies(photos, queries, members, 0, 0)}
+    assert kept == set(split.pool) and not kept & {*split.queries, *split.dropped}
+    with pytest.raises(AssertionError, match="not those of the split file"):
+        pets.without_copies(photos, members[:100], members, 0, 0)

@@ -16,7 +16,7 @@ from hf_effdl.vicl.cascade_features import (
     ridge,
     standardised,
 )
-from hf_effdl.vicl.cascade_head import head_scores, train_head
+from hf_effdl.vicl.cascade_head import ListHeads, train_heads
 from hf_effdl.vicl.consensus import ANSWERS, MAPS, Consensus, _overlap, small
 from hf_effdl.vicl.row_model import RowModel, quarters_of
 from hf_effdl.vicl.visual_tasks import find_task
@@ -134,6 +134,21 @@ def test_what_an_image_measured_itself_does_not_matter_to_its_own_row(case):
     assert seen[[0, 1, 2, 3, 7]].min() > 0.01
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_rows_can_be_taken_out_again(case):
+    n, (labelled, count) = 14, CASES[case]
+    views, gone = [unit(n, 6), unit(n, 12, seed=1)], torch.tensor([labelled[0], labelled[3]])
+    measured, performance = table(n, labelled, count)
+    whole = RowModel(*views, measured, performance)
+    rows = torch.tensor([[c for c in range(n) if c != one][:13] for one in range(n)])
+    before, own = whole.predict(*views, rows, torch.arange(n)), torch.arange(n)
+    found = whole.without(gone).predict(*views, rows, own)
+    measured[gone] = -1
+    torch.testing.assert_close(found, RowModel(*views, measured, performance).predict(*views, rows, own))
+    assert (found - before).abs().max() > 1e-3
+    assert torch.equal(whole.predict(*views, rows, own), before)  # the first is as it was
+
+
 def test_entries_that_are_not_there_are_zero_and_neighbours_may_be_fewer_than_asked_for():
     views, (measured, performance) = [unit(9, 6), unit(9, 12)], table(9, [2, 3], 4)
     found = RowModel(*views, measured, performance).predict(
@@ -155,7 +170,7 @@ def test_quarters_are_unit_vectors_of_all_tokens_but_the_first():
     tokens = torch.randn(3, 5, 4, generator=drawn())
     expected = tokens[:, 1:].reshape(3, 16)
     torch.testing.assert_close(quarters_of(tokens), expected / expected.norm(dim=1, keepdim=True))
-    assert torch.equal(quarters_of(tokens.half()).dtype and quarters_of(tokens * 3), quarters_of(tokens * 3))
+    assert quarters_of(tokens.half()).dtype == torch.float32
 
 
 # ---- matches, labels, a linear model inside lists
@@ -332,6 +347,8 @@ def test_features_of_answers_are_those_of_loops(task):
                 if not colours:
                     both = sum(float(x * y) for x, y in zip(hard[k].flatten(), mean.flatten()))
                     expected.append(both / (float(hard[k].sum()) + float(mean.sum()) - both))
+                    least, most = (op(each[k], mean).sum() for op in (torch.minimum, torch.maximum))
+                    expected.append(float(least / most))
                 apart = float(each[k].mean() - mean.mean())
                 expected += [apart, abs(apart)]
             if colours:
@@ -346,6 +363,9 @@ def test_features_of_answers_are_those_of_loops(task):
                 float((2 * each[k] - 1).abs().mean()),
                 abs(area - float(areas[b, k])),
             ]
+            if not colours:
+                chance = each[k].clamp(1e-4, 1 - 1e-4)
+                expected.append(float(-(chance * chance.log() + (1 - chance) * (1 - chance).log()).mean()))
             assert found[b, k].tolist() == pytest.approx(expected, abs=1e-5), (b, k)
 
 
@@ -364,7 +384,7 @@ def test_an_answer_that_does_not_exist_changes_nothing():
 def test_no_object_anywhere_is_agreement():
     made = consensus(torch.zeros(1, 3, 3, 8, 8))
     found = made.features(torch.zeros(1, 1, 8, 8), torch.zeros(1, 3))
-    assert found.isfinite().all() and (found[..., [0, 2]] == 1).all() and (found[..., 20:22] == 1).all()
+    assert found.isfinite().all() and (found[..., [0, 2]] == 1).all() and (found[..., 24:26] == 1).all()
 
 
 def test_expected_overlap():
@@ -449,28 +469,48 @@ def test_answers_are_compared_small():
 # ---- a list-wise head
 
 
-def test_a_list_head_learns_what_is_there_and_leaves_the_random_state_alone(monkeypatch):
+def test_list_heads_learn_what_is_there_and_leave_the_random_state_alone(monkeypatch):
     monkeypatch.setattr(cascade_head, "STEPS", 25)
     monkeypatch.setattr(cascade_head, "RATE", 5e-3)
     features = torch.randn(40, 5, 3, generator=drawn())
     performance = 0.1 * features[..., 0].tanh()
     known = torch.ones(40, 5, dtype=torch.bool)
     known[::4, 3:] = False
-    fold, state = torch.arange(40) % 2, torch.get_rng_state()
-    head, held = train_head(features, performance, known, fold, seed=0)
+    target = (performance - (performance * known).sum(1, keepdim=True) / known.sum(1, keepdim=True)) * known
+    fold, state = torch.arange(40) % 5, torch.get_rng_state()
+    heads, held = train_heads([features] * 5, target, known, fold, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not head.training and not any(weight.requires_grad for weight in head.parameters())
-    best = performance.masked_fill(~known, -torch.inf).argmax(1)
-    for scores in (held, head_scores(head, features, known)):
-        assert (scores.masked_fill(~known, -torch.inf).argmax(1) == best).float().mean() > 0.7
-    # lists of a fold get scores of a head that never saw them; and the same ones again
-    performance[fold == 1] *= -1
-    _, other = train_head(features, performance, known, fold, seed=0)
-    torch.testing.assert_close(other[fold == 1], held[fold == 1])
-    assert (other[fold == 0].argmax(1) != held[fold == 0].argmax(1)).float().mean() > 0.5
+    assert not heads.training and not any(weight.requires_grad for weight in heads.parameters())
+    found = heads(features, known)
+    each = torch.stack([heads.scores(ranker, features, known) for ranker in heads.rankers])
+    torch.testing.assert_close(found, each.mean(0))
+    for scores in (held, found):
+        # in units of performance, relative to the list
+        assert not scores[~known].any() and scores.sum(1).abs().max() < 1e-4
+        assert (scores - target)[known].square().mean() < 0.6 * target[known].square().mean()
+        best = [one.masked_fill(~known, -torch.inf).argmax(1) for one in (scores, performance)]
+        assert (best[0] == best[1]).float().mean() > 0.6
+    assert float((held * target).sum() / held.square().sum()) == pytest.approx(1, abs=1e-4)
+    # lists of a fold get scores of a head that never saw them
+    for one in range(5):
+        torch.testing.assert_close(held[fold == one], each[one][fold == one])
+    again = ListHeads(3)
+    again.load_state_dict(heads.state_dict())
+    torch.testing.assert_close(again.eval()(features, known), found)
+
+
+def test_list_heads_are_the_same_for_the_same_seed_and_do_not_see_their_fold(monkeypatch):
     monkeypatch.setattr(cascade_head, "STEPS", 4)
-    two = [train_head(features, performance, known, fold, seed)[1][known] for seed in (0, 1)]
-    assert (two[0] - two[1]).abs().max() > 1e-3
+    features, fold = torch.randn(20, 4, 3, generator=drawn()), torch.arange(20) % 5
+    target, known = torch.randn(20, 4, generator=drawn(1)), torch.ones(20, 4, dtype=torch.bool)
+    weights = [train_heads([features] * 5, target, known, fold, seed)[0].rankers for seed in (0, 0, 9)]
+    assert all(torch.equal(*pair) for pair in zip(*(part.state_dict().values() for part in weights[:2])))
+    assert not torch.equal(*(next(part.parameters()) for part in weights[1:]))
+    target = torch.where(fold[:, None] == 2, -target, target)
+    other = train_heads([features] * 5, target, known, fold, 0)[0].rankers
+    for number, (one, two) in enumerate(zip(weights[0], other)):
+        same = all(torch.equal(*pair) for pair in zip(one.state_dict().values(), two.state_dict().values()))
+        assert same == (number == 2)
 
 
 def test_the_names_of_the_features_are_as_many_as_the_features():

@@ -9,8 +9,8 @@
 Ids are names of image files. Photos that are near duplicates of a query are taken out of its pool, where an answer
 could be copied: cosine of the encoder's vectors of at least 0.9. Looked at as pictures, the ten most similar pairs,
 down to 0.9015, are one photo twice, as another file or crop, or the next of a series; from 0.888 on down come other
-photos of one animal in one place, among them two more such pairs (0.854 and 0.833), which stay. `vicl_pets.py` itself
-leaves near duplicates in its pools.
+photos of one animal in one place, among them two more such pairs (0.854 and 0.833), which stay. `vicl_pets.py`
+takes its pools from these files.
 """
 
 import argparse

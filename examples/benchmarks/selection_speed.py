@@ -7,18 +7,18 @@
 ranker       Choices of a `RankerSelector` among K candidates, one pass over covering designs for k = 5 and k = 10,
              beside bare forwards of the same rankers over exactly these lists, gathered before, one batch for each k.
              They take turns; the ratio is the median over rounds. The encoder's views of the queries are there, and
-             so are the pool's tokens and labels. scores_apart: largest difference between the two in a list's score,
-             in standard deviations.
+             so are the pool's tokens and labels. scores_apart: largest difference between the two in a score, in
+             standard deviations; more than rounding ends the run.
 cascade      A `CascadeSelector` with a frozen model that answers at once: milliseconds a query, of the fastest round,
              cut into stages. Handing the chosen examples to the frozen model, which comes with its runs, is a column
-             beside the sum. Images, labels and grids of the pool are in the memory of `Examples`; first_ms is the
-             first batch, which has them read and drawn.
+             beside the sum. Images, labels and grids of the pool are in the memory of `Examples`; first_ms is a query
+             of the first batch, for which they are read and drawn.
 aggregation  Seconds for the rankings of `--queries` queries, of the fastest of three runs; beside them least squares
              on a Python list of directed edges, as in released code (arXiv 2405.15279), timed on `--edge_list`
              queries and multiplied.
 
-Images are synthetic and encoders have random weights, which makes no difference to the time. One JSON line per row
-goes to `--out`; rows that are there are not measured again.
+Images are synthetic and weights random, which takes as long. One JSON line per row goes to `--out`; rows that are
+there are not measured again. On a machine with other work take `--threads 1`: threads wait for each other.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from transformers import MobileNetV2Config, MobileNetV2Model, ViTConfig, ViTMode
 from vicl_arms import append_rows, machine, parser_of, read_rows
 
 from hf_effdl import ExamplePool, VisionEncoder, VisualInContextModel, aggregate_rankings
-from hf_effdl.vicl.cascade import CascadeSelector
+from hf_effdl.vicl.cascade import HEADS, CascadeSelector
 from hf_effdl.vicl.configuration_listwise_ranker import ListwiseRankerConfig
 from hf_effdl.vicl.designs import covering_lists
 from hf_effdl.vicl.example_selectors import Examples, Queries
@@ -55,7 +55,7 @@ from hf_effdl.vicl.visual_tasks import find_task, pixels
 
 PARTS = ("ranker", "cascade", "aggregation")
 NETS = {"released": {"legacy": True}, "default": {}}
-PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
+ROUNDING = {"float32": 1e-3, "tf32": 0.1, "bfloat16": 1.0, "float16": 0.1}  # by precision, in standard deviations
 LENGTHS = (5, 10)
 GOALS = {"ranker": 1.3, "cascade": 20.0, "aggregation": 1.0}  # times a bare forward; milliseconds; seconds
 BATCHES, PASSES, LABELLED = (1, 8), 10, 100
@@ -101,7 +101,6 @@ def make_pool(encoder: VisionEncoder, count: int, folder: Path) -> ExamplePool:
 
 
 def make_queries(encoder: VisionEncoder, count: int, first: int, device: str = "cpu") -> Queries:
-    """Of images that are not in the pool."""
     images = [picture(first + number, encoder.image_size[0])[0] for number in range(count)]
     cells = pixels(images, encoder.image_size, encoder.resample)
     return Queries(cells, {name: view.to(device) for name, view in encoder(cells).items()})
@@ -133,7 +132,7 @@ class Ready(nn.Module):
 
 
 def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of every call, one after the other in changing order, after a round to warm up."""
+    """Seconds of every call, in changing order, after a round to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name in list(calls)[:: 1 if turn % 2 else -1]:
@@ -173,7 +172,6 @@ def stopwatches(*places: tuple[str, Any, str]) -> Iterator[dict[str, float]]:
 
 
 def rank(options: argparse.Namespace, wanted: Callable[[dict], bool]) -> Iterator[dict]:
-    """Rows of the ranker."""
     cases = [{"part": "ranker", "net": net, "width": options.width, "batch": batch, "candidates": options.candidates,
               "device": options.device, "precision": precision}
              for net, batch, precision in product(NETS, BATCHES, options.precision)]  # fmt: skip
@@ -227,6 +225,8 @@ def measure_ranker(
         found = bare()
     apart = [(one.float().cpu() - scores.flatten(0, 1)).abs().max() / scores.std()
              for one, (*_, scores) in zip(found, ready, strict=True)]  # fmt: skip
+    if max(apart) > ROUNDING[precision]:
+        raise AssertionError(f"the lists' scores differ by {max(apart):.2g} standard deviations from a bare forward's")
     rounds = options.rounds if options.device == "cpu" else 10 * options.rounds
     seconds = take_turns({"choice": choose, "bare": bare}, rounds, options.device)
     ratios = [one / other for one, other in zip(seconds["choice"], seconds["bare"], strict=True)]
@@ -255,12 +255,13 @@ def gathered(
 
 
 def cascade(options: argparse.Namespace, wanted: Callable[[dict], bool]) -> Iterator[dict]:
-    """Rows of the cascade."""
     for side, width in options.grids:
-        cases = [{"part": "cascade", "grid": [side, side, width], "labels": labels, "answers": answers, "batch": batch,
-                  "candidates": options.candidates, "passes": PASSES, "pool": options.pool, "device": "cpu"}
-                 for labels, answers, batch in product(("all", f"{LABELLED} x {options.candidates}"), options.answers,
-                                                       BATCHES)]  # fmt: skip
+        labelled = ("all", f"{LABELLED} x {options.candidates}")
+        cases = [{"part": "cascade", "grid": [side, side, width], "head": head, "labels": labels, "answers": answers,
+                  "batch": batch, "candidates": options.candidates, "passes": PASSES, "pool": options.pool,
+                  "device": "cpu"}
+                 for head, labels, answers, batch in product(options.heads, labelled, options.answers, BATCHES)
+                 ]  # fmt: skip
         if not (cases := [case for case in cases if wanted(case)]):
             continue
         encoder = make_encoder((side, width))
@@ -276,13 +277,13 @@ def cascade(options: argparse.Namespace, wanted: Callable[[dict], bool]) -> Iter
                                                             progress=False)  # fmt: skip
                 settings = fitted.settings(model.config)
             model.set_performance(*tables["all" if case["labels"] == "all" else "some"], pool.fingerprint)
-            selector = CascadeSelector.from_settings(settings)
-            selector.load_state_dict(fitted.state_dict())
+            selector = CascadeSelector.from_settings(settings | {"head": case["head"]})
+            selector.load_state_dict(fitted.state_dict(), strict=False)  # the weights of other heads stay as drawn
             yield case | measure_cascade(selector, queries, examples, case["batch"], options)
 
 
 def made_up_labels(pool: ExamplePool, candidates: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Tables of performance at random, of every image on all others, and of some images on their nearest."""
+    """Random performance of every image on all others, and of some images on their nearest."""
     n, generator = len(pool), torch.Generator().manual_seed(0)
     others = torch.arange(n).expand(n, n)[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)
     near = torch.full((n, candidates), -1)
@@ -302,7 +303,7 @@ def measure_cascade(
             selector(part, examples, 1, options.candidates)
         return time.perf_counter() - start
 
-    selector._row_model(examples)  # made once, in a while
+    selector._row_model(examples)  # made once
     first = run(parts[:1]) / batch
     run(parts)
     rounds = []
@@ -327,7 +328,6 @@ def measure_cascade(
 
 
 def aggregation(options: argparse.Namespace, wanted: Callable[[dict], bool]) -> Iterator[dict]:
-    """Rows of the aggregation."""
     k, generator = options.candidates, torch.Generator().manual_seed(0)
     ways = [(method, way) for method in ("hodge", "borda") for way in ("batched", "one by one")]
     cases = [{"part": "aggregation", "method": method, "way": way, "queries": options.queries, "candidates": k,
@@ -350,6 +350,8 @@ def aggregation(options: argparse.Namespace, wanted: Callable[[dict], bool]) -> 
             "edge list": lambda: torch.stack([edge_list(one, k) for one in timed]),
         }[case["way"]]
         apart = float((call() - aggregate_rankings(timed, k, method)).abs().max())
+        if apart > 1e-9:
+            raise AssertionError(f"scores of {method}, {case['way']}, differ by {apart:.2g} from the batched ones")
         seconds = min(take_turns({"all": call}, 3, "cpu")["all"])
         yield case | {"seconds": seconds * options.queries / len(timed), "timed": len(timed), "apart": apart,
                       "lists": every.shape[1]}  # fmt: skip
@@ -379,7 +381,7 @@ def edge_list(lists: Tensor, num_items: int) -> Tensor:
 
 
 MEASURE = {"ranker": rank, "cascade": cascade, "aggregation": aggregation}
-KEYS = ("part", "net", "width", "grid", "labels", "answers", "method", "way", "batch", "queries", "candidates",
+KEYS = ("part", "net", "width", "grid", "head", "labels", "answers", "method", "way", "batch", "queries", "candidates",
         "passes", "pool", "precision", "device", "threads", "platform")  # fmt: skip
 
 
@@ -390,7 +392,7 @@ def key(row: dict) -> str:
 COLUMNS = {
     "ranker": ("net", "batch", "precision", "gflop_a_query", "ratio", "ratio_middle_half", "ratio_of_minima",
                "choice_ms", "bare_ms", "load"),
-    "cascade": ("grid", "labels", "answers", "batch", "total_ms", "matching_ms", "row_model_ms", "grids_ms",
+    "cascade": ("grid", "head", "labels", "answers", "batch", "total_ms", "matching_ms", "row_model_ms", "grids_ms",
                 "stage1_rest_ms", "stage2_ms", "handing_ms", "median_ms", "first_ms", "load"),
     "aggregation": ("method", "way", "queries", "seconds", "timed", "load"),
 }  # fmt: skip
@@ -422,7 +424,6 @@ def shown(value: Any) -> str:
 
 
 def goal_reached(row: dict) -> bool | None:
-    """None where nothing was aimed at."""
     if row["part"] == "ranker":
         return row["ratio"] <= GOALS["ranker"] if row["device"] == "cpu" else row["choice_ms"] <= 3
     if row["part"] == "cascade":
@@ -435,12 +436,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.set_defaults(threads=2)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--device", default="cpu", help="of the ranker; the rest is measured on the CPU")
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["float32"], help="of the ranker")
+    parser.add_argument("--precision", nargs="+", choices=ROUNDING, default=["float32"], help="of the ranker")
     parser.add_argument("--candidates", type=int, default=50)
     parser.add_argument("--width", type=int, default=768, help="of the ranker, and of its pool's encoder")
     parser.add_argument("--side", type=int, default=16, help="of that encoder's grid")
     parser.add_argument("--grids", nargs="+", type=lambda text: tuple(map(int, text.split("x"))),
                         default=[(14, 96), (16, 768)], help="side x width, for the cascade")  # fmt: skip
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=HEADS, help="of the cascade")
     parser.add_argument("--answers", nargs="+", type=int, default=[56, 448], help="pixels a side of F's answers")
     parser.add_argument("--pool", type=int, default=500)
     parser.add_argument("--queries", type=int, default=1000, help="of the aggregation")

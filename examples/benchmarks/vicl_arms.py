@@ -30,15 +30,16 @@ ARMS = {
     "transfer, 50 labels each": 1,
     "released ranker, aggregated": 1,
     "list-wise ranker, aggregated": 1,
-    "list-wise ranker + similarities, knock-out": 1,
+    "list-wise ranker, knock-out": 1,
     "list-wise ranker + similarities, aggregated": 1,
     "cascade, 100 x 50 labels, one pass": 1,
+    "cascade, list-wise heads, one pass": 1,
     "cascade, one pass": 1,
     "medoid of the nearest 10": TEN,
     "medoid of dense 10": TEN,
     "like the mean of dense 10": TEN,
     "cascade, 100 x 50 labels": TEN,
-    "cascade, list-wise head": TEN,
+    "cascade, list-wise heads": TEN,
     "cascade": TEN,
     "medoid of the 50": CANDIDATES,
     "like the mean of the 50": CANDIDATES,
@@ -50,6 +51,7 @@ ARMS = {
     "nearest 10, mean": TEN,
     "dense 10, mean": TEN,
     "cascade 10, 100 x 50 labels, weighted": TEN,
+    "cascade 10, list-wise heads, weighted": TEN,
     "cascade 10, weighted": TEN,
     "all 50, mean": CANDIDATES,
     "nearest 5, in one call": FEW,
@@ -242,7 +244,7 @@ def print_ahead(tables: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]
             if arm in of and there:
                 best = max(there, key=lambda other: summary(of, other)[1])
                 closed, error = ahead(of, arm, best)
-                lines.append(f"| {arm} | {model} | {best} | {100 * closed:+.1f} ± {100 * error:.1f} |")
+                lines.append(f"| {model} | {arm} | {best} | {100 * closed:+.1f} ± {100 * error:.1f} |")
     if lines:
-        print("\n| arm | F | best training-free arm | ahead, in % of the gap |\n|---|---|---|---|")
+        print("\n| F | arm | best training-free arm | ahead, in % of the gap |\n|---|---|---|---|")
         print("\n".join(lines))

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .cascade_features import MATCHES, STATISTICS, label_statistics, standardised
-from .cascade_head import head_scores
+from .cascade_head import ListHeads
 from .consensus import ANSWERS, MAPS, Consensus, small
 from .example_selectors import Examples, Queries
-from .modeling_listwise_ranker import ListwiseRanker
 from .row_model import RowModel, quarters_of
 
 
@@ -38,8 +37,8 @@ class CascadeSelector(nn.Module):
     Args:
         model: a `VisualInContextModel`; may also be given to `fit`.
         passes: runs of F on a query, m; 1 leaves out stage 2, and only the chosen example is shown.
-        head: of stage 2: "ridge", or "listwise", a small `ListwiseRanker` over the same features, which sees the
-            answers beside each other.
+        head: of both stages: "ridge", or "listwise", five small `ListwiseRanker`s each over the same features, which
+            see the candidates beside each other. Slower to fit (minutes), and better where there are many labels.
         seed: of the training of a list-wise head.
 
     Raises:
@@ -72,7 +71,8 @@ class CascadeSelector(nn.Module):
         self._rows: tuple[Any, RowModel] | None = None
         self.pool_fingerprint: str | None = None
         self.report: dict[str, float] = {}
-        self.list_head: ListwiseRanker | None = None
+        self.first_heads: ListHeads | None = None
+        self.second_heads: ListHeads | None = None
         self.make_weights(colours=False)
 
     def make_weights(self, colours: bool) -> None:
@@ -86,8 +86,8 @@ class CascadeSelector(nn.Module):
 
     @property
     def temperature(self) -> float:
-        """How soft the weights `softmax(scores / temperature)` of a fusion are: 0.4 of the spread inside lists."""
-        return float(self.fitted_temperature)
+        """How soft the weights `softmax(scores / temperature)` of a fusion are: 0.8 of the spread inside lists."""
+        return 2 * float(self.fitted_temperature)
 
     def fit(
         self, pool: Any, labels: tuple[Tensor, Tensor] | None = None, *, model: Any = None,
@@ -134,8 +134,7 @@ class CascadeSelector(nn.Module):
         similarity, rows = examples.pool.search(queries.views["vector"].cpu(), candidates, exclude=queries.exclude)
         known = rows >= 0
         features = self.first_features(queries.views, examples, similarity, rows, queries.exclude)
-        scores = standardised(features, known, _plain(self.first_spread))[0] @ _plain(self.first_weights)
-        scores = scores.masked_fill(~known, -torch.inf)
+        scores = self.first_scores(features, known)
         top = scores.sort(dim=1, descending=True, stable=True).indices[:, : max(count, self.passes)]
         rows, scores = rows.gather(1, top), scores.gather(1, top)
         if self.passes == 1:
@@ -147,8 +146,8 @@ class CascadeSelector(nn.Module):
         features = self.second_features(consensus, calibrated, features, scores)
         scores = self.second_scores(features, rows >= 0)
         order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
-        picked = order.to(answers.device)[..., None, None, None].expand(-1, -1, *answers.shape[2:])
-        return scores.gather(1, order), rows.gather(1, order), answers.gather(1, picked)
+        answers = answers[torch.arange(len(order))[:, None].to(answers.device), order.to(answers.device)]
+        return scores.gather(1, order), rows.gather(1, order), answers
 
     # ---- the two stages, as fitting sees them
 
@@ -168,20 +167,22 @@ class CascadeSelector(nn.Module):
 
     def consensus(self, examples: Examples, painted: Tensor, scores: Tensor, grid: Tensor, known: Tensor) -> Consensus:
         """Of answers (see `small`) that stage 1 gave these scores."""
-        return Consensus(examples.task, painted, scores, self.temperature, grid, known)
+        return Consensus(examples.task, painted, scores, float(self.fitted_temperature), grid, known)
 
     def second_features(self, consensus: Consensus, calibrated: Tensor, first: Tensor, scores: Tensor) -> Tensor:
         """What stage 2 knows of each candidate: what stage 1 did, its score, and the answers."""
         area = first[..., FIRST.index("area")]
         return torch.cat([first, scores[..., None], consensus.features(calibrated, area)], 2)
 
+    def first_scores(self, features: Tensor, known: Tensor) -> Tensor:
+        """Of stage 1, `(B, K)`; -inf where not known."""
+        features, _ = standardised(features, known, _plain(self.first_spread))
+        return _scores(features, known, self.first_heads, _plain(self.first_weights))
+
     def second_scores(self, features: Tensor, known: Tensor) -> Tensor:
+        """Of stage 2, `(B, m)`; -inf where not known."""
         features, _ = standardised(features, known, _plain(self.second_spread))
-        if self.list_head is None:
-            scores = features @ _plain(self.second_weights)
-        else:
-            scores = head_scores(self.list_head, features, known)
-        return scores.masked_fill(~known, -torch.inf)
+        return _scores(features, known, self.second_heads, _plain(self.second_weights))
 
     def _row_model(self, examples: Examples) -> RowModel:
         pool, model = examples.pool, examples.model
@@ -207,9 +208,8 @@ class CascadeSelector(nn.Module):
             raise ValueError(f"the cascade was fitted on the pool {self.pool_fingerprint}, and the model's measured "
                              f"performance is of {config.pool_fingerprint}: a model keeps a cascade with the labels "
                              "that it was fitted on")  # fmt: skip
-        head = None if self.list_head is None else self.list_head.config.to_diff_dict()
         return {"kind": self.kind, "passes": self.passes, "head": self.head, "colours": self.colours,
-                "pool_fingerprint": self.pool_fingerprint, "report": self.report, "list_head": head}  # fmt: skip
+                "pool_fingerprint": self.pool_fingerprint, "report": self.report}  # fmt: skip
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "CascadeSelector":
@@ -217,12 +217,17 @@ class CascadeSelector(nn.Module):
         made = cls(passes=settings["passes"], head=settings["head"])
         made.make_weights(settings["colours"])
         made.pool_fingerprint, made.report = settings["pool_fingerprint"], settings["report"]
-        if settings["list_head"] is not None:
-            config = {key: value for key, value in settings["list_head"].items() if key != "model_type"}
-            made.list_head = ListwiseRanker(ListwiseRanker.config_class(**config))
+        if made.head == "listwise":
+            made.first_heads = ListHeads(len(made.first_weights))
+            made.second_heads = ListHeads(len(made.second_weights)) if made.passes > 1 else None
         return made.eval()
 
 
 def _plain(weights: Tensor) -> Tensor:
     """As features are: of a model in half precision too."""
     return weights.float().cpu()
+
+
+def _scores(features: Tensor, known: Tensor, heads: ListHeads | None, weights: Tensor) -> Tensor:
+    scores = features @ weights if heads is None else heads(features, known)
+    return scores.masked_fill(~known, -torch.inf)

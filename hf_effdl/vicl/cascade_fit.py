@@ -1,7 +1,6 @@
 """Fit both stages of a cascade on what was measured of a pool, without letting an image see its own answers."""
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from .cascade_features import ridge, standardised
-from .cascade_head import train_head
+from .cascade_head import train_heads
 from .consensus import small
 from .example_selectors import Examples
 from .visual_tasks import find_task
@@ -19,11 +18,12 @@ from .visual_tasks import find_task
 
 PENALTY, FOLDS = 300.0, 5
 BATCH = 8  # images encoded, and answered for, at once
+ROWS = 64  # images that a row model predicts at once
 LEAST = 10  # labelled images that a fit takes
 LEARNT = 1000  # of the labelled images, which stage 2 learns on
 CHECKED = 50  # of these, on which plain consensus is tried
 PIXELS = 8  # every so many of an answer's pixels calibration learns on
-SOFTNESS = 0.4  # of the weights of a fusion, in units of the spread of performance inside lists
+SOFTNESS = 0.4  # of the weights in a consensus, in units of the spread of performance inside lists
 
 
 @dataclass
@@ -69,7 +69,8 @@ def fit(selector: Any, pool: Any, labels: Any, model: Any, examples: Examples | 
     task = find_task(model.config.task)
     examples = examples if examples is not None else Examples(pool, model, task)
     selector.make_weights(colours=examples.task.name == "colourisation")
-    selector.pool_fingerprint, selector._rows, selector.list_head = pool.fingerprint, None, None
+    selector.pool_fingerprint, selector._rows = pool.fingerprint, None
+    selector.first_heads = selector.second_heads = None
     with torch.no_grad():
         lists = _read_lists(pool, model)
         features, scores = _fit_first(selector, examples, lists)
@@ -114,9 +115,20 @@ def _fit_first(selector: Any, examples: Examples, lists: _Lists) -> tuple[Tensor
     selector.first_spread.copy_(spread)
     selector.first_weights.copy_(ridge(features, target, known, PENALTY))
     selector.fitted_temperature.copy_(SOFTNESS * target[known].square().mean().sqrt())
-    scores = _out_of_fold(lists.fold, lambda train, test: (
-        features[test] @ ridge(features[train], target[train], known[train], PENALTY)
-    ))  # fmt: skip
+    rows = selector._row_model(examples)
+    asked = [view[rows.position[lists.images]] for view in rows.views]
+    folds = []
+    for one in range(FOLDS):
+        # what is to be predicted must not stand behind the features that are learnt from either
+        fewer = rows.without(lists.images[lists.fold == one])
+        learned = torch.cat([
+            fewer.predict(*(view[part] for view in asked), lists.rows[part], lists.images[part])
+            for part in torch.arange(len(raw)).split(ROWS)
+        ])  # fmt: skip
+        folds.append(standardised(torch.cat([raw[..., : -len(fewer.names)], learned], 2), known, spread)[0])
+    scores = _out_of_fold(folds, target, known, lists.fold)
+    if selector.head == "listwise":
+        selector.first_heads, scores = train_heads(folds, target, known, lists.fold, selector.seed)
     return raw, scores.masked_fill(~known, -torch.inf)
 
 
@@ -158,11 +170,9 @@ def _fit_second(
     features, spread = standardised(raw, known)
     selector.second_spread.copy_(spread)
     selector.second_weights.copy_(ridge(features, target, known, PENALTY))
-    held = _out_of_fold(fold, lambda train, test: (
-        features[test] @ ridge(features[train], target[train], known[train], PENALTY)
-    ))  # fmt: skip
+    held = _out_of_fold([features] * FOLDS, target, known, fold)
     if selector.head == "listwise":
-        selector.list_head, held = train_head(features, lists.performance, known, fold, selector.seed)
+        selector.second_heads, held = train_heads([features] * FOLDS, target, known, fold, selector.seed)
     selector.report["stage 2"] = lists.mean_of(held)
     _check_consensus(selector, examples, all_lists, progress)
 
@@ -191,7 +201,8 @@ def _answers(examples: Examples, lists: _Lists, progress: bool, what: str) -> Te
     found = []
     for part in logging.tqdm(parts[rank::world], desc=what, unit=" batches", disable=not progress or rank > 0):
         asked, _ = examples.encoded(lists.images[part])
-        found.append(small(examples.answers(asked, lists.rows[part])).cpu())
+        answers = small(examples.answers(asked, lists.rows[part])).cpu()
+        found.append(answers if examples.task.name == "colourisation" else answers.mean(2, keepdim=True))
     if many:
         gathered: list[Any] = [None] * world
         torch.distributed.all_gather_object(gathered, found)
@@ -208,11 +219,13 @@ def _views(examples: Examples, images: Tensor) -> dict[str, Tensor]:
             "grid": flat.unflatten(1, side)}  # fmt: skip
 
 
-def _out_of_fold(fold: Tensor, scores: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    parts = [((fold != one).nonzero()[:, 0], (fold == one).nonzero()[:, 0]) for one in range(FOLDS)]
-    found = [scores(train, test) for train, test in parts]
-    order = torch.cat([test for _, test in parts])
-    return torch.cat(found)[order.argsort()]
+def _out_of_fold(features: list[Tensor], target: Tensor, known: Tensor, fold: Tensor) -> Tensor:
+    """Scores by ridge regressions that each go without one fold, of features `(L, K, f)` for each fold."""
+    scores = torch.zeros(target.shape)
+    for one, part in enumerate(features):
+        train, test = fold != one, fold == one
+        scores[test] = part[test] @ ridge(part[train], target[train], known[train], PENALTY)
+    return scores
 
 
 def _check_labels(labels: Any, pool: Any) -> None:

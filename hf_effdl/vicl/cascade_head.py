@@ -1,57 +1,90 @@
-"""A list-wise head for the cascade's second stage: a small ranker over features, trained in seconds."""
+"""List-wise heads for the stages of a cascade: small rankers over features, trained in a minute."""
+
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .configuration_listwise_ranker import ListwiseRankerConfig
 from .modeling_listwise_ranker import ListwiseRanker
 
 
-STEPS, LISTS, RATE, DECAY = 300, 32, 1e-3, 0.1
+HEADS, STEPS, LISTS, RATE, DECAY = 5, 300, 32, 1e-3, 0.1
 
 
-def train_head(
-    features: Tensor, performance: Tensor, known: Tensor, fold: Tensor, seed: int
-) -> tuple[ListwiseRanker, Tensor]:
-    """A ranker trained on all lists, and the scores of rankers that were each trained without one fold.
-
-    300 steps of 32 lists, AdamW with weight decay 0.1, learning rate 1e-3 in one cycle; every other step sees half of
-    each list, so that lists of other lengths are nothing new.
+class ListHeads(nn.Module):
+    """Five rankers whose mean score counts, in units of performance.
 
     Args:
-        features: `(L, m, f)` standardised.
-        performance, known: `(L, m)`.
-        fold: `(L,)` from 0.
+        size: features of a candidate.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.rankers = nn.ModuleList(_ranker(size) for _ in range(HEADS))
+        self.register_buffer("scale", torch.ones(()))
+
+    @torch.no_grad()
+    def forward(self, features: Tensor, known: Tensor) -> Tensor:
+        """`(B, K, f)` standardised features to `(B, K)` scores less the mean of the list."""
+        return torch.stack([self.scores(ranker, features, known) for ranker in self.rankers]).mean(0)
+
+    @torch.no_grad()
+    def scores(self, ranker: ListwiseRanker, features: Tensor, known: Tensor) -> Tensor:
+        """Of one ranker."""
+        features, there = features.to(self.scale.device), known.to(self.scale.device)
+        found = _run(ranker, features, there).scores.float().masked_fill(~there, 0)
+        found = found - found.sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1)
+        return (found * self.scale.float() * there).cpu()
+
+
+def train_heads(
+    features: Sequence[Tensor], target: Tensor, known: Tensor, fold: Tensor, seed: int
+) -> tuple[ListHeads, Tensor]:
+    """Rankers that are each trained without one fold, and the scores of every list by the one that has not seen it.
+
+    300 steps of 32 lists each, AdamW with weight decay 0.1, learning rate 1e-3 in one cycle; every other step sees
+    half of each list, so that lists of other lengths are nothing new. The scale is that of a regression of performance
+    on the scores of lists that were not seen.
+
+    Args:
+        features: `(L, m, f)` standardised, for each fold: made without what that fold measured.
+        target, known: `(L, m)`: performance less the mean of the list, and where there is one.
+        fold: `(L,)`, 0 to 4.
         seed: of weights and batches.
     """
-    held = torch.zeros(performance.shape)
-    for one in fold.unique().tolist():
+    with torch.random.fork_rng(devices=[]):
+        heads, held = ListHeads(features[0].shape[2]), torch.zeros(target.shape)
+    for one, (ranker, part) in enumerate(zip(heads.rankers, features, strict=True)):
         train, test = fold != one, fold == one
-        head = _trained(features[train], performance[train], known[train], seed)
-        held[test] = head_scores(head, features[test], known[test])
-    return _trained(features, performance, known, seed), held
+        _train(ranker, part[train], target[train], known[train], seed + one)
+        held[test] = heads.scores(ranker, part[test], known[test])
+    slope = ((held * target).sum() / held.square().sum().clamp(min=1e-12)).clamp(min=1e-6)
+    heads.scale.fill_(slope)
+    return heads.eval().requires_grad_(False), held * slope
 
 
-@torch.no_grad()
-def head_scores(head: ListwiseRanker, features: Tensor, known: Tensor) -> Tensor:
-    """`(B, m, f)` to `(B, m)`: every candidate is one token, and the query an empty one."""
-    device = next(head.parameters()).device
-    features = features.to(device)
+def _ranker(size: int) -> ListwiseRanker:
+    return ListwiseRanker(ListwiseRankerConfig(
+        input_size=size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+        label_channels=None, bind=False,
+    ))  # fmt: skip
+
+
+def _run(ranker: ListwiseRanker, features: Tensor, known: Tensor, **options: Tensor) -> object:
+    # every candidate is one token, and the query an empty one
     asked = torch.zeros_like(features[:, :1])
-    return head(query_tokens=asked, candidate_tokens=features[:, :, None], mask=known.to(device)).scores.float().cpu()
+    return ranker(query_tokens=asked, candidate_tokens=features[:, :, None], mask=known, **options)
 
 
 @torch.enable_grad()
-def _trained(features: Tensor, performance: Tensor, known: Tensor, seed: int) -> ListwiseRanker:
+def _train(ranker: ListwiseRanker, features: Tensor, target: Tensor, known: Tensor, seed: int) -> None:
+    scale = target[known].std().clamp(min=1e-6)  # the ranker's margin is 1, and differences are small
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = ListwiseRanker(ListwiseRankerConfig(
-            input_size=features.shape[2], hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=128, label_channels=None, bind=False, list_length=features.shape[1],
-        )).train()  # fmt: skip
-        # differences inside a list are small, and the ranker's margin is 1
-        scale = performance[known].std().clamp(min=1e-6)
-        optimizer = torch.optim.AdamW(head.parameters(), lr=RATE, weight_decay=DECAY)
+        ranker.load_state_dict(_ranker(features.shape[2]).state_dict())
+        ranker.train()
+        optimizer = torch.optim.AdamW(ranker.parameters(), lr=RATE, weight_decay=DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
         for step in range(STEPS):
             some = torch.randint(len(features), (LISTS,))
@@ -60,11 +93,8 @@ def _trained(features: Tensor, performance: Tensor, known: Tensor, seed: int) ->
                 kept = kept & (torch.rand(kept.shape).argsort(1).argsort(1) < (features.shape[1] + 1) // 2)
                 enough = kept.sum(1) >= 2
                 some, kept = some[enough], kept[enough]
-            shown = features[some]
-            loss = head(query_tokens=torch.zeros_like(shown[:, :1]), candidate_tokens=shown[:, :, None], mask=kept,
-                        metric=performance[some] / scale).loss  # fmt: skip
+            loss = _run(ranker, features[some], kept, metric=target[some] / scale).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    return head.eval().requires_grad_(False)

@@ -6,12 +6,12 @@ from torch.nn import functional as F
 
 
 # how many features and maps there are; features by whether labels are colours
-ANSWERS, MAPS = {False: 26, True: 22}, 12
+ANSWERS, MAPS = {False: 31, True: 22}, 17
 # sides of the maps that answers are compared at
 SIDE = 56
 LOWEST = 0.01
 # of the softmax over the cells of a query's own feature map
-AFFINITY = 0.1
+AFFINITIES = (0.05, 0.1)
 
 
 def small(painted: Tensor, side: int = SIDE) -> Tensor:
@@ -59,23 +59,26 @@ class Consensus:
         self.grid = grid
 
     def maps(self) -> Tensor:
-        """Every pixel in numbers, `(B, c, h, w, 12)`; of masks they are log-odds."""
+        """Every pixel in numbers, `(B, c, h, w, 17)`; of masks they are log-odds."""
         weighted, votes, plain = self.means.values()
         estimates = [weighted, votes, plain, self._mean(self.even, self.rounded), self._mean(self.sharp, self.painted)]
-        estimates += [self._smooth(weighted), self._smooth(votes)]
+        estimates += [smooth for mean in (weighted, votes) for smooth in self._smooth(mean)]
+        there = self.known[:, :, None, None, None]
+        estimates += [self.painted.masked_fill(~there, 1).amin(1), self.painted.masked_fill(~there, 0).amax(1)]
         if not self.colours:
             estimates = [estimate.clamp(LOWEST, 1 - LOWEST).logit() for estimate in estimates]
         around = 2 * (weighted.shape[-1] // 14) + 1
         estimates += [_blurred(estimate, around) for estimate in estimates[:2]]
         estimates += [mean.mean((2, 3), keepdim=True).expand_as(mean) for mean in (weighted, votes)]
-        return torch.stack([*estimates, torch.ones_like(weighted)], -1)
+        apart = self._mean(self.even, (self.painted - plain[:, None]).square()).sqrt()
+        return torch.stack([*estimates, 4 * apart - 2, torch.ones_like(weighted)], -1)
 
     def target(self, truth: Tensor) -> Tensor:
         """What calibration is fitted to, `(B, c, h, w)`, of labels `(B, 3, h, w)`."""
         return truth if self.colours else (truth.mean(1, keepdim=True) >= 0.5).float()
 
     def fit_calibration(self, maps: Tensor, target: Tensor) -> Tensor:
-        """Weights `(12,)` of logistic (masks) or linear (colours) regression of `target (...)` on `maps (..., 12)`."""
+        """Weights `(17,)` of logistic (masks) or linear (colours) regression of `target (...)` on `maps (..., 17)`."""
         rows, target = maps.flatten(0, -2).double(), target.flatten().double()
         penalty = torch.eye(rows.shape[1], dtype=torch.float64) * (1.0 if not self.colours else 1e-4 * len(rows))
         if self.colours:
@@ -100,8 +103,9 @@ class Consensus:
         """What is known of each answer beside the others, `(B, m, f)`.
 
         Against each of the four estimates: the task's score, the mean difference, the score to be expected if the
-        estimate is a chance (masks), and the difference in area, with and without sign. Then: agreement with the other
-        answers (plain and weighted), area, spread, decidedness, and difference to the area of the example's label.
+        estimate is a chance and their soft overlap (masks), and the difference in area, with and without sign. Then:
+        agreement with the other answers (plain and weighted), area, spread, decidedness, difference to the area of
+        the example's label, and entropy (masks).
 
         Args:
             calibrated: of `calibrate`.
@@ -117,6 +121,8 @@ class Consensus:
             found.append(-(self.painted - each).abs().mean((2, 3, 4)))
             if not self.colours:
                 found.append(_overlap(self.rounded, each))
+                least, most = torch.minimum(self.painted, each), torch.maximum(self.painted, each)
+                found.append(least.sum((2, 3, 4)) / most.sum((2, 3, 4)).clamp(min=1e-6))
             apart = area - each.mean((2, 3, 4))
             found += [apart, apart.abs()]
         alike = self._alike()
@@ -127,6 +133,9 @@ class Consensus:
             (2 * self.painted - 1).abs().mean((2, 3, 4)),
             (area - areas).abs(),
         ]
+        if not self.colours:
+            chance = self.painted.clamp(1e-4, 1 - 1e-4)
+            found.append(-(chance * chance.log() + (1 - chance) * (1 - chance).log()).mean((2, 3, 4)))
         return torch.stack(found, 2)
 
     def medoid(self) -> Tensor:
@@ -144,13 +153,15 @@ class Consensus:
         either = area[:, :, None] + area[:, None] - both
         return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
-    def _smooth(self, mean: Tensor) -> Tensor:
-        b, gh, gw, _ = self.grid.shape
+    def _smooth(self, mean: Tensor) -> list[Tensor]:
+        coarse = F.adaptive_avg_pool2d(mean, self.grid.shape[1:3]).flatten(2).transpose(1, 2)
         cells = F.normalize(self.grid.flatten(1, 2).float(), dim=2)
-        affinity = (cells @ cells.transpose(1, 2) / AFFINITY).softmax(2)
-        coarse = F.adaptive_avg_pool2d(mean, (gh, gw)).flatten(2).transpose(1, 2)
-        smooth = (affinity @ coarse).transpose(1, 2).unflatten(2, (gh, gw))
-        return F.interpolate(smooth, size=mean.shape[-2:], mode="bilinear", align_corners=False)
+        alike = cells @ cells.transpose(1, 2)
+        found = []
+        for temperature in AFFINITIES:
+            smooth = ((alike / temperature).softmax(2) @ coarse).transpose(1, 2).unflatten(2, self.grid.shape[1:3])
+            found.append(F.interpolate(smooth, size=mean.shape[-2:], mode="bilinear", align_corners=False))
+        return found
 
     @staticmethod
     def _mean(weights: Tensor, values: Tensor) -> Tensor:

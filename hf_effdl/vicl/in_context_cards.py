@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -12,6 +13,7 @@ PIPELINE_TAGS = {
 }  # fmt: skip
 # not spelt out in the text below: whoever looks for the imports of this file line by line would find one of ours
 PACKAGE = "hf_effdl"
+WIDTH = 119  # of the text
 CITATION = """@inproceedings{xu2024partial2global,
   title     = {Towards Global Optimal Visual In-Context Learning Prompt Selection},
   author    = {Xu, Chengming and Liu, Chen and Wang, Yikai and Yao, Yuan and Fu, Yanwei},
@@ -56,8 +58,7 @@ def write_model_card(folder: str | os.PathLike[str], config: Any, pool: Any, rep
 
 # Visual in-context {config.task}
 
-A frozen vision model that is shown labelled examples chosen for each image. Nothing was trained for this pool of
-{rows:,} examples: add an example to the pool and the next prediction can use it.
+{_introduction(config.selector, rows)}
 
 ```python
 from transformers import pipeline
@@ -82,7 +83,7 @@ pipe.plot("photo.jpg").show()
 | retrieval | {retrieval}, the {config.candidates} nearest are candidates |
 | strategy | {config.strategy} |
 | pool | {pool_name}, {rows:,} examples, fingerprint `{pool.fingerprint}` |
-
+{_selector(config)}
 ## Limits
 
 The prediction is the frozen model's, and can be no better than it is with the best example of the pool. The pool's
@@ -99,3 +100,67 @@ images and labels decide what counts as the object; an image unlike all of them 
     part.write_text(str(ModelCard(text)), encoding="utf-8")
     os.replace(part, target)
     return target
+
+
+def _introduction(kept: dict[str, Any] | None, rows: int) -> str:
+    text = "A frozen vision model that is shown labelled examples chosen for each image. "
+    new = "add an example to the pool and the next prediction can use it."
+    if kept is None:
+        text += f"Nothing was trained for this pool of {rows:,} examples: {new}"
+    elif kept["kind"] == "ranker":
+        text += f"Which of the pool's {rows:,} examples those are, a small ranker has learned: {new}"
+    else:
+        text += (
+            f"Which of the pool's {rows:,} examples those are was learned on the pool itself: after a change of it, "
+            "measure and fit again."
+        )
+    return fill(text, WIDTH)
+
+
+def _selector(config: Any) -> str:
+    """The section on the selector that the model keeps; empty where there is none."""
+    kept = config.selector
+    if kept is None:
+        return ""
+    text = _cascade(kept, config.candidates) if kept["kind"] == "cascade" else _ranker(kept, config.candidates)
+    default = "the default" if config.strategy == kept["kind"] else f'`strategy="{kept["kind"]}"`'
+    return f"\n## How examples are chosen ({default})\n\n{text}"
+
+
+def _cascade(kept: dict[str, Any], candidates: int) -> str:
+    report, passes = kept["report"], kept["passes"]
+    head = " Its stages are list-wise networks." if kept["head"] == "listwise" else ""
+    tried, cost = "and shows it the best", "1 run"
+    if passes > 1:
+        tried, cost = f"tries the best {passes} of them with it, and lets the answers decide", f"{passes} runs"
+    learned = (
+        f"A `CascadeSelector` ranks the {candidates} nearest examples without the frozen model, {tried}: "
+        f"{cost} of the frozen model for a prediction.{head} It learned from what examples do on {report['images']:,} "
+        "images of the pool. On those, of the choice of stages that did not learn from the image itself (performance "
+        "as it was measured; larger is better):"
+    )
+    nearest, best = report["nearest"], report["best"]
+    table = ["| example | performance | gap closed |", "|---|---|---|"]
+    for name, label in (("nearest", "nearest"), ("stage 1", "stage 1, before any run of the frozen model"),
+                        ("stage 2", f"stage 2, after {passes}"), ("best", "best of the candidates")):  # fmt: skip
+        if name in report:
+            closed = f"{(report[name] - nearest) / (best - nearest):.0%}" if best > nearest else ""
+            table.append(f"| {label} | {report[name]:.4g} | {closed} |")
+    fusion = (
+        '`pipe(image, num_examples=10, fusion="weighted")` paints with ten examples, weighted by what is expected of '
+        "them."
+    )
+    return "\n".join([fill(learned, WIDTH), "", *table, "", fill(fusion, WIDTH), ""])
+
+
+def _ranker(kept: dict[str, Any], candidates: int) -> str:
+    lengths = " and ".join(str(length) for length in kept["rankers"])
+    passes = f", {kept['passes']} passes" if kept["passes"] > 1 else ""
+    text = (
+        f"A `RankerSelector` ranks the {candidates} nearest examples: list-wise rankers for lists of {lengths}, "
+        f'schedule "{kept["schedule"]}"{passes}, joined by "{kept["method"]}". 1 run of the frozen model for a '
+        "prediction."
+    )
+    if kept["reliable"]:
+        text += f" Only {kept['reliable']:,} reliable examples of the pool are ranked."
+    return fill(text, WIDTH) + "\n"

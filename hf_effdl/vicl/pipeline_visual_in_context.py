@@ -204,9 +204,9 @@ class VisualInContextPipeline(Pipeline):
         """Save the model and the code that runs it anywhere; a pool without a repository goes into `pool/`.
 
         What stands in the config is kept, with the strategy and the number of candidates that this pipeline was made
-        with; the other options of the constructor are not.
+        with; the other options of the constructor are not. Of several processes all call it, and the first one writes.
         """
-        config = self.model.config
+        config, first = self.model.config, _is_first()
         strategy = self._strategy(self._forward_params.get("strategy"))
         if isinstance(strategy, str):
             config.strategy = strategy
@@ -217,10 +217,12 @@ class VisualInContextPipeline(Pipeline):
                           f"saved one will use {config.strategy!r}", stacklevel=2)  # fmt: skip
         config.candidates = self._forward_params.get("candidates", config.candidates)
         if config.frozen_model is not None and (config.pool is None or not is_repository(config.pool)):
-            save_pool(self.pool, Path(save_directory, "pool"))
+            if first or hasattr(self.pool, "save_pretrained"):  # which waits for the first
+                save_pool(self.pool, Path(save_directory, "pool"))
             config.pool, config.pool_revision = "pool", None
-        super().save_pretrained(save_directory, **kwargs)
-        write_model_card(save_directory, config, self.pool, repo_id)
+        if first:
+            super().save_pretrained(save_directory, **kwargs)
+            write_model_card(save_directory, config, self.pool, repo_id)
 
     def push_to_hub(
         self, repo_id: str, *, pool_repo_id: str | None = None, private: bool | None = None,
@@ -236,7 +238,7 @@ class VisualInContextPipeline(Pipeline):
         Returns:
             URL of the commit; None on other processes than the first.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+        if not _is_first():
             return None
         config = self.model.config
         if pool_repo_id is not None or config.pool is None or not is_repository(config.pool):
@@ -363,6 +365,11 @@ def _fused(answers: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     if answers.shape[1] == 1:
         return answers[:, 0]
     return torch.einsum("bm,bmchw->bchw", weights.to(answers), answers)
+
+
+def _is_first() -> bool:
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not several or torch.distributed.get_rank() == 0
 
 
 def _is_image(images: Any) -> bool:

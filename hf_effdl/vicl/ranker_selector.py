@@ -113,7 +113,7 @@ class RankerSelector(nn.Module):
         if not isinstance(passes, int) or passes < 1 + (schedule == "partitions"):
             raise ValueError(f"passes={passes!r}: pass a whole number of at least 1; of partitions at least 2, since "
                              "the lists of one have nothing in common")  # fmt: skip
-        reliable = None if reliable is None else torch.as_tensor(reliable).cpu()
+        reliable = None if reliable is None else torch.as_tensor(reliable, device="cpu")
         if reliable is not None and (reliable.dim() != 1 or not len(reliable) or reliable.dtype == torch.bool):
             raise ValueError(f"reliable is {reliable.dtype} of shape {tuple(reliable.shape)}: pass rows of the pool, "
                              "(m,), one or more")  # fmt: skip
@@ -142,7 +142,9 @@ class RankerSelector(nn.Module):
         """A selector with room for the weights, which are then loaded."""
         rankers = {int(length): ListwiseRanker(ListwiseRankerConfig(**config))
                    for length, config in settings["rankers"].items()}  # fmt: skip
-        reliable = None if settings["reliable"] is None else torch.zeros(settings["reliable"], dtype=torch.long)
+        # on the CPU also where a model is made without memory for its weights
+        count = settings["reliable"]
+        reliable = None if count is None else torch.zeros(count, dtype=torch.long, device="cpu")
         options = {name: settings[name] for name in OPTIONS}
         return cls(rankers, reliable=reliable, **options).eval()
 

@@ -1,5 +1,7 @@
 """How a query's row of the table of performance would look: learned from the rows of pool images like it."""
 
+import copy
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -58,18 +60,36 @@ class RowModel:
         if self.complete:
             # 0 where an image is not measured on itself
             table = torch.zeros(len(measured), n + 1).scatter_(1, torch.where(known, measured, n), residual)
-            self.table = table[:, :n]
-            self.inverses = [
-                torch.linalg.inv(_kernel(view, view, width * unit).double() + torch.eye(len(view)).double()).float()
-                for view, unit in zip(self.views, self.units, strict=True)
-                for width in WIDTHS
-            ]
+            self.table, self.total = table[:, :n], table[:, :n].sum(0)
+            self.inverses = self._inverses()
         else:
             # columns of one sparse table: sums of R and counts over the images that an example was measured on
             place = torch.stack([measured[known], torch.arange(len(measured))[:, None].expand_as(measured)[known]])
             shape = (n, len(measured))
             self.residual = torch.sparse_coo_tensor(place, residual[known], shape, check_invariants=False).coalesce()
             self.count = torch.sparse_coo_tensor(place, known[known].float(), shape, check_invariants=False).coalesce()
+
+    def without(self, rows: Tensor) -> "RowModel":
+        """The same as if nothing had been measured on these rows of the pool."""
+        kept = (~torch.isin(self.labelled, rows)).nonzero()[:, 0]
+        other = copy.copy(self)
+        other.labelled = self.labelled[kept]
+        other.position = torch.full_like(self.position, -1)
+        other.position[other.labelled] = torch.arange(len(kept))
+        other.views = tuple(view[kept] for view in self.views)
+        if self.complete:
+            other.table, other.total = self.table[kept], self.table[kept].sum(0)
+            other.inverses = other._inverses()
+        else:
+            other.residual, other.count = (part.index_select(1, kept) for part in (self.residual, self.count))
+        return other
+
+    def _inverses(self) -> list[Tensor]:
+        return [
+            torch.linalg.inv(_kernel(view @ view.T, width * unit).double() + torch.eye(len(view)).double()).float()
+            for view, unit in zip(self.views, self.units, strict=True)
+            for width in WIDTHS
+        ]
 
     def predict(self, vectors: Tensor, quarters: Tensor, rows: Tensor, own: Tensor | None = None) -> Tensor:
         """Predictions for the candidates of each query.
@@ -84,12 +104,10 @@ class RowModel:
         """
         places = torch.full((len(vectors),), -1) if own is None else self._positions(own)
         itself = (places[:, None] == torch.arange(len(self.labelled))) & (places >= 0)[:, None]
-        kernels = [
-            _kernel(asked, view, width * unit)
-            for asked, view, unit in zip((vectors, quarters), self.views, self.units, strict=True)
-            for width in WIDTHS
-        ]
-        cosine = (vectors @ self.views[0].T).masked_fill(itself, -torch.inf)
+        alike = [asked @ view.T for asked, view in zip((vectors, quarters), self.views, strict=True)]
+        kernels = [_kernel(cosine, width * unit) for cosine, unit in zip(alike, self.units, strict=True)
+                   for width in WIDTHS]  # fmt: skip
+        cosine = alike[0].masked_fill(itself, -torch.inf)
         near = []
         for count in NEIGHBOURS:
             top, at = cosine.topk(min(count, cosine.shape[1]), 1)
@@ -122,7 +140,7 @@ class RowModel:
     def _mean(self, places: Tensor) -> Tensor:
         """`(B, n)` mean of every example over the images that it was measured on, without the queries themselves."""
         own = (places >= 0).float()[:, None]
-        total = self.table.sum(0) - self.table[places.clamp(min=0)] * own
+        total = self.total - self.table[places.clamp(min=0)] * own
         return total / (len(self.table) - (self.position >= 0).float() - own).clamp(min=1)
 
     def _positions(self, own: Tensor) -> Tensor:
@@ -142,5 +160,5 @@ def _unit(view: Tensor) -> Tensor:
     return apart[~torch.eye(len(view), dtype=torch.bool)].median().clamp(min=1e-6)
 
 
-def _kernel(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    return torch.exp(-(2 - 2 * a @ b.T).clamp(min=0) / scale)
+def _kernel(cosine: Tensor, scale: Tensor) -> Tensor:
+    return torch.exp(-(2 - 2 * cosine).clamp(min=0) / scale)

@@ -1,0 +1,657 @@
+"""The cascade as a strategy: what fitting may look at, what it gains, what it costs, and that it survives saving."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import cascade_run
+import numpy as np
+import pytest
+import torch
+from cascade_run import COUNT, PASSES, K, Painter, asked, painter
+from safetensors.torch import load_file
+from scenes import SIZE, TASKS, make_model, make_pool, rows, scene, tiny_encoder
+from test_vicl_pipeline import Mirror, check_contract, photos, tiny_seggpt
+from torch import nn
+
+from hf_effdl import CascadeSelector, SegGptInContext, VisualInContextModel, VisualInContextPipeline, measure_examples
+from hf_effdl.vicl import cascade_fit, cascade_head
+from hf_effdl.vicl.auto import ListwiseRanker, ListwiseRankerConfig
+from hf_effdl.vicl.cascade import FIRST
+from hf_effdl.vicl.cascade_features import standardised
+from hf_effdl.vicl.consensus import MAPS, Consensus
+from hf_effdl.vicl.example_selectors import Examples, Queries
+from hf_effdl.vicl.ranker_selector import RankerSelector
+from hf_effdl.vicl.row_model import RowModel, quarters_of
+from hf_effdl.vicl.visual_tasks import find_task, pixels
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:on the pool's own images")
+ENCODER = tiny_encoder()
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pools")
+    return {task: make_pool(folder, task, COUNT, ENCODER) for task in TASKS}
+
+
+@pytest.fixture
+def measured(pools):
+    """A model of feature matching that was measured on the pool of a task."""
+
+    def make(task: str = "segmentation", **options):
+        model = make_model(task, ENCODER)
+        measure_examples(model, pools[task], **{"candidates": K, "progress": False, **options})
+        return model
+
+    return make
+
+
+@pytest.fixture
+def fitted(measured, pools):
+    def make(task: str = "segmentation", model=None, pool=None, **options):
+        model = model or measured(task)
+        return CascadeSelector(model, **{"passes": PASSES, **options}).fit(pool or pools[task], progress=False)
+
+    return make
+
+
+def examples_of(model, pool) -> Examples:
+    return Examples(pool, model, find_task(model.config.task))
+
+
+def plain(outputs) -> list:
+    return [[np.asarray(one["prediction"]).tolist(), one["example_ids"], one["scores"]] for one in outputs]
+
+
+def same(outputs, others) -> None:
+    for one, other in zip(outputs, others, strict=True):
+        assert one["example_ids"] == other["example_ids"]
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
+        pair = [0 if out["prediction"] is None else np.asarray(out["prediction"], dtype=int) for out in (one, other)]
+        assert np.abs(pair[0] - pair[1]).mean() < 0.01
+
+
+def other_labels(model, pool, change) -> None:
+    """The table again with other performance."""
+    candidates, performance = model.measured_candidates.long().clone(), model.measured_performance.clone()
+    change(performance)
+    model.set_performance(candidates, performance, pool.fingerprint)
+
+
+# ---- what fitting looks at
+
+
+def first_stage(selector, model, pool):
+    """What stage 1 was fitted on: lists, their features, and scores from folds without the image."""
+    lists = cascade_fit._read_lists(pool, model)
+    selector._rows = None
+    return lists, *cascade_fit._fit_first(selector, examples_of(model, pool), lists)
+
+
+@pytest.mark.parametrize("count", [K, COUNT - 1])
+def test_what_an_image_measured_does_not_enter_its_own_features(measured, pools, count):
+    model, pool = measured(candidates=count), pools["segmentation"]
+    selector = CascadeSelector(model, passes=1)
+    lists, before, _ = first_stage(selector, model, pool)
+    place = 5
+    image = int(lists.images[place])
+
+    def change(performance):
+        performance[image] = torch.rand(count, generator=torch.Generator().manual_seed(0)) * 5
+
+    other_labels(model, pool, change)
+    _, after, _ = first_stage(selector, model, pool)
+    torch.testing.assert_close(after[place], before[place], atol=1e-4, rtol=1e-4)
+    others = torch.arange(len(before)) != place
+    assert (after[others] - before[others]).abs().amax() > 0.1
+
+
+def test_the_report_is_what_the_table_says_of_folds_without_the_image(fitted, measured, pools):
+    model, pool = measured(queries=23), pools["segmentation"]
+    report = fitted(model=model).report
+    table = model.measured_candidates.long(), model.measured_performance
+    every = [row for row in range(COUNT) if table[0][row, 0] >= 0]
+    assert report["images"] == len(every) == 23
+    nearest = [
+        float(table[1][row, int((pool.vectors[table[0][row]].float() @ pool.vectors[row].float()).argmax())])
+        for row in every
+    ]
+    assert report["nearest"] == pytest.approx(sum(nearest) / 23)
+    assert report["best"] == pytest.approx(float(table[1][every].amax(1).mean()))
+    # stage 1 by hand: the row model of the other folds, weights of their images
+    selector = CascadeSelector(model, passes=1)
+    lists, features, _ = first_stage(selector, model, pool)
+    chosen, spread = torch.zeros(23), standardised(features, lists.known)[1]
+    for one in range(5):
+        train, test = torch.arange(23) % 5 != one, torch.arange(23) % 5 == one
+        fewer = table[0].clone()
+        fewer[lists.images[test]] = -1
+        vectors, quarters = pool.vectors.float(), quarters_of(pool.tokens(torch.arange(COUNT)))
+        learned = RowModel(vectors, quarters, fewer, table[1]).predict(
+            vectors[lists.images], quarters[lists.images], lists.rows, torch.where(test, -1, lists.images)
+        )
+        found, _ = standardised(torch.cat([features[..., :-8], learned], 2), lists.known, spread)
+        held_down = torch.cat([found[train].flatten(0, 1), 300**0.5 * torch.eye(found.shape[2])]).double()
+        target = lists.performance[train] - lists.performance[train].mean(1, keepdim=True)
+        target = torch.cat([target.flatten(), torch.zeros(found.shape[2])]).double()
+        weights = torch.linalg.lstsq(held_down, target[:, None]).solution[:, 0].float()
+        best = (found[test] @ weights).argmax(1, keepdim=True)
+        chosen[test] = lists.performance[test].gather(1, best)[:, 0]
+    assert report["stage 1"] == pytest.approx(float(chosen.mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("head", ["ridge", "listwise"])
+def test_what_cannot_be_learnt_is_not_reported(measured, pools, monkeypatch, head):
+    """Performance that has nothing to do with anything: whoever saw an image's own would still find its best."""
+    monkeypatch.setattr(cascade_fit, "PENALTY", 1e-2)
+    monkeypatch.setattr(cascade_head, "STEPS", 15)
+    monkeypatch.setattr(cascade_head, "RATE", 1e-2)
+    model, pool, reports = measured(), pools["segmentation"], []
+    for seed in range(1 if head == "listwise" else 4):
+        drawn = torch.rand(COUNT, K, generator=torch.Generator().manual_seed(seed))
+        other_labels(model, pool, lambda performance: performance.copy_(drawn))  # noqa: B023
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reports.append(CascadeSelector(model, passes=PASSES, head=head).fit(pool, progress=False).report)
+    mean = {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
+    assert mean["best"] > 0.85 and mean["stage 1"] < 0.59 and mean["stage 2"] < 0.65
+
+
+def test_an_estimate_is_calibrated_on_images_of_the_other_folds(measured, pools, monkeypatch):
+    sizes, used = [], []
+
+    def fit_calibration(self, maps, target):
+        sizes.append(len(maps))
+        return torch.full((MAPS,), float(len(sizes) - 1))
+
+    def calibrate(self, maps, weights):
+        used.append(int(weights[0]))
+        return maps[..., 0].sigmoid()
+
+    monkeypatch.setattr(Consensus, "fit_calibration", fit_calibration)
+    monkeypatch.setattr(Consensus, "calibrate", calibrate)
+    cascade = CascadeSelector(measured(queries=23), passes=PASSES).fit(pools["segmentation"], progress=False)
+    assert sorted(sizes) == [18, 18, 18, 19, 19, 23]  # one for each fold, and one on all, which is kept
+    kept = sizes.index(23)
+    assert set(cascade.calibration.tolist()) == {float(kept)}
+    others = [number for number in range(6) if number != kept]
+    assert used == [others[place % 5] for place in range(23)]
+
+
+def test_only_so_many_of_the_measured_examples_count_as_the_pipeline_looks_at(measured, pools):
+    model, pool = measured(candidates=COUNT - 1), pools["segmentation"]
+    model.config.candidates = 6
+    report = CascadeSelector(model, passes=1).fit(pool, progress=False).report
+    best = []
+    for row in range(COUNT):
+        table = dict(zip(model.measured_candidates[row].tolist(), model.measured_performance[row].tolist()))
+        near = (pool.vectors.float() @ pool.vectors[row].float()).argsort(descending=True).tolist()
+        best.append(max(table[other] for other in [other for other in near if other != row][:6]))
+    assert report["best"] == pytest.approx(sum(best) / COUNT)
+
+
+# ---- what it gains
+
+
+@pytest.fixture(scope="module")
+def noisy(pools):
+    model = painter(pools["segmentation"], ENCODER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return CascadeSelector(model, passes=PASSES).fit(pools["segmentation"], progress=False), model
+
+
+def test_of_a_noisy_model_it_finds_the_good_answers_and_the_fusion_is_better_still(noisy, pools):
+    cascade, model = noisy
+    report = cascade.report
+    assert report["nearest"] + 0.1 < report["stage 1"] <= report["stage 2"] + 0.02 <= report["best"] + 0.02
+    assert report["plain consensus"] > report["nearest, of the same"]
+    pipe = VisualInContextPipeline(model, pool=pools["segmentation"])
+    images, task, scores = photos(range(100, 116)), find_task("segmentation"), {}
+    truth = Painter.truth(asked(model, range(100, 116)).cells.flatten(1)).expand(-1, 3, -1, -1)
+    for name, options in {
+        "nearest": {}, "cascade": {"strategy": cascade},
+        "weighted": {"strategy": cascade, "num_examples": 8, "fusion": "weighted"},
+    }.items():  # fmt: skip
+        outputs = pipe(images, candidates=K, **options)
+        painted = [task.labels([out["prediction"]], [image], (SIZE, SIZE)) for out, image in zip(outputs, images)]
+        scores[name] = float(task.score(torch.cat(painted), truth).mean())
+    assert scores["cascade"] > scores["nearest"] + 0.1
+    assert scores["weighted"] > scores["cascade"] + 0.01
+
+
+def test_of_a_biased_model_it_says_that_agreement_is_no_good_sign_and_still_learns(pools):
+    model = painter(pools["segmentation"], ENCODER, biased=True)
+    with pytest.warns(UserWarning, match="errs the same way") as seen:
+        report = CascadeSelector(model, passes=PASSES).fit(pools["segmentation"], progress=False).report
+    assert len(seen) == 1 and seen[0].filename == __file__
+    assert report["plain consensus"] < report["nearest, of the same"] - 0.05
+    assert report["stage 2"] > report["nearest"] + 0.2
+
+
+def test_a_cascade_that_gains_nothing_says_so():
+    cascade = CascadeSelector(passes=1)
+    for last, gains in ((0.5, False), (0.49, False), (0.51, True)):
+        cascade.report = {"nearest": 0.5, "stage 1": last}
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            cascade_fit._warn(cascade)
+        assert gains == (not seen)
+        if not gains:
+            assert f"{last:g}, no better than the nearest (0.5): measure on more images" in str(seen[0].message)
+
+
+def test_the_temperature_is_in_units_of_the_spread_inside_lists(fitted, measured, pools):
+    model = measured()
+    cascade = fitted(model=model, passes=1)
+    apart = model.measured_performance - model.measured_performance.mean(1, keepdim=True)
+    assert cascade.temperature == pytest.approx(0.8 * float(apart.square().mean().sqrt()), rel=1e-4)
+
+
+# ---- with whatever there is
+
+
+SETTINGS = {
+    "few labels": ({"queries": 14}, {}),
+    "all pairs": ({"candidates": COUNT - 1}, {}),
+    "detection": ({}, {}),
+    "colourisation": ({}, {}),
+    "one pass": ({}, {"passes": 1}),
+    "list-wise": ({"queries": 14}, {"head": "listwise"}),
+    "two passes": ({"candidates": 3}, {"passes": 2}),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_it_is_fitted_from_what_there_is_and_chooses(measured, fitted, pools, monkeypatch, tmp_path, setting):
+    monkeypatch.setattr(cascade_head, "STEPS", 3)
+    measuring, options = SETTINGS[setting]
+    task = setting if setting in TASKS else "segmentation"
+    model, pool = measured(task, **measuring), pools[task]
+    cascade = fitted(task, model, **options)
+    again = fitted(task, measured(task, **measuring), **options)
+    assert cascade.report == again.report and cascade.state_dict().keys() == again.state_dict().keys()
+    for name, value in cascade.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert cascade.report["best"] >= max(cascade.report[name] for name in ("nearest", "stage 1"))
+    assert ("stage 2" in cascade.report) == (cascade.passes > 1)
+    # one image is as in a batch
+    pipe = VisualInContextPipeline(model.set_selector(cascade), pool=pool)
+    outputs = pipe(photos(), num_examples=2)
+    for image, output in zip(photos(), outputs, strict=True):
+        check_contract(task, output, image, 2, pool.ids)
+        alone = pipe(image, num_examples=2)
+        assert alone["example_ids"] == output["example_ids"]
+        assert alone["scores"] == pytest.approx(output["scores"], abs=1e-5)
+    # and as after saving
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = VisualInContextPipeline(str(tmp_path / "saved"))
+    assert loaded.model.config.strategy == "cascade" and loaded.model.selector.report == cascade.report
+    assert loaded.model.selector.temperature == cascade.temperature and loaded.model.selector.passes == cascade.passes
+    same(loaded(photos(), num_examples=2), outputs)
+
+
+def test_lists_may_be_of_different_lengths(measured, fitted, pools):
+    model, pool = measured(), pools["segmentation"]
+    candidates, performance = model.measured_candidates.long().clone(), model.measured_performance.clone()
+    for row in range(COUNT):  # some not at all, some shorter than what is tried
+        gone = torch.randperm(K, generator=torch.Generator().manual_seed(row))[: row % (K + 1)]
+        candidates[row, gone], performance[row, gone] = -1, 0
+    labels = candidates, performance
+    cascade = CascadeSelector(model, passes=PASSES).fit(pool, labels, progress=False)
+    assert torch.equal(model.measured_candidates.long(), candidates)
+    assert all(value.isfinite().all() for value in cascade.state_dict().values())
+    assert cascade.report["images"] == int((candidates >= 0).any(1).sum())
+    best = performance.masked_fill(candidates < 0, -9).amax(1)
+    assert cascade.report["best"] == pytest.approx(float(best[best > -9].mean()), rel=1e-5)
+    # what fills a table up does not matter
+    performance[candidates < 0] = 77
+    again = CascadeSelector(model, passes=PASSES).fit(pool, (candidates, performance), progress=False)
+    assert again.report == cascade.report
+    # nor in which order it is
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(0))
+    again = CascadeSelector(passes=PASSES).fit(
+        pool, (candidates[:, order], performance[:, order]), model=model, progress=False)  # fmt: skip
+    assert again.report == pytest.approx(cascade.report)
+
+
+def test_a_pool_smaller_than_the_list_of_candidates(tmp_path):
+    pool, model = make_pool(tmp_path, count=12, encoder=ENCODER), make_model(encoder=ENCODER)
+    measure_examples(model, pool, progress=False)
+    assert model.config.candidates == 50
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.set_selector(CascadeSelector(model).fit(pool, progress=False))
+    pipe = VisualInContextPipeline(model, pool=pool)
+    assert len(pipe(scene(100)[0], num_examples=20)["example_ids"]) == 12
+    assert len(pipe(scene(100)[0], candidates=3)["example_ids"]) == 1
+
+
+def test_a_query_of_the_pool_is_not_shown_itself_nor_what_it_measured(fitted, measured, pools):
+    model, pool = measured(), pools["segmentation"]
+    own = torch.tensor([3, 7, -1, 20])
+    images = [pool.image(max(row, 0)) for row in own.tolist()]
+    batch = pixels(images, model.image_size, model.resample)
+    queries = Queries(batch, model.encoder(batch), exclude=own)
+    cascade = fitted(model=model)
+    _, chosen, _ = cascade(queries, examples_of(model, pool), COUNT, COUNT)
+    assert chosen.shape == (4, COUNT - 1) and not (chosen == own[:, None]).any()
+    before = cascade(queries, examples_of(model, pool), 5, K)
+
+    def change(performance):
+        performance[3] = 5 * torch.rand(K, generator=torch.Generator().manual_seed(0))
+
+    other_labels(model, pool, change)
+    after = cascade(queries, examples_of(model, pool), 5, K)
+    torch.testing.assert_close(after[0][0], before[0][0], atol=1e-4, rtol=1e-3)
+    # but a new table counts at once
+    drawn = torch.rand(COUNT, K, generator=torch.Generator().manual_seed(0))
+    other_labels(model, pool, lambda performance: performance.copy_(drawn))
+    assert (cascade(queries, examples_of(model, pool), 5, K)[0] - before[0]).abs().amax(1).min() > 1e-3
+
+
+def test_two_processes_fit_as_one_and_share_the_runs(tmp_path):
+    script, torchrun = str(Path(cascade_run.__file__)), str(Path(sys.executable).parent / "torchrun")
+    command = [torchrun, "--nproc_per_node", "2", script, str(tmp_path / "pools"), str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = cascade_run.fit_and_choose(tmp_path / "pools")
+    runs = [load_file(tmp_path / f"two.{rank}")["runs"] for rank in (0, 1)]
+    assert sum(runs) == expected.pop("runs") and runs[0] > runs[1] > runs[0] / 4
+    for rank in (0, 1):
+        found = load_file(tmp_path / f"two.{rank}")
+        found.pop("runs")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)
+
+
+# ---- in the pipeline
+
+
+@pytest.mark.parametrize("passes", [1, 3, PASSES])
+def test_so_many_runs_of_the_frozen_model_and_not_one_more(pools, passes):
+    model, pool = painter(pools["segmentation"], ENCODER), pools["segmentation"]
+    cascade = CascadeSelector(model, passes=passes).fit(pool, progress=False)
+    shown = model.frozen.shown
+    pipe = VisualInContextPipeline(model, pool=pool)
+    for options, each in (({}, passes), ({"num_examples": 2}, max(passes, 2)), ({"num_examples": 6}, 6),
+                          ({"num_examples": 6, "fusion": "weighted"}, 6)):  # fmt: skip
+        shown.clear()
+        pipe(photos(), strategy=cascade, **options)
+        assert sum(shown) == 5 * each, options
+    shown.clear()
+    pipe(photos(), strategy="nearest")
+    assert sum(shown) == 5
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_fusion_is_the_mean_by_weights(measured, fitted, pools, task):
+    model, pool = measured(task), pools[task]
+    cascade = fitted(task, model)
+    pipe = VisualInContextPipeline(model.set_selector(cascade), pool=pool)
+    queries, examples = asked(model), examples_of(model, pool)
+    sizes = [scene(number)[0].size[::-1] for number in cascade_run.ASKED]
+    scores, chosen, answers = cascade(queries, examples, 6, K)
+    assert (scores.diff(dim=1) <= 0).all()
+    images, labels = examples.encoded(chosen)
+    encoded = model.frozen.encode(queries.cells)
+    for k in range(6):  # the answers are those of the examples one by one
+        expected = model.frozen.predict(encoded, images[:, k : k + 1], labels[:, k : k + 1])
+        torch.testing.assert_close(answers[:, k], expected, atol=1e-5, rtol=0)
+    weights = {"mean": torch.full((6, 6), 1 / 6), "weighted": (scores / cascade.temperature).softmax(1)}
+    assert (weights["weighted"] - 1 / 6).abs().max() > 0.01
+    for fusion, weight in weights.items():
+        painted = sum(weight[:, k, None, None, None] * answers[:, k] for k in range(6))
+        expected = pipe.visual_task.decode(painted, sizes)
+        outputs = pipe(photos(cascade_run.ASKED), num_examples=6, fusion=fusion, candidates=K)
+        for b, (output, one) in enumerate(zip(outputs, expected, strict=True)):
+            assert output["example_ids"] == [pool.ids[row] for row in chosen[b].tolist()]
+            assert output["scores"] == pytest.approx(scores[b].tolist(), abs=1e-5)
+            if task == "detection":
+                assert output["prediction"] == one
+            else:
+                apart = np.abs(np.asarray(output["prediction"], dtype=int) - np.asarray(one, dtype=int))
+                assert apart.max() <= (task == "colourisation") and (apart > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize("kind", ["seggpt", "mirror"])
+def test_votes_and_fusion_inside_the_model_ask_it_anew(tmp_path, kind):
+    pool = make_pool(tmp_path, count=14, encoder=ENCODER)
+    frozen = SegGptInContext(tiny_seggpt()) if kind == "seggpt" else Mirror()
+    model = VisualInContextModel.from_parts(frozen, ENCODER)
+    measure_examples(model, pool, candidates=6, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.set_selector(CascadeSelector(model, passes=3).fit(pool, progress=False))
+    pipe = VisualInContextPipeline(model, pool=pool)
+    for options in ({"vote": True}, {"vote": True, "num_examples": 3, "fusion": "weighted"},
+                    {"num_examples": 3, "fusion": "model"}):  # fmt: skip
+        if kind == "mirror" and options.get("fusion") == "model":
+            continue
+        output = pipe(scene(100)[0], **options)
+        check_contract("segmentation", output, scene(100)[0], options.get("num_examples", 1), pool.ids)
+        if options.get("fusion") == "weighted":
+            continue
+
+        def same(queries, examples, count, candidates, ids=output["example_ids"]):
+            return torch.zeros(1, count), torch.tensor([[pool.position(id) for id in ids]])
+
+        expected = pipe(scene(100)[0], strategy=same, **options)
+        assert np.array_equal(expected["prediction"], output["prediction"])
+
+
+def test_a_kept_cascade_is_the_default_until_it_is_forgotten(fitted, measured, pools):
+    model, pool = measured(), pools["segmentation"]
+    cascade = fitted(model=model)
+    before = {name: value.clone() for name, value in cascade.state_dict().items()}
+    pipe = VisualInContextPipeline(model, pool=pool)
+    nearest = plain(pipe(photos()))
+    assert model.set_selector(cascade) is model and model.config.strategy == "cascade"
+    assert {name for name in model.state_dict() if name.startswith("selector.")} == {f"selector.{n}" for n in before}
+    found = plain(pipe(photos()))
+    assert found == plain(pipe(photos(), strategy="cascade")) == plain(pipe(photos(), strategy=cascade)) != nearest
+    assert plain(pipe(photos(), strategy="nearest")) == nearest
+    model.set_selector(None)
+    assert model.config.strategy == "nearest" and model.config.selector is None and plain(pipe(photos())) == nearest
+    model.config.strategy = "dense"
+    assert model.set_selector(None).config.strategy == "dense"
+
+
+def test_a_pipeline_saves_the_cascade_that_it_was_given(fitted, measured, pools, tmp_path):
+    model, pool = measured(queries=20), pools["segmentation"]
+    pipe = VisualInContextPipeline(model, fitted(model=model), pool, candidates=8)
+    expected = plain(pipe(photos()))
+    pipe.save_pretrained(tmp_path / "saved")
+    assert model.config.strategy == "cascade" and model.selector is pipe.selector
+    loaded = VisualInContextModel.from_pretrained(tmp_path / "saved")
+    assert loaded.config.candidates == 8 and isinstance(loaded.selector, CascadeSelector)
+    assert plain(VisualInContextPipeline(loaded, pool=pool)(photos())) == expected
+    # what was loaded can be fitted anew: the number of candidates is the pipeline's now
+    model.config.candidates = 8
+    expected = CascadeSelector(model, passes=PASSES).fit(pool, progress=False).report
+    again = loaded.selector.fit(pool, model=loaded, progress=False)
+    assert again is loaded.selector and again.report == pytest.approx(expected)
+
+
+def ranker(length: int, **changes) -> ListwiseRanker:
+    torch.manual_seed(length)
+    return ListwiseRanker(ListwiseRankerConfig(hidden_size=16, num_attention_heads=2, list_length=length, **changes))
+
+
+@pytest.mark.parametrize("reliable", [None, torch.arange(0, COUNT, 2)])
+def test_a_model_keeps_rankers_too(pools, tmp_path, reliable):
+    model, pool = make_model(encoder=ENCODER), pools["segmentation"]
+    rankers = [ranker(3).eval(), ranker(4, label_channels=None).eval()]
+    selector = RankerSelector(rankers, reliable=reliable, passes=2, seed=5, fill=reliable is not None)
+    pipe = VisualInContextPipeline(model.set_selector(selector), pool=pool)
+    assert model.config.strategy == "ranker"
+    expected = pipe(photos(), num_examples=3, candidates=12)
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = VisualInContextPipeline(str(tmp_path / "saved"))
+    assert isinstance(loaded.model.selector, RankerSelector) and loaded.model.selector.seed == 5
+    assert plain(loaded(photos(), num_examples=3, candidates=12)) == plain(expected)
+
+
+@pytest.mark.parametrize("kind", ["ridge", "listwise", "ranker"])
+def test_half_precision_chooses_nearly_the_same(fitted, measured, pools, monkeypatch, kind):
+    monkeypatch.setattr(cascade_head, "STEPS", 3)
+    model, pool = measured(), pools["segmentation"]
+    model.set_selector(RankerSelector(ranker(3).eval()) if kind == "ranker" else fitted(model=model, head=kind))
+    pipe = VisualInContextPipeline(model, pool=pool)
+    images = photos(range(100, 112))
+    before = pipe(images)
+    model.to(torch.bfloat16)
+    half = VisualInContextPipeline.__call__(pipe, images)
+    pipe.examples = Examples(pool, model, pipe.visual_task)  # what was encoded before is forgotten
+    half = pipe(images)
+    same = [one["example_ids"] == other["example_ids"] for one, other in zip(before, half)]
+    assert sum(same) >= 8
+    for image, output in zip(images, half):
+        check_contract("segmentation", output, image, 1, pool.ids)
+
+
+# ---- what cannot work
+
+
+def test_settings_that_cannot_be(measured):
+    for passes in (0, -1, True, 2.0, "ten"):
+        with pytest.raises(ValueError, match=r"passes=.*: pass a whole number of runs"):
+            CascadeSelector(passes=passes)
+    with pytest.raises(ValueError, match=r"head='forest': choose one of \('ridge', 'listwise'\)"):
+        CascadeSelector(head="forest")
+
+
+def test_a_cascade_that_was_not_fitted(measured, pools):
+    model, pool = measured(), pools["segmentation"]
+    with pytest.raises(ValueError, match="pass model=, here or to the constructor"):
+        CascadeSelector().fit(pool)
+    pipe = VisualInContextPipeline(model, CascadeSelector(model), pool)
+    for call in (
+        lambda: pipe(scene(100)[0]),
+        lambda: pipe(scene(100)[0], fusion="weighted", num_examples=2),
+        lambda: model.set_selector(CascadeSelector(model)),
+    ):
+        with pytest.raises(ValueError, match="not fitted: measure_examples"):
+            call()
+    with pytest.raises(ValueError, match=r"strategy='cascade', but the model keeps none: model.set_selector"):
+        VisualInContextPipeline(model, "cascade", pool)
+    with pytest.raises(ValueError, match=r"strategy='cascade', but the model keeps none"):
+        VisualInContextPipeline(model, pool=pool)(scene(100)[0], strategy="cascade")
+    model.set_selector(RankerSelector(ranker(3)))
+    with pytest.raises(ValueError, match="but the model keeps ranker"):
+        VisualInContextPipeline(model, "cascade", pool)
+    for wrong in ("cascade", nn.Linear(2, 2), CascadeSelector):
+        with pytest.raises(TypeError, match="a model keeps a CascadeSelector or a RankerSelector"):
+            model.set_selector(wrong)
+
+
+def test_weights_need_scores_that_mean_something(measured, pools):
+    pipe = VisualInContextPipeline(measured(), pool=pools["segmentation"])
+    for strategy in ("nearest", "dense", RankerSelector(ranker(3))):
+        with pytest.raises(ValueError, match=r"fusion='weighted'.*CascadeSelector.*choose 'mean'"):
+            pipe(scene(100)[0], strategy=strategy, num_examples=3, fusion="weighted")
+    with pytest.raises(ValueError, match=r"fusion='sum': choose one of"):
+        pipe(scene(100)[0], fusion="sum")
+
+
+def test_another_pool_and_one_that_was_changed_since(fitted, measured, pools, tmp_path):
+    pool, model = make_pool(tmp_path / "a", count=14, encoder=ENCODER), make_model(encoder=ENCODER)
+    measure_examples(model, pool, candidates=8, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cascade = fitted(model=model, pool=pool)
+    model.set_selector(cascade)
+    pipe = VisualInContextPipeline(model, pool=pool)
+    pipe(scene(100)[0])
+    with pytest.raises(ValueError, match=r"fitted on the pool .* Run measure_examples and cascade.fit again"):
+        VisualInContextPipeline(model, pool=pools["segmentation"])(scene(100)[0])
+    pool.remove(["scene 4"])
+    with pytest.raises(ValueError, match=r"or it was changed since. Run measure_examples and cascade.fit again"):
+        pipe(scene(100)[0])
+    with pytest.raises(ValueError, match=r"labels were measured on the pool .* run measure_examples again"):
+        cascade.fit(pool)
+    pool.add(rows(2, 50), progress=False)
+    with pytest.raises(ValueError, match="or it was changed since"):
+        pipe(scene(100)[0])
+    measure_examples(model, pool, candidates=8, progress=False)
+    with pytest.raises(ValueError, match="a model keeps a cascade with the labels that it was fitted on"):
+        model.set_selector(cascade)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.set_selector(cascade.fit(pool, progress=False))
+    assert pipe(scene(100)[0])["example_ids"][0] in pool.ids
+    # the cascade fits the pool, but the model has no labels of it, or those of another
+    other = make_model(encoder=ENCODER)
+    with pytest.raises(ValueError, match="needs the measured performance that it was fitted on"):
+        VisualInContextPipeline(other, cascade, pool)(scene(100)[0])
+    other.set_performance(torch.zeros(14, 2).long(), torch.rand(14, 2), "another")
+    with pytest.raises(ValueError, match="needs the measured performance that it was fitted on"):
+        VisualInContextPipeline(other, cascade, pool)(scene(100)[0])
+
+
+def spoilt(candidates, performance, what):
+    candidates, performance = candidates.long().clone(), performance.clone()
+    if what == "NaN":
+        performance[3, 1] = torch.nan
+    elif what == "infinite":
+        performance[3, 1] = torch.inf
+    elif what == "equal":
+        performance[:] = 0.25
+    elif what == "few":
+        candidates[9:] = -1
+    elif what == "rows":
+        candidates[0, 0] = COUNT
+    elif what == "itself":
+        candidates[4, 2] = 4
+    elif what == "images":
+        candidates, performance = candidates[:-1], performance[:-1]
+    elif what == "nothing":
+        candidates, performance = candidates[:0], performance[:0]
+    elif what == "shape":
+        performance = performance[:, :-1]
+    elif what == "short":
+        candidates[:, PASSES:] = -1
+    return candidates, performance
+
+
+@pytest.mark.parametrize(("what", "message"), [
+    ("NaN", "NaN or infinite: measure these pairs again"), ("infinite", "NaN or infinite: measure these pairs again"),
+    ("equal", "0.25 everywhere: .* look at the metric"),
+    ("few", r"9 pool images were measured on, and a cascade needs 10 .* more queries="),
+    ("rows", f"candidates up to {COUNT}, for a pool of {COUNT}: they are of another pool; run measure_examples"),
+    ("images", f"labels of {COUNT - 1} images, .* another pool"),
+    ("nothing", "labels of 0 images, .* another pool"),
+    ("itself", "row 4 of the pool as an example for itself.* set candidates to -1"),
+    ("shape", r"must both be \(n, K\), as measure_examples returns them"),
+    ("short", f"passes={PASSES}, but at most {PASSES} candidates .* lower passes="),
+])  # fmt: skip
+def test_labels_that_nothing_can_be_learnt_from(measured, pools, what, message):
+    model, pool = measured(), pools["segmentation"]
+    labels = spoilt(model.measured_candidates, model.measured_performance, what)
+    before = model.measured_performance.clone()
+    with pytest.raises(ValueError, match=message):
+        CascadeSelector(model, passes=PASSES).fit(pool, labels, progress=False)
+    if what not in ("equal", "few", "short"):  # those are fine labels, for others
+        assert torch.equal(model.measured_performance, before)
+
+
+def test_labels_that_are_not_there(pools):
+    model, pool = make_model(encoder=ENCODER), pools["segmentation"]
+    with pytest.raises(ValueError, match=r"there are no labels: pass labels=measure_examples"):
+        CascadeSelector(model).fit(pool)
+    with pytest.raises(TypeError, match=r"labels= must be \(candidates, performance\)"):
+        CascadeSelector(model).fit(pool, torch.zeros(3, 4))
+    with pytest.raises(TypeError, match=r"labels= must be \(candidates, performance\)"):
+        CascadeSelector(model).fit(pool, ([1, 2], [3, 4]))
+
+
+def test_the_list_of_the_pipeline_may_be_no_longer_than_what_is_tried(measured, pools):
+    model = measured()
+    model.config.candidates = PASSES
+    with pytest.raises(ValueError, match=f"passes={PASSES}, but at most {PASSES} candidates are ranked"):
+        CascadeSelector(model, passes=PASSES).fit(pools["segmentation"], progress=False)
+    assert len(FIRST) == 3 + 8 + 10 + 8

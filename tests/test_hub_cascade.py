@@ -1,0 +1,126 @@
+"""Models that keep a selector, on a Hub over HTTP: the same choice without the package, and a card that says how."""
+
+import json
+
+import pytest
+from hub import LoopbackHub
+from test_hub_vicl import MAKE, WITHOUT_US, last_line
+
+from hf_effdl.vicl.configuration_visual_in_context import VisualInContextConfig
+from hf_effdl.vicl.in_context_cards import write_model_card
+
+
+FIT = """
+import warnings
+from hf_effdl import CascadeSelector, ListwiseRanker, ListwiseRankerConfig, measure_examples
+from hf_effdl.vicl.ranker_selector import RankerSelector
+
+torch.set_num_threads(1)
+encoder = VisionEncoder(tiny())
+pool = ExamplePool.from_dataset(dataset, label_column="mask", encoder=encoder, id_column="name",
+                                cache_dir={cache!r}, progress=False)
+model = VisualInContextModel.from_parts(FeatureMatching(encoder, temperature=0.003))
+query.save({query!r})
+found = []
+"""
+PUSH = """
+measure_examples(model, pool, candidates=8, progress=False)
+from hf_effdl.vicl import cascade_head
+cascade_head.STEPS = 3
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    cascade = CascadeSelector(model, passes=3, head="listwise").fit(pool, progress=False)
+pipe = VisualInContextPipeline(model, cascade, pool)
+pipe.push_to_hub("tester/cascade")
+found.append(plain(pipe(query)))
+ranker = ListwiseRanker(ListwiseRankerConfig(hidden_size=16, num_attention_heads=2, list_length=3)).eval()
+pipe = VisualInContextPipeline(model, RankerSelector(ranker, reliable=torch.arange(0, 12, 2)), pool)
+pipe.push_to_hub("tester/ranker")
+found.append(plain(pipe(query)))
+print(json.dumps(found))
+"""
+
+
+def test_a_kept_selector_chooses_the_same_anywhere(tmp_path):
+    query = str(tmp_path / "query.png")
+    with LoopbackHub() as hub:
+        code = MAKE + FIT.format(cache=str(tmp_path / "cache"), query=query) + PUSH
+        expected = dict(zip(("cascade", "ranker"), last_line(hub.run(code, home=tmp_path / "a"))))
+        code = "\n".join(WITHOUT_US.format(repo=f"tester/{kind}", query=query) for kind in expected)
+        lines = hub.run(code, home=tmp_path / "b").strip().splitlines()[-2:]
+        for (kind, one), line in zip(expected.items(), lines):
+            tree = hub.repos["model", f"tester/{kind}"].head.tree
+            config, card = json.loads(tree["config.json"]), tree["README.md"].decode()
+            assert config["strategy"] == config["selector"]["kind"] == kind
+            assert "## How examples are chosen (the default)" in card
+            assert {"cascade.py", "cascade_fit.py", "row_model.py", "designs.py", "covering_tables.py"} <= tree.keys()
+            found = json.loads(line)
+            assert found[:3] == one[:3] and found[3] == pytest.approx(one[3], abs=1e-5), kind
+            assert found[4:7] == [2, 3, True]
+
+
+# ---- the card
+
+
+REPORT = {"images": 1200, "nearest": 0.5, "stage 1": 0.6, "stage 2": 0.65, "best": 0.75, "plain consensus": 0.55}
+CASCADE = {"kind": "cascade", "passes": 10, "head": "ridge", "report": REPORT}
+RANKER = {"kind": "ranker", "schedule": "covering", "passes": 1, "method": "hodge", "reliable": None,
+          "rankers": {"5": {}, "10": {}}}  # fmt: skip
+
+
+class Pool:
+    fingerprint = "abc"
+
+    def __len__(self) -> int:
+        return 5000
+
+
+def card(tmp_path, kept, **changes) -> str:
+    values = {"frozen_model": {"kind": "seggpt", "backbone": {"id": "BAAI/seggpt-vit-large"}}, "pool": "me/pool",
+              "strategy": kept["kind"] if kept else "nearest", "selector": kept, "candidates": 40}  # fmt: skip
+    config = VisualInContextConfig(**(values | changes))
+    return write_model_card(tmp_path / "card", config, Pool(), "me/model").read_text()
+
+
+def test_the_card_tells_what_a_cascade_learned_what_it_gains_and_costs(tmp_path):
+    text = card(tmp_path, CASCADE)
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]] for line in text.splitlines()
+            if line.startswith("|")}  # fmt: skip
+    assert rows["nearest"] == ["0.5", "0%"] and rows["best of the candidates"] == ["0.75", "100%"]
+    assert rows["stage 1, before any run of the frozen model"] == ["0.6", "40%"] and rows["stage 2, after 10"] == [
+        "0.65",
+        "60%",
+    ]
+    plain = " ".join(text.split())
+    for part in ("ranks the 40 nearest examples", "10 runs of the frozen model for a prediction",
+                 "on 1,200 images of the pool", "after a change of it, measure and fit again", 'fusion="weighted"',
+                 "How examples are chosen (the default)"):  # fmt: skip
+        assert part in plain, part
+    assert "Nothing was trained" not in text and "list-wise" not in text
+    assert max(map(len, text.splitlines())) < 170
+    assert "stages are list-wise networks" in card(tmp_path, CASCADE | {"head": "listwise"})
+    assert 'chosen (`strategy="cascade"`)' in card(tmp_path, CASCADE, strategy="nearest")
+
+
+def test_the_card_of_one_pass_of_losses_and_of_no_gap(tmp_path):
+    report = {"images": 10, "nearest": -0.4, "stage 1": -0.3, "best": -0.2}
+    text = card(tmp_path, CASCADE | {"passes": 1, "report": report})
+    assert "| stage 1, before any run of the frozen model | -0.3 | 50% |" in text and "stage 2" not in text
+    assert "1 run of the frozen model for a prediction" in " ".join(text.split())
+    text = card(tmp_path, CASCADE | {"report": REPORT | {"best": 0.5}})
+    assert "| stage 2, after 10 | 0.65 |  |" in text
+
+
+def test_the_card_of_a_ranker_and_of_none(tmp_path):
+    plain = " ".join(card(tmp_path, RANKER).split())
+    for part in ("lists of 5 and 10", 'schedule "covering", joined by "hodge"', "1 run of the frozen model",
+                 "ranks the 40 nearest", "the next prediction can use it"):  # fmt: skip
+        assert part in plain, part
+    assert "reliable" not in plain and "Nothing was trained" not in plain
+    text = card(tmp_path, RANKER | {"reliable": 1500, "passes": 10, "schedule": "partitions", "rankers": {"3": {}}})
+    assert (
+        "Only 1,500 reliable examples" in text and 'schedule "partitions", 10 passes' in text and "lists of 3," in text
+    )
+    text = card(tmp_path, None)
+    assert "How examples are chosen" not in text and "Nothing was trained for this pool" in text
+    assert sum(line.startswith("## ") for line in text.splitlines()) == 2
