@@ -14,10 +14,11 @@ three ways of matching fail in three ways. Labels are averaged to 56 x 56, where
     python examples/benchmarks/vicl_pets.py --tasks segmentation --frozen soft --seeds 1
     python examples/benchmarks/vicl_pets.py --table
 
-Examples are chosen by the package's strategies, cascades and rankers on pools of its own. What the frozen model does with every pair of
-photos is computed once (`--cache`, which is to be deleted when the frozen model changes), set as the measured
-performance of each pool, and looked up; the first queries of every task are run through the pipeline, too, which must
-give the same. Rows go to `--out` as one JSON line per (task, frozen, seed, arm); rows already there are skipped.
+Examples are chosen by the package's strategies, cascades and rankers on pools of its own. What the frozen model does
+with every pair of photos is computed once (`--cache`, which is to be deleted when the frozen model changes), set as
+the measured performance of each pool, and looked up; the first queries of every task are run through the pipeline,
+too, which must give the same. Rows go to `--out` as one JSON line per (task, frozen, seed, arm); rows already there
+are skipped.
 """
 
 import os
