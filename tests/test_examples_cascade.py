@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_examples import BIN, ROOT, run
 
-from hf_effdl import CascadeSelector, VisualInContextPipeline
+from hf_effdl import CascadeSelector, ListwiseRanker, RankerSelector, VisualInContextPipeline
 
 
 SCRIPT = ROOT / "examples" / "fit_cascade.py"
@@ -88,3 +88,19 @@ def test_the_gap_and_its_error():
     losses = {name: -values for name, values in scores.items()}
     assert fit_cascade.gap_closed(losses, "luck", -1) == (pytest.approx(closed), pytest.approx(error))
     assert np.isnan(fit_cascade.gap_closed({"nearest": [1.0, 2.0], "oracle": [1.0, 2.0]}, "oracle", 1)).all()
+
+
+def test_the_shipped_cascade_and_ranker_choose_for_new_scenes():
+    cards = ROOT / "model_cards"
+    pipe = VisualInContextPipeline(model=str(cards / "tiny-cascade-digits"))
+    scenes = make_scenes(16, "test", "segmentation", 7)
+    images, masks = [scene["image"] for scene in scenes], [scene["mask"] for scene in scenes]
+    ranker = RankerSelector(ListwiseRanker.from_pretrained(cards / "tiny-ranker-digits"))
+    score, task = {}, pipe.visual_task
+    truth = task.labels(masks, images, (48, 48))
+    for strategy in ("nearest", "cascade", ranker):
+        outputs = pipe(images, strategy=strategy, candidates=16)
+        assert all(set(output["example_ids"]) <= set(pipe.pool.ids) for output in outputs)
+        painted = task.labels([output["prediction"] for output in outputs], images, (48, 48))
+        score[getattr(strategy, "kind", strategy)] = float(task.score(painted, truth).mean())
+    assert pipe.model.config.strategy == "cascade" and score["cascade"] > score["nearest"] + 0.1
