@@ -232,8 +232,11 @@ class LoopbackHub(ThreadingHTTPServer):
             "HTTP_PROXY": self.url,
             "HTTPS_PROXY": self.url,
             "NO_PROXY": "127.0.0.1",
-            # The child imports whatever the test can, installed or not.
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            # The child imports whatever the test can, installed or not; but not the remote code of another hub, whose
+            # folder transformers puts into sys.path and where it would look for the code of this one.
+            "PYTHONPATH": os.pathsep.join(
+                folder for folder in sys.path if folder and not Path(folder, "transformers_modules").is_dir()
+            ),
         }
 
     def run(self, code: str, home: Path, timeout: float = 180) -> str:
