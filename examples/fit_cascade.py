@@ -69,7 +69,7 @@ class Arguments:
     max_queries: int | None = field(default=None, metadata={"help": "Test on at most so many images."})
     duplicates: float = field(default=0.98, metadata={"help": "Cosine from which an image is a copy of another."})
     passes: int = field(default=10, metadata={"help": "Runs of the frozen model for a prediction."})
-    head: str = field(default="ridge", metadata={"help": f"Of the second stage: {' or '.join(HEADS)}."})
+    head: str = field(default="ridge", metadata={"help": f"Of both stages: {' or '.join(HEADS)}."})
     fused: int = field(default=10, metadata={"help": "Examples of a weighted fusion."})
     output_dir: str = field(default="runs/cascade", metadata={"help": "Gets pool, labels, model, report, a picture."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Push model and pool to this repository."})
