@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from train_ranker import DIGITS, load_rows, score_strategy
+from train_ranker import DIGITS, DataArguments, load_rows, score_strategy
 from transformers import HfArgumentParser
 
 from hf_effdl import (
@@ -46,28 +46,10 @@ SMALL = {**DIGITS, "max_queries": 48}
 
 
 @dataclass
-class Arguments:
-    """What is shown to which model, and what the cascade may cost."""
+class Arguments(DataArguments):
+    """What the cascade may cost, and where it goes."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Data set id, or a folder; default: digit scenes."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    pool_split: str = field(default="train", metadata={"help": "Split that examples are chosen from."})
-    query_split: str | None = field(
-        default=None, metadata={"help": "Split to test on; default: as in vicl_seggpt.py."}
-    )
-    image_column: str = field(default="image", metadata={"help": "Column with the images."})
-    label_column: str = field(default="label", metadata={"help": "Column with masks or boxes."})
-    foreground: list[int] | None = field(default=None, metadata={"help": "Mask values of the object; default: not 0."})
-    task: str = field(default="segmentation", metadata={"help": "segmentation, detection or colourisation."})
-    model: str = field(default="BAAI/seggpt-vit-large", metadata={"help": "SegGPT, or an encoder for matching."})
-    encoder: str | None = field(default=None, metadata={"help": "Of the pool; default: the model's own features."})
-    candidates: int = field(default=50, metadata={"help": "K nearest examples that are measured, and chosen from."})
     label_budget: int = field(default=100, metadata={"help": "Pool images to measure on; 0: all."})
-    max_pool: int | None = field(default=None, metadata={"help": "Use at most so many examples."})
-    max_queries: int | None = field(default=None, metadata={"help": "Test on at most so many images."})
-    duplicates: float = field(default=0.98, metadata={"help": "Cosine from which an image is a copy of another."})
     passes: int = field(default=10, metadata={"help": "Runs of the frozen model for a prediction."})
     head: str = field(default="ridge", metadata={"help": f"Of both stages: {' or '.join(HEADS)}."})
     fused: int = field(default=10, metadata={"help": "Examples of a weighted fusion."})

@@ -49,8 +49,8 @@ DIGITS = {"label_column": "mask", "model": TINY, "max_pool": 120, "max_queries":
 
 
 @dataclass
-class Arguments:
-    """What is shown to which model, and what the rankers are."""
+class DataArguments:
+    """What is shown to which model."""
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "Data set id, or a folder; default: digit scenes."}
@@ -65,12 +65,18 @@ class Arguments:
     foreground: list[int] | None = field(default=None, metadata={"help": "Mask values of the object; default: not 0."})
     task: str = field(default="segmentation", metadata={"help": "segmentation, detection or colourisation."})
     model: str = field(default="BAAI/seggpt-vit-large", metadata={"help": "SegGPT, or an encoder for matching."})
-    encoder: str | None = field(default=None, metadata={"help": "Of pool and ranker; default: the model's features."})
+    encoder: str | None = field(default=None, metadata={"help": "Of the pool; default: the model's own features."})
     candidates: int = field(default=50, metadata={"help": "K nearest examples that are measured, and chosen from."})
-    label_budget: int | None = field(default=None, metadata={"help": "Pool images to measure on; default: all."})
     max_pool: int | None = field(default=None, metadata={"help": "Use at most so many examples."})
     max_queries: int | None = field(default=None, metadata={"help": "Test on at most so many images."})
     duplicates: float = field(default=0.98, metadata={"help": "Cosine from which an image is a copy of another."})
+
+
+@dataclass
+class Arguments(DataArguments):
+    """What is learned from, and what the rankers are."""
+
+    label_budget: int | None = field(default=None, metadata={"help": "Pool images to measure on; default: all."})
     lengths: list[int] = field(default_factory=lambda: [5, 10], metadata={"help": "One ranker for each list length."})
     lists_per_query: int = field(default=20, metadata={"help": "Random lists of each pool image."})
     hidden_size: int = field(default=768, metadata={"help": "Width of the rankers."})
