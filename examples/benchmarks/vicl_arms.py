@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_effdl import CascadeSelector
+from hf_effdl.vicl.example_selectors import Examples, Queries
 from hf_effdl.vicl.visual_tasks import find_task, largest_boxes
 
 
@@ -134,6 +136,33 @@ def arms_of_query(
         if name in FUSED:
             found[FUSED[name]] = task.score(painted[places[:FEW]].mean(0), truth)
     return {name: float(value) for name, value in found.items()}
+
+
+def cascade_arms(
+    cascade: CascadeSelector, queries: Queries, examples: Examples, labels: str, batch: int
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """What a fitted cascade of ten passes chooses: arm -> rows, best first; arm of a mean -> rows and weights.
+
+    Args:
+        cascade: is as it was afterwards.
+        queries, examples: as for any strategy.
+        labels: part of the arms' names: what it was fitted on, and its heads.
+        batch: queries of one call.
+    """
+
+    def choose(count: int) -> list[Tensor]:
+        parts = []
+        for part in torch.arange(len(queries)).split(batch):
+            some = Queries(queries.cells[part], {name: view[part] for name, view in queries.views.items()})
+            parts.append(cascade(some, examples, count, CANDIDATES)[:2])
+        return [torch.cat(values) for values in zip(*parts, strict=True)]
+
+    scores, rows = choose(TEN)
+    weighted = {f"cascade 10{labels}, weighted": (rows, (scores / cascade.temperature).softmax(1))}
+    cascade.passes = 1  # its stage 1 alone
+    first = choose(1)[1]
+    cascade.passes = TEN
+    return {f"cascade{labels}": rows, f"cascade{labels}, one pass": first}, weighted
 
 
 def places_of(chosen: Tensor, candidates: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from vicl_arms import (
     TO,
     append_rows,
     arms_of_query,
+    cascade_arms,
     machine,
     parser_of,
     places_of,
@@ -126,22 +127,9 @@ def run(model: VisualInContextModel, seed: int, count: int, pooled: int, folder:
             warnings.simplefilter("ignore")  # plain consensus fails here: a row of the table
             cascade = CascadeSelector(model, passes=TEN).fit(pool, examples=examples, progress=False)
         say(f"{task}, seed {seed}: cascade{labels} fitted in {time.perf_counter() - start:.0f} s: {cascade.report}")
-        parts = [
-            cascade(Queries(queries.cells[part], {name: view[part] for name, view in queries.views.items()}), examples,
-                    TEN, CANDIDATES)[:2]
-            for part in torch.arange(count).split(BATCH)
-        ]  # fmt: skip
-        scores, rows[f"cascade{labels}"] = (torch.cat(values) for values in zip(*parts, strict=True))
-        places = places_of(rows[f"cascade{labels}"], candidates)
-        weighted[f"cascade 10{labels}, weighted"] = places, (scores / cascade.temperature).softmax(1)
-        cascade.passes = 1
-        parts = [
-            cascade(Queries(queries.cells[part], {name: view[part] for name, view in queries.views.items()}), examples,
-                    1, CANDIDATES)[1]
-            for part in torch.arange(count).split(BATCH)
-        ]  # fmt: skip
-        rows[f"cascade{labels}, one pass"] = torch.cat(parts)
-        cascade.passes = TEN
+        chosen, means = cascade_arms(cascade, queries, examples, labels, BATCH)
+        rows |= chosen
+        weighted |= {name: (places_of(shown, candidates), weights) for name, (shown, weights) in means.items()}
         if not labels:
             full = cascade, model.measured_candidates.clone(), model.measured_performance.clone()
     model.set_performance(*full[1:], pool.fingerprint)

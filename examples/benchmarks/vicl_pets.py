@@ -46,6 +46,7 @@ from vicl_arms import (
     TEN,
     append_rows,
     arms_of_query,
+    cascade_arms,
     machine,
     parser_of,
     places_of,
@@ -337,14 +338,6 @@ def learned_arms(known: Known, batch: Queries, heads: Sequence[str]) -> tuple[di
     rows: dict[str, Tensor] = {}
     weighted: dict[str, tuple] = {}
 
-    def choose(cascade: CascadeSelector, count: int) -> tuple[Tensor, Tensor]:
-        parts = []
-        for part in torch.arange(len(batch)).split(BATCH):
-            some = Queries(batch.cells[part], {name: view[part] for name, view in batch.views.items()})
-            parts.append(cascade(some, known, count, CANDIDATES)[:2])
-        scores, chosen = (torch.cat(values) for values in zip(*parts, strict=True))
-        return scores, chosen
-
     for labels, budget in (("", (None, None)), (", 100 x 50 labels", (CANDIDATES, BUDGET))):
         known.set_performance(*budget)
         for head in heads if not labels else ("ridge",):
@@ -353,11 +346,8 @@ def learned_arms(known: Known, batch: Queries, heads: Sequence[str]) -> tuple[di
                 warnings.simplefilter("ignore")  # plain consensus fails with a biased model: a row of the table
                 cascade.fit(known.pool, examples=known, progress=False)
             kind = labels + (", list-wise heads" if head == "listwise" else "")
-            scores, chosen = choose(cascade, TEN)
-            rows[f"cascade{kind}"] = chosen
-            weighted[f"cascade 10{kind}, weighted"] = chosen, (scores / cascade.temperature).softmax(1)
-            cascade.passes = 1
-            rows[f"cascade{kind}, one pass"] = choose(cascade, 1)[1]
+            chosen, means = cascade_arms(cascade, batch, known, kind, BATCH)
+            rows, weighted = rows | chosen, weighted | means
     return rows, weighted
 
 
