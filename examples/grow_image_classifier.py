@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 import yaml
+from accelerate import PartialState
 from datasets import ClassLabel, DatasetDict, load_dataset, load_from_disk
 from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, ResNetForImageClassification, set_seed
 
@@ -154,3 +155,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # leaving that to the exit can abort in gloo's threads

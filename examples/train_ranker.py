@@ -204,3 +204,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # leaving that to the exit can abort in gloo's threads

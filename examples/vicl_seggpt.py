@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from PIL import Image
@@ -172,3 +172,4 @@ def score_of(task, prediction, label, image: Image.Image) -> float:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # leaving that to the exit can abort in gloo's threads

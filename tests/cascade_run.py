@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 from scenes import SIZE, make_model, make_pool, scene, tiny_encoder
 from torch import Tensor, nn
@@ -101,3 +102,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # leaving that to the exit can abort in gloo's threads

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 from torch import nn
@@ -67,8 +68,6 @@ def rows(count: int, seed: int = 0, kind: str = "JPEG") -> Dataset:
 
 
 def main() -> None:
-    from accelerate import PartialState
-
     from hf_effdl.vicl.pool import ExamplePool
 
     cache, out, seconds = [*sys.argv[1:], *["0"][len(sys.argv) - 3 :]]
@@ -83,3 +82,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # leaving that to the exit can abort in gloo's threads

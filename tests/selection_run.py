@@ -7,6 +7,7 @@ import sys
 import time
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
 
@@ -44,8 +45,6 @@ def main() -> None:
     selector = UncertaintySelector(Probes(models, input_column="x"), batch_size=16, cache_dir=cache or None)
     scored = selector.score(rows(203, 2))
     chosen = selector.plan(scored, 30).plan
-    from accelerate import PartialState
-
     if PartialState().is_main_process:
         columns = {name: torch.tensor(scored[name][:]) for name in scoring.SCORES}
         torch.save(columns | {"chosen": chosen.positions, "weights": chosen.weights}, out)
@@ -53,3 +52,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # leaving that to the exit can abort in gloo's threads
