@@ -22,6 +22,7 @@ from hf_effdl.vicl.cascade import FIRST
 from hf_effdl.vicl.cascade_features import standardised
 from hf_effdl.vicl.consensus import MAPS, Consensus
 from hf_effdl.vicl.example_selectors import Examples, Queries
+from hf_effdl.vicl.measured_lists import MeasuredLists
 from hf_effdl.vicl.ranker_selector import RankerSelector
 from hf_effdl.vicl.row_model import RowModel, quarters_of
 from hf_effdl.vicl.visual_tasks import find_task, pixels
@@ -86,7 +87,7 @@ def other_labels(model, pool, change) -> None:
 
 def first_stage(selector, model, pool):
     """What stage 1 was fitted on: lists, their features, and scores from folds without the image."""
-    lists = cascade_fit._read_lists(pool, model)
+    lists = MeasuredLists.read(pool, model)
     selector._rows = None
     return lists, *cascade_fit._fit_first(selector, examples_of(model, pool), lists)
 

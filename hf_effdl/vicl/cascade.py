@@ -1,4 +1,4 @@
-"""The cascade: rank the candidates without the frozen model, try the best few with it, and let the answers decide."""
+"""The cascade: score the candidates without the frozen model, try a few with it, and let the answers decide."""
 
 from typing import Any
 
@@ -9,7 +9,9 @@ from .cascade_features import MATCHES, STATISTICS, label_statistics, standardise
 from .cascade_head import ListHeads
 from .consensus import ANSWERS, MAPS, Consensus, small
 from .example_selectors import Examples, Queries
+from .measured_lists import MeasuredLists
 from .row_model import RowModel, quarters_of
+from .shortlist import Relations, best_together
 
 
 FIRST = ("similarity", "quarters", "rank", *MATCHES, *STATISTICS, *RowModel.names)
@@ -21,14 +23,16 @@ class CascadeSelector(nn.Module):
 
     Stage 1 scores the K nearest candidates without running the frozen model F: similarity, dense matching (also inside
     and outside the labelled object), where and how large the label is, and what was measured on pool images like the
-    query (`RowModel`). Stage 2 runs F with the best `passes` of them and looks at the answers: how much each agrees
-    with their weighted consensus, which was calibrated on pool images (`Consensus`). Both are ridge regressions in
-    closed form on features relative to the list,
+    query (`RowModel`). Stage 2 runs F with `passes` of them and looks at the answers: how much each agrees with their
+    weighted consensus, which was calibrated on pool images (`Consensus`). Both are ridge regressions in closed form on
+    features relative to the list,
 
         w = argmin sum_(q, c) (m(q, c) - mean_c m(q, .) - w x(q, c))^2 + 300 |w|^2,
 
-    with m(q, c) the measured performance of example c on pool image q. What a pool image itself measured never enters
-    its own features (leave-one-out), and stage 2 learns on scores of stage 1 from folds without the image.
+    with m(q, c) the measured performance of example c on pool image q. The examples that are tried are not just those
+    of the highest scores: where stage 1 is unsure and examples do well and badly together, it takes some of each kind,
+    so that the best of them can be expected to be best (`best_together`). What a pool image itself measured never
+    enters its own features (leave-one-out), and stage 2 learns on scores of stage 1 from folds without the image.
 
     A strategy of the pipeline: `model.set_selector(cascade)` keeps it in the model, with which it is saved and pushed
     and whose default it then is; or pass it as `selector=`. Scores are expected performance less the mean of the
@@ -55,7 +59,8 @@ class CascadeSelector(nn.Module):
         pipe(image, num_examples=10, fusion="weighted")             # their weighted mean: better still
         ```
 
-    Source: the setting and its measure, Xu et al., arXiv 2405.15279; the two stages are this package's own.
+    Source: the setting and its measure, Xu et al., arXiv 2405.15279; the two stages and the choice of what is tried
+    are this package's own.
     """
 
     kind = "cascade"
@@ -68,7 +73,7 @@ class CascadeSelector(nn.Module):
             raise ValueError(f"head={head!r}: choose one of {HEADS}")
         self.passes, self.head, self.seed = passes, head, seed
         self._model = (model,)  # not registered: the model keeps the selector, not the other way round
-        self._rows: tuple[Any, RowModel] | None = None
+        self._rows: tuple[Any, RowModel, Relations] | None = None
         self.pool_fingerprint: str | None = None
         self.report: dict[str, float] = {}
         self.first_heads: ListHeads | None = None
@@ -76,18 +81,23 @@ class CascadeSelector(nn.Module):
         self.make_weights(colours=False)
 
     def make_weights(self, colours: bool) -> None:
-        """Room for what `fit` learns: spreads and weights of both stages, the calibration and the temperature."""
+        """Room for what `fit` learns.
+
+        Spreads and weights of both stages; how far performance is from the scores of stage 1, and how much of that
+        related examples share; the calibration; temperatures of the consensus and of a fusion.
+        """
         first, second = len(FIRST), len(FIRST) + 1 + ANSWERS[colours]
         for name, size in (("first_spread", first), ("first_weights", 2 * first), ("second_spread", second),
-                           ("second_weights", 2 * second), ("calibration", MAPS)):  # fmt: skip
+                           ("second_weights", 2 * second), ("calibration", MAPS), ("doubt", 2)):  # fmt: skip
             self.register_buffer(name, torch.zeros(size))
-        self.register_buffer("fitted_temperature", torch.ones(()))
+        for name in ("consensus_temperature", "fusion_temperature"):
+            self.register_buffer(name, torch.ones(()))
         self.colours = colours
 
     @property
     def temperature(self) -> float:
-        """How soft the weights `softmax(scores / temperature)` of a fusion are: 0.8 of the spread inside lists."""
-        return 2 * float(self.fitted_temperature)
+        """How soft the weights `softmax(scores / temperature)` of a fusion are: what was best on pool images."""
+        return float(self.fusion_temperature)
 
     def fit(
         self, pool: Any, labels: tuple[Tensor, Tensor] | None = None, *, model: Any = None,
@@ -108,7 +118,8 @@ class CascadeSelector(nn.Module):
 
         Returns:
             the selector. Its `report` holds mean performance on labelled pool images: of the nearest example, of the
-            choice of either stage (folds without the image), of plain consensus, and of the best candidate.
+            choice of either stage (folds without the image), of plain consensus, of the best example of those tried,
+            and of the best candidate.
 
         Raises:
             ValueError: for labels of another pool, NaN in them, the same performance everywhere, fewer than 10
@@ -135,10 +146,11 @@ class CascadeSelector(nn.Module):
         known = rows >= 0
         features = self.first_features(queries.views, examples, similarity, rows, queries.exclude)
         scores = self.first_scores(features, known)
-        top = scores.sort(dim=1, descending=True, stable=True).indices[:, : max(count, self.passes)]
-        rows, scores = rows.gather(1, top), scores.gather(1, top)
         if self.passes == 1:
-            return scores[:, :count], rows[:, :count]
+            top = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+            return scores.gather(1, top), rows.gather(1, top)
+        top = self.shortlist(examples, scores, rows, queries.exclude, max(count, self.passes))
+        rows, scores = rows.gather(1, top), scores.gather(1, top)
         features = features.gather(1, top[..., None].expand(-1, -1, features.shape[2]))
         answers = examples.answers(examples.model.frozen.encode(queries.cells), rows)
         consensus = self.consensus(examples, small(answers).cpu(), scores, queries.views["grid"].cpu(), rows >= 0)
@@ -165,9 +177,18 @@ class CascadeSelector(nn.Module):
         learned = self._row_model(examples).predict(vectors, asked, rows, own)
         return torch.cat([torch.stack(simple, 2), matches, statistics, learned], 2)
 
+    def shortlist(
+        self, examples: Examples, scores: Tensor, rows: Tensor, own: Tensor | None, count: int
+    ) -> Tensor:  # fmt: skip
+        """Places `(B, count)` of the candidates to try, the one of the highest score first."""
+        spread, shared = _plain(self.doubt)
+        related = shared * self._relations(examples).between(rows, own)
+        related.diagonal(dim1=1, dim2=2).fill_(1.0)
+        return best_together(scores, spread.square() * related, rows >= 0, count)
+
     def consensus(self, examples: Examples, painted: Tensor, scores: Tensor, grid: Tensor, known: Tensor) -> Consensus:
         """Of answers (see `small`) that stage 1 gave these scores."""
-        return Consensus(examples.task, painted, scores, float(self.fitted_temperature), grid, known)
+        return Consensus(examples.task, painted, scores, float(self.consensus_temperature), grid, known)
 
     def second_features(self, consensus: Consensus, calibrated: Tensor, first: Tensor, scores: Tensor) -> Tensor:
         """What stage 2 knows of each candidate: what stage 1 did, its score, and the answers."""
@@ -185,6 +206,12 @@ class CascadeSelector(nn.Module):
         return _scores(features, known, self.second_heads, _plain(self.second_weights))
 
     def _row_model(self, examples: Examples) -> RowModel:
+        return self._learned(examples)[1]
+
+    def _relations(self, examples: Examples) -> Relations:
+        return self._learned(examples)[2]
+
+    def _learned(self, examples: Examples) -> tuple[Any, RowModel, Relations]:
         pool, model = examples.pool, examples.model
         if model.config.performance is None or model.config.pool_fingerprint != pool.fingerprint:
             raise ValueError("the cascade needs the measured performance that it was fitted on, and the model has "
@@ -195,8 +222,12 @@ class CascadeSelector(nn.Module):
             quarters = torch.cat([
                 quarters_of(pool.tokens(rows)) for rows in torch.arange(len(pool)).split(4096)
             ])  # fmt: skip
-            self._rows = (model.measured_performance, RowModel(pool.vectors.float(), quarters, *table))
-        return self._rows[1]
+            lists = MeasuredLists.read(pool, model)
+            self._rows = (
+                model.measured_performance, RowModel(pool.vectors.float(), quarters, *table),
+                Relations(lists.images, lists.rows, lists.target, len(pool)),
+            )  # fmt: skip
+        return self._rows
 
     # ---- as plain values, for the model's config
 

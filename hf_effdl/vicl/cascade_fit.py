@@ -1,7 +1,6 @@
 """Fit both stages of a cascade on what was measured of a pool, without letting an image see its own answers."""
 
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +12,11 @@ from .cascade_features import ridge, standardised
 from .cascade_head import train_heads
 from .consensus import small
 from .example_selectors import Examples
+from .measured_lists import FOLDS, MeasuredLists
 from .visual_tasks import find_task
 
 
-PENALTY, FOLDS = 300.0, 5
+PENALTY = 300.0
 BATCH = 8  # images encoded, and answered for, at once
 ROWS = 64  # images that a row model predicts at once
 LEAST = 10  # labelled images that a fit takes
@@ -24,40 +24,7 @@ LEARNT = 1000  # of the labelled images, which stage 2 learns on
 CHECKED = 50  # of these, on which plain consensus is tried
 PIXELS = 8  # every so many of an answer's pixels calibration learns on
 SOFTNESS = 0.4  # of the weights in a consensus, in units of the spread of performance inside lists
-
-
-@dataclass
-class _Lists:
-    """The measured candidates of the labelled images, the nearest first."""
-
-    images: Tensor  # (L,) rows of the pool
-    rows: Tensor  # (L, K), -1 where there is none
-    performance: Tensor  # (L, K)
-    similarity: Tensor  # (L, K)
-
-    @property
-    def known(self) -> Tensor:
-        return self.rows >= 0
-
-    @property
-    def target(self) -> Tensor:
-        """Performance less the mean of the list."""
-        mean = (self.performance * self.known).sum(1) / self.known.sum(1).clamp(min=1)
-        return torch.where(self.known, self.performance - mean[:, None], 0.0)
-
-    @property
-    def fold(self) -> Tensor:
-        return torch.arange(len(self.images)) % FOLDS
-
-    def pick(self, top: Tensor) -> "_Lists":
-        """Of every list the places `top (L', m)`, of the first L' images."""
-        parts = (part[: len(top)].gather(1, top) for part in (self.rows, self.performance, self.similarity))
-        return _Lists(self.images[: len(top)], *parts)
-
-    def mean_of(self, scores: Tensor) -> float:
-        """Mean performance of what scores `(L', K)` put first."""
-        at = scores.masked_fill(~self.known[: len(scores)], -torch.inf).argmax(1, keepdim=True)
-        return float(self.performance[: len(scores)].gather(1, at).mean())
+FUSIONS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)  # of the weights in a fusion, in the same units
 
 
 def fit(selector: Any, pool: Any, labels: Any, model: Any, examples: Examples | None, progress: bool) -> None:
@@ -72,38 +39,30 @@ def fit(selector: Any, pool: Any, labels: Any, model: Any, examples: Examples | 
     selector.pool_fingerprint, selector._rows = pool.fingerprint, None
     selector.first_heads = selector.second_heads = None
     with torch.no_grad():
-        lists = _read_lists(pool, model)
+        lists = MeasuredLists.read(pool, model)
         features, scores = _fit_first(selector, examples, lists)
         learnt = len(lists.images[:LEARNT])
         selector.report = {
             "images": len(lists.images),
             "nearest": float(lists.performance[:learnt, 0].mean()),
             "stage 1": lists.mean_of(scores[:learnt]),
-            "best": float(lists.performance[:learnt].masked_fill(~lists.known[:learnt], -torch.inf).amax(1).mean()),
+            "best": lists.pick(torch.arange(lists.rows.shape[1]).expand(learnt, -1)).mean_best(),
         }
     if selector.passes > 1:
-        top = scores[:learnt].sort(dim=1, descending=True, stable=True).indices[:, : selector.passes]
+        _fit_doubt(selector, examples, lists, scores)
+        top = torch.cat([
+            selector.shortlist(examples, scores[part], lists.rows[part], lists.images[part], selector.passes)
+            for part in torch.arange(learnt).split(ROWS)
+        ])  # fmt: skip
+        tried = lists.pick(top)
+        selector.report["best tried"] = tried.mean_best()
         first = features[:learnt].gather(1, top[..., None].expand(-1, -1, features.shape[2]))
-        _fit_second(selector, examples, lists, lists.pick(top), first, scores[:learnt].gather(1, top), progress)
+        _fit_second(selector, examples, lists, tried, first, scores[:learnt].gather(1, top), progress)
     selector.eval()
     _warn(selector)
 
 
-def _read_lists(pool: Any, model: Any) -> _Lists:
-    table = model.measured_candidates.cpu().long(), model.measured_performance.cpu().float()
-    images = (table[0] >= 0).any(1).nonzero()[:, 0]
-    # in an order that says nothing of the images, since folds and checks go by it
-    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
-    rows, performance = table[0][images], table[1][images]
-    similarity = torch.cat([
-        torch.einsum("lkd,ld->lk", pool.vectors[some.clamp(min=0)].float(), pool.vectors[own].float())
-        for some, own in zip(rows.split(64), images.split(64), strict=True)
-    ]).masked_fill(rows < 0, -torch.inf)  # fmt: skip
-    order = similarity.sort(dim=1, descending=True, stable=True).indices[:, : model.config.candidates]
-    return _Lists(images, *(part.gather(1, order) for part in (rows, performance, similarity)))
-
-
-def _fit_first(selector: Any, examples: Examples, lists: _Lists) -> tuple[Tensor, Tensor]:
+def _fit_first(selector: Any, examples: Examples, lists: MeasuredLists) -> tuple[Tensor, Tensor]:
     """Features `(L, K, f)` and scores from folds without the image `(L, K)`."""
     raw = torch.cat([
         selector.first_features(_views(examples, lists.images[part]), examples, lists.similarity[part],
@@ -114,7 +73,9 @@ def _fit_first(selector: Any, examples: Examples, lists: _Lists) -> tuple[Tensor
     features, spread = standardised(raw, known)
     selector.first_spread.copy_(spread)
     selector.first_weights.copy_(ridge(features, target, known, PENALTY))
-    selector.fitted_temperature.copy_(SOFTNESS * target[known].square().mean().sqrt())
+    unit = target[known].square().mean().sqrt()
+    selector.consensus_temperature.copy_(SOFTNESS * unit)
+    selector.fusion_temperature.copy_(2 * SOFTNESS * unit)
     rows = selector._row_model(examples)
     asked = [view[rows.position[lists.images]] for view in rows.views]
     folds = []
@@ -132,8 +93,36 @@ def _fit_first(selector: Any, examples: Examples, lists: _Lists) -> tuple[Tensor
     return raw, scores.masked_fill(~known, -torch.inf)
 
 
+def _fit_doubt(selector: Any, examples: Examples, lists: MeasuredLists, scores: Tensor) -> None:
+    """How far performance is from scores of stage 1, and how much of that related examples have in common.
+
+    With e the residuals of a list and rho how related two examples are, e_c e_d / mean e^2 is regressed on rho over
+    all pairs; what is shared is the slope, in [0, 1].
+    """
+    known = lists.known
+    left = torch.where(known, lists.target - scores, 0.0)
+    left = torch.where(known, left - left.sum(1, keepdim=True) / known.sum(1, keepdim=True), 0.0)
+    variance = left[known].square().mean()
+    pairs = ~torch.eye(known.shape[1], dtype=torch.bool)
+    sums = torch.zeros(5, dtype=torch.float64)
+    for part in torch.arange(len(left)).split(ROWS):
+        related = selector._relations(examples).between(lists.rows[part], lists.images[part])
+        there = known[part][:, :, None] & known[part][:, None] & pairs
+        x, y = related[there].double(), (left[part][:, :, None] * left[part][:, None])[there].double()
+        sums += torch.stack([torch.ones_like(x).sum(), x.sum(), y.sum(), (x * x).sum(), (x * y).sum()])
+    count, x, y, squares, products = sums
+    slope = (products - x * y / count) / (squares - x * x / count).clamp(min=1e-12) / variance.clamp(min=1e-12)
+    selector.doubt.copy_(torch.stack([variance.sqrt(), slope.float().clamp(0, 1)]))
+
+
 def _fit_second(
-    selector: Any, examples: Examples, all_lists: _Lists, lists: _Lists, first: Tensor, scores: Tensor, progress: bool
+    selector: Any,
+    examples: Examples,
+    all_lists: MeasuredLists,
+    lists: MeasuredLists,
+    first: Tensor,
+    scores: Tensor,
+    progress: bool,
 ) -> None:
     parts = torch.arange(len(lists.images)).split(BATCH)
     painted = _answers(examples, lists, progress, "fitting")
@@ -174,10 +163,24 @@ def _fit_second(
     if selector.head == "listwise":
         selector.second_heads, held = train_heads([features] * FOLDS, target, known, fold, selector.seed)
     selector.report["stage 2"] = lists.mean_of(held)
+    _fit_fusion(selector, examples, painted, truth, held, known)
     _check_consensus(selector, examples, all_lists, progress)
 
 
-def _check_consensus(selector: Any, examples: Examples, lists: _Lists, progress: bool) -> None:
+def _fit_fusion(
+    selector: Any, examples: Examples, painted: Tensor, truth: Tensor, scores: Tensor, known: Tensor
+) -> None:
+    """The softness with which weighted means of the answers are best."""
+    unit, task = selector.consensus_temperature / SOFTNESS, examples.task
+    worth = []
+    for softness in FUSIONS:
+        weights = (scores / (softness * unit)).masked_fill(~known, -torch.inf).softmax(1)
+        mean = torch.einsum("lm,lmchw->lchw", weights, painted).expand(-1, 3, -1, -1)
+        worth.append(float(task.score(mean, truth).mean()) * (1 if task.greater_is_better else -1))
+    selector.fusion_temperature.copy_(FUSIONS[max(range(len(FUSIONS)), key=worth.__getitem__)] * unit)
+
+
+def _check_consensus(selector: Any, examples: Examples, lists: MeasuredLists, progress: bool) -> None:
     """What the answer most like the plain mean of the nearest examples' answers is worth, with no learning."""
     some = min(CHECKED, LEARNT, len(lists.images))
     near = torch.arange(min(selector.passes, lists.rows.shape[1])).expand(some, -1)
@@ -193,7 +196,7 @@ def _check_consensus(selector: Any, examples: Examples, lists: _Lists, progress:
         lists.performance[:, 0].mean())}  # fmt: skip
 
 
-def _answers(examples: Examples, lists: _Lists, progress: bool, what: str) -> Tensor:
+def _answers(examples: Examples, lists: MeasuredLists, progress: bool, what: str) -> Tensor:
     """Small answers `(L, m, c, h, w)`, shared among processes."""
     many = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)

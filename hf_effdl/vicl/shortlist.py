@@ -1,0 +1,102 @@
+"""Which few of many candidates to try, when the best of those that were tried will be kept."""
+
+import torch
+from torch import Tensor
+
+
+DRAWS = 1024
+# of a score's value, so that among equal gains the better score goes first
+NUDGE = 1e-4
+
+
+class Relations:
+    """How much examples do well and badly on the same pool images.
+
+        rho(c, e) = sum_j R[j, c] R[j, e] / sqrt((sum_j R[j, c]^2 + u) (sum_j R[j, e]^2 + u)),
+
+    R the performance less the mean of the list (0 where not measured), u the mean of R^2: as if there were one image
+    more, on which nothing is related.
+
+    Args:
+        images: `(L,)` rows of the pool on which examples were measured.
+        rows: `(L, K)` the examples, -1 where there is none.
+        residual: `(L, K)` R of these.
+        size: images in the pool.
+    """
+
+    def __init__(self, images: Tensor, rows: Tensor, residual: Tensor, size: int) -> None:
+        known = rows >= 0
+        on = torch.arange(len(images))[:, None].expand_as(rows)
+        # an example has few entries, and pools may be large
+        self.table = torch.sparse_coo_tensor(
+            torch.stack([rows[known], on[known]]), residual[known], (size, len(images)), check_invariants=False
+        ).coalesce()  # fmt: skip
+        self.unit = residual[known].square().mean().clamp(min=1e-12)
+        self.position = torch.full((size,), -1)
+        self.position[images] = torch.arange(len(images))
+
+    def between(self, rows: Tensor, own: Tensor | None = None) -> Tensor:
+        """rho of every pair, `(B, K, K)` in [-1, 1], positive semidefinite.
+
+        Args:
+            rows: `(B, K)` examples; for -1 the values mean nothing.
+            own: `(B,)` rows of the pool that the queries themselves are, -1 for none: what was measured on these does
+                not count.
+        """
+        some, place = rows.clamp(min=0).unique(return_inverse=True)
+        columns = self.table.index_select(0, some).to_dense()[place]
+        if own is not None:
+            at = torch.where(own >= 0, self.position[own.clamp(min=0)], -1)
+            itself = (at[:, None] == torch.arange(columns.shape[2])) & (at >= 0)[:, None]
+            columns = columns.masked_fill(itself[:, None], 0)
+        columns = columns / (columns.square().sum(2, keepdim=True) + self.unit).sqrt()
+        return columns @ columns.transpose(1, 2)
+
+
+def best_together(scores: Tensor, covariance: Tensor, known: Tensor, count: int) -> Tensor:
+    """The candidates of which the best can be expected to be best, greedily.
+
+    Each step adds the candidate that raises the expected maximum most,
+
+        E max_{c in S} f_c,    f ~ N(scores, covariance),
+
+    over 1,024 draws, which are the same at every call and come in pairs of opposite signs. The first is the one of the
+    highest score. Where candidates do well and badly together, the others are of other kinds; without covariance only
+    scores count.
+
+    Args:
+        scores: `(B, K)` expected performance.
+        covariance: `(B, K, K)` of performance about the scores, positive semidefinite.
+        known: `(B, K)` bool; candidates that exist. Those that do not come last.
+        count: how many.
+
+    Returns:
+        `(B, min(count, K))` places, in the order in which they were added.
+
+    Example:
+        >>> twins = torch.tensor([[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]])
+        >>> best_together(torch.tensor([[0.3, 0.2, 0.0]]), twins, torch.ones(1, 3, dtype=torch.bool), 2)
+        tensor([[0, 2]])
+
+    Source: the expected maximum of correlated candidates, Ginsbourger, Le Riche, Carraro 2010 (multi-points expected
+    improvement); greedy choice for submodular gains, Nemhauser, Wolsey, Fisher 1978.
+    """
+    batch, size = scores.shape
+    lowest = torch.finfo(torch.float32).min
+    mean = scores.float().masked_fill(~known, 0)
+    # rounding may leave a covariance a little indefinite
+    ridge = 1e-6 * covariance.diagonal(dim1=1, dim2=2).amax(1).double().clamp(min=1e-12)
+    root = torch.linalg.cholesky(covariance.double() + ridge[:, None, None] * torch.eye(size).double()).float()
+    half = torch.randn(DRAWS // 2, size, generator=torch.Generator().manual_seed(0))
+    drawn = mean[:, None] + torch.cat([half, -half]) @ root.transpose(1, 2)
+    drawn = drawn.masked_fill(~known[:, None], lowest)
+    chosen = mean.masked_fill(~known, lowest).argmax(1, keepdim=True)
+    taken = torch.zeros(batch, size, dtype=torch.bool).scatter_(1, chosen, True)
+    best = drawn.gather(2, chosen[:, None].expand(-1, DRAWS, 1))
+    while chosen.shape[1] < min(count, size):
+        gain = (drawn - best).clamp(min=0).mean(1) + NUDGE * mean
+        added = gain.masked_fill(~known, lowest).masked_fill(taken, -torch.inf).argmax(1, keepdim=True)
+        chosen = torch.cat([chosen, added], 1)
+        taken.scatter_(1, added, True)
+        best = torch.maximum(best, drawn.gather(2, added[:, None].expand(-1, DRAWS, 1)))
+    return chosen
