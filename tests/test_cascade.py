@@ -252,6 +252,78 @@ def test_the_temperature_is_in_units_of_the_spread_inside_lists(fitted, measured
     assert cascade.temperature == pytest.approx(0.8 * float(apart.square().mean().sqrt()), rel=1e-4)
 
 
+class Kinds(Painter):
+    """Paints the object where query and example are of one of four kinds that nothing shows, and else all but it."""
+
+    def predict(self, queries, images, labels, arrangement=0):
+        truth = self.truth(queries)
+        kinds = [(batch.double().sum(1) * 1e4).long() % 4 for batch in (queries, images[:, 0])]
+        right = (kinds[0] == kinds[1]).float()[:, None, None, None]
+        return (right * truth + (1 - right) * (1 - truth)).expand(-1, 3, -1, -1)
+
+
+def test_of_examples_that_stand_and_fall_together_it_tries_one_of_each_kind(tmp_path):
+    """What no feature tells, the table does: who does well on the same images."""
+    pool, model = make_pool(tmp_path, count=60, encoder=ENCODER), VisualInContextModel.from_parts(Kinds(ENCODER))
+    measure_examples(model, pool, candidates=16, progress=False)
+    cascade = CascadeSelector(model, passes=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = cascade.fit(pool, progress=False).report
+    spread, shared = cascade.doubt.tolist()
+    assert shared == 1 and spread > 0.2
+    lists, _, scores = first_stage(cascade, model, pool)
+    best = lists.pick(scores.argsort(dim=1, descending=True)[:, :4]).mean_best()
+    assert report["best tried"] > best + 0.15
+    # where nothing is shared, or nothing is unsure, the highest scores are tried
+    cascade.doubt.copy_(torch.tensor([0.0, 1.0]))
+    tried = cascade.shortlist(examples_of(model, pool), scores, lists.rows, lists.images, 4)
+    assert torch.equal(tried, scores.sort(dim=1, descending=True, stable=True).indices[:, :4])
+
+
+def test_what_is_unsure_and_shared_is_learnt_from_what_stage_1_leaves(fitted, measured, pools):
+    model, pool = measured(queries=21), pools["segmentation"]
+    cascade = fitted(model=model)
+    spread, shared = cascade.doubt.tolist()
+    lists, _, scores = first_stage(cascade, model, pool)
+    left = lists.target - scores
+    left = left - left.mean(1, keepdim=True)
+    assert spread == pytest.approx(float(left.square().mean().sqrt()), rel=1e-5)
+    relations, x, y = cascade._relations(examples_of(model, pool)), [], []
+    for row, image, one in zip(lists.rows, lists.images, left, strict=True):
+        related = relations.between(row[None], image[None])[0]
+        for i in range(K):
+            for j in range(K):
+                if i != j:
+                    x.append(float(related[i, j]))
+                    y.append(float(one[i] * one[j]) / spread**2)
+    slope = np.polyfit(x, y, 1)[0]
+    assert shared == pytest.approx(min(1, max(0, slope)), abs=1e-4)
+
+
+def test_a_fusion_is_as_soft_as_was_best_on_the_pool(measured, pools, monkeypatch):
+    seen = []
+    fit_fusion = cascade_fit._fit_fusion
+    monkeypatch.setattr(cascade_fit, "_fit_fusion", lambda *given: (seen.append(given), fit_fusion(*given)))
+    found = {}
+    for task in ("segmentation", "colourisation"):
+        model = measured(task)
+        cascade = CascadeSelector(model, passes=PASSES).fit(pools[task], progress=False)
+        _, examples, painted, truth, scores, known = seen.pop()
+        apart = model.measured_performance - model.measured_performance.mean(1, keepdim=True)
+        unit, worth = float(apart.square().mean().sqrt()), {}
+        for softness in cascade_fit.FUSIONS:
+            total = 0.0
+            for answers, label, one in zip(painted, truth, scores, strict=True):
+                weights = (one / (softness * unit)).softmax(0)
+                mean = sum(w * answer for w, answer in zip(weights, answers)).expand(3, -1, -1)
+                total += float(examples.task.score(mean[None], label[None])[0])
+            worth[softness] = total if task == "segmentation" else -total
+        found[task] = max(worth, key=worth.get)
+        assert cascade.temperature == pytest.approx(found[task] * unit, rel=1e-4)
+        assert known.all() and max(worth.values()) > min(worth.values()) + 1e-6
+
+
 # ---- with whatever there is
 
 

@@ -158,3 +158,14 @@ def test_an_example_that_was_never_measured_is_related_to_none():
     never = next(row for row in range(10) if row not in seen)
     found = relations(10, measured, performance).between(torch.tensor([[never, int(seen[0]), int(seen[1])]]))
     assert not found[0, 0].any() and found[0, 1, 1] > 0.1
+
+
+def test_a_hundred_examples_that_one_image_tells_of_can_be_drawn_together():
+    """Almost one direction, so that rounding could make it indefinite."""
+    performance = torch.cat([1e3 * torch.randn(1, 100, generator=drawn(0)), torch.zeros(300, 100)])
+    made = Relations(torch.arange(301), torch.arange(100).expand(301, -1), performance, 400)
+    related = made.between(torch.arange(100)[None])
+    assert related.abs().median() > 0.9
+    related.diagonal(dim1=1, dim2=2).fill_(1.0)
+    found = best_together(torch.zeros(1, 100), related, torch.ones(1, 100, dtype=torch.bool), 3)[0]
+    assert related[0, found[0], found[1]] < -0.9  # of two kinds, one of each

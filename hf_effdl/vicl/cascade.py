@@ -41,7 +41,7 @@ class CascadeSelector(nn.Module):
     Args:
         model: a `VisualInContextModel`; may also be given to `fit`.
         passes: runs of F on a query, m; 1 leaves out stage 2, and only the chosen example is shown.
-        head: of both stages: "ridge", or "listwise", five small `ListwiseRanker`s each over the same features, which
+        head: of both stages: "ridge", or "listwise", ten small `ListwiseRanker`s each over the same features, which
             see the candidates beside each other. Slower to fit (minutes), and better where there are many labels.
         seed: of the training of a list-wise head.
 
@@ -184,7 +184,7 @@ class CascadeSelector(nn.Module):
         spread, shared = _plain(self.doubt)
         related = shared * self._relations(examples).between(rows, own)
         related.diagonal(dim1=1, dim2=2).fill_(1.0)
-        return best_together(scores, spread.square() * related, rows >= 0, count)
+        return best_together(scores, spread.double().square() * related, rows >= 0, count)
 
     def consensus(self, examples: Examples, painted: Tensor, scores: Tensor, grid: Tensor, known: Tensor) -> Consensus:
         """Of answers (see `small`) that stage 1 gave these scores."""

@@ -9,11 +9,11 @@ from .configuration_listwise_ranker import ListwiseRankerConfig
 from .modeling_listwise_ranker import ListwiseRanker
 
 
-HEADS, STEPS, LISTS, RATE, DECAY = 5, 300, 32, 1e-3, 0.1
+HEADS, STEPS, LISTS, RATE, DECAY = 10, 300, 32, 1e-3, 0.1
 
 
 class ListHeads(nn.Module):
-    """Five rankers whose mean score counts, in units of performance.
+    """Ten rankers whose mean score counts, in units of performance.
 
     Args:
         size: features of a candidate.
@@ -41,7 +41,7 @@ class ListHeads(nn.Module):
 def train_heads(
     features: Sequence[Tensor], target: Tensor, known: Tensor, fold: Tensor, seed: int
 ) -> tuple[ListHeads, Tensor]:
-    """Rankers that are each trained without one fold, and the scores of every list by the one that has not seen it.
+    """Rankers that are each trained without one fold, and the scores of every list by the two that have not seen it.
 
     300 steps of 32 lists each, AdamW with weight decay 0.1, learning rate 1e-3 in one cycle; every other step sees
     half of each list, so that lists of other lengths are nothing new. The scale is that of a regression of performance
@@ -55,10 +55,11 @@ def train_heads(
     """
     with torch.random.fork_rng(devices=[]):
         heads, held = ListHeads(features[0].shape[2]), torch.zeros(target.shape)
-    for one, (ranker, part) in enumerate(zip(heads.rankers, features, strict=True)):
-        train, test = fold != one, fold == one
-        _train(ranker, part[train], target[train], known[train], seed + one)
-        held[test] = heads.scores(ranker, part[test], known[test])
+    for number, ranker in enumerate(heads.rankers):
+        one = number % len(features)
+        train, test, part = fold != one, fold == one, features[one]
+        _train(ranker, part[train], target[train], known[train], seed + number)
+        held[test] += heads.scores(ranker, part[test], known[test]) * len(features) / HEADS
     slope = ((held * target).sum() / held.square().sum().clamp(min=1e-12)).clamp(min=1e-6)
     heads.scale.fill_(slope)
     return heads.eval().requires_grad_(False), held * slope

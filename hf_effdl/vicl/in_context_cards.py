@@ -132,7 +132,10 @@ def _cascade(kept: dict[str, Any], candidates: int) -> str:
     head = " Its stages are list-wise networks." if kept["head"] == "listwise" else ""
     tried, cost = "and shows it the best", "1 run"
     if passes > 1:
-        tried, cost = f"tries the best {passes} of them with it, and lets the answers decide", f"{passes} runs"
+        tried = (
+            f"tries {passes} of them with it, so chosen that the best of them can be expected to be best, and lets "
+        )
+        tried, cost = f"{tried}the answers decide", f"{passes} runs"
     learned = (
         f"A `CascadeSelector` ranks the {candidates} nearest examples without the frozen model, {tried}: "
         f"{cost} of the frozen model for a prediction.{head} It learned from what examples do on {report['images']:,} "
@@ -142,7 +145,8 @@ def _cascade(kept: dict[str, Any], candidates: int) -> str:
     nearest, best = report["nearest"], report["best"]
     table = ["| example | performance | gap closed |", "|---|---|---|"]
     for name, label in (("nearest", "nearest"), ("stage 1", "stage 1, before any run of the frozen model"),
-                        ("stage 2", f"stage 2, after {passes}"), ("best", "best of the candidates")):  # fmt: skip
+                        ("stage 2", f"stage 2, after {passes}"), ("best tried", f"best of these {passes}"),
+                        ("best", "best of the candidates")):  # fmt: skip
         if name in report:
             closed = f"{(report[name] - nearest) / (best - nearest):.0%}" if best > nearest else ""
             table.append(f"| {label} | {report[name]:.4g} | {closed} |")

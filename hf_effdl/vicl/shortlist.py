@@ -44,7 +44,8 @@ class Relations:
                 not count.
         """
         some, place = rows.clamp(min=0).unique(return_inverse=True)
-        columns = self.table.index_select(0, some).to_dense()[place]
+        # in float64, so that what follows is positive semidefinite beyond doubt
+        columns = self.table.index_select(0, some).to_dense().double()[place]
         if own is not None:
             at = torch.where(own >= 0, self.position[own.clamp(min=0)], -1)
             itself = (at[:, None] == torch.arange(columns.shape[2])) & (at >= 0)[:, None]
