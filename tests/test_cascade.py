@@ -281,11 +281,17 @@ def test_of_examples_that_stand_and_fall_together_it_tries_one_of_each_kind(tmp_
     assert torch.equal(tried, scores.sort(dim=1, descending=True, stable=True).indices[:, :4])
 
 
-def test_what_is_unsure_and_shared_is_learnt_from_what_stage_1_leaves(fitted, measured, pools):
-    model, pool = measured(queries=21), pools["segmentation"]
+def test_what_is_unsure_and_shared_is_learnt_from_what_stage_1_leaves(fitted, measured, pools, monkeypatch):
+    model, pool, asked_for = measured(queries=21), pools["segmentation"], []
+    shortlist = CascadeSelector.shortlist
+    monkeypatch.setattr(
+        CascadeSelector, "shortlist", lambda *given: (asked_for.append(given[-2]), shortlist(*given))[1]
+    )
     cascade = fitted(model=model)
     spread, shared = cascade.doubt.tolist()
     lists, _, scores = first_stage(cascade, model, pool)
+    # nothing that an image measured itself says what is tried on it
+    assert torch.equal(torch.cat(asked_for), lists.images)
     left = lists.target - scores
     left = left - left.mean(1, keepdim=True)
     assert spread == pytest.approx(float(left.square().mean().sqrt()), rel=1e-5)

@@ -494,6 +494,7 @@ def test_list_heads_learn_what_is_there_and_leave_the_random_state_alone(monkeyp
     # lists of a fold get scores of the two heads that never saw them
     for one in range(5):
         torch.testing.assert_close(held[fold == one], (each[one] + each[one + 5])[fold == one] / 2)
+        assert (each[one] - each[one + 5]).abs().max() > 1e-4
     again = ListHeads(3)
     again.load_state_dict(heads.state_dict())
     torch.testing.assert_close(again.eval()(features, known), found)
