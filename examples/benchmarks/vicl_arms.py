@@ -42,6 +42,7 @@ ARMS = {
     "like the mean of dense 10": TEN,
     "cascade, 100 x 50 labels": TEN,
     "cascade, list-wise heads": TEN,
+    "cascade, ten highest scores": TEN,
     "cascade": TEN,
     "medoid of the 50": CANDIDATES,
     "like the mean of the 50": CANDIDATES,

@@ -51,7 +51,7 @@ from hf_effdl import (
     VisualInContextPipeline,
     measure_examples,
 )
-from hf_effdl.vicl.example_selectors import STRATEGIES, Queries
+from hf_effdl.vicl.example_selectors import STRATEGIES, Examples, Queries
 from hf_effdl.vicl.visual_tasks import find_task
 
 
@@ -68,6 +68,13 @@ BATCH = 50  # canvases of one call
 BUDGET = 100  # pool images that the small label budget measures 50 examples on each
 TASK_METRICS = {name: find_task(name).metric for name in TASKS}
 GOAL = 0.08  # from nearest to oracle, in IoU
+
+
+class HighestScores(CascadeSelector):
+    """Tries the examples of the highest scores, also where these are of one kind."""
+
+    def shortlist(self, examples: Examples, scores: Tensor, rows: Tensor, own: Tensor | None, count: int) -> Tensor:
+        return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
 def say(text: str) -> None:
@@ -132,6 +139,10 @@ def run(model: VisualInContextModel, seed: int, count: int, pooled: int, folder:
         weighted |= {name: (places_of(shown, candidates), weights) for name, (shown, weights) in means.items()}
         if not labels:
             full = cascade, model.measured_candidates.clone(), model.measured_performance.clone()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                plain = HighestScores(model, passes=TEN).fit(pool, examples=examples, progress=False)
+            rows["cascade, ten highest scores"] = cascade_arms(plain, queries, examples, "", BATCH)[0]["cascade"]
     model.set_performance(*full[1:], pool.fingerprint)
     model.set_selector(full[0])
     places = {name: places_of(chosen, candidates) for name, chosen in rows.items()}
