@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
-from train_ranker import DIGITS, DataArguments, load_rows, score_strategy
+from train_ranker import DIGITS, DataArguments, find_copies, load_rows, score_strategy
 from transformers import HfArgumentParser
 
 from hf_effdl import (
@@ -38,8 +38,7 @@ from hf_effdl import (
 )
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.vicl.cascade import HEADS
-from hf_effdl.vicl.held_out import near_duplicates
-from hf_effdl.vicl.visual_tasks import pixels, to_rgb
+from hf_effdl.vicl.visual_tasks import to_rgb
 
 
 SMALL = {**DIGITS, "max_queries": 48}
@@ -106,12 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         foreground=args.foreground, cache_dir=out / "pool", keep_grids=True,
     )  # fmt: skip
     pipe = VisualInContextPipeline(model, pool=pool)
-    seen = [pipe.visual_task.query(to_rgb(image)) for image in query_rows[args.image_column]]
-    vectors = [
-        model.encoder(pixels(seen[at : at + 32], model.encoder.image_size, model.encoder.resample))["vector"].cpu()
-        for at in range(0, len(seen), 32)
-    ]
-    exclude = near_duplicates(pool.vectors, torch.cat(vectors), args.duplicates).tolist()
+    exclude = find_copies(pipe, query_rows, args)
     budget = min(args.label_budget or len(pool), len(pool) - len(exclude))
     measure_examples(model, pool, queries=budget, exclude=exclude, cache_dir=out / "performance")
     cascade = CascadeSelector(model, passes=args.passes, head=args.head).fit(pool)

@@ -114,6 +114,17 @@ def load_rows(args: Arguments) -> tuple[Dataset, Dataset]:
     return tuple(Dataset.from_list(rows) for rows in scenes)
 
 
+def find_copies(pipe: VisualInContextPipeline, query_rows: Dataset, args: DataArguments) -> list[int]:
+    """Rows of the pool that look like one of the images to test on."""
+    encoder = pipe.model.encoder
+    seen = [pipe.visual_task.query(to_rgb(image)) for image in query_rows[args.image_column]]
+    vectors = [
+        encoder(pixels(seen[at : at + 32], encoder.image_size, encoder.resample))["vector"].cpu()
+        for at in range(0, len(seen), 32)
+    ]
+    return near_duplicates(pipe.pool.vectors, torch.cat(vectors), args.duplicates).tolist()
+
+
 def split_queries(model: VisualInContextModel, seed: int) -> tuple[list[int], list[int]]:
     """Of the pool images that were measured on, nine tenths to train and one to evaluate."""
     rows = (model.measured_candidates >= 0).any(1).nonzero()[:, 0]
@@ -176,12 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         cache_dir=out / "performance",
     )  # fmt: skip
     pipe = VisualInContextPipeline(model, pool=pool)
-    seen = [pipe.visual_task.query(to_rgb(image)) for image in query_rows[args.image_column]]
-    vectors = [
-        model.encoder(pixels(seen[at : at + 32], model.encoder.image_size, model.encoder.resample))["vector"].cpu()
-        for at in range(0, len(seen), 32)
-    ]
-    exclude = near_duplicates(pool.vectors, torch.cat(vectors), args.duplicates).tolist()
+    exclude = find_copies(pipe, query_rows, args)
     rankers, report = [], {"excluded": len(exclude)}
     for k in args.lengths:
         ranker, metrics = train_ranker(k, args, training, model, pool, exclude)
