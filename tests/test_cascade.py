@@ -18,7 +18,7 @@ from torch import nn
 from hf_effdl import CascadeSelector, SegGptInContext, VisualInContextModel, VisualInContextPipeline, measure_examples
 from hf_effdl.vicl import cascade_fit, cascade_head
 from hf_effdl.vicl.auto import ListwiseRanker, ListwiseRankerConfig
-from hf_effdl.vicl.cascade import FIRST
+from hf_effdl.vicl.cascade import FIRST, TURNS
 from hf_effdl.vicl.cascade_features import standardised
 from hf_effdl.vicl.consensus import MAPS, Consensus
 from hf_effdl.vicl.example_selectors import Examples, Queries
@@ -175,11 +175,10 @@ def test_an_estimate_is_calibrated_on_images_of_the_other_folds(measured, pools,
     monkeypatch.setattr(Consensus, "fit_calibration", fit_calibration)
     monkeypatch.setattr(Consensus, "calibrate", calibrate)
     cascade = CascadeSelector(measured(queries=23), passes=PASSES).fit(pools["segmentation"], progress=False)
-    assert sorted(sizes) == [18, 18, 18, 19, 19, 23]  # one for each fold, and one on all, which is kept
-    kept = sizes.index(23)
-    assert set(cascade.calibration.tolist()) == {float(kept)}
-    others = [number for number in range(6) if number != kept]
-    assert used == [others[place % 5] for place in range(23)]
+    # in each turn one for each fold, and one on all, which is kept
+    assert sizes == [18, 18, 18, 19, 19, 23] * TURNS
+    assert [set(calibration.tolist()) for calibration in cascade.calibration] == [{6.0 * n + 5} for n in range(TURNS)]
+    assert used == [6 * n + place % 5 for n in range(TURNS) for place in range(23)]
 
 
 def test_only_so_many_of_the_measured_examples_count_as_the_pipeline_looks_at(measured, pools):
@@ -311,23 +310,44 @@ def test_a_fusion_is_as_soft_as_was_best_on_the_pool(measured, pools, monkeypatc
     seen = []
     fit_fusion = cascade_fit._fit_fusion
     monkeypatch.setattr(cascade_fit, "_fit_fusion", lambda *given: (seen.append(given), fit_fusion(*given)))
-    found = {}
     for task in ("segmentation", "colourisation"):
         model = measured(task)
         cascade = CascadeSelector(model, passes=PASSES).fit(pools[task], progress=False)
-        _, examples, painted, truth, scores, known = seen.pop()
+        assert len(seen) == TURNS and cascade.temperature == float(cascade.temperatures[-1])
         apart = model.measured_performance - model.measured_performance.mean(1, keepdim=True)
-        unit, worth = float(apart.square().mean().sqrt()), {}
-        for softness in cascade_fit.FUSIONS:
-            total = 0.0
-            for answers, label, one in zip(painted, truth, scores, strict=True):
-                weights = (one / (softness * unit)).softmax(0)
-                mean = sum(w * answer for w, answer in zip(weights, answers)).expand(3, -1, -1)
-                total += float(examples.task.score(mean[None], label[None])[0])
-            worth[softness] = total if task == "segmentation" else -total
-        found[task] = max(worth, key=worth.get)
-        assert cascade.temperature == pytest.approx(found[task] * unit, rel=1e-4)
-        assert known.all() and max(worth.values()) > min(worth.values()) + 1e-6
+        unit = float(apart.square().mean().sqrt())
+        assert float(cascade.temperatures[0]) == pytest.approx(0.4 * unit, rel=1e-4)
+        for _, examples, painted, truth, scores, known, turn in seen:
+            worth = {}
+            for softness in cascade_fit.FUSIONS:
+                total = 0.0
+                for answers, label, one in zip(painted, truth, scores, strict=True):
+                    weights = (one / (softness * unit)).softmax(0)
+                    mean = sum(w * answer for w, answer in zip(weights, answers)).expand(3, -1, -1)
+                    total += float(examples.task.score(mean[None], label[None])[0])
+                worth[softness] = total if task == "segmentation" else -total
+            best = max(worth, key=worth.get)
+            assert float(cascade.temperatures[turn + 1]) == pytest.approx(best * unit, rel=1e-4)
+            assert known.all() and max(worth.values()) > min(worth.values()) + 1e-6
+        seen.clear()
+
+
+def test_every_turn_weighs_the_answers_by_the_scores_of_the_one_before(fitted, measured, pools, monkeypatch):
+    model, pool, made, given = measured(), pools["segmentation"], [], []
+    cascade = fitted(model=model)
+    init, scored = Consensus.__init__, CascadeSelector.second_scores
+
+    def note(self, task, painted, scores, temperature, grid, known):
+        made.append((scores, temperature))
+        init(self, task, painted, scores, temperature, grid, known)
+
+    monkeypatch.setattr(Consensus, "__init__", note)
+    monkeypatch.setattr(CascadeSelector, "second_scores", lambda *all: (given.append(scored(*all)), given[-1])[1])
+    scores, *_ = cascade(asked(model), examples_of(model, pool), PASSES, K)
+    assert len(made) == len(given) == TURNS == 2
+    assert [temperature for _, temperature in made] == pytest.approx(cascade.temperatures[:TURNS].tolist())
+    assert torch.equal(made[1][0], given[0]) and not torch.equal(given[0], given[1])
+    torch.testing.assert_close(scores, given[1].sort(dim=1, descending=True).values)
 
 
 # ---- with whatever there is

@@ -16,6 +16,8 @@ from .shortlist import Relations, best_together
 
 FIRST = ("similarity", "quarters", "rank", *MATCHES, *STATISTICS, *RowModel.names)
 HEADS = ("ridge", "listwise")
+# turns of stage 2
+TURNS = 2
 
 
 class CascadeSelector(nn.Module):
@@ -24,8 +26,8 @@ class CascadeSelector(nn.Module):
     Stage 1 scores the K nearest candidates without running the frozen model F: similarity, dense matching (also inside
     and outside the labelled object), where and how large the label is, and what was measured on pool images like the
     query (`RowModel`). Stage 2 runs F with `passes` of them and looks at the answers: how much each agrees with their
-    weighted consensus, which was calibrated on pool images (`Consensus`). Both are ridge regressions in closed form on
-    features relative to the list,
+    weighted consensus, which was calibrated on pool images (`Consensus`); in two turns, since the scores of the first
+    give a better consensus. Both stages are ridge regressions in closed form on features relative to the list,
 
         w = argmin sum_(q, c) (m(q, c) - mean_c m(q, .) - w x(q, c))^2 + 300 |w|^2,
 
@@ -84,20 +86,19 @@ class CascadeSelector(nn.Module):
         """Room for what `fit` learns.
 
         Spreads and weights of both stages; how far performance is from the scores of stage 1, and how much of that
-        related examples share; the calibration; temperatures of the consensus and of a fusion.
+        related examples share; calibration; temperatures of the consensus in each turn, and of a fusion at last.
         """
         first, second = len(FIRST), len(FIRST) + 1 + ANSWERS[colours]
-        for name, size in (("first_spread", first), ("first_weights", 2 * first), ("second_spread", second),
-                           ("second_weights", 2 * second), ("calibration", MAPS), ("doubt", 2)):  # fmt: skip
+        for name, size in (("first_spread", (first,)), ("first_weights", (2 * first,)), ("doubt", (2,)),
+                           ("calibration", (TURNS, MAPS)), ("second_spread", (TURNS, second)),
+                           ("second_weights", (TURNS, 2 * second)), ("temperatures", (TURNS + 1,))):  # fmt: skip
             self.register_buffer(name, torch.zeros(size))
-        for name in ("consensus_temperature", "fusion_temperature"):
-            self.register_buffer(name, torch.ones(()))
         self.colours = colours
 
     @property
     def temperature(self) -> float:
         """How soft the weights `softmax(scores / temperature)` of a fusion are: what was best on pool images."""
-        return float(self.fusion_temperature)
+        return float(self.temperatures[-1])
 
     def fit(
         self, pool: Any, labels: tuple[Tensor, Tensor] | None = None, *, model: Any = None,
@@ -153,10 +154,11 @@ class CascadeSelector(nn.Module):
         rows, scores = rows.gather(1, top), scores.gather(1, top)
         features = features.gather(1, top[..., None].expand(-1, -1, features.shape[2]))
         answers = examples.answers(examples.model.frozen.encode(queries.cells), rows)
-        consensus = self.consensus(examples, small(answers).cpu(), scores, queries.views["grid"].cpu(), rows >= 0)
-        calibrated = consensus.calibrate(consensus.maps(), _plain(self.calibration))
-        features = self.second_features(consensus, calibrated, features, scores)
-        scores = self.second_scores(features, rows >= 0)
+        painted, grid, known = small(answers).cpu(), queries.views["grid"].cpu(), rows >= 0
+        for turn, calibration in enumerate(_plain(self.calibration)):
+            consensus = self.consensus(examples, painted, scores, grid, known, turn)
+            calibrated = consensus.calibrate(consensus.maps(), calibration)
+            scores = self.second_scores(self.second_features(consensus, calibrated, features, scores), known, turn)
         order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
         answers = answers[torch.arange(len(order))[:, None].to(answers.device), order.to(answers.device)]
         return scores.gather(1, order), rows.gather(1, order), answers
@@ -186,9 +188,11 @@ class CascadeSelector(nn.Module):
         related.diagonal(dim1=1, dim2=2).fill_(1.0)
         return best_together(scores, spread.double().square() * related, rows >= 0, count)
 
-    def consensus(self, examples: Examples, painted: Tensor, scores: Tensor, grid: Tensor, known: Tensor) -> Consensus:
-        """Of answers (see `small`) that stage 1 gave these scores."""
-        return Consensus(examples.task, painted, scores, float(self.consensus_temperature), grid, known)
+    def consensus(
+        self, examples: Examples, painted: Tensor, scores: Tensor, grid: Tensor, known: Tensor, turn: int
+    ) -> Consensus:
+        """Of answers (see `small`) that have these scores before a turn of stage 2."""
+        return Consensus(examples.task, painted, scores, float(self.temperatures[turn]), grid, known)
 
     def second_features(self, consensus: Consensus, calibrated: Tensor, first: Tensor, scores: Tensor) -> Tensor:
         """What stage 2 knows of each candidate: what stage 1 did, its score, and the answers."""
@@ -200,10 +204,11 @@ class CascadeSelector(nn.Module):
         features, _ = standardised(features, known, _plain(self.first_spread))
         return _scores(features, known, self.first_heads, _plain(self.first_weights))
 
-    def second_scores(self, features: Tensor, known: Tensor) -> Tensor:
-        """Of stage 2, `(B, m)`; -inf where not known."""
-        features, _ = standardised(features, known, _plain(self.second_spread))
-        return _scores(features, known, self.second_heads, _plain(self.second_weights))
+    def second_scores(self, features: Tensor, known: Tensor, turn: int) -> Tensor:
+        """Of a turn of stage 2, `(B, m)`; -inf where not known."""
+        features, _ = standardised(features, known, _plain(self.second_spread[turn]))
+        heads = self.second_heads if turn == TURNS - 1 else None
+        return _scores(features, known, heads, _plain(self.second_weights[turn]))
 
     def _row_model(self, examples: Examples) -> RowModel:
         return self._learned(examples)[1]
@@ -250,7 +255,7 @@ class CascadeSelector(nn.Module):
         made.pool_fingerprint, made.report = settings["pool_fingerprint"], settings["report"]
         if made.head == "listwise":
             made.first_heads = ListHeads(len(made.first_weights))
-            made.second_heads = ListHeads(len(made.second_weights)) if made.passes > 1 else None
+            made.second_heads = ListHeads(made.second_weights.shape[1]) if made.passes > 1 else None
         return made.eval()
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from .cascade import TURNS
 from .cascade_features import ridge, standardised
 from .cascade_head import train_heads
 from .consensus import small
@@ -74,8 +75,7 @@ def _fit_first(selector: Any, examples: Examples, lists: MeasuredLists) -> tuple
     selector.first_spread.copy_(spread)
     selector.first_weights.copy_(ridge(features, target, known, PENALTY))
     unit = target[known].square().mean().sqrt()
-    selector.consensus_temperature.copy_(SOFTNESS * unit)
-    selector.fusion_temperature.copy_(2 * SOFTNESS * unit)
+    selector.temperatures[0], selector.temperatures[1:] = SOFTNESS * unit, 2 * SOFTNESS * unit
     rows = selector._row_model(examples)
     asked = [view[rows.position[lists.images]] for view in rows.views]
     folds = []
@@ -127,11 +127,23 @@ def _fit_second(
     parts = torch.arange(len(lists.images)).split(BATCH)
     painted = _answers(examples, lists, progress, "fitting")
     truth = torch.cat([examples.small_labels(lists.images[part]).cpu() for part in parts])
-    fold, known = lists.fold, lists.known
+    for turn in range(TURNS):
+        scores = _fit_turn(selector, examples, lists, painted, truth, first, scores, turn)
+        _fit_fusion(selector, examples, painted, truth, scores, lists.known, turn)
+    selector.report["stage 2"] = lists.mean_of(scores)
+    _check_consensus(selector, examples, all_lists, progress)
+
+
+def _fit_turn(
+    selector: Any, examples: Examples, lists: MeasuredLists, painted: Tensor, truth: Tensor, first: Tensor,
+    scores: Tensor, turn: int,
+) -> Tensor:  # fmt: skip
+    """Calibration and weights of one turn; scores from folds without the image."""
+    parts, fold, known = torch.arange(len(lists.images)).split(BATCH), lists.fold, lists.known
 
     def consensus(part: Tensor) -> Any:
         grid = _views(examples, lists.images[part])["grid"].cpu()
-        return selector.consensus(examples, painted[part], scores[part], grid, known[part])
+        return selector.consensus(examples, painted[part], scores[part], grid, known[part], turn)
 
     # calibration: of an image's own consensus by the pixels of the other folds
     drawn = torch.Generator().manual_seed(0)
@@ -146,7 +158,7 @@ def _fit_second(
     calibrations = torch.stack([
         made.fit_calibration(sampled[fold != one], wanted[fold != one]) for one in range(FOLDS)
     ])  # fmt: skip
-    selector.calibration.copy_(made.fit_calibration(sampled, wanted))
+    selector.calibration[turn] = made.fit_calibration(sampled, wanted)
     raw = []
     for part in parts:
         made = consensus(part)
@@ -157,27 +169,25 @@ def _fit_second(
         raw.append(selector.second_features(made, calibrated, first[part], scores[part]))
     raw, target = torch.cat(raw), lists.target
     features, spread = standardised(raw, known)
-    selector.second_spread.copy_(spread)
-    selector.second_weights.copy_(ridge(features, target, known, PENALTY))
+    selector.second_spread[turn] = spread
+    selector.second_weights[turn] = ridge(features, target, known, PENALTY)
     held = _out_of_fold([features] * FOLDS, target, known, fold)
-    if selector.head == "listwise":
+    if selector.head == "listwise" and turn == TURNS - 1:
         selector.second_heads, held = train_heads([features] * FOLDS, target, known, fold, selector.seed)
-    selector.report["stage 2"] = lists.mean_of(held)
-    _fit_fusion(selector, examples, painted, truth, held, known)
-    _check_consensus(selector, examples, all_lists, progress)
+    return held
 
 
 def _fit_fusion(
-    selector: Any, examples: Examples, painted: Tensor, truth: Tensor, scores: Tensor, known: Tensor
+    selector: Any, examples: Examples, painted: Tensor, truth: Tensor, scores: Tensor, known: Tensor, turn: int
 ) -> None:
     """The softness with which weighted means of the answers are best."""
-    unit, task = selector.consensus_temperature / SOFTNESS, examples.task
+    unit, task = selector.temperatures[0] / SOFTNESS, examples.task
     worth = []
     for softness in FUSIONS:
         weights = (scores / (softness * unit)).masked_fill(~known, -torch.inf).softmax(1)
         mean = torch.einsum("lm,lmchw->lchw", weights, painted).expand(-1, 3, -1, -1)
         worth.append(float(task.score(mean, truth).mean()) * (1 if task.greater_is_better else -1))
-    selector.fusion_temperature.copy_(FUSIONS[max(range(len(FUSIONS)), key=worth.__getitem__)] * unit)
+    selector.temperatures[turn + 1] = FUSIONS[max(range(len(FUSIONS)), key=worth.__getitem__)] * unit
 
 
 def _check_consensus(selector: Any, examples: Examples, lists: MeasuredLists, progress: bool) -> None:
@@ -190,7 +200,7 @@ def _check_consensus(selector: Any, examples: Examples, lists: MeasuredLists, pr
     for part in torch.arange(some).split(BATCH):
         grid = _views(examples, lists.images[part])["grid"].cpu()
         even = torch.zeros(len(part), near.shape[1])
-        chosen.append(selector.consensus(examples, painted[part], even, grid, lists.known[part]).medoid())
+        chosen.append(selector.consensus(examples, painted[part], even, grid, lists.known[part], 0).medoid())
     picked = lists.performance.gather(1, torch.cat(chosen)[:, None])
     selector.report |= {"plain consensus": float(picked.mean()), "nearest, of the same": float(
         lists.performance[:, 0].mean())}  # fmt: skip
