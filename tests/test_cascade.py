@@ -310,9 +310,16 @@ def test_a_fusion_is_as_soft_as_was_best_on_the_pool(measured, pools, monkeypatc
     seen = []
     fit_fusion = cascade_fit._fit_fusion
     monkeypatch.setattr(cascade_fit, "_fit_fusion", lambda *given: (seen.append(given), fit_fusion(*given)))
+    weighed = {turn: [] for turn in range(TURNS)}
+    consensus = CascadeSelector.consensus
+    monkeypatch.setattr(CascadeSelector, "consensus", lambda *of: (weighed[of[-1]].append(of[3]), consensus(*of))[1])
     for task in ("segmentation", "colourisation"):
         model = measured(task)
         cascade = CascadeSelector(model, passes=PASSES).fit(pools[task], progress=False)
+        # an image's consensus is made twice, for calibration and for features, and the second turn's by the scores of
+        # the first, which did not learn from the image
+        assert torch.equal(torch.cat(weighed[1]), seen[0][4].repeat(2, 1))
+        weighed[1].clear()
         assert len(seen) == TURNS and cascade.temperature == float(cascade.temperatures[-1])
         apart = model.measured_performance - model.measured_performance.mean(1, keepdim=True)
         unit = float(apart.square().mean().sqrt())
