@@ -104,7 +104,9 @@ def test_the_card_tells_what_a_cascade_learned_what_it_gains_and_costs(tmp_path)
         assert part in plain, part
     assert "Nothing was trained" not in text and "list-wise" not in text
     assert max(map(len, text.splitlines())) < 170
-    assert "stages are list-wise networks" in card(tmp_path, CASCADE | {"head": "listwise"})
+    listwise = card(tmp_path, CASCADE | {"head": "listwise"})
+    assert "Its stages are list-wise networks." in " ".join(listwise.split())
+    assert not any(line.endswith("-") for line in listwise.splitlines() if not line.startswith("-"))
     assert 'chosen (`strategy="cascade"`)' in card(tmp_path, CASCADE, strategy="nearest")
 
 

@@ -44,7 +44,7 @@ class CascadeSelector(nn.Module):
         model: a `VisualInContextModel`; may also be given to `fit`.
         passes: runs of F on a query, m; 1 leaves out stage 2, and only the chosen example is shown.
         head: of both stages: "ridge", or "listwise", ten small `ListwiseRanker`s each over the same features, which
-            see the candidates beside each other. Slower to fit (minutes), and better where there are many labels.
+            see the candidates beside each other. Slower to fit (minutes); with many labels better for one pass.
         seed: of the training of a list-wise head.
 
     Raises:

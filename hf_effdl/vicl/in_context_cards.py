@@ -1,8 +1,8 @@
 """The card of a visual in-context model, written where the model is saved; plain text, which travels with the code."""
 
 import os
+import textwrap
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -114,7 +114,7 @@ def _introduction(kept: dict[str, Any] | None, rows: int) -> str:
             f"Which of the pool's {rows:,} examples those are was learned on the pool itself: after a change of it, "
             "measure and fit again."
         )
-    return fill(text, WIDTH)
+    return _fill(text)
 
 
 def _selector(config: Any) -> str:
@@ -132,10 +132,8 @@ def _cascade(kept: dict[str, Any], candidates: int) -> str:
     head = " Its stages are list-wise networks." if kept["head"] == "listwise" else ""
     tried, cost = "and shows it the best", "1 run"
     if passes > 1:
-        tried = (
-            f"tries {passes} of them with it, so chosen that the best of them can be expected to be best, and lets "
-        )
-        tried, cost = f"{tried}the answers decide", f"{passes} runs"
+        tried = f"tries {passes} of them, of which the best can be expected to be best, and lets the answers decide"
+        cost = f"{passes} runs"
     learned = (
         f"A `CascadeSelector` ranks the {candidates} nearest examples without the frozen model, {tried}: "
         f"{cost} of the frozen model for a prediction.{head} It learned from what examples do on {report['images']:,} "
@@ -154,7 +152,7 @@ def _cascade(kept: dict[str, Any], candidates: int) -> str:
         '`pipe(image, num_examples=10, fusion="weighted")` paints with ten examples, weighted by what is expected of '
         "them."
     )
-    return "\n".join([fill(learned, WIDTH), "", *table, "", fill(fusion, WIDTH), ""])
+    return "\n".join([_fill(learned), "", *table, "", _fill(fusion), ""])
 
 
 def _ranker(kept: dict[str, Any], candidates: int) -> str:
@@ -167,4 +165,9 @@ def _ranker(kept: dict[str, Any], candidates: int) -> str:
     )
     if kept["reliable"]:
         text += f" Only {kept['reliable']:,} reliable examples of the pool are ranked."
-    return fill(text, WIDTH) + "\n"
+    return _fill(text) + "\n"
+
+
+def _fill(text: str) -> str:
+    # a line that ends within a word shows a space there when it is rendered
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
