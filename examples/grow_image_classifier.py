@@ -11,6 +11,7 @@ support saturates, to at most that share of the dense net's multiply-accumulates
 """
 
 import argparse
+import gc
 import sys
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -155,4 +156,5 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # leaving that to the exit can abort in gloo's threads
+    gc.collect()  # a model in DDP holds the process group, whose threads can abort the interpreter's exit
+    PartialState().destroy_process_group()

@@ -11,6 +11,7 @@ by default linear heads on the model's frozen backbone (`--probes trained` train
 """
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -191,4 +192,5 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # leaving that to the exit can abort in gloo's threads
+    gc.collect()  # a model in DDP holds the process group, whose threads can abort the interpreter's exit
+    PartialState().destroy_process_group()

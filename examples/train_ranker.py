@@ -17,6 +17,7 @@ training. Besides its own arguments it takes those of `TrainingArguments`; `--co
 
 import argparse
 import copy
+import gc
 import json
 import sys
 from dataclasses import dataclass, field
@@ -210,4 +211,5 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # leaving that to the exit can abort in gloo's threads
+    gc.collect()  # a model in DDP holds the process group, whose threads can abort the interpreter's exit
+    PartialState().destroy_process_group()

@@ -10,6 +10,7 @@ which then matches features. `--config file.yaml` holds any of the arguments as 
 """
 
 import argparse
+import gc
 import json
 import sys
 from dataclasses import dataclass, field
@@ -172,4 +173,5 @@ def score_of(task, prediction, label, image: Image.Image) -> float:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # leaving that to the exit can abort in gloo's threads
+    gc.collect()  # a model in DDP holds the process group, whose threads can abort the interpreter's exit
+    PartialState().destroy_process_group()

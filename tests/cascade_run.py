@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from leave import leave
 from safetensors.torch import save_file
 from scenes import SIZE, make_model, make_pool, scene, tiny_encoder
 from torch import Tensor, nn
@@ -102,4 +102,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # leaving that to the exit can abort in gloo's threads
+    leave()

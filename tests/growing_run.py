@@ -22,6 +22,7 @@ import tiny_run
 import torch
 import torch.distributed as dist
 from distributed import trainer_run
+from leave import leave
 
 from hf_effdl import GrowingArguments, GrowingTrainer
 from hf_effdl.structure import grow_checkpoint
@@ -98,8 +99,7 @@ def main(arguments: list[str]) -> None:
         run.train(resume_from_checkpoint=options.resume)
         torch.save(outcome(run), options.out / (f"{name}-{dist.get_rank()}.pt" if name else "final.pt"))
     if options.ddp:
-        dist.barrier()
-        os._exit(0)  # as in distributed/trainer_run.py
+        leave()
 
 
 def fork() -> None:

@@ -8,6 +8,7 @@ import time
 
 import torch
 from accelerate import PartialState
+from leave import leave
 from safetensors.torch import save_file
 from scenes import make_model, make_pool
 
@@ -39,4 +40,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # leaving that to the exit can abort in gloo's threads
+    leave()

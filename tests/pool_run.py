@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset, Image
+from leave import leave
 from PIL import Image as PILImage
 from torch import nn
 
@@ -82,4 +83,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # leaving that to the exit can abort in gloo's threads
+    leave()

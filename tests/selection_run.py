@@ -9,6 +9,7 @@ import time
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from leave import leave
 from torch import nn
 
 from hf_effdl import LinearProbes, Probes, UncertaintySelector
@@ -52,4 +53,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # leaving that to the exit can abort in gloo's threads
+    leave()

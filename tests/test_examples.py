@@ -23,6 +23,8 @@ from transformers import (
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+# two processes, which may leave no thread of gloo's behind
+TWO = (str(BIN / "torchrun"), "--nproc_per_node", "2", str(ROOT / "tests" / "threads_left.py"))
 SCRIPT = ROOT / "examples" / "sparsify_image_classifier.py"
 
 
@@ -71,7 +73,7 @@ def test_the_classifier_example_runs_under_accelerate_launch(config, tmp_path):
 
 def test_the_classifier_example_runs_on_two_processes_and_reports_once(config, tmp_path):
     out = run(
-        str(BIN / "torchrun"), "--nproc_per_node", "2", str(SCRIPT), "--config", str(config), "--max_steps", "2",
+        *TWO, str(SCRIPT), "--config", str(config), "--max_steps", "2",
         "--output_dir", "out", "--widths", "free", cwd=tmp_path,
     )  # fmt: skip
     assert out.count("median unit") == 1 and out.count("slim model in") == 1
@@ -126,7 +128,7 @@ def test_the_selection_example_runs_under_accelerate_launch(texts, tmp_path):
 
 def test_the_selection_example_trains_probes_on_two_processes(texts, tmp_path):
     out = run(
-        str(BIN / "torchrun"), "--nproc_per_node", "2", str(SELECT), "--config", str(texts), "--output_dir", "out",
+        *TWO, str(SELECT), "--config", str(texts), "--output_dir", "out",
         "--probes", "trained", "--num_probes", "2", cwd=tmp_path,
     )  # fmt: skip
     check_selection(out, tmp_path / "out")

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_examples import BIN, ROOT, run
+from test_examples import ROOT, TWO, run
 
 from hf_effdl import CascadeSelector, ListwiseRanker, RankerSelector, VisualInContextPipeline
 
@@ -50,9 +50,7 @@ def test_it_fits_a_cascade_alone_and_on_two_processes(tmp_path, capsys, monkeypa
     scores = [(one & other).sum() / max(1, (one | other).sum()) for one, other in zip(masks, truth)]
     assert scores == pytest.approx(report["scores"]["cascade"], abs=1e-5)
 
-    printed = run(
-        str(BIN / "torchrun"), "--nproc_per_node", "2", str(SCRIPT), *SMALL, "--output_dir", "two", cwd=tmp_path
-    )
+    printed = run(*TWO, str(SCRIPT), *SMALL, "--output_dir", "two", cwd=tmp_path)
     assert table(printed) == found and printed.count("| nearest |") == 1
     two = json.loads((tmp_path / "two" / "report.json").read_text())
     assert two["fit"] == pytest.approx(report["fit"], abs=1e-5)

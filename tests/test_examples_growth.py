@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hub import LoopbackHub
 from PIL import Image as Picture
-from test_examples import BIN, ROOT, run
+from test_examples import BIN, ROOT, TWO, run
 from transformers import AutoModelForImageClassification, ConvNextConfig, ConvNextImageProcessor, ResNetConfig
 
 from hf_effdl import SparsePath
@@ -110,7 +110,7 @@ def test_the_example_runs_under_accelerate_launch(config, tmp_path, monkeypatch)
 def test_the_example_runs_on_two_processes_and_reports_once(config, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     out = run(
-        str(BIN / "torchrun"), "--nproc_per_node", "2", str(SCRIPT), "--config", str(config), "--output_dir", "out",
+        *TWO, str(SCRIPT), "--config", str(config), "--output_dir", "out",
         "--seed-depths", "1", "2", "--max-macs-share", "0.49", cwd=tmp_path,
     )  # fmt: skip
     check(out, tmp_path / "out")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from test_examples import BIN, ROOT, run
+from test_examples import ROOT, TWO, run
 
 
 SCRIPT = ROOT / "examples" / "train_ranker.py"
@@ -39,9 +39,7 @@ def test_it_trains_rankers_alone_and_on_two_processes(tmp_path, capsys, monkeypa
     monkeypatch.chdir(tmp_path)
     train_ranker.main([*SMALL, "--output_dir", "one"])
     one = check(capsys.readouterr().out, tmp_path / "one")
-    printed = run(
-        str(BIN / "torchrun"), "--nproc_per_node", "2", str(SCRIPT), *SMALL, "--output_dir", "two", cwd=tmp_path
-    )
+    printed = run(*TWO, str(SCRIPT), *SMALL, "--output_dir", "two", cwd=tmp_path)
     two = check(printed, tmp_path / "two")
     assert one["scores"]["nearest"] == pytest.approx(two["scores"]["nearest"])
     assert one["scores"]["oracle"] == pytest.approx(two["scores"]["oracle"])

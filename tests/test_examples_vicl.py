@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
-from test_examples import BIN, ROOT, run
+from test_examples import BIN, ROOT, TWO, run
 
 
 SCRIPT = ROOT / "examples" / "vicl_seggpt.py"
@@ -39,7 +39,7 @@ def scores(printed: str) -> dict[str, float]:
 def test_one_process_and_two_choose_the_same_examples(config, tmp_path):
     arguments = (str(SCRIPT), "--config", str(config), "--strategy", "dense", "--output_dir")
     alone = run(sys.executable, *arguments, "one", cwd=tmp_path)
-    two = run(str(BIN / "torchrun"), "--nproc_per_node", "2", *arguments, "two", cwd=tmp_path)
+    two = run(*TWO, *arguments, "two", cwd=tmp_path)
     assert scores(alone) == scores(two) and set(scores(alone)) == {"dense", "random", "oracle"}
     assert two.count("| dense |") == 1  # the first process alone reports
     assert scores(alone)["oracle"] >= max(scores(alone)["dense"], scores(alone)["random"])

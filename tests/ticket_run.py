@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tiny_run
 import torch
+from leave import leave
 
 from hf_effdl import Ticket, find_ticket
 from hf_effdl.structure.early_ticket import read_weights
@@ -53,6 +54,5 @@ if __name__ == "__main__":
         norm.running_mean.fill_(torch.distributed.get_rank())
         assert not read_weights(norm)["running_mean"].any(), "batch statistics are to be those of the first process"
         found.save_pretrained(options.out / f"found-{os.environ['RANK']}")
-        torch.distributed.barrier()
-        os._exit(0)  # as in distributed/trainer_run.py
+        leave()
     search(options.out).save_pretrained(options.out / "found")

@@ -7,6 +7,7 @@ import argparse
 
 import torch
 from datasets import Dataset
+from leave import leave
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
@@ -71,4 +72,4 @@ if __name__ == "__main__":
     parameters = run(options.out, options.rows, options.batch, options.micro)
     if torch.distributed.get_rank() == 0:
         torch.save(parameters, f"{options.out}/final.pt")
-    torch.distributed.destroy_process_group()
+    leave()

@@ -4,7 +4,6 @@ Process 0 leaves in OUT/result.pt what every case ends with, which `run(case)` i
 it ends with after a checkpoint and a resume.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from leave import leave
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -193,5 +193,4 @@ if __name__ == "__main__":
             result[f"{case}, {form}"] = resume(case, out, form)
     if dist.get_rank() == 0:
         torch.save(result, out / "result.pt")
-    dist.barrier()  # process 0 has written
-    os._exit(0)  # an ordinary exit, with threads of gloo still there, aborted one process in some twenty
+    leave()

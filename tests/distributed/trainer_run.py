@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from leave import leave
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
@@ -207,5 +208,4 @@ if __name__ == "__main__":
         said = refusals(options.out / "refused")
         if dist.get_rank() == 0:
             (options.out / "refused.json").write_text(json.dumps(said))
-    dist.barrier()  # process 0 has written
-    os._exit(0)  # an ordinary exit, with threads of gloo still there, aborted one process in some twenty
+    leave()
