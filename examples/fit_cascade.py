@@ -16,7 +16,6 @@ these images is neither measured on nor shown while measuring. `output_dir`/mode
 """
 
 import argparse
-import gc
 import json
 import sys
 from dataclasses import dataclass, field
@@ -145,5 +144,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    gc.collect()  # a model in DDP holds the process group, whose threads can abort the interpreter's exit
-    PartialState().destroy_process_group()
+    PartialState().destroy_process_group()  # its threads can abort the interpreter's exit

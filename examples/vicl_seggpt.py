@@ -10,7 +10,6 @@ which then matches features. `--config file.yaml` holds any of the arguments as 
 """
 
 import argparse
-import gc
 import json
 import sys
 from dataclasses import dataclass, field
@@ -173,5 +172,4 @@ def score_of(task, prediction, label, image: Image.Image) -> float:
 
 if __name__ == "__main__":
     main()
-    gc.collect()  # a model in DDP holds the process group, whose threads can abort the interpreter's exit
-    PartialState().destroy_process_group()
+    PartialState().destroy_process_group()  # its threads can abort the interpreter's exit
