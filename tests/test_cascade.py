@@ -131,10 +131,14 @@ def test_the_report_is_what_the_table_says_of_folds_without_the_image(fitted, me
         fewer = table[0].clone()
         fewer[lists.images[test]] = -1
         vectors, quarters = pool.vectors.float(), quarters_of(pool.tokens(torch.arange(COUNT)))
-        learned = RowModel(vectors, quarters, fewer, table[1]).predict(
-            vectors[lists.images], quarters[lists.images], lists.rows, torch.where(test, -1, lists.images)
-        )
-        found, _ = standardised(torch.cat([features[..., :-8], learned], 2), lists.known, spread)
+        rows, own = RowModel(vectors, quarters, fewer, table[1]), torch.where(test, -1, lists.images)
+        matches = features[..., [FIRST.index("forward"), FIRST.index("mutual")]]
+        alike = standardised(matches, lists.known)[0][..., :2]
+        learned = [
+            rows.predict(vectors[lists.images], quarters[lists.images], lists.rows, own),
+            rows.among(alike, lists.rows, own),
+        ]
+        found, _ = standardised(torch.cat([features[..., :-14], *learned], 2), lists.known, spread)
         held_down = torch.cat([found[train].flatten(0, 1), 300**0.5 * torch.eye(found.shape[2])]).double()
         target = lists.performance[train] - lists.performance[train].mean(1, keepdim=True)
         target = torch.cat([target.flatten(), torch.zeros(found.shape[2])]).double()
@@ -760,4 +764,4 @@ def test_the_list_of_the_pipeline_may_be_no_longer_than_what_is_tried(measured, 
     model.config.candidates = PASSES
     with pytest.raises(ValueError, match=f"passes={PASSES}, but at most {PASSES} candidates are ranked"):
         CascadeSelector(model, passes=PASSES).fit(pools["segmentation"], progress=False)
-    assert len(FIRST) == 3 + 8 + 10 + 8
+    assert len(FIRST) == 3 + 8 + 10 + 8 + 6

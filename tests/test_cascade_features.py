@@ -149,6 +149,58 @@ def test_rows_can_be_taken_out_again(case):
     assert torch.equal(whole.predict(*views, rows, own), before)  # the first is as it was
 
 
+def among_by_hand(
+    measured: Tensor, performance: Tensor, alike: Tensor, rows: list[int], row: int, own: int
+) -> list[float]:
+    """What one candidate did on the others of a list, by weights that follow from how alike those are to the query."""
+    found = []
+    for column in alike.T.tolist():
+        for softness in (0.25, 0.5, 1.0):
+            labelled = [k for k, j in enumerate(rows) if j >= 0 and j != own and (measured[j] >= 0).any()]
+            total = sum(math.exp(column[k] / softness) for k in labelled)
+            above, below = 0.0, 0.1
+            for k in labelled:
+                known = measured[rows[k]] >= 0
+                at = (measured[rows[k]] == row).nonzero()[:, 0].tolist()
+                if row >= 0 and at:
+                    weight = math.exp(column[k] / softness) / total
+                    mean = performance[rows[k]][known].mean()
+                    above, below = above + weight * float(performance[rows[k], at[0]] - mean), below + weight
+            found.append(above / below)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_candidates_transfer_to_each_other_as_by_hand(case):
+    n, (labelled, count) = 14, CASES[case]
+    views, (measured, performance) = [unit(n, 6), unit(n, 12, seed=1)], table(n, labelled, count)
+    model = RowModel(*views, measured, performance)
+    rows = torch.stack([torch.randperm(n, generator=drawn(b))[:9] for b in range(4)])
+    rows[1, 4], rows[2, :] = -1, -1
+    alike = torch.randn(4, 9, 2, generator=drawn(7))
+    # a query of its own pool, not of it, in no list, and among its own candidates
+    own = torch.tensor([labelled[2], -1, labelled[0], int(next(row for row in rows[3] if row in labelled))])
+    found = model.among(alike, rows, own)
+    expected = [
+        [among_by_hand(measured, performance, alike[b], rows[b].tolist(), c, int(own[b])) for c in rows[b].tolist()]
+        for b in range(4)
+    ]
+    assert found.shape == (4, 9, len(RowModel.among_names)) and not found[2].any() and found[0].abs().max() > 0.01
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-4)
+    # what an image measured itself does not matter to it, and does to others
+    before = found.clone()
+    performance[own[3]] = torch.rand(performance.shape[1], generator=drawn(9)) * 100
+    after = RowModel(*views, measured, performance).among(alike, rows, own)
+    torch.testing.assert_close(after[3], before[3])
+    without = RowModel(*views, measured, performance).among(alike, rows)
+    assert (without[3] - after[3]).abs().max() > 1
+    # and images can be taken out
+    gone = torch.tensor(labelled[:3])
+    fewer = RowModel(*views, measured, performance).without(gone).among(alike, rows, own)
+    measured[gone] = -1
+    torch.testing.assert_close(fewer, RowModel(*views, measured, performance).among(alike, rows, own))
+
+
 def test_entries_that_are_not_there_are_zero_and_neighbours_may_be_fewer_than_asked_for():
     views, (measured, performance) = [unit(9, 6), unit(9, 12)], table(9, [2, 3], 4)
     found = RowModel(*views, measured, performance).predict(
@@ -516,5 +568,6 @@ def test_list_heads_are_the_same_for_the_same_seed_and_do_not_see_their_fold(mon
 
 def test_the_names_of_the_features_are_as_many_as_the_features():
     assert len(MATCHES) == dense_matches(unit(1, 4, 3), unit(1, 2, 4, 3), torch.zeros(1, 2, 4)).shape[2]
-    assert len(set((*MATCHES, *STATISTICS, *RowModel.names))) == len(MATCHES) + len(STATISTICS) + len(RowModel.names)
+    names = (*MATCHES, *STATISTICS, *RowModel.names, *RowModel.among_names)
+    assert len(set(names)) == len(names) == 8 + 10 + 8 + 6
     assert cascade_features.NOWHERE < -1000

@@ -10,11 +10,11 @@ from .cascade_head import ListHeads
 from .consensus import ANSWERS, MAPS, Consensus, small
 from .example_selectors import Examples, Queries
 from .measured_lists import MeasuredLists
-from .row_model import RowModel, quarters_of
+from .row_model import MATCHED, RowModel, quarters_of
 from .shortlist import Relations, best_together
 
 
-FIRST = ("similarity", "quarters", "rank", *MATCHES, *STATISTICS, *RowModel.names)
+FIRST = ("similarity", "quarters", "rank", *MATCHES, *STATISTICS, *RowModel.names, *RowModel.among_names)
 HEADS = ("ridge", "listwise")
 # turns of stage 2
 TURNS = 2
@@ -25,9 +25,10 @@ class CascadeSelector(nn.Module):
 
     Stage 1 scores the K nearest candidates without running the frozen model F: similarity, dense matching (also inside
     and outside the labelled object), where and how large the label is, and what was measured on pool images like the
-    query (`RowModel`). Stage 2 runs F with `passes` of them and looks at the answers: how much each agrees with their
-    weighted consensus, which was calibrated on pool images (`Consensus`); in two turns, since the scores of the first
-    give a better consensus. Both stages are ridge regressions in closed form on features relative to the list,
+    query, the best matching candidates among them (`RowModel`). Stage 2 runs F with `passes` of them and looks at the
+    answers: how much each agrees with their weighted consensus, which was calibrated on pool images (`Consensus`); in
+    two turns, since the scores of the first give a better consensus. Both stages are ridge regressions in closed form
+    on features relative to the list,
 
         w = argmin sum_(q, c) (m(q, c) - mean_c m(q, .) - w x(q, c))^2 + 300 |w|^2,
 
@@ -176,8 +177,17 @@ class CascadeSelector(nn.Module):
         simple = [similarity.nan_to_num(neginf=0.0), (quarters @ asked[..., None])[..., 0],
                   torch.arange(rows.shape[1]).expand(rows.shape).float()]  # fmt: skip
         matches, statistics = examples.matches(views, safe).cpu(), label_statistics(examples.small_labels(safe)).cpu()
-        learned = self._row_model(examples).predict(vectors, asked, rows, own)
+        learned = self.transferred(self._row_model(examples), (vectors, asked), matches, rows, own)
         return torch.cat([torch.stack(simple, 2), matches, statistics, learned], 2)
+
+    @staticmethod
+    def transferred(
+        model: RowModel, views: tuple[Tensor, Tensor], matches: Tensor, rows: Tensor, own: Tensor | None
+    ) -> Tensor:
+        """What of `first_features` rests on measured performance, the last of them."""
+        alike = matches[..., [MATCHES.index(name) for name in MATCHED]]
+        alike = standardised(alike, rows >= 0)[0][..., : len(MATCHED)]
+        return torch.cat([model.predict(*views, rows, own), model.among(alike, rows, own)], 2)
 
     def shortlist(
         self, examples: Examples, scores: Tensor, rows: Tensor, own: Tensor | None, count: int

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .cascade import TURNS
-from .cascade_features import ridge, standardised
+from .cascade import FIRST, TURNS
+from .cascade_features import MATCHES, ridge, standardised
 from .cascade_head import train_heads
 from .consensus import small
 from .example_selectors import Examples
@@ -78,15 +78,18 @@ def _fit_first(selector: Any, examples: Examples, lists: MeasuredLists) -> tuple
     selector.temperatures[0], selector.temperatures[1:] = SOFTNESS * unit, 2 * SOFTNESS * unit
     rows = selector._row_model(examples)
     asked = [view[rows.position[lists.images]] for view in rows.views]
+    rest = len(FIRST) - len(rows.names) - len(rows.among_names)
+    matches = raw[..., FIRST.index(MATCHES[0]) :][..., : len(MATCHES)]
     folds = []
     for one in range(FOLDS):
         # what is to be predicted must not stand behind the features that are learnt from either
         fewer = rows.without(lists.images[lists.fold == one])
         learned = torch.cat([
-            fewer.predict(*(view[part] for view in asked), lists.rows[part], lists.images[part])
+            selector.transferred(fewer, [view[part] for view in asked], matches[part], lists.rows[part],
+                                 lists.images[part])
             for part in torch.arange(len(raw)).split(ROWS)
         ])  # fmt: skip
-        folds.append(standardised(torch.cat([raw[..., : -len(fewer.names)], learned], 2), known, spread)[0])
+        folds.append(standardised(torch.cat([raw[..., :rest], learned], 2), known, spread)[0])
     scores = _out_of_fold(folds, target, known, lists.fold)
     if selector.head == "listwise":
         selector.first_heads, scores = train_heads(folds, target, known, lists.fold, selector.seed)

@@ -9,6 +9,10 @@ from torch.nn import functional as F
 
 WIDTHS = (1.0, 0.3)
 NEIGHBOURS, TEMPERATURE = (5, 15, 40), 0.05
+# how a query's cells match those of the candidates, and how soft the weights are that follow from it
+MATCHED, SOFTNESS = ("forward", "mutual"), (0.25, 0.5, 1.0)
+# images' worth of zero that transfer is drawn to where an example was not measured on all of them
+PRIOR = 0.1
 # pool rows whose distances give the unit of the kernels' widths
 SAMPLE = 1000
 
@@ -27,6 +31,8 @@ class RowModel:
     images, weights softmax(cos / 0.05), and mu ("quality"). What a labelled image i itself measured is left out of its
     own predictions, of mu too: for kernel ridge w_j = -A_ij / A_ii is what the other images alone would give.
 
+    `among` transfers from the candidates themselves, which have been matched cell by cell with the query.
+
     Args:
         vectors: `(n, d)` unit vectors of the pool.
         quarters: `(n, 4 d)` unit vectors of the pool's quarters.
@@ -44,6 +50,7 @@ class RowModel:
         "40 nearest",
         "quality",
     )
+    among_names = tuple(f"{name} {softness}" for name in MATCHED for softness in SOFTNESS)
 
     def __init__(self, vectors: Tensor, quarters: Tensor, measured: Tensor, performance: Tensor) -> None:
         n = len(vectors)
@@ -127,9 +134,41 @@ class RowModel:
             sums = torch.sparse.mm(self.residual, weights.T).T.unflatten(0, shape)
             counts = torch.sparse.mm(self.count, weights.T).T.unflatten(0, shape)
             # how many images' worth of zero everything is drawn to; softmax weights sum to one
-            prior = torch.tensor([1.0] * 4 + [0.1] * 3 + [1.0])[:, None, None]
+            prior = torch.tensor([1.0] * 4 + [PRIOR] * 3 + [1.0])[:, None, None]
             found = list((sums / (counts + prior)).gather(2, gathered.expand(len(self.names), -1, -1)))
         return torch.stack(found, 2) * (rows >= 0)[..., None]
+
+    def among(self, alike: Tensor, rows: Tensor, own: Tensor | None = None) -> Tensor:
+        """What the candidates of each query did on those other candidates that the query is most like.
+
+            r(q, c) = sum_j v_j R[j, c] / (sum_j v_j + 0.1),    v = softmax(a(q, j) / T),
+
+        over the candidates j that were labelled, sums over those of them that c was measured on.
+
+        Args:
+            alike: `(B, K, 2)` how well each candidate's cells match the query's, in the order of `MATCHED`,
+                relative to the list (see `standardised`).
+            rows, own: as for `predict`.
+
+        Returns:
+            `(B, K, 6)` in the order of `among_names`: both of `alike`, each with T = 0.25, 0.5 and 1.
+        """
+        place = self._positions(rows)
+        labelled = place >= 0
+        if own is not None:
+            labelled &= rows != torch.as_tensor(own).cpu()[:, None]
+        place, gathered = place.clamp(min=0)[:, None], rows.clamp(min=0)
+        if self.complete:
+            performance = self.table[place, gathered[:, :, None]]
+            there = gathered[:, :, None] != gathered[:, None]
+        else:
+            some, at = gathered.unique(return_inverse=True)
+            performance, there = (part.index_select(0, some).to_dense()[at[:, :, None], place]
+                                  for part in (self.residual, self.count))  # fmt: skip
+        weights = torch.stack([part / softness for part in alike.unbind(2) for softness in SOFTNESS], 2)
+        weights = weights.masked_fill(~labelled[..., None], -torch.inf).softmax(1).nan_to_num(0)
+        there = there.float()
+        return (performance * there) @ weights / (there @ weights + PRIOR) * (rows >= 0)[..., None]
 
     @staticmethod
     def _left_out(weights: Tensor, inverse: Tensor, places: Tensor) -> Tensor:
