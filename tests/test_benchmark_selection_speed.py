@@ -12,6 +12,7 @@ import torch
 
 from hf_effdl import aggregate_rankings
 from hf_effdl.vicl.designs import covering_design
+from hf_effdl.vicl.row_model import RowModel
 
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
@@ -85,7 +86,7 @@ def test_the_stages_of_the_cascade(speed, tmp_path, capsys, monkeypatch):
 
         def wrapper(self, *given, **named):
             clock[0] += seconds
-            if kind is speed.RowModel:
+            if kind is RowModel:
                 complete.add((self.complete, len(self.labelled)))
             return call(self, *given, **named)
 
@@ -93,7 +94,7 @@ def test_the_stages_of_the_cascade(speed, tmp_path, capsys, monkeypatch):
 
     takes(1, speed.ExamplePool, "search")
     takes(2, speed.CascadeSelector, "first_features")
-    takes(4, speed.RowModel, "predict")
+    takes(4, RowModel, "predict")
     takes(8, speed.Examples, "matches")
     takes(16, speed.Examples, "grids")  # inside matches
     takes(32, speed.Examples, "answers")

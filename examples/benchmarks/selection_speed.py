@@ -49,7 +49,6 @@ from hf_effdl.vicl.designs import covering_lists
 from hf_effdl.vicl.example_selectors import Examples, Queries
 from hf_effdl.vicl.modeling_listwise_ranker import ListwiseRanker
 from hf_effdl.vicl.ranker_selector import RankerSelector
-from hf_effdl.vicl.row_model import RowModel
 from hf_effdl.vicl.visual_tasks import find_task, pixels
 
 
@@ -309,7 +308,7 @@ def measure_cascade(
     rounds = []
     for _ in range(options.rounds):
         with stopwatches(("search", examples.pool, "search"), ("first", selector, "first_features"),
-                         ("matches", examples, "matches"), ("row model", RowModel, "predict"),
+                         ("matches", examples, "matches"), ("row model", selector, "transferred"),
                          ("grids", examples, "grids"), ("handing", examples, "answers")) as seconds:  # fmt: skip
             whole = run(parts)
         rounds.append((whole - seconds["handing"], seconds))
