@@ -183,12 +183,12 @@ def main(argv: list[str] | None = None) -> None:
         pool_rows, args.image_column, args.label_column, encoder=model.encoder, task=args.task,
         foreground=args.foreground, cache_dir=out / "pool",
     )  # fmt: skip
-    measure_examples(
-        model, pool, candidates=args.candidates, queries=args.label_budget and min(args.label_budget, len(pool)),
-        cache_dir=out / "performance",
-    )  # fmt: skip
     pipe = VisualInContextPipeline(model, pool=pool)
     exclude = find_copies(pipe, query_rows, args)
+    budget = min(args.label_budget or len(pool), len(pool) - len(exclude))
+    measure_examples(
+        model, pool, candidates=args.candidates, queries=budget, exclude=exclude, cache_dir=out / "performance"
+    )
     rankers, report = [], {"excluded": len(exclude)}
     for k in args.lengths:
         ranker, metrics = train_ranker(k, args, training, model, pool, exclude)
