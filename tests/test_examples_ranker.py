@@ -45,6 +45,19 @@ def test_it_trains_rankers_alone_and_on_two_processes(tmp_path, capsys, monkeypa
     assert one["scores"]["oracle"] == pytest.approx(two["scores"]["oracle"])
 
 
+def test_what_looks_like_a_query_is_neither_measured_on_nor_shown(tmp_path, capsys, monkeypatch):
+    tables, measure, copies = [], train_ranker.measure_examples, [2, 11]
+    monkeypatch.setattr(train_ranker, "find_copies", lambda *given: copies)
+    monkeypatch.setattr(train_ranker, "measure_examples", lambda *a, **k: tables.append(measure(*a, **k)) or tables[0])
+    train_ranker.main([*SMALL, "--label_budget", "16", "--lengths", "3", "--output_dir", str(tmp_path / "out")])
+    candidates, _ = tables[0]
+    measured = (candidates >= 0).any(1)
+    assert (
+        measured.sum() == 14 and not measured[copies].any() and not torch.isin(candidates, torch.tensor(copies)).any()
+    )
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["excluded"] == 2
+
+
 def test_settings_come_from_a_file_and_the_command_line(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("dataset_name: some/photos\nlengths: [4]\nuse_cpu: true\nlearning_rate: 0.001\n")

@@ -77,7 +77,7 @@ def _fit_first(selector: Any, examples: Examples, lists: MeasuredLists) -> tuple
     unit = target[known].square().mean().sqrt()
     selector.temperatures[0], selector.temperatures[1:] = SOFTNESS * unit, 2 * SOFTNESS * unit
     rows = selector._row_model(examples)
-    asked = [view[rows.position[lists.images]] for view in rows.views]
+    vectors, quarters = (view[rows.position[lists.images]] for view in rows.views)
     rest = len(FIRST) - len(rows.names) - len(rows.among_names)
     matches = raw[..., FIRST.index(MATCHES[0]) :][..., : len(MATCHES)]
     folds = []
@@ -85,7 +85,7 @@ def _fit_first(selector: Any, examples: Examples, lists: MeasuredLists) -> tuple
         # what is to be predicted must not stand behind the features that are learnt from either
         fewer = rows.without(lists.images[lists.fold == one])
         learned = torch.cat([
-            selector.transferred(fewer, [view[part] for view in asked], matches[part], lists.rows[part],
+            selector.transferred(fewer, (vectors[part], quarters[part]), matches[part], lists.rows[part],
                                  lists.images[part])
             for part in torch.arange(len(raw)).split(ROWS)
         ])  # fmt: skip
