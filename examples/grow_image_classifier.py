@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, ResNe
 
 from hf_effdl import GrowingArguments, GrowingTrainer
 from hf_effdl.hub.cards import markdown_table
-from hf_effdl.structure.tracing import trace_network
+from hf_effdl.structure.groups.find import trace_network
 
 
 @dataclass

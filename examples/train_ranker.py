@@ -37,10 +37,10 @@ from hf_effdl import ExamplePool, VisionEncoder, VisualInContextModel, VisualInC
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.vicl.auto import ListwiseRanker, ListwiseRankerConfig
 from hf_effdl.vicl.held_out import near_duplicates
-from hf_effdl.vicl.ranker_selector import SCHEDULES, RankerSelector
-from hf_effdl.vicl.ranker_trainer import RankerTrainer
-from hf_effdl.vicl.ranking_lists import RankingLists
-from hf_effdl.vicl.visual_tasks import find_task, pixels, to_rgb
+from hf_effdl.vicl.ranking.ranker_trainer import RankerTrainer
+from hf_effdl.vicl.ranking.ranking_lists import RankingLists
+from hf_effdl.vicl.remote_code.ranker_selector import SCHEDULES, RankerSelector
+from hf_effdl.vicl.remote_code.visual_tasks import find_task, pixels, to_rgb
 
 
 TINY = str(Path(__file__).parents[1] / "model_cards" / "tiny-seggpt-digits")

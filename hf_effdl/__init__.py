@@ -4,37 +4,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # registers how a slim model is loaded, so that from_pretrained needs this import and nothing else
-from hf_effdl.structure import quantizer as _quantizer  # noqa: F401
+from hf_effdl.structure.groups import slim_config as _slim_config  # noqa: F401
+from hf_effdl.version import __version__ as __version__
 
-
-__version__ = "0.1.0"
 
 _PUBLIC = {
-    "samples.dynamics": ["DynamicsCallback", "dynamics_scores", "load_dynamics"],
-    "samples.linear_probes": ["LinearProbes"],
-    "samples.noise": ["fit_label_noise", "noise_rate"],
-    "samples.planning": ["Plan", "active_plan", "default_plan", "make_plan", "paper_plan"],
-    "samples.probes": ["Probes"],
-    "samples.sampling": ["PrioritySampler", "draw", "inclusion_probabilities", "priority_sample"],
-    "samples.selection": ["Selection", "load_selection"],
-    "samples.selector": ["UncertaintySelector"],
-    "samples.shards": ["plan_shards"],
-    "samples.trained_probes": ["train_probes"],
-    "samples.uncertainty": ["uncertainty"],
-    "structure.arguments": ["SplitLBIArguments", "scheduled_rates"],
-    "structure.callbacks": ["SplitLBICallback"],
-    "structure.early_ticket": ["EarlyTicketCallback", "find_ticket"],
-    "structure.groups": ["Group", "param_groups"],
-    "structure.grow": ["deepen", "widen"],
-    "structure.growing": ["GrowingArguments", "GrowingTrainer", "GrowthCallback"],
-    "structure.path": ["SparsePath"],
-    "structure.slim": ["recalibrate_batch_norm", "slim"],
-    "structure.schedule": ["derive_path"],
-    "structure.split_lbi": ["SplitLBI", "split_lbi_update"],
-    "structure.tickets": ["Ticket", "rewind", "transfer"],
-    "structure.tracing": ["find_groups"],
-    "structure.trainer": ["SplitLBITrainer"],
-    "vicl.aggregation": ["aggregate_rankings"],
+    "samples.probes.dynamics_callback": ["DynamicsCallback", "dynamics_scores", "load_dynamics"],
+    "samples.probes.linear_probes": ["LinearProbes"],
+    "samples.scores.noise": ["fit_label_noise", "noise_rate"],
+    "samples.drawing.plan": ["Plan", "active_plan", "default_plan", "make_plan", "paper_plan"],
+    "samples.probes.probes": ["Probes"],
+    "samples.drawing.draws": ["PrioritySampler", "draw", "inclusion_probabilities", "priority_sample"],
+    "samples.selection.selection": ["Selection", "load_selection"],
+    "samples.selection.selector": ["UncertaintySelector"],
+    "samples.drawing.shards": ["plan_shards"],
+    "samples.probes.trained_probes": ["train_probes"],
+    "samples.scores.uncertainty": ["uncertainty"],
+    "structure.training.arguments": ["SplitLBIArguments", "scheduled_rates"],
+    "structure.training.callbacks": ["SplitLBICallback"],
+    "structure.tickets.search": ["EarlyTicketCallback", "find_ticket"],
+    "structure.groups.group": ["Group", "param_groups"],
+    "structure.growing.widen": ["deepen", "widen"],
+    "structure.growing.trainer": ["GrowingArguments", "GrowingTrainer", "GrowthCallback"],
+    "structure.path.path": ["SparsePath"],
+    "structure.slim.slim": ["recalibrate_batch_norm", "slim"],
+    "structure.optim.schedule": ["derive_path"],
+    "structure.optim.split_lbi": ["SplitLBI", "split_lbi_update"],
+    "structure.tickets.ticket": ["Ticket", "rewind", "transfer"],
+    "structure.groups.find": ["find_groups"],
+    "structure.training.trainer": ["SplitLBITrainer"],
+    "vicl.remote_code.ranker_aggregation": ["aggregate_rankings"],
     "vicl.auto": [
         "ListwiseRanker",
         "ListwiseRankerConfig",
@@ -42,19 +41,19 @@ _PUBLIC = {
         "VisualInContextModel",
         "VisualInContextPipeline",
     ],
-    "vicl.cascade": ["CascadeSelector"],
-    "vicl.designs": ["covering_design", "knock_out"],
-    "vicl.feature_matching": ["FeatureMatching"],
+    "vicl.remote_code.cascade": ["CascadeSelector"],
+    "vicl.remote_code.ranker_designs": ["covering_design", "knock_out"],
+    "vicl.remote_code.frozen_matching": ["FeatureMatching"],
     "vicl.held_out": ["near_duplicates", "read_splits", "split_pool", "write_splits"],
-    "vicl.labels": ["measure_examples"],
-    "vicl.losses": ["neural_ndcg_loss", "pairwise_margin_loss"],
-    "vicl.pool": ["ExamplePool"],
-    "vicl.ranker_selector": ["RankerSelector"],
-    "vicl.ranker_trainer": ["RankerTrainer"],
-    "vicl.ranking_lists": ["RankingLists"],
-    "vicl.reliable": ["reliable_rows"],
-    "vicl.seggpt_in_context": ["SegGptInContext"],
-    "vicl.vision_encoders": ["VisionEncoder"],
+    "vicl.measure": ["measure_examples"],
+    "vicl.remote_code.ranker_losses": ["neural_ndcg_loss", "pairwise_margin_loss"],
+    "vicl.pool.pool": ["ExamplePool"],
+    "vicl.remote_code.ranker_selector": ["RankerSelector"],
+    "vicl.ranking.ranker_trainer": ["RankerTrainer"],
+    "vicl.ranking.ranking_lists": ["RankingLists"],
+    "vicl.remote_code.ranker_reliable": ["reliable_rows"],
+    "vicl.remote_code.frozen_seggpt": ["SegGptInContext"],
+    "vicl.remote_code.vision_encoder": ["VisionEncoder"],
     "weighting": ["WeightedTrainer"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
@@ -62,31 +61,30 @@ _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
-    from hf_effdl.samples.dynamics import DynamicsCallback, dynamics_scores, load_dynamics
-    from hf_effdl.samples.linear_probes import LinearProbes
-    from hf_effdl.samples.noise import fit_label_noise, noise_rate
-    from hf_effdl.samples.planning import Plan, active_plan, default_plan, make_plan, paper_plan
-    from hf_effdl.samples.probes import Probes
-    from hf_effdl.samples.sampling import PrioritySampler, draw, inclusion_probabilities, priority_sample
-    from hf_effdl.samples.selection import Selection, load_selection
-    from hf_effdl.samples.selector import UncertaintySelector
-    from hf_effdl.samples.shards import plan_shards
-    from hf_effdl.samples.trained_probes import train_probes
-    from hf_effdl.samples.uncertainty import uncertainty
-    from hf_effdl.structure.arguments import SplitLBIArguments, scheduled_rates
-    from hf_effdl.structure.callbacks import SplitLBICallback
-    from hf_effdl.structure.early_ticket import EarlyTicketCallback, find_ticket
-    from hf_effdl.structure.groups import Group, param_groups
-    from hf_effdl.structure.grow import deepen, widen
-    from hf_effdl.structure.growing import GrowingArguments, GrowingTrainer, GrowthCallback
-    from hf_effdl.structure.path import SparsePath
-    from hf_effdl.structure.schedule import derive_path
-    from hf_effdl.structure.slim import recalibrate_batch_norm, slim
-    from hf_effdl.structure.split_lbi import SplitLBI, split_lbi_update
-    from hf_effdl.structure.tickets import Ticket, rewind, transfer
-    from hf_effdl.structure.tracing import find_groups
-    from hf_effdl.structure.trainer import SplitLBITrainer
-    from hf_effdl.vicl.aggregation import aggregate_rankings
+    from hf_effdl.samples.drawing.draws import PrioritySampler, draw, inclusion_probabilities, priority_sample
+    from hf_effdl.samples.drawing.plan import Plan, active_plan, default_plan, make_plan, paper_plan
+    from hf_effdl.samples.drawing.shards import plan_shards
+    from hf_effdl.samples.probes.dynamics_callback import DynamicsCallback, dynamics_scores, load_dynamics
+    from hf_effdl.samples.probes.linear_probes import LinearProbes
+    from hf_effdl.samples.probes.probes import Probes
+    from hf_effdl.samples.probes.trained_probes import train_probes
+    from hf_effdl.samples.scores.noise import fit_label_noise, noise_rate
+    from hf_effdl.samples.scores.uncertainty import uncertainty
+    from hf_effdl.samples.selection.selection import Selection, load_selection
+    from hf_effdl.samples.selection.selector import UncertaintySelector
+    from hf_effdl.structure.groups.find import find_groups
+    from hf_effdl.structure.groups.group import Group, param_groups
+    from hf_effdl.structure.growing.trainer import GrowingArguments, GrowingTrainer, GrowthCallback
+    from hf_effdl.structure.growing.widen import deepen, widen
+    from hf_effdl.structure.optim.schedule import derive_path
+    from hf_effdl.structure.optim.split_lbi import SplitLBI, split_lbi_update
+    from hf_effdl.structure.path.path import SparsePath
+    from hf_effdl.structure.slim.slim import recalibrate_batch_norm, slim
+    from hf_effdl.structure.tickets.search import EarlyTicketCallback, find_ticket
+    from hf_effdl.structure.tickets.ticket import Ticket, rewind, transfer
+    from hf_effdl.structure.training.arguments import SplitLBIArguments, scheduled_rates
+    from hf_effdl.structure.training.callbacks import SplitLBICallback
+    from hf_effdl.structure.training.trainer import SplitLBITrainer
     from hf_effdl.vicl.auto import (
         ListwiseRanker,
         ListwiseRankerConfig,
@@ -94,19 +92,20 @@ if TYPE_CHECKING:
         VisualInContextModel,
         VisualInContextPipeline,
     )
-    from hf_effdl.vicl.cascade import CascadeSelector
-    from hf_effdl.vicl.designs import covering_design, knock_out
-    from hf_effdl.vicl.feature_matching import FeatureMatching
     from hf_effdl.vicl.held_out import near_duplicates, read_splits, split_pool, write_splits
-    from hf_effdl.vicl.labels import measure_examples
-    from hf_effdl.vicl.losses import neural_ndcg_loss, pairwise_margin_loss
-    from hf_effdl.vicl.pool import ExamplePool
-    from hf_effdl.vicl.ranker_selector import RankerSelector
-    from hf_effdl.vicl.ranker_trainer import RankerTrainer
-    from hf_effdl.vicl.ranking_lists import RankingLists
-    from hf_effdl.vicl.reliable import reliable_rows
-    from hf_effdl.vicl.seggpt_in_context import SegGptInContext
-    from hf_effdl.vicl.vision_encoders import VisionEncoder
+    from hf_effdl.vicl.measure import measure_examples
+    from hf_effdl.vicl.pool.pool import ExamplePool
+    from hf_effdl.vicl.ranking.ranker_trainer import RankerTrainer
+    from hf_effdl.vicl.ranking.ranking_lists import RankingLists
+    from hf_effdl.vicl.remote_code.cascade import CascadeSelector
+    from hf_effdl.vicl.remote_code.frozen_matching import FeatureMatching
+    from hf_effdl.vicl.remote_code.frozen_seggpt import SegGptInContext
+    from hf_effdl.vicl.remote_code.ranker_aggregation import aggregate_rankings
+    from hf_effdl.vicl.remote_code.ranker_designs import covering_design, knock_out
+    from hf_effdl.vicl.remote_code.ranker_losses import neural_ndcg_loss, pairwise_margin_loss
+    from hf_effdl.vicl.remote_code.ranker_reliable import reliable_rows
+    from hf_effdl.vicl.remote_code.ranker_selector import RankerSelector
+    from hf_effdl.vicl.remote_code.vision_encoder import VisionEncoder
     from hf_effdl.weighting import WeightedTrainer
 
 

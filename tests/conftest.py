@@ -56,7 +56,7 @@ def upstream_deprecations_fail():
 @pytest.fixture(scope="session")
 def compiler():
     """Tests of the compiled optimizer step need a C++ compiler."""
-    from hf_effdl.structure import fused
+    from hf_effdl.structure.optim import fused_cpu as fused
 
     try:
         fused.library()

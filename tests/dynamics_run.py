@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_effdl import DynamicsCallback
-from hf_effdl.samples import dynamics
+from hf_effdl.samples.probes import dynamics_callback as dynamics
 
 
 ROWS, CLASSES, EPOCHS = 37, 3, 4

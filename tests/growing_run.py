@@ -25,7 +25,7 @@ from distributed import trainer_run
 from leave import leave
 
 from hf_effdl import GrowingArguments, GrowingTrainer
-from hf_effdl.structure import grow_checkpoint
+from hf_effdl.structure.growing import checkpoint as grow_checkpoint
 
 
 GROWTH = {

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from scenes import make_model, make_pool
 
 from hf_effdl import measure_examples
-from hf_effdl.vicl import labels
+from hf_effdl.vicl import measure as labels
 
 
 COUNT, K = 22, 4

@@ -69,7 +69,7 @@ def rows(count: int, seed: int = 0, kind: str = "JPEG") -> Dataset:
 
 
 def main() -> None:
-    from hf_effdl.vicl.pool import ExamplePool
+    from hf_effdl.vicl.pool.pool import ExamplePool
 
     cache, out, seconds = [*sys.argv[1:], *["0"][len(sys.argv) - 3 :]]
     torch.set_num_threads(1)

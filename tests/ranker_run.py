@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from hf_effdl.vicl.auto import ListwiseRanker, ListwiseRankerConfig
-from hf_effdl.vicl.ranker_trainer import RankerTrainer
-from hf_effdl.vicl.ranking_lists import RankingLists
+from hf_effdl.vicl.ranking.ranker_trainer import RankerTrainer
+from hf_effdl.vicl.ranking.ranking_lists import RankingLists
 
 
 COUNT, K = 24, 10

@@ -13,7 +13,7 @@ from leave import leave
 from torch import nn
 
 from hf_effdl import LinearProbes, Probes, UncertaintySelector
-from hf_effdl.samples import scoring
+from hf_effdl.samples.probes import scoring
 
 
 def rows(count: int, seed: int) -> Dataset:

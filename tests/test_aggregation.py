@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from hf_effdl.vicl.aggregation import aggregate_rankings, comparison_counts
-from hf_effdl.vicl.designs import covering_design, covering_lists, knock_out, partitions, random_lists
+from hf_effdl.vicl.remote_code.ranker_aggregation import aggregate_rankings, comparison_counts
+from hf_effdl.vicl.remote_code.ranker_designs import (
+    covering_design,
+    covering_lists,
+    knock_out,
+    partitions,
+    random_lists,
+)
 
 
 TRIALS = 400

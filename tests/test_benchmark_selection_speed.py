@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hf_effdl import aggregate_rankings
-from hf_effdl.vicl.designs import covering_design
-from hf_effdl.vicl.row_model import RowModel
+from hf_effdl.vicl.remote_code.cascade_rows import RowModel
+from hf_effdl.vicl.remote_code.ranker_designs import covering_design
 
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"

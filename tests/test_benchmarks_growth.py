@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT
 
 from hf_effdl import find_groups
-from hf_effdl.structure.groups import regroup
-from hf_effdl.structure.grow import widen_groups
+from hf_effdl.structure.groups.group import regroup
+from hf_effdl.structure.growing.widen import widen_groups
 
 
 MODULES = ("structure_mnist", "structure_cifar10", "trainer_rows", "ticket_arms", "growth_arms", "tickets_cifar10",

@@ -100,7 +100,7 @@ def test_digits_small(benchmarks, arms, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["segmentation", "detection"])
 def test_agreement_is_the_mean_score_with_the_others(arms, name):
-    from hf_effdl.vicl.visual_tasks import find_task
+    from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
     task, generator = find_task(name), torch.Generator().manual_seed(0)
     painted = torch.nn.functional.interpolate(torch.rand(7, 1, 4, 4, generator=generator), (12, 12), mode="bilinear")
@@ -126,7 +126,7 @@ def test_how_far_ahead_is_of_paired_differences(arms):
 
 
 def test_weighted_means_and_ten_pass_arms_are_what_they_say(arms):
-    from hf_effdl.vicl.visual_tasks import find_task
+    from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
     task, generator = find_task("segmentation"), torch.Generator().manual_seed(0)
     painted = torch.rand(12, 1, 6, 6, generator=generator).expand(-1, 3, -1, -1).clone()

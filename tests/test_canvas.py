@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_effdl.vicl.canvas_models import ARRANGEMENTS, CanvasModel, arrange, unarrange, vote
+from hf_effdl.vicl.remote_code.frozen_canvas import ARRANGEMENTS, CanvasModel, arrange, unarrange, vote
 
 
 # the four cells in reading order, written out

@@ -16,16 +16,16 @@ from test_vicl_pipeline import Mirror, check_contract, photos, tiny_seggpt
 from torch import nn
 
 from hf_effdl import CascadeSelector, SegGptInContext, VisualInContextModel, VisualInContextPipeline, measure_examples
-from hf_effdl.vicl import cascade_fit, cascade_head
 from hf_effdl.vicl.auto import ListwiseRanker, ListwiseRankerConfig
-from hf_effdl.vicl.cascade import FIRST, TURNS
-from hf_effdl.vicl.cascade_features import standardised
-from hf_effdl.vicl.consensus import MAPS, Consensus
-from hf_effdl.vicl.example_selectors import Examples, Queries
-from hf_effdl.vicl.measured_lists import MeasuredLists
-from hf_effdl.vicl.ranker_selector import RankerSelector
-from hf_effdl.vicl.row_model import RowModel, quarters_of
-from hf_effdl.vicl.visual_tasks import find_task, pixels
+from hf_effdl.vicl.remote_code import cascade_fit, cascade_head
+from hf_effdl.vicl.remote_code.cascade import FIRST, TURNS
+from hf_effdl.vicl.remote_code.cascade_consensus import MAPS, Consensus
+from hf_effdl.vicl.remote_code.cascade_features import standardised
+from hf_effdl.vicl.remote_code.cascade_lists import MeasuredLists
+from hf_effdl.vicl.remote_code.cascade_rows import RowModel, quarters_of
+from hf_effdl.vicl.remote_code.ranker_selector import RankerSelector
+from hf_effdl.vicl.remote_code.strategies import Examples, Queries
+from hf_effdl.vicl.remote_code.visual_tasks import find_task, pixels
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:on the pool's own images")

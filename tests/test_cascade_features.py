@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_effdl.vicl import cascade_features, cascade_head, row_model
-from hf_effdl.vicl.cascade_features import (
+from hf_effdl.vicl.remote_code import cascade_features, cascade_head
+from hf_effdl.vicl.remote_code import cascade_rows as row_model
+from hf_effdl.vicl.remote_code.cascade_consensus import ANSWERS, MAPS, Consensus, _overlap, small
+from hf_effdl.vicl.remote_code.cascade_features import (
     MATCHES,
     STATISTICS,
     dense_matches,
@@ -16,10 +18,9 @@ from hf_effdl.vicl.cascade_features import (
     ridge,
     standardised,
 )
-from hf_effdl.vicl.cascade_head import ListHeads, train_heads
-from hf_effdl.vicl.consensus import ANSWERS, MAPS, Consensus, _overlap, small
-from hf_effdl.vicl.row_model import RowModel, quarters_of
-from hf_effdl.vicl.visual_tasks import find_task
+from hf_effdl.vicl.remote_code.cascade_head import ListHeads, train_heads
+from hf_effdl.vicl.remote_code.cascade_rows import RowModel, quarters_of
+from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
 def drawn(seed: int = 0) -> torch.Generator:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_effdl import SparsePath, SplitLBI, derive_path, find_groups, param_groups
-from hf_effdl.structure.arguments import LEARNING_RATES
+from hf_effdl.structure.training.arguments import LEARNING_RATES
 
 
 STEPS, BATCH = 468, 32

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_effdl.vicl import covering_tables, designs
-from hf_effdl.vicl.aggregation import aggregate_rankings, comparison_counts
-from hf_effdl.vicl.designs import (
+from hf_effdl.vicl.remote_code import ranker_covering_tables as covering_tables
+from hf_effdl.vicl.remote_code import ranker_designs as designs
+from hf_effdl.vicl.remote_code.ranker_aggregation import aggregate_rankings, comparison_counts
+from hf_effdl.vicl.remote_code.ranker_designs import (
     covering_design,
     covering_lists,
     knock_out,

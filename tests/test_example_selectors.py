@@ -9,9 +9,9 @@ import torch
 from scenes import SIZE, TASKS, label_of, make_model, make_pool, rows, scene, tiny_encoder
 
 from hf_effdl import measure_examples
-from hf_effdl.vicl import example_selectors
-from hf_effdl.vicl.example_selectors import STRATEGIES, Examples, Queries, find_strategy
-from hf_effdl.vicl.visual_tasks import find_task, pixels
+from hf_effdl.vicl.remote_code import strategies as example_selectors
+from hf_effdl.vicl.remote_code.strategies import STRATEGIES, Examples, Queries, find_strategy
+from hf_effdl.vicl.remote_code.visual_tasks import find_task, pixels
 
 
 COUNT, K = 15, 6

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_effdl.structure import fused
-from hf_effdl.structure.fused_gpu import CompiledGroups
-from hf_effdl.structure.split_lbi import SplitLBI
+from hf_effdl.structure.optim import fused_cpu as fused
+from hf_effdl.structure.optim.fused_gpu import CompiledGroups
+from hf_effdl.structure.optim.split_lbi import SplitLBI
 
 
 INF = float("inf")

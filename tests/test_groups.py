@@ -12,9 +12,9 @@ import torch_pruning
 from models import NETS, build, lenet, logits, randomise_norms, recount, resnet, vgg
 from torch import nn
 
-from hf_effdl.structure.groups import Slice, cut, mask, param_groups
-from hf_effdl.structure.split_lbi import SplitLBI
-from hf_effdl.structure.tracing import find_groups
+from hf_effdl.structure.groups.find import find_groups
+from hf_effdl.structure.groups.group import Slice, cut, mask, param_groups
+from hf_effdl.structure.optim.split_lbi import SplitLBI
 
 
 def conv(inputs, outputs, kernel=3, **kwargs):

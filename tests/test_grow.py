@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageClassification, ResNetBackbone, ResNetConfig, ResNetForImageClassification
 
-from hf_effdl.structure.groups import Slice, regroup
-from hf_effdl.structure.grow import INITS, deepen, widen, widen_groups
-from hf_effdl.structure.quantizer import SlimConfig
-from hf_effdl.structure.slim import slim
-from hf_effdl.structure.tracing import find_groups
+from hf_effdl.structure.groups.find import find_groups
+from hf_effdl.structure.groups.group import Slice, regroup
+from hf_effdl.structure.groups.slim_config import SlimConfig
+from hf_effdl.structure.growing.widen import INITS, deepen, widen, widen_groups
+from hf_effdl.structure.slim.slim import slim
 
 
 BIG = {

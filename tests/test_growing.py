@@ -41,10 +41,9 @@ from hf_effdl import (
     param_groups,
     slim,
 )
-from hf_effdl.structure import grow_checkpoint
-from hf_effdl.structure.groups import regroup
-from hf_effdl.structure.grow import widen_groups
-from hf_effdl.structure.grow_checkpoint import (
+from hf_effdl.structure.groups.group import regroup
+from hf_effdl.structure.growing import checkpoint as grow_checkpoint
+from hf_effdl.structure.growing.checkpoint import (
     RELEASE,
     fits,
     grow_optimizer,
@@ -55,7 +54,7 @@ from hf_effdl.structure.grow_checkpoint import (
     plan_growth,
     saved_history,
 )
-from hf_effdl.structure.growth_history import (
+from hf_effdl.structure.growing.history import (
     by_round,
     grew,
     growth_curve,
@@ -64,7 +63,8 @@ from hf_effdl.structure.growth_history import (
     rounds_without_growth,
     training_macs,
 )
-from hf_effdl.structure.split_lbi import SplitLBI
+from hf_effdl.structure.growing.widen import widen_groups
+from hf_effdl.structure.optim.split_lbi import SplitLBI
 
 
 SCRIPT = Path(growing_run.__file__)

@@ -6,14 +6,14 @@ import pytest
 from hub import LoopbackHub
 from test_hub_vicl import MAKE, WITHOUT_US, last_line
 
-from hf_effdl.vicl.configuration_visual_in_context import VisualInContextConfig
-from hf_effdl.vicl.in_context_cards import write_model_card
+from hf_effdl.vicl.remote_code.configuration_visual_in_context import VisualInContextConfig
+from hf_effdl.vicl.remote_code.pipeline_card import write_model_card
 
 
 FIT = """
 import warnings
 from hf_effdl import CascadeSelector, ListwiseRanker, ListwiseRankerConfig, measure_examples
-from hf_effdl.vicl.ranker_selector import RankerSelector
+from hf_effdl.vicl.remote_code.ranker_selector import RankerSelector
 
 torch.set_num_threads(1)
 encoder = VisionEncoder(tiny())
@@ -25,7 +25,7 @@ found = []
 """
 PUSH = """
 measure_examples(model, pool, candidates=8, progress=False)
-from hf_effdl.vicl import cascade_head
+from hf_effdl.vicl.remote_code import cascade_head
 cascade_head.STEPS = 3
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -12,8 +12,8 @@ from hub import LoopbackHub
 
 from hf_effdl import LinearProbes, Selection, UncertaintySelector, load_selection, make_plan
 from hf_effdl.hub.cards import write_selection_card
-from hf_effdl.samples.source import source_of
-from hf_effdl.samples.storage import records
+from hf_effdl.samples.selection.files import records
+from hf_effdl.samples.selection.source import source_of
 
 
 def rows(count: int, seed: int) -> dict[str, list]:
@@ -126,7 +126,7 @@ def test_a_write_that_was_cut_off_is_noticed(selector, pool, tmp_path):
 
 def test_a_failed_save_leaves_no_parts(selector, pool, tmp_path, monkeypatch):
     selector.select(pool, 20)
-    monkeypatch.setattr("hf_effdl.samples.storage.os.replace", lambda *args: 1 / 0)
+    monkeypatch.setattr("hf_effdl.samples.selection.files.os.replace", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         selector.selection.save(tmp_path)
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
@@ -231,8 +231,8 @@ PUSH = """
     from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets, load_dataset
     from huggingface_hub import DatasetCard, HfApi
     from hf_effdl import LinearProbes, UncertaintySelector
-    from hf_effdl.samples import storage
-    from hf_effdl.samples.source import source_of
+    from hf_effdl.samples.selection import files as storage
+    from hf_effdl.samples.selection.source import source_of
 
     api = HfApi()
     made = {
@@ -452,12 +452,12 @@ def test_a_source_without_a_revision_warns(monkeypatch, pool, probes, tmp_path):
     selection.save(tmp_path)
     asked = []
     monkeypatch.setattr(
-        "hf_effdl.samples.source.load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or pool
+        "hf_effdl.samples.selection.source.load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or pool
     )
     with pytest.warns(UserWarning, match="revision of me/pool.*not known"):
         assert len(load_selection(tmp_path, token="t")) == 20
     assert asked == [(("me/pool", "main"), {"split": "train", "revision": None, "token": "t"})]
-    monkeypatch.setattr("hf_effdl.samples.source.load_dataset", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("hf_effdl.samples.selection.source.load_dataset", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught, warnings.catch_warnings(action="ignore"):
         load_selection(tmp_path)
     assert "pass source=" in caught.value.__notes__[0]

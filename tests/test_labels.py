@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from scenes import TASKS, make_model, make_pool, tiny_encoder
 
 from hf_effdl import VisualInContextPipeline, measure_examples
-from hf_effdl.vicl import labels
+from hf_effdl.vicl import measure as labels
 
 
 SCRIPT = Path(__file__).parent / "labels_run.py"

@@ -10,10 +10,10 @@ import torch
 from models import NETS, build, resnet
 from torch import nn
 
-from hf_effdl.structure.path import SparsePath, levels_of
-from hf_effdl.structure.slim import cut_copy, effdl_report, measure_latency, slim
-from hf_effdl.structure.stock import config_ties
-from hf_effdl.structure.tracing import find_groups
+from hf_effdl.structure.groups.find import find_groups
+from hf_effdl.structure.groups.ties import config_ties
+from hf_effdl.structure.path.path import SparsePath, levels_of
+from hf_effdl.structure.slim.slim import cut_copy, effdl_report, measure_latency, slim
 
 
 def random_path(model, x, seed=0):
@@ -261,7 +261,7 @@ def test_the_ratio_is_taken_within_a_round(monkeypatch):
             return super().forward(x)
 
     for name in ("perf_counter", "thread_time"):
-        monkeypatch.setattr(f"hf_effdl.structure.slim.time.{name}", tick)
+        monkeypatch.setattr(f"hf_effdl.structure.slim.slim.time.{name}", tick)
     slow, fast = measure_latency([Takes(0.4), Takes(0.1)], torch.zeros(1, 2), repeats=9, seconds=0.0)
     assert fast / slow == pytest.approx(0.25 * 1.05)
     speed[0] = 1.0
@@ -280,7 +280,7 @@ def test_a_report_without_latency_times_nothing(monkeypatch):
     groups = find_groups(model, x)
     small = slim(model, groups, 0.5)
     timed = effdl_report(model, small, x, groups, {"keep": 0.5})
-    monkeypatch.setattr("hf_effdl.structure.slim.measure_latency", None)
+    monkeypatch.setattr("hf_effdl.structure.slim.slim.measure_latency", None)
     report = effdl_report(model, small, x, groups, {"keep": 0.5}, latency=False)
     assert report == {key: value for key, value in timed.items() if key not in ("latency_ms", "latency_batch")}
 
@@ -304,8 +304,8 @@ def test_the_trainer_reports_the_asked_and_the_measured_latency(run, monkeypatch
         timed.append([copy.copy(model) for model in models])
         return [float(sum(p.numel() for p in net.parameters())) for net in models]
 
-    monkeypatch.setattr("hf_effdl.structure.trainer.measure_latency", clock)
-    monkeypatch.setattr("hf_effdl.structure.slim.measure_latency", clock)
+    monkeypatch.setattr("hf_effdl.structure.training.trainer.measure_latency", clock)
+    monkeypatch.setattr("hf_effdl.structure.slim.slim.measure_latency", clock)
     small = run.slim(latency=0.6)
     report = small.config.effdl_report
     assert report["budget"] == {"latency": 0.6} and 0.3 < report["latency_ms"]["ratio"] <= 0.6
@@ -343,7 +343,7 @@ def test_an_error_of_the_deciding_process_is_raised_by_all(run, monkeypatch):
         heard.append(values[0])
         return values
 
-    monkeypatch.setattr("hf_effdl.structure.trainer.broadcast_object_list", broadcast)
+    monkeypatch.setattr("hf_effdl.structure.training.trainer.broadcast_object_list", broadcast)
     with pytest.raises(ValueError, match="macs=0.0001 is below"):
         run.slim(macs=0.0001, latency_batch=0)
     assert [type(value) for value in heard] == [ValueError]
@@ -352,7 +352,7 @@ def test_an_error_of_the_deciding_process_is_raised_by_all(run, monkeypatch):
         assert values == [None], "only one process measures"
         return [ValueError("said by the first")]
 
-    monkeypatch.setattr("hf_effdl.structure.trainer.broadcast_object_list", others)
+    monkeypatch.setattr("hf_effdl.structure.training.trainer.broadcast_object_list", others)
     monkeypatch.setattr(type(run.accelerator), "is_main_process", property(lambda self: False))
     with pytest.raises(ValueError, match="said by the first"):
         run.slim(macs=0.5, latency_batch=0)

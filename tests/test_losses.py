@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_effdl.vicl import losses
-from hf_effdl.vicl.losses import neural_ndcg_loss, pairwise_margin_loss, ranks, soft_permutation
+from hf_effdl.vicl.remote_code import ranker_losses as losses
+from hf_effdl.vicl.remote_code.ranker_losses import neural_ndcg_loss, pairwise_margin_loss, ranks, soft_permutation
 
 
 LOSSES = (neural_ndcg_loss, pairwise_margin_loss)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_effdl.vicl.visual_tasks import TASKS
+from hf_effdl.vicl.remote_code.visual_tasks import TASKS
 
 
 @pytest.fixture

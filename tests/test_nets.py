@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from transformers import ConvNextV2Config, ConvNextV2ForImageClassification, ResNetForImageClassification
 
 import hf_effdl  # noqa: F401 - lets from_pretrained load slim sizes
-from hf_effdl.structure.groups import cut, mask, param_groups
-from hf_effdl.structure.slim import slim
-from hf_effdl.structure.split_lbi import SplitLBI
-from hf_effdl.structure.stock import config_ties
-from hf_effdl.structure.tracing import find_groups
+from hf_effdl.structure.groups.find import find_groups
+from hf_effdl.structure.groups.group import cut, mask, param_groups
+from hf_effdl.structure.groups.ties import config_ties
+from hf_effdl.structure.optim.split_lbi import SplitLBI
+from hf_effdl.structure.slim.slim import slim
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_effdl.samples import noise as module
-from hf_effdl.samples.noise import (
+from hf_effdl.samples.scores import noise as module
+from hf_effdl.samples.scores.noise import (
     NOISY,
     TEMPERATURES,
     LabelNoise,

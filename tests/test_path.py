@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from models import build, resnet
 from torch import nn
 
-from hf_effdl.structure.groups import param_groups
-from hf_effdl.structure.path import FILE_NAME, SparsePath, Tie, _removal_list, levels_of
-from hf_effdl.structure.split_lbi import SplitLBI
-from hf_effdl.structure.stock import config_ties, stock_config
-from hf_effdl.structure.tracing import find_groups
+from hf_effdl.structure.groups.find import find_groups
+from hf_effdl.structure.groups.group import param_groups
+from hf_effdl.structure.groups.ties import config_ties, stock_config
+from hf_effdl.structure.optim.split_lbi import SplitLBI
+from hf_effdl.structure.path.path import FILE_NAME, SparsePath, Tie, _removal_list, levels_of
 
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)

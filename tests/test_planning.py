@@ -9,20 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_effdl.samples.noise import agreement, fit_label_noise, noise_rate
-from hf_effdl.samples.planning import (
-    ENOUGH_ROWS,
-    HARD_ROWS_HELP,
-    LABEL_DEPENDENT,
-    NEARLY_SOLVED,
-    Plan,
-    active_plan,
-    default_plan,
-    make_plan,
-    paper_plan,
-    table_noise,
-)
-from hf_effdl.samples.sampling import (
+from hf_effdl.samples.drawing.draws import (
     class_quotas,
     clip_scores,
     draw,
@@ -35,6 +22,19 @@ from hf_effdl.samples.sampling import (
     top_k,
     without_hardest,
 )
+from hf_effdl.samples.drawing.plan import (
+    ENOUGH_ROWS,
+    HARD_ROWS_HELP,
+    LABEL_DEPENDENT,
+    NEARLY_SOLVED,
+    Plan,
+    active_plan,
+    default_plan,
+    make_plan,
+    paper_plan,
+    table_noise,
+)
+from hf_effdl.samples.scores.noise import agreement, fit_label_noise, noise_rate
 
 
 NAN, INF = float("nan"), float("inf")

@@ -21,10 +21,10 @@ from pool_run import Encoder, encoded, picture, rows
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from hf_effdl.vicl import pool_index
-from hf_effdl.vicl.pool import ExamplePool
-from hf_effdl.vicl.pool_reader import PoolReader, exact_search
-from hf_effdl.vicl.visual_tasks import Segmentation, find_task, pixels
+from hf_effdl.vicl.pool import index as pool_index
+from hf_effdl.vicl.pool.pool import ExamplePool
+from hf_effdl.vicl.remote_code.pool_reader import PoolReader, exact_search
+from hf_effdl.vicl.remote_code.visual_tasks import Segmentation, find_task, pixels
 
 
 @pytest.fixture
@@ -498,7 +498,7 @@ def test_a_save_that_is_cut_off_leaves_the_old_pool(make, tmp_path, monkeypatch)
     old = make(rows(4))
     old.save_pretrained(tmp_path / "saved")
     new = make(rows(13, seed=1))
-    monkeypatch.setattr("hf_effdl.vicl.pool.write_manifest", lambda *args: 1 / 0)
+    monkeypatch.setattr("hf_effdl.vicl.pool.pool.write_manifest", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         new.save_pretrained(tmp_path / "saved")
     same(PoolReader.from_pretrained(tmp_path / "saved"), old)

@@ -23,8 +23,8 @@ PUSH = """
     from huggingface_hub import DatasetCard, HfApi
     from PIL import Image as PILImage
     from pool_run import Encoder, encoded, picture, rows
-    from hf_effdl.vicl.pool import ExamplePool
-    from hf_effdl.vicl.pool_reader import PoolReader
+    from hf_effdl.vicl.pool.pool import ExamplePool
+    from hf_effdl.vicl.remote_code.pool_reader import PoolReader
 
     api, out = HfApi(), {"errors": []}
     options = {"encoder": Encoder(), "cache_dir": "cache", "rows_per_shard": 4, "progress": False}
@@ -109,11 +109,11 @@ LOAD = """
     import json
     import sys
 
-    from hf_effdl.vicl.pool_reader import PoolReader
+    from hf_effdl.vicl.remote_code.pool_reader import PoolReader
 
     pool = PoolReader.from_pretrained("tester/pool")
     similarity, rows = pool.search(pool.vectors[:2], 3)
-    heavy = sorted({"datasets", "faiss", "hf_effdl.vicl.pool"} & set(sys.modules))
+    heavy = sorted({"datasets", "faiss", "hf_effdl.vicl.pool.pool"} & set(sys.modules))
     print(json.dumps({"ids": pool.ids, "commit": pool.commit, "rows": rows.tolist(), "heavy": heavy}))
 """
 

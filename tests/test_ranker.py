@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from hf_effdl import VisualInContextPipeline
-from hf_effdl.vicl import modeling_listwise_ranker, ranker_selector
 from hf_effdl.vicl.auto import ListwiseRanker, ListwiseRankerConfig
-from hf_effdl.vicl.losses import neural_ndcg_loss, pairwise_margin_loss, ranks
-from hf_effdl.vicl.modeling_listwise_ranker import label_tokens
-from hf_effdl.vicl.ranker_selector import RankerSelector, pool_label_tokens
+from hf_effdl.vicl.remote_code import modeling_listwise_ranker, ranker_selector
+from hf_effdl.vicl.remote_code.modeling_listwise_ranker import label_tokens
+from hf_effdl.vicl.remote_code.ranker_losses import neural_ndcg_loss, pairwise_margin_loss, ranks
+from hf_effdl.vicl.remote_code.ranker_selector import RankerSelector, pool_label_tokens
 
 
 D = 16

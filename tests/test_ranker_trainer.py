@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import EvalPrediction
 
-from hf_effdl.vicl import ranking_lists as ranking_lists_module
-from hf_effdl.vicl.ranker_selector import pool_label_tokens
-from hf_effdl.vicl.ranker_trainer import RankerTrainer, ranking_metrics
-from hf_effdl.vicl.ranking_lists import RankingLists
-from hf_effdl.vicl.visual_tasks import Segmentation
+from hf_effdl.vicl.ranking import ranking_lists as ranking_lists_module
+from hf_effdl.vicl.ranking.ranker_trainer import RankerTrainer, ranking_metrics
+from hf_effdl.vicl.ranking.ranking_lists import RankingLists
+from hf_effdl.vicl.remote_code.ranker_selector import pool_label_tokens
+from hf_effdl.vicl.remote_code.visual_tasks import Segmentation
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_effdl.vicl.reliable import conformity, refine, reliable_rows
+from hf_effdl.vicl.remote_code.ranker_reliable import conformity, refine, reliable_rows
 
 
 def drawn(n=6, m=9, seed=0):

@@ -9,8 +9,8 @@ from matplotlib.colors import to_hex
 from PIL import Image as Pillow
 
 from hf_effdl import LinearProbes, Plan, Selection, UncertaintySelector, active_plan, default_plan, make_plan
-from hf_effdl.samples.findings import clip_value, kept_by_filter, suspect_positions
-from hf_effdl.samples.plotting import (
+from hf_effdl.samples.selection.findings import clip_value, kept_by_filter, suspect_positions
+from hf_effdl.samples.selection.pictures import (
     CHOSEN,
     POOL,
     plot_classes,
@@ -19,7 +19,7 @@ from hf_effdl.samples.plotting import (
     plot_scores,
     plot_selection,
 )
-from hf_effdl.samples.report import SelectionReport
+from hf_effdl.samples.selection.report import SelectionReport
 
 
 NAMES = ["ant", "bee", "cat"]

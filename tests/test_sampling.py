@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_effdl.samples.sampling import (
+from hf_effdl.samples.drawing.draws import (
     PrioritySampler,
     check_budget,
     check_rows,

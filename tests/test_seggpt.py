@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import SegGptConfig, SegGptForImageSegmentation, SegGptModel
 
-from hf_effdl.vicl.seggpt_in_context import SegGptInContext
+from hf_effdl.vicl.remote_code.frozen_seggpt import SegGptInContext
 
 
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]

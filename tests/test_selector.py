@@ -26,11 +26,11 @@ from transformers import (
     TrainingArguments,
 )
 
-import hf_effdl.samples.uncertainty as formulas
+import hf_effdl.samples.scores.uncertainty as formulas
 from hf_effdl import LinearProbes, Probes, UncertaintySelector, WeightedTrainer, fit_label_noise, train_probes
-from hf_effdl.samples import scoring, trained_probes
-from hf_effdl.samples.linear_probes import fit_heads
-from hf_effdl.samples.scoring import SCORES, UNLABELLED, score_rows
+from hf_effdl.samples.probes import scoring, trained_probes
+from hf_effdl.samples.probes.linear_probes import fit_heads
+from hf_effdl.samples.probes.scoring import SCORES, UNLABELLED, score_rows
 
 
 SCRIPT = Path(__file__).parent / "selection_run.py"

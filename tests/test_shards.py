@@ -17,8 +17,8 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from hf_effdl.samples.sampling import clip_scores, kish_size, loss_weights, priority_sample
-from hf_effdl.samples.shards import MANIFEST, PROGRESS, plan_shards
+from hf_effdl.samples.drawing.draws import clip_scores, kish_size, loss_weights, priority_sample
+from hf_effdl.samples.drawing.shards import MANIFEST, PROGRESS, plan_shards
 
 
 ROOT = Path(__file__).parents[1]
@@ -210,7 +210,7 @@ def test_a_killed_plan_goes_on_and_ends_as_an_uninterrupted_one(table, tmp_path)
     whole = plan_shards(files, tmp_path / "whole", BUDGET, batch_rows=64)
     # a clean server that has imported everything, so that children are there at once
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["hf_effdl.samples.shards", "pyarrow.parquet"])
+    server.set_forkserver_preload(["hf_effdl.samples.drawing.shards", "pyarrow.parquet"])
     moments, seen = random.Random(time.time_ns()), [inodes(out)]
     exits = []
     for _ in range(5):

@@ -8,7 +8,7 @@ import torch
 from test_cascade_features import CASES, table
 from torch import Tensor
 
-from hf_effdl.vicl.shortlist import Relations, best_together
+from hf_effdl.vicl.remote_code.cascade_shortlist import Relations, best_together
 
 
 def drawn(seed: int) -> torch.Generator:

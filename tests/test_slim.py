@@ -17,10 +17,10 @@ from torch import nn
 from transformers import ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from hf_effdl.random_state import random_state_kept
-from hf_effdl.structure.groups import mask
-from hf_effdl.structure.quantizer import SlimConfig
-from hf_effdl.structure.slim import effdl_report, measure_latency, recalibrate_batch_norm, slim
-from hf_effdl.structure.tracing import find_groups
+from hf_effdl.structure.groups.find import find_groups
+from hf_effdl.structure.groups.group import mask
+from hf_effdl.structure.groups.slim_config import SlimConfig
+from hf_effdl.structure.slim.slim import effdl_report, measure_latency, recalibrate_batch_norm, slim
 
 
 def trained(name, seed=0, rows=4):

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_effdl.structure.split_lbi import SplitLBI, shrinkage, soft_threshold, unit_norm
+from hf_effdl.structure.optim.split_lbi import SplitLBI, shrinkage, soft_threshold, unit_norm
 
 
 NAN, INF = float("nan"), float("inf")
@@ -312,7 +312,7 @@ def test_the_coupling_is_a_step_beside_any_base(lift, hyper):
 def test_working_on_a_few_rows_at_a_time_changes_nothing(monkeypatch, shape, axis, block, hyper):
     results = []
     for entries in (1 << 30, 100):
-        monkeypatch.setattr("hf_effdl.structure.prox.CACHED", entries)
+        monkeypatch.setattr("hf_effdl.structure.optim.prox.CACHED", entries)
         p, head = parameter(*shape), parameter(*shape, seed=1)
         opt = SplitLBI([{"params": [p], "penalty": "group", "axis": axis, "block": block},
                         {"params": [head], "penalty": "l1"}], lr=0.1, nu=1.0, lam=0.5, **hyper)  # fmt: skip

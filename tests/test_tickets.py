@@ -38,10 +38,10 @@ from hf_effdl import (
     slim,
     transfer,
 )
-from hf_effdl.structure.path import unwrap
-from hf_effdl.structure.settling import Settling, pack, unpack
-from hf_effdl.structure.stock import config_ties
-from hf_effdl.structure.ticket_files import digest
+from hf_effdl.structure.groups.ties import config_ties
+from hf_effdl.structure.path.path import unwrap
+from hf_effdl.structure.tickets.files import digest
+from hf_effdl.structure.tickets.settling import Settling, pack, unpack
 
 
 TESTS = Path(__file__).parent

@@ -15,12 +15,12 @@ from torch.utils.data import TensorDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from hf_effdl import SparsePath, SplitLBI, SplitLBIArguments, SplitLBICallback, SplitLBITrainer, find_groups
-from hf_effdl.structure.arguments import scheduled_rates
-from hf_effdl.structure.evaluation import evaluate_model, projected, training_inputs
-from hf_effdl.structure.groups import mask
-from hf_effdl.structure.schedule import derive_path
-from hf_effdl.structure.slim import recalibrate_batch_norm
-from hf_effdl.structure.trainer import last_complete_checkpoint
+from hf_effdl.structure.groups.group import mask
+from hf_effdl.structure.optim.schedule import derive_path
+from hf_effdl.structure.slim.slim import recalibrate_batch_norm
+from hf_effdl.structure.training.arguments import scheduled_rates
+from hf_effdl.structure.training.evaluation import evaluate_model, projected, training_inputs
+from hf_effdl.structure.training.trainer import last_complete_checkpoint
 
 
 SCRIPT = Path(__file__).parent / "tiny_run.py"
@@ -302,7 +302,7 @@ def test_slim_to_a_latency_asks_the_clock(trained, monkeypatch):
         assert inputs["pixel_values"].shape == (64, 1, 16, 16)
         return [float(sum(p.numel() for p in net.parameters())) for net in models]
 
-    monkeypatch.setattr("hf_effdl.structure.trainer.measure_latency", clock)
+    monkeypatch.setattr("hf_effdl.structure.training.trainer.measure_latency", clock)
     small = trained.slim(latency=0.6, latency_batch=64)
     report = small.config.effdl_report
     assert report["budget"] == {"latency": 0.6} and 0.3 < report["params"]["ratio"] <= 0.6

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from hf_effdl.vicl.visual_tasks import (
+from hf_effdl.vicl.remote_code.visual_tasks import (
     TASKS,
     Colourisation,
     Detection,

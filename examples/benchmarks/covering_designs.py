@@ -1,4 +1,4 @@
-"""Search small covering designs and write them to hf_effdl/vicl/covering_tables.py.
+"""Search small covering designs and write them to hf_effdl/vicl/remote_code/ranker_covering_tables.py.
 
     python examples/benchmarks/covering_designs.py                       # what the table has, beside the bound
     python examples/benchmarks/covering_designs.py --search --seconds 4  # go on searching, keep what is smaller
@@ -21,7 +21,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from hf_effdl.vicl import covering_tables, designs
+from hf_effdl.vicl.remote_code import ranker_covering_tables as covering_tables
+from hf_effdl.vicl.remote_code import ranker_designs as designs
 
 
 FILE = Path(covering_tables.__file__)

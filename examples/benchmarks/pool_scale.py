@@ -66,7 +66,7 @@ def blocks_of(work: Path) -> list:
 
 
 def build(work: Path, options: argparse.Namespace) -> dict:
-    from hf_effdl.vicl.pool_index import build_index
+    from hf_effdl.vicl.pool.index import build_index
 
     record = build_index(blocks_of(work), work / "index.faiss", "scale", seed=options.seed, progress=False).record
     size = (work / "index.faiss").stat().st_size / 2**20
@@ -77,8 +77,8 @@ def build(work: Path, options: argparse.Namespace) -> dict:
 def search(work: Path, options: argparse.Namespace) -> dict:
     import torch
 
-    from hf_effdl.vicl.pool_index import open_index, share_found
-    from hf_effdl.vicl.pool_reader import exact_search
+    from hf_effdl.vicl.pool.index import open_index, share_found
+    from hf_effdl.vicl.remote_code.pool_reader import exact_search
 
     queries = vectors(QUERIES, options.noise, options.seed, FILES)
     start = time.perf_counter()

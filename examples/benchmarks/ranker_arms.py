@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PrinterCallback, TrainingArguments
 
-from hf_effdl.vicl.aggregation import aggregate_rankings
-from hf_effdl.vicl.configuration_listwise_ranker import ListwiseRankerConfig
-from hf_effdl.vicl.designs import covering_lists, knock_out
-from hf_effdl.vicl.modeling_listwise_ranker import ListwiseRanker
-from hf_effdl.vicl.ranker_trainer import RankerTrainer
-from hf_effdl.vicl.ranking_lists import RankingLists
+from hf_effdl.vicl.ranking.ranker_trainer import RankerTrainer
+from hf_effdl.vicl.ranking.ranking_lists import RankingLists
+from hf_effdl.vicl.remote_code.configuration_listwise_ranker import ListwiseRankerConfig
+from hf_effdl.vicl.remote_code.modeling_listwise_ranker import ListwiseRanker
+from hf_effdl.vicl.remote_code.ranker_aggregation import aggregate_rankings
+from hf_effdl.vicl.remote_code.ranker_designs import covering_lists, knock_out
 
 
 RANKER_ARMS = (

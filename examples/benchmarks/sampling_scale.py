@@ -53,7 +53,7 @@ def shards_of(work: Path) -> list[Path]:
 
 
 def plan(work: Path, budget: int) -> Callable[[], dict]:
-    from hf_effdl.samples.shards import plan_shards
+    from hf_effdl.samples.drawing.shards import plan_shards
 
     summary = plan_shards(shards_of(work), work / "plan", budget, seed=SEED)
 
@@ -62,7 +62,7 @@ def plan(work: Path, budget: int) -> Callable[[], dict]:
         import pyarrow.parquet as pq
         import torch
 
-        from hf_effdl.samples.sampling import priority_sample
+        from hf_effdl.samples.drawing.draws import priority_sample
 
         # 1 / pi estimates how many rows there are, in all and in each shard; their errors are uncorrelated
         found, variances, errors = 0, [], []
@@ -98,7 +98,7 @@ def in_memory(work: Path, budget: int) -> Callable[[], dict]:
     import pyarrow.parquet as pq
     import torch
 
-    from hf_effdl.samples.sampling import priority_sample
+    from hf_effdl.samples.drawing.draws import priority_sample
 
     table = pq.read_table(shards_of(work))
     scores, ids = (torch.tensor(table[name].to_numpy()) for name in ("u_x", "row_id"))

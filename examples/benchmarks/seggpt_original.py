@@ -20,7 +20,7 @@ from transformers import SegGptConfig, SegGptForImageSegmentation
 
 from hf_effdl import SegGptInContext
 from hf_effdl.hub.cards import markdown_table
-from hf_effdl.vicl.seggpt_in_context import MEAN, STD
+from hf_effdl.vicl.remote_code.frozen_seggpt import MEAN, STD
 
 
 SIDE, PATCH, WIDTH, BLOCKS, QUERIES, EXAMPLES = 32, 8, 32, 24, 3, 4

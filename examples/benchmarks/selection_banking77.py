@@ -41,13 +41,13 @@ from datasets import ClassLabel, Dataset, Features, Value
 from torch import Tensor
 
 from hf_effdl import LinearProbes, UncertaintySelector
-from hf_effdl.samples.inputs import Inputs
-from hf_effdl.samples.linear_probes import fit_heads
-from hf_effdl.samples.noise import confident_disagreement
-from hf_effdl.samples.planning import Plan, default_plan, make_plan, paper_plan
-from hf_effdl.samples.probes import ProbeSet, bootstrap_counts
-from hf_effdl.samples.sampling import loss_weights, without_hardest
-from hf_effdl.samples.scoring import score_rows
+from hf_effdl.samples.drawing.draws import loss_weights, without_hardest
+from hf_effdl.samples.drawing.plan import Plan, default_plan, make_plan, paper_plan
+from hf_effdl.samples.probes.inputs import Inputs
+from hf_effdl.samples.probes.linear_probes import fit_heads
+from hf_effdl.samples.probes.probes import ProbeSet, bootstrap_counts
+from hf_effdl.samples.probes.scoring import score_rows
+from hf_effdl.samples.scores.noise import confident_disagreement
 
 
 DATA = Path(os.environ.get("HF_EFFDL_DATA", Path(__file__).parents[3] / "shared" / "data"))

@@ -34,11 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_effdl.samples.dynamics import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
-from hf_effdl.samples.noise import LabelNoise, confident_disagreement, fit_label_noise
-from hf_effdl.samples.planning import Plan, default_plan, make_plan, paper_plan
-from hf_effdl.samples.sampling import loss_weights, without_hardest
-from hf_effdl.samples.uncertainty import (
+from hf_effdl.samples.drawing.draws import loss_weights, without_hardest
+from hf_effdl.samples.drawing.plan import Plan, default_plan, make_plan, paper_plan
+from hf_effdl.samples.probes.dynamics_callback import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
+from hf_effdl.samples.scores.noise import LabelNoise, confident_disagreement, fit_label_noise
+from hf_effdl.samples.scores.uncertainty import (
     el2n,
     entropy,
     least_confidence,

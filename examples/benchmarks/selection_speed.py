@@ -43,13 +43,13 @@ from transformers import MobileNetV2Config, MobileNetV2Model, ViTConfig, ViTMode
 from vicl_arms import append_rows, machine, parser_of, read_rows
 
 from hf_effdl import ExamplePool, VisionEncoder, VisualInContextModel, aggregate_rankings
-from hf_effdl.vicl.cascade import HEADS, CascadeSelector
-from hf_effdl.vicl.configuration_listwise_ranker import ListwiseRankerConfig
-from hf_effdl.vicl.designs import covering_lists
-from hf_effdl.vicl.example_selectors import Examples, Queries
-from hf_effdl.vicl.modeling_listwise_ranker import ListwiseRanker
-from hf_effdl.vicl.ranker_selector import RankerSelector
-from hf_effdl.vicl.visual_tasks import find_task, pixels
+from hf_effdl.vicl.remote_code.cascade import HEADS, CascadeSelector
+from hf_effdl.vicl.remote_code.configuration_listwise_ranker import ListwiseRankerConfig
+from hf_effdl.vicl.remote_code.modeling_listwise_ranker import ListwiseRanker
+from hf_effdl.vicl.remote_code.ranker_designs import covering_lists
+from hf_effdl.vicl.remote_code.ranker_selector import RankerSelector
+from hf_effdl.vicl.remote_code.strategies import Examples, Queries
+from hf_effdl.vicl.remote_code.visual_tasks import find_task, pixels
 
 
 PARTS = ("ranker", "cascade", "aggregation")

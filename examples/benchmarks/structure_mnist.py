@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_effdl import SparsePath, SplitLBI, derive_path, find_groups, param_groups, recalibrate_batch_norm, slim
-from hf_effdl.structure.arguments import LEARNING_RATES
-from hf_effdl.structure.slim import measure_latency
-from hf_effdl.structure.split_lbi import per_entry, unit_norm
+from hf_effdl.structure.optim.split_lbi import per_entry, unit_norm
+from hf_effdl.structure.slim.slim import measure_latency
+from hf_effdl.structure.training.arguments import LEARNING_RATES
 
 
 DATA = Path(os.environ.get("HF_EFFDL_DATA", Path(__file__).parents[3] / "shared" / "data"))

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hf_effdl import CascadeSelector
-from hf_effdl.vicl.example_selectors import Examples, Queries
-from hf_effdl.vicl.visual_tasks import find_task, largest_boxes
+from hf_effdl.vicl.remote_code.strategies import Examples, Queries
+from hf_effdl.vicl.remote_code.visual_tasks import find_task, largest_boxes
 
 
 CANDIDATES, FEW, TEN = 50, 5, 10

@@ -51,8 +51,8 @@ from hf_effdl import (
     VisualInContextPipeline,
     measure_examples,
 )
-from hf_effdl.vicl.example_selectors import STRATEGIES, Examples, Queries
-from hf_effdl.vicl.visual_tasks import find_task
+from hf_effdl.vicl.remote_code.strategies import STRATEGIES, Examples, Queries
+from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
 ROOT = Path(__file__).parents[2]

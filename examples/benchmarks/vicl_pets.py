@@ -63,9 +63,9 @@ from hf_effdl import (
     VisualInContextPipeline,
     read_splits,
 )
-from hf_effdl.vicl.example_selectors import STRATEGIES, Examples, Queries
-from hf_effdl.vicl.feature_matching import GREY
-from hf_effdl.vicl.visual_tasks import Colourisation, Detection, Segmentation, pixels
+from hf_effdl.vicl.remote_code.frozen_matching import GREY
+from hf_effdl.vicl.remote_code.strategies import STRATEGIES, Examples, Queries
+from hf_effdl.vicl.remote_code.visual_tasks import Colourisation, Detection, Segmentation, pixels
 
 
 DATA = Path(os.environ.get("HF_EFFDL_DATA", Path(__file__).parents[3] / "shared" / "data"))

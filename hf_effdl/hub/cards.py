@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import CardData, DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
-import hf_effdl
+from hf_effdl.version import __version__
 
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -98,7 +98,7 @@ def write_structure_card(
     return write_card(
         folder, "structure_card.md", data,
         title=model_name or repo_id, kind=kind, slim=small is not None, report=report, repo_id=repo_id,
-        custom=getattr(config, "quantization_config", None) is not None, version=hf_effdl.__version__, task=task,
+        custom=getattr(config, "quantization_config", None) is not None, version=__version__, task=task,
         auto_class=_AUTO_CLASSES.get(task, kind), dataset=dataset, dataset_args=dataset_args,
         rows=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
         table=markdown_table(rows, columns), plain_sgd=any("SGD" in row["name"] for row in rows),
@@ -243,7 +243,7 @@ def write_selection_card(
     ]  # fmt: skip
     return write_card(
         folder, "selection_card.md", data, title=repo_id.split("/")[-1], repo_id=repo_id, sections=sections,
-        source_ids=list(sources), overview=markdown_table(overview, _OVERVIEW), version=hf_effdl.__version__,
+        source_ids=list(sources), overview=markdown_table(overview, _OVERVIEW), version=__version__,
         first=sections[0], citation=SELECTION_CITATION,
     )  # fmt: skip
 

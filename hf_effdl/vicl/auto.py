@@ -3,11 +3,11 @@
 from transformers import AutoConfig, AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from hf_effdl.vicl.configuration_listwise_ranker import ListwiseRankerConfig
-from hf_effdl.vicl.configuration_visual_in_context import VisualInContextConfig
-from hf_effdl.vicl.modeling_listwise_ranker import ListwiseRanker
-from hf_effdl.vicl.modeling_visual_in_context import VisualInContextModel
-from hf_effdl.vicl.pipeline_visual_in_context import TASK, VisualInContextPipeline
+from hf_effdl.vicl.remote_code.configuration_listwise_ranker import ListwiseRankerConfig
+from hf_effdl.vicl.remote_code.configuration_visual_in_context import VisualInContextConfig
+from hf_effdl.vicl.remote_code.modeling_listwise_ranker import ListwiseRanker
+from hf_effdl.vicl.remote_code.modeling_visual_in_context import VisualInContextModel
+from hf_effdl.vicl.remote_code.pipeline_visual_in_context import TASK, VisualInContextPipeline
 
 
 AutoConfig.register(VisualInContextConfig.model_type, VisualInContextConfig)

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_effdl.structure.split_lbi import SplitLBI
+from hf_effdl.structure.optim.split_lbi import SplitLBI
 
 
 STEPS, SAVED, ROWS = 40, 28, 8

@@ -1,0 +1,209 @@
+"""Cheap probes: M linear heads on one frozen backbone."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from torch import Tensor, nn
+
+from hf_effdl.samples.probes.inputs import Inputs, check_dataset, label_names, label_tensor, run_model
+from hf_effdl.samples.probes.probes import LEAST_PROBES, Probes, ProbeSet, bootstrap_counts, weights_hash
+
+
+# the lengths of training to choose from
+STEPS = (50, 100, 200)
+
+
+class LinearProbes(Probes):
+    """M linear heads on the features of one frozen backbone: one forward pass a row for all of them.
+
+    Made by `LinearProbes.train`. For a linear head the theory behind the uncertainty is exact.
+
+    Source: arXiv 2309.02476, where probes are whole networks; linear heads are our addition.
+    """
+
+    def __init__(
+        self, backbone: nn.Module | None, heads: Tensor, mean: Tensor, scale: Tensor, inputs: Inputs,
+        names: Sequence[str] | None, probe_set: ProbeSet, recipe: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.backbone = nn.Identity() if backbone is None else backbone.eval()
+        super().__init__([self.backbone] * len(heads), names=names or [], probe_set=probe_set)
+        self.names = list(names) if names else None
+        self.inputs, self.recipe = inputs, recipe
+        self.heads, self.mean, self.scale = heads, mean, scale  # (M, d + 1, C): the last row is the bias
+
+    @classmethod
+    def train(
+        cls,
+        backbone: nn.Module | None,
+        rows: Dataset,
+        label_column: str = "label",
+        *,
+        num_probes: int = 8,
+        processing_class: Any = None,
+        input_column: str | Sequence[str] | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], Any] | None = None,
+        names: Sequence[str] | None = None,
+        steps: int | None = None,
+        learning_rate: float = 0.01,
+        weight_decay: float = 0.01,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> "LinearProbes":
+        """Fit M softmax heads on bootstrap samples of labelled rows; on the same rows convex heads would all agree.
+
+        Features are the mean of the backbone's last hidden states over the tokens that are there (texts), else its
+        `pooler_output`, else the mean over places, else what it returns; standardised over the rows.
+
+        Args:
+            backbone: any encoder; None if the rows hold vectors or numbers already.
+            rows: labelled rows S'.
+            label_column: of `rows`.
+            num_probes: M.
+            processing_class, input_column, data_collator, names: see `Probes`.
+            steps: of full-batch AdamW; default: whichever of 50, 100 and 200 gives the rows' labels the largest
+                likelihood by the heads that did not see them. With wrong labels that is the early one.
+            learning_rate, weight_decay: of AdamW.
+            batch_size: of the forward passes.
+            seed: of the bootstrap and of the heads' starting points.
+
+        Example:
+            >>> data = Dataset.from_dict({"features": torch.randn(60, 4).tolist(), "label": [0, 1, 2] * 20})
+            >>> len(LinearProbes.train(None, data, input_column="features", steps=5))
+            8
+        """
+        check_dataset(rows, [label_column], "the probe set")
+        names = names or label_names(rows, label_column)
+        labels = label_tensor(rows, label_column, names)
+        if (labels < 0).any():
+            raise ValueError(f"{int((labels < 0).sum())} rows of the probe set have a negative label; leave them out")
+        classes = max(len(names or []), int(labels.max()) + 1)
+        counts = bootstrap_counts(len(rows), num_probes, seed)
+        recipe = {"steps": steps, "learning_rate": learning_rate, "weight_decay": weight_decay, "classes": classes}
+        inputs = Inputs(processing_class, input_column, data_collator, [label_column])
+        empty = torch.zeros(max(num_probes, LEAST_PROBES), 0, classes)
+        probes = cls(backbone, empty, torch.zeros(0), torch.ones(0), inputs, names, ProbeSet(rows, labels, counts),
+                     recipe)  # fmt: skip
+        if num_probes < LEAST_PROBES:
+            raise ValueError(f"num_probes={num_probes}: the spread of one probe is unknown; use 2 or more, better 8")
+        x = probes.encode(rows, batch_size)
+        spread = x.std(0)
+        # a feature that hardly moves in the probe set must not blow up where it does in the pool
+        floor = 0.1 * spread.square().mean().sqrt().clamp(min=1e-6)
+        probes.mean, probes.scale = x.mean(0), spread.clamp(min=floor)
+        x = probes.standardise(x)
+        fits = [
+            (number, fit_heads(x, labels, counts, seed=seed, **(recipe | {"steps": number})))
+            for number in (STEPS if steps is None else [steps])
+        ]
+        recipe["steps"], probes.heads = max(fits, key=lambda fit: _unseen_likelihood(x, fit[1], labels, counts))
+        return probes
+
+    def standardise(self, x: Tensor) -> Tensor:
+        """Features with mean 0 and deviation 1 over the probe set, and a constant 1 for the bias."""
+        x = (x - self.mean.to(x)) / self.scale.to(x)
+        return torch.cat([x, torch.ones_like(x[:, :1])], 1)
+
+    def to(self, device: torch.device) -> "LinearProbes":
+        self.backbone.to(device)
+        self.heads = self.heads.to(device)
+        return self
+
+    @torch.no_grad()
+    def features(self, inputs: Any) -> Tensor:
+        """`(B, d)` features of one batch of inputs."""
+        output = run_model(self.backbone, inputs)
+        if isinstance(output, Tensor):
+            return output.flatten(1).float()
+        # of texts the pooler is often untrained, so their tokens are averaged
+        mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+        hidden = output.get("last_hidden_state")
+        if mask is not None and hidden is not None and hidden.shape[:2] == mask.shape:
+            return (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        pooled = output.get("pooler_output")
+        if pooled is not None:
+            return pooled.flatten(1).float()
+        return hidden.float().mean((2, 3) if hidden.ndim == 4 else 1)  # (B, d, height, width) or (B, places, d)
+
+    def logits(self, inputs: Any) -> Tensor:
+        x = self.standardise(self.features(inputs))
+        return torch.einsum("bd,mdc->bmc", x, self.heads.to(x.device))
+
+    def encode(self, data: Dataset, batch_size: int = 64) -> Tensor:
+        """`(n, d)` features of a data set, on the CPU."""
+        inputs, device = self.bind(data), Accelerator().device
+        self.backbone.to(device)
+        parts = []
+        for start in range(0, len(data), batch_size):
+            rows = inputs.read(data, range(start, min(start + batch_size, len(data))))
+            parts.append(self.features(send_to_device(inputs(rows), device)).cpu())
+        return torch.cat(parts)
+
+    def fit(self, rows: Dataset, labels: Tensor, weights: Tensor, seed: int) -> "LinearProbes":
+        x = self.standardise(self.encode(rows))
+        heads = fit_heads(x, labels, weights[None].float(), seed=seed, **self.recipe)
+        return LinearProbes(self.backbone, heads.repeat(2, 1, 1), self.mean, self.scale, self.inputs, self.names,
+                            self.probe_set, self.recipe)  # fmt: skip
+
+    def _accuracy(self, model: Any, rows: Dataset, truth: Tensor, batch_size: int) -> float:
+        predicted = torch.cat([z[:, 0].argmax(1) for z in model.batches(rows, batch_size)])
+        return (predicted == truth).double().mean().item()
+
+    @property
+    def fingerprint(self) -> str:
+        if self._fingerprint is None:
+            self._fingerprint = weights_hash([self.backbone], self.heads)
+        return self._fingerprint
+
+    def describe(self) -> dict[str, Any]:
+        kind = "linear heads" if isinstance(self.backbone, nn.Identity) else (
+            f"linear heads on {type(self.backbone).__name__}"
+        )  # fmt: skip
+        return super().describe() | {"kind": kind}
+
+
+def fit_heads(
+    x: Tensor, labels: Tensor, counts: Tensor, *, classes: int, steps: int = 200, learning_rate: float = 0.01,
+    weight_decay: float = 0.01, seed: int = 0,
+) -> Tensor:  # fmt: skip
+    """M softmax heads at once, head m minimising `sum_i counts_mi CE_i / sum_i counts_mi` with full-batch AdamW.
+
+    Args:
+        x: `(n, d)` features.
+        labels: `(n,)`.
+        counts: `(M, n)` weights of the rows; bootstrap counts equal training on the resampled rows.
+
+    Returns:
+        `(M, d, C)`.
+    """
+    counts = counts.to(x)
+    shares = counts / counts.sum(1, keepdim=True)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(len(counts), x.shape[1], classes, generator=generator) * 0.01
+    heads = nn.Parameter(start.to(x))
+    optimizer = torch.optim.AdamW([heads], lr=learning_rate, weight_decay=weight_decay)
+    with torch.enable_grad():
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
+            logits = torch.einsum("nd,mdc->mnc", x, heads)
+            losses = F.cross_entropy(
+                logits.flatten(0, 1), labels.to(x.device).repeat(len(counts)), reduction="none"
+            ).view(len(counts), -1)  # fmt: skip
+            optimizer.zero_grad()
+            (losses * shares).sum().backward()
+            optimizer.step()
+    return heads.detach()
+
+
+def _unseen_likelihood(x: Tensor, heads: Tensor, labels: Tensor, counts: Tensor) -> float:
+    """Mean log probability of each row's label under the mean of the heads that were not trained on the row."""
+    unseen = counts == 0
+    p = torch.einsum("nd,mdc->mnc", x, heads).softmax(2)
+    given = p.gather(2, labels[None, :, None].expand(len(heads), -1, 1))[..., 0]
+    known = unseen.any(0)
+    mean = (given * unseen).sum(0)[known] / unseen.sum(0)[known]
+    return mean.clamp(min=1e-6).log().mean().item()

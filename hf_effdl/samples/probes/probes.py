@@ -1,0 +1,231 @@
+"""The models that are asked how sure they are of each row."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from torch import Tensor, nn
+
+from hf_effdl.samples.drawing.plan import Trial
+from hf_effdl.samples.probes.inputs import Inputs, run_model
+from hf_effdl.samples.scores.noise import fit_label_noise
+
+
+LEAST_PROBES = 2
+
+
+@dataclass
+class ProbeSet:
+    """What probes were trained on.
+
+    Attributes:
+        rows: the labelled rows.
+        labels: `(n,)` classes.
+        counts: `(M, n)` how often each probe saw each row; a row with 0 is out of bag for that probe.
+    """
+
+    rows: Dataset
+    labels: Tensor
+    counts: Tensor
+
+
+class Probes:
+    """A few models of the same classes, and how rows are fed to them.
+
+    Args:
+        models: two or more, better eight, trained on different samples of the same labelled rows.
+        processing_class: the tokenizer or image processor, if the rows hold raw texts or images.
+        input_column: the column(s) to feed; default: found by the models' signature and the processing class.
+        data_collator: turns rows without labels into the models' inputs, instead of all this.
+        names: class names; default: those of the models' configs.
+        probe_set: what they were trained on; then the accuracy of a small training set can be tried out.
+
+    Raises:
+        ValueError: for fewer than two models, or models with different classes.
+
+    Example:
+        >>> probes = Probes([nn.Linear(4, 3) for _ in range(8)], input_column="features")
+        >>> len(probes)
+        8
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        processing_class: Any = None,
+        input_column: str | Sequence[str] | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], Any] | None = None,
+        names: Sequence[str] | None = None,
+        probe_set: ProbeSet | None = None,
+    ) -> None:
+        self.models = list(models)
+        if len(self.models) < LEAST_PROBES:
+            raise ValueError(f"{len(self.models)} probe(s): the spread of one model is unknown; pass 2 or more, "
+                             "better 8, trained on different bootstrap samples, see train_probes")  # fmt: skip
+        for model in self.models:
+            model.eval()
+        self.names = list(names) if names is not None else common_names(self.models)
+        self.inputs = Inputs(processing_class, input_column, data_collator)
+        self.probe_set = probe_set
+        self._fingerprint: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    def to(self, device: torch.device) -> "Probes":
+        """Move all models."""
+        for model in self.models:
+            model.to(device)
+        return self
+
+    def bind(self, data: Dataset) -> Inputs:
+        """How this data set's rows are fed."""
+        return self.inputs.bind(data, self.models[0])
+
+    @torch.no_grad()
+    def logits(self, inputs: Any) -> Tensor:
+        """`(B, M, C)` raw logits of one batch of inputs (`(B, M, 1)` for sigmoid heads)."""
+        outputs = []
+        for model in self.models:
+            output = run_model(model, inputs)
+            z = output if isinstance(output, Tensor) else output["logits"]
+            outputs.append(z[:, None] if z.ndim == 1 else z)
+        shapes = {tuple(z.shape) for z in outputs}
+        if len(shapes) > 1 or outputs[0].ndim != 2:
+            raise ValueError(f"the probes give logits of shapes {sorted(shapes)}; selection needs one row of logits "
+                             "for each example, over the same classes")  # fmt: skip
+        return torch.stack(outputs, 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all weights: names the probes in a report and in cached scores."""
+        if self._fingerprint is None:
+            self._fingerprint = weights_hash(self.models)
+        return self._fingerprint
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for the report."""
+        probe_set = self.probe_set
+        return {
+            "kind": type(self.models[0]).__name__, "number": len(self), "fingerprint": self.fingerprint,
+            "training_rows": None if probe_set is None else len(probe_set.labels),
+            "bootstrap": None if probe_set is None else bool((probe_set.counts != 1).any()),
+        }  # fmt: skip
+
+    def fit(self, rows: Dataset, labels: Tensor, weights: Tensor, seed: int) -> nn.Module | None:
+        """A model like the probes, trained on other rows; None if it is not known how they were trained."""
+        return None
+
+    def out_of_bag(self, batch_size: int = 64) -> Tensor:
+        """Mean prediction for each row of the probe set by the probes that were not trained on it.
+
+        Returns:
+            `(n, C)`; NaN for rows that every probe has seen.
+        """
+        if self.probe_set is None:
+            raise ValueError("these probes do not know what they were trained on; pass probe_set=")
+        unseen = self.probe_set.counts.T == 0
+        p = torch.cat([z.softmax(2) for z in self.batches(self.probe_set.rows, batch_size)])
+        return (p * unseen[..., None]).sum(1) / unseen.sum(1, keepdim=True)
+
+    def batches(self, data: Dataset, batch_size: int) -> Iterator[Tensor]:
+        """Logits of a data set on this process alone, batch by batch, on the CPU."""
+        inputs, device = self.bind(data), Accelerator().device
+        self.to(device)
+        for start in range(0, len(data), batch_size):
+            rows = inputs.read(data, range(start, min(start + batch_size, len(data))))
+            z = self.logits(send_to_device(inputs(rows), device)).float().cpu()
+            yield z if z.shape[2] > 1 else torch.cat([torch.zeros_like(z), z], 2)
+
+    def trial(self, pool: Dataset, labels: Tensor, batch_size: int = 64) -> Trial | None:
+        """`(positions, weights) -> accuracy` on the probe set of a model trained on these rows of the pool.
+
+        Rows of the probe set whose own label the other probes find unlikely (`p_clean < 1/2`) are left out. None if
+        it is not known what the probes were trained on, or how.
+        """
+        if self.probe_set is None or type(self).fit is Probes.fit:
+            return None
+        p, truth = self.out_of_bag(batch_size), self.probe_set.labels
+        known = ~p[:, 0].isnan()
+        if known.any():
+            noise = fit_label_noise(p[known], truth[known])
+            likely = torch.ones(len(truth), dtype=torch.bool)
+            likely[known] = noise.p_clean(p[known], truth[known]) >= 0.5
+        else:
+            likely = torch.ones(len(truth), dtype=torch.bool)
+        rows, truth = self.probe_set.rows.select(likely.nonzero().flatten().tolist()), truth[likely]
+        seeds = iter(range(1000, 2000))
+
+        def accuracy(positions: Tensor, weights: Tensor) -> float:
+            model = self.fit(pool.select(positions.tolist()), labels[positions], weights, next(seeds))
+            return self._accuracy(model, rows, truth, batch_size)
+
+        return accuracy
+
+    def _accuracy(self, model: Any, rows: Dataset, truth: Tensor, batch_size: int) -> float:
+        twice = Probes([model, model], names=self.names or [])
+        twice.inputs = self.inputs
+        predicted = torch.cat([z[:, 0].argmax(1) for z in twice.batches(rows, batch_size)])
+        return (predicted == truth).double().mean().item()
+
+
+def common_names(models: Sequence[nn.Module]) -> list[str] | None:
+    """The class names in the models' configs; None if they have none.
+
+    Raises:
+        ValueError: if two models name their classes differently.
+    """
+    maps = [
+        {int(i): name for i, name in (getattr(getattr(model, "config", None), "id2label", None) or {}).items()}
+        for model in models
+    ]  # fmt: skip
+    for number, other in enumerate(maps):
+        if other != maps[0]:
+            raise ValueError(
+                f"probe {number} maps classes to labels as {_short(other)}, probe 0 as {_short(maps[0])}; load or "
+                "train all probes with the same id2label"
+            )
+    names = [maps[0][i] for i in sorted(maps[0])]
+    return None if not names or names[0].startswith("LABEL_") else names
+
+
+def _short(names: dict[int, str]) -> str:
+    shown = dict(list(names.items())[:4])
+    return f"{shown}{' ...' if len(names) > 4 else ''} ({len(names)} classes)"
+
+
+def weights_hash(models: Sequence[nn.Module], *tensors: Tensor) -> str:
+    """A short hash of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(_bytes(tensor))
+    for model in models:
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def bootstrap_counts(rows: int, probes: int, seed: int = 0, bootstrap: bool = True) -> Tensor:
+    """`(M, n)` how often each probe sees each row: draws with replacement, or 1 everywhere.
+
+    Example:
+        >>> bootstrap_counts(5, 2).sum(1)
+        tensor([5, 5])
+    """
+    if not bootstrap:
+        return torch.ones(probes, rows, dtype=torch.long)
+    draws = [
+        torch.randint(rows, (rows,), generator=torch.Generator().manual_seed(seed * 1000 + m)).bincount(minlength=rows)
+        for m in range(probes)
+    ]
+    return torch.stack(draws)

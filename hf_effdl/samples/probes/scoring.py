@@ -1,0 +1,206 @@
+"""Score every row of a data set with the probes: one pass, on any number of processes, resumable."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from hf_effdl.samples.probes.inputs import Inputs
+from hf_effdl.samples.probes.probes import Probes
+from hf_effdl.samples.scores.noise import LabelNoise, fit_likelihoods, label_likelihoods
+from hf_effdl.samples.scores.uncertainty import (
+    LEAST_SPREAD,
+    _entropy,
+    _uncertainty,
+    check_labels,
+    check_logits,
+    spread_sums,
+    two_classes,
+)
+
+
+UNLABELLED = ("u_x", "entropy", "margin", "least_confidence", "bald", "confidence", "predicted")
+LABELLED = ("u_y", "p_label", "el2n", "p_clean")
+SCORES = UNLABELLED + LABELLED
+# rows between two writes of the cache
+PART = 16_384
+
+
+def score_batch(logits: Tensor, labels: Tensor | None, gauge: str = "invariant") -> dict[str, Tensor]:
+    """All score columns of a batch but `p_clean`, which needs the whole pool; formulas in `uncertainty.py`."""
+    each = two_classes(logits).softmax(2)
+    p = each.mean(1)
+    top = p.topk(2, 1)
+    table = {
+        "u_x": _uncertainty(logits, None, gauge), "entropy": _entropy(p),
+        "margin": top.values[:, 0] - top.values[:, 1], "least_confidence": 1 - top.values[:, 0],
+        "bald": (_entropy(p) - _entropy(each).mean(1)).clamp(min=0),
+        "confidence": top.values[:, 0], "predicted": top.indices[:, 0],
+    }  # fmt: skip
+    if labels is not None:
+        hot = torch.nn.functional.one_hot(labels, p.shape[1]).to(p.dtype)
+        table |= {
+            "u_y": _uncertainty(logits, labels, gauge), "p_label": p.gather(1, labels[:, None])[:, 0],
+            "el2n": (each - hot[:, None]).norm(dim=2).mean(1), "likelihoods": label_likelihoods(p, labels),
+        }  # fmt: skip
+    between, total = spread_sums(logits)
+    return table | {"between": between, "total": total}
+
+
+def score_rows(
+    probes: Probes,
+    data: Dataset,
+    labels: Tensor | None = None,
+    *,
+    gauge: str = "invariant",
+    batch_size: int = 64,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> tuple[dict[str, Tensor], LabelNoise | None]:
+    """The score table of a pool, and the label noise fitted to it.
+
+    Every process of `accelerate launch` or `torchrun` scores its share of each batch; all of them return the table.
+
+    Args:
+        probes: what to ask.
+        data: the pool; only scalars are kept of a row.
+        labels: `(N,)` classes, or None.
+        gauge: see `uncertainty`.
+        batch_size: rows a process and step.
+        cache_dir: keeps finished parts of 16,384 rows, so that a run that was cut off goes on; parts of other probes,
+            data or settings are not mistaken for them.
+        progress: show a bar on the first process.
+
+    Returns:
+        `{score: (N,)}` and the noise (None without labels).
+
+    Raises:
+        ValueError: for NaN or infinite logits, labels outside the classes, or probes that all agree.
+    """
+    accelerator = Accelerator()
+    inputs = probes.bind(data)
+    probes.to(accelerator.device)
+    folder = None if cache_dir is None else _cache(Path(cache_dir), probes, data, labels, gauge, accelerator)
+    bar = tqdm(total=len(data), desc="scoring", unit=" rows", disable=not (progress and accelerator.is_main_process))
+    parts, classes = [], None
+    for start in range(0, len(data), PART):
+        stop = min(start + PART, len(data))
+        file = None if folder is None else folder / f"rows-{start:012d}.safetensors"
+        if file is not None and file.is_file():
+            part = load_file(file)
+        else:
+            part = _score_part(probes, data, range(start, stop), labels, inputs, gauge, batch_size, accelerator, bar)
+            if file is not None and accelerator.is_main_process:
+                save_file(part, str(file.with_suffix(".tmp")))
+                os.replace(file.with_suffix(".tmp"), file)
+        bar.update(stop - bar.n)
+        parts.append(part)
+    bar.close()
+    accelerator.wait_for_everyone()  # no process reads a cache that another one still writes
+    table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    _check_spread(table.pop("between"), table.pop("total"), len(probes))
+    classes = int(table.pop("classes")[0])
+    noise = None
+    if labels is not None:
+        likelihoods = table.pop("likelihoods")
+        noise = fit_likelihoods(likelihoods, classes)
+        table["p_clean"] = noise.posterior(likelihoods[:, noise.place])
+    return table, noise
+
+
+def _score_part(
+    probes: Probes, data: Dataset, places: range, labels: Tensor | None, inputs: Inputs, gauge: str, batch_size: int,
+    accelerator: Accelerator, bar: Any,
+) -> dict[str, Tensor]:  # fmt: skip
+    rows = _Numbered(data, places, inputs)
+    loader = accelerator.prepare(DataLoader(rows, batch_size, collate_fn=_Collate(inputs)))
+    table: dict[str, Tensor] = {}
+    for numbers, batch in loader:
+        with torch.no_grad():
+            logits = probes.logits(send_to_device(batch, accelerator.device))
+        numbers_here = numbers.cpu()
+        given = None
+        if labels is not None:
+            if not table:  # once a part: the whole column, so that the error counts all rows
+                check_labels(labels, max(2, logits.shape[2]), len(labels))
+            given = labels[numbers_here].to(logits.device)
+        found = _checked(logits, given, numbers_here, gauge)
+        gathered = accelerator.gather_for_metrics({"numbers": numbers} | {
+            name: value.to(accelerator.device) for name, value in found.items()
+        })  # fmt: skip
+        where = gathered.pop("numbers").cpu() - places.start
+        for name, value in gathered.items():
+            if name not in table:
+                table[name] = torch.empty(len(places), *value.shape[1:], dtype=value.dtype)
+            table[name][where] = value.cpu()  # by number: it does not matter in which order processes deliver
+        bar.update(len(where))
+    return table
+
+
+def _checked(logits: Tensor, labels: Tensor | None, places: Tensor, gauge: str) -> dict[str, Tensor]:
+    """The scores of a batch; errors name rows of the pool, not of the batch."""
+    if not logits.isfinite().all():
+        bad = (~logits.isfinite()).any(2)
+        row, probe = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"probe {probe} gives NaN or infinite logits for row {places[row].item()} ({int(bad.any(1).sum())} rows "
+            "of its batch have some); train the probe again (a lower learning rate, float32), or leave the rows out"
+        )
+    logits, labels = check_logits(logits, labels)
+    return score_batch(logits, labels, gauge) | {"classes": torch.full((len(logits),), max(2, logits.shape[2]))}
+
+
+def _check_spread(between: Tensor, total: Tensor, probes: int) -> None:
+    spread = (between.sum() / total.sum().clamp(min=torch.finfo(torch.float64).tiny)).sqrt().item()
+    if spread < LEAST_SPREAD:
+        raise ValueError(
+            f"the {probes} probes agree on all {len(total)} rows (relative spread {spread:.1e}), so there is no "
+            "uncertainty to read off. A convex probe, such as a linear head, ends at the same weights from any seed: "
+            "train each probe on a bootstrap sample (bootstrap=True, the default of train_probes and LinearProbes)"
+        )
+
+
+def _cache(
+    folder: Path, probes: Probes, data: Dataset, labels: Tensor | None, gauge: str, accelerator: Accelerator
+) -> Path:
+    """The folder for exactly this scoring."""
+    given = "" if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest()
+    key = json.dumps([probes.fingerprint, data._fingerprint, len(data), given, gauge, PART])
+    folder = folder / f"scores-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+class _Numbered(torch.utils.data.Dataset):
+    """Rows with their place in the pool, read batch by batch."""
+
+    def __init__(self, data: Dataset, places: range, inputs: Inputs) -> None:
+        self.data, self.places, self.inputs = data, places, inputs
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[tuple[int, dict[str, Any]]]:
+        places = [self.places[i] for i in numbers]
+        return list(zip(places, self.inputs.read(self.data, places), strict=True))
+
+
+class _Collate:
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+
+    def __call__(self, rows: list[tuple[int, dict[str, Any]]]) -> tuple[Tensor, Any]:
+        return torch.tensor([number for number, _ in rows]), self.inputs([row for _, row in rows])

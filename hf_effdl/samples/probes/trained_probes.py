@@ -1,0 +1,193 @@
+"""Whole models as probes, trained with the Trainer."""
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from transformers import TrainingArguments, set_seed
+
+from hf_effdl.random_state import random_state_kept
+from hf_effdl.samples.probes.inputs import Inputs, check_dataset, label_names, label_tensor
+from hf_effdl.samples.probes.probes import LEAST_PROBES, Probes, ProbeSet, bootstrap_counts, weights_hash
+from hf_effdl.weighting import WeightedTrainer
+
+
+# number of probes, bootstrap
+PRESETS = {"default": (8, True), "paper": (10, False)}
+
+
+class TrainedProbes(Probes):
+    """Probes that `train_probes` made; they know how one more is trained."""
+
+    def __init__(self, models: Sequence[nn.Module], try_out: Callable[..., nn.Module], **options: Any) -> None:
+        super().__init__(models, **options)
+        self._try_out = try_out
+
+    def fit(self, rows: Dataset, labels: Tensor, weights: Tensor, seed: int) -> nn.Module:
+        return self._try_out(rows, labels, seed, weights)
+
+
+def train_probes(
+    model_init: Callable[[], nn.Module],
+    args: TrainingArguments,
+    rows: Dataset,
+    label_column: str = "label",
+    *,
+    preset: str = "default",
+    num_probes: int | None = None,
+    bootstrap: bool | None = None,
+    processing_class: Any = None,
+    input_column: str | Sequence[str] | None = None,
+    data_collator: Callable[[list[dict[str, Any]]], Any] | None = None,
+    seed: int = 0,
+) -> Probes:
+    """Train M models with the Trainer, each from its own seed and on its own bootstrap sample.
+
+    A finished probe is kept under `args.output_dir/probe-m` and not trained again by a run with the same rows, seed,
+    arguments and fresh weights, so that a run that was cut off goes on with the next probe.
+
+    Args:
+        model_init: makes a fresh model; the random state is seeded before each call.
+        args: `TrainingArguments` of every probe.
+        rows: labelled rows S', which the final model should not be trained on.
+        label_column: of `rows`.
+        preset: `"default"`: 8 probes on bootstrap samples; `"paper"`: 10 probes on all rows, with seeds as the only
+            difference, as in the released code.
+        num_probes: M; default: the preset's.
+        bootstrap: default: the preset's.
+        processing_class, input_column, data_collator: see `Probes`.
+        seed: of the bootstrap; probe m trains with seed `seed + m`.
+
+    Returns:
+        `Probes`, to hand to `UncertaintySelector`.
+
+    Example:
+        >>> probes = train_probes(new_model, TrainingArguments("probes"), labelled)  # doctest: +SKIP
+        >>> subset = UncertaintySelector(probes).select(pool, 0.2)                   # doctest: +SKIP
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: it must be one of {tuple(PRESETS)}")
+    usual = PRESETS[preset]
+    num_probes = usual[0] if num_probes is None else num_probes
+    bootstrap = usual[1] if bootstrap is None else bootstrap
+    check_dataset(rows, [label_column], "the probe set")
+    if num_probes < LEAST_PROBES:
+        raise ValueError(f"num_probes={num_probes}: the spread of one probe is unknown; use 2 or more, better 8")
+    labels = label_tensor(rows, label_column, label_names(rows, label_column))
+    counts = bootstrap_counts(len(rows), num_probes, seed, bootstrap)
+    inputs = Inputs(processing_class, input_column, data_collator, [label_column])
+
+    def new_model(seed: int) -> nn.Module:
+        set_seed(seed)
+        return model_init()
+
+    def train(
+        model: nn.Module, data: Dataset, labels: Tensor, seed: int, folder: str, weights: Tensor | None = None
+    ) -> nn.Module:  # fmt: skip
+        options = {"output_dir": f"{args.output_dir}/{folder}", "seed": seed, "remove_unused_columns": False}
+        trainer = WeightedTrainer(
+            model, _replaced(args, **options), data_collator=_Collator(inputs.bind(data, model), model),
+            train_dataset=_Labelled(data, labels, torch.ones(len(labels)) if weights is None else weights),
+        )  # fmt: skip
+        trainer.train()
+        return trainer.accelerator.unwrap_model(trainer.model).eval()
+
+    def try_out(data: Dataset, labels: Tensor, seed: int, weights: Tensor) -> nn.Module:
+        with random_state_kept():
+            model = train(new_model(seed), data, labels, seed, "trial", weights)
+        shutil.rmtree(f"{args.output_dir}/trial", ignore_errors=True)
+        return model
+
+    models = []
+    for m, seen in enumerate(counts):
+        with random_state_kept():
+            model, places = new_model(seed + m), torch.arange(len(rows)).repeat_interleave(seen)
+            file = Path(args.output_dir) / f"probe-{m}" / "probe.safetensors"
+            key = _key(args, rows, labels, places, seed + m, model)
+            if not _load(model, file, key):
+                model = train(model, rows.select(places.tolist()), labels[places], seed + m, f"probe-{m}")
+                _save(model, file, key)
+        models.append(model.eval())
+    return TrainedProbes(
+        models, try_out, processing_class=processing_class, input_column=input_column, data_collator=data_collator,
+        names=label_names(rows, label_column), probe_set=ProbeSet(rows, labels, counts),
+    )  # fmt: skip
+
+
+def _load(model: nn.Module, file: Path, key: str) -> bool:
+    """Load the weights saved under this key; False if there are none."""
+    known = None
+    if file.is_file():
+        with safe_open(file, "pt") as saved:
+            known = (saved.metadata() or {}).get("key")
+    Accelerator().wait_for_everyone()  # no process writes before all have looked
+    if known == key:
+        load_model(model, file)
+    return known == key
+
+
+def _save(model: nn.Module, file: Path, key: str) -> None:
+    accelerator = Accelerator()
+    if accelerator.is_main_process:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".tmp")
+        save_model(model, str(part), metadata={"key": key})
+        os.replace(part, file)
+    accelerator.wait_for_everyone()
+
+
+# arguments that do not change what is trained
+_ASIDE = ("output_dir", "run_name", "project", "hub_model_id", "hub_token", "disable_tqdm", "report_to", "log_level")
+
+
+def _key(args: TrainingArguments, rows: Dataset, labels: Tensor, places: Tensor, seed: int, model: nn.Module) -> str:
+    """What a probe's weights follow from."""
+    settings = {name: value for name, value in args.to_dict().items() if name not in _ASIDE}
+    found = [rows._fingerprint, labels.tolist(), places.tolist(), seed, settings, weights_hash([model])]
+    return hashlib.sha256(json.dumps(found, default=str, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _replaced(args: Any, **changes: Any) -> Any:
+    args = copy(args)
+    for name, value in changes.items():
+        setattr(args, name, value)
+    return args
+
+
+class _Labelled(torch.utils.data.Dataset):
+    """Rows with their class and weight beside them."""
+
+    column_names = ("row", "labels", "weight")
+
+    def __init__(self, data: Dataset, labels: Tensor, weights: Tensor) -> None:
+        self.data, self.labels, self.weights = data, labels, weights
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"row": self.data[int(i)], "labels": int(self.labels[i]), "weight": float(self.weights[i])}
+
+
+class _Collator:
+    def __init__(self, inputs: Inputs, model: nn.Module) -> None:
+        self.inputs = inputs
+        self.first = next(iter(inspect.signature(model.forward).parameters))
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.inputs([row["row"] for row in rows])
+        batch = {self.first: batch} if isinstance(batch, Tensor) else dict(batch)
+        weights = {"weight": torch.tensor([row["weight"] for row in rows])} if "weight" in rows[0] else {}
+        return batch | {"labels": torch.tensor([row["labels"] for row in rows])} | weights

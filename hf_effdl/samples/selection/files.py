@@ -1,0 +1,213 @@
+"""Selections as files, in a folder or in a data set repository on the Hub: Parquet and JSON, nothing else.
+
+`<config>/selection.json`: what was chosen from what, and how; `<config>/selection.parquet`: `row_id`, `weight`,
+`inclusion_probability` and scores of the chosen rows; `scores/scores.parquet`: `row_id` and scores of every row of the
+pool, shared by all configs that were made from them. On the Hub also `README.md`, the card, and
+`<config>/selection.png`.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from hf_effdl.hub.cards import write_selection_card
+from hf_effdl.hub.repos import own_dataset_repo
+from hf_effdl.samples.drawing.plan import Plan
+from hf_effdl.samples.selection.findings import clip_value, suspect_positions
+from hf_effdl.samples.selection.report import SelectionReport
+
+
+FORMAT = 1
+RECORD, CHOSEN, SCORES, PICTURE = "selection.json", "selection.parquet", "scores.parquet", "selection.png"
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+
+
+def save(selection: Any, folder: str | os.PathLike[str], config_name: str = "default") -> Path:
+    """Write one config into a folder beside those it has; returns the config's folder."""
+    if not re.fullmatch(NAME, config_name) or re.match(r"scores\b", config_name):
+        raise ValueError(f"config_name={config_name!r}: use letters, digits and . _ -, and not 'scores', which is the "
+                         "name of the scores of all rows")  # fmt: skip
+    chosen, scores = selection.to_dataset(), selection.scores_dataset()
+    known = {name: record["scores"] for name, record in records(folder).items()}
+    record = {
+        "format": FORMAT, "settings": selection.plan.settings,
+        "info": {name: value for name, value in selection.info.items() if name != "settings"},
+        "names": None if selection.names is None else list(selection.names), "rows": selection.plan.rows,
+        "named_rows": selection.row_ids is not None, "digest": digest(chosen),
+        "scores": _place_scores(config_name, digest(scores), known), "summary": summary(selection),
+    }  # fmt: skip
+    target = Path(folder) / record["scores"]["config"] / SCORES
+    if record["scores"] not in known.values() or not target.is_file():
+        _write(target, scores.to_parquet)
+    target = Path(folder) / config_name
+    _write(target / CHOSEN, chosen.to_parquet)
+    # last, and with the digests of the other two: a write that was cut off is noticed
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    _write(target / RECORD, lambda part: part.write_text(text, encoding="utf-8"))
+    return target
+
+
+def load(
+    where: str | os.PathLike[str], config_name: str = "default", revision: str | None = None,
+    token: str | bool | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The arguments of the `Selection` in a folder or a repository."""
+    folder, commit = Path(where), None
+    if not folder.is_dir():
+        folder = _download(str(where), [f"*/{RECORD}", f"{config_name}/{CHOSEN}"], revision, token)
+        commit = folder.name  # a push between the two downloads does not matter
+    known = sorted(file.parent.name for file in folder.glob(f"*/{RECORD}"))
+    if not known:
+        raise FileNotFoundError(f"{where} holds no selection: there is no <config_name>/{RECORD}; write one with "
+                                "Selection.save or Selection.push_to_hub")  # fmt: skip
+    if config_name not in known:
+        raise ValueError(f"{where} has no config_name={config_name!r}; it has {known}")
+    record = records(folder, config_name)[config_name]
+    shared = f"{record['scores']['config']}/{SCORES}"
+    if commit is not None:
+        folder = _download(str(where), [shared], commit, token)
+    chosen, scores = _read(folder / config_name / CHOSEN), _read(folder / shared)
+    if (digest(chosen), digest(scores)) != (record["digest"], record["scores"]["digest"]):
+        raise ValueError(f"{where}: the files of config_name={config_name!r} do not belong together, as after a write "
+                         "that was cut off; save or push the selection again")  # fmt: skip
+    ids = scores["row_id"][:]
+    place = {value: i for i, value in enumerate(ids)}
+    plan = Plan(
+        torch.tensor([place[value] for value in chosen["row_id"][:]]),
+        torch.tensor(_array(chosen, "inclusion_probability")), torch.tensor(_array(chosen, "weight")),
+        record["rows"], record["settings"],
+    )  # fmt: skip
+    table = {name: torch.tensor(_array(scores, name)) for name in scores.column_names if name != "row_id"}
+    return {"plan": plan, "table": table, "names": record["names"],
+            "info": record["info"] | {"settings": record["settings"]},
+            "row_ids": ids if record["named_rows"] else None}  # fmt: skip
+
+
+def push(
+    selection: Any, repo_id: str, config_name: str, private: bool | None, token: str | bool | None,
+    commit_message: str | None, **card: Any,
+) -> str | None:  # fmt: skip
+    """Save into a copy of the repository's small files, and commit what is new at once."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return None
+    api = HfApi(token=token)
+    head, files = own_dataset_repo(api, repo_id, private, lambda name: name.endswith(f"/{RECORD}"), "selection")
+    repo_id = head.id
+    with tempfile.TemporaryDirectory() as folder:
+        api.snapshot_download(
+            repo_id, repo_type="dataset", revision=head.sha, local_dir=folder,
+            allow_patterns=["README.md", f"*/{RECORD}", f"*/{PICTURE}"],
+        )  # fmt: skip
+        before = _scores_of(folder)
+        save(selection, folder, config_name)
+        _draw(selection, Path(folder) / config_name / PICTURE)
+        write_selection_card(folder, records(folder), repo_id=repo_id, **card)
+        # no deeper, as the download left a .cache
+        new = [path for path in (*Path(folder).glob("[!.]*"), *Path(folder).glob("[!.]*/*")) if path.is_file()]
+        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in new]
+        operations += [CommitOperationDelete(name) for name in (before - _scores_of(folder)) & files]
+        return str(api.create_commit(
+            repo_id, operations, repo_type="dataset", parent_commit=head.sha,
+            commit_message=commit_message or f"Selection {config_name}: {len(selection)} rows",
+        ))  # fmt: skip
+
+
+def summary(selection: Any) -> dict[str, Any]:
+    """What the card says of a selection, and labels are needed for, which are not stored."""
+    found = SelectionReport.of(selection).to_dict()
+    suspects = suspect_positions(selection)
+    inside = None if suspects is None else int(torch.isin(suspects, selection.plan.positions).sum())
+    # the suspects themselves are rows of the source with their labels
+    return {name: value for name, value in found.items() if name != "suspects"} | {
+        "clip": clip_value(selection), "suspects_selected": inside,
+    }  # fmt: skip
+
+
+def records(folder: str | os.PathLike[str], only: str = "*") -> dict[str, dict[str, Any]]:
+    """The `selection.json` of every config in a folder, by its name."""
+    found = {}
+    for file in sorted(Path(folder).glob(f"{only}/{RECORD}")):
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            newer, scores = record["format"] > FORMAT, record["scores"]["config"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is no record of a selection ({type(error).__name__}: {error})") from error
+        if newer:
+            raise ValueError(f"{file} has format {record['format']} and this version of hf_effdl reads {FORMAT}; "
+                             "install a newer one")  # fmt: skip
+        if not re.fullmatch(NAME, scores):  # it becomes a path
+            raise ValueError(f"{file} names its scores {scores!r}, which is no folder beside it")
+        found[file.parent.name] = record
+    return found
+
+
+def _scores_of(folder: str) -> set[str]:
+    return {f"{record['scores']['config']}/{SCORES}" for record in records(folder).values()}
+
+
+def digest(data: Dataset) -> str:
+    """A hash of the columns' values."""
+    found = hashlib.sha256()
+    for name in data.column_names:
+        values = json.dumps(data[name][:]).encode() if name == "row_id" else _array(data, name).tobytes()
+        found.update(f"{name} {data.features[name].dtype} {len(values)} ".encode() + values)
+    return found.hexdigest()[:16]
+
+
+def _place_scores(config_name: str, value: str, known: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Where scores go: to their equals, else to a name that no other config's scores have."""
+    alike = next((scores["config"] for scores in known.values() if scores["digest"] == value), None)
+    taken = {scores["config"] for name, scores in known.items() if name != config_name}
+    return {"config": alike or ("scores" if "scores" not in taken else f"scores-{value[:8]}"), "digest": value}
+
+
+def _write(target: Path, write: Callable[[Path], Any]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as folder:
+        write(Path(folder) / target.name)
+        os.replace(Path(folder) / target.name, target)
+
+
+def _draw(selection: Any, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        from hf_effdl.samples.selection.pictures import plot_overview
+
+        figure = plot_overview(selection)
+    except ImportError:  # matplotlib is an extra
+        return
+    figure.savefig(target, dpi=110)
+
+
+def _read(file: Path) -> Dataset:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; save or push the selection again")
+    # not Dataset.from_parquet, which would copy it into the cache
+    with file.open("rb") as stored:
+        return Dataset(pq.read_table(stored))
+
+
+def _array(data: Dataset, name: str) -> np.ndarray:
+    # with_format("numpy") would round float64 to float32
+    return data.data.column(name).to_numpy()
+
+
+def _download(repo_id: str, patterns: list[str], revision: str | None, token: str | bool | None) -> Path:
+    try:
+        return Path(snapshot_download(
+            repo_id, repo_type="dataset", revision=revision, token=token, allow_patterns=patterns
+        ))  # fmt: skip
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{repo_id!r} is neither a folder nor a repository id") from error

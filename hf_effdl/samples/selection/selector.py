@@ -1,0 +1,247 @@
+"""`UncertaintySelector`: from a data set and a budget to the rows worth having."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, DatasetDict
+from torch import Tensor, nn
+
+from hf_effdl.samples.drawing.plan import Trial, active_plan, default_plan, paper_plan
+from hf_effdl.samples.probes.inputs import check_dataset, label_tensor
+from hf_effdl.samples.probes.probes import Probes
+from hf_effdl.samples.probes.scoring import LABELLED, SCORES, UNLABELLED, score_rows
+from hf_effdl.samples.selection.report import SelectionReport
+from hf_effdl.samples.selection.selection import Selection, labels_hash, names_for, source_of
+from hf_effdl.version import __version__
+
+
+MODES = ("coreset", "active")
+PRESETS = ("default", "paper")
+
+
+class UncertaintySelector:
+    """Chooses rows of a `datasets.Dataset` by how unsure a few probe models are of them.
+
+    `select` is `score`, then `plan`, then `Selection.apply`. Scoring costs one pass; any number of budgets can then be
+    planned from the same scores.
+
+    Args:
+        probes: `Probes` (from `train_probes` or `LinearProbes.train`), or a list of models.
+        label_column: labels of the pool; used in coreset mode only.
+        mode: `"coreset"` (labels are there, choose what to train on) or `"active"` (choose what to have labelled).
+        preset: `"default"` (see `default_plan` and `active_plan`) or `"paper"` (the released code, see `paper_plan`).
+        seed: of the draw; the same seed and row ids give the same rows.
+        id_column: integers or texts that name the rows; default: their places.
+        processing_class, input_column, data_collator: how rows are fed to a list of models, see `Probes`.
+        batch_size: rows a step when scoring.
+        trial: `(positions, weights) -> accuracy` of a small model trained on these rows of the pool; default: one
+            trained like the probes, where that is known. False: none, the default preset then filters always.
+        cache_dir: where finished parts of the scoring are kept, to go on after a cut-off.
+        source, revision: id and revision of the pool on the Hub, for the card; default: what the data set knows.
+
+    Raises:
+        ValueError: for unknown modes or presets, fewer than two probes or probes of different classes.
+
+    Example:
+        >>> from hf_effdl import LinearProbes
+        >>> rows = {"features": torch.randn(240, 4).tolist(), "label": [0, 1, 2] * 80}
+        >>> data = Dataset.from_dict(rows).train_test_split(60, seed=0)
+        >>> probes = LinearProbes.train(None, data["test"], input_column="features")
+        >>> subset = UncertaintySelector(probes).select(data["train"], 30)
+        >>> len(subset), {"weight", "inclusion_probability"} <= set(subset.column_names)
+        (30, True)
+
+    Source: Lin et al., "Optimal Sample Selection Through Uncertainty Estimation and Its Application in Deep
+    Learning", arXiv 2309.02476.
+    """
+
+    def __init__(
+        self,
+        probes: Probes | Sequence[nn.Module],
+        label_column: str | None = "label",
+        mode: str = "coreset",
+        preset: str = "default",
+        seed: int = 0,
+        *,
+        id_column: str | None = None,
+        processing_class: Any = None,
+        input_column: str | Sequence[str] | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], Any] | None = None,
+        batch_size: int = 64,
+        trial: Trial | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        source: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r}: it must be one of {MODES}")
+        if preset not in PRESETS:
+            raise ValueError(f"preset={preset!r}: it must be one of {PRESETS}")
+        if mode == "coreset" and label_column is None:
+            raise ValueError("mode='coreset' chooses by labels; set label_column, or mode='active'")
+        if not isinstance(probes, Probes):
+            probes = Probes(probes, processing_class, input_column, data_collator)
+        probes.inputs.aside |= {name for name in (label_column, id_column) if name is not None}
+        self.probes, self.label_column, self.mode, self.preset, self.seed = probes, label_column, mode, preset, seed
+        self.id_column, self.batch_size, self.trial, self.cache_dir = id_column, batch_size, trial, cache_dir
+        self.source, self.revision = source, revision
+        self.selection: Selection | None = None
+
+    @property
+    def gauge(self) -> str:
+        """Of the uncertainties, see `uncertainty`."""
+        return "drop-first" if self.preset == "paper" else "invariant"
+
+    def score(self, data: Dataset) -> Dataset:
+        """The data set with the score columns added.
+
+        `u_x`, `entropy`, `margin`, `least_confidence`, `bald`, `confidence`, `predicted`, and in coreset mode `u_y`,
+        `p_label`, `el2n`, `p_clean`.
+
+        Raises:
+            ValueError, TypeError: for a data set that is empty, streamed, a `DatasetDict` or without the columns, and
+                what `score_rows` raises.
+        """
+        data = self._checked(data)
+        if clash := [name for name in SCORES if name in data.column_names]:
+            raise ValueError(f"the data set has the columns {clash} already; remove_columns({clash}) to score it anew")
+        labels = self._labels(data)
+        table, _ = score_rows(
+            self.probes, data, labels, gauge=self.gauge, batch_size=self.batch_size, cache_dir=self.cache_dir
+        )
+        for name, column in table.items():
+            data = data.add_column(name, column.numpy())
+        return data
+
+    def plan(self, scored: Dataset, budget: int | float, **overrides: Any) -> Selection:
+        """Choose rows of a scored data set.
+
+        Args:
+            scored: what `score` returned.
+            budget: rows (an int), or a share of them (a float up to 1).
+            overrides: arguments of `make_plan` that are to differ from the preset, e.g. `weights="none"`; `score` may
+                name any column of numbers, such as one from `dynamics_scores`.
+
+        Raises:
+            ValueError: for missing score columns or a budget out of range.
+        """
+        scored = self._checked(scored)
+        rows = rows_of(budget, len(scored))
+        wanted = UNLABELLED + (LABELLED if self.mode == "coreset" else ())
+        if missing := [name for name in wanted if name not in scored.column_names]:
+            raise ValueError(f"the data set has no score columns {missing}; pass what score() returned")
+        columns = [name for name in SCORES if name in scored.column_names]
+        if (own := overrides.get("score", "uniform")) not in (*columns, "uniform"):
+            check_dataset(scored, [own], "the scored data set")
+            columns.append(own)
+        arrays = scored.with_format("numpy")
+        table = {name: torch.from_numpy(arrays[name][:].copy()) for name in columns}
+        labels = self._labels(scored)
+        if labels is not None:
+            table["label"] = labels
+        ids = None if self.id_column is None else scored.with_format(None)[self.id_column][:]
+        if ids is not None and len(set(ids)) < len(ids):
+            raise ValueError(f"column {self.id_column!r} names some rows alike; row ids must differ")
+        options = {"seed": self.seed, "row_ids": ids} | overrides
+        if self.preset == "paper":
+            plan = paper_plan(table, rows, labelled=labels is not None, **options)
+        elif self.mode == "active":
+            plan = active_plan(table, rows, accuracy=self._probe_accuracy(), **options)
+        else:
+            plan = default_plan(table, rows, trial=self._trial(scored, labels), **options)
+        # one process decides: a trial's accuracy may differ in its last digit between processes, the rows must not
+        [plan] = broadcast_object_list([plan])
+        info = {
+            "mode": self.mode, "preset": self.preset, "gauge": self.gauge, "label_column": self.label_column,
+            "id_column": self.id_column, "settings": plan.settings, "probes": self.probes.describe(),
+            "source": source_of(scored) | {
+                name: value for name, value in (("id", self.source), ("revision", self.revision)) if value is not None
+            },
+            "labels_hash": None if labels is None else labels_hash(scored, self.label_column),
+            "hf_effdl": __version__,
+        }  # fmt: skip
+        names = names_for(scored, self.label_column, self.probes.names)
+        self.selection = Selection(plan, table, names, ids, info, scored)
+        return self.selection
+
+    def select(self, data: Dataset | DatasetDict, budget: int | float, split: str | None = None, **overrides: Any):
+        """Score (unless it is done), plan and apply.
+
+        Args:
+            data: the pool; a `DatasetDict` with `split=` naming the pool in it.
+            budget: rows (an int), or a share of them (a float up to 1).
+            split: of a `DatasetDict`, which then comes back with that split replaced.
+            overrides: see `plan`.
+
+        Returns:
+            The chosen rows in the pool's order, with the columns `weight` (mean 1) and `inclusion_probability`; the
+            score columns are left out. `self.selection` holds the plan, scores and report.
+        """
+        if isinstance(data, DatasetDict) and split is not None:
+            if split not in data:
+                raise ValueError(f"split={split!r}: the DatasetDict has {list(data)}")
+            return DatasetDict({**data, split: self.select(data[split], budget, **overrides)})
+        data = self._checked(data)
+        self._check_budget(rows_of(budget, len(data)), data, overrides)  # before the long work
+        scored = data if set(UNLABELLED) <= set(data.column_names) else self.score(data)
+        selection = self.plan(scored, budget, **overrides)
+        subset = selection.apply(scored)
+        return subset.remove_columns([name for name in SCORES if name in subset.column_names])
+
+    def report(self) -> SelectionReport:
+        """Of the last selection: class counts, effective size, regime, suspected label errors, pictures."""
+        if self.selection is None:
+            raise ValueError("there is nothing to report yet; call select(data, budget) or plan(scored, budget) first")
+        return self.selection.report()
+
+    def _checked(self, data: Dataset) -> Dataset:
+        needed = [self.label_column] if self.mode == "coreset" else []
+        return check_dataset(data, [*needed, *([self.id_column] if self.id_column else [])])
+
+    def _labels(self, data: Dataset) -> Tensor | None:
+        if self.mode == "active":
+            return None
+        return label_tensor(data, self.label_column, names_for(data, self.label_column, self.probes.names))
+
+    def _check_budget(self, budget: int, data: Dataset, overrides: dict[str, Any]) -> None:
+        labels = self._labels(data)
+        if labels is None or overrides.get("quotas", "label") != "label":
+            return
+        if budget < (classes := len(labels.unique())):
+            raise ValueError(f"budget={budget} is below the {classes} classes in {self.label_column!r}, so quotas "
+                             f"would leave classes out; raise it to {classes} or more, or set quotas='none'"
+                             )  # fmt: skip
+
+    def _trial(self, data: Dataset, labels: Tensor | None) -> Trial | None:
+        if self.trial is False or callable(self.trial):
+            return self.trial or None
+        return self.probes.trial(data, labels, self.batch_size)
+
+    def _probe_accuracy(self) -> float | None:
+        """How often the out-of-bag vote is right on the probe set."""
+        if self.probes.probe_set is None:
+            return None
+        p, truth = self.probes.out_of_bag(self.batch_size), self.probes.probe_set.labels
+        known = ~p[:, 0].isnan()
+        return (p[known].argmax(1) == truth[known]).double().mean().item() if known.any() else None
+
+
+def rows_of(budget: int | float, rows: int) -> int:
+    """A budget as a number of rows.
+
+    Example:
+        >>> rows_of(0.1, 200), rows_of(20, 200)
+        (20, 20)
+    """
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise TypeError(f"budget={budget!r}: pass a number of rows (int) or a share of them (float)")
+    if isinstance(budget, float):
+        if not 0 < budget <= 1:
+            raise ValueError(f"budget={budget}: a share must be above 0 and at most 1; for rows pass an int")
+        budget = max(1, round(budget * rows))
+    if not 1 <= budget <= rows:
+        raise ValueError(f"budget={budget}: it must be from 1 to the {rows} rows there are")
+    return budget

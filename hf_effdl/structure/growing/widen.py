@@ -1,0 +1,282 @@
+"""Putting units and blocks in: the same class with larger tensors, computing what it computed before."""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_effdl.random_state import random_state_kept
+from hf_effdl.structure.groups.find import _shared_names
+from hf_effdl.structure.groups.group import Group, check_same_network
+from hf_effdl.structure.groups.ties import config_ties
+from hf_effdl.structure.growing import new_units
+from hf_effdl.structure.optim.sharding import is_sharded
+from hf_effdl.structure.slim.slim import set_config
+
+
+INITS = ("zero-out", "gradmax", "split", "fresh")
+
+
+def widen(
+    model: nn.Module, group: Group, add: int = 8, init: str = "zero-out", *, seed: int = 0, batch: Any = None,
+    loss: Callable[[Any], Tensor] | None = None,
+) -> nn.Module:  # fmt: skip
+    """A wider copy of a model: same class, `add` more units in one group, computing what the model computes.
+
+    The new units come last, in every tensor of the group. Except with `init="fresh"` the outputs equal the model's, in
+    eval and in train mode, to rounding (dropout of the units themselves draws other numbers for more of them). `slim`
+    is the inverse: except with `"split"`, keeping the old units of the wider model gives the model back bit by bit.
+
+    Args:
+        model: left as it is.
+        group: one of `find_groups(model)`.
+        add: new units.
+        init: what the new units start with.
+            `"zero-out"`: rows drawn at random without their part in the span of the old rows (as long as there are
+            more inputs than rows), as long as the old rows are on average; bias 0; batch norm with the mean absolute
+            weight and otherwise the mean entries of the old units. The outgoing slices are 0.
+            `"split"`: copies of the units of largest norm (`Group.norm`), of one after the other, again from the first
+            where `add` is more than there are. Copies and original share the original's outgoing slices, by unequal
+            shares that sum to one.
+            `"gradmax"`: as `"zero-out"`, with orthonormal rows, times the same length, for which the loss gradient of
+            the outgoing slices is largest on `batch`. Where a group has rows in several tensors, orthonormal in each.
+            `"fresh"`: rows and outgoing slices drawn as for a new layer of the grown size (Kaiming-normal by fan-in),
+            batch norm 1 and 0, running mean 0 and variance 1: this changes what the model computes.
+        seed: of what is drawn; torch's random state stays.
+        batch: for `"gradmax"`: a tensor, tuple or dict that the model accepts, with labels, on the model's device.
+        loss: for `"gradmax"`: a function of the model's output; default: its `"loss"`.
+
+    Returns:
+        The wider model, in the mode, dtype, memory format and on the device of `model`. A transformers model keeps a
+        stock config where its config can say the sizes, else they go to `config.quantization_config`, as in `slim`.
+
+    Raises:
+        TypeError: for anything but a module, a group and whole numbers.
+        ValueError: for `add` below 1, an unknown `init`, a group of another model, one that nothing reads (the outputs
+            of the model), one with a tensor that another layer shares or that processes share, or a batch that
+            `"gradmax"` cannot use. Nothing is changed.
+
+    Example:
+        >>> from hf_effdl import find_groups
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        >>> [group] = find_groups(net, torch.zeros(1, 1, 8, 8))
+        >>> big = widen(net, group, add=2)
+        >>> big[0], big[3]
+        (Conv2d(1, 6, kernel_size=(3, 3), stride=(1, 1)), Linear(in_features=216, out_features=2, bias=True))
+        >>> x = torch.ones(1, 1, 8, 8)
+        >>> torch.allclose(net(x), big(x), atol=1e-6)
+        True
+
+    Source:
+        Rows at right angles to the old ones and outgoing zeros: released code of Fu et al., "Exploring structural
+        sparsity of deep networks via inverse scale spaces" (arXiv 1905.09449), as it was meant. Splitting: Chen et
+        al., "Net2Net" (arXiv 1511.05641). Rows of largest gradient: Evci et al., "GradMax" (arXiv 2201.05125), with
+        the zeros on the outgoing side.
+    """
+    if not isinstance(group, Group):
+        raise TypeError(f"widen needs a Group, one of find_groups(model), not {type(group).__name__}: {group!r}")
+    return widen_groups(model, [group], {group.name: add}, init, seed=seed, batch=batch, loss=loss)
+
+
+@torch.no_grad()
+def widen_groups(
+    model: nn.Module, groups: Sequence[Group], add: Mapping[str, int], init: str = "zero-out", *, seed: int = 0,
+    batch: Any = None, loss: Callable[[Any], Tensor] | None = None,
+) -> nn.Module:  # fmt: skip
+    """`widen` for several groups at once.
+
+    Args:
+        model: left as it is.
+        groups: all groups of the model: which of them one number of its config sizes is found by trying, and where
+            `add` keeps them in step the wider model has a stock config.
+        add: new units by group name; groups not named stay.
+        init: as in `widen`.
+        seed: as in `widen`. What is drawn for a group does not depend on which others are widened.
+        batch: as in `widen`.
+        loss: as in `widen`.
+
+    Raises:
+        TypeError, ValueError: as `widen` does, and for names in `add` that no group has.
+
+    Example:
+        >>> from hf_effdl import find_groups
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+        >>> big = widen_groups(net, find_groups(net, torch.zeros(1, 3)), {"0": 2, "2": 1})
+        >>> [tuple(layer.weight.shape) for layer in big[::2]]
+        [(6, 3), (6, 6), (2, 6)]
+    """
+    growth = _check(model, groups, add, init, seed, batch)
+    names = {part.tensor for group, _ in growth for part in group.slices}
+    tensors = {name: t.detach() for name, t in _tensors(model).items() if name in names}
+    if init == "split":
+        new = new_units.split(tensors, growth, seed, model)
+    elif init == "gradmax":
+        new = new_units.gradmax(tensors, growth, seed, model, batch, loss)
+    else:
+        new = {"zero-out": new_units.zero_out, "fresh": new_units.fresh}[init](tensors, growth, seed)
+    big = new_units.place(deepcopy(model), new)
+    big.__dict__.pop("effdl_report", None)  # it speaks of the model before
+    if isinstance(model, PreTrainedModel):
+        ties = config_ties(model, groups)
+        _forget_sizes(big.config)
+        set_config(big, ties, {group.name: group.units + add.get(group.name, 0) for group in groups})
+    return big
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _forget_sizes(config: Any) -> None:
+    """Take out the sizes of the model before, so that a config that says the new ones is stock."""
+    from hf_effdl.structure.groups.slim_config import SlimConfig
+
+    if isinstance(getattr(config, "quantization_config", None), SlimConfig):
+        del config.quantization_config
+
+
+def _check(
+    model: nn.Module, groups: Sequence[Group], add: Mapping[str, int], init: str, seed: int, batch: Any
+) -> list[tuple[Group, int]]:
+    """The groups that grow and by how many units; refuses what cannot be done."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"cannot widen a {type(model).__name__}; pass a torch.nn.Module")
+    if not isinstance(groups, Sequence) or not all(isinstance(group, Group) for group in groups):
+        raise TypeError(f"groups must be a list of Group, all that find_groups(model) returned; got {groups!r}")
+    if not isinstance(add, Mapping):
+        raise TypeError(f"add={add!r}: it must give new units by group name, as {{group.name: 8}}")
+    if init not in INITS:
+        raise ValueError(f"init={init!r}: it must be one of {INITS}")
+    for name, value in {"seed": seed, **{f"add[{name!r}]": value for name, value in add.items()}}.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}={value!r}: it must be a whole number")
+    by_name = {group.name: group for group in groups}
+    if unknown := [name for name in add if name not in by_name]:
+        raise ValueError(f"add names group {unknown[0]!r}, which is not among {list(by_name)}")
+    if not add:
+        raise ValueError("add names no group, so there is nothing to widen")
+    if init == "gradmax" and batch is None:
+        raise ValueError('init="gradmax" needs batch=: what the model accepts, with labels; the rows depend on it')
+    check_same_network(groups, model)
+    shared, tensors = _shared_names(model), _tensors(model)
+    for name, value in add.items():
+        group = by_name[name]
+        if value < 1:
+            raise ValueError(f"add={value} for group {name!r}: it must be at least 1; slim takes units out")
+        if not any(part.role == "input" for part in group.slices):
+            raise ValueError(
+                f"no layer reads the units of group {name!r}: they are outputs of the model, whose number is not for "
+                "widen to change; a transformers model takes num_labels= at from_pretrained"
+            )
+        for part in group.slices:
+            if part.tensor in shared:
+                raise ValueError(
+                    f"group {name!r} cannot be widened: another layer shares {part.tensor}, and would be widened with "
+                    "it; untie them first, or widen another group"
+                )
+            if is_sharded(tensors[part.tensor]):
+                raise ValueError(
+                    f"group {name!r} cannot be widened: {part.tensor} is sharded over processes; widen the model "
+                    "before FSDP wraps it, or load the checkpoint in one process"
+                )
+    return [(group, add[group.name]) for group in groups if group.name in add]
+
+
+@torch.no_grad()
+def deepen(model: nn.Module, stage: int = -1, *, seed: int = 0) -> nn.Module:
+    """A deeper copy of a transformers ResNet: one more residual block at the end of a stage, computing the same.
+
+    The weight of the new block's last batch norm is zero, so that the block hands on what it gets: the stage's outputs
+    are not negative, and the ReLU behind the block leaves them as they are. The gradient of that weight is not zero;
+    the rest of the block learns from the second step on.
+
+    Args:
+        model: a transformers ResNet of basic or bottleneck blocks, as its config builds it; left as it is.
+        stage: position of the stage in `config.depths`; negative counts from the last.
+        seed: of the new block's weights; torch's random state stays.
+
+    Returns:
+        The deeper model with all the other weights, one more in `config.depths[stage]`, and a stock config: plain
+        `from_pretrained` loads what it saves. Find its groups anew.
+
+    Raises:
+        TypeError: for a model that is not a transformers ResNet, or a stage that is not a whole number.
+        ValueError: for a stage that it does not have, an activation that changes what it has already been applied to,
+            or a model with sizes that its stock config does not say (`SlimConfig`), or sharded over processes.
+
+    Example:
+        >>> from transformers import ResNetConfig, ResNetForImageClassification
+        >>> config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
+        >>> deepen(ResNetForImageClassification(config), stage=0).config.depths
+        [2, 1]
+
+    Source:
+        Blocks that start as the identity: Chen et al., "Net2Net" (arXiv 1511.05641), section 2.3; the zero in the last
+        batch norm: Goyal et al. (arXiv 1706.02677), section 5.1.
+    """
+    stage = _check_stage(model, stage)
+    config = deepcopy(model.config)
+    depths = [depth + (i == stage) for i, depth in enumerate(config.depths)]
+    config.depths = depths
+    with random_state_kept():
+        torch.manual_seed(seed)
+        built = type(model)(config)
+    have = {name for name, _ in model.named_modules()}
+    # the first module that the deeper net has and this one has not is the block: names of its parts come after it
+    name, block = next((name, module) for name, module in built.named_modules() if name not in have)
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms[-1].weight.zero_()
+    big = deepcopy(model)
+    path, _, leaf = name.rpartition(".")
+    blocks = big.get_submodule(path)
+    like = next(p for p in blocks.parameters() if p.ndim == 4)
+    # of all its convolutions only some show their memory format, those with several inputs and entries
+    formats = [new_units.layout(p) for p in blocks.parameters()]
+    block.to(like.device, like.dtype)
+    if torch.channels_last in formats:
+        block.to(memory_format=torch.channels_last)
+    blocks.add_module(leaf, block.train(blocks.training).requires_grad_(like.requires_grad))
+    for module in big.modules():  # one config object, which the parts share
+        if type(getattr(module, "config", None)) is type(config):
+            module.config = big.config
+    big.config.depths = depths
+    if hasattr(big.config, "effdl_report"):  # it speaks of the model before
+        del big.config.effdl_report
+    return big
+
+
+def _check_stage(model: nn.Module, stage: int) -> int:
+    from transformers import ResNetPreTrainedModel
+
+    if not isinstance(model, ResNetPreTrainedModel):
+        raise TypeError(f"deepen knows transformers' ResNet only, not {type(model).__name__}; widen takes any model")
+    if not isinstance(stage, int) or isinstance(stage, bool):
+        raise TypeError(f"stage={stage!r}: it must be a whole number, a position in config.depths")
+    config = model.config
+    stages = len(config.depths)
+    if not -stages <= stage < stages:
+        raise ValueError(f"stage={stage}: the model has {stages} stages (config.depths={config.depths})")
+    if config.hidden_act not in ("relu", "relu6", "linear"):
+        raise ValueError(
+            f"hidden_act={config.hidden_act!r} changes what it has already been applied to, so that no block starts "
+            "as the identity; deepen needs a ResNet with relu"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"this model has a {type(config.quantization_config).__name__}, which numbers its layers: one more would "
+            'move them. Deepen before slimming or widening, or keep the widths stock (widths="stock")'
+        )
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in type(model)(deepcopy(config)).named_parameters()}
+    for name, p in model.named_parameters():
+        if shapes.get(name) != p.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(p.shape)}, and the config builds {tuple(shapes.get(name, ()))}: deepen "
+                "needs a model as its config builds it"
+            )
+        if is_sharded(p):
+            raise ValueError(f"{name} is sharded over processes; deepen the model before FSDP wraps it")
+    return stage % stages

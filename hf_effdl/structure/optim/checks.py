@@ -1,0 +1,224 @@
+"""What the param groups of `SplitLBI` may hold, checked when they are given and again at every step."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_effdl.structure.optim.prox import unit_norm
+from hf_effdl.structure.optim.sharding import local, on_any_process, whole
+
+
+PENALTIES = (None, "l1", "group")
+LAM_SCALES = ("init", "none")
+BASES = ("sgd", "adamw")
+POSITIVE = ("lr", "kappa", "nu", "lam", "path_scale")
+# What V, the thresholds and the record of a lifted group rest on.
+FIXED = ("penalty", "name", "axis", "block", "scale", "units", "lam", "lam_scale", "base")
+
+
+def dual_dtype(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def initial_size(group: Mapping[str, Any], params: Sequence[Tensor]) -> Tensor:
+    """Thresholds of a group, by unit (`"group"`) or for its one tensor (`"l1"`), from the weights now."""
+    tensors = [p.detach().to(dual_dtype(p)) for p in params]
+    if group["penalty"] == "l1":
+        size = whole(tensors[0].square().mean()).sqrt()
+    else:
+        size = unit_norm(tensors, group["axis"], group["block"], group["scale"])
+    return group["lam"] * (size if group["lam_scale"] == "init" else torch.ones_like(size))
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Refuse a param group that cannot be worked on; fills in `name`, `units` and one value per tensor."""
+    name = group.setdefault("name", "unnamed")
+    for key, choices in (("base", BASES), ("penalty", PENALTIES), ("lam_scale", LAM_SCALES)):
+        if group[key] not in choices:
+            raise ValueError(f"{key}={group[key]!r} in group {name!r}: it must be one of {choices}")
+    check_numbers(group, POSITIVE)
+    if group["decoupled_weight_decay"] is None:
+        group["decoupled_weight_decay"] = group["base"] == "adamw"
+    for p in group["params"]:
+        if p.is_complex():
+            raise TypeError(
+                f"group {name!r} lifts a {p.dtype} tensor; only real floating point tensors can be lifted"
+                if group["penalty"]
+                else f"group {name!r} holds a {p.dtype} tensor; give SplitLBI its real view, torch.view_as_real(p)"
+            )
+    if group["penalty"] is None:
+        return
+    if not group["params"]:
+        raise ValueError(f"group {name!r} has penalty={group['penalty']!r} but no parameters; remove it")
+    for p in group["params"]:
+        if not p.is_floating_point():
+            raise TypeError(f"group {name!r} lifts a {p.dtype} tensor; only real floating point tensors can be lifted")
+    if group["penalty"] == "group":
+        _check_units(group, name)
+    check_devices(group)
+    if group["lam_scale"] == "init" and all(p.device.type != "meta" for p in group["params"]):
+        lifts = [[p] for p in group["params"]] if group["penalty"] == "l1" else [group["params"]]
+        for params in lifts:
+            zeros = int((initial_size(group, params) == 0).sum())
+            if zeros:
+                raise ValueError(
+                    f"{zeros} units of group {name!r} have an initial norm of zero, so lam_scale='init' gives them no "
+                    "threshold; initialise them, lift other tensors, or pass lam_scale='none'"
+                )
+
+
+def check_numbers(group: Mapping[str, Any], positive: Sequence[str]) -> None:
+    name = group["name"]
+    for key in positive:
+        if not 0 < float(group[key]) < float("inf"):
+            raise ValueError(
+                f"{key}={group[key]} in group {name!r}: it must be a positive finite number; pass {key}=..."
+            )
+    if not 0 <= float(group["lr"]) < float("inf"):  # a schedule may reach zero
+        raise ValueError(f"lr={group['lr']} in group {name!r}: it must be a finite number, not below zero")
+    if not 0 <= group["momentum"] < 1:
+        raise ValueError(f"momentum={group['momentum']} in group {name!r}: it must be in [0, 1)")
+    if not all(0 <= beta < 1 for beta in group["betas"]) or len(group["betas"]) != 2:
+        raise ValueError(f"betas={group['betas']} in group {name!r}: they must be two numbers in [0, 1)")
+    if group["nesterov"] and (group["base"] != "sgd" or not group["momentum"]):
+        raise ValueError(
+            f"nesterov=True in group {name!r} needs base='sgd' with a momentum above 0; it has base={group['base']!r} "
+            f"and momentum={group['momentum']}"
+        )
+    for key in ("weight_decay", "eps"):
+        if not 0 <= group[key] < float("inf"):
+            raise ValueError(f"{key}={group[key]} in group {name!r}: it must not be negative, and finite")
+
+
+def check_devices(group: Mapping[str, Any]) -> None:
+    devices = sorted({str(p.device) for p in group["params"]})
+    if group["penalty"] == "group" and len(devices) > 1:
+        raise ValueError(
+            f"the tensors of group {group['name']!r} are on {' and '.join(devices)}: the slices of a unit share one "
+            "norm, so they must be on one device; move them, or lift them in param groups of their own"
+        )
+
+
+def _check_units(group: dict[str, Any], name: str) -> None:
+    """Bring `axis`, `block` and `scale` to one value per tensor, and check that the units agree."""
+    count = len(group["params"])
+    for key, default in (("axis", 0), ("block", 1), ("scale", 1.0)):
+        value = group.get(key, default)
+        group[key] = list(value) if isinstance(value, (list, tuple)) else [value] * count
+        if len(group[key]) != count:
+            raise ValueError(f"group {name!r} has {count} tensors but {len(group[key])} values in {key}={group[key]}")
+    for scale in group["scale"]:
+        if not 0 < float(scale) < float("inf"):
+            raise ValueError(f"scale={scale} of group {name!r} must be a positive finite number")
+    units = set()
+    for i, (p, axis, block) in enumerate(zip(group["params"], group["axis"], group["block"], strict=True)):
+        if not -p.ndim <= axis < p.ndim:
+            raise ValueError(f"axis={axis} of group {name!r} is outside its tensor of shape {tuple(p.shape)}")
+        group["axis"][i] = axis % p.ndim
+        if block < 1 or p.shape[axis] % block:
+            raise ValueError(f"block={block} of group {name!r} does not divide axis {axis} of shape {tuple(p.shape)}")
+        units.add(p.shape[axis] // block)
+    if len(units) > 1 or group.get("units", *units) not in units:
+        raise ValueError(
+            f"the tensors of group {name!r} have {sorted(units)} units along axis={group['axis']} (units="
+            f"{group.get('units')}): one param group is one group of units, so give each its own param group"
+        )
+    group["units"] = units.pop()
+
+
+def snapshot(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The group as it is now, to compare with at the next step."""
+    copied = {key: list(value) if isinstance(value, list) else value for key, value in group.items()}
+    # a learning rate may be a tensor that its schedule writes to
+    return {key: value.item() if isinstance(value, Tensor) else value for key, value in copied.items()}
+
+
+def check_unchanged(groups: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]] | None) -> None:
+    """Check the numbers of groups that were edited since the last step, and refuse edits in what the state rests on.
+
+    Args:
+        groups: the param groups.
+        before: their snapshots from the last step; None where there was none.
+    """
+    if before is not None and len(groups) != len(before):
+        raise ValueError(
+            f"there were {len(before)} param groups at the last step and now there are {len(groups)}; add groups with "
+            "add_param_group, and make a new SplitLBI to take some away"
+        )
+    for group, old in zip(groups, before or [None] * len(groups), strict=True):
+        if old is not None:
+            params, same = group["params"], old["params"]
+            moved = len(params) != len(same) or any(p is not q for p, q in zip(params, same, strict=True))
+            if not moved and group == old:
+                continue
+            fixed = FIXED if group["penalty"] or old["penalty"] else ("penalty", "base")
+            changed = [key for key in fixed if group.get(key) != old.get(key)] + ["params"] * moved
+            if changed:
+                raise ValueError(
+                    f"{changed[0]!r} of param group {group['name']!r} was changed between two steps; V, thresholds "
+                    "and the path rest on what it was. Make a new SplitLBI (lr, nu and the like may be changed)"
+                )
+        check_numbers(group, POSITIVE[1:])
+        check_devices(group)
+
+
+def named_tensors(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tensor]]:
+    return [
+        (f"{group['name'] if group['name'] != 'unnamed' else f'param group {k}'}, tensor {i}", p)
+        for k, group in enumerate(groups)
+        for i, p in enumerate(group["params"])
+    ]
+
+
+def check_dense_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
+    grads = [p.grad for group in groups for p in group["params"]]
+    if all(grad is None or grad.layout is torch.strided for grad in grads):
+        return
+    name, layout = next(
+        (name, p.grad.layout)
+        for name, p in named_tensors(groups)
+        if p.grad is not None and p.grad.layout is not torch.strided
+    )
+    raise TypeError(
+        f"the gradient of {name} is sparse ({layout}), which SplitLBI cannot follow; use dense gradients "
+        "(nn.Embedding(sparse=False)), or give that parameter to another optimizer"
+    )
+
+
+def check_finite_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse gradients that are not finite, before anything has moved."""
+    named = [(name, p.grad) for name, p in named_tensors(groups) if p.grad is not None]
+    # the norm is one fast pass; it can overflow although every entry is finite
+    broken = bool(named) and not torch.isfinite(torch.nn.utils.get_total_norm([local(grad) for _, grad in named]))
+    if on_any_process(broken, [grad for _, grad in named]):
+        bad = [name for name, grad in named if not torch.isfinite(local(grad)).all()]
+        if on_any_process(bool(bad), [grad for _, grad in named]):
+            raise_not_finite(bad)
+
+
+def raise_not_finite(bad: Sequence[str]) -> None:
+    where = f"the gradient of {bad[0]} ({len(bad)} tensors in all)" if bad else "a gradient on another process"
+    raise ValueError(
+        f"{where} has NaN or infinite entries; no parameter was changed by this step. Lower the learning rate, clip "
+        "gradients, or look at the last batch"
+    )
+
+
+def check_same_groups(mine: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse the state of an optimizer with other groups."""
+
+    def identity(group: Mapping[str, Any]) -> tuple[Any, ...]:
+        keys = ("penalty", "name", "axis", "block", "units", "base")
+        return (*(group.get(key) for key in keys), len(group["params"]))
+
+    if [identity(group) for group in mine] == [identity(group) for group in saved]:
+        return
+    here, there = ([str(g.get("name")) for g in groups if g.get("penalty")] for groups in (mine, saved))
+    missing = [name for name in there if name not in here] or [name for name in here if name not in there]
+    raise ValueError(
+        f"this checkpoint is of other groups: it lifts {len(there)}, this optimizer {len(here)}; first difference: "
+        f"{missing[0] if missing else 'tensors, axes, units or base of one group'}. Resume with the model, preset and "
+        "groups that the checkpoint was trained with"
+    )

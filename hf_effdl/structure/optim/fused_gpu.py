@@ -1,0 +1,180 @@
+"""The compiled step of `SplitLBI(fused=True)` on a GPU: the update of a param group, compiled by `torch.compile`.
+
+Inductor makes one kernel per tensor of it, which also sums the squares of the new V by unit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_effdl.structure.optim.prox import unit_norm
+
+
+# Order of `numbers`: a tensor, because compiled code is made anew for every new value of a Python number.
+NUMBERS = ("step", "coupling", "path", "kappa", "momentum", "decay", "shrink", "rest1", "beta2", "rest2", "eps")
+
+
+def update_group(
+    weights: list[Tensor], grads: list[Tensor], buffers: list[list[Tensor]], duals: list[Tensor],
+    thresholds: list[Tensor], unit: dict[str, Tensor], numbers: Tensor, corrections: Tensor, count: Tensor,
+    base: str, penalty: str | None, momentum: bool, nesterov: bool, layout: list[tuple[int, int, float]],
+) -> None:  # fmt: skip
+    """One step of a param group in place: the update of `SplitLBI` on lists of tensors, ready to be compiled."""
+    n = dict(zip(NUMBERS, numbers.unbind(), strict=True))
+    if penalty == "group":
+        norm, threshold = unit["norm"], unit["threshold"]
+        factor = n["kappa"] * torch.where(norm > threshold, 1 - threshold / norm, 0)
+        total = unit["rest"]
+    for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+        old = weight.to(numbers.dtype)
+        g = grad.to(numbers.dtype) + n["decay"] * old
+        new = old * n["shrink"]
+        if base == "adamw":
+            mean, square = buffers[i]
+            mean.copy_(mean + n["rest1"] * (g - mean))
+            square.copy_(n["beta2"] * square + n["rest2"] * g * g)
+            root = square.to(numbers.dtype).sqrt() * corrections[i, 1] + n["eps"]
+            g = mean.to(numbers.dtype) * corrections[i, 0] / root
+        elif momentum:
+            [buffer] = buffers[i]
+            buffer.copy_(n["momentum"] * buffer + g)
+            g = g + n["momentum"] * buffer if nesterov else buffer.to(numbers.dtype)
+        new = new - n["step"] * g
+        if penalty is not None:
+            dual = duals[i]
+            if penalty == "l1":
+                inside = torch.minimum(torch.maximum(dual, -thresholds[i]), thresholds[i])
+                gap = old - n["kappa"] * (dual - inside)
+            else:
+                axis, block, scale = layout[i]
+                shape = [-1 if dim == axis else 1 for dim in range(weight.ndim)]
+                gap = old - factor.repeat_interleave(block).view(shape) * dual
+            changed = dual + n["path"] * gap
+            dual.copy_(changed)
+            new = new - n["coupling"] * gap
+            if penalty == "group":
+                others = [dim for dim in range(weight.ndim) if dim != axis]
+                squared = changed.square()
+                squared = squared.sum(others) if others else squared
+                total = total + squared.view(-1, block).sum(1) * scale**2
+        weight.copy_(new)
+    if penalty == "group":
+        was_in, norm = norm > threshold, total.sqrt()
+        is_in = norm > threshold
+        unit["norm"].copy_(norm)
+        unit["entered"].copy_(torch.where(is_in & (unit["entered"] < 0), count, unit["entered"]))
+        unit["left"].copy_(torch.where(was_in & ~is_in, count, torch.where(is_in, -1, unit["left"])))
+
+
+@cache
+def _compiled(key: Any, backend: str) -> Callable[..., None]:
+    """`update_group` compiled for groups of one kind.
+
+    Each kind gets code of its own: torch.compile gives up on code that it has compiled for eight kinds of input.
+    """
+    own = FunctionType(update_group.__code__.replace(), update_group.__globals__, "update_group")
+    return torch.compile(own, dynamic=False, fullgraph=True, backend=backend)
+
+
+class CompiledGroups:
+    """Param groups whose steps are compiled; the counterpart of `fused.Tables`."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]], backend: str = "inductor") -> None:
+        self.groups = [group for group in groups if group["params"]]
+        self.backend = backend
+        self.numbers: dict[Any, Tensor] = {}
+
+    def fit(self) -> bool:
+        return True
+
+    def point_at_gradients(self) -> None:
+        pass
+
+    def gradients_are_finite(self) -> bool:
+        grads = [p.grad for group in self.groups for p in group["params"] if p.grad is not None]
+        return not grads or bool(torch.isfinite(torch.nn.utils.get_total_norm(grads)))
+
+    def step(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        for group in self.groups:
+            try:
+                self._step(group, state)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                raise ValueError(
+                    f"fused=True: torch.compile failed on group {group['name']!r} ({type(error).__name__}: "
+                    f"{str(error)[:400]}); pass fused=False"
+                ) from error
+
+    def _step(self, group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> None:
+        penalty, base = group["penalty"], group["base"]
+        chosen = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+        params = [group["params"][i] for i in chosen]
+        if not params and penalty != "group":
+            if penalty:
+                state[group["params"][0]]["step"] += 1
+            return
+        names = ("exp_avg", "exp_avg_sq") if base == "adamw" else ("momentum_buffer",) if group["momentum"] else ()
+        wide, device = torch.promote_types(group["params"][0].dtype, torch.float32), group["params"][0].device
+        first = state[group["params"][0]] if penalty else {"step": torch.zeros((), dtype=torch.int64)}
+        layout, unit = [], {}
+        if penalty == "group":
+            layout = [(group["axis"][i], group["block"][i], float(group["scale"][i])) for i in chosen]
+            unit = {name: first[name] for name in ("norm", "threshold", "entered", "left")}
+            unit["rest"] = self._norm_without_gradient(group, state).square()
+        key = (
+            base, penalty, bool(group["momentum"]), group["nesterov"], tuple(layout), wide, device,
+            tuple((p.shape, p.stride(), p.dtype) for p in params),
+        )  # fmt: skip
+        _compiled(key, self.backend)(
+            [p.detach() for p in params], [p.grad for p in params],
+            [[state[p][name] for name in names] for p in params],
+            [state[p]["dual"] for p in params] if penalty else [],
+            [state[p]["threshold"] for p in params] if penalty == "l1" else [],
+            unit, self._numbers(group, wide, device), self._corrections(group, params, state, wide, device),
+            (first["step"] + 1).to(device), base, penalty, bool(group["momentum"]), group["nesterov"], layout,
+        )  # fmt: skip
+        first["step"] += 1
+        for p in params:
+            if "updates" in state[p]:
+                state[p]["updates"] += 1
+
+    @staticmethod
+    def _norm_without_gradient(group: Mapping[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> Tensor:
+        """Norm of every unit over the tensors that stay as they are in this step."""
+        still = [i for i, p in enumerate(group["params"]) if p.grad is None]
+        if not still:
+            return torch.zeros_like(state[group["params"][0]]["norm"])
+        duals = [state[group["params"][i]]["dual"] for i in still]
+        return unit_norm(duals, *([group[key][i] for i in still] for key in ("axis", "block", "scale")))
+
+    @staticmethod
+    def _corrections(
+        group: Mapping[str, Any], params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]],
+        dtype: torch.dtype, device: torch.device,
+    ) -> Tensor:  # fmt: skip
+        """AdamW's corrections of the mean and of the root of the second moment, one row per tensor."""
+        if group["base"] != "adamw":
+            return torch.ones(len(params), 2, dtype=dtype, device=device)
+        done = [int(state[p]["updates"]) + 1 for p in params]
+        rows = [(1 / (1 - group["betas"][0] ** n), (1 - group["betas"][1] ** n) ** -0.5) for n in done]
+        return torch.tensor(rows, dtype=dtype, device=device)
+
+    def _numbers(self, group: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+        step, decay, decoupled = (
+            group["kappa"] * float(group["lr"]),
+            group["weight_decay"],
+            group["decoupled_weight_decay"],
+        )
+        values = (
+            step, step / group["nu"], group["path_scale"] * float(group["lr"]) / group["nu"], group["kappa"],
+            group["momentum"], 0.0 if decoupled else decay, 1 - step * decay if decoupled else 1.0,
+            1 - group["betas"][0], group["betas"][1], 1 - group["betas"][1], group["eps"],
+        )  # fmt: skip
+        key = (values, dtype, device)
+        if key not in self.numbers:
+            self.numbers.clear()  # a schedule changes them at every step
+            self.numbers[key] = torch.tensor(values, dtype=dtype, device=device)
+        return self.numbers[key]

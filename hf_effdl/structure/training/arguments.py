@@ -1,0 +1,140 @@
+"""`SplitLBIArguments`: the settings of a split LBI run, and what they mean for a run of a given length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments, get_scheduler
+
+from hf_effdl.structure.groups.group import Group, param_groups
+from hf_effdl.structure.optim.checks import BASES, LAM_SCALES
+from hf_effdl.structure.optim.schedule import derive_path
+
+
+# What the released LeNet recipe of arXiv 2007.02010 sets: rows as units, one absolute threshold, single linear
+# weights.
+PAPER = {"lam_scale": "none", "nu": 20.0, "path_scale": 1.0}
+
+LEARNING_RATES = {"sgd": 0.1, "adamw": 0.003}
+
+
+@dataclass
+class SplitLBIArguments(TrainingArguments):
+    """`TrainingArguments` with the settings of split LBI. `optim` has no say: the optimizer is `SplitLBI`.
+
+    Args:
+        preset: `"default"`, or `"paper"`: the units, thresholds and path of the released code (filter rows, every
+            weight of a linear layer alone, threshold `lam`, nu 20), and sizes chosen by entry step.
+        kappa: see `SplitLBI`.
+        nu: see `SplitLBI`; default: derived from the learning rate schedule, `kappa sum(lr) / ridge_length`.
+        path_scale: see `SplitLBI`; default: derived, `path_length lam nu / sum(lr)`.
+        lam: see `SplitLBI`.
+        lam_scale: see `SplitLBI`; default: what the preset says, `"init"` or `"none"`.
+        base: `"sgd"` or `"adamw"`, see `SplitLBI`. `adam_beta1`, `adam_beta2` and `adam_epsilon` are its settings.
+        learning_rate: defaults to 0.1 with SGD and 0.003 with AdamW.
+        momentum: of the SGD base.
+        nesterov: of the SGD base.
+        decoupled_weight_decay: see `SplitLBI`; default: as the base has it. Lifted tensors get no weight decay.
+        fused: `True` for the compiled step, see `SplitLBI`.
+        path_length: see `derive_path`.
+        ridge_length: see `derive_path`.
+        path_share: share of the run, from its start, that is as long as one path, for finding tickets early and for
+            growing: with 0.2 a unit of unchanged norm enters after `0.2 / path_length` of the summed learning rate.
+        max_grad_norm: defaults to 0, no clipping: it would hold back the loss gradient but not the ridge, and fewer
+            units would enter.
+        bn_batches: training batches for the batch norms of the projected model at each evaluation.
+
+    Raises:
+        ValueError: for a number out of range, an unknown preset, or DeepSpeed.
+    """
+
+    learning_rate: float | None = field(default=None, metadata={"help": "Default: 0.1 (SGD) or 0.003 (AdamW)."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 does not clip."})
+    preset: str = field(default="default", metadata={"help": "'default' or 'paper'."})
+    kappa: float = field(default=1.0, metadata={"help": "Damping of split LBI."})
+    nu: float | None = field(default=None, metadata={"help": "Coupling; derived from the schedule if not given."})
+    path_scale: float | None = field(default=None, metadata={"help": "Step of the path; derived if not given."})
+    lam: float = field(default=1.0, metadata={"help": "Strength of the penalty."})
+    lam_scale: str | None = field(default=None, metadata={"help": "'init' or 'none'."})
+    base: str = field(default="sgd", metadata={"help": "'sgd' or 'adamw'."})
+    momentum: float = field(default=0.9, metadata={"help": "Momentum of the SGD base."})
+    nesterov: bool = field(default=False, metadata={"help": "Nesterov momentum for the SGD base."})
+    decoupled_weight_decay: bool | None = field(default=None, metadata={"help": "Default: only for AdamW."})
+    fused: bool | None = field(default=None, metadata={"help": "Compiled optimizer step; needs a compiler."})
+    path_length: float = field(default=2.5, metadata={"help": "Path length, in entry times of an unchanged unit."})
+    ridge_length: float = field(default=3.7, metadata={"help": "Run length, in time constants of the ridge."})
+    path_share: float = field(default=1.0, metadata={"help": "Share of the run that is as long as one path."})
+    bn_batches: int = field(default=8, metadata={"help": "Training batches for the projected model's batch norms."})
+
+    def __post_init__(self) -> None:
+        if self.deepspeed:
+            raise ValueError("split LBI cannot run under DeepSpeed, which flattens the parameters, so units are gone; "
+                             "use DDP (accelerate launch or torchrun)")  # fmt: skip
+        if self.base not in BASES:
+            raise ValueError(f"base={self.base!r}: it must be one of {BASES}")
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATES[self.base]
+        super().__post_init__()
+        if self.preset not in ("default", "paper"):
+            raise ValueError(f"preset={self.preset!r}: it must be 'default' or 'paper'")
+        for name in ("learning_rate", "kappa", "nu", "path_scale", "lam", "path_length", "ridge_length"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value}: it must be a positive finite number")
+        if not 0 < self.path_share <= 1:
+            raise ValueError(f"path_share={self.path_share}: it is a share of the run, in (0, 1]")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum}: it must be in [0, 1)")
+        if self.nesterov and (self.base != "sgd" or not self.momentum):
+            raise ValueError(f"nesterov=True needs base='sgd' and momentum > 0; here base={self.base!r} and "
+                             f"momentum={self.momentum}")  # fmt: skip
+        if self.lam_scale not in (None, *LAM_SCALES):
+            raise ValueError(f"lam_scale={self.lam_scale!r}: it must be one of {LAM_SCALES}")
+
+    def split_lbi_kwargs(self, steps: int) -> dict[str, Any]:
+        """The keyword arguments of `SplitLBI` for a run of `steps` optimizer steps.
+
+        Example:
+            >>> SplitLBIArguments("out", lr_scheduler_type="constant").split_lbi_kwargs(steps=370)["nu"]
+            10.0
+        """
+        given = {"nu": self.nu, "path_scale": self.path_scale, "lam_scale": self.lam_scale}
+        if self.preset == "paper":
+            preset: dict[str, Any] = dict(PAPER)
+        else:
+            total = sum(scheduled_rates(self, steps)[: max(1, round(self.path_share * steps))])
+            lengths = {"path_length": self.path_length, "ridge_length": self.ridge_length, "base": self.base}
+            preset = {"lam_scale": "init", **derive_path(total, lam=self.lam, kappa=self.kappa, **lengths)}
+            if self.nu is not None:
+                preset["path_scale"] = self.path_length * self.lam * self.nu / total
+        chosen = preset | {name: value for name, value in given.items() if value is not None}
+        rounded = {name: float(f"{value:.12g}") if name != "lam_scale" else value for name, value in chosen.items()}
+        settings = {name: getattr(self, name) for name in ("kappa", "lam", "base", "momentum", "nesterov", "fused",
+                                                           "decoupled_weight_decay")}  # fmt: skip
+        settings |= {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
+        return {"lr": self.learning_rate, **settings, **rounded}
+
+    def split_lbi_params(
+        self, model: nn.Module, groups: Sequence[Group], decay: Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
+        """The param groups of `SplitLBI`: every lifted group, and the other parameters by weight decay."""
+        l1 = []
+        if self.preset == "paper":
+            l1 = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        return param_groups(model, groups, weight_decay=self.weight_decay, decay=decay, l1=l1)
+
+
+def scheduled_rates(args: TrainingArguments, steps: int) -> list[float]:
+    """The learning rate of each of `steps` optimizer steps, as the arguments schedule it."""
+    dummy = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=args.learning_rate)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type, dummy, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs
+    )
+    rates = []
+    for _ in range(steps):
+        rates.append(dummy.param_groups[0]["lr"])
+        dummy.step()
+        scheduler.step()
+    return rates

@@ -1,0 +1,209 @@
+"""Watching the path from inside any transformers Trainer whose optimizer is `SplitLBI`."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
+
+from hf_effdl.random_state import random_state_kept
+from hf_effdl.structure.groups.find import find_groups
+from hf_effdl.structure.groups.group import Group, Groups
+from hf_effdl.structure.groups.ties import config_ties
+from hf_effdl.structure.optim.schedule import entry_of_noise, entry_share
+from hf_effdl.structure.optim.sharding import is_sharded, whole
+from hf_effdl.structure.optim.split_lbi import SplitLBI
+from hf_effdl.structure.path.path import SparsePath, unwrap
+from hf_effdl.structure.slim.slim import recalibrate_batch_norm
+from hf_effdl.structure.training.arguments import scheduled_rates
+from hf_effdl.structure.training.evaluation import evaluate_model, example_row, projected, training_inputs
+
+
+logger = logging.getLogger(__name__)
+
+FSDP1 = (
+    "split LBI cannot run under FSDP1, which flattens the parameters, so units are gone: set fsdp_version: 2 in the "
+    "accelerate config, or fsdp_config={'version': 2} in the arguments"
+)
+
+
+def check_split_lbi(model: nn.Module, optimizer: Any, purpose: str) -> None:
+    """Refuse a run with another optimizer, or under FSDP1; `purpose` begins the sentence, such as "X needs"."""
+    if not isinstance(optimizer, SplitLBI):
+        raise ValueError(
+            f"{purpose} the SplitLBI optimizer, this Trainer has {type(optimizer).__name__}: pass "
+            "optimizer_cls_and_kwargs=(SplitLBI, {...}), or use SplitLBITrainer"
+        )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError(FSDP1)
+
+
+class SplitLBICallback(TrainerCallback):
+    """Reports the groups, logs the support, evaluates the projected model and saves the path beside each checkpoint.
+
+    Works in a plain `Trainer` that was given `optimizer_cls_and_kwargs=(SplitLBI, {"params": param_groups(...),
+    ...})`; `SplitLBITrainer` adds it by itself. It keeps no state of its own: everything is read from the optimizer.
+
+    Logged with the training loss: `support` (share of all units in the support), `support/<group>` and `coupling`,
+    `||W - Gamma||^2 / (2 nu)` summed over the lifted tensors. With every evaluation: `eval_sparse_loss`, and the
+    metrics of `compute_metrics` (by default the accuracy of a classifier) under `eval_sparse_`, for the model whose
+    units outside the support are silent, its batch norms re-estimated on training rows.
+
+    Args:
+        groups: the groups in the optimizer; default: found with a row of the training data as example.
+        compute_metrics: as in `Trainer`, for the projected model.
+        bn_batches: training batches that the projected model's batch norms are re-estimated on.
+
+    Raises:
+        ValueError: at the start of training, if the optimizer is not a `SplitLBI`, lifts nothing, its path is too
+            short for a unit of unchanged norm to enter, or groups would have to be found in a model that is sharded.
+
+    Example:
+        >>> groups = find_groups(model, example)                                               # doctest: +SKIP
+        >>> path = derive_path(sum(scheduled_rates(args, steps)))                              # doctest: +SKIP
+        >>> kwargs = {"params": param_groups(model, groups), "lr": args.learning_rate, **path} # doctest: +SKIP
+        >>> Trainer(model, args, train_dataset=rows, callbacks=[SplitLBICallback(groups)],
+        ...         optimizer_cls_and_kwargs=(SplitLBI, kwargs))                               # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        bn_batches: int = 8,
+    ) -> None:
+        self.groups = groups
+        self.compute_metrics = compute_metrics
+        self.bn_batches = bn_batches
+        self.ties: Sequence[Any] = ()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, optimizer = kwargs["model"], unwrap(kwargs["optimizer"])
+        check_split_lbi(model, optimizer, "SplitLBICallback needs")
+        lifted = [group for group in optimizer.param_groups if group["penalty"] is not None]
+        if not lifted:
+            raise ValueError("no param group of SplitLBI has a penalty, so nothing would be selected; pass "
+                             "params=param_groups(model, find_groups(model))")  # fmt: skip
+        if self.groups is None:
+            if any(is_sharded(p) for p in model.parameters()):
+                raise ValueError(
+                    f"{type(model).__name__} is sharded by now, and groups are found in a whole model: call "
+                    "find_groups(model, example) before the Trainer starts and pass SplitLBICallback(groups)"
+                )
+            self.groups = find_groups(model, example_row(kwargs["train_dataloader"]))
+        self.ties = config_ties(model, self.groups)
+        epochs = state.max_steps / _steps_per_epoch(args, kwargs["train_dataloader"], state)
+        outlook = _describe_path(scheduled_rates(args, state.max_steps), epochs, lifted[0])
+        if args.max_grad_norm:
+            outlook += (
+                f". Note: max_grad_norm={args.max_grad_norm} holds back the loss gradient but not the ridge, so fewer "
+                "units enter; max_grad_norm=0 turns it off"
+            )
+        if state.is_world_process_zero:
+            print(f"{Groups(self.groups)}\n{outlook}", flush=True)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        logs: dict[str, float] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        optimizer = kwargs.get("optimizer")
+        if optimizer is None or self.groups is None or not logs:
+            return
+        extra: dict[str, float] = {}
+        if "loss" in logs:
+            extra |= _support_logs(unwrap(optimizer))
+        for prefix in [key.removesuffix("_loss") for key in logs if key.startswith("eval") and key.endswith("_loss")]:
+            metrics = self._evaluate_projected(
+                kwargs["model"], unwrap(optimizer), kwargs["train_dataloader"], kwargs["eval_dataloader"]
+            )
+            extra |= {prefix.replace("eval", "eval_sparse", 1) + "_" + name: value for name, value in metrics.items()}
+        logs |= extra  # what evaluate() returns and what trackers behind this callback see
+        if state.log_history and extra:
+            state.log_history[-1] |= extra
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        path = self.path(kwargs["optimizer"])  # on every process: sharded tensors are read together
+        if state.is_world_process_zero:
+            path.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        path = self.path(kwargs["optimizer"])
+        if not state.is_world_process_zero:
+            return
+        if args.should_save:
+            path.save(args.output_dir)
+        inside = {name: int(support.sum()) for name, support in path.support.items()}
+        total = sum(len(support) for support in path.support.values())
+        print(f"support after {path.step} steps: {sum(inside.values())} of {total} units: {inside}", flush=True)
+
+    def path(self, optimizer: Any) -> SparsePath:
+        """The path as the optimizer has it now. With FSDP2 every process must ask."""
+        return SparsePath.from_optimizer(optimizer, self.groups, self.ties)
+
+    def _evaluate_projected(
+        self, model: nn.Module, optimizer: SplitLBI, train_dataloader: Any, eval_dataloader: Any
+    ) -> dict[str, float]:
+        with random_state_kept(), projected(model, optimizer, self.groups):
+            recalibrate_batch_norm(model, training_inputs(train_dataloader, self.bn_batches, model))
+            try:
+                return evaluate_model(model, eval_dataloader, self.compute_metrics)
+            except ValueError as error:  # the run itself is fine, and not to be lost over this
+                logger.warning("the projected model was not evaluated: %s", error)
+                return {}
+
+
+def _describe_path(rates: Sequence[float], epochs: float, group: Mapping[str, Any]) -> str:
+    """One line on the path ahead; raises if it is too short for anything to enter."""
+    hyper = {name: group[name] for name in ("lam", "nu", "path_scale")}
+    total = sum(rates)
+    line = f"split LBI over {len(rates)} steps, summed lr {total:.4g}"
+    line += "".join(f", {name}={value:.4g}" for name, value in hyper.items())
+    if group["lam_scale"] != "init":
+        return line + "; thresholds are not relative to the initial norm, so no entry time can be foretold"
+    share = entry_share(total, **hyper)
+    if share > 1:
+        raise ValueError(
+            f"the path is too short: a unit of unchanged norm would enter after {share:.3g} times this run ({line}). "
+            "Train longer, raise learning_rate or path_scale, or lower nu; derive_path chooses both so that it fits"
+        )
+    step = next(k for k, seen in enumerate(accumulate(rates), 1) if seen >= share * total * (1 - 1e-9))
+    line += f": a median unit, of unchanged norm, enters at epoch {epochs * step / len(rates):.2f} of {epochs:.2f}"
+    if hyper["nu"] > 100 * group["kappa"] * total:
+        return line + ". There is no ridge to speak of: the order of the units says which are large"
+    noise = entry_of_noise(total, **hyper, kappa=group["kappa"])
+    if noise > 0.8:
+        line += (
+            f". Warning: units without any signal reach {noise:.2f} of their threshold in a run this short, so the "
+            "support says little; the order of the units still does. Train longer or with a higher learning_rate"
+        )
+    return line
+
+
+def _steps_per_epoch(args: TrainingArguments, dataloader: Any, state: TrainerState) -> float:
+    try:
+        return max(len(dataloader) // args.gradient_accumulation_steps, 1)
+    except TypeError:  # a stream has no length: the whole run counts as its epochs
+        return state.max_steps / max(state.num_train_epochs, 1)
+
+
+def _support_logs(optimizer: SplitLBI) -> dict[str, float]:
+    logs, inside, units, coupling = {}, 0, 0, 0.0
+    for group in optimizer.param_groups:
+        if group["penalty"] is None:
+            continue
+        for p in group["params"]:
+            coupling += (whole((p - optimizer.gamma(p)).square().sum()) / (2 * group["nu"])).item()
+        state = optimizer.state[group["params"][0]]
+        if "norm" in state:
+            support = int((state["norm"] > state["threshold"]).sum())
+            logs[f"support/{group['name']}"] = support / group["units"]
+            inside, units = inside + support, units + group["units"]
+    return {"support": inside / max(units, 1), "coupling": coupling, **logs}

@@ -1,0 +1,128 @@
+"""Evaluating the models that a path contains: the one projected on the support, and slim ones."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, Subset
+from transformers.trainer_utils import EvalPrediction
+
+from hf_effdl.random_state import random_state_kept
+from hf_effdl.structure.groups.group import PRODUCERS, Group
+from hf_effdl.structure.optim.prox import per_entry
+from hf_effdl.structure.optim.sharding import local
+from hf_effdl.structure.optim.split_lbi import SplitLBI
+
+
+# what torch.compile and the activation checkpointing of FSDP2 put into the names of parameters
+WRAPPERS = re.compile("_orig_mod[.]|_checkpoint_wrapped_module[.]")
+NOT_MODEL_INPUTS = ("labels", "label", "weight")
+
+
+@contextmanager
+def projected(model: nn.Module, optimizer: SplitLBI, groups: Iterable[Group]) -> Iterator[nn.Module]:
+    """The model projected on the support, in place and for the length of a `with` block.
+
+    Units outside the support are silent; weights lifted one at a time are zero where Gamma is. Parameters and buffers
+    are put back afterwards. Of parameters that FSDP2 shards, every process changes its own part.
+    """
+    # taking the state of an FSDP2 module also frees the whole tensors that its last forward pass left: what comes next
+    # gathers the changed parts, in the block and again after it
+    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        with torch.no_grad():
+            outside = {}
+            for group in optimizer.param_groups:
+                if group["penalty"] == "l1":
+                    for p in group["params"]:
+                        local(p).masked_fill_(local(optimizer.gamma(p)) == 0, 0)
+                elif group["penalty"] == "group":
+                    state = optimizer.state[group["params"][0]]
+                    everything = torch.ones(group["units"], dtype=torch.bool, device=group["params"][0].device)
+                    outside[group["name"]] = ~(state["norm"] > state["threshold"]) if "norm" in state else everything
+            named = {WRAPPERS.sub("", name): p for name, p in model.named_parameters()}
+            for group in groups:
+                for part in group.slices if group.name in outside else ():
+                    if part.role in PRODUCERS:
+                        p = named[part.tensor]
+                        local(p).masked_fill_(per_entry(outside[group.name], p, part.axis, part.block), 0)
+        yield model
+    finally:
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(saved[name])
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: nn.Module, dataloader: Iterable[Mapping[str, Any]],
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Loss and metrics of a model over an evaluation dataloader, over all processes if the dataloader is prepared.
+
+    Returns:
+        `{"loss": ..., **compute_metrics(...)}`; without `compute_metrics` and with class logits also `"accuracy"`.
+
+    Raises:
+        ValueError: if the batches have no `labels`, or the model's output no `loss` and `logits`.
+    """
+    modes = [module.training for module in model.modules()]
+    model.eval()
+    device, accelerator = next(model.parameters()).device, Accelerator()
+    losses, logits, labels = [], [], []
+    try:
+        for batch in dataloader:
+            batch = send_to_device(dict(batch), device)
+            batch.pop("weight", None)  # evaluation counts every row alike
+            if "labels" not in batch:
+                raise ValueError(f"evaluating a model needs batches with 'labels'; these have {sorted(batch)}")
+            output = model(**batch)
+            if not isinstance(output, Mapping) or not {"loss", "logits"} <= output.keys():
+                raise ValueError(
+                    f"{type(model).__name__} does not return 'loss' and 'logits', as transformers models do"
+                )
+            rows = len(batch["labels"])
+            gathered = accelerator.gather_for_metrics(
+                (output["loss"].float().repeat(rows), output["logits"], batch["labels"])
+            )
+            for store, value in zip((losses, logits, labels), gathered, strict=True):
+                store.append(value.cpu())
+    finally:
+        for module, mode in zip(model.modules(), modes, strict=True):
+            module.training = mode
+    metrics = {"loss": torch.cat(losses).mean().item()}
+    logits, labels = torch.cat(logits), torch.cat(labels)
+    if compute_metrics is not None:
+        found = compute_metrics(EvalPrediction(predictions=logits.float().numpy(), label_ids=labels.numpy()))
+        metrics |= {name: float(value) for name, value in found.items()}
+    elif logits.ndim == 2 and labels.ndim == 1 and not labels.is_floating_point():
+        metrics["accuracy"] = (logits.argmax(1) == labels).double().mean().item()
+    return metrics
+
+
+def training_inputs(dataloader: Any, batches: int, model: nn.Module) -> Iterator[dict[str, Any]]:
+    """A few batches of training inputs without labels, spread evenly over the data, the same on every process."""
+    dataset, size = dataloader.dataset, getattr(dataloader, "batch_size", None) or 1
+    if isinstance(dataset, IterableDataset):
+        rows: Any = list(islice(dataset, batches * size))
+    else:
+        count = min(len(dataset), batches * size)
+        rows = Subset(dataset, [i * len(dataset) // count for i in range(count)])
+    device = next(model.parameters()).device
+    for batch in DataLoader(rows, batch_size=size, collate_fn=dataloader.collate_fn):
+        yield send_to_device({k: v for k, v in batch.items() if k not in NOT_MODEL_INPUTS}, device)
+
+
+def example_row(dataloader: Any) -> dict[str, Any]:
+    """One training row as the model receives it, without its label."""
+    dataset = dataloader.dataset
+    with random_state_kept():  # the row may be augmented at random
+        row = next(iter(dataset)) if isinstance(dataset, IterableDataset) else dataset[0]
+        batch = dataloader.collate_fn([row])
+    return {k: v for k, v in batch.items() if k not in NOT_MODEL_INPUTS}

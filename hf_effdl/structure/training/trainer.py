@@ -1,0 +1,447 @@
+"""`SplitLBITrainer`: train once, get the model and its path, take smaller models from it."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast, broadcast_object_list
+from torch import Tensor, nn
+from transformers import DataCollator, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
+
+from hf_effdl.random_state import random_state_kept
+from hf_effdl.structure.groups.find import find_groups
+from hf_effdl.structure.groups.group import Group, Groups
+from hf_effdl.structure.optim.sharding import is_sharded
+from hf_effdl.structure.optim.split_lbi import SplitLBI
+from hf_effdl.structure.path.path import FILE_NAME, SparsePath, unwrap
+from hf_effdl.structure.slim.slim import (
+    cut_copy,
+    effdl_report,
+    get_report,
+    measure_latency,
+    recalibrate_batch_norm,
+    set_report,
+    slim,
+)
+from hf_effdl.structure.training.arguments import SplitLBIArguments
+from hf_effdl.structure.training.callbacks import FSDP1, SplitLBICallback
+from hf_effdl.structure.training.evaluation import evaluate_model, example_row, projected, training_inputs
+from hf_effdl.weighting import WeightedLossMixin
+
+
+class SplitLBITrainer(WeightedLossMixin, Trainer):
+    """A `Trainer` whose optimizer is `SplitLBI`: one run gives the dense model and the whole path of smaller ones.
+
+    Args:
+        groups: the groups to lift; default: found with one training row as example.
+
+    All other arguments are those of `Trainer`; `args` must be `SplitLBIArguments`, and there is no
+    `optimizer_cls_and_kwargs`. Where the training data has a column `weight`, it weights the rows' losses, see
+    `WeightedLossMixin`.
+
+    `results` holds the rows of the model card's table by name, e.g. `{"dense, plain SGD": {"accuracy": 0.98, "params":
+    78394}}`; left empty, the card shows the last evaluation of the dense and of the projected model.
+
+    Processes: DDP, and FSDP2 with whole weights on every process at the start. `path`, `slim` and what evaluates are
+    then for all processes to call; saving and pushing a slim model is for one.
+
+    Raises:
+        ValueError: for an empty training set, DeepSpeed, DataParallel or FSDP1, another optimizer, or no groups.
+
+    Example:
+        >>> trainer = SplitLBITrainer(model, SplitLBIArguments("out"), train_dataset=rows)  # doctest: +SKIP
+        >>> trainer.train()                                                                 # doctest: +SKIP
+        >>> small = trainer.slim(macs=0.5)                                                  # doctest: +SKIP
+    """
+
+    _tag_names = ["hf_effdl", "split-lbi"]
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: SplitLBIArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        groups: Sequence[Group] | None = None,
+    ) -> None:
+        args = SplitLBIArguments("trainer_output") if args is None else args
+        if not isinstance(args, SplitLBIArguments):
+            raise TypeError(f"args must be SplitLBIArguments, not {type(args).__name__}; it takes the same fields")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {args.n_gpu} GPUs, for which Trainer would use DataParallel: split LBI cannot "
+                "follow its replicas. Start one process per GPU: torchrun --nproc_per_node or accelerate launch"
+            )
+        if args.fsdp and int(args.fsdp_config.get("version", 2)) == 1:
+            raise ValueError(FSDP1)
+        if optimizer_cls_and_kwargs is not None:
+            raise ValueError("SplitLBITrainer makes its own optimizer, so optimizer_cls_and_kwargs has no use here; "
+                             "set SplitLBIArguments, or use a plain Trainer with SplitLBICallback")  # fmt: skip
+        super().__init__(
+            model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
+            eval_dataset=eval_dataset, processing_class=processing_class, model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )  # fmt: skip
+        if self.is_deepspeed_enabled:
+            raise ValueError("split LBI cannot run under DeepSpeed, which flattens the parameters; use DDP or FSDP2")
+        if self.is_fsdp_enabled:
+            _check_fsdp(self.accelerator.state.fsdp_plugin)
+        if self.optimizer is not None and not isinstance(self.optimizer, SplitLBI):
+            raise ValueError(
+                f"optimizers= holds {type(self.optimizer).__name__}; SplitLBITrainer trains with SplitLBI"
+            )
+        if self.train_dataset is not None and hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
+            raise ValueError("train_dataset is empty; pass a data set with at least one row")
+        self._groups = groups
+        self._path: SparsePath | None = None
+        self._skeleton: nn.Module | None = None
+        self.results: dict[str, dict[str, float]] = {}
+        self.curve: list[dict[str, float]] = []
+        self.callback = SplitLBICallback(groups, self.compute_metrics, args.bn_batches)
+        # in front of the trackers, so that they see what it adds to the logs
+        self.callback_handler.callbacks.insert(0, self.callback)
+
+    # ---- training
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        """The groups of the model; found at first use."""
+        if self._groups is None:
+            unit = "paper" if self.args.preset == "paper" else "default"
+            self._groups = self.callback.groups = find_groups(self.model, self.example(), unit=unit)
+        return self._groups
+
+    def example(self) -> dict[str, Any]:
+        """One training (or evaluation) row as the model receives it."""
+        if self.train_dataset is not None:
+            return example_row(self.get_train_dataloader())
+        if self.eval_dataset is None:
+            raise ValueError("SplitLBITrainer has neither train_dataset nor eval_dataset to take an example row from")
+        return example_row(self.get_eval_dataloader())
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            params = self.args.split_lbi_params(model, self.groups, self.get_decay_parameter_names(model))
+            # nu and path_scale follow when the length of the run is known
+            self.optimizer = SplitLBI(params, **self.args.split_lbi_kwargs(max(self.state.max_steps, 1)))
+            if self.is_fsdp_enabled:  # next the model is sharded, in place
+                self._skeleton = _copy_without_weights(model, "meta")
+                # groups that hold the whole tensors would keep them in memory
+                self._groups = self.callback.groups = Groups(replace(group, tensors={}) for group in self.groups)
+                _answer_for_embeddings(model)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        hyper = self.args.split_lbi_kwargs(num_training_steps)
+        for group in (self.optimizer if optimizer is None else optimizer).param_groups:
+            group |= {name: hyper[name] for name in ("nu", "path_scale")}
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As in `Trainer`; `resume_from_checkpoint=True` skips a checkpoint whose saving was cut off."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, self.args.world_size)
+        self._path = None
+        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        # here all processes are together; cards and slim models are saved by one
+        self._path = SparsePath.from_optimizer(self.optimizer, self.groups, self.callback.ties)
+        return output
+
+    @property
+    def path(self) -> SparsePath:
+        """The path of the run so far; with `load_best_model_at_end`, after training, that of the best checkpoint.
+
+        During a run with FSDP2 every process must ask.
+        """
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and not self.is_in_train and best and (Path(best) / FILE_NAME).is_file():
+            path = SparsePath.load(best)
+        elif self._path is not None:
+            path = self._path
+        elif self.optimizer is None:
+            raise ValueError("there is no path yet: call train() first, or SparsePath.load(folder) for a saved one")
+        else:
+            path = SparsePath.from_optimizer(self.optimizer, self.groups, self.callback.ties)
+        path.curve = self.curve
+        return path
+
+    # ---- the smaller model
+
+    def plain_model(self) -> nn.Module:
+        """The model as an ordinary module: itself, or under FSDP2, where every process must ask, a gathered copy."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not any(is_sharded(p) for p in model.parameters()):
+            return model
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        copy = _copy_without_weights(self._skeleton, self.args.device).to(self.args.device)
+        copy.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+        for buffer, trained in zip(copy.buffers(), model.buffers(), strict=True):
+            buffer.copy_(trained)  # also those that no checkpoint holds
+        broadcast(dict(copy.named_buffers()))  # every process has its own batch statistics; the first one's are saved
+        return copy.train(model.training)
+
+    def slim(
+        self,
+        macs: float | None = None,
+        params: float | None = None,
+        latency: float | None = None,
+        keep: float | None = None,
+        *,
+        order: str | None = None,
+        widths: str = "stock",
+        round_to: int | None = None,
+        bn_batches: int = 0,
+        latency_batch: int = 32,
+    ) -> nn.Module:
+        """A physically smaller model that holds one budget, chosen along the path.
+
+        Args:
+            macs, params, latency, keep: the budget, a share in (0, 1]; exactly one. See `SparsePath.select`.
+            order: see `SparsePath.scores`; default `"dual"`, or `"entry"` with the paper preset.
+            widths: `"stock"`: sizes that the stock config can say, so that anyone's `from_pretrained` loads it;
+                `"free"`: every group on its own, which `from_pretrained` loads after `import hf_effdl`.
+            round_to: sizes are multiples of this; default: 1, and with `latency` multiples of 16 where they fit. See
+                `SparsePath.select`.
+            bn_batches: re-estimate the batch norms on so many training batches (0: keep the dense model's statistics).
+            latency_batch: rows per forward pass when latency is measured; 0 measures none, and the report has none.
+
+        Returns:
+            The smaller model; the report (MACs, parameters and latency before and after, units) stands in
+            `small.config.effdl_report` (`small.effdl_report` for a module without a config).
+        """
+        if latency_batch < 0 or (latency_batch == 0 and latency is not None):
+            raise ValueError(
+                f"latency_batch={latency_batch}: it must be at least 1 to measure latency, or 0 where latency is not "
+                "the budget, to leave it out of the report"
+            )
+        path, model = self.path, self.plain_model()
+        inputs = self._latency_inputs(max(latency_batch, 1))
+        order = order or ("entry" if self.args.preset == "paper" else "dual")
+        budget = {"macs": macs, "params": params, "latency": latency, "keep": keep}
+        asked = {name: value for name, value in budget.items() if value is not None}
+
+        rounds = 15
+        if latency is not None:  # about 0.3 s of the whole model a time
+            rounds = max(5, min(15, int(300 / measure_latency([model], inputs, repeats=3, seconds=0.0)[0])))
+
+        def measure(kept: Mapping[str, Tensor]) -> float:
+            pair = [model, cut_copy(model, self.groups, kept)]
+            whole, part = measure_latency(pair, inputs, repeats=rounds, seconds=0.002)
+            return part / whole
+
+        options = {"order": order, "widths": widths, "round_to": round_to, "measure": measure}
+        small = self._slim_once(path, model, budget, options)
+        for _ in range(10):
+            # rarely two widths become equal where the stock class would then leave out a projection; one step further
+            # down the path they differ again
+            if widths == "free" or not path.ties or getattr(small.config, "quantization_config", None) is None:
+                break
+            budget = {name: value and value * (0.97 if name == "latency" else 0.99) for name, value in budget.items()}
+            small = self._slim_once(path, model, budget, options)
+        if bn_batches:
+            with random_state_kept():
+                recalibrate_batch_norm(small, training_inputs(self.get_train_dataloader(), bn_batches, small))
+        report = self._by_one_process(
+            lambda: effdl_report(model, small, inputs, self.groups, asked, latency=latency_batch > 0)
+        )
+        set_report(small, report | {"order": order})
+        vars(small).pop("_is_accelerate_prepared", None)  # or the next Trainer would leave mixed precision out
+        forward = vars(small).pop("_original_forward", None)
+        if forward is not None:  # mixed precision: Accelerate's wrapper of the trained model came along
+            del small.forward
+        return small
+
+    def _slim_once(
+        self, path: SparsePath, model: nn.Module, budget: Mapping[str, float | None], options: Mapping[str, Any]
+    ) -> nn.Module:
+        return slim(model, self.groups, self._by_one_process(lambda: path.select(**budget, **options)))
+
+    def _by_one_process(self, decide: Callable[[], Any]) -> Any:
+        """What the main process finds or raises, on all: measured latencies differ between processes, and disturb."""
+        found: Any = None
+        if self.accelerator.is_main_process:
+            try:
+                found = decide()
+            except Exception as error:  # noqa: BLE001 - the other processes wait for an answer, whatever it is
+                found = error
+        [found] = broadcast_object_list([found])
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _latency_inputs(self, rows: int) -> dict[str, Any]:
+        example = self.example()
+        device = next(self.model.parameters()).device
+        return {
+            name: value.repeat(rows, *[1] * (value.ndim - 1)).to(device) if isinstance(value, Tensor) else value
+            for name, value in example.items()
+        }
+
+    @torch.no_grad()
+    def evaluate_model(self, model: nn.Module, eval_dataset: Any = None) -> dict[str, float]:
+        """Loss and metrics of any model (a slim one, say) on the evaluation set."""
+        return evaluate_model(model, self.get_eval_dataloader(eval_dataset), self.compute_metrics)
+
+    def evaluate_path(
+        self, shares: Sequence[float] = (0.75, 0.5, 0.25, 0.1), budget: str = "macs", bn_batches: int = 8
+    ) -> list[dict[str, float]]:
+        """Slim the trained model to several budgets and evaluate each, without training: the path's curve.
+
+        Budgets that the model cannot be slimmed to are left out. The points also stand in `trainer.path.curve`.
+        """
+        curve = []
+        for share in shares:
+            try:
+                timed = 32 if budget == "latency" else 0  # the curve shows no latency
+                small = self.slim(**{budget: share}, bn_batches=bn_batches, latency_batch=timed)
+            except ValueError as error:
+                print(f"left out of the curve: {error}", flush=True)
+                continue
+            report = get_report(small)
+            curve.append({
+                "macs": report["macs"]["ratio"], "params": report["params"]["ratio"], **self.evaluate_model(small)
+            })  # fmt: skip
+        self.curve = curve
+        return curve
+
+    def evaluate_masked(self, bn_batches: int = 8) -> dict[str, float]:
+        """Loss and metrics of the model projected on the support as it is now."""
+        model = self.accelerator.unwrap_model(self.model)
+        with random_state_kept(), projected(model, unwrap(self.optimizer), self.groups):
+            recalibrate_batch_norm(model, training_inputs(self.get_train_dataloader(), bn_batches, model))
+            return self.evaluate_model(model)
+
+    # ---- Hub
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """The card of the dense model and its path, and the path's file and picture, in `args.output_dir`."""
+        if not self.is_world_process_zero():
+            return
+        from hf_effdl.hub.cards import write_structure_card
+
+        self.path.save(self.args.output_dir)  # with the curve, if one was measured after training
+        write_structure_card(
+            self, self.args.output_dir, language=language, license=license, tags=tags, model_name=model_name,
+            finetuned_from=finetuned_from, tasks=tasks, dataset=dataset or dataset_tags, dataset_args=dataset_args,
+        )  # fmt: skip
+
+    def save_slim(self, small: nn.Module, folder: str | os.PathLike[str], **card: Any) -> Path:
+        """Save a slim model with its processor, path, picture and card into a folder.
+
+        `card` takes the arguments of `create_model_card`, and `repo_id` for the loading snippet.
+        """
+        from hf_effdl.hub.cards import write_structure_card
+
+        if not isinstance(small, PreTrainedModel):
+            raise TypeError(
+                f"{type(small).__name__} is no transformers model, so it has no config to load it by; save its "
+                "state_dict yourself, or wrap the net in a PreTrainedModel"
+            )
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        small.save_pretrained(target)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(target)
+        self.path.save(target)
+        write_structure_card(self, target, small, **card)
+        return target
+
+    def push_slim(self, small: nn.Module, repo_id: str, *, private: bool | None = None, **card: Any) -> str:
+        """Push a slim model with its card to the Hub; returns the commit's URL."""
+        import tempfile
+
+        from huggingface_hub import create_repo, upload_folder
+
+        repo_id = create_repo(repo_id, private=private, exist_ok=True, token=self.args.hub_token).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_slim(small, folder, model_name=repo_id.split("/")[-1], repo_id=repo_id, **card)
+            return str(upload_folder(repo_id=repo_id, folder_path=folder, token=self.args.hub_token,
+                                     commit_message="Slim model chosen along its sparse path"))  # fmt: skip
+
+
+def _check_fsdp(plugin: Any) -> None:
+    if plugin.fsdp_version == 1:
+        raise ValueError(FSDP1)
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "with cpu_ram_efficient_loading only one process has the weights, but each of them finds the groups and "
+            "their scales: set fsdp_cpu_ram_efficient_loading: false in the accelerate config"
+        )
+
+
+def _answer_for_embeddings(model: nn.Module) -> None:
+    # accelerate asks for the input embeddings, to shard them apart; convolutional models of transformers raise there
+    try:
+        getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        model.get_input_embeddings = lambda: None
+
+
+def _copy_without_weights(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """A copy whose parameters are new, empty ones on a device."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) for p in model.parameters()
+    }
+    return deepcopy(model, memo)
+
+
+def last_complete_checkpoint(folder: str, processes: int = 1) -> str:
+    """The newest checkpoint whose saving was not cut off.
+
+    Trainer writes its state after everything else, so a checkpoint is complete once that file reads.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    checkpoints = sorted(
+        Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"),
+        key=lambda path: int(path.name.rpartition("-")[2]),
+        reverse=True,
+    )
+    for checkpoint in checkpoints:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            continue
+        if processes == 1 or all((checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(processes)):
+            return str(checkpoint)
+    raise ValueError(
+        f"no complete checkpoint in {folder} ({len(checkpoints)} begun); train without resume_from_checkpoint"
+    )

@@ -1,0 +1,120 @@
+"""A pool as a data set repository: its card, and the commit that puts it there."""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, DatasetCardData, HfApi
+
+from hf_effdl.hub.cards import write_card
+from hf_effdl.hub.repos import own_dataset_repo
+from hf_effdl.version import __version__
+from hf_effdl.vicl.pool.writer import compacted, write_manifest
+from hf_effdl.vicl.remote_code.pool_reader import MANIFEST, NAME
+
+
+CATEGORIES = {"segmentation": "image-segmentation", "detection": "object-detection", "colourisation": "image-to-image"}
+CONFIGS = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.tar"}]}]
+
+
+def write_pool_card(
+    folder: str | os.PathLike[str],
+    manifest: Mapping[str, Any],
+    *,
+    repo_id: str | None = None,
+    license: str | None = None,
+    tags: Iterable[str] = (),
+) -> Path:
+    """The card of a pool, with which `load_dataset` reads its images and labels; metadata that are there are kept.
+
+    Args:
+        folder: gets `README.md`.
+        manifest: of the pool.
+        repo_id: repository named in the snippets; default: the folder's name.
+        license, tags: added to the metadata.
+    """
+    folder = Path(folder)
+    repo_id = repo_id or folder.name
+    known = DatasetCard.load(folder / "README.md").data.to_dict() if (folder / "README.md").is_file() else {}
+    ours = ["hf_effdl", "visual-in-context-learning", *tags]
+    counted = {"splits": [{"name": "train", "num_examples": manifest["rows"]}]}
+    data = DatasetCardData(**(known | ({"license": license} if license else {}) | {
+        "tags": list(dict.fromkeys([*(known.get("tags") or []), *ours])),
+        "task_categories": list(dict.fromkeys([*(known.get("task_categories") or []), CATEGORIES[manifest["task"]]])),
+        "configs": CONFIGS, "dataset_info": {"features": _features(manifest)} | counted,
+    }))  # fmt: skip
+    encoder, settings = manifest["encoder"], manifest["settings"]
+    size = sum(entry["tar_bytes"] + entry["index_bytes"] for entry in manifest["shards"])
+    blank = sum(len(set(entry["blank"]) - set(entry["dropped"])) for entry in manifest["shards"])
+    foreground = settings.get("foreground")
+    rows = {
+        "task": manifest["task"], "rows": f"{manifest['rows']:,}",
+        "of them without an object": f"{blank:,}" if blank else None,
+        "rows that could not be used": f"{sum(len(entry['skipped']) for entry in manifest['shards']):,}",
+        "mask values that are the object": foreground and ", ".join(map(str, foreground)),
+        "encoder": f"`{encoder['id']}`" if encoder.get("id") else "not named", "its revision": encoder.get("revision"),
+        "its layer": encoder.get("layer"), "its image size": " x ".join(map(str, encoder.get("image_size") or ())),
+        "its fingerprint": f"`{encoder['fingerprint']}`", "width of the features": manifest["dim"],
+        "feature maps": " x ".join(map(str, manifest["grid"])) if manifest["grid"] else "not kept",
+        "size": f"{size / 1e6:,.1f} MB in {2 * len(manifest['shards'])} files",
+        "fingerprint of the pool": f"`{manifest['fingerprint'][:16]}`", "hf_effdl": manifest["hf_effdl"],
+    }  # fmt: skip
+    return write_card(
+        folder, "pool_card.md", data, title=repo_id.split("/")[-1], repo_id=repo_id, task=manifest["task"],
+        rows={name: value for name, value in rows.items() if value not in (None, "")}, encoder=encoder.get("id"),
+        formats=_formats(manifest), version=__version__,
+    )  # fmt: skip
+
+
+def _formats(manifest: Mapping[str, Any]) -> list[str]:
+    return sorted({kind for entry in manifest["shards"] for kind in entry["formats"]})
+
+
+def _features(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Columns as `datasets` names them: said here, as it would guess them from the first five rows."""
+    said = [{"name": "id", "dtype": "string"}]
+    if manifest["task"] == "detection":
+        said.append({"name": "box", "list": "float64"})
+    images = [f"image.{kind}" for kind in _formats(manifest)]
+    images += ["label.png"] if manifest["task"] == "segmentation" else []
+    return [
+        *({"name": name, "dtype": "image"} for name in images), {"name": "json", "struct": said},
+        {"name": "__key__", "dtype": "string"}, {"name": "__url__", "dtype": "string"},
+    ]  # fmt: skip
+
+
+def push_pool(
+    pool: Any, repo_id: str, private: bool | None, token: str | bool | None, commit_message: str | None, **card: Any
+) -> str:
+    """Commit the files of a pool at once, and the removal of those of an older one."""
+    api = HfApi(token=token)
+    head, files = own_dataset_repo(api, repo_id, private, lambda name: name == MANIFEST, "pool")
+    repo_id = head.id
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if any(entry["dropped"] for entry in pool.manifest["shards"]):
+            (folder / "data").mkdir()
+            source = folder
+            write_manifest(folder, pool.manifest | {"shards": list(compacted(pool.manifest, pool._shards, folder))})
+        else:
+            source = pool.folder
+        if "README.md" in files:
+            api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=head.sha, local_dir=folder)
+        manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
+        if os.path.isdir(manifest["encoder"].get("id") or ""):  # a folder here names nothing to others
+            manifest["encoder"]["id"] = None
+        readme = write_pool_card(folder, manifest, repo_id=repo_id, **card)
+        names = [f"data/{entry['name']}.{kind}" for entry in manifest["shards"] for kind in ("tar", "safetensors")]
+        operations = [CommitOperationAdd(name, source / name) for name in names]
+        operations.append(CommitOperationAdd(MANIFEST, json.dumps(manifest, indent=1).encode()))
+        operations.append(CommitOperationAdd("README.md", readme))
+        old = {name for name in files if re.fullmatch(rf"data/{NAME}\.(tar|safetensors)", name)}
+        operations += [CommitOperationDelete(name) for name in sorted(old - set(names))]
+        return str(api.create_commit(
+            repo_id, operations, repo_type="dataset", parent_commit=head.sha,
+            commit_message=commit_message or f"Pool of {len(pool):,} examples for {pool.task}",
+        ))  # fmt: skip

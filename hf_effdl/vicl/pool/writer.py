@@ -1,0 +1,419 @@
+"""Writing a pool: rows of a data set become shards, each whole or absent; the manifest comes last."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from datasets import Dataset
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from hf_effdl.version import __version__
+from hf_effdl.vicl.remote_code.pool_reader import MANIFEST, Shard, content_fingerprint, file_digest, row_digest
+from hf_effdl.vicl.remote_code.vision_encoder import BICUBIC
+from hf_effdl.vicl.remote_code.visual_tasks import Segmentation, find_task, pixels, to_rgb
+
+
+# formats whose files go into the pool as they are; MPO is the JPEG of many phones
+KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+SHOWN = 5
+# seconds after which a file that was not finished is removed
+LITTER = 86_400
+
+
+# ---- rows
+
+
+@dataclass
+class Row:
+    """A row on its way into the pool: the files it will be, and its cell for the encoder, or what is wrong with it."""
+
+    number: int
+    key: str
+    id: str
+    error: str | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    blank: bool = False
+    pixels: Tensor | None = None
+
+
+class Rows(torch.utils.data.Dataset):
+    """The rows of a data set, checked and read one by one.
+
+    Args:
+        ds: the data set.
+        manifest: its `task` and `settings` say how to read it.
+        encoder: says to what size, and how, images are resized.
+        first: number of the first row in the pool.
+    """
+
+    def __init__(self, ds: Dataset, manifest: Mapping[str, Any], encoder: Any, first: int) -> None:
+        if not isinstance(ds, Dataset):
+            raise TypeError(f"got a {type(ds).__name__}; pass a datasets.Dataset, such as one split of a DatasetDict")
+        if not len(ds):
+            raise ValueError("the data set has no rows; a pool needs one or more")
+        settings = manifest["settings"]
+        self.image, self.label = settings["image_column"], settings["label_column"]
+        columns = [name for name in (self.image, self.label, settings["id_column"]) if name is not None]
+        if missing := [name for name in columns if name not in ds.column_names]:
+            raise ValueError(f"the data set has no column {', '.join(map(repr, missing))}; it has {ds.column_names}: "
+                             "set image_column=, label_column= and id_column=")  # fmt: skip
+        self.fingerprint, self.first = ds._fingerprint, first
+        self.image_size, self.resample = tuple(encoder.image_size), getattr(encoder, "resample", BICUBIC)
+        self.task = find_task(manifest["task"])
+        if manifest["task"] == "segmentation":
+            self.task = Segmentation(settings["foreground"], settings["void"])
+        self.ids = _ids(ds, settings["id_column"], first)
+        ds = ds.with_format(None).select_columns([name for name in (self.image, self.label) if name is not None])
+        for name in ds.column_names:
+            if isinstance(ds.features[name], datasets.Image):
+                ds = ds.cast_column(name, datasets.Image(decode=False))
+        self.data = ds
+
+    def key(self, manifest: Mapping[str, Any], on_bad_row: str) -> str:
+        """A hash of all that decides the shards of these rows."""
+        given = [manifest[name] for name in ("format", "task", "settings", "encoder")]
+        given += [self.fingerprint, len(self), self.first, on_bad_row]
+        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, number: int) -> Row:
+        row = Row(number, f"{self.first + number:08d}", self.ids[number])
+        try:
+            self._read(row)
+        except Exception as error:  # decoders raise errors of many kinds on damaged files
+            row.error = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        return row
+
+    def _read(self, row: Row) -> None:
+        values = self.data[row.number]
+        content = _content(values[self.image])
+        image = to_rgb(content)
+        with Image.open(io.BytesIO(content)) as opened:
+            moves = opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1
+            kind = None if moves else KEPT.get(opened.format)
+        row.files = {f"image.{kind}": content} if kind else {"image.png": _png(image)}
+        said = {"id": row.id}
+        if self.task.name == "segmentation":
+            if values[self.label] is None:
+                raise ValueError("it has no mask; draw one that is all 0 where there is no object")
+            mask = self.task.label(values[self.label], image).convert("L")
+            row.files["label.png"], row.blank = _png(mask), not mask.getextrema()[1]
+        elif self.task.name == "detection":
+            box = values[self.label]
+            self.task.label(box, image)  # for its checks
+            said["box"], row.blank = None if box is None else np.asarray(box).tolist(), box is None
+        row.files["json"] = json.dumps(said).encode()
+        row.pixels = pixels([self.task.query(image)], self.image_size, self.resample)[0]
+
+
+def _ids(ds: Dataset, column: str | None, first: int) -> list[str]:
+    if column is None:
+        return [str(first + i) for i in range(len(ds))]
+    values = ds.with_format(None)[column][:]
+    kinds = {type(value) for value in values}
+    if kinds not in ({int}, {str}):
+        raise TypeError(f"id_column={column!r} holds {sorted(kind.__name__ for kind in kinds)}; ids are all texts or "
+                        "all integers")  # fmt: skip
+    ids, seen = [str(value) for value in values], {}
+    for row, id in enumerate(ids):
+        if seen.setdefault(id, row) != row:
+            raise ValueError(
+                f"id_column={column!r}: rows {seen[id]} and {row} are both named {id!r}; ids must be unique"
+            )
+    return ids
+
+
+def _content(value: Any) -> bytes:
+    if isinstance(value, dict):
+        value = value["path"] if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, str):
+        return Path(value).read_bytes()
+    if not isinstance(value, bytes):
+        raise TypeError(f"the image is {type(value).__name__}, not a file; cast the column: "
+                        "ds.cast_column(name, datasets.Image())")  # fmt: skip
+    return value
+
+
+def _png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+# ---- shards
+
+
+def processes() -> PartialState:
+    """This process and its siblings; unlike an `Accelerator` it leaves the precision of a later one open."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+class ShardWriter:
+    """Writes a tar and its index under other names, and renames them when both are whole."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name, self.tar, self.index = name, folder / f"{name}.tar", folder / f"{name}.safetensors"
+        self.spans: list[list[tuple[int, int]]] = []
+        self.digests: list[bytes] = []
+        self.ids: list[str] = []
+        self.formats: set[str] = set()
+
+    def __enter__(self) -> "ShardWriter":
+        self._part = part_of(self.tar)
+        self._file = self._part.open("wb")
+        self._stored = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._file.close()
+        for target in (self.tar, self.index):
+            part_of(target).unlink(missing_ok=True)
+
+    def add(self, key: str, id: str, files: Mapping[str, bytes]) -> None:
+        """Append a row's files: `image.*`, and `label.png` or `json`, which holds its label."""
+        spans = {}
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"{key}.{name}")  # time 0, owner 0: equal rows give equal files
+            info.size = len(content)
+            # the header of a short name is one block
+            spans[name] = (self._file.tell() + tarfile.BLOCKSIZE, len(content))
+            self._stored.addfile(info, io.BytesIO(content))
+        image, label = next(iter(files)), "label.png" if "label.png" in files else "json"
+        self.spans.append([spans[image], spans[label]])
+        self.digests.append(row_digest(id, files[image], files[label]))
+        self.ids.append(id)
+        self.formats.add(image.partition(".")[2])
+
+    def finish(self, tables: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Write the index with these features; returns what the manifest says of the shard."""
+        self._stored.close()
+        self._file.close()
+        tensors = {name: table.contiguous() for name, table in tables.items()} | {
+            "spans": torch.tensor(self.spans), "ids": _bytes(json.dumps(self.ids).encode()),
+            "digests": _bytes(b"".join(self.digests)).view(-1, 32),
+        }  # fmt: skip
+        part = part_of(self.index)
+        save_file(tensors, str(part))
+        entry = {
+            "name": self.name, "rows": len(self.ids), "dropped": [], "formats": sorted(self.formats),
+            "tar_bytes": self._part.stat().st_size, "tar_sha256": file_digest(self._part),
+            "index_bytes": part.stat().st_size, "index_sha256": file_digest(part),
+        }  # fmt: skip
+        os.replace(self._part, self.tar)
+        os.replace(part, self.index)
+        return entry
+
+
+def _bytes(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def part_of(target: Path) -> Path:
+    """A name beside the target, to write under until it is whole."""
+    return target.with_name(f".{target.name}.{os.getpid()}")
+
+
+def replace_text(target: Path, text: str) -> None:
+    """Write a file whole."""
+    part = part_of(target)
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, target)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Count and hash what the shards hold, and write the manifest."""
+    shards = [Shard(folder, entry) for entry in manifest["shards"]]
+    manifest = dict(manifest) | {
+        "rows": sum(len(shard.ids) for shard in shards), "dim": shards[0].vectors.shape[1],
+        "grid": None if shards[0].grids is None else list(shards[0].grids.shape[1:3]),
+        "fingerprint": content_fingerprint(manifest, (shard.of_kept(shard.digests) for shard in shards)),
+        "hf_effdl": __version__,
+    }  # fmt: skip
+    replace_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+    return manifest
+
+
+def build(
+    folder: Path, manifest: Mapping[str, Any], source: Rows, encoder: Any, batch_size: int, num_workers: int,
+    on_bad_row: str, progress: bool,
+) -> None:  # fmt: skip
+    """Write the shards of the source that are not there yet, then the manifest with them appended.
+
+    All processes call it. Which shards are finished is written down in `done/`, one file each.
+    """
+    if on_bad_row not in ("raise", "skip"):
+        raise ValueError(f"on_bad_row={on_bad_row!r}: it must be 'raise' or 'skip'")
+    state, size = processes(), manifest["settings"]["rows_per_shard"]
+    if size < 1 or batch_size < 1:
+        raise ValueError(f"rows_per_shard={size} and batch_size={batch_size} must be 1 or more")
+    if state.is_main_process:
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        (folder / "done").mkdir(exist_ok=True)
+        for part in (folder / "data").glob(".pool-*"):  # of killed runs; a younger one may be being written
+            if time.time() - part.stat().st_mtime > LITTER:
+                part.unlink(missing_ok=True)
+    number = 1 + max((int(entry["name"].split("-")[1]) for entry in manifest["shards"]), default=-1)
+    key = source.key(manifest, on_bad_row)
+    names = [f"pool-{number + i:05d}-{key}" for i in range(-(-len(source) // size))]
+    if len({*gather_object([key])}) > 1:
+        raise ValueError("the processes hold different data sets (a shuffle without a seed?) or settings")
+    # the first process tells the others, as what is done changes while they look
+    todo = broadcast_object_list([[i for i, name in enumerate(names) if _done(folder, name) is None]])[0]
+    mine = todo[state.process_index :: state.num_processes]
+    places = {i: range(i * size, min((i + 1) * size, len(source))) for i in mine}
+    encoder.to(state.device).eval()
+    error = None
+    bar = tqdm(total=sum(map(len, places.values())), desc="encoding", unit=" rows",
+               disable=not (progress and mine and state.is_main_process))  # fmt: skip
+    try:
+        for i in mine:
+            with ShardWriter(folder / "data", names[i]) as writer:
+                batches = DataLoader(Subset(source, places[i]), batch_size, num_workers=num_workers, collate_fn=list)
+                keep_grids = manifest["settings"]["keep_grids"]
+                entry = _encode(writer, batches, encoder, state.device, keep_grids, on_bad_row, bar)
+            replace_text(folder / "done" / f"{names[i]}.json", json.dumps(entry))
+    except Exception as caught:  # the others are to hear of it, else they would wait for ever
+        error = caught
+    bar.close()
+    said = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
+    if error is not None:
+        raise error
+    if any(said):
+        raise RuntimeError(f"another process could not encode its rows: {next(filter(None, said))}")
+    if state.is_main_process:
+        _finish(folder, manifest, names, len(source))
+    state.wait_for_everyone()
+
+
+def _encode(
+    writer: ShardWriter, batches: DataLoader, encoder: Any, device: torch.device, keep_grids: bool, on_bad_row: str,
+    bar: tqdm,
+) -> dict[str, Any]:  # fmt: skip
+    """One shard; returns what the manifest says of it."""
+    skipped: list[list[str]] = []
+    blank: list[int] = []
+    views: dict[str, list[Tensor]] = {"vectors": [], "tokens": [], "grids": []}
+    for batch in batches:
+        bar.update(len(batch))
+        for row in batch:
+            if row.error is not None and on_bad_row == "raise":
+                raise ValueError(f"row {row.number}, id {row.id!r}: {row.error} (correct the row, leave it out, or "
+                                 "pass on_bad_row='skip')")  # fmt: skip
+        skipped += [[row.id, row.error] for row in batch if row.error is not None]
+        batch = [row for row in batch if row.error is None]
+        if not batch:
+            continue
+        with torch.no_grad():
+            found = encoder(torch.stack([row.pixels for row in batch]).to(device))
+        views["vectors"].append(found["vector"].float().cpu())
+        views["tokens"].append(found["tokens"].half().cpu())
+        if keep_grids:
+            views["grids"].append(found["grid"].half().cpu())
+        _check_views({name: parts[-1] for name, parts in views.items() if parts}, batch)
+        for row in batch:
+            if row.blank:
+                blank.append(len(writer.ids))
+            writer.add(row.key, row.id, row.files)
+    entry = {"name": writer.name, "rows": 0}
+    if writer.ids:
+        entry = writer.finish({name: torch.cat(parts) for name, parts in views.items() if parts})
+    return entry | {"blank": blank, "skipped": skipped}
+
+
+def _check_views(views: Mapping[str, Tensor], batch: Sequence[Row]) -> None:
+    for name, values in views.items():
+        if not (finite := values.flatten(1).isfinite().all(1)).all():
+            row = batch[int((~finite).nonzero()[0, 0])]
+            raise ValueError(f"row {row.number}, id {row.id!r}: the encoder's {name} are NaN or beyond float16's "
+                             "65504; encode in float32")  # fmt: skip
+    if ((norms := views["vectors"].norm(dim=1)) - 1).abs().max() > 1e-3:
+        raise ValueError(
+            f"the encoder's vectors have norms {norms.min():.4g}..{norms.max():.4g}; they must have norm 1"
+        )
+
+
+def _done(folder: Path, name: str) -> dict[str, Any] | None:
+    """What was written down of a finished shard whose files are there."""
+    try:
+        entry = json.loads((folder / "done" / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    for kind, size in (("tar", "tar_bytes"), ("safetensors", "index_bytes")):
+        file = folder / "data" / f"{name}.{kind}"
+        if entry["rows"] and not (file.is_file() and file.stat().st_size == entry[size]):
+            return None
+    return entry
+
+
+def _finish(folder: Path, manifest: Mapping[str, Any], names: Sequence[str], rows: int) -> None:
+    entries = [_done(folder, name) for name in names]
+    if None in entries:
+        raise FileNotFoundError(f"{folder / 'data' / names[entries.index(None)]}.tar is missing; all processes must "
+                                "see the same cache_dir")  # fmt: skip
+    skipped = [row for entry in entries for row in entry["skipped"]]
+    if len(skipped) == rows:
+        raise ValueError(f"none of the {rows} rows can be used; the first, {skipped[0][0]!r}: {skipped[0][1]}")
+    shards = manifest["shards"] + [entry for entry in entries if entry["rows"]]
+    write_manifest(folder, manifest | {"shards": shards, "seen": manifest["seen"] + rows})
+    if skipped:
+        shown = "; ".join(f"{id!r}: {reason}" for id, reason in skipped[:SHOWN])
+        warnings.warn(f"{len(skipped)} of {rows} rows were skipped: {shown}", stacklevel=4)
+    if blank := sum(len(entry["blank"]) for entry in entries):
+        warnings.warn(
+            f"{blank} of {rows} labels mark nothing; they are kept, as examples without an object", stacklevel=4
+        )
+
+
+# ---- copies
+
+
+def compacted(manifest: Mapping[str, Any], shards: Sequence[Shard], folder: Path) -> Iterator[dict[str, Any]]:
+    """Put the shards into another folder, without the rows that were removed; gives what the manifest says of each."""
+    for entry, shard in zip(manifest["shards"], shards, strict=True):
+        if shard.kept is None:
+            for file in (shard.tar, shard.index):
+                target = folder / "data" / file.name
+                if target.resolve() != file.resolve():
+                    part = part_of(target)
+                    shutil.copyfile(file, part)
+                    os.replace(part, target)
+            yield entry
+        elif shard.ids:
+            digest = hashlib.sha256(json.dumps([entry["name"], entry["dropped"]]).encode()).hexdigest()[:12]
+            with ShardWriter(folder / "data", entry["name"][:-12] + digest) as writer:
+                kept = shard.kept.tolist()
+                for (key, files), id in zip(_members(shard.tar, set(kept)), shard.ids, strict=True):
+                    writer.add(key, id, files)
+                tables = {name: getattr(shard, name) for name in ("vectors", "tokens", "grids")}
+                written = writer.finish({name: table[kept] for name, table in tables.items() if table is not None})
+            blank = set(entry["blank"])
+            yield written | {"blank": [i for i, row in enumerate(kept) if row in blank], "skipped": entry["skipped"]}
+
+
+def _members(tar: Path, rows: set[int]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and files of some rows of a tar."""
+    with tarfile.open(tar) as stored:
+        for row, (key, members) in enumerate(groupby(stored, lambda member: member.name.partition(".")[0])):
+            if row in rows:
+                yield key, {member.name.partition(".")[2]: stored.extractfile(member).read() for member in members}

@@ -1,0 +1,166 @@
+"""Feature matching, an in-context model without training: like places of the example say what a place shows."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .vision_encoder import VisionEncoder
+
+
+MATCHINGS = ("soft", "nearest", "prototype")
+GREY = (0.299, 0.587, 0.114)
+
+
+class FeatureMatching(nn.Module):
+    """A frozen in-context model on any vision encoder: the example's label is carried over by matching features.
+
+    With unit features `q` of a query cell and `e_j` of the cells of the examples, whose labels `y_j` are averaged to
+    the grid, the label of the query cell is
+
+        soft        sum_j softmax_j(<q, e_j> / temperature) y_j
+        nearest     y_j of the largest <q, e_j>
+        prototype   sigmoid((<q, p> - <q, b>) / temperature): p and b are the unit means of the e_j weighted by y_j
+                    and 1 - y_j
+
+    and the grid is upsampled to the label's size by bilinear interpolation. Several examples are matched together, as
+    if they were one large one. After the training-free matching of frozen features in few-shot segmentation (e.g.
+    PANet, arXiv 1908.06391); the three forms differ in how they fail (noise or bias), which makes them useful as test
+    beds.
+
+    Args:
+        encoder: gives the grid of features.
+        matching: "soft", "nearest" or "prototype" (black and white labels only).
+        temperature: of the softmax.
+        carry: "label", or "difference": the label minus the grey example is carried over and added to the grey query
+            at full resolution. The choice for colourisation, where the query already has the brightness.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        >>> model = FeatureMatching(VisionEncoder(ViTModel(config), image_size=64))
+        >>> queries, images = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 3, 64, 64)
+        >>> labels = torch.ones_like(images)
+        >>> model(queries, images, labels).mean().item()
+        1.0
+    """
+
+    arrangements = 1
+
+    def __init__(
+        self, encoder: VisionEncoder, matching: str = "soft", temperature: float = 0.05, carry: str = "label"
+    ) -> None:
+        super().__init__()
+        if matching not in MATCHINGS:
+            raise ValueError(f"matching={matching!r}: choose one of {MATCHINGS}")
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature}: must be positive")
+        if carry not in ("label", "difference"):
+            raise ValueError(f"carry={carry!r}: choose 'label' or 'difference'")
+        if carry == "difference" and matching == "prototype":
+            raise ValueError("carry='difference' with matching='prototype': a prototype is of black and white labels; "
+                             "use matching='soft'")  # fmt: skip
+        self.encoder, self.matching, self.temperature, self.carry = encoder, matching, temperature, carry
+        self._grid: tuple[int, int, int] | None = None
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Pixels `(h, w)` of a cell, the encoder's."""
+        return self.encoder.image_size
+
+    @property
+    def resample(self) -> int:
+        """How images are resized to a cell, the encoder's."""
+        return self.encoder.resample
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments beside the encoder, as plain values."""
+        return {"matching": self.matching, "temperature": self.temperature, "carry": self.carry}
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Unit features of every cell, flat, and the grey image behind them where differences are carried.
+
+        Args:
+            images: `(N, 3, h, w)` in [0, 1].
+
+        Returns:
+            `(N, gh gw d)` or `(N, gh gw d + h w)`, so that one row is all that has to be kept of an image.
+        """
+        grid = F.normalize(self.encoder(images)["grid"], dim=3)
+        self._grid = tuple(grid.shape[1:])
+        encoded = grid.flatten(1)
+        if self.carry == "difference":
+            weights = torch.tensor(GREY, device=images.device).view(1, 3, 1, 1)
+            encoded = torch.cat([encoded, (images * weights).sum(1).flatten(1).to(encoded)], 1)
+        return encoded
+
+    @torch.no_grad()
+    def predict(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:
+        """Label images of a batch of queries.
+
+        Args:
+            queries: `(B, ...)` from `encode`.
+            images: `(B, m, ...)` from `encode`: m examples for each query.
+            labels: `(B, m, 3, h, w)` in [0, 1]; of any size, which is the answer's too, except with
+                carry="difference", where it is that of the images.
+
+        Returns:
+            `(B, 3, h, w)` in [0, 1].
+
+        Raises:
+            ValueError: for other shapes, no example, or an arrangement other than 0.
+        """
+        if (
+            labels.dim() != 5
+            or labels.shape[:2] != images.shape[:2]
+            or len(queries) != len(images)
+            or not images.shape[1]
+        ):
+            raise ValueError(f"queries {tuple(queries.shape)}, images {tuple(images.shape)} and labels "
+                             f"{tuple(labels.shape)}: pass (B, ...), (B, m, ...) and (B, m, 3, h, w) with the same B "
+                             "and m >= 1")  # fmt: skip
+        if arrangement:
+            raise ValueError(f"arrangement={arrangement}: feature matching has no canvas to arrange, only 0")
+        gh, gw, d = self._shape(queries.device)
+        cells = gh * gw * d
+        batch, m = labels.shape[:2]
+        if self.carry == "difference" and labels.shape[3:] != self.image_size:
+            raise ValueError(f"labels of {tuple(labels.shape[3:])} pixels: a difference is between a label and an "
+                             f"image of one size, {self.image_size}")  # fmt: skip
+        carried = labels.flatten(0, 1).float()
+        if self.carry == "difference":
+            carried = carried - images[..., cells:].reshape(batch * m, 1, *labels.shape[3:])
+        carried = F.adaptive_avg_pool2d(carried, (gh, gw)).unflatten(0, (batch, m))
+        values = carried.permute(0, 1, 3, 4, 2).reshape(batch, m * gh * gw, 3)
+        known = images[..., :cells].reshape(batch, m * gh * gw, d)
+        asked = queries[..., :cells].reshape(batch, gh * gw, d)
+        found = self._match(asked, known, values).transpose(1, 2).unflatten(2, (gh, gw))
+        found = F.interpolate(found, size=labels.shape[3:], mode="bilinear", align_corners=False)
+        if self.carry == "difference":
+            found = found + queries[:, cells:].reshape(batch, 1, *labels.shape[3:])
+        return found.clamp(0, 1)
+
+    def forward(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:
+        """The same from pixels: `(B, 3, h, w)`, `(B, m, 3, h, w)` and `(B, m, 3, h, w)` to `(B, 3, h, w)`."""
+        encoded = self.encode(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        return self.predict(self.encode(queries), encoded, labels, arrangement)
+
+    def _match(self, asked: Tensor, known: Tensor, values: Tensor) -> Tensor:
+        """(B, Q, d), (B, E, d), (B, E, 3) to (B, Q, 3)."""
+        if self.matching == "prototype":
+            weight = values[..., :1]
+            sides = [F.normalize((known * share).sum(1), dim=1) for share in (weight, 1 - weight)]
+            white, black = (torch.einsum("bqd,bd->bq", asked, side) for side in sides)
+            return ((white - black) / self.temperature).sigmoid()[..., None].expand(-1, -1, 3)
+        similarity = asked @ known.transpose(1, 2)
+        if self.matching == "nearest":
+            best = similarity.argmax(2)
+            return values.gather(1, best[..., None].expand(-1, -1, 3))
+        return (similarity / self.temperature).softmax(2) @ values
+
+    def _shape(self, device: torch.device) -> tuple[int, int, int]:
+        if self._grid is None:  # features that were kept from before
+            self.encode(torch.zeros(1, 3, *self.image_size, device=device))
+        return self._grid

@@ -1,0 +1,325 @@
+"""One model for the Hub: a frozen in-context model, the encoder of its pool, and what is known of the examples."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel, SegGptForImageSegmentation
+
+from .cascade import CascadeSelector
+from .configuration_visual_in_context import VisualInContextConfig
+from .frozen_matching import FeatureMatching
+from .frozen_seggpt import SegGptInContext
+from .ranker_selector import RankerSelector
+from .vision_encoder import BICUBIC, VisionEncoder, commit_of
+
+
+DEFAULT = "BAAI/seggpt-vit-large"
+# selectors that a model can keep, by the name of the strategy
+KINDS = {selector.kind: selector for selector in (CascadeSelector, RankerSelector)}
+
+
+class VisualInContextModel(PreTrainedModel):
+    """A frozen vision model that is shown examples, with all that is needed to choose them.
+
+    Its parts: `frozen`, the in-context model F; `encoder`, which the pool's vectors were made with; where it was
+    measured, the performance of the pool's examples on each other (`set_performance`); and, where one was fitted, the
+    `selector` that learnt from it (`set_selector`). A backbone that has a
+    repository of its own is named in the config (id and revision) and not copied; weights that have none are embedded.
+
+    Make one with `from_backbone` or `from_parts`, then `save_pretrained`, `push_to_hub` and `from_pretrained` as with
+    any model of transformers. The pool is a repository of its own, named in the config with its revision.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        >>> model = VisualInContextModel.from_parts(FeatureMatching(VisionEncoder(ViTModel(config), image_size=64)))
+        >>> model.image_size, model.config.task
+        ((64, 64), 'segmentation')
+    """
+
+    config: VisualInContextConfig
+    base_model_prefix = "frozen"
+    main_input_name = "queries"
+
+    def __init__(self, config: VisualInContextConfig) -> None:
+        super().__init__(config)
+        self.frozen: nn.Module | None = None
+        self.separate_encoder: VisionEncoder | None = None
+        self._shared: tuple[VisionEncoder, ...] = ()
+        self.register_buffer("format", torch.tensor(1))  # a model of named backbones alone would have an empty file
+        self._make_table(config.performance)
+        kept = config.selector
+        self.selector: nn.Module | None = None if kept is None else KINDS[kept["kind"]].from_settings(kept)
+        # here the embedded parts, whose weights from_pretrained then reads; named ones in load_backbones
+        self._build(embedded=True)
+        self.post_init()
+
+    # ---- making one
+
+    @classmethod
+    def from_backbone(
+        cls, backbone: str = DEFAULT, *, task: str = "segmentation", encoder: str | VisionEncoder | None = None,
+        revision: str | None = None, token: str | bool | None = None, **settings: Any,
+    ) -> "VisualInContextModel":  # fmt: skip
+        """A model from a repository or folder: SegGPT where it holds one, else feature matching on its encoder.
+
+        Args:
+            backbone: e.g. `BAAI/seggpt-vit-large` or `facebook/dinov2-base`.
+            task: "segmentation", "detection" or "colourisation".
+            encoder: encoder for retrieval; default: the backbone itself.
+            revision: of the backbone.
+            settings: for `SegGptInContext` (`embedding_type`, `ensemble`) or for `FeatureMatching` (`matching`,
+                `temperature`, `carry`) and its encoder (`image_size`, `layer`).
+        """
+        kind = AutoConfig.from_pretrained(backbone, revision=revision, token=token)
+        if kind.model_type == "seggpt":
+            # single precision also where a file holds half: the CPU is slow in half, and a GPU user casts with .half()
+            model = SegGptForImageSegmentation.from_pretrained(
+                backbone, revision=revision, token=token, dtype=torch.float32
+            )
+            frozen: nn.Module = SegGptInContext(model, **settings)
+            frozen.revision = commit_of(backbone, revision, token) or revision
+        else:
+            form = {name: settings.pop(name) for name in ("image_size", "layer") if name in settings}
+            if task == "colourisation":
+                settings.setdefault("carry", "difference")
+            frozen = FeatureMatching(
+                VisionEncoder.from_pretrained(backbone, revision, token=token, **form), **settings
+            )
+        if isinstance(encoder, str):
+            encoder = VisionEncoder.from_pretrained(encoder, token=token)
+        return cls.from_parts(frozen, encoder, task=task)
+
+    @classmethod
+    def from_parts(
+        cls, frozen: nn.Module, encoder: VisionEncoder | None = None, *, task: str = "segmentation",
+        embed: bool | None = None, **config: Any,
+    ) -> "VisualInContextModel":  # fmt: skip
+        """A model from modules.
+
+        Args:
+            frozen: `SegGptInContext`, `FeatureMatching`, or any module with their `image_size`, `arrangements`,
+                `encode` and `predict`; the last kind works here and now, but cannot be saved.
+            encoder: of the pool; default: the frozen model's own.
+            task: "segmentation", "detection" or "colourisation".
+            embed: True puts all weights into this model's file, False none; default: those without a repository.
+            config: further fields of `VisualInContextConfig`.
+        """
+        spec = _describe_frozen(frozen, embed)
+        own = _own_encoder(frozen)
+        if encoder is None and own is None:
+            raise ValueError(
+                f"{type(frozen).__name__} has no encoder of its own: pass encoder=VisionEncoder.from_pretrained(...)"
+            )
+        separate = encoder is not None and encoder is not own
+        described = None
+        if separate:
+            source = _source(encoder.backbone, encoder.id, encoder.revision, embed)
+            described = {"backbone": source, **_settings(encoder)}
+        model = cls(VisualInContextConfig(task=task, **config))
+        model.config.frozen_model, model.config.encoder = spec, described
+        model.frozen = frozen
+        if separate:
+            model.separate_encoder = encoder
+        else:
+            model._shared = (own,)
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "VisualInContextModel":
+        """Load a saved model, and the backbones that its config names."""
+        token = kwargs.get("token")
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.load_backbones(token)
+        return loaded
+
+    def load_backbones(self, token: str | bool | None = None) -> None:
+        """Load the parts that stand in repositories of their own; done by `from_pretrained`."""
+        self._build(embedded=False, token=token)
+        if self.frozen is None:
+            raise ValueError("config.frozen_model is empty, as for a model of parts that cannot be saved: make the "
+                             "model with from_backbone or from_parts")  # fmt: skip
+        if self.separate_encoder is None:
+            self._shared = (_own_encoder(self.frozen),)
+        self.eval()
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save config, embedded weights and the table of performance; named backbones stay where they are."""
+        if self.config.frozen_model is None:
+            raise ValueError(f"a {type(self.frozen).__name__} cannot be saved: how to build it is not known. "
+                             "SegGptInContext and FeatureMatching can be saved")  # fmt: skip
+        state = kwargs.pop("state_dict", None) or self.state_dict()
+        named = [
+            prefix
+            for prefix, spec in (("frozen.", self.config.frozen_model), ("separate_encoder.", self.config.encoder))
+            if spec is not None and "id" in spec["backbone"]
+        ]
+        state = {
+            # a backbone that both parts share is written for each of them
+            name: value.clone() if name.startswith("separate_encoder.") else value
+            for name, value in state.items()
+            if not name.startswith(tuple(named))
+        }
+        super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
+
+    # ---- parts
+
+    @property
+    def encoder(self) -> VisionEncoder:
+        """The encoder of the pool."""
+        return self.separate_encoder if self.separate_encoder is not None else self._shared[0]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Pixels `(h, w)` of a cell."""
+        return tuple(self.frozen.image_size)
+
+    @property
+    def resample(self) -> int:
+        """How images are resized to a cell, as PIL numbers it: as the frozen model wants it, else bicubic."""
+        return getattr(self.frozen, "resample", BICUBIC)
+
+    def set_performance(self, candidates: Tensor, performance: Tensor, pool_fingerprint: str) -> None:
+        """Keep what was measured of the pool: `performance[j, k]` of example `candidates[j, k]` on pool image j.
+
+        Args:
+            candidates: `(n, K)` rows of the pool, -1 where there is none.
+            performance: `(n, K)`, larger is better.
+            pool_fingerprint: of that pool.
+
+        Raises:
+            ValueError: for other shapes, or values that are not finite.
+        """
+        if candidates.shape != performance.shape or candidates.dim() != 2:
+            raise ValueError(f"candidates {tuple(candidates.shape)} and performance {tuple(performance.shape)} must "
+                             "both be (n, K)")  # fmt: skip
+        if not performance[candidates >= 0].isfinite().all():
+            raise ValueError("performance holds values that are not finite: measure these pairs again")
+        self.config.performance, self.config.pool_fingerprint = list(candidates.shape), pool_fingerprint
+        self._make_table(self.config.performance)
+        self.measured_candidates.copy_(candidates)
+        self.measured_performance.copy_(performance)
+
+    def set_selector(self, selector: CascadeSelector | RankerSelector | None) -> "VisualInContextModel":
+        """Keep a selector, which is saved with the model and chooses by default from now on; None forgets it.
+
+        Raises:
+            TypeError: for what is neither a `CascadeSelector` nor a `RankerSelector`.
+            ValueError: for a cascade that was not fitted, or on other labels than the model's.
+        """
+        if selector is None:
+            self.selector, self.config.selector = None, None
+            self.config.strategy = "nearest" if self.config.strategy in KINDS else self.config.strategy
+            return self
+        if not isinstance(selector, tuple(KINDS.values())):
+            raise TypeError(f"selector is a {type(selector).__name__}: a model keeps a CascadeSelector or a "
+                            "RankerSelector; pass others to the pipeline")  # fmt: skip
+        self.config.selector = selector.settings(self.config)
+        self.selector, self.config.strategy = selector.to(self.device), selector.kind
+        return self
+
+    @torch.no_grad()
+    def forward(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:
+        """The frozen model's answer: `(B, 3, h, w)`, `(B, m, 3, h, w)`, `(B, m, 3, h, w)` to `(B, 3, h, w)`."""
+        return self.frozen(queries, images, labels, arrangement)
+
+    def train(self, mode: bool = True) -> "VisualInContextModel":
+        """Everything here is frozen and stays in evaluation mode."""
+        return super().train(False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        pass  # what is not loaded was built by the part itself
+
+    def _make_table(self, shape: list[int] | None) -> None:
+        rows, count = shape or (0, 0)
+        self.register_buffer("measured_candidates", torch.full((rows, count), -1, dtype=torch.int32))
+        self.register_buffer("measured_performance", torch.zeros(rows, count))
+
+    def _build(self, embedded: bool, token: str | bool | None = None) -> None:
+        spec = self.config.frozen_model
+        if spec is not None and self.frozen is None and ("config" in spec["backbone"]) == embedded:
+            self.frozen = _make_frozen(spec, token)
+        spec = self.config.encoder
+        if spec is not None and self.separate_encoder is None and ("config" in spec["backbone"]) == embedded:
+            self.separate_encoder = _make_encoder(spec, token)
+
+
+def _describe_frozen(frozen: nn.Module, embed: bool | None) -> dict[str, Any] | None:
+    if isinstance(frozen, SegGptInContext):
+        config = frozen.model.config
+        source = _source(frozen.model, config.name_or_path or None, frozen.revision, embed)
+        return {
+            "kind": "seggpt",
+            "backbone": source,
+            "embedding_type": frozen.embedding_type,
+            "ensemble": frozen.ensemble,
+        }
+    if isinstance(frozen, FeatureMatching):
+        encoder = frozen.encoder
+        source = _source(encoder.backbone, encoder.id, encoder.revision, embed)
+        return {"kind": "feature-matching", "backbone": source, **_settings(encoder), **frozen.settings()}
+    return None
+
+
+def _settings(encoder: VisionEncoder) -> dict[str, Any]:
+    return {
+        name: encoder.settings()[name] for name in ("layer", "image_size", "mean", "std", "resample", "contrastive")
+    }
+
+
+def _source(backbone: PreTrainedModel, id: str | None, revision: str | None, embed: bool | None) -> dict[str, Any]:
+    """Where the weights of a backbone are: a repository, or this model's file."""
+    if embed is None:
+        embed = id is None or os.path.isdir(id)
+    if embed:
+        # where a backbone was loaded from is nobody's business once its weights are here
+        return {"config": {key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"}}
+    if id is None:
+        raise ValueError(f"embed=False, but it is not known where {type(backbone).__name__} was loaded from: load it "
+                         "by its repository's name, or embed its weights")  # fmt: skip
+    return {"id": id, "revision": revision or commit_of(id)}
+
+
+def _own_encoder(frozen: nn.Module) -> VisionEncoder | None:
+    if isinstance(frozen, SegGptInContext):
+        return VisionEncoder(frozen.model, id=frozen.model.config.name_or_path or None, revision=frozen.revision)
+    return getattr(frozen, "encoder", None)
+
+
+def _make_frozen(spec: dict[str, Any], token: str | bool | None) -> nn.Module:
+    if spec["kind"] == "seggpt":
+        model = _make_backbone(spec["backbone"], token, SegGptForImageSegmentation)
+        frozen = SegGptInContext(model, embedding_type=spec["embedding_type"], ensemble=spec["ensemble"])
+        frozen.revision = spec["backbone"].get("revision")
+        return frozen
+    if spec["kind"] == "feature-matching":
+        settings = {name: spec[name] for name in ("matching", "temperature", "carry")}
+        return FeatureMatching(_make_encoder(spec, token), **settings)
+    raise ValueError(f"config.frozen_model names kind={spec['kind']!r}; known are 'seggpt' and 'feature-matching'")
+
+
+def _make_encoder(spec: dict[str, Any], token: str | bool | None) -> VisionEncoder:
+    backbone = _make_backbone(spec["backbone"], token, AutoModel)
+    encoder = VisionEncoder(
+        backbone, image_size=tuple(spec["image_size"]), layer=spec["layer"], mean=tuple(spec["mean"]),
+        std=tuple(spec["std"]), resample=spec["resample"],
+        id=spec["backbone"].get("id"), revision=spec["backbone"].get("revision"),
+    )  # fmt: skip
+    encoder.contrastive = spec["contrastive"]  # an embedded tower comes without its other half
+    return encoder
+
+
+def _make_backbone(source: dict[str, Any], token: str | bool | None, kind: Any) -> PreTrainedModel:
+    if "id" in source:
+        return kind.from_pretrained(source["id"], revision=source["revision"], token=token, dtype=torch.float32)
+    values = dict(source["config"])
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    if config.model_type == "seggpt":
+        kind = SegGptForImageSegmentation
+    return kind._from_config(config) if kind is SegGptForImageSegmentation else kind.from_config(config)
+
+
+VisualInContextModel.register_for_auto_class("AutoModel")

@@ -1,0 +1,98 @@
+"""What a pipeline is put together from: a model made from whatever the user has, and the pool that goes with it."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import SegGptForImageSegmentation
+
+from .frozen_seggpt import SegGptInContext
+from .modeling_visual_in_context import VisualInContextModel
+from .pool_reader import MANIFEST, PoolReader
+from .vision_encoder import VisionEncoder
+
+
+def is_repository(name: str) -> bool:
+    return not os.path.isdir(name) and name != "pool"
+
+
+def revision_of(model: VisualInContextModel, pool: str) -> dict[str, Any]:
+    return {"revision": model.config.pool_revision} if pool == model.config.pool else {}
+
+
+def named_pool(model: VisualInContextModel) -> str:
+    name = model.config.pool
+    if name is None:
+        raise ValueError("there is no pool: pass pool=ExamplePool.from_dataset(...), or a repository or folder of one")
+    inside = os.path.join(model.config.name_or_path or "", name)
+    if name == "pool" and not os.path.isdir(inside):
+        raise ValueError(f"the pool was saved beside the model, but there is no folder {inside!r}: pass pool=")
+    return inside if os.path.isdir(inside) else name
+
+
+def save_pool(pool: PoolReader, folder: Path) -> None:
+    if hasattr(pool, "save_pretrained"):
+        pool.save_pretrained(folder)
+    elif folder.resolve() != Path(pool.folder).resolve():  # a reader's files, as they are
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(Path(pool.folder, "data"), folder / "data")
+        shutil.copy(Path(pool.folder, MANIFEST), folder)
+
+
+def from_backbone(name: str, kind: str | None, pool: Any, token: str | bool | None) -> VisualInContextModel:
+    if not hasattr(pool, "encoder"):
+        raise ValueError(f"{name} is a backbone and not a VisualInContextModel, which would name its pool: pass pool=")
+    made = pool.encoder
+    form = {"image_size": tuple(made["image_size"]), "layer": made["layer"]}
+    if made["id"] == name and kind != "seggpt":  # one encoder for both
+        return VisualInContextModel.from_backbone(name, task=pool.task, revision=made["revision"], token=token, **form)
+    return VisualInContextModel.from_backbone(name, task=pool.task, encoder=_encoder_of(pool, token), token=token)
+
+
+def from_module(frozen: Any, pool: Any, token: str | bool | None) -> VisualInContextModel:
+    if isinstance(frozen, SegGptForImageSegmentation):
+        frozen = SegGptInContext(frozen)
+    if not isinstance(frozen, nn.Module) or not hasattr(frozen, "predict"):
+        raise TypeError(
+            f"model is a {type(frozen).__name__}: pass a VisualInContextModel (from_backbone, from_parts, "
+            "from_pretrained), a frozen model such as SegGptInContext, or the name of a repository"
+        )
+    if not hasattr(pool, "encoder"):
+        raise ValueError(f"a {type(frozen).__name__} does not name its pool: pass pool=")
+    own = getattr(frozen, "encoder", None)
+    if own is None or own.fingerprint != pool.encoder["fingerprint"]:
+        own = _encoder_of(pool, token)
+    return VisualInContextModel.from_parts(frozen, own, task=pool.task)
+
+
+def _encoder_of(pool: Any, token: str | bool | None) -> Any:
+    encoder, made = getattr(pool, "encoder_module", None), pool.encoder
+    if encoder is not None:  # a pool that was built here still has it
+        return encoder
+    if made["id"] is None:
+        raise ValueError(
+            f"the pool was made with an encoder that has no name ({made['fingerprint']}): make the model with "
+            "VisualInContextModel.from_parts(frozen, encoder=...)"
+        )
+    form = {"image_size": tuple(made["image_size"]), "layer": made["layer"]}
+    return VisionEncoder.from_pretrained(made["id"], made["revision"], token=token, **form)
+
+
+def check_pool(pool: PoolReader, model: VisualInContextModel) -> None:
+    if not hasattr(pool, "fingerprint"):  # by what it can do: code from the Hub has a PoolReader of its own
+        raise TypeError(f"pool is a {type(pool).__name__}: pass ExamplePool.from_dataset(dataset, encoder=...), or a "
+                        "repository or folder of a pool")  # fmt: skip
+    if pool.task != model.config.task:
+        raise ValueError(f"the pool is for task={pool.task!r}, the model for task={model.config.task!r}: make one of "
+                         "them again for the task of the other")  # fmt: skip
+    made, here = pool.encoder, model.encoder.describe()
+    if made["fingerprint"] != here["fingerprint"]:
+        dtype = next((weight.dtype for weight in model.encoder.parameters()), torch.float32)
+        half = f". Weights saved or loaded in {dtype} may be others by rounding: load in float32, and cast then"
+        half = half if dtype.itemsize < 4 else ""
+        raise ValueError(f"the pool was made with the encoder {made}, but the model's is {here}: vectors of two "
+                         "encoders cannot be compared. Pass encoder= of the pool to VisualInContextModel.from_parts, "
+                         "or make the pool again with encoder=model.encoder" + half)  # fmt: skip

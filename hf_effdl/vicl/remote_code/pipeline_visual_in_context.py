@@ -1,0 +1,379 @@
+"""The pipeline: for each image, choose examples from a pool, show them to a frozen vision model, read its answer."""
+
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import HfApi
+from PIL import Image
+from torch import nn
+from transformers import Pipeline, PreTrainedConfig
+
+from .configuration_visual_in_context import VisualInContextConfig
+from .frozen_canvas import vote as count_votes
+from .modeling_visual_in_context import KINDS, VisualInContextModel
+from .pipeline_card import write_model_card
+from .pipeline_loading import check_pool, from_backbone, from_module, is_repository, named_pool, revision_of, save_pool
+from .pipeline_picture import draw_panels
+from .pool_reader import PoolReader
+from .strategies import Examples, Queries, find_strategy
+from .visual_tasks import find_task, pixels, to_rgb
+
+
+TASK = "visual-in-context-learning"
+FUSIONS = ("mean", "weighted", "model")
+FORWARD = ("strategy", "num_examples", "fusion", "vote", "candidates", "seed")
+
+
+class VisualInContextPipeline(Pipeline):
+    """Predict for new images by showing a frozen vision model the right labelled examples.
+
+        query -> the K nearest of the pool -> a strategy ranks them -> the frozen model sees the best m -> prediction
+
+    Args:
+        model: a `VisualInContextModel`, or a repository or folder of one; a frozen model (`SegGptInContext`,
+            `FeatureMatching`, a `SegGptForImageSegmentation`), which is joined with the pool's encoder; or the name of
+            a backbone (SegGPT, or any vision encoder for feature matching), see `VisualInContextModel.from_backbone`;
+            where the pool was made with another encoder than the backbone, that one is loaded too.
+        selector: how examples are chosen: "random", "nearest", "static", "dense", "transfer", "oracle"; a fitted
+            `CascadeSelector` or a `RankerSelector`, or "cascade" or "ranker" for one that the model keeps; or a
+            callable `(queries, examples, count, candidates) -> (scores, rows)`, and, where it knows them, the answers
+            `(B, count, 3, h, w)` to each. Default: the model's `config.strategy`, which is "cascade" where it keeps
+            one.
+        pool: an `ExamplePool` or `PoolReader`, or a repository or folder of one; default: the one that the config
+            names.
+        metric, greater_is_better: what the oracle goes by, see `Examples`; default: the task's own metric.
+
+    Call it with an image (PIL, array, path, bytes) or any number of them; a list, a data set column or a generator is
+    a batch. Options of a call, or of the constructor as defaults:
+
+        num_examples    m, how many examples are shown (default 1); a smaller pool gives all it has
+        fusion          for m > 1: "mean" of the answers to each (default); "weighted" mean by the scores, for a
+                        cascade; or "model": all in one call of the frozen model (SegGPT's feature ensemble; joint
+                        matching)
+        vote            also run every arrangement of the canvas and vote (prompt-SelF, arXiv 2304.04748); for frozen
+                        models that have more than one
+        strategy        instead of `selector`
+        candidates      K (default: the config's, 50), at least m; a smaller pool gives shorter lists
+        seed            of the random strategy
+        labels          labels of the queries, as many; for the oracle
+        batch_size      queries at a time (default 8)
+
+    Returns:
+        For one image a dict, for several a list of them:
+        `{"prediction", "example_ids", "scores"}`; ids and scores of the m examples shown, best first. The prediction
+        is, for segmentation, a uint8 array `(H, W)` of the query's size, 1 for the object; for detection `[x0, y0, x1,
+        y1]` in the query's pixels, or None where nothing was found; for colourisation an RGB PIL image of the query's
+        size.
+
+    Raises:
+        ValueError: for a pool of another task or made with another encoder, unknown options, labels that are missing
+            or of another size.
+
+    Example:
+        ```python
+        pool = ExamplePool.from_dataset(dataset, label_column="mask", encoder="facebook/dinov2-base")
+        pipe = VisualInContextPipeline(model="BAAI/seggpt-vit-large", selector="dense", pool=pool)
+        pipe("photo.jpg")["prediction"]
+        pipe.plot("photo.jpg").show()
+        pipe.push_to_hub("me/segment-like-these")    # then, with nothing but transformers:
+        pipeline(model="me/segment-like-these", trust_remote_code=True)("photo.jpg")
+        ```
+
+    Source: Xu et al., "Towards Global Optimal Visual In-Context Learning Prompt Selection", arXiv 2405.15279 (setting,
+    K = 50, top-m fusion).
+    """
+
+    _load_tokenizer = False
+    _load_feature_extractor = False
+    _load_image_processor = False
+    _load_processor = False
+
+    def __init__(
+        self,
+        model: VisualInContextModel | nn.Module | str,
+        selector: Any = None,
+        pool: PoolReader | str | None = None,
+        *,
+        metric: Any = None,
+        greater_is_better: bool = True,
+        token: str | bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        name = str(pool) if isinstance(pool, (str, os.PathLike)) else None
+        if isinstance(model, (str, os.PathLike)):
+            values, _ = PreTrainedConfig.get_config_dict(str(model), token=token)
+            if values.get("model_type") == VisualInContextConfig.model_type:
+                model = VisualInContextModel.from_pretrained(str(model), token=token)
+            else:  # a backbone's name says nothing of the pool's task and encoder
+                pool = pool if name is None else PoolReader.from_pretrained(name, token=token)
+                model = from_backbone(str(model), values.get("model_type"), pool, token)
+        elif not hasattr(model, "frozen"):
+            pool = pool if name is None else PoolReader.from_pretrained(name, token=token)
+            model = from_module(model, pool, token)
+        if pool is None:
+            name = named_pool(model)
+        if pool is None or isinstance(pool, (str, os.PathLike)):
+            pool = PoolReader.from_pretrained(name, token=token, **revision_of(model, name))
+        check_pool(pool, model)
+        config = model.config
+        if name is not None and pool.commit is not None:  # a repository, which is what the model will name
+            config.pool, config.pool_revision = name, pool.commit
+        elif config.pool == "pool" or config.pool_revision not in (None, pool.commit):
+            config.pool, config.pool_revision = None, None  # that was another pool
+        kwargs.setdefault("task", TASK)
+        self.pool, self.selector = pool, selector
+        self.visual_task = find_task(config.task)
+        super().__init__(model=model, **kwargs)
+        self.examples = Examples(pool, model, self.visual_task, metric, greater_is_better)
+        self._chooser(None)
+
+    def __call__(self, images: Any, *, labels: Any = None, batch_size: int | None = None, **kwargs: Any) -> Any:
+        """See the class. One image gives a dict, a list gives a list, a generator is answered by a generator."""
+        if batch_size is None:
+            batch_size = self._batch_size or 8
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: pass a whole number of at least 1")
+        if _is_image(images):
+            return self._run([images], None if labels is None else [labels], 1, kwargs)[0]
+        if labels is not None and not isinstance(labels, Iterable):
+            raise ValueError("labels= must hold one label for each image")
+        if isinstance(images, Iterator):
+            return self._stream(images, labels if labels is None else iter(labels), batch_size, kwargs)
+        if hasattr(labels, "__len__") and hasattr(images, "__len__") and len(labels) != len(images):
+            raise ValueError(f"{len(labels)} labels for {len(images)} images: pass one each")
+        return self._run(images, labels, batch_size, kwargs)
+
+    def _run(self, images: Any, labels: Any, batch_size: int, options: dict[str, Any]) -> list[dict[str, Any]]:
+        return list(self._stream(iter(images), None if labels is None else iter(labels), batch_size, options))
+
+    def _stream(
+        self, images: Iterator[Any], labels: Iterator[Any] | None, batch_size: int, options: dict[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        # a chunk travels through the base class as one input, since strategies and the frozen model take batches
+        while chunk := list(islice(images, batch_size)):
+            known = None if labels is None else list(islice(labels, len(chunk)))
+            if known is not None and len(known) != len(chunk):
+                raise ValueError("there are fewer labels than images: pass one each")
+            yield from super().__call__({"images": chunk, "labels": known}, **options)
+        if labels is not None and list(islice(labels, 1)):
+            raise ValueError("there are more labels than images: pass one each")
+
+    def plot(
+        self,
+        images: Any,
+        outputs: Any = None,
+        *,
+        height: int = 160,
+        path: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> Image.Image:
+        """Query, chosen examples with their labels, and prediction, side by side; a row for each image.
+
+        Args:
+            images: one or a list.
+            outputs: what the pipeline gave for them; default: it is run with `options`.
+            height: of every image in pixels.
+            path: also write the picture here.
+        """
+        if _is_image(images):
+            images, outputs = [images], None if outputs is None else [outputs]
+            if options.get("labels") is not None:
+                options["labels"] = [options["labels"]]
+        images = list(images)
+        if outputs is None:
+            outputs = self(images, **options)
+        rows = [
+            (self.visual_task.query(image), [self._example(id) for id in output["example_ids"]], output)
+            for image, output in zip(images, outputs, strict=True)
+        ]
+        picture = draw_panels(rows, self.visual_task.name, height)
+        if path is not None:
+            picture.save(path)
+        return picture
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, repo_id: str | None = None, **kwargs: Any
+    ) -> None:
+        """Save the model and the code that runs it anywhere; a pool without a repository goes into `pool/`.
+
+        What stands in the config is kept, with the strategy and the number of candidates that this pipeline was made
+        with; the other options of the constructor are not. Of several processes all call it, and the first one writes.
+        """
+        config, first = self.model.config, _is_first()
+        strategy = self._strategy(self._forward_params.get("strategy"))
+        if isinstance(strategy, str):
+            config.strategy = strategy
+        elif hasattr(strategy, "settings"):
+            self.model.set_selector(strategy)
+        else:
+            warnings.warn(f"the strategy of this pipeline is a {type(strategy).__name__} and cannot be saved: the "
+                          f"saved one will use {config.strategy!r}", stacklevel=2)  # fmt: skip
+        config.candidates = self._forward_params.get("candidates", config.candidates)
+        if config.frozen_model is not None and (config.pool is None or not is_repository(config.pool)):
+            if first or hasattr(self.pool, "save_pretrained"):  # which waits for the first
+                save_pool(self.pool, Path(save_directory, "pool"))
+            config.pool, config.pool_revision = "pool", None
+        if first:
+            super().save_pretrained(save_directory, **kwargs)
+            write_model_card(save_directory, config, self.pool, repo_id)
+
+    def push_to_hub(
+        self, repo_id: str, *, pool_repo_id: str | None = None, private: bool | None = None,
+        token: str | bool | None = None, commit_message: str | None = None,
+    ) -> str | None:  # fmt: skip
+        """Push the model, its code and card; first the pool, where it is not on the Hub yet.
+
+        Args:
+            repo_id: of the model.
+            pool_repo_id: of the pool, a data set repository; default: the one it is in, else `repo_id` + "-pool".
+            private: for repositories that are made now.
+
+        Returns:
+            URL of the commit; None on other processes than the first.
+        """
+        if not _is_first():
+            return None
+        config = self.model.config
+        if pool_repo_id is not None or config.pool is None or not is_repository(config.pool):
+            if not hasattr(self.pool, "push_to_hub"):
+                raise ValueError("the pool was read and not built here: load it with ExamplePool.from_pretrained to "
+                                 "push it, or set model.config.pool to its repository")  # fmt: skip
+            pool_repo_id = pool_repo_id or f"{repo_id}-pool"
+            self.pool.push_to_hub(pool_repo_id, private=private, token=token)
+            revision = HfApi(token=token).dataset_info(pool_repo_id).sha
+            config.pool, config.pool_revision = pool_repo_id, revision
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            # by hand, since the base class puts an empty template in the place of the card
+            if api.file_exists(repo_id, "README.md"):
+                api.hf_hub_download(repo_id, "README.md", local_dir=folder)
+            self.save_pretrained(folder, repo_id=repo_id)
+            message = commit_message or f"{config.task} in context, examples of {config.pool}"
+            return str(
+                api.upload_folder(
+                    repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=[".cache/*"]
+                )
+            )
+
+    # ---- the steps of a pipeline
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        unknown = {name for name in kwargs if name not in FORWARD}
+        if unknown:
+            raise TypeError(f"unknown options {sorted(unknown)}; there are {[*FORWARD, 'labels', 'batch_size']}")
+        return {}, {name: kwargs[name] for name in FORWARD if kwargs.get(name) is not None}, {}
+
+    def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        images = [self._opened(image) for image in inputs["images"]]
+        seen = [self.visual_task.query(image) for image in images]
+        model, encoder = self.model, self.model.encoder
+        batch = {"sizes": [image.size[::-1] for image in images],
+                 "cells": pixels(seen, model.image_size, model.resample),
+                 "views": pixels(seen, encoder.image_size, encoder.resample)}  # fmt: skip
+        if inputs["labels"] is not None:
+            batch["truth"] = self.visual_task.labels(inputs["labels"], images, self.model.image_size)
+        return batch
+
+    def _forward(
+        self, batch: dict[str, Any], strategy: Any = None, num_examples: int = 1, fusion: str = "mean",
+        vote: bool = False, candidates: int | None = None, seed: int = 0,
+    ) -> dict[str, Any]:  # fmt: skip
+        candidates = self.model.config.candidates if candidates is None else candidates
+        for name, value in (("num_examples", num_examples), ("candidates", candidates)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: pass a whole number of at least 1")
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion={fusion!r}: choose one of {FUSIONS}")
+        arrangements = getattr(self.model.frozen, "arrangements", 1)
+        if vote and arrangements == 1:
+            raise ValueError(f"vote=True, but {type(self.model.frozen).__name__} has no canvas whose cells could be "
+                             "arranged in another way: leave vote out")  # fmt: skip
+        choose = self._chooser(strategy)
+        if fusion == "weighted" and not hasattr(choose, "temperature"):
+            raise ValueError("fusion='weighted' weighs answers by what is expected of their examples, which a fitted "
+                             "CascadeSelector says: fit one, or choose 'mean'")  # fmt: skip
+        queries = Queries(batch["cells"], self.model.encoder(batch["views"]), batch.get("truth"), seed=seed)
+        if not len(self.pool):
+            raise ValueError("the pool is empty: add examples to it")
+        scores, rows, *known = choose(queries, self.examples, num_examples, max(candidates, num_examples))
+        weights = torch.full_like(scores, 1 / scores.shape[1])
+        if fusion == "weighted":
+            weights = (scores / choose.temperature).softmax(1)
+        if known and fusion != "model" and not vote:  # the frozen model has answered already
+            answers = _fused(known[0], weights)[None]
+        else:
+            images, labels = self.examples.encoded(rows)
+            asked = self.model.frozen.encode(batch["cells"])
+            layouts = range(arrangements) if vote else (0,)
+            answers = torch.stack([self._answer(asked, images, labels, fusion, weights, at) for at in layouts])
+        # one answer stays soft until it is resized
+        painted = count_votes(answers, self.visual_task.name != "colourisation") if vote else answers[0]
+        return {"painted": painted, "rows": rows, "scores": scores, "sizes": batch["sizes"]}
+
+    def postprocess(self, outputs: dict[str, Any]) -> list[dict[str, Any]]:
+        predictions = self.visual_task.decode(outputs["painted"].float(), outputs["sizes"])
+        ids = self.pool.ids
+        return [
+            {"prediction": prediction, "example_ids": [ids[row] for row in rows], "scores": scores}
+            for prediction, rows, scores in zip(predictions, outputs["rows"].tolist(), outputs["scores"].tolist())
+        ]
+
+    def _answer(self, asked: Any, images: Any, labels: Any, fusion: str, weights: torch.Tensor, layout: int) -> Any:
+        frozen, m = self.model.frozen, labels.shape[1]
+        if fusion == "model" or m == 1:
+            return frozen.predict(asked, images, labels, layout)
+        each = [frozen.predict(asked, images[:, j : j + 1], labels[:, j : j + 1], layout) for j in range(m)]
+        return _fused(torch.stack(each, 1), weights)
+
+    def _strategy(self, given: Any) -> Any:
+        return next(value for value in (given, self.selector, self.model.config.strategy) if value is not None)
+
+    def _chooser(self, given: Any) -> Any:
+        strategy, kept = self._strategy(given), self.model.selector
+        if strategy not in KINDS:
+            return find_strategy(strategy)
+        if kept is None or kept.kind != strategy:
+            raise ValueError(f"strategy={strategy!r}, but the model keeps {'none' if kept is None else kept.kind}: "
+                             "model.set_selector(...) with a fitted CascadeSelector, or a RankerSelector")  # fmt: skip
+        return kept
+
+    def _example(self, id: str) -> tuple[str, Image.Image, Any]:
+        row = self.pool.position(id)
+        image = self.pool.image(row)
+        label = self.pool.label(row)
+        if self.visual_task.name == "segmentation":
+            label = np.asarray(self.visual_task.label(label, image))[:, :, 0] // 255
+        return id, self.visual_task.query(image), image if self.visual_task.name == "colourisation" else label
+
+    @staticmethod
+    def _opened(image: Any) -> Image.Image:
+        if isinstance(image, dict) and not image.keys() & {"bytes", "path"}:
+            raise TypeError(f"got a row with the columns {sorted(image)}: pass the column of images, dataset['image']")
+        return to_rgb(image)
+
+
+def _fused(answers: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean of answers `(B, m, 3, h, w)`."""
+    if answers.shape[1] == 1:
+        return answers[:, 0]
+    return torch.einsum("bm,bmchw->bchw", weights.to(answers), answers)
+
+
+def _is_first() -> bool:
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not several or torch.distributed.get_rank() == 0
+
+
+def _is_image(images: Any) -> bool:
+    # an array of four axes is a batch of images; strings, bytes and the dicts of datasets are single ones
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        return images.ndim < 4
+    return isinstance(images, (Image.Image, str, bytes, dict, os.PathLike)) or not isinstance(images, Iterable)

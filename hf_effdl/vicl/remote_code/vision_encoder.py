@@ -1,0 +1,250 @@
+"""Any vision model of transformers as an encoder: a retrieval vector, five tokens and a grid of features per image."""
+
+import hashlib
+import json
+import os
+from functools import cached_property
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel, SegGptForImageSegmentation
+
+from .frozen_seggpt import SegGptInContext
+
+
+HALF = (0.5, 0.5, 0.5)
+BICUBIC = 3
+# values taken from every tensor for the fingerprint: enough to tell two sets of weights apart, and quick for a large
+# model
+SAMPLED = 4096
+
+
+class VisionEncoder(nn.Module):
+    """What retrieval, dense matching and the ranker know of an image.
+
+    One pass of the backbone gives three views:
+
+    - `vector` `(N, d)`: unit norm, for nearest neighbours. The last layer's class token where the backbone has one,
+      the pooled output of a contrastive model's vision tower (CLIP, SigLIP), else the mean of the last feature map.
+    - `tokens` `(N, 5, d)`: the vector before it is normalised, then the last feature map averaged over a 2x2 grid in
+      reading order: the input of the list-wise ranker (Partial2Global, arXiv 2405.15279).
+    - `grid` `(N, gh, gw, d')`: the feature map of `layer`, for dense similarity and feature matching.
+
+    Register tokens are dropped. Images are squashed to `image_size`; nothing is cropped, so that a grid cell and the
+    same cell of a mask show the same place.
+
+    Args:
+        backbone: a transformers vision model with a class token (ViT, DINOv2), without (SigLIP) or convolutional
+            (MobileNetV2, ResNet, ConvNeXt); a two-tower model, whose vision tower is taken; or a
+            `SegGptForImageSegmentation`, whose own features are used. It is frozen in place.
+        image_size: pixels `(h, w)` or one side that images are resized to; default: the config's `image_size`, else
+            224.
+        layer: index into `hidden_states` for `grid`; None is the last one. A shallower layer of a convolutional
+            backbone has a finer grid: of a MobileNetV2, 11 has 96 channels at stride 16.
+        mean, std: normalisation per channel; default 0.5.
+        resample: how images are resized, as PIL numbers it: 2 bilinear, 3 bicubic.
+        id, revision: where the weights are from, for the records.
+
+    Raises:
+        ValueError: where the output of the backbone cannot be read as a grid.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        >>> views = VisionEncoder(ViTModel(config), image_size=64)(torch.rand(2, 3, 64, 64))
+        >>> {name: tuple(view.shape) for name, view in views.items()}
+        {'vector': (2, 16), 'tokens': (2, 5, 16), 'grid': (2, 4, 4, 16)}
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        *,
+        image_size: int | tuple[int, int] | None = None,
+        layer: int | None = None,
+        mean: tuple[float, ...] = HALF,
+        std: tuple[float, ...] = HALF,
+        resample: int = BICUBIC,
+        id: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.contrastive = hasattr(backbone, "vision_model") and hasattr(backbone, "text_model")
+        self.backbone = backbone.vision_model if self.contrastive else backbone
+        self.backbone.eval().requires_grad_(False)
+        pooler = getattr(self.backbone, "pooler", None)
+        if not self.contrastive and isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
+            # not used, and drawn at random where a checkpoint has none, as for many a ViT: two loads would differ
+            self.backbone.pooler = None
+        # in a tuple, so that the weights are not registered a second time
+        self._own = (SegGptInContext(backbone),) if isinstance(backbone, SegGptForImageSegmentation) else ()
+        if self._own:
+            image_size = self._own[0].image_size
+        if image_size is None:
+            image_size = getattr(self.backbone.config, "image_size", None) or 224
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.stretches = "interpolate_pos_encoding" in signature(self.backbone.forward).parameters
+        self.layer, self.mean, self.std, self.resample = layer, tuple(mean), tuple(std), int(resample)
+        self.id, self.revision = id, revision
+        self._fingerprint: str | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, id_or_folder: str, revision: str | None = None, image_size: int | tuple[int, int] | None = None,
+        layer: int | None = None, token: str | bool | None = None, **options: Any,
+    ) -> "VisionEncoder":  # fmt: skip
+        """The encoder in a repository or folder, with its image processor's normalisation and resampling.
+
+        Args:
+            id_or_folder: e.g. `facebook/dinov2-base`.
+            revision: commit, branch or tag.
+            image_size, layer: see the class; the default size is that of the processor's crop, else of its size.
+            options: for the backbone's `from_pretrained`, e.g. `dtype`.
+        """
+        config = AutoConfig.from_pretrained(id_or_folder, revision=revision, token=token)
+        kind = SegGptForImageSegmentation if config.model_type == "seggpt" else AutoModel
+        backbone = kind.from_pretrained(
+            id_or_folder, revision=revision, token=token, **{"dtype": torch.float32} | options
+        )
+        try:
+            processor = AutoImageProcessor.from_pretrained(
+                id_or_folder, revision=revision, token=token, backend="pil"
+            ).to_dict()
+        except OSError:  # weights without a preprocessor_config.json
+            processor = {}
+        size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
+        if image_size is None and size:
+            image_size = (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
+        revision = commit_of(id_or_folder, revision, token) or revision
+        resample = processor.get("resample")
+        return cls(backbone, image_size=image_size, layer=layer, mean=processor.get("image_mean") or HALF,
+                   std=processor.get("image_std") or HALF, resample=BICUBIC if resample is None else resample,
+                   id=str(id_or_folder), revision=revision)  # fmt: skip
+
+    @property
+    def dim(self) -> int:
+        """Width d of the features."""
+        return self._shapes["vector"][1]
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Cells `(gh, gw)` of the grid."""
+        return tuple(self._shapes["grid"][1:3])
+
+    @cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        with torch.no_grad():
+            blank = torch.zeros(1, 3, *self.image_size, device=next(self.backbone.parameters()).device)
+            return {name: view.shape for name, view in self(blank).items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what decides the features: model type, a sample of every weight, layer, size, normalisation."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(json.dumps(self.settings() | {"model": self.backbone.config.model_type}).encode())
+            digest_weights(digest, self.backbone)
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments beside the backbone, as plain values."""
+        return {"layer": self.layer, "image_size": list(self.image_size), "mean": list(self.mean),
+                "std": list(self.std), "resample": self.resample, "contrastive": self.contrastive}  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        """What a pool records of its encoder: plain values, among them the fingerprint."""
+        return {"id": self.id, "revision": self.revision, "layer": self.layer, "image_size": list(self.image_size),
+                "fingerprint": self.fingerprint}  # fmt: skip
+
+    def train(self, mode: bool = True) -> "VisionEncoder":
+        """The encoder is frozen and stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Views of a batch.
+
+        Args:
+            pixels: `(N, 3, h, w)` in [0, 1], of `image_size`.
+
+        Returns:
+            `{"vector": (N, d), "tokens": (N, 5, d), "grid": (N, gh, gw, d')}`, float32.
+        """
+        if pixels.dim() != 4 or tuple(pixels.shape[1:]) != (3, *self.image_size):
+            raise ValueError(
+                f"pixels of shape {tuple(pixels.shape)}, but the encoder takes (N, 3, {self.image_size[0]}, "
+                f"{self.image_size[1]}): resize with visual_tasks.pixels(images, encoder.image_size, encoder.resample)"
+            )
+        if self._own:
+            last = grid = self._own[0].features(pixels).float()
+            pooled = None
+        else:
+            last, grid, pooled = self._features(pixels)
+        pooled = last.mean((1, 2)) if pooled is None else pooled
+        quarters = nn.functional.adaptive_avg_pool2d(last.permute(0, 3, 1, 2), 2).flatten(2).transpose(1, 2)
+        return {
+            "vector": nn.functional.normalize(pooled, dim=1),
+            "tokens": torch.cat([pooled[:, None], quarters], 1),
+            "grid": grid,
+        }
+
+    def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        weight = next(self.backbone.parameters())
+        mean, std = (torch.tensor(v, device=weight.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        normalised = ((pixels.to(weight.device) - mean) / std).to(weight.dtype)
+        # positions are made for one size; one that can stretch them says so in its signature
+        stretch = {"interpolate_pos_encoding": True} if self.stretches else {}
+        output = self.backbone(normalised, output_hidden_states=self.layer is not None, **stretch)
+        last, token = self._map(output.last_hidden_state)
+        if self.layer is None:
+            grid = last
+        elif -len(output.hidden_states) <= self.layer < len(output.hidden_states):
+            grid, _ = self._map(output.hidden_states[self.layer])
+        else:
+            raise ValueError(f"layer={self.layer}: {type(self.backbone).__name__} has {len(output.hidden_states)}")
+        return last, grid, output.pooler_output.float() if self.contrastive else token
+
+    def _map(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(N, gh, gw, d) and the class token, from what a layer gives."""
+        states = states.float()
+        if states.dim() == 4:  # a convolutional map
+            return states.permute(0, 2, 3, 1), None
+        name, patch = type(self.backbone).__name__, getattr(self.backbone.config, "patch_size", None)
+        if states.dim() != 3 or patch is None:
+            raise ValueError(
+                f"{name} gives features of shape {tuple(states.shape)} and its config has patch_size={patch}; a grid "
+                "is needed, as of a ViT or a convolutional net"
+            )
+        sides = (patch, patch) if isinstance(patch, int) else patch
+        gh, gw = (side // size for side, size in zip(self.image_size, sides, strict=True))
+        extra = states.shape[1] - gh * gw  # the class token and registers stand in front
+        if extra < 0:
+            raise ValueError(
+                f"{name} gives {states.shape[1]} tokens, fewer than the {gh}x{gw} patches of image_size="
+                f"{self.image_size}: it merges patches, or was made for another size"
+            )
+        return states[:, extra:].unflatten(1, (gh, gw)), states[:, 0] if extra else None
+
+
+def digest_weights(digest: Any, module: nn.Module) -> None:
+    """Feed a `hashlib` digest with names, shapes and a sample of the values of all tensors of a module."""
+    for name, value in sorted(module.state_dict().items()):
+        flat = value.detach().flatten()
+        # rounded to half, so that a copy saved in half precision is the same
+        sample = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].half().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
+
+
+def commit_of(id: str, revision: str | None = None, token: str | bool | None = None) -> str | None:
+    """The commit that a repository's config was taken from; None for a folder, or where it is not known."""
+    if os.path.isdir(id):
+        return None
+    try:
+        return Path(hf_hub_download(id, "config.json", revision=revision, token=token)).parent.name
+    except (OSError, HfHubHTTPError, HFValidationError):
+        return None
