@@ -101,9 +101,15 @@ def main(argv: list[str] | None = None) -> None:
     model = VisualInContextModel.from_backbone(args.model, task=args.task, encoder=encoder).to(accelerator.device)
     model.config.candidates = args.candidates
     pool = ExamplePool.from_dataset(
-        pool_rows, args.image_column, args.label_column, encoder=model.encoder, task=args.task,
-        foreground=args.foreground, cache_dir=out / "pool", keep_grids=True,
-    )  # fmt: skip
+        pool_rows,
+        args.image_column,
+        args.label_column,
+        encoder=model.encoder,
+        task=args.task,
+        foreground=args.foreground,
+        cache_dir=out / "pool",
+        keep_grids=True,
+    )
     pipe = VisualInContextPipeline(model, pool=pool)
     exclude = find_copies(pipe, query_rows, args)
     budget = min(args.label_budget or len(pool), len(pool) - len(exclude))
@@ -118,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
             runs, query_rows, args, "cascade" if name == "weighted" else name, labels=name == "oracle"
         )
         for name, runs in plan.items()
-    }  # fmt: skip
+    }
     if accelerator.is_main_process:
         better = 1 if pipe.visual_task.greater_is_better else -1
         runs = {"cascade": args.passes, "weighted": max(args.passes, args.fused), "oracle": args.candidates}
@@ -126,11 +132,20 @@ def main(argv: list[str] | None = None) -> None:
         for name, each in scores.items():
             closed, error = gap_closed(scores, name, better)
             spread = float(np.std(each, ddof=1) / len(each) ** 0.5)
-            table.append({"strategy": f"cascade, {args.fused} weighted" if name == "weighted" else name,
-                          "runs": runs.get(name, 1), "score": f"{np.mean(each):.4f} ± {spread:.4f}",
-                          "closed": f"{closed:.0f} ± {error:.0f}"})  # fmt: skip
-        headings = {"strategy": "strategy", "runs": "runs of the model", "score": pipe.visual_task.metric,
-                    "closed": "gap closed, %"}  # fmt: skip
+            table.append(
+                {
+                    "strategy": f"cascade, {args.fused} weighted" if name == "weighted" else name,
+                    "runs": runs.get(name, 1),
+                    "score": f"{np.mean(each):.4f} ± {spread:.4f}",
+                    "closed": f"{closed:.0f} ± {error:.0f}",
+                }
+            )
+        headings = {
+            "strategy": "strategy",
+            "runs": "runs of the model",
+            "score": pipe.visual_task.metric,
+            "closed": "gap closed, %",
+        }
         print(markdown_table(table, headings))
         report = {"excluded": len(exclude), "labelled": budget, "fit": cascade.report, "scores": scores}
         (out / "report.json").write_text(json.dumps(report, indent=1))

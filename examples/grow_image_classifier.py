@@ -135,9 +135,13 @@ def main(argv: list[str] | None = None) -> None:
     args.max_macs = args.max_macs or int(script.max_macs_share * whole["macs"])
     args.remove_unused_columns = False  # the transform reads columns that the model does not know
     trainer = GrowingTrainer(
-        model, args, train_dataset=data["train"], eval_dataset=data["eval"], processing_class=processor,
+        model,
+        args,
+        train_dataset=data["train"],
+        eval_dataset=data["eval"],
+        processing_class=processor,
         compute_metrics=accuracy,
-    )  # fmt: skip
+    )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     found = trainer.evaluate()["eval_accuracy"]
     grown = trainer.groups[0].network.count()

@@ -48,9 +48,15 @@ TINY = Path(__file__).parents[1] / "model_cards" / "tiny-seggpt-digits"
 
 
 SHARED = {
-    "per_device_train_batch_size": 16, "per_device_eval_batch_size": 512, "learning_rate": 0.1, "report_to": "none",
-    "max_grad_norm": 0.0, "dataloader_pin_memory": False, "logging_strategy": "epoch", "eval_strategy": "epoch",
-}  # fmt: skip
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 512,
+    "learning_rate": 0.1,
+    "report_to": "none",
+    "max_grad_norm": 0.0,
+    "dataloader_pin_memory": False,
+    "logging_strategy": "epoch",
+    "eval_strategy": "epoch",
+}
 
 
 def digits(seed: int = 0) -> tuple[Dataset, list[dict[str, torch.Tensor]]]:
@@ -87,12 +93,18 @@ def pool_with_wrong_labels(share: float = 0.2, seed: int = 0) -> tuple[Dataset, 
     train = digits(seed)[0].with_format(None)["pixel_values"][:]
     columns = {
         "image": [Picture.fromarray((16 - data.images[i]).astype(np.uint8) * 15).resize((64, 64)) for i in rows],
-        "pixels": (data.images[rows] / 16).reshape(len(rows), -1), "pixel_values": train, "labels": labels,
-    }  # fmt: skip
-    features = Features({
-        "image": Image(), "pixels": List(Value("float32")), "pixel_values": List(List(List(Value("float32")))),
-        "labels": ClassLabel(names=[str(i) for i in range(10)]),
-    })  # fmt: skip
+        "pixels": (data.images[rows] / 16).reshape(len(rows), -1),
+        "pixel_values": train,
+        "labels": labels,
+    }
+    features = Features(
+        {
+            "image": Image(),
+            "pixels": List(Value("float32")),
+            "pixel_values": List(List(List(Value("float32")))),
+            "labels": ClassLabel(names=[str(i) for i in range(10)]),
+        }
+    )
     pool = Dataset.from_dict(columns, features=features)
     return pool.select(range(300)), pool.select(range(300, len(pool)))
 
@@ -115,10 +127,13 @@ def choose_rows(budget: float, epochs: float, out: Path, test: list) -> dict[str
     accuracies = {}
     for name, rows in sets.items():
         args = TrainingArguments(
-            str(out / "selection" / "run"), optim="sgd", optim_args="momentum=0.9", save_strategy="no",
+            str(out / "selection" / "run"),
+            optim="sgd",
+            optim_args="momentum=0.9",
+            save_strategy="no",
             num_train_epochs=epochs * len(pool) / len(rows) if rows is not everything else epochs,
             **{**SHARED, "learning_rate": 0.05, "eval_strategy": "no", "remove_unused_columns": False},
-        )  # fmt: skip
+        )
         trainer = WeightedTrainer(
             new_model(), args, train_dataset=rows.with_transform(augment), eval_dataset=test, compute_metrics=accuracy
         )
@@ -150,10 +165,17 @@ def choose_examples(queries: int, pool_rows: int, out: Path) -> dict[str, float]
 def grow(epochs: float, max_macs: int, out: Path, train: Dataset, test: list) -> GrowingTrainer:
     """A run of the same net that begins with a quarter of its channels and may grow to `max_macs`."""
     args = GrowingArguments(
-        str(out), num_train_epochs=epochs, max_macs=max_macs, save_strategy="no", save_total_limit=1,
+        str(out),
+        num_train_epochs=epochs,
+        max_macs=max_macs,
+        save_strategy="no",
+        save_total_limit=1,
         # with shorter rounds the support would say little in a run of this length
-        growth_rounds=2, growth_until=0.3, growth_ratio=2.0, **SHARED,
-    )  # fmt: skip
+        growth_rounds=2,
+        growth_until=0.3,
+        growth_ratio=2.0,
+        **SHARED,
+    )
     trainer = GrowingTrainer(new_model(4), args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
     trainer.train()
     return trainer
@@ -163,10 +185,15 @@ def new_model(width: int = 16) -> ResNetForImageClassification:
     set_seed(0)
     return ResNetForImageClassification(
         ResNetConfig(
-            num_channels=1, embedding_size=width, hidden_sizes=[width, 2 * width, 4 * width], depths=[1, 1, 1],
-            layer_type="basic", id2label={i: str(i) for i in range(10)}, label2id={str(i): i for i in range(10)},
+            num_channels=1,
+            embedding_size=width,
+            hidden_sizes=[width, 2 * width, 4 * width],
+            depths=[1, 1, 1],
+            layer_type="basic",
+            id2label={i: str(i) for i in range(10)},
+            label2id={str(i): i for i in range(10)},
         )
-    )  # fmt: skip
+    )
 
 
 def accuracy(prediction) -> dict[str, float]:
@@ -249,9 +276,12 @@ def main() -> None:
     trainer.save_model()
     trainer.create_model_card(model_name="digits-resnet", dataset="scikit-learn digits", tasks="image-classification")
     folder = trainer.save_slim(
-        small, options.out / "slim", model_name="digits-resnet-slim", dataset="scikit-learn digits",
+        small,
+        options.out / "slim",
+        model_name="digits-resnet-slim",
+        dataset="scikit-learn digits",
         tasks="image-classification",
-    )  # fmt: skip
+    )
     rows = [{"model": name, **values} for name, values in trainer.results.items()]
     print(f"\n{markdown_table(rows, {k: k for k in ('model', 'accuracy', 'params', 'macs', 'latency_ms')})}")
     print(
@@ -269,10 +299,14 @@ def main() -> None:
     print(f"\nqueries, examples and predictions: {options.out / 'prompts' / 'prompts.png'}")
     last, counts = grown.growth_curve[-1], grown.groups[0].network.count()
     rows = [{"model": name, **trainer.results[name], "training": 1.0} for name in list(trainer.results)[:2]]
-    rows += [{
-        "model": "grown", **counts, "accuracy": last["accuracy"],
-        "training": last["training_macs"] / (cost * options.epochs),
-    }]  # fmt: skip
+    rows += [
+        {
+            "model": "grown",
+            **counts,
+            "accuracy": last["accuracy"],
+            "training": last["training_macs"] / (cost * options.epochs),
+        }
+    ]
     columns = {k: k for k in ("model", "accuracy", "params", "macs")} | {"training": "training MACs (dense = 1)"}
     print(f"\n{markdown_table(rows, columns)}")
     sizes = (new_model(4).config, grown.model.config)

@@ -107,8 +107,9 @@ def find_input(data: Dataset, script: ScriptArguments) -> tuple[str, bool]:
     }
     name = script.input_column or next(iter(sorted(kinds, key=lambda name: not kinds[name])), None)
     if name not in kinds:
-        raise ValueError(f"no column with images or texts ({name!r} asked for) among {data.features}; set "
-                         "--input_column")  # fmt: skip
+        raise ValueError(
+            f"no column with images or texts ({name!r} asked for) among {data.features}; set --input_column"
+        )
     return name, kinds[name]
 
 
@@ -152,17 +153,27 @@ def main(argv: list[str] | None = None) -> None:
         args.output_dir = f"{output_dir}/{folder}"
         weighted = rows if "weight" in rows.column_names else rows.add_column("weight", [1.0] * len(rows))
         trainer = WeightedTrainer(
-            new_model(), args, data_collator=collate, train_dataset=weighted, eval_dataset=data["eval"],
-            processing_class=processor, compute_metrics=accuracy,
-        )  # fmt: skip
+            new_model(),
+            args,
+            data_collator=collate,
+            train_dataset=weighted,
+            eval_dataset=data["eval"],
+            processing_class=processor,
+            compute_metrics=accuracy,
+        )
         trainer.train()
         metrics = trainer.evaluate()
         trainer.save_model()
         return metrics
 
     output_dir = args.output_dir
-    common = {"label_column": script.label_column, "num_probes": script.num_probes, "seed": args.seed,
-              "processing_class": processor, "input_column": column}  # fmt: skip
+    common = {
+        "label_column": script.label_column,
+        "num_probes": script.num_probes,
+        "seed": args.seed,
+        "processing_class": processor,
+        "input_column": column,
+    }
     if script.probes == "linear":
         backbone = AutoModel.from_pretrained(script.model_name_or_path)
         probes = LinearProbes.train(backbone, data["probe"], **common)
@@ -171,9 +182,14 @@ def main(argv: list[str] | None = None) -> None:
         probes = train_probes(new_model, args, data["probe"], **common)
 
     selector = UncertaintySelector(
-        probes, script.label_column, preset=script.preset, seed=args.seed, cache_dir=f"{output_dir}/scores",
-        source=script.dataset_name, batch_size=args.per_device_eval_batch_size,
-    )  # fmt: skip
+        probes,
+        script.label_column,
+        preset=script.preset,
+        seed=args.seed,
+        cache_dir=f"{output_dir}/scores",
+        source=script.dataset_name,
+        batch_size=args.per_device_eval_batch_size,
+    )
     budget = script.budget if script.budget <= 1 else int(script.budget)
     subset = selector.select(data["pool"], budget)
     if first:

@@ -110,9 +110,13 @@ def main(argv: list[str] | None = None) -> None:
     data = data.with_transform(transform)
     args.remove_unused_columns = False  # the transform reads columns that the model does not know
     trainer = SplitLBITrainer(
-        model, args, train_dataset=data["train"], eval_dataset=data["eval"], processing_class=processor,
+        model,
+        args,
+        train_dataset=data["train"],
+        eval_dataset=data["eval"],
+        processing_class=processor,
         compute_metrics=accuracy,
-    )  # fmt: skip
+    )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = trainer.evaluate()
     curve = trainer.evaluate_path()

@@ -45,8 +45,16 @@ from hf_effdl.vicl.remote_code.visual_tasks import find_task, pixels, to_rgb
 
 TINY = str(Path(__file__).parents[1] / "model_cards" / "tiny-seggpt-digits")
 # of digit scenes: the features of the tiny model are all alike, and no two scenes are copies
-DIGITS = {"label_column": "mask", "model": TINY, "max_pool": 120, "max_queries": 24, "candidates": 16,
-          "label_budget": 60, "hidden_size": 96, "duplicates": 1.0}  # fmt: skip
+DIGITS = {
+    "label_column": "mask",
+    "model": TINY,
+    "max_pool": 120,
+    "max_queries": 24,
+    "candidates": 16,
+    "label_budget": 60,
+    "hidden_size": 96,
+    "duplicates": 1.0,
+}
 
 
 @dataclass
@@ -97,12 +105,23 @@ def parse(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
     if unknown := sorted(set(values) - {action.dest for action in parser._actions}):
         raise ValueError(f"{known.config} sets {unknown}, which this script does not know; see --help")
     digits = DIGITS if (known.dataset_name or values.get("dataset_name")) is None else {}
-    parser.set_defaults(**{
-        "output_dir": "runs/ranker", "per_device_train_batch_size": 64, "per_device_eval_batch_size": 64,
-        "lr_scheduler_type": "constant", "num_train_epochs": 30, "eval_strategy": "epoch", "save_strategy": "epoch",
-        "load_best_model_at_end": True, "metric_for_best_model": "list_accuracy", "save_total_limit": 1,
-        "report_to": "none", **digits, **values,
-    })  # fmt: skip
+    parser.set_defaults(
+        **{
+            "output_dir": "runs/ranker",
+            "per_device_train_batch_size": 64,
+            "per_device_eval_batch_size": 64,
+            "lr_scheduler_type": "constant",
+            "num_train_epochs": 30,
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "list_accuracy",
+            "save_total_limit": 1,
+            "report_to": "none",
+            **digits,
+            **values,
+        }
+    )
     rest = [value for i, value in enumerate(argv) if "--config" not in (value, argv[i - 1] if i else "")]
     return parser.parse_args_into_dataclasses(rest)
 
@@ -135,9 +154,13 @@ def split_queries(model: VisualInContextModel, seed: int) -> tuple[list[int], li
 
 
 def train_ranker(
-    k: int, args: Arguments, training: TrainingArguments, model: VisualInContextModel, pool: ExamplePool,
+    k: int,
+    args: Arguments,
+    training: TrainingArguments,
+    model: VisualInContextModel,
+    pool: ExamplePool,
     exclude: list[int],
-) -> tuple[ListwiseRanker, dict[str, float]]:  # fmt: skip
+) -> tuple[ListwiseRanker, dict[str, float]]:
     """A ranker for lists of k, with how it did on lists of queries that it did not learn from."""
     train, other = split_queries(model, training.seed)
     common = {"lists_per_query": args.lists_per_query, "duplicates": None, "labels": not args.legacy}
@@ -180,9 +203,14 @@ def main(argv: list[str] | None = None) -> None:
     encoder = VisionEncoder.from_pretrained(args.encoder) if args.encoder else None
     model = VisualInContextModel.from_backbone(args.model, task=args.task, encoder=encoder).to(device)
     pool = ExamplePool.from_dataset(
-        pool_rows, args.image_column, args.label_column, encoder=model.encoder, task=args.task,
-        foreground=args.foreground, cache_dir=out / "pool",
-    )  # fmt: skip
+        pool_rows,
+        args.image_column,
+        args.label_column,
+        encoder=model.encoder,
+        task=args.task,
+        foreground=args.foreground,
+        cache_dir=out / "pool",
+    )
     pipe = VisualInContextPipeline(model, pool=pool)
     exclude = find_copies(pipe, query_rows, args)
     budget = min(args.label_budget or len(pool), len(pool) - len(exclude))

@@ -17,13 +17,7 @@ import numpy as np
 import torch
 from digit_scenes import SIZE, TASKS, Look, Scene, draw_scene, draw_scenes, make_pair, to_image
 from PIL import Image, ImageDraw
-from transformers import (
-    HfArgumentParser,
-    SegGptConfig,
-    SegGptForImageSegmentation,
-    SegGptImageProcessorPil,
-    set_seed,
-)
+from transformers import HfArgumentParser, SegGptConfig, SegGptForImageSegmentation, SegGptImageProcessorPil, set_seed
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 

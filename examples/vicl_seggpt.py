@@ -91,8 +91,10 @@ def load_splits(args: Arguments) -> tuple[Dataset, Dataset]:
         pool, queries = parts["train"], parts["test"]
     else:
         pool, queries = data[args.pool_split], data[split]
-    return (pool.select(range(min(len(pool), args.max_pool or len(pool)))),
-            queries.select(range(min(len(queries), args.max_queries or len(queries)))))  # fmt: skip
+    return (
+        pool.select(range(min(len(pool), args.max_pool or len(pool)))),
+        queries.select(range(min(len(queries), args.max_queries or len(queries)))),
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,10 +106,16 @@ def main(argv: list[str] | None = None) -> None:
     model = VisualInContextModel.from_backbone(args.model, task=args.task, encoder=encoder).to(accelerator.device)
     model.config.candidates, model.config.strategy = args.candidates, args.strategy
     pool = ExamplePool.from_dataset(
-        pool_rows, args.image_column, args.label_column, encoder=model.encoder, task=args.task,
-        foreground=args.foreground, cache_dir=out / "pool", batch_size=args.batch_size,
+        pool_rows,
+        args.image_column,
+        args.label_column,
+        encoder=model.encoder,
+        task=args.task,
+        foreground=args.foreground,
+        cache_dir=out / "pool",
+        batch_size=args.batch_size,
         keep_grids="dense" in (args.strategy, *args.compare),
-    )  # fmt: skip
+    )
     strategies = list(dict.fromkeys([args.strategy, *args.compare]))
     if set(strategies) & set(MEASURED):
         measure_examples(model, pool, queries=args.label_budget, cache_dir=out / "performance")
@@ -128,8 +136,13 @@ def main(argv: list[str] | None = None) -> None:
                     given = [None] * len(part) if args.task == "colourisation" else part[args.label_column][:]
                     # drawn once, so that the pipeline's labels and the score's are the same
                     labels = [drawn(task, label, image) for label, image in zip(given, images, strict=True)]
-                outputs = pipe(images, labels=labels if strategy == "oracle" else None, strategy=strategy,
-                               num_examples=args.num_examples, batch_size=args.batch_size)  # fmt: skip
+                outputs = pipe(
+                    images,
+                    labels=labels if strategy == "oracle" else None,
+                    strategy=strategy,
+                    num_examples=args.num_examples,
+                    batch_size=args.batch_size,
+                )
                 for place, image, label, output in zip(mine[start:], images, labels or images, outputs):
                     score = score_of(task, output["prediction"], label, image) if labelled else None
                     rows.append((place, score, output["example_ids"], output["scores"]))
@@ -140,9 +153,15 @@ def main(argv: list[str] | None = None) -> None:
             )
         if accelerator.is_main_process and strategy == args.strategy:
             out.mkdir(parents=True, exist_ok=True)
-            (out / "examples.json").write_text(json.dumps(
-                [{"query": place, "score": score, "example_ids": ids, "scores": scores}
-                 for place, score, ids, scores in rows], indent=1))  # fmt: skip
+            (out / "examples.json").write_text(
+                json.dumps(
+                    [
+                        {"query": place, "score": score, "example_ids": ids, "scores": scores}
+                        for place, score, ids, scores in rows
+                    ],
+                    indent=1,
+                )
+            )
     if accelerator.is_main_process:
         if table:
             print(markdown_table(table, {"strategy": "strategy", "queries": "queries", "score": task.metric}))

@@ -81,9 +81,12 @@ def element_losses(logits: Tensor, labels: Tensor, task: str, label_smoothing: f
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # moving the labels copies less than slicing the logits
     labels = labels.reshape(len(logits), -1).long()
     terms = F.cross_entropy(
-        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none",
+        logits.flatten(0, -2),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
         label_smoothing=label_smoothing,
-    )  # fmt: skip
+    )
     return terms.view_as(labels), labels != IGNORED
 
 

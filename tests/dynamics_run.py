@@ -28,10 +28,17 @@ from hf_effdl.samples.probes import dynamics_callback as dynamics
 ROWS, CLASSES, EPOCHS = 37, 3, 4
 STEPS = 5  # per epoch: 37 rows in batches of 8
 SHARED = {
-    "per_device_train_batch_size": 8, "per_device_eval_batch_size": 4, "num_train_epochs": EPOCHS,
-    "learning_rate": 0.02, "save_strategy": "no", "logging_steps": 2, "seed": 3, "disable_tqdm": True,
-    "report_to": "none", "use_cpu": True,
-}  # fmt: skip
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 4,
+    "num_train_epochs": EPOCHS,
+    "learning_rate": 0.02,
+    "save_strategy": "no",
+    "logging_steps": 2,
+    "seed": 3,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "use_cpu": True,
+}
 # How a run saves that is held before a record, while it is written, after it, or killed anywhere. A checkpoint by
 # steps at the end of an epoch is older than that epoch's record, one by epochs is younger. Trainer itself repeats
 # noisy rows only where it resumes between epochs.

@@ -55,9 +55,12 @@ def plain_trainer(out: Any, processes: int = 1, **changes: Any) -> GrowingTraine
     batch = {"per_device_train_batch_size": 6 // processes}
     settings = {**trainer_run.SHARED, **GROWTH, "nu": None, **batch, **changes}
     return GrowingTrainer(
-        trainer_run.model(), GrowingArguments(str(out), **settings), train_dataset=trainer_run.images(48, 1),
-        eval_dataset=trainer_run.images(16, 2), data_collator=trainer_run.collate,
-    )  # fmt: skip
+        trainer_run.model(),
+        GrowingArguments(str(out), **settings),
+        train_dataset=trainer_run.images(48, 1),
+        eval_dataset=trainer_run.images(16, 2),
+        data_collator=trainer_run.collate,
+    )
 
 
 def outcome(run: GrowingTrainer) -> dict[str, Any]:

@@ -15,10 +15,17 @@ from transformers import (
 def lenet() -> nn.Module:
     """LeNet for 28x28: the second convolution ends in 5x5 maps, so a filter has 25 columns of the linear layer."""
     return nn.Sequential(
-        nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(400, 84), nn.ReLU(), nn.Linear(84, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 6, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(400, 84),
+        nn.ReLU(),
+        nn.Linear(84, 10),
+    )
 
 
 def vgg() -> nn.Module:
@@ -75,8 +82,10 @@ def randomise_norms(model: nn.Module, seed: int = 0) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             for tensor, spread, shift in (
-                (module.weight, 0.2, 1.0), (module.bias, 0.3, 0.1), (module.running_mean, 0.3, 0.1)
-            ):  # fmt: skip
+                (module.weight, 0.2, 1.0),
+                (module.bias, 0.3, 0.1),
+                (module.running_mean, 0.3, 0.1),
+            ):
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread + shift)
             module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
     return model

@@ -28,8 +28,13 @@ class Encoder(nn.Module):
         self.register_buffer("weight", torch.randn(3, dim, generator=generator))
 
     def describe(self) -> dict:
-        return {"id": f"tests/encoder-{self.seed}", "revision": None, "layer": None,
-                "image_size": list(self.image_size), "fingerprint": f"{self.seed:016d}"}  # fmt: skip
+        return {
+            "id": f"tests/encoder-{self.seed}",
+            "revision": None,
+            "layer": None,
+            "image_size": list(self.image_size),
+            "fingerprint": f"{self.seed:016d}",
+        }
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         assert pixels.shape[1:] == (3, *self.image_size) and 0 <= pixels.min() <= pixels.max() <= 1
@@ -60,12 +65,19 @@ def rows(count: int, seed: int = 0, kind: str = "JPEG") -> Dataset:
     images = [encoded(picture(generator), kind) for _ in range(count)]
     masks = [generator.choice(np.array([0, 1, 2, 3, 255], dtype=np.uint8), (14, 20)) for _ in range(count)]
     corners = generator.integers(0, 7, (count, 4))
-    return Dataset.from_dict({
-        "image": [{"bytes": image, "path": None} for image in images],
-        "label": [{"bytes": encoded(PILImage.fromarray(mask)), "path": None} for mask in masks],
-        "box": (corners + [0, 0, 10, 7]).tolist(),
-        "name": [f"{seed}/image {i}.jpg" for i in range(count)], "number": [1000 * seed + i for i in range(count)],
-    }).cast_column("image", Image()).cast_column("label", Image())  # fmt: skip
+    return (
+        Dataset.from_dict(
+            {
+                "image": [{"bytes": image, "path": None} for image in images],
+                "label": [{"bytes": encoded(PILImage.fromarray(mask)), "path": None} for mask in masks],
+                "box": (corners + [0, 0, 10, 7]).tolist(),
+                "name": [f"{seed}/image {i}.jpg" for i in range(count)],
+                "number": [1000 * seed + i for i in range(count)],
+            }
+        )
+        .cast_column("image", Image())
+        .cast_column("label", Image())
+    )
 
 
 def main() -> None:

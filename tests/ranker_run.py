@@ -44,10 +44,17 @@ def trainer(out: Any, pool: Any, processes: int = 1, **changes: Any) -> RankerTr
     """18 steps of 8 lists in all, saved after the ninth."""
     options = {name: changes.pop(name) for name in ("callbacks", "compute_metrics") if name in changes}
     settings = {
-        "per_device_train_batch_size": 8 // processes, "num_train_epochs": 2, "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant", "save_steps": 9, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
-        "logging_steps": 100, **changes,
-    }  # fmt: skip
+        "per_device_train_batch_size": 8 // processes,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "save_steps": 9,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_steps": 100,
+        **changes,
+    }
     args = TrainingArguments(str(out), **settings)
     rest = ranking_lists(pool, queries=range(18, 24))
     lists = ranking_lists(pool, queries=range(18))

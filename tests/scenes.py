@@ -38,8 +38,12 @@ def label_of(task: str, number: int) -> Any:
 
 def rows(count: int, first: int = 0) -> Dataset:
     images, masks, boxes = zip(*(scene(number) for number in range(first, first + count)))
-    table = {"image": list(images), "mask": list(masks), "box": list(boxes),
-             "name": [f"scene {number}" for number in range(first, first + count)]}  # fmt: skip
+    table = {
+        "image": list(images),
+        "mask": list(masks),
+        "box": list(boxes),
+        "name": [f"scene {number}" for number in range(first, first + count)],
+    }
     return Dataset.from_dict(table).cast_column("image", datasets.Image()).cast_column("mask", datasets.Image())
 
 
@@ -55,13 +59,25 @@ def tiny_encoder(seed: int = 0) -> VisionEncoder:
 
 
 def make_pool(
-    folder: Path, task: str = "segmentation", count: int = 12, encoder: VisionEncoder | None = None, first: int = 0,
+    folder: Path,
+    task: str = "segmentation",
+    count: int = 12,
+    encoder: VisionEncoder | None = None,
+    first: int = 0,
     **options: Any,
-) -> ExamplePool:  # fmt: skip
+) -> ExamplePool:
     return ExamplePool.from_dataset(
-        rows(count, first), "image", LABELS[task], encoder=encoder or tiny_encoder(), task=task, id_column="name",
-        cache_dir=folder, rows_per_shard=7, progress=False, **options,
-    )  # fmt: skip
+        rows(count, first),
+        "image",
+        LABELS[task],
+        encoder=encoder or tiny_encoder(),
+        task=task,
+        id_column="name",
+        cache_dir=folder,
+        rows_per_shard=7,
+        progress=False,
+        **options,
+    )
 
 
 def make_model(task: str = "segmentation", encoder: VisionEncoder | None = None, **options: Any) -> Any:

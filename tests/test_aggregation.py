@@ -216,21 +216,28 @@ def test_a_chain_of_comparisons_is_connected_however_long():
 
 @pytest.mark.parametrize(
     ("lists", "error", "words"),
-    [([[0, 1, 4]], ValueError, r"list 0, \[0, 1, 4\], has an item outside 0..3: pass num_items"),
-     ([[0, 1], [2, -2]], ValueError, "list 1.* outside 0..3"),
-     ([[0, 1, 0]], ValueError, "item 0 stands twice"),
-     ([[0, 1], [2]], ValueError, r"list 1, \[2, -1\], has one item"),
-     (torch.tensor([[1], [2]]), ValueError, "list 0.*one item"),
-     ([[0, -1, 1]], ValueError, "-1 before an item"),
-     ([[-1, 1]], ValueError, "-1 before an item"),
-     ([], ValueError, "empty"), ([[], [1, 2]], ValueError, "non-empty"), ([1, 2], ValueError, "non-empty"),
-     (torch.zeros(0, 3, dtype=torch.long), ValueError, r"shape \(0, 3\)"),
-     (torch.arange(4), ValueError, r"shape \(4,\): pass \(L, k\)"),
-     (torch.zeros(1, 1, 2, 2, dtype=torch.long), ValueError, "shape"),
-     (torch.rand(2, 3), TypeError, "torch.float32.*not scores"), ([[0.5, 1]], TypeError, "not scores"),
-     (torch.ones(2, 2, dtype=torch.bool), TypeError, "torch.bool"), ([[True, False]], TypeError, "torch.bool"),
-     ([["a", "b"]], TypeError, "whole numbers"), (3, TypeError, "lists of int")],
-)  # fmt: skip
+    [
+        ([[0, 1, 4]], ValueError, r"list 0, \[0, 1, 4\], has an item outside 0..3: pass num_items"),
+        ([[0, 1], [2, -2]], ValueError, "list 1.* outside 0..3"),
+        ([[0, 1, 0]], ValueError, "item 0 stands twice"),
+        ([[0, 1], [2]], ValueError, r"list 1, \[2, -1\], has one item"),
+        (torch.tensor([[1], [2]]), ValueError, "list 0.*one item"),
+        ([[0, -1, 1]], ValueError, "-1 before an item"),
+        ([[-1, 1]], ValueError, "-1 before an item"),
+        ([], ValueError, "empty"),
+        ([[], [1, 2]], ValueError, "non-empty"),
+        ([1, 2], ValueError, "non-empty"),
+        (torch.zeros(0, 3, dtype=torch.long), ValueError, r"shape \(0, 3\)"),
+        (torch.arange(4), ValueError, r"shape \(4,\): pass \(L, k\)"),
+        (torch.zeros(1, 1, 2, 2, dtype=torch.long), ValueError, "shape"),
+        (torch.rand(2, 3), TypeError, "torch.float32.*not scores"),
+        ([[0.5, 1]], TypeError, "not scores"),
+        (torch.ones(2, 2, dtype=torch.bool), TypeError, "torch.bool"),
+        ([[True, False]], TypeError, "torch.bool"),
+        ([["a", "b"]], TypeError, "whole numbers"),
+        (3, TypeError, "lists of int"),
+    ],
+)
 def test_malformed_lists_are_named(lists, error, words):
     with pytest.raises(error, match=words):
         aggregate_rankings(lists, 4)
@@ -238,8 +245,11 @@ def test_malformed_lists_are_named(lists, error, words):
 
 def test_of_a_batch_the_entry_with_the_malformed_list_is_named():
     good = [[0, 1, 2], [2, 3, -1]]
-    for bad, words in (([[0, 1, 2], [3, 3, -1]], "item 3 stands twice"), ([[0, 1, 2], [2, 9, -1]], "list 1"),
-                       ([[0, 1, 2], [3, -1, -1]], "list 1.*one item")):  # fmt: skip
+    for bad, words in (
+        ([[0, 1, 2], [3, 3, -1]], "item 3 stands twice"),
+        ([[0, 1, 2], [2, 9, -1]], "list 1"),
+        ([[0, 1, 2], [3, -1, -1]], "list 1.*one item"),
+    ):
         with pytest.raises(ValueError, match=words) as raised:
             aggregate_rankings(torch.tensor([good, bad, good]), 4)
         assert " of entry 1 of the batch" in str(raised.value)
@@ -278,13 +288,18 @@ def play(sigma, seed, trials=TRIALS):
 
     naive = {k: knock_out(rank, 50, k, batch=trials) for k in (5, 10)}
     schedules = {
-        "released": joined(naive[5][1], rank(random_lists(50, 5, 20, g, trials)),
-                           rank(random_lists(50, 10, 30, g, trials))),
+        "released": joined(
+            naive[5][1], rank(random_lists(50, 5, 20, g, trials)), rank(random_lists(50, 10, 30, g, trials))
+        ),
         "partitions": joined(*(rank(partitions(50, k, 10, g, trials)) for k in (5, 10))),
         "covering": joined(*(rank(covering_lists(50, k, 1, g, trials)) for k in (5, 10))),
-        "all": joined(naive[5][1], naive[10][1], rank(covering_lists(50, 5, 1, g, trials)),
-                      rank(covering_lists(50, 10, 2, g, trials))),
-    }  # fmt: skip
+        "all": joined(
+            naive[5][1],
+            naive[10][1],
+            rank(covering_lists(50, 5, 1, g, trials)),
+            rank(covering_lists(50, 10, 2, g, trials)),
+        ),
+    }
     found = {
         name: tuple(aggregate_rankings(lists, 50, method) for method in ("hodge", "borda"))
         for name, lists in schedules.items()
@@ -316,10 +331,12 @@ def test_without_noise_the_best_is_found_as_often_as_theory_says_and_not_always(
 
 @pytest.mark.parametrize(
     ("sigma", "knocked", "tops", "places"),
-    [(0.5, (0.50, 0.51), (0.63, 0.65, 0.73, 0.80), (1.7, 1.5, 1.4, 1.3)),
-     (1.0, (0.33, 0.31), (0.51, 0.61, 0.61, 0.69), (2.5, 1.7, 1.8, 1.5)),
-     (2.0, (0.16, 0.15), (0.29, 0.44, 0.45, 0.49), (5.0, 2.8, 3.1, 2.4))],
-)  # fmt: skip
+    [
+        (0.5, (0.50, 0.51), (0.63, 0.65, 0.73, 0.80), (1.7, 1.5, 1.4, 1.3)),
+        (1.0, (0.33, 0.31), (0.51, 0.61, 0.61, 0.69), (2.5, 1.7, 1.8, 1.5)),
+        (2.0, (0.16, 0.15), (0.29, 0.44, 0.45, 0.49), (5.0, 2.8, 3.1, 2.4)),
+    ],
+)
 def test_under_noise_aggregation_beats_the_knock_out_by_what_was_measured(sigma, knocked, tops, places):
     found, naive, truth = play(sigma, seed=int(10 * sigma))
     won = [first(naive[k], truth) for k in (5, 10)]

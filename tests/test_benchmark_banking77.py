@@ -10,8 +10,17 @@ from conftest import DATA, ROOT
 
 
 SCRIPT = ROOT / "examples" / "benchmarks" / "selection_banking77.py"
-ARMS = ["default", "A uniform by class", "D authors' recipe", "F u_y, exact", "entropy, top", "EL2N of probes, CCS",
-        "moderate coreset", "P default + probe set, p_label", "whole pool"]  # fmt: skip
+ARMS = [
+    "default",
+    "A uniform by class",
+    "D authors' recipe",
+    "F u_y, exact",
+    "entropy, top",
+    "EL2N of probes, CCS",
+    "moderate coreset",
+    "P default + probe set, p_label",
+    "whole pool",
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +43,21 @@ def test_one_pair_gives_a_row_for_every_arm_and_runs_go_on(benchmark, tmp_path, 
     out = tmp_path / "rows.jsonl"
 
     def run(*extra: str) -> list[dict]:
-        command = ["bench", "--features", "bag", "--sizes", "300", "500", "--budgets", "100", "--pairs", "1",
-                   "--out", str(out), *extra]  # fmt: skip
+        command = [
+            "bench",
+            "--features",
+            "bag",
+            "--sizes",
+            "300",
+            "500",
+            "--budgets",
+            "100",
+            "--pairs",
+            "1",
+            "--out",
+            str(out),
+            *extra,
+        ]
         monkeypatch.setattr(sys, "argv", command)
         benchmark.main()
         return [json.loads(line) for line in out.read_text().splitlines()]

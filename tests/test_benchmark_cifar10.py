@@ -215,8 +215,20 @@ def test_other_settings_are_other_rows_and_another_table(run):
 
 # ---- what the table may claim
 
-FULL = {"net": "resnet18", "width": 64, "classes": 10, "rows": 50_000, "epochs": 30, "tune": 10, "settings": "",
-        "held_out": 0, "device": "a GPU", "precision": "bfloat16", "torch": "2", "dense": 90.0}  # fmt: skip
+FULL = {
+    "net": "resnet18",
+    "width": 64,
+    "classes": 10,
+    "rows": 50_000,
+    "epochs": 30,
+    "tune": 10,
+    "settings": "",
+    "held_out": 0,
+    "device": "a GPU",
+    "precision": "bfloat16",
+    "torch": "2",
+    "dense": 90.0,
+}
 
 
 def made_up(after: dict[str, list[float]], **changed) -> list[dict]:
@@ -230,8 +242,13 @@ def made_up(after: dict[str, list[float]], **changed) -> list[dict]:
     ]
 
 
-AFTER = {"path, early": [92.0, 93.0, 94.5], "global L2, early": [91.0, 91.0, 91.0], "random": [92.0, 93.0, 94.0],
-         "scratch, widths of path": [99.0, 99.0, 99.0], "BN weight": [99.0, 99.0]}  # fmt: skip
+AFTER = {
+    "path, early": [92.0, 93.0, 94.5],
+    "global L2, early": [91.0, 91.0, 91.0],
+    "random": [92.0, 93.0, 94.0],
+    "scratch, widths of path": [99.0, 99.0, 99.0],
+    "BN weight": [99.0, 99.0],
+}
 
 
 def test_a_full_comparison_names_the_best_other_arm_that_selects_from_one_run(benchmark):
@@ -254,8 +271,11 @@ def test_anything_less_supports_no_claim(benchmark, changed):
 
 
 def test_rows_of_different_settings_never_meet_in_a_table(benchmark, capsys):
-    rows = [row | {key: value} for key, value in (("net", "vgg16"), ("classes", 2), ("rows", 9), ("epochs", 31),
-            ("device", "cpu")) for row in made_up(AFTER)]  # fmt: skip
+    rows = [
+        row | {key: value}
+        for key, value in (("net", "vgg16"), ("classes", 2), ("rows", 9), ("epochs", 31), ("device", "cpu"))
+        for row in made_up(AFTER)
+    ]
     benchmark.table(made_up(AFTER) + rows)
     printed = capsys.readouterr().out
     assert printed.count("| path, early |") == 6 and printed.count("mean over 3 seeds") == 6

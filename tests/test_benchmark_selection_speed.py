@@ -30,9 +30,19 @@ def speed():
 
 
 def arguments(folder: Path, *parts: str) -> list[str]:
-    sizes = {"candidates": K, "width": WIDTH, "side": 2, "grids": f"2x{WIDTH}", "pool": POOL, "queries": 6,
-             "rounds": 2, "edge_list": 3, "threads": 1, "out": folder / "rows.jsonl",
-             "cache": folder / "cache"}  # fmt: skip
+    sizes = {
+        "candidates": K,
+        "width": WIDTH,
+        "side": 2,
+        "grids": f"2x{WIDTH}",
+        "pool": POOL,
+        "queries": 6,
+        "rounds": 2,
+        "edge_list": 3,
+        "threads": 1,
+        "out": folder / "rows.jsonl",
+        "cache": folder / "cache",
+    }
     given = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
     return [*given, "--answers", "16", "60", "--parts", *parts]
 
@@ -107,8 +117,17 @@ def test_the_stages_of_the_cascade(speed, tmp_path, capsys, monkeypatch):
     assert complete >= {(True, POOL), (False, 15)}
     for row in found:
         # two turns of stage 2
-        wanted = {"total_ms": 159, "matching_ms": 8, "row_model_ms": 4, "grids_ms": 16, "stage1_rest_ms": 3,
-                  "stage2_ms": 128, "handing_ms": 32, "median_ms": 159, "first_ms": 191}  # fmt: skip
+        wanted = {
+            "total_ms": 159,
+            "matching_ms": 8,
+            "row_model_ms": 4,
+            "grids_ms": 16,
+            "stage1_rest_ms": 3,
+            "stage2_ms": 128,
+            "handing_ms": 32,
+            "median_ms": 159,
+            "first_ms": 191,
+        }
         assert {name: row[name] * row["batch"] / 1000 for name in wanted} == pytest.approx(wanted)
         assert row["grid"] == [2, 2, WIDTH] and row["goal_reached"] is None
     assert f"| 2 x 2 x {WIDTH} | ridge | all | 16 | 1 |" in capsys.readouterr().out
@@ -132,9 +151,12 @@ def test_all_ways_to_aggregate(speed, tmp_path, capsys):
     speed.main(arguments(tmp_path, "aggregation"))
     found = rows(tmp_path)
     assert [(row["method"], row["way"], row["timed"]) for row in found] == [
-        ("hodge", "batched", 6), ("hodge", "one by one", 6), ("borda", "batched", 6), ("borda", "one by one", 6),
+        ("hodge", "batched", 6),
+        ("hodge", "one by one", 6),
+        ("borda", "batched", 6),
+        ("borda", "one by one", 6),
         ("hodge", "edge list", 3),
-    ]  # fmt: skip
+    ]
     assert all(row["lists"] == sum(len(covering_design(K, k)) for k in (5, 10)) for row in found)
     assert found[0]["goal_reached"] and found[-1]["goal_reached"] is None
     assert "| hodge | edge list | 6 |" in capsys.readouterr().out
@@ -160,18 +182,26 @@ def test_seconds_of_turns_and_of_stages(speed):
     assert found["wait"] >= 0.02 and place.wait is wait
 
 
-@pytest.mark.parametrize(("row", "reached"), [
-    ({"part": "ranker", "ratio": 1.31, "device": "cpu"}, False),
-    ({"part": "ranker", "ratio": 9.0, "choice_ms": 2.9, "device": "cuda"}, True),
-    ({"part": "cascade", "grid": [14, 14, 96], "total_ms": 20.1}, False),
-    ({"part": "cascade", "grid": [14, 14, 96], "total_ms": 19.9}, True),
-    ({"part": "aggregation", "way": "one by one", "seconds": 1.1}, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "reached"),
+    [
+        ({"part": "ranker", "ratio": 1.31, "device": "cpu"}, False),
+        ({"part": "ranker", "ratio": 9.0, "choice_ms": 2.9, "device": "cuda"}, True),
+        ({"part": "cascade", "grid": [14, 14, 96], "total_ms": 20.1}, False),
+        ({"part": "cascade", "grid": [14, 14, 96], "total_ms": 19.9}, True),
+        ({"part": "aggregation", "way": "one by one", "seconds": 1.1}, False),
+    ],
+)
 def test_goals(speed, row, reached):
     assert speed.goal_reached(row) is reached
 
 
 def test_numbers_in_a_table(speed):
     assert [speed.shown(value) for value in ([14, 14, 96], [0.9, 1.25], 0.012345, 1234.5, 8, "all")] == [
-        "14 x 14 x 96", "0.9 to 1.25", "0.0123", "1234", "8", "all",
-    ]  # fmt: skip
+        "14 x 14 x 96",
+        "0.9 to 1.25",
+        "0.0123",
+        "1234",
+        "8",
+        "all",
+    ]

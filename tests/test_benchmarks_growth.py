@@ -15,8 +15,15 @@ from hf_effdl.structure.groups.group import regroup
 from hf_effdl.structure.growing.widen import widen_groups
 
 
-MODULES = ("structure_mnist", "structure_cifar10", "trainer_rows", "ticket_arms", "growth_arms", "tickets_cifar10",
-           "growth_cifar10")  # fmt: skip
+MODULES = (
+    "structure_mnist",
+    "structure_cifar10",
+    "trainer_rows",
+    "ticket_arms",
+    "growth_arms",
+    "tickets_cifar10",
+    "growth_cifar10",
+)
 NETS = ("resnet18", "vgg16")
 
 
@@ -101,8 +108,17 @@ def test_the_widths_of_a_grown_net_in_the_order_of_its_groups_build_a_net_of_its
 
 # ---- tables of made-up rows
 
-FULL = {"net": "resnet18", "width": 64, "classes": 10, "rows": 50_000, "epochs": 30, "batch": 128, "device": "a GPU",
-        "precision": "bfloat16", "torch": "2"}  # fmt: skip
+FULL = {
+    "net": "resnet18",
+    "width": 64,
+    "classes": 10,
+    "rows": 50_000,
+    "epochs": 30,
+    "batch": 128,
+    "device": "a GPU",
+    "precision": "bfloat16",
+    "torch": "2",
+}
 CUTS = [{"classes": 9}, {"rows": 49_999}, {"epochs": 29}, {"width": 32}, {"seeds": 2}]
 
 
@@ -113,20 +129,34 @@ def ahead(ours: list[float], other: list[float]) -> str:
 
 
 TICKETS = {
-    "dense": [93.0, 93.5, 93.1], "path ticket, init": [90.0, 91.2, 90.4], "path ticket, late": [91.0, 92.0, 92.2],
-    "random ticket, init": [89.8, 90.5, 90.4], "random ticket, late": [90.0, 91.1, 91.5],
+    "dense": [93.0, 93.5, 93.1],
+    "path ticket, init": [90.0, 91.2, 90.4],
+    "path ticket, late": [91.0, 92.0, 92.2],
+    "random ticket, init": [89.8, 90.5, 90.4],
+    "random ticket, late": [90.0, 91.1, 91.5],
     "one-shot magnitude, init": [90.0, 90.0, 90.0],
-}  # fmt: skip
+}
 
 
 def ticket_rows(seeds: int = 3, found: float = 0.12, **changed) -> list[dict]:
     costs = {"path": found + 0.1, "one-shot": 1.1, "dense": 1.0}
     return [
-        FULL | {"arm": arm, "seed": seed, "budget": 1.0 if arm == "dense" else budget, "accuracy": values[seed - 1],
-                "macs": budget, "cost": costs.get(arm.split()[0], 0.1), "found": found, "settled": True} | changed
-        for arm, values in TICKETS.items() for seed in range(1, seeds + 1)
+        FULL
+        | {
+            "arm": arm,
+            "seed": seed,
+            "budget": 1.0 if arm == "dense" else budget,
+            "accuracy": values[seed - 1],
+            "macs": budget,
+            "cost": costs.get(arm.split()[0], 0.1),
+            "found": found,
+            "settled": True,
+        }
+        | changed
+        for arm, values in TICKETS.items()
+        for seed in range(1, seeds + 1)
         for budget in ((1.0,) if arm == "dense" else (0.25, 0.1))
-    ]  # fmt: skip
+    ]
 
 
 def test_what_the_ticket_goals_come_to_is_recomputed_by_hand(tickets):
@@ -138,8 +168,9 @@ def test_what_the_ticket_goals_come_to_is_recomputed_by_hand(tickets):
         assert f"10% MACs: path ticket, {start} {ahead(ours, other)}, 3 seeds) beside random ticket, {start}" in line
         assert line.endswith(f"standard errors: {met}")
     costs = [line for line in lines if "training MACs" in line]
-    assert len(costs) == 2 and all("0.22 of the dense net's, one-shot magnitude's 1.10; goal, not more: met" in line
-                                   for line in costs)  # fmt: skip
+    assert len(costs) == 2 and all(
+        "0.22 of the dense net's, one-shot magnitude's 1.10; goal, not more: met" in line for line in costs
+    )
     beside = [line for line in lines if line.endswith("beside dense")]
     assert len(beside) == 2 and all(ahead(TICKETS["path ticket, late"], TICKETS["dense"]) in line for line in beside)
     late = tickets.verdict(ticket_rows(found=1.3))
@@ -152,11 +183,24 @@ GROWTH = {"dense": [93.0, 93.4, 93.3], "grown": [92.9, 93.2, 93.1], "final from 
 def growth_rows(accuracy=GROWTH, seeds: int = 3, cost: float = 0.4, **changed) -> list[dict]:
     history = [{"step": step, "from": 16 * i, "to": 32 * i} for i, step in ((1, 5), (2, 9))]
     return [
-        FULL | {"seed_width": 16, "share": 0.5, "settings": "", "arm": arm, "seed": seed, "accuracy": values[seed - 1],
-                "macs": 100 if arm == "dense" else 50, "training_macs": 1000 if arm == "dense" else 1000 * cost,
-                "params": 10, "seconds": 1.0, "history": history} | changed
-        for arm, values in accuracy.items() for seed in range(1, seeds + 1)
-    ]  # fmt: skip
+        FULL
+        | {
+            "seed_width": 16,
+            "share": 0.5,
+            "settings": "",
+            "arm": arm,
+            "seed": seed,
+            "accuracy": values[seed - 1],
+            "macs": 100 if arm == "dense" else 50,
+            "training_macs": 1000 if arm == "dense" else 1000 * cost,
+            "params": 10,
+            "seconds": 1.0,
+            "history": history,
+        }
+        | changed
+        for arm, values in accuracy.items()
+        for seed in range(1, seeds + 1)
+    ]
 
 
 def test_what_the_growth_goals_come_to_is_recomputed_by_hand(growth):
@@ -207,8 +251,23 @@ def test_rows_of_different_settings_never_meet_in_a_table(tickets, growth, capsy
 
 def test_growth_from_end_to_end_and_rows_that_are_there_are_not_made_again(run, growth):
     arms = ("dense", "grown", "final from scratch", "uniform from scratch")
-    options = ("growth_cifar10", "--seed-width", "2", "--rows", "96", "--epochs", "2", "--set", "growth_rounds=1",
-               "growth_until=0.5", "growth_threshold=0.01", "--share", "0.4", "--arms", *arms)  # fmt: skip
+    options = (
+        "growth_cifar10",
+        "--seed-width",
+        "2",
+        "--rows",
+        "96",
+        "--epochs",
+        "2",
+        "--set",
+        "growth_rounds=1",
+        "growth_until=0.5",
+        "growth_threshold=0.01",
+        "--share",
+        "0.4",
+        "--arms",
+        *arms,
+    )
     rows, printed, made = run(*options)
     assert made == 4 and [row["arm"] for row in rows] == list(arms)
     dense, grown, final, uniform = rows
@@ -231,8 +290,21 @@ def test_growth_from_end_to_end_and_rows_that_are_there_are_not_made_again(run, 
 
 
 def test_tickets_from_end_to_end_and_rows_that_are_there_are_not_made_again(run, tickets):
-    options = ("tickets_cifar10", "--rows", "160", "--epochs", "2", "--budgets", "0.25", "--transfer-epochs", "1",
-               "--arms", "dense", "path ticket, late", "random ticket, late")  # fmt: skip
+    options = (
+        "tickets_cifar10",
+        "--rows",
+        "160",
+        "--epochs",
+        "2",
+        "--budgets",
+        "0.25",
+        "--transfer-epochs",
+        "1",
+        "--arms",
+        "dense",
+        "path ticket, late",
+        "random ticket, late",
+    )
     rows, printed, made = run(*options)
     main, moved = [row for row in rows if "transfer" not in row], [row for row in rows if "transfer" in row]
     assert made == 9 and [row["arm"] for row in main] == ["dense", "path ticket, late", "random ticket, late"]

@@ -51,8 +51,20 @@ def test_pets_small(benchmarks, arms, data_folder, tmp_path, capsys, monkeypatch
     compare = pets.compare_with_pipeline
     monkeypatch.setattr(pets, "compare_with_pipeline", lambda *given: compared.append(compare(*given)))
     monkeypatch.setattr(pets, "CHECKED", 2)
-    arguments = ["--tasks", "segmentation", "--frozen", "soft", "--seeds", "1", "--photos", "30", "--folds", "1",
-                 "--rankers", "0"]  # fmt: skip
+    arguments = [
+        "--tasks",
+        "segmentation",
+        "--frozen",
+        "soft",
+        "--seeds",
+        "1",
+        "--photos",
+        "30",
+        "--folds",
+        "1",
+        "--rankers",
+        "0",
+    ]
     file = tmp_path / "rows.jsonl"
     arguments += ["--out", str(file), "--cache", str(tmp_path / "cache")]
     found, table = runs_twice(pets.main, arguments, file, capsys)
@@ -83,8 +95,22 @@ def test_a_lookup_that_is_not_the_pipeline_is_noticed(benchmarks, data_folder, t
 
     monkeypatch.setattr(pets, "prepare", wrong)
     with pytest.raises(AssertionError, match="the pipeline"):
-        pets.main(["--tasks", "detection", "--frozen", "prototype", "--seeds", "1", "--photos", "18",
-                   "--out", str(tmp_path / "rows.jsonl"), "--cache", str(tmp_path / "cache")])  # fmt: skip
+        pets.main(
+            [
+                "--tasks",
+                "detection",
+                "--frozen",
+                "prototype",
+                "--seeds",
+                "1",
+                "--photos",
+                "18",
+                "--out",
+                str(tmp_path / "rows.jsonl"),
+                "--cache",
+                str(tmp_path / "cache"),
+            ]
+        )
 
 
 def test_digits_small(benchmarks, arms, tmp_path, capsys):
@@ -118,8 +144,12 @@ def test_gap_and_error_are_of_paired_differences(arms):
 
 
 def test_how_far_ahead_is_of_paired_differences(arms):
-    of = {"nearest": {0: [0.5, 0.6]}, "oracle of the 50": {0: [0.9, 1.0]}, "dense": {0: [0.6, 0.8]},
-          "cascade": {0: [0.7, 0.8]}}  # fmt: skip
+    of = {
+        "nearest": {0: [0.5, 0.6]},
+        "oracle of the 50": {0: [0.9, 1.0]},
+        "dense": {0: [0.6, 0.8]},
+        "cascade": {0: [0.7, 0.8]},
+    }
     closed, error = arms.ahead(of, "cascade", "dense")
     assert closed == pytest.approx(0.05 / 0.4)
     assert error == pytest.approx(0.05 / 0.4)

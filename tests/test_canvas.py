@@ -34,8 +34,9 @@ class Analogy(CanvasModel):
         painted = torch.zeros_like(canvas)
         painted[..., CELLS[at][0], CELLS[at][1]] = sum(
             (-1 if i == 3 - at else 1) * canvas[..., rows, columns]
-            for i, (rows, columns) in enumerate(CELLS) if i != at
-        )  # fmt: skip
+            for i, (rows, columns) in enumerate(CELLS)
+            if i != at
+        )
         return painted
 
 
@@ -105,17 +106,20 @@ def test_models_are_frozen_and_their_answers_clamped(level, answer):
     assert model.image_size == (111, 111) and model.arrangements == 8 and model.encode(images) is images
 
 
-@pytest.mark.parametrize("levels, white", [
-    ([127] * 8, False),
-    ([128] * 8, True),
-    ([255] * 4 + [0] * 4, True),  # 127.5
-    ([255] * 3 + [0] * 5, False),
-    ([254] * 4 + [0] * 4, False),  # 127
-    ([128] + [127] * 7, True),
-    ([127.9] * 8, False),  # whole levels are averaged
-    ([200], True),
-    ([0, 255, 128], True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "levels, white",
+    [
+        ([127] * 8, False),
+        ([128] * 8, True),
+        ([255] * 4 + [0] * 4, True),  # 127.5
+        ([255] * 3 + [0] * 5, False),
+        ([254] * 4 + [0] * 4, False),  # 127
+        ([128] + [127] * 7, True),
+        ([127.9] * 8, False),  # whole levels are averaged
+        ([200], True),
+        ([0, 255, 128], True),
+    ],
+)
 def test_votes(levels, white):
     predictions = torch.tensor(levels).div(255).reshape(-1, 1, 1, 1, 1).repeat(1, 2, 3, 4, 5)
     assert torch.equal(vote(predictions), torch.full((2, 3, 4, 5), float(white)))

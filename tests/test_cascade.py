@@ -217,9 +217,10 @@ def test_of_a_noisy_model_it_finds_the_good_answers_and_the_fusion_is_better_sti
     images, task, scores = photos(range(100, 116)), find_task("segmentation"), {}
     truth = Painter.truth(asked(model, range(100, 116)).cells.flatten(1)).expand(-1, 3, -1, -1)
     for name, options in {
-        "nearest": {}, "cascade": {"strategy": cascade},
+        "nearest": {},
+        "cascade": {"strategy": cascade},
         "weighted": {"strategy": cascade, "num_examples": 8, "fusion": "weighted"},
-    }.items():  # fmt: skip
+    }.items():
         outputs = pipe(images, candidates=K, **options)
         painted = [task.labels([out["prediction"]], [image], (SIZE, SIZE)) for out, image in zip(outputs, images)]
         scores[name] = float(task.score(torch.cat(painted), truth).mean())
@@ -424,7 +425,8 @@ def test_lists_may_be_of_different_lengths(measured, fitted, pools):
     # nor in which order it is
     order = torch.randperm(K, generator=torch.Generator().manual_seed(0))
     again = CascadeSelector(passes=PASSES).fit(
-        pool, (candidates[:, order], performance[:, order]), model=model, progress=False)  # fmt: skip
+        pool, (candidates[:, order], performance[:, order]), model=model, progress=False
+    )
     assert again.report == pytest.approx(cascade.report)
 
 
@@ -488,8 +490,12 @@ def test_so_many_runs_of_the_frozen_model_and_not_one_more(pools, passes):
     cascade = CascadeSelector(model, passes=passes).fit(pool, progress=False)
     shown = model.frozen.shown
     pipe = VisualInContextPipeline(model, pool=pool)
-    for options, each in (({}, passes), ({"num_examples": 2}, max(passes, 2)), ({"num_examples": 6}, 6),
-                          ({"num_examples": 6, "fusion": "weighted"}, 6)):  # fmt: skip
+    for options, each in (
+        ({}, passes),
+        ({"num_examples": 2}, max(passes, 2)),
+        ({"num_examples": 6}, 6),
+        ({"num_examples": 6, "fusion": "weighted"}, 6),
+    ):
         shown.clear()
         pipe(photos(), strategy=cascade, **options)
         assert sum(shown) == 5 * each, options
@@ -538,8 +544,11 @@ def test_votes_and_fusion_inside_the_model_ask_it_anew(tmp_path, kind):
         warnings.simplefilter("ignore")
         model.set_selector(CascadeSelector(model, passes=3).fit(pool, progress=False))
     pipe = VisualInContextPipeline(model, pool=pool)
-    for options in ({"vote": True}, {"vote": True, "num_examples": 3, "fusion": "weighted"},
-                    {"num_examples": 3, "fusion": "model"}):  # fmt: skip
+    for options in (
+        {"vote": True},
+        {"vote": True, "num_examples": 3, "fusion": "weighted"},
+        {"num_examples": 3, "fusion": "model"},
+    ):
         if kind == "mirror" and options.get("fusion") == "model":
             continue
         output = pipe(scene(100)[0], **options)
@@ -728,17 +737,21 @@ def spoilt(candidates, performance, what):
     return candidates, performance
 
 
-@pytest.mark.parametrize(("what", "message"), [
-    ("NaN", "NaN or infinite: measure these pairs again"), ("infinite", "NaN or infinite: measure these pairs again"),
-    ("equal", "0.25 everywhere: .* look at the metric"),
-    ("few", r"9 pool images were measured on, and a cascade needs 10 .* more queries="),
-    ("rows", f"candidates up to {COUNT}, for a pool of {COUNT}: they are of another pool; run measure_examples"),
-    ("images", f"labels of {COUNT - 1} images, .* another pool"),
-    ("nothing", "labels of 0 images, .* another pool"),
-    ("itself", "row 4 of the pool as an example for itself.* set candidates to -1"),
-    ("shape", r"must both be \(n, K\), as measure_examples returns them"),
-    ("short", f"passes={PASSES}, but at most {PASSES} candidates .* lower passes="),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("NaN", "NaN or infinite: measure these pairs again"),
+        ("infinite", "NaN or infinite: measure these pairs again"),
+        ("equal", "0.25 everywhere: .* look at the metric"),
+        ("few", r"9 pool images were measured on, and a cascade needs 10 .* more queries="),
+        ("rows", f"candidates up to {COUNT}, for a pool of {COUNT}: they are of another pool; run measure_examples"),
+        ("images", f"labels of {COUNT - 1} images, .* another pool"),
+        ("nothing", "labels of 0 images, .* another pool"),
+        ("itself", "row 4 of the pool as an example for itself.* set candidates to -1"),
+        ("shape", r"must both be \(n, K\), as measure_examples returns them"),
+        ("short", f"passes={PASSES}, but at most {PASSES} candidates .* lower passes="),
+    ],
+)
 def test_labels_that_nothing_can_be_learnt_from(measured, pools, what, message):
     model, pool = measured(), pools["segmentation"]
     labels = spoilt(model.measured_candidates, model.measured_performance, what)

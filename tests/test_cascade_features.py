@@ -236,8 +236,9 @@ def matches_by_hand(asked: Tensor, example: Tensor, share: Tensor) -> dict[str, 
     best, back = [float(s[i].max()) for i in range(len(asked))], [float(s[:, j].max()) for j in range(len(example))]
     found = {"forward": sum(best) / len(best), "backward": sum(back) / len(back)}
     for name, cells in (("object", inside), ("background", outside)):
-        found[f"to {name}"] = sum(max(float(s[i, j]) for j in cells) for i in range(len(asked))) / len(asked) if (
-            cells) else 0.0  # fmt: skip
+        found[f"to {name}"] = (
+            sum(max(float(s[i, j]) for j in cells) for i in range(len(asked))) / len(asked) if (cells) else 0.0
+        )
         found[f"from {name}"] = sum(back[j] for j in cells) / len(cells) if cells else 0.0
     mutual = [
         any(s[i, j] == s[i].max() and s[i, j] == s[:, j].max() for j in range(len(example))) for i in range(len(s))
@@ -354,8 +355,13 @@ def consensus(
     painted: Tensor, task: str = "segmentation", known: Tensor | None = None, **changes: object
 ) -> Consensus:
     b, m = painted.shape[:2]
-    values = {"scores": torch.linspace(0.3, 0, m).expand(b, m), "temperature": 0.1, "grid": unit(b, 4, 4, 6),
-              "known": torch.ones(b, m, dtype=torch.bool) if known is None else known, **changes}  # fmt: skip
+    values = {
+        "scores": torch.linspace(0.3, 0, m).expand(b, m),
+        "temperature": 0.1,
+        "grid": unit(b, 4, 4, 6),
+        "known": torch.ones(b, m, dtype=torch.bool) if known is None else known,
+        **changes,
+    }
     return Consensus(find_task(task), painted, **values)
 
 

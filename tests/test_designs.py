@@ -111,15 +111,27 @@ def test_a_needless_block_is_left_out_and_a_short_one_filled_with_whom_it_met_le
 
 @pytest.mark.parametrize(
     "make",
-    [covering_design, schoenheim_bound, covering_lists, partitions, lambda v, k: random_lists(v, k, 3),
-     lambda v, k: knock_out(lambda x: x, v, k)],
-)  # fmt: skip
+    [
+        covering_design,
+        schoenheim_bound,
+        covering_lists,
+        partitions,
+        lambda v, k: random_lists(v, k, 3),
+        lambda v, k: knock_out(lambda x: x, v, k),
+    ],
+)
 @pytest.mark.parametrize(
     ("v", "k", "error", "words"),
-    [(1, 1, ValueError, "v=1.*nothing to compare"), (5, 1, ValueError, "k=1.*2 to 5"),
-     (5, 6, ValueError, "k=6 is more than the v=5"), (5.0, 2, TypeError, "v=5.0"), (5, True, TypeError, "k=True"),
-     (0, 2, ValueError, "v=0"), (5, -2, ValueError, "k=-2")],
-)  # fmt: skip
+    [
+        (1, 1, ValueError, "v=1.*nothing to compare"),
+        (5, 1, ValueError, "k=1.*2 to 5"),
+        (5, 6, ValueError, "k=6 is more than the v=5"),
+        (5.0, 2, TypeError, "v=5.0"),
+        (5, True, TypeError, "k=True"),
+        (0, 2, ValueError, "v=0"),
+        (5, -2, ValueError, "k=-2"),
+    ],
+)
 def test_sizes_that_do_not_fit_are_named(make, v, k, error, words):
     with pytest.raises(error, match=words):
         make(v, k)
@@ -169,9 +181,12 @@ def test_sizes_that_are_tried_are_those_of_the_orbits(script):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda *a: random_lists(12, 5, 7, *a), lambda *a: partitions(12, 5, 4, *a),
-     lambda *a: covering_lists(12, 5, 2, *a)],
-)  # fmt: skip
+    [
+        lambda *a: random_lists(12, 5, 7, *a),
+        lambda *a: partitions(12, 5, 4, *a),
+        lambda *a: covering_lists(12, 5, 2, *a),
+    ],
+)
 def test_schedules_follow_their_generator_and_differ_between_queries_of_a_batch(make):
     one, batch = make(seeded()), make(seeded(), 3)
     assert batch.shape == (3, *one.shape) and one.shape[1] == 5 and one.dtype == torch.long
@@ -236,10 +251,14 @@ def test_each_pass_over_a_design_is_shuffled_by_itself():
 
 @pytest.mark.parametrize(
     ("call", "words"),
-    [(lambda: random_lists(5, 2, 0), "count=0"), (lambda: partitions(5, 2, 0), "passes=0"),
-     (lambda: covering_lists(5, 2, passes=1.5), "passes=1.5"), (lambda: covering_lists(5, 2, batch=0), "batch=0"),
-     (lambda: knock_out(lambda x: x, 5, 2, batch=0), "batch=0")],
-)  # fmt: skip
+    [
+        (lambda: random_lists(5, 2, 0), "count=0"),
+        (lambda: partitions(5, 2, 0), "passes=0"),
+        (lambda: covering_lists(5, 2, passes=1.5), "passes=1.5"),
+        (lambda: covering_lists(5, 2, batch=0), "batch=0"),
+        (lambda: knock_out(lambda x: x, 5, 2, batch=0), "batch=0"),
+    ],
+)
 def test_counts_below_one_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()

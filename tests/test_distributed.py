@@ -28,8 +28,15 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_
 
 def two_processes(*command: object) -> subprocess.Popen:
     torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "-m", *map(str, command)]
-    return subprocess.Popen(torchrun, cwd=HERE, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                            start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        torchrun,
+        cwd=HERE,
+        env=ENV,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -154,8 +161,10 @@ def test_a_resumed_run_of_two_processes_equals_its_uninterrupted_one(runs, name)
 def test_the_path_beside_a_checkpoint_is_that_of_all_processes(runs, alone, name):
     path = SparsePath.load(runs / name / "checkpoint-48")
     for group, units in alone["path"].items():
-        assert_close({key: value.float() for key, value in path.units[group].items()},
-                     {key: value.float() for key, value in units.items()})  # fmt: skip
+        assert_close(
+            {key: value.float() for key, value in path.units[group].items()},
+            {key: value.float() for key, value in units.items()},
+        )
     assert {key: part["entered"].tolist() for key, part in path.units.items()} == {
         key: part["entered"].tolist() for key, part in alone["path"].items()
     }
@@ -191,10 +200,20 @@ def test_the_configs_for_accelerate_are_what_accelerate_reads(name):
 
 def test_the_classifier_example_runs_sharded_under_accelerate_launch(config, tmp_path):  # noqa: F811
     command = [
-        BIN / "accelerate", "launch", "--config_file", CONFIGS / "fsdp2.yaml", "-m", "distributed.fsdp_on_cpu",
-        HERE.parent / "examples" / "sparsify_image_classifier.py", "--config", config, "--max_steps", "2",
-        "--output_dir", tmp_path / "out",
-    ]  # fmt: skip
+        BIN / "accelerate",
+        "launch",
+        "--config_file",
+        CONFIGS / "fsdp2.yaml",
+        "-m",
+        "distributed.fsdp_on_cpu",
+        HERE.parent / "examples" / "sparsify_image_classifier.py",
+        "--config",
+        config,
+        "--max_steps",
+        "2",
+        "--output_dir",
+        tmp_path / "out",
+    ]
     done = subprocess.run([*map(str, command)], cwd=HERE, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("median unit") == 1 and done.stdout.count("slim model in") == 1

@@ -88,8 +88,10 @@ def nearest_by_hand(queries, pool, exclude=None):
 @pytest.mark.parametrize("count", [1, 4, COUNT, COUNT + 5])
 def test_nearest_is_the_order_of_cosines(examples, count):
     queries = ask(examples, range(100, 105))
-    agree(STRATEGIES["nearest"](queries, examples, count, K),
-          [one[:count] for one in nearest_by_hand(queries, examples.pool)])  # fmt: skip
+    agree(
+        STRATEGIES["nearest"](queries, examples, count, K),
+        [one[:count] for one in nearest_by_hand(queries, examples.pool)],
+    )
 
 
 def test_a_random_choice_depends_on_the_image_and_the_seed_alone(examples):
@@ -194,10 +196,9 @@ def test_transfer_is_the_formula(examples, monkeypatch, neighbours, missing):
     for near in nearest_by_hand(queries, examples.pool):
         weights = np.exp(np.array([cosine for _, cosine in near[:neighbours]]) / example_selectors.TEMPERATURE)
         weights /= weights.sum()
-        expected.append([
-            (c, sum(w * table.get((j, c), mean.get(c, 0)) for w, (j, _) in zip(weights, near)))
-            for c, _ in near[:K]
-        ])  # fmt: skip
+        expected.append(
+            [(c, sum(w * table.get((j, c), mean.get(c, 0)) for w, (j, _) in zip(weights, near))) for c, _ in near[:K]]
+        )
     for count in (1, 4, K):
         agree(STRATEGIES["transfer"](queries, examples, count, K), [best_first(one, count) for one in expected])
 
@@ -235,8 +236,9 @@ def test_no_strategy_beats_the_oracle(pools, task):
     examples = Examples(pools[task], make_model(task), find_task(task))
     measure_examples(examples.model, pools[task], progress=False)
     queries = ask(examples, range(100, 108))
-    scores = {name: examples.measure(queries, choose(queries, examples, 1, COUNT)[1])
-              for name, choose in STRATEGIES.items()}  # fmt: skip
+    scores = {
+        name: examples.measure(queries, choose(queries, examples, 1, COUNT)[1]) for name, choose in STRATEGIES.items()
+    }
     assert len(scores) == 6
     for name, score in scores.items():
         assert (scores["oracle"] >= score).all(), name
@@ -354,8 +356,10 @@ def test_a_pool_that_changes_in_place_is_read_anew(tmp_path):
     pool.remove(["scene 0", "scene 3"])
     pool.add(rows(2, 50), encoder=tiny_encoder(), progress=False)
     fresh = Examples(pool, make_model(), find_task("segmentation"))
-    for mine, theirs in zip((*examples.encoded(everything), examples.grids(everything)),
-                            (*fresh.encoded(everything), fresh.grids(everything))):  # fmt: skip
+    for mine, theirs in zip(
+        (*examples.encoded(everything), examples.grids(everything)),
+        (*fresh.encoded(everything), fresh.grids(everything)),
+    ):
         assert torch.equal(mine, theirs)
     assert torch.equal(examples.measure(queries, everything), fresh.measure(queries, everything))
 

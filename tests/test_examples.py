@@ -64,18 +64,36 @@ def check(folder: Path) -> None:
 
 def test_the_classifier_example_runs_under_accelerate_launch(config, tmp_path):
     out = run(
-        str(BIN / "accelerate"), "launch", "--cpu", str(SCRIPT), "--config", str(config), "--max_steps", "2",
-        "--output_dir", "out", cwd=tmp_path,
-    )  # fmt: skip
+        str(BIN / "accelerate"),
+        "launch",
+        "--cpu",
+        str(SCRIPT),
+        "--config",
+        str(config),
+        "--max_steps",
+        "2",
+        "--output_dir",
+        "out",
+        cwd=tmp_path,
+    )
     assert "median unit" in out
     check(tmp_path / "out")
 
 
 def test_the_classifier_example_runs_on_two_processes_and_reports_once(config, tmp_path):
     out = run(
-        *TWO, str(SCRIPT), "--config", str(config), "--max_steps", "2",
-        "--output_dir", "out", "--widths", "free", cwd=tmp_path,
-    )  # fmt: skip
+        *TWO,
+        str(SCRIPT),
+        "--config",
+        str(config),
+        "--max_steps",
+        "2",
+        "--output_dir",
+        "out",
+        "--widths",
+        "free",
+        cwd=tmp_path,
+    )
     assert out.count("median unit") == 1 and out.count("slim model in") == 1
     import hf_effdl  # noqa: F401 - knows the free widths
 
@@ -120,17 +138,33 @@ def check_selection(out: str, folder: Path) -> None:
 
 def test_the_selection_example_runs_under_accelerate_launch(texts, tmp_path):
     out = run(
-        str(BIN / "accelerate"), "launch", "--cpu", str(SELECT), "--config", str(texts), "--output_dir", "out",
+        str(BIN / "accelerate"),
+        "launch",
+        "--cpu",
+        str(SELECT),
+        "--config",
+        str(texts),
+        "--output_dir",
+        "out",
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     check_selection(out, tmp_path / "out")
 
 
 def test_the_selection_example_trains_probes_on_two_processes(texts, tmp_path):
     out = run(
-        *TWO, str(SELECT), "--config", str(texts), "--output_dir", "out",
-        "--probes", "trained", "--num_probes", "2", cwd=tmp_path,
-    )  # fmt: skip
+        *TWO,
+        str(SELECT),
+        "--config",
+        str(texts),
+        "--output_dir",
+        "out",
+        "--probes",
+        "trained",
+        "--num_probes",
+        "2",
+        cwd=tmp_path,
+    )
     check_selection(out, tmp_path / "out")
     assert len(list((tmp_path / "out" / "probes").glob("probe-*/probe.safetensors"))) == 2
 
@@ -149,9 +183,22 @@ def test_a_yaml_file_with_an_unknown_name_is_refused(config, tmp_path):
 
 def test_the_quickstart_runs_and_leaves_its_pictures_and_cards(tmp_path):
     out = run(
-        sys.executable, str(ROOT / "examples" / "quickstart.py"), "--epochs", "1", "--tune-epochs", "1",
-        "--select-epochs", "1", "--queries", "6", "--scenes", "24", "--out", "quick", cwd=tmp_path,
-    )  # fmt: skip
+        sys.executable,
+        str(ROOT / "examples" / "quickstart.py"),
+        "--epochs",
+        "1",
+        "--tune-epochs",
+        "1",
+        "--select-epochs",
+        "1",
+        "--queries",
+        "6",
+        "--scenes",
+        "24",
+        "--out",
+        "quick",
+        cwd=tmp_path,
+    )
     assert "| slim, fine-tuned |" in out and "a stock config" in out and "| chosen, 227 rows |" in out
     assert "| grown" in out
     scores = {row.split("|")[1].strip(): row.split("|")[2] for row in out.splitlines() if row.startswith("|")}
@@ -176,9 +223,21 @@ def test_the_quickstart_runs_and_leaves_its_pictures_and_cards(tmp_path):
 
 def test_the_benchmark_writes_a_row_per_arm_and_seed_and_skips_those_it_has(data_folder, tmp_path):
     command = (
-        sys.executable, str(ROOT / "examples" / "benchmarks" / "structure_mnist.py"), "--net", "lenet", "--seeds", "1",
-        "--rows", "1024", "--set", "epochs=1", "tune=1", "--out", "rows.jsonl", "--arms",
-    )  # fmt: skip
+        sys.executable,
+        str(ROOT / "examples" / "benchmarks" / "structure_mnist.py"),
+        "--net",
+        "lenet",
+        "--seeds",
+        "1",
+        "--rows",
+        "1024",
+        "--set",
+        "epochs=1",
+        "tune=1",
+        "--out",
+        "rows.jsonl",
+        "--arms",
+    )
     table = run(*command, "path, early", cwd=tmp_path)
     assert "| path, early |" in table
     table = run(*command, "path, early", "global L2", cwd=tmp_path)

@@ -17,8 +17,20 @@ import fit_cascade  # noqa: E402
 from digit_scenes import make_scenes  # noqa: E402
 
 
-SMALL = ("--max_pool", "18", "--max_queries", "4", "--candidates", "7", "--label_budget", "11", "--passes", "3",
-         "--fused", "5")  # fmt: skip
+SMALL = (
+    "--max_pool",
+    "18",
+    "--max_queries",
+    "4",
+    "--candidates",
+    "7",
+    "--label_budget",
+    "11",
+    "--passes",
+    "3",
+    "--fused",
+    "5",
+)
 
 
 def table(printed: str) -> dict[str, list[str]]:
@@ -75,8 +87,12 @@ def test_settings_come_from_a_file_and_the_command_line(tmp_path):
 def test_the_gap_and_its_error():
     rng = np.random.default_rng(0)
     nearest, gap = rng.random(2000), rng.random(2000)
-    scores = {"nearest": nearest, "oracle": nearest + gap, "half": nearest + gap / 2, "luck": nearest + gap * (
-        rng.random(2000) < 0.3)}  # fmt: skip
+    scores = {
+        "nearest": nearest,
+        "oracle": nearest + gap,
+        "half": nearest + gap / 2,
+        "luck": nearest + gap * (rng.random(2000) < 0.3),
+    }
     assert fit_cascade.gap_closed(scores, "nearest", 1) == (0, 0)
     assert fit_cascade.gap_closed(scores, "half", 1) == (pytest.approx(50), pytest.approx(0, abs=1e-9))
     closed, error = fit_cascade.gap_closed(scores, "luck", 1)

@@ -81,7 +81,8 @@ def test_the_example_grows_a_classifier_of_a_folder_of_images(pushed):
 
 
 def test_the_grown_model_loads_from_the_hub_where_the_package_cannot_be_imported(hub, pushed, tmp_path):
-    out = hub.run(f"""
+    out = hub.run(
+        f"""
         import sys; sys.modules["hf_effdl"] = None
         import torch
         from transformers import AutoModelForImageClassification
@@ -89,7 +90,9 @@ def test_the_grown_model_loads_from_the_hub_where_the_package_cannot_be_imported
         there, here = (AutoModelForImageClassification.from_pretrained(name).eval()(x).logits
                        for name in ("tester/grown", {str(pushed[1])!r}))
         print(torch.equal(there, here), here.shape)
-    """, tmp_path)  # fmt: skip
+    """,
+        tmp_path,
+    )
     assert out.split()[0] == "True"
     files = hub.repos["model", "tester/grown"].head.tree
     assert {"model.safetensors", "preprocessor_config.json", "growth.png", "sparse_path.safetensors"} <= set(files)
@@ -101,18 +104,43 @@ def test_the_grown_model_loads_from_the_hub_where_the_package_cannot_be_imported
 def test_the_example_runs_under_accelerate_launch(config, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     out = run(
-        str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "1", str(SCRIPT), "--config", str(config),
-        "--output_dir", "out", "--max_steps", "8", "--growth_rounds", "1", "--eval_strategy", "no", cwd=tmp_path,
-    )  # fmt: skip
+        str(BIN / "accelerate"),
+        "launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        str(SCRIPT),
+        "--config",
+        str(config),
+        "--output_dir",
+        "out",
+        "--max_steps",
+        "8",
+        "--growth_rounds",
+        "1",
+        "--eval_strategy",
+        "no",
+        cwd=tmp_path,
+    )
     check(out, tmp_path / "out")
 
 
 def test_the_example_runs_on_two_processes_and_reports_once(config, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     out = run(
-        *TWO, str(SCRIPT), "--config", str(config), "--output_dir", "out",
-        "--seed-depths", "1", "2", "--max-macs-share", "0.49", cwd=tmp_path,
-    )  # fmt: skip
+        *TWO,
+        str(SCRIPT),
+        "--config",
+        str(config),
+        "--output_dir",
+        "out",
+        "--seed-depths",
+        "1",
+        "2",
+        "--max-macs-share",
+        "0.49",
+        cwd=tmp_path,
+    )
     check(out, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["depths"] == [1, 2]
 

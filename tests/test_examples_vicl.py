@@ -51,9 +51,20 @@ def test_one_process_and_two_choose_the_same_examples(config, tmp_path):
 
 def test_it_measures_the_pool_under_accelerate_launch(config, tmp_path):
     out = run(
-        str(BIN / "accelerate"), "launch", "--cpu", str(SCRIPT), "--config", str(config), "--strategy", "transfer",
-        "--output_dir", "out", "--num_examples", "2", cwd=tmp_path,
-    )  # fmt: skip
+        str(BIN / "accelerate"),
+        "launch",
+        "--cpu",
+        str(SCRIPT),
+        "--config",
+        str(config),
+        "--strategy",
+        "transfer",
+        "--output_dir",
+        "out",
+        "--num_examples",
+        "2",
+        cwd=tmp_path,
+    )
     assert "transfer" in scores(out)
     assert len(list((tmp_path / "out" / "performance").rglob("*.safetensors"))) == 1  # six images are one part
     rows = json.loads((tmp_path / "out" / "examples.json").read_text())

@@ -80,10 +80,18 @@ def by_hand(model, query, images, labels):
 
 
 @pytest.mark.parametrize("m", [1, 3])
-@pytest.mark.parametrize("options", [
-    {}, {"form": "nearest"}, {"form": "prototype"}, {"temperature": 0.2}, {"carry": "difference"},
-    {"form": "nearest", "carry": "difference"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"form": "nearest"},
+        {"form": "prototype"},
+        {"temperature": 0.2},
+        {"carry": "difference"},
+        {"form": "nearest", "carry": "difference"},
+    ],
+    ids=str,
+)
 def test_the_answer_is_the_formula(options, m):
     model = matching(**options)
     queries, images, labels = prompts(m=m, black_and_white=model.matching == "prototype")
@@ -188,11 +196,16 @@ def test_the_model_is_frozen():
     assert not model(queries.requires_grad_(), images, labels).requires_grad
 
 
-@pytest.mark.parametrize("options, text", [
-    ({"form": "hard"}, "matching='hard': choose one of"), ({"temperature": 0}, "temperature=0: must be positive"),
-    ({"temperature": float("nan")}, "temperature=nan"), ({"carry": "colour"}, "carry='colour': choose"),
-    ({"form": "prototype", "carry": "difference"}, "use matching='soft'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"form": "hard"}, "matching='hard': choose one of"),
+        ({"temperature": 0}, "temperature=0: must be positive"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"carry": "colour"}, "carry='colour': choose"),
+        ({"form": "prototype", "carry": "difference"}, "use matching='soft'"),
+    ],
+)
 def test_what_cannot_be_matched_is_refused_at_once(options, text):
     with pytest.raises(ValueError, match=text):
         matching(**options)
@@ -200,8 +213,12 @@ def test_what_cannot_be_matched_is_refused_at_once(options, text):
 
 def test_prompts_that_do_not_fit_are_refused():
     model, (queries, images, labels) = matching(), prompts()
-    for wrong in ((queries[:1], images, labels), (queries, images[:, :2], labels), (queries, images, labels[:, 0]),
-                  (queries, images[:, :0], labels[:, :0])):  # fmt: skip
+    for wrong in (
+        (queries[:1], images, labels),
+        (queries, images[:, :2], labels),
+        (queries, images, labels[:, 0]),
+        (queries, images[:, :0], labels[:, :0]),
+    ):
         with pytest.raises(ValueError, match=r"pass \(B, ...\), \(B, m, ...\)|takes \(N, 3"):
             encoded = [model.encode(wrong[0]), torch.zeros(*wrong[1].shape[:2], 256), wrong[2]]
             model.predict(*encoded)

@@ -190,10 +190,20 @@ def test_a_parameter_that_is_not_lifted_takes_the_step_of_torch(theirs):
     torch.testing.assert_close(mine, other, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("shape,axis,block", [
-    ((300, 700), 0, 1), ((300, 700), 1, 1), ((70_000, 3), 1, 1), ((3, 70_000), 1, 2), ((2, 200_000), 0, 1),
-    ((100, 64, 3, 3), 1, 4), ((5000, 8, 8), 0, 1), ((9, 1, 3000), 2, 1), ((1, 90_000), 0, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape,axis,block",
+    [
+        ((300, 700), 0, 1),
+        ((300, 700), 1, 1),
+        ((70_000, 3), 1, 1),
+        ((3, 70_000), 1, 2),
+        ((2, 200_000), 0, 1),
+        ((100, 64, 3, 3), 1, 4),
+        ((5000, 8, 8), 0, 1),
+        ((9, 1, 3000), 2, 1),
+        ((1, 90_000), 0, 1),
+    ],
+)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_tensors_of_many_pieces(shape, axis, block, threads):
     """Also that the number of threads changes no bit."""
@@ -210,8 +220,10 @@ def test_tensors_of_many_pieces(shape, axis, block, threads):
     torch.set_num_threads(before)
     assert_same(results[0], results[1], 1e-13)
     assert torch.equal(results[1][0][0], results[2][0][0])
-    assert all(torch.equal(results[1][1].state[results[1][0][0]][k], v)
-               for k, v in results[2][1].state[results[2][0][0]].items())  # fmt: skip
+    assert all(
+        torch.equal(results[1][1].state[results[1][0][0]][k], v)
+        for k, v in results[2][1].state[results[2][0][0]].items()
+    )
 
 
 def test_gradients_in_another_memory_format_and_weights_that_change_theirs():
@@ -394,9 +406,11 @@ def test_no_compiler_is_waited_for_unless_asked(monkeypatch, choice):
 
 
 def test_processes_that_build_at_once_end_with_one_file(tmp_path):
-    code = ("import torch; from hf_effdl import SplitLBI; p = torch.nn.Parameter(torch.ones(3)); "
-            "o = SplitLBI([p], lr=.1, momentum=0., fused=True); p.grad = torch.ones(3); o.step(); "
-            "assert torch.allclose(p, torch.full((3,), .9))")  # fmt: skip
+    code = (
+        "import torch; from hf_effdl import SplitLBI; p = torch.nn.Parameter(torch.ones(3)); "
+        "o = SplitLBI([p], lr=.1, momentum=0., fused=True); p.grad = torch.ones(3); o.step(); "
+        "assert torch.allclose(p, torch.full((3,), .9))"
+    )
     environment = {**os.environ, "HF_EFFDL_CACHE": str(tmp_path)}
     processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]

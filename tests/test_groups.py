@@ -84,10 +84,13 @@ def test_a_residual_stream_is_one_group_across_its_layers():
     }
     assert roles_of(stem, "scale", "mean") == {
         f"{norm}.{leaf}"
-        for norm in ("resnet.embedder.embedder.normalization", f"{stage}.0.layers.0.layer.1.normalization",
-                     f"{stage}.0.layers.1.layer.1.normalization")
+        for norm in (
+            "resnet.embedder.embedder.normalization",
+            f"{stage}.0.layers.0.layer.1.normalization",
+            f"{stage}.0.layers.1.layer.1.normalization",
+        )
         for leaf in ("weight", "running_mean")
-    }  # fmt: skip
+    }
     assert roles_of(stem, "input") == {
         f"{stage}.0.layers.0.layer.0.convolution.weight",
         f"{stage}.0.layers.1.layer.0.convolution.weight",
@@ -225,8 +228,9 @@ def test_the_counts_agree_with_those_of_torch_pruning(name, other):
 
 def test_a_full_size_resnet_50_has_its_units_and_parameters():
     with torch.device("cpu"):
-        model = resnet("bottleneck", embedding_size=64, hidden_sizes=[256, 512, 1024, 2048], depths=[3, 4, 6, 3],
-                       num_labels=1000)  # fmt: skip
+        model = resnet(
+            "bottleneck", embedding_size=64, hidden_sizes=[256, 512, 1024, 2048], depths=[3, 4, 6, 3], num_labels=1000
+        )
     groups = find_groups(model, torch.zeros(1, 3, 32, 32))
     assert groups[0].network.count()["params"] == sum(p.numel() for p in model.parameters()) == 25_557_032
     # the stem, four streams, and two inner widths in each of the 16 layers
@@ -469,8 +473,17 @@ class Pools(nn.Module):
 
 
 def tied():
-    net = nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 6, 1), Pools(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6),
-                        nn.ReLU(), nn.Linear(6, 2))  # fmt: skip
+    net = nn.Sequential(
+        conv(3, 6),
+        nn.ReLU(),
+        conv(6, 6, 1),
+        Pools(),
+        nn.Linear(6, 6),
+        nn.ReLU(),
+        nn.Linear(6, 6),
+        nn.ReLU(),
+        nn.Linear(6, 2),
+    )
     net[6].weight = net[4].weight
     return net
 
@@ -549,9 +562,19 @@ def test_activations_that_map_zero_to_zero_are_taken(activation):
 def mixed():
     """Batch norm after the first and the third convolution only."""
     return nn.Sequential(
-        conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 5), nn.ReLU(), conv(5, 6), nn.BatchNorm2d(6), nn.ReLU(),
-        Pools(), nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 2),
-    )  # fmt: skip
+        conv(3, 4),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        conv(4, 5),
+        nn.ReLU(),
+        conv(5, 6),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        Pools(),
+        nn.Linear(6, 7),
+        nn.ReLU(),
+        nn.Linear(7, 2),
+    )
 
 
 def test_with_batch_norm_its_weight_and_the_next_input_are_lifted_else_the_row_or_what_is_free():
@@ -665,8 +688,14 @@ def test_param_groups_take_single_weights_and_names_with_decay():
     groups = find_groups(model, image(1, 28), unit="paper")
     result = param_groups(model, groups, weight_decay=0.1, decay=["0.bias"], l1=["7.weight", "9.weight"])
     shown = [(entry["name"], entry.get("penalty"), entry["weight_decay"]) for entry in result]
-    assert shown == [("0", "group", 0.0), ("3", "group", 0.0), ("7.weight", "l1", 0.0), ("9.weight", "l1", 0.0),
-                     ("decay", None, 0.1), ("no decay", None, 0.0)]  # fmt: skip
+    assert shown == [
+        ("0", "group", 0.0),
+        ("3", "group", 0.0),
+        ("7.weight", "l1", 0.0),
+        ("9.weight", "l1", 0.0),
+        ("decay", None, 0.1),
+        ("no decay", None, 0.0),
+    ]
     assert [p is model[0].bias for p in result[4]["params"]] == [True]
 
 
@@ -696,8 +725,12 @@ def test_masking_zeroes_the_producers_of_the_units_that_go_and_nothing_else():
 
 def test_a_parametrised_weight_is_left_out_by_name(caplog):
     net = nn.Sequential(
-        nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3)), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(),
-        nn.Flatten(), nn.Linear(96, 2),
-    )  # fmt: skip
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3)),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(96, 2),
+    )
     assert [group.name for group in find_groups(net, torch.randn(1, 1, 8, 8))] == ["2"]
     assert "0 has a parametrised weight" in caplog.text

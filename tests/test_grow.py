@@ -28,11 +28,19 @@ ALL = [*NETS, *BIG]
 def multiplied():
     """Depthwise convolutions with one and with two outputs per channel, two and one."""
     return nn.Sequential(
-        nn.Conv2d(1, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(),
-        nn.Conv2d(5, 10, 3, padding=1, groups=5), nn.BatchNorm2d(10), nn.ReLU(),
-        nn.Conv2d(10, 10, 3, padding=1, groups=10), nn.ReLU(),
-        nn.Conv2d(10, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 3),
-    )  # fmt: skip
+        nn.Conv2d(1, 5, 3, padding=1),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.Conv2d(5, 10, 3, padding=1, groups=5),
+        nn.BatchNorm2d(10),
+        nn.ReLU(),
+        nn.Conv2d(10, 10, 3, padding=1, groups=10),
+        nn.ReLU(),
+        nn.Conv2d(10, 6, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(6 * 64, 3),
+    )
 
 
 def net(name, seed=0, rows=4):
@@ -388,9 +396,14 @@ def test_gradmax_leaves_the_random_state_where_the_loss_draws():
 def test_fresh_entries_are_those_of_a_new_layer():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 20, 3, padding=1), nn.BatchNorm2d(20), nn.ReLU(), nn.Conv2d(20, 30, 3), nn.ReLU(),
-        nn.Flatten(), nn.Linear(30 * 4, 9),
-    )  # fmt: skip
+        nn.Conv2d(3, 20, 3, padding=1),
+        nn.BatchNorm2d(20),
+        nn.ReLU(),
+        nn.Conv2d(20, 30, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(30 * 4, 9),
+    )
     randomise_norms(model)
     groups = find_groups(model, torch.zeros(1, 3, 4, 4))
     big = widen_groups(model, groups, {"0": 20, "3": 30}, "fresh")
@@ -501,17 +514,32 @@ def test_bad_arguments_are_refused_and_change_nothing():
         (ValueError, "outputs of the model", lambda: widen(model, outputs_group)),
         (ValueError, "needs batch=", lambda: widen(model, groups[0], init="gradmax")),
         (ValueError, 'no "loss".*labels', lambda: widen(model, groups[0], init="gradmax", batch=x)),
-        (ValueError, "one number.*shape \\(4, 5\\)",
-         lambda: widen(model, groups[0], init="gradmax", batch=x, loss=lambda output: output)),
-        (ValueError, "one number.*float",
-         lambda: widen(model, groups[0], init="gradmax", batch=x, loss=lambda output: 1.0)),
-        (ValueError, "no gradient",
-         lambda: widen(model, groups[0], init="gradmax", batch=x, loss=lambda output: 0 * output.sum())),
-        (ValueError, "no gradient",
-         lambda: widen(model, groups[0], init="gradmax", batch=x, loss=lambda output: unrelated)),
-        (ValueError, "not finite",
-         lambda: widen(model, groups[0], init="gradmax", batch=x / 0, loss=lambda o: cross_entropy(o, y))),
-    ]  # fmt: skip
+        (
+            ValueError,
+            "one number.*shape \\(4, 5\\)",
+            lambda: widen(model, groups[0], init="gradmax", batch=x, loss=lambda output: output),
+        ),
+        (
+            ValueError,
+            "one number.*float",
+            lambda: widen(model, groups[0], init="gradmax", batch=x, loss=lambda output: 1.0),
+        ),
+        (
+            ValueError,
+            "no gradient",
+            lambda: widen(model, groups[0], init="gradmax", batch=x, loss=lambda output: 0 * output.sum()),
+        ),
+        (
+            ValueError,
+            "no gradient",
+            lambda: widen(model, groups[0], init="gradmax", batch=x, loss=lambda output: unrelated),
+        ),
+        (
+            ValueError,
+            "not finite",
+            lambda: widen(model, groups[0], init="gradmax", batch=x / 0, loss=lambda o: cross_entropy(o, y)),
+        ),
+    ]
     for kind, message, act in cases:
         with pytest.raises(kind, match=message):
             act()

@@ -106,9 +106,16 @@ def widths(run):
 
 def settings(**changes):
     values = {
-        "growth_threshold": 0.8, "growth_add": 8, "growth_ratio": 1.5, "growth_patience": 2, "max_macs": None,
-        "max_params": None, "max_width": None, "widths": "stock", **changes,
-    }  # fmt: skip
+        "growth_threshold": 0.8,
+        "growth_add": 8,
+        "growth_ratio": 1.5,
+        "growth_patience": 2,
+        "max_macs": None,
+        "max_params": None,
+        "max_width": None,
+        "widths": "stock",
+        **changes,
+    }
     return SimpleNamespace(**values)
 
 
@@ -231,9 +238,16 @@ def test_growth_is_over_after_patience_or_when_not_one_unit_more_fits():
 def test_the_state_of_old_units_is_carried_bit_for_bit_and_that_of_new_ones_is_blank(base):
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(),
-        nn.Linear(96, 5), nn.ReLU(), nn.Linear(5, 2),
-    )  # fmt: skip
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(96, 5),
+        nn.ReLU(),
+        nn.Linear(5, 2),
+    )
     groups = find_groups(net, torch.zeros(1, 1, 6, 6))
     params = param_groups(net, groups)
     optimizer = SplitLBI(params, lr=0.02, nu=5.0, path_scale=60.0, base=base)
@@ -384,10 +398,17 @@ def test_a_run_in_which_nothing_grows_is_the_ordinary_run_bit_for_bit(tmp_path, 
     forward = trainer_run.PlainNet.forward
     monkeypatch.setattr(trainer_run.PlainNet, "forward", watch)
     shared = {
-        **trainer_run.SHARED, "per_device_train_batch_size": 3, "eval_strategy": "no", "logging_steps": 1,
-        "gradient_accumulation_steps": 2, "num_train_epochs": 3, "nu": None, "path_length": 1.05, "path_share": 1.0,
+        **trainer_run.SHARED,
+        "per_device_train_batch_size": 3,
+        "eval_strategy": "no",
+        "logging_steps": 1,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 3,
+        "nu": None,
+        "path_length": 1.05,
+        "path_share": 1.0,
         "save_strategy": "no",
-    }  # fmt: skip
+    }
     runs, batches = [], []
     for name, trainer, arguments, more in (
         ("plain", SplitLBITrainer, SplitLBIArguments, {}),
@@ -545,8 +566,9 @@ class Forks:
     """Runs in processes of their own, to be killed from here."""
 
     def __init__(self):
-        self.server = subprocess.Popen([sys.executable, str(SCRIPT), "--fork"], stdin=subprocess.PIPE,
-                                       stdout=subprocess.PIPE, text=True)  # fmt: skip
+        self.server = subprocess.Popen(
+            [sys.executable, str(SCRIPT), "--fork"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def start(self, *arguments) -> int:
         print(*arguments, file=self.server.stdin, flush=True)
@@ -616,8 +638,13 @@ def test_bounds_are_kept_and_a_full_net_trains_on_without_stopping(tmp_path):
     run.add_callback(Count())
     run.train()
     assert set(widths(run).values()) == {8} and stages == [0, 6] and len(by_round(run.history)) == 1
-    full = growing_run.trainer(tmp_path / "full", save_strategy="no", eval_strategy="no", growth_threshold=1.0,
-                               max_params=network.count()["params"])  # fmt: skip
+    full = growing_run.trainer(
+        tmp_path / "full",
+        save_strategy="no",
+        eval_strategy="no",
+        growth_threshold=1.0,
+        max_params=network.count()["params"],
+    )
     full.train()
     assert full.history == [] and not list((tmp_path / "full").glob("checkpoint-*"))
 
@@ -625,8 +652,16 @@ def test_bounds_are_kept_and_a_full_net_trains_on_without_stopping(tmp_path):
 @pytest.mark.parametrize("patience", [1, 9])
 def test_the_ridge_is_released_after_the_last_round_and_the_path_goes_on_at_its_speed(tmp_path, patience):
     """The last round is the last of the schedule, or the one after which none can bring anything."""
-    settings = {"growth_release": True, "growth_patience": patience, "growth_threshold": 1.0, "path_length": 1.05,
-                "path_share": 1.0, "eval_strategy": "no", "save_steps": 1, "logging_steps": 1}  # fmt: skip
+    settings = {
+        "growth_release": True,
+        "growth_patience": patience,
+        "growth_threshold": 1.0,
+        "path_length": 1.05,
+        "path_share": 1.0,
+        "eval_strategy": "no",
+        "save_steps": 1,
+        "logging_steps": 1,
+    }
     run = growing_run.plain_trainer(tmp_path, **settings)
     run.train()
     rounds = [rows[0]["step"] for rows in by_round(run.history)]
@@ -666,8 +701,15 @@ def test_a_bound_below_the_size_of_the_seed_is_refused(tmp_path, name, size):
 
 
 def test_after_rounds_without_growth_there_are_no_more(tmp_path):
-    quiet = {"path_length": 1.05, "path_share": 1.0, "growth_rounds": 5, "eval_strategy": "no",
-             "save_strategy": "steps", "save_steps": 1, "logging_steps": 1}  # fmt: skip
+    quiet = {
+        "path_length": 1.05,
+        "path_share": 1.0,
+        "growth_rounds": 5,
+        "eval_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "logging_steps": 1,
+    }
     run = growing_run.plain_trainer(tmp_path / "a", **quiet)
     run.train()
     steps = run.args.growth_steps(48)
@@ -690,12 +732,17 @@ def noisy(rows):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"base": "adamw", "learning_rate": 0.003}, {"preset": "paper"}, {"bf16": True}, {"widths": "free"},
-        {"growth_init": "gradmax", "growth_batch": 16}, {"growth_init": "split"}, {"growth_init": "fresh"},
+        {"base": "adamw", "learning_rate": 0.003},
+        {"preset": "paper"},
+        {"bf16": True},
+        {"widths": "free"},
+        {"growth_init": "gradmax", "growth_batch": 16},
+        {"growth_init": "split"},
+        {"growth_init": "fresh"},
         {"gradient_accumulation_steps": 2},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_other_settings_grow_and_go_on_from_the_middle_bit_for_bit(tmp_path, changes):
     shared = {"max_steps": 10, "eval_strategy": "no", "growth_rounds": 1, "growth_threshold": 0.5, **changes}
     if "preset" in changes:
@@ -744,8 +791,16 @@ def test_a_plain_module_grows_too(tmp_path):
 
     torch.manual_seed(0)
     rows = [{"x": x, "labels": int(x[:3].argmax())} for x in torch.randn(64, 6)]
-    args = GrowingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=24, growth_rounds=2,
-                            disable_tqdm=True, learning_rate=0.2, growth_threshold=0.5)  # fmt: skip
+    args = GrowingArguments(
+        str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        max_steps=24,
+        growth_rounds=2,
+        disable_tqdm=True,
+        learning_rate=0.2,
+        growth_threshold=0.5,
+    )
     run = GrowingTrainer(Net(), args, train_dataset=rows)
     run.train()
     assert run.model.body[0].out_features == run.groups[0].units > 4
@@ -809,7 +864,9 @@ def test_the_callback_raises_in_any_other_trainer(tmp_path):
         ({"growth_ratio": float("nan")}, "growth_ratio=nan"),
         ({"growth_init": "zeros"}, "growth_init='zeros': it must be one of"),
         ({"widths": "any"}, "widths='any'"),
-        ({"max_macs": 0}, "max_macs=0"), ({"max_params": -5}, "max_params=-5"), ({"max_width": -1}, "max_width=-1"),
+        ({"max_macs": 0}, "max_macs=0"),
+        ({"max_params": -5}, "max_params=-5"),
+        ({"max_width": -1}, "max_width=-1"),
         ({"path_share": 1.5}, "path_share=1.5"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "DeepSpeed flattens"),
         ({"fsdp": True}, "growing cannot work with fsdp=True: .* use DDP"),
@@ -820,7 +877,7 @@ def test_the_callback_raises_in_any_other_trainer(tmp_path):
         ({"save_strategy": "best", "metric_for_best_model": "loss", "eval_strategy": "epoch"}, "save_strategy='best'"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_settings_that_cannot_work_are_refused_by_name(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         GrowingArguments(str(tmp_path), **{"use_cpu": True, **changes})
@@ -860,8 +917,13 @@ def test_training_macs_add_up_over_the_nets_that_there_were():
         {"round": 1, "step": 10, "macs": 200, "training_macs": 3 * 100 * 40},
         {"round": 2, "step": 20, "macs": 300, "training_macs": 3 * (100 * 40 + 200 * 40)},
     ]
-    for step, macs in ((0, 0), (5, 100 * 20), (10, 100 * 40), (15, 100 * 40 + 200 * 20),
-                       (25, 100 * 40 + 200 * 40 + 300 * 20)):  # fmt: skip
+    for step, macs in (
+        (0, 0),
+        (5, 100 * 20),
+        (10, 100 * 40),
+        (15, 100 * 40 + 200 * 20),
+        (25, 100 * 40 + 200 * 40 + 300 * 20),
+    ):
         assert training_macs(history, step, 100, lambda steps: 4 * steps) == 3 * macs
     log = [
         {"step": 5, "loss": 1.0},
@@ -869,8 +931,9 @@ def test_training_macs_add_up_over_the_nets_that_there_were():
         {"step": 25, "eval_accuracy": 1},
     ]
     assert growth_curve(history, log, 100, lambda steps: 4 * steps) == [
-        {"step": 5, "training_macs": 6000, "loss": 0.5}, {"step": 25, "training_macs": 54000, "accuracy": 1},
-    ]  # fmt: skip
+        {"step": 5, "training_macs": 6000, "loss": 0.5},
+        {"step": 25, "training_macs": 54000, "accuracy": 1},
+    ]
 
 
 def test_the_picture_shows_widths_and_accuracy_against_cost_beside_the_dense_net(grown):
@@ -895,9 +958,18 @@ def test_the_grown_model_has_a_card_a_path_slim_models_and_a_stock_config(grown,
     card = (out / "README.md").read_text()
     lines, _ = growth_table(grown.history)
     assert len(lines) == 3
-    for text in ("## Growth", "![Units per group over the steps", "(growth.png)", "4 → 8 (100%)", "18 → 27 (100%)",
-                 "training MACs so far", "| growth_threshold | 0.8 |", "grown, split LBI", "growing",
-                 "transformers alone loads it"):  # fmt: skip
+    for text in (
+        "## Growth",
+        "![Units per group over the steps",
+        "(growth.png)",
+        "4 → 8 (100%)",
+        "18 → 27 (100%)",
+        "training MACs so far",
+        "| growth_threshold | 0.8 |",
+        "grown, split LBI",
+        "growing",
+        "transformers alone loads it",
+    ):
         assert text in card, text
     assert (out / "growth.png").read_bytes().startswith(b"\x89PNG")
     assert "growing" not in (tiny_card := card_of_a_plain_run(tmp_path / "plain")) and "## Growth" not in tiny_card
@@ -986,10 +1058,21 @@ class Classifier(nn.Module):
 def control(out, rows):
     torch.manual_seed(0)
     args = GrowingArguments(
-        str(out), use_cpu=True, report_to="none", disable_tqdm=True, per_device_train_batch_size=16, max_steps=500,
-        growth_rounds=4, growth_until=0.8, growth_patience=9, save_strategy="no", lr_scheduler_type="constant",
-        learning_rate=0.2, logging_steps=500, max_width=24,
-    )  # fmt: skip
+        str(out),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        per_device_train_batch_size=16,
+        max_steps=500,
+        growth_rounds=4,
+        growth_until=0.8,
+        growth_patience=9,
+        save_strategy="no",
+        lr_scheduler_type="constant",
+        learning_rate=0.2,
+        logging_steps=500,
+        max_width=24,
+    )
     run = GrowingTrainer(Classifier(), args, train_dataset=rows)
     run.train()
     return [bool(grew(rows)) for rows in by_round(run.history)]

@@ -24,9 +24,10 @@ FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 
 def brute_force(vectors, others, threshold, but=()):
     return [
-        i for i, one in enumerate(vectors.double())
+        i
+        for i, one in enumerate(vectors.double())
         if i not in but and any(torch.cosine_similarity(one, other, dim=0) >= threshold for other in others.double())
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("rows,others", [(2**13, 2**10), (7, 3), (1, 1), (40, 5)])
@@ -203,8 +204,10 @@ def test_files_that_were_changed_or_are_something_else_are_refused(tmp_path):
 
 
 # looked at as pictures: one photo twice, as another file or crop, or the next of a series
-COPIES = {("Abyssinian", pair) for pair in ((122, 172), (11, 177), (5, 87), (24, 56), (151, 99), (66, 82), (24, 80),
-                                            (56, 80), (40, 63))} | {("Bengal", (83, 85))}  # fmt: skip
+COPIES = {
+    ("Abyssinian", pair)
+    for pair in ((122, 172), (11, 177), (5, 87), (24, 56), (151, 99), (66, 82), (24, 80), (56, 80), (40, 63))
+} | {("Bengal", (83, 85))}
 PAIRS = [tuple(f"{breed}_{number}.jpg" for number in pair) for breed, pair in sorted(COPIES)]
 # the two most like each other of which one is not a copy
 ALIKE = ["Bengal_66.jpg", "Bengal_70.jpg"]
@@ -219,9 +222,9 @@ def make_splits():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name,count,tasks", [
-    ("pets", 600, ("segmentation", "colourisation")), ("pets-detection", 296, ("detection",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,count,tasks", [("pets", 600, ("segmentation", "colourisation")), ("pets-detection", 296, ("detection",))]
+)
 def test_the_files_hold_the_folds_of_the_benchmark_without_copies_of_queries(make_splits, name, count, tasks):
     found = read_splits(FOLDER / "splits" / f"{name}.json")
     names = sorted({id for split in found.values() for id in (*split.queries, *split.pool, *split.dropped)})
@@ -231,7 +234,7 @@ def test_the_files_hold_the_folds_of_the_benchmark_without_copies_of_queries(mak
             f"seed {seed}, fold {fold}" if count == 600 else f"seed {seed}": pair
             for seed in range(make_splits.SEEDS[task])
             for fold, pair in enumerate(make_splits.splits(task, count, seed, make_splits.FOLDS))
-        }  # fmt: skip
+        }
         assert list(folds) == list(found)
         for (queries, pool), split in zip(folds.values(), found.values()):
             assert [names[row] for row in queries] == list(split.queries)

@@ -72,8 +72,14 @@ REPORT = {
     "plain consensus": 0.55,
 }
 CASCADE = {"kind": "cascade", "passes": 10, "head": "ridge", "report": REPORT}
-RANKER = {"kind": "ranker", "schedule": "covering", "passes": 1, "method": "hodge", "reliable": None,
-          "rankers": {"5": {}, "10": {}}}  # fmt: skip
+RANKER = {
+    "kind": "ranker",
+    "schedule": "covering",
+    "passes": 1,
+    "method": "hodge",
+    "reliable": None,
+    "rankers": {"5": {}, "10": {}},
+}
 
 
 class Pool:
@@ -84,23 +90,36 @@ class Pool:
 
 
 def card(tmp_path, kept, **changes) -> str:
-    values = {"frozen_model": {"kind": "seggpt", "backbone": {"id": "BAAI/seggpt-vit-large"}}, "pool": "me/pool",
-              "strategy": kept["kind"] if kept else "nearest", "selector": kept, "candidates": 40}  # fmt: skip
+    values = {
+        "frozen_model": {"kind": "seggpt", "backbone": {"id": "BAAI/seggpt-vit-large"}},
+        "pool": "me/pool",
+        "strategy": kept["kind"] if kept else "nearest",
+        "selector": kept,
+        "candidates": 40,
+    }
     config = VisualInContextConfig(**(values | changes))
     return write_model_card(tmp_path / "card", config, Pool(), "me/model").read_text()
 
 
 def test_the_card_tells_what_a_cascade_learned_what_it_gains_and_costs(tmp_path):
     text = card(tmp_path, CASCADE)
-    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]] for line in text.splitlines()
-            if line.startswith("|")}  # fmt: skip
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]]
+        for line in text.splitlines()
+        if line.startswith("|")
+    }
     assert rows["nearest"] == ["0.5", "0%"] and rows["best of the candidates"] == ["0.75", "100%"]
     assert rows["stage 1, before any run of the frozen model"] == ["0.6", "40%"]
     assert rows["stage 2, after 10"] == ["0.65", "60%"] and rows["best of these 10"] == ["0.7", "80%"]
     plain = " ".join(text.split())
-    for part in ("ranks the 40 nearest examples", "10 runs of the frozen model for a prediction",
-                 "on 1,200 images of the pool", "after a change of it, measure and fit again", 'fusion="weighted"',
-                 "How examples are chosen (the default)"):  # fmt: skip
+    for part in (
+        "ranks the 40 nearest examples",
+        "10 runs of the frozen model for a prediction",
+        "on 1,200 images of the pool",
+        "after a change of it, measure and fit again",
+        'fusion="weighted"',
+        "How examples are chosen (the default)",
+    ):
         assert part in plain, part
     assert "Nothing was trained" not in text and "list-wise" not in text
     assert max(map(len, text.splitlines())) < 170
@@ -121,8 +140,13 @@ def test_the_card_of_one_pass_of_losses_and_of_no_gap(tmp_path):
 
 def test_the_card_of_a_ranker_and_of_none(tmp_path):
     plain = " ".join(card(tmp_path, RANKER).split())
-    for part in ("lists of 5 and 10", 'schedule "covering", joined by "hodge"', "1 run of the frozen model",
-                 "ranks the 40 nearest", "the next prediction can use it"):  # fmt: skip
+    for part in (
+        "lists of 5 and 10",
+        'schedule "covering", joined by "hodge"',
+        "1 run of the frozen model",
+        "ranks the 40 nearest",
+        "the next prediction can use it",
+    ):
         assert part in plain, part
     assert "reliable" not in plain and "Nothing was trained" not in plain
     text = card(tmp_path, RANKER | {"reliable": 1500, "passes": 10, "schedule": "partitions", "rankers": {"3": {}}})

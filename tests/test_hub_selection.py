@@ -21,8 +21,12 @@ def rows(count: int, seed: int) -> dict[str, list]:
     label = torch.randint(3, (count,), generator=generator)
     x = torch.eye(3)[label] + 0.5 * torch.randn(count, 3, generator=generator)
     label[::7] = (label[::7] + 1) % 3  # wrong ones, which are to be suspected
-    return {"x": x.tolist(), "label": label.tolist(), "number": list(range(1000, 1000 + count)),
-            "name": [f"row {i}" for i in range(count)]}  # fmt: skip
+    return {
+        "x": x.tolist(),
+        "label": label.tolist(),
+        "number": list(range(1000, 1000 + count)),
+        "name": [f"row {i}" for i in range(count)],
+    }
 
 
 def dataset(count: int, seed: int) -> Dataset:
@@ -47,8 +51,9 @@ def selector(probes):
 # ---- files
 
 
-@pytest.mark.parametrize("options", [{}, {"preset": "paper"}, {"mode": "active"}, {"id_column": "name"},
-                                     {"id_column": "number"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{}, {"preset": "paper"}, {"mode": "active"}, {"id_column": "name"}, {"id_column": "number"}]
+)
 def test_a_saved_selection_gives_the_same_rows(pool, probes, tmp_path, options):
     selector = UncertaintySelector(probes, trial=False, **options)
     subset = selector.select(pool, 20)
@@ -78,8 +83,10 @@ def test_what_is_stored_holds_nothing_of_the_source(selector, pool, tmp_path):
     assert len(scores) == 120 and len(chosen) == 20 and set(chosen["row_id"][:]) <= set(scores["row_id"][:])
     assert "row_id" not in (folder / "selection.json").read_text()
     assert {file.name for file in tmp_path.rglob("*") if file.is_file()} == {
-        "selection.json", "selection.parquet", "scores.parquet"
-    }  # fmt: skip
+        "selection.json",
+        "selection.parquet",
+        "scores.parquet",
+    }
 
 
 def test_budgets_share_scores_and_other_scores_get_their_own_name(selector, probes, pool, tmp_path):
@@ -391,9 +398,14 @@ def test_one_commit_holds_a_selection_and_the_earlier_ones_stay(hub, pushed):
     commits = [commit for commit in repo.commits.values() if commit.title.startswith("Selection")]
     assert [commit.title.split(":")[0] for commit in commits] == [
         f"Selection {name}" for name in ("r20", "r40", "paper", "active", "half")
-    ]  # fmt: skip
-    assert {"README.md", "r20/selection.json", "r20/selection.parquet", "r20/selection.png",
-            "scores/scores.parquet"} <= commits[0].tree.keys()  # fmt: skip
+    ]
+    assert {
+        "README.md",
+        "r20/selection.json",
+        "r20/selection.parquet",
+        "r20/selection.png",
+        "scores/scores.parquet",
+    } <= commits[0].tree.keys()
     for before, after in zip(commits, commits[1:], strict=False):
         kept = {path: content for path, content in before.tree.items() if path != "README.md"}
         assert kept.items() <= after.tree.items()
@@ -406,19 +418,48 @@ def test_the_card_says_what_is_needed_to_redo_it(hub, pushed):
     card = tree["README.md"].decode()
     commit = pushed["commit"]
     for text in (
-        "license: cc0-1.0", "language: en", "path: r20/selection.parquet", "path: scores/scores.parquet",
-        "config_name: mine", "- data-selection", "source_datasets:\n- tester/MyPool\n",
-        "| `r20` | 20 | 120 | default |", "| `r40` | 40 | 120 | default |", "| `paper` | 20 | 120 | paper |",
-        "| source | tester/MyPool |", f"| revision | {commit} |", "| configuration | main |", "| split | train |",
-        "| split | train[:50%] |", "| rows of the pool | 120 |", "their places, from 0", "8 x linear heads",
+        "license: cc0-1.0",
+        "language: en",
+        "path: r20/selection.parquet",
+        "path: scores/scores.parquet",
+        "config_name: mine",
+        "- data-selection",
+        "source_datasets:\n- tester/MyPool\n",
+        "| `r20` | 20 | 120 | default |",
+        "| `r40` | 40 | 120 | default |",
+        "| `paper` | 20 | 120 | paper |",
+        "| source | tester/MyPool |",
+        f"| revision | {commit} |",
+        "| configuration | main |",
+        "| split | train |",
+        "| split | train[:50%] |",
+        "| rows of the pool | 120 |",
+        "their places, from 0",
+        "8 x linear heads",
         "| rows the probes were trained on | 60, each on a bootstrap sample |",
-        "| gauge of the uncertainty | drop-first |", "| gauge of the uncertainty | invariant |", "| noise rate |",
-        "| regime | agreement |", "| cap of the score | 0.005 |", "| sampler | priority |", "| sampler | sequential |",
-        "| seed | 0 |", "| budget | 40 |", "`p_label`: mean", "1 / max(0.1", "effective size (Kish)",
-        "suspected label errors", "| a\\|b |", "kept by the filter", "## Limits", "## Licence",
-        'load_selection("tester/plan", config_name="r20")', "WeightedTrainer", ".redraw(200, source)", "2309.02476",
+        "| gauge of the uncertainty | drop-first |",
+        "| gauge of the uncertainty | invariant |",
+        "| noise rate |",
+        "| regime | agreement |",
+        "| cap of the score | 0.005 |",
+        "| sampler | priority |",
+        "| sampler | sequential |",
+        "| seed | 0 |",
+        "| budget | 40 |",
+        "`p_label`: mean",
+        "1 / max(0.1",
+        "effective size (Kish)",
+        "suspected label errors",
+        "| a\\|b |",
+        "kept by the filter",
+        "## Limits",
+        "## Licence",
+        'load_selection("tester/plan", config_name="r20")',
+        "WeightedTrainer",
+        ".redraw(200, source)",
+        "2309.02476",
         "![Scores and classes, before and after](r20/selection.png)",
-    ):  # fmt: skip
+    ):
         assert text in card, text
     assert card.count("default: true") == 1 and card.index("## r20") < card.index("## active")
     assert tree["r20/selection.png"].startswith(b"\x89PNG")
@@ -446,9 +487,9 @@ def test_a_source_without_a_revision_warns(monkeypatch, pool, probes, tmp_path):
     selector = UncertaintySelector(probes, trial=False, id_column="name", source="me/pool")
     selector.select(pool, 20)
     source = {"split": "train", "config": "main"}
-    selection = replace(selector.selection, info=selector.selection.info | {
-        "source": selector.selection.info["source"] | source
-    })  # fmt: skip
+    selection = replace(
+        selector.selection, info=selector.selection.info | {"source": selector.selection.info["source"] | source}
+    )
     selection.save(tmp_path)
     asked = []
     monkeypatch.setattr(

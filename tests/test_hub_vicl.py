@@ -78,7 +78,9 @@ def last_line(output: str) -> list:
 
 def test_a_model_with_embedded_weights_runs_anywhere(hub, tmp_path):
     query = str(tmp_path / "query.png")
-    pushed = hub.run(MAKE + f"""
+    pushed = hub.run(
+        MAKE
+        + f"""
 encoder = VisionEncoder(tiny())
 pool = ExamplePool.from_dataset(dataset, label_column="mask", encoder=encoder, id_column="name",
                                 cache_dir={str(tmp_path / "cache")!r}, progress=False)
@@ -86,7 +88,9 @@ pipe = VisualInContextPipeline(VisualInContextModel.from_parts(FeatureMatching(e
 query.save({query!r})
 pipe.push_to_hub("tester/icl")
 print(json.dumps(plain(pipe(query))))
-""", home=tmp_path / "a")  # fmt: skip
+""",
+        home=tmp_path / "a",
+    )
     expected = last_line(pushed)
     tree = hub.repos["model", "tester/icl"].head.tree
     config = json.loads(tree["config.json"])
@@ -97,9 +101,12 @@ print(json.dumps(plain(pipe(query))))
     assert config["strategy"] == "dense"
     assert "_name_or_path" not in config["frozen_model"]["backbone"]["config"]
     assert b"hf_effdl" not in b"".join(
-        line for name, text in tree.items() if name.endswith(".py")
-        for line in text.splitlines() if line.startswith((b"import", b"from"))
-    )  # fmt: skip
+        line
+        for name, text in tree.items()
+        if name.endswith(".py")
+        for line in text.splitlines()
+        if line.startswith((b"import", b"from"))
+    )
     assert "tester/icl-pool" in tree["README.md"].decode()
     found = last_line(hub.run(WITHOUT_US.format(repo="tester/icl", query=query), home=tmp_path / "b"))
     assert found[:3] == expected[:3] and found[3] == pytest.approx(expected[3], abs=1e-6)
@@ -109,7 +116,9 @@ print(json.dumps(plain(pipe(query))))
 
 
 def test_the_commit_that_was_loaded_is_the_one_that_is_named_and_folders_here_are_not(hub, tmp_path):
-    hub.run(MAKE + f"""
+    hub.run(
+        MAKE
+        + f"""
 from transformers import SegGptConfig, SegGptForImageSegmentation
 sizes = {{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "decoder_hidden_size": 4}}
 shape = {{"image_size": (64, 32), "patch_size": 8, "pretrain_image_size": 32, "merge_index": 0}}
@@ -134,12 +143,16 @@ assert pool.encoder["id"] == "vit"
 pool.push_to_hub("tester/local")
 again = ExamplePool.from_pretrained("tester/local")
 assert again.encoder["id"] is None and again.fingerprint == pool.fingerprint
-""", home=tmp_path / "a")  # fmt: skip
+""",
+        home=tmp_path / "a",
+    )
 
 
 def test_backbones_with_a_repository_are_named_and_not_copied(hub, tmp_path):
     query = str(tmp_path / "query.png")
-    pushed = hub.run(MAKE + f"""
+    pushed = hub.run(
+        MAKE
+        + f"""
 tiny().push_to_hub("tester/vit")
 encoder = VisionEncoder.from_pretrained("tester/vit")
 pool = ExamplePool.from_dataset(dataset, label_column="mask", encoder="tester/vit", id_column="name",
@@ -149,7 +162,9 @@ pipe = VisualInContextPipeline("tester/vit", pool="tester/scenes")
 query.save({query!r})
 pipe.push_to_hub("tester/named")
 print(json.dumps(plain(pipe(query))))
-""", home=tmp_path / "a")  # fmt: skip
+""",
+        home=tmp_path / "a",
+    )
     expected = last_line(pushed)
     tree = hub.repos["model", "tester/named"].head.tree
     config = json.loads(tree["config.json"])

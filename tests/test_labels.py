@@ -45,8 +45,13 @@ def runs(monkeypatch):
 def start(*arguments: object, processes: int = 1) -> subprocess.Popen:
     launcher = [sys.executable]
     if processes > 1:
-        launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", str(processes), "--master_port",
-                    str(random.randint(20000, 40000))]  # fmt: skip
+        launcher = [
+            str(Path(sys.executable).parent / "torchrun"),
+            "--nproc_per_node",
+            str(processes),
+            "--master_port",
+            str(random.randint(20000, 40000)),
+        ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
         [*launcher, str(SCRIPT), *map(str, arguments)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -332,10 +337,20 @@ def test_parts_of_something_else_are_not_taken(pools, runs, tmp_path):
     first = {"model": make_model(), "pool": pool, "candidates": K}
     separate = make_model(encoder=tiny_encoder(1))
     separate = type(separate).from_parts(separate.frozen, tiny_encoder())
-    changes = [{}, {"pool": others}, {"candidates": K - 1}, {"exclude": [1]}, {"exclude": [2]},
-               {"metric": share}, {"metric": agreement},
-               {"metric": share, "greater_is_better": False}, {"model": make_model(matching="nearest")},
-               {"model": make_model(temperature=0.1)}, {"model": separate}, {"metric": foreground_iou}]  # fmt: skip
+    changes = [
+        {},
+        {"pool": others},
+        {"candidates": K - 1},
+        {"exclude": [1]},
+        {"exclude": [2]},
+        {"metric": share},
+        {"metric": agreement},
+        {"metric": share, "greater_is_better": False},
+        {"model": make_model(matching="nearest")},
+        {"model": make_model(temperature=0.1)},
+        {"model": separate},
+        {"metric": foreground_iou},
+    ]
     tables = []
     for change in changes:
         options = first | change

@@ -21,12 +21,14 @@ def random_path(model, x, seed=0):
     draw = torch.Generator().manual_seed(seed)
     units = {
         group.name: {
-            "entered": torch.full((group.units,), -1), "left": torch.full((group.units,), -1),
-            "threshold": torch.ones(group.units), "dual": torch.rand(group.units, generator=draw) + 0.3,
+            "entered": torch.full((group.units,), -1),
+            "left": torch.full((group.units,), -1),
+            "threshold": torch.ones(group.units),
+            "dual": torch.rand(group.units, generator=draw) + 0.3,
             "weight": torch.rand(group.units, generator=draw),
         }
         for group in groups
-    }  # fmt: skip
+    }
     return SparsePath(groups, units, 1, config_ties(model, groups))
 
 

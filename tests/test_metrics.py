@@ -95,8 +95,16 @@ def test_the_metrics_are_the_scores_of_the_tasks(load, name):
 def test_masks_of_any_kind_and_size_mix(load):
     metric = load("foreground_iou")
     mask = np.array([[0, 1, 1], [0, 0, 1]])
-    kinds = [mask, mask > 0, mask.astype(np.uint8) * 255, torch.tensor(mask), mask.tolist(), mask * 300,
-             Image.fromarray(mask.astype(np.uint8)), Image.fromarray(mask > 0)]  # fmt: skip
+    kinds = [
+        mask,
+        mask > 0,
+        mask.astype(np.uint8) * 255,
+        torch.tensor(mask),
+        mask.tolist(),
+        mask * 300,
+        Image.fromarray(mask.astype(np.uint8)),
+        Image.fromarray(mask > 0),
+    ]
     assert metric.compute(predictions=kinds, references=kinds[::-1], per_item=True)["iou"] == [1.0] * 8
     assert (
         metric.compute(predictions=np.stack([mask] * 2), references=torch.tensor(np.stack([mask] * 2)))["mean_iou"]
@@ -147,8 +155,14 @@ def test_boxes_against_brute_force(load):
 def test_colours_of_any_kind_and_size_mix(load):
     metric = load("colour_mse")
     bytes_ = np.random.default_rng(0).integers(0, 256, (4, 5, 3))
-    kinds = [bytes_.astype(np.uint8), bytes_ / 255, torch.tensor(bytes_ / 255), bytes_.tolist(), bytes_,
-             Image.fromarray(bytes_.astype(np.uint8))]  # fmt: skip
+    kinds = [
+        bytes_.astype(np.uint8),
+        bytes_ / 255,
+        torch.tensor(bytes_ / 255),
+        bytes_.tolist(),
+        bytes_,
+        Image.fromarray(bytes_.astype(np.uint8)),
+    ]
     got = metric.compute(predictions=kinds, references=kinds[::-1], per_item=True)
     assert got["mse"] == pytest.approx([0] * 6, abs=1e-12)
     small, large = np.zeros((1, 2, 3)), np.zeros((9, 7, 3))

@@ -262,14 +262,16 @@ def test_the_groups_of_a_convnext_are_its_hidden_layers_and_layer_norm_keeps_its
     assert [group.units for group in groups] == [32, 64, 96, 96, 128]
     for group, block in zip(groups, blocks, strict=True):
         assert roles(group) == {
-            (f"{block}.pwconv1.weight", 0, 1, "row"), (f"{block}.pwconv1.bias", 0, 1, "bias"),
+            (f"{block}.pwconv1.weight", 0, 1, "row"),
+            (f"{block}.pwconv1.bias", 0, 1, "bias"),
             (f"{block}.pwconv2.weight", 1, 1, "input"),
-        }  # fmt: skip
+        }
     left_out = reasons(caplog)
     stage = "convnext.encoder.stages"
     assert list(left_out) and left_out.keys() == {
-        "convnext.embeddings.patch_embeddings", *(f"{stage}.{i}.downsampling_layer.1" for i in (1, 2, 3))
-    }  # fmt: skip
+        "convnext.embeddings.patch_embeddings",
+        *(f"{stage}.{i}.downsampling_layer.1" for i in (1, 2, 3)),
+    }
     for name, reason in left_out.items():
         assert "layernorm is a LayerNorm, whose statistics run over them" in reason, (name, reason)
 
@@ -323,15 +325,28 @@ def depthwise(inputs, times=1, **kwargs):
 
 def test_a_depthwise_convolution_with_several_outputs_per_channel_is_part_of_the_unit():
     net = nn.Sequential(
-        conv(3, 4), depthwise(4, 2), nn.BatchNorm2d(8), nn.ReLU(), depthwise(8, 3, bias=False), nn.ReLU(),
-        conv(24, 5, 1), nn.ReLU(), Pools(), nn.Linear(5, 2),
-    )  # fmt: skip
+        conv(3, 4),
+        depthwise(4, 2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        depthwise(8, 3, bias=False),
+        nn.ReLU(),
+        conv(24, 5, 1),
+        nn.ReLU(),
+        Pools(),
+        nn.Linear(5, 2),
+    )
     groups = find_groups(net, image(8))
     assert [(group.name, group.units) for group in groups] == [("0", 4), ("6", 5)]
     assert roles(groups[0]) == {
-        ("0.weight", 0, 1, "row"), ("0.bias", 0, 1, "bias"), ("1.weight", 0, 2, "row"), ("1.bias", 0, 2, "bias"),
-        *batch_norm("2", 2), ("4.weight", 0, 6, "row"), ("6.weight", 1, 6, "input"),
-    }  # fmt: skip
+        ("0.weight", 0, 1, "row"),
+        ("0.bias", 0, 1, "bias"),
+        ("1.weight", 0, 2, "row"),
+        ("1.bias", 0, 2, "bias"),
+        *batch_norm("2", 2),
+        ("4.weight", 0, 6, "row"),
+        ("6.weight", 1, 6, "input"),
+    }
     small = check_slim(net, groups, image(8), seed=1)
     kept = small[0].out_channels
     assert kept < 4 and (small[1].in_channels, small[1].groups, small[1].out_channels) == (kept, kept, 2 * kept)
@@ -354,8 +369,13 @@ def test_branches_whose_units_have_several_channels_share_the_larger_unit(order)
     [group] = find_groups(net, image(8))
     assert group.units == 6
     assert sorted((part.block, part.role) for part in group.slices if part.role in ("row", "input")) == [
-        (1, "row"), (2, "row"), (4, "input"), (4, "row"), (4, "row"), (4, "row")
-    ]  # fmt: skip
+        (1, "row"),
+        (2, "row"),
+        (4, "input"),
+        (4, "row"),
+        (4, "row"),
+        (4, "row"),
+    ]
     check_slim(net, [group], image(8))
 
 
@@ -387,9 +407,13 @@ class DenseLayer(nn.Module):
     def __init__(self, inputs, growth=4):
         super().__init__()
         self.body = nn.Sequential(
-            nn.BatchNorm2d(inputs), nn.ReLU(), conv(inputs, 10, 1, bias=False),
-            nn.BatchNorm2d(10), nn.ReLU(), conv(10, growth, padding=1, bias=False),
-        )  # fmt: skip
+            nn.BatchNorm2d(inputs),
+            nn.ReLU(),
+            conv(inputs, 10, 1, bias=False),
+            nn.BatchNorm2d(10),
+            nn.ReLU(),
+            conv(10, growth, padding=1, bias=False),
+        )
 
     def forward(self, x):
         return torch.cat([x, self.body(x)], 1)
@@ -397,9 +421,18 @@ class DenseLayer(nn.Module):
 
 def densenet():
     return nn.Sequential(
-        conv(3, 6, padding=1), DenseLayer(6), DenseLayer(10), nn.BatchNorm2d(14), nn.ReLU(), conv(14, 8, 1),
-        DenseLayer(8), nn.BatchNorm2d(12), nn.ReLU(), Pools(), nn.Linear(12, 3),
-    )  # fmt: skip
+        conv(3, 6, padding=1),
+        DenseLayer(6),
+        DenseLayer(10),
+        nn.BatchNorm2d(14),
+        nn.ReLU(),
+        conv(14, 8, 1),
+        DenseLayer(8),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        Pools(),
+        nn.Linear(12, 3),
+    )
 
 
 def test_of_a_densenet_the_bottlenecks_are_found_and_what_is_concatenated_is_left_out_by_name(caplog):
@@ -408,8 +441,10 @@ def test_of_a_densenet_the_bottlenecks_are_found_and_what_is_concatenated_is_lef
         groups = find_groups(net, image(12))
     assert [(group.name, group.units) for group in groups] == [(f"{i}.body.2", 10) for i in (1, 2, 6)]
     assert roles(groups[0]) == {
-        ("1.body.2.weight", 0, 1, "row"), *batch_norm("1.body.3"), ("1.body.5.weight", 1, 1, "input")
-    }  # fmt: skip
+        ("1.body.2.weight", 0, 1, "row"),
+        *batch_norm("1.body.3"),
+        ("1.body.5.weight", 1, 1, "input"),
+    }
     check_slim(net, groups, image(12))
     layers = {"0": "2.body.0", "1.body.5": "2.body.0", "2.body.5": "3", "5": "7", "6.body.5": "7"}
     assert reasons(caplog) == {
@@ -487,8 +522,9 @@ def test_of_a_u_net_the_skipped_channels_are_left_out(caplog):
         groups = find_groups(net, image(8))
     assert [group.name for group in groups] == ["down", "deep", "join"]
     assert {name: reason.split()[1] for name, reason in reasons(caplog).items()} == {
-        "first": "concatenation", "up": "concatenation"
-    }  # fmt: skip
+        "first": "concatenation",
+        "up": "concatenation",
+    }
     check_slim(net, groups, image(8))
 
 
@@ -620,14 +656,23 @@ def test_subclasses_of_batch_norm_and_convolution_with_a_gate_are_found_by_what_
     with caplog.at_level(logging.WARNING):
         groups = find_groups(net, image(8))
     assert [(group.name, group.units) for group in groups] == [
-        ("0", 6), ("2.widen", 10), ("2.gate.reduce", 3), ("3.widen", 12), ("3.gate.reduce", 3)
-    ]  # fmt: skip
+        ("0", 6),
+        ("2.widen", 10),
+        ("2.gate.reduce", 3),
+        ("3.widen", 12),
+        ("3.gate.reduce", 3),
+    ]
     # the gate's outputs go with the channels that they multiply
     assert roles(groups[1]) == {
-        ("2.widen.weight", 0, 1, "row"), *batch_norm("2.norm1"), ("2.filter.weight", 0, 1, "row"),
-        *batch_norm("2.norm2"), ("2.gate.reduce.weight", 1, 1, "input"), ("2.gate.expand.weight", 0, 1, "row"),
-        ("2.gate.expand.bias", 0, 1, "bias"), ("2.project.weight", 1, 1, "input"),
-    }  # fmt: skip
+        ("2.widen.weight", 0, 1, "row"),
+        *batch_norm("2.norm1"),
+        ("2.filter.weight", 0, 1, "row"),
+        *batch_norm("2.norm2"),
+        ("2.gate.reduce.weight", 1, 1, "input"),
+        ("2.gate.expand.weight", 0, 1, "row"),
+        ("2.gate.expand.bias", 0, 1, "bias"),
+        ("2.project.weight", 1, 1, "input"),
+    }
     assert not reasons(caplog)
     small = check_slim(net, groups, image(8))
     assert small[2].filter.groups == small[2].filter.in_channels == small[2].norm2.num_features

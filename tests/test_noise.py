@@ -51,9 +51,11 @@ def test_agreement_is_the_vote_for_the_given_label():
 
 @few
 @given(
-    rows=st.integers(1, 60), share=st.sampled_from([0.1, 0.25, 0.5, 1.0]), least=st.sampled_from([1, 5, 100]),
+    rows=st.integers(1, 60),
+    share=st.sampled_from([0.1, 0.25, 0.5, 1.0]),
+    least=st.sampled_from([1, 5, 100]),
     seed=st.integers(0, 10**6),
-)  # fmt: skip
+)
 def test_confident_disagreement_counts_among_the_surest_rows(rows, share, least, seed):
     rng = np.random.default_rng(seed)
     p, labels = rng.dirichlet(np.ones(3), rows), rng.integers(0, 3, rows)

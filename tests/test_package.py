@@ -11,11 +11,15 @@ import hf_effdl
 
 
 PACKAGE = Path(hf_effdl.__file__).parent
-PURE = [f"structure/{name}.py" for name in (
-    "groups", "param_group_checks", "path", "prox", "schedule", "settling", "sharding", "split_lbi")]  # fmt: skip
+PURE = [
+    f"structure/{name}.py"
+    for name in ("groups", "param_group_checks", "path", "prox", "schedule", "settling", "sharding", "split_lbi")
+]
 PURE += [f"samples/{name}.py" for name in ("uncertainty", "sampling", "noise", "planning")]
-PURE += [f"vicl/{name}.py" for name in (
-    "losses", "aggregation", "reliable", "designs", "covering_tables", "cascade_features", "row_model")]  # fmt: skip
+PURE += [
+    f"vicl/{name}.py"
+    for name in ("losses", "aggregation", "reliable", "designs", "covering_tables", "cascade_features", "row_model")
+]
 LIGHT = {
     "torch",
     "numpy",
@@ -76,10 +80,12 @@ def test_importing_the_package_adds_little_to_torch_and_transformers():
     outputs = [
         subprocess.run(
             [sys.executable, "-c", f"OTHERS = {others}\n" + code.replace("import torch", "import torch", 1)],
-            capture_output=True, text=True, check=True,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.split("\n")
         for _ in range(3)
-    ]  # fmt: skip
+    ]
     assert min(float(lines[0]) for lines in outputs) < 0.3
     assert outputs[0][1] == "[]", f"import hf_effdl loads {outputs[0][1]}"
 
@@ -93,9 +99,10 @@ def test_importing_the_package_registers_the_slim_sizes():
 def test_the_maths_imports_only_torch_and_the_standard_library():
     for file in PURE:
         outside = {
-            name for name in imports(PACKAGE / file, top_level_only=True)
+            name
+            for name in imports(PACKAGE / file, top_level_only=True)
             if name.split(".")[0] not in LIGHT and f"{name.replace('.', '/').removeprefix('hf_effdl/')}.py" not in PURE
-        }  # fmt: skip
+        }
         assert not outside, f"{file} imports {outside}"
 
 
@@ -104,10 +111,11 @@ def test_pillars_do_not_import_each_other_and_the_hub_folder_imports_none():
     for folder in [*pillars, "hub"]:
         for file in (PACKAGE / folder).rglob("*.py"):
             wrong = {
-                name for name in imports(file)
+                name
+                for name in imports(file)
                 for other in pillars
                 if other != folder and name.startswith(f"hf_effdl.{other}")
-            }  # fmt: skip
+            }
             assert not wrong, f"{file} imports {wrong}"
 
 

@@ -45,9 +45,12 @@ def random_path(name, seed, ties=True):
         entered = torch.randint(1, 9, (group.units,), generator=draw)  # many units enter at the same step
         never = torch.rand(group.units, generator=draw) < 0.3
         units[group.name] = {
-            "entered": torch.where(never, -1, entered), "left": torch.full((group.units,), -1), "threshold": threshold,
-            "dual": dual, "weight": torch.rand(group.units, generator=draw),
-        }  # fmt: skip
+            "entered": torch.where(never, -1, entered),
+            "left": torch.full((group.units,), -1),
+            "threshold": threshold,
+            "dual": dual,
+            "weight": torch.rand(group.units, generator=draw),
+        }
     return SparsePath(groups, units, 10, found if ties else ())
 
 
@@ -95,11 +98,16 @@ def test_entries_exits_and_norms_equal_the_iteration_done_by_hand():
     for entry in lifted:
         w = [p.detach().clone() for p in entry["params"]]
         units = range(entry["units"])
-        by_hand.append({
-            "w": w, "v": [torch.zeros_like(t) for t in w], "gamma": [torch.zeros_like(t) for t in w],
-            "threshold": [norm_of_unit(u, w, entry) for u in units],
-            "entered": [-1] * entry["units"], "left": [-1] * entry["units"],
-        })  # fmt: skip
+        by_hand.append(
+            {
+                "w": w,
+                "v": [torch.zeros_like(t) for t in w],
+                "gamma": [torch.zeros_like(t) for t in w],
+                "threshold": [norm_of_unit(u, w, entry) for u in units],
+                "entered": [-1] * entry["units"],
+                "left": [-1] * entry["units"],
+            }
+        )
     draw = torch.Generator().manual_seed(1)
     pushes = [[torch.randn(p.shape, generator=draw, dtype=torch.float64) for p in e["params"]] for e in lifted]
     for entry, push in zip(lifted, pushes, strict=True):  # a unit that no gradient moves never enters
@@ -266,8 +274,11 @@ def test_stock_widths_equal_narrowing_the_weakest_config_number_step_by_step(bud
     network, scores = path.groups[0].network, path.scores()
     ranked = {name: sorted(score.tolist(), reverse=True) for name, score in scores.items()}
     # one step of a stage is one inner channel of each of its layers and four channels of its stream
-    steps = [[8, {path.groups[0].name: 1}], [4, {g.name: g.units // 4 for g in path.groups[1:6]}],
-             [8, {g.name: g.units // 8 for g in path.groups[6:]}]]  # fmt: skip
+    steps = [
+        [8, {path.groups[0].name: 1}],
+        [4, {g.name: g.units // 4 for g in path.groups[1:6]}],
+        [8, {g.name: g.units // 8 for g in path.groups[6:]}],
+    ]
     for share in (0.8, 0.5, 0.3):
         state = copy.deepcopy(steps)
 
@@ -302,8 +313,15 @@ def test_stock_widths_equal_narrowing_the_weakest_config_number_step_by_step(bud
 
 
 @quick
-@given(seeds, st.sampled_from(list(NETS)), st.sampled_from(["macs", "params"]), st.floats(0.05, 1), st.integers(1, 5),
-       st.sampled_from(["stock", "free"]), st.sampled_from(["dual", "entry"]))  # fmt: skip
+@given(
+    seeds,
+    st.sampled_from(list(NETS)),
+    st.sampled_from(["macs", "params"]),
+    st.floats(0.05, 1),
+    st.integers(1, 5),
+    st.sampled_from(["stock", "free"]),
+    st.sampled_from(["dual", "entry"]),
+)
 def test_a_budget_is_never_exceeded_and_the_best_units_stay(seed, name, budget, share, round_to, widths, order):
     path = random_path(name, seed)
     try:
@@ -325,8 +343,14 @@ def test_a_budget_is_never_exceeded_and_the_best_units_stay(seed, name, budget, 
 
 
 @quick
-@given(seeds, st.sampled_from(list(NETS)), st.sampled_from(["macs", "params"]), st.floats(0.03, 1),
-       st.integers(1, 3), st.sampled_from(["stock", "free"]))  # fmt: skip
+@given(
+    seeds,
+    st.sampled_from(list(NETS)),
+    st.sampled_from(["macs", "params"]),
+    st.floats(0.03, 1),
+    st.integers(1, 3),
+    st.sampled_from(["stock", "free"]),
+)
 def test_nothing_more_fits_into_the_budget(seed, name, budget, share, round_to, widths):
     path = random_path(name, seed)
     try:
@@ -467,11 +491,21 @@ def test_the_ties_of_a_basic_resnet_are_its_stage_widths():
     _, groups, ties = NETS["resnet"]
     assert [(tie.steps, dict(tie.shares), dict(tie.fields)) for tie in ties] == [
         # the stem writes to the stream of the first stage, so both numbers move together
-        (8, {"resnet.embedder.embedder.convolution": 1, f"{STAGE}.0.layers.0.layer.0.convolution": 1,
-             f"{STAGE}.0.layers.1.layer.0.convolution": 1}, {"embedding_size": 1, "hidden_sizes.0": 1}),
-        (16, {f"{STAGE}.1.layers.0.shortcut.convolution": 1, f"{STAGE}.1.layers.0.layer.0.convolution": 1},
-         {"hidden_sizes.1": 1}),
-    ]  # fmt: skip
+        (
+            8,
+            {
+                "resnet.embedder.embedder.convolution": 1,
+                f"{STAGE}.0.layers.0.layer.0.convolution": 1,
+                f"{STAGE}.0.layers.1.layer.0.convolution": 1,
+            },
+            {"embedding_size": 1, "hidden_sizes.0": 1},
+        ),
+        (
+            16,
+            {f"{STAGE}.1.layers.0.shortcut.convolution": 1, f"{STAGE}.1.layers.0.layer.0.convolution": 1},
+            {"hidden_sizes.1": 1},
+        ),
+    ]
 
 
 def test_the_ties_of_a_bottleneck_resnet_are_its_stage_widths_in_steps_of_four():
@@ -480,9 +514,16 @@ def test_the_ties_of_a_bottleneck_resnet_are_its_stage_widths_in_steps_of_four()
     assert [(tie.steps, dict(tie.shares), dict(tie.fields)) for tie in ties] == [
         (8, {"resnet.embedder.embedder.convolution": 1}, {"embedding_size": 1}),
         (4, {f"{STAGE}.0.layers.0.shortcut.convolution": 4} | dict.fromkeys(inner, 1), {"hidden_sizes.0": 4}),
-        (8, {f"{STAGE}.1.layers.0.shortcut.convolution": 4, f"{STAGE}.1.layers.0.layer.0.convolution": 1,
-             f"{STAGE}.1.layers.0.layer.1.convolution": 1}, {"hidden_sizes.1": 4}),
-    ]  # fmt: skip
+        (
+            8,
+            {
+                f"{STAGE}.1.layers.0.shortcut.convolution": 4,
+                f"{STAGE}.1.layers.0.layer.0.convolution": 1,
+                f"{STAGE}.1.layers.0.layer.1.convolution": 1,
+            },
+            {"hidden_sizes.1": 4},
+        ),
+    ]
 
 
 def test_finding_ties_leaves_model_and_config_alone():

@@ -344,11 +344,14 @@ def test_the_largest_scores_warn_below_three_tenths():
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"sampler": "poisson", "uniform_share": 0.2}, {"sampler": "sequential", "quotas": "none"},
-        {"quotas": "strata", "bins": 7}, {"quotas": "predicted", "clip_quantile": 0.5, "cut_hardest": 0.1},
+        {},
+        {"sampler": "poisson", "uniform_share": 0.2},
+        {"sampler": "sequential", "quotas": "none"},
+        {"quotas": "strata", "bins": 7},
+        {"quotas": "predicted", "clip_quantile": 0.5, "cut_hardest": 0.1},
         {"sampler": "top-k"},
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("named", [False, True])
 def test_a_plan_depends_on_seed_and_row_ids_and_not_on_the_order(options, named):
     table, order = score_table(), torch.randperm(600, generator=generator(2))
@@ -406,9 +409,12 @@ def test_settings_are_plain_and_draw_the_same_rows_again():
     agreed = table["label"] == table["predicted"]
     assert same(make_plan(table, keep=agreed, **settings), plan)
     assert found == {
-        "preset": "default", "regime": "agreement", "noise_rate": table_noise(table), "trial_accuracy": None,
+        "preset": "default",
+        "regime": "agreement",
+        "noise_rate": table_noise(table),
+        "trial_accuracy": None,
         "kept_rows": int(agreed.sum()),
-    }  # fmt: skip
+    }
 
 
 # ---- the default
@@ -443,11 +449,16 @@ BUDGETS = {False: 5 * ENOUGH_ROWS - 1, True: 5 * ENOUGH_ROWS}
 @pytest.mark.parametrize(
     "wrong,accuracies,regime",
     [
-        (0, None, "agreement"), (6, (0.99,) * 3, "agreement"), (5, (0.8, 0.8599, 0.92), "agreement"),
-        (5, (0.8599,) * 3, "agreement"), (5, (0.86,) * 3, "clipped"), (0, (0.9449,) * 3, "clipped"),
-        (0, (0.945,) * 3, "unclipped"), (0, (0.9, 0.99, 0.99), "unclipped"),
+        (0, None, "agreement"),
+        (6, (0.99,) * 3, "agreement"),
+        (5, (0.8, 0.8599, 0.92), "agreement"),
+        (5, (0.8599,) * 3, "agreement"),
+        (5, (0.86,) * 3, "clipped"),
+        (0, (0.9449,) * 3, "clipped"),
+        (0, (0.945,) * 3, "unclipped"),
+        (0, (0.9, 0.99, 0.99), "unclipped"),
     ],
-)  # fmt: skip
+)
 def test_the_default_switches_where_it_says(enough, wrong, accuracies, regime):
     assert (HARD_ROWS_HELP, NEARLY_SOLVED, ENOUGH_ROWS) == (0.86, 0.945, 20)
     table, budget, trial = noisy_table(wrong), BUDGETS[enough], accuracies and Trials(*accuracies)
@@ -577,12 +588,16 @@ def test_a_filter_that_leaves_every_class_its_quota_stays_as_it_is():
 @pytest.mark.parametrize(
     "accuracy,regime,options",
     [
-        (None, "clipped", {"clip_quantile": 0.5}), (0.5, "uniform", {"score": "uniform"}),
-        (0.8599, "uniform", {"score": "uniform"}), (0.86, "clipped", {"clip_quantile": 0.5}),
-        (0.9449, "clipped", {"clip_quantile": 0.5}), (0.945, "unclipped", {}), (1.0, "unclipped", {}),
+        (None, "clipped", {"clip_quantile": 0.5}),
+        (0.5, "uniform", {"score": "uniform"}),
+        (0.8599, "uniform", {"score": "uniform"}),
+        (0.86, "clipped", {"clip_quantile": 0.5}),
+        (0.9449, "clipped", {"clip_quantile": 0.5}),
+        (0.945, "unclipped", {}),
+        (1.0, "unclipped", {}),
         (0.0, "uniform", {"score": "uniform"}),
     ],
-)  # fmt: skip
+)
 def test_what_to_label_follows_the_accuracy(accuracy, regime, options):
     table = {name: column for name, column in score_table().items() if name in ("u_x", "predicted")}
     plan = active_plan(table, 100, accuracy=accuracy, seed=3)
@@ -632,9 +647,11 @@ def test_the_noise_rate_of_a_table_is_that_of_its_predictions(contamination, row
     labels = torch.from_numpy(np.where(g.random(rows) < contamination, g.integers(0, 6, rows), truth))
     p = logits.softmax(1)
     table = {
-        "label": labels, "predicted": p.argmax(1), "confidence": p.amax(1),
+        "label": labels,
+        "predicted": p.argmax(1),
+        "confidence": p.amax(1),
         "p_clean": fit_label_noise(p, labels).p_clean(p, labels),
-    }  # fmt: skip
+    }
     assert table_noise(table) == pytest.approx(noise_rate(p, labels), abs=1e-4)
     # either reading may be the larger one
     assert table_noise(table | {"predicted": labels}) == pytest.approx(fit_label_noise(p, labels).rate, abs=1e-4)
@@ -645,9 +662,11 @@ def test_the_noise_rate_of_a_table_is_that_of_its_predictions(contamination, row
 
 def test_the_noise_rate_counts_the_classes_voted_for_too():
     table = {
-        "label": torch.tensor([0, 1]), "predicted": torch.tensor([0, 3]), "confidence": torch.tensor([0.9, 0.2]),
+        "label": torch.tensor([0, 1]),
+        "predicted": torch.tensor([0, 3]),
+        "confidence": torch.tensor([0.9, 0.2]),
         "p_clean": torch.tensor([0.2, 0.2]),
-    }  # fmt: skip
+    }
     assert table_noise(table, share=0.5, least=1) == pytest.approx(0.8 * 3 / 4)
     assert table_noise(table, share=1.0, least=1) == pytest.approx(0.6)
     swapped = table | {"label": table["predicted"], "predicted": table["label"]}

@@ -30,8 +30,13 @@ from hf_effdl.vicl.remote_code.visual_tasks import Segmentation, find_task, pixe
 @pytest.fixture
 def make(tmp_path):
     def from_dataset(ds, **options):
-        options = {"encoder": Encoder(), "cache_dir": tmp_path / "cache", "rows_per_shard": 5, "batch_size": 3,
-                   "progress": False} | options  # fmt: skip
+        options = {
+            "encoder": Encoder(),
+            "cache_dir": tmp_path / "cache",
+            "rows_per_shard": 5,
+            "batch_size": 3,
+            "progress": False,
+        } | options
         return ExamplePool.from_dataset(ds, **options)
 
     return from_dataset
@@ -87,12 +92,18 @@ def test_files_that_browsers_show_are_kept_and_others_become_png(make):
     turned = PILImage.Exif()
     turned[0x0112] = 6
     contents = {
-        "jpg": encoded(image, "JPEG"), "cmyk": encoded(image.convert("CMYK"), "JPEG"), "webp": encoded(image, "WEBP"),
+        "jpg": encoded(image, "JPEG"),
+        "cmyk": encoded(image.convert("CMYK"), "JPEG"),
+        "webp": encoded(image, "WEBP"),
         "16 bit": encoded(PILImage.fromarray(np.arange(280, dtype=np.uint16).reshape(14, 20) * 200)),
-        "palette": encoded(image.quantize(7)), "turned": encoded(image, "JPEG", exif=turned),
-        "bmp": encoded(image, "BMP"), "gif": encoded(image, "GIF"), "tiff": encoded(image, "TIFF"),
-        "moving": encoded(image, "WEBP", **moving), "moving png": encoded(image, "PNG", **moving),
-    }  # fmt: skip
+        "palette": encoded(image.quantize(7)),
+        "turned": encoded(image, "JPEG", exif=turned),
+        "bmp": encoded(image, "BMP"),
+        "gif": encoded(image, "GIF"),
+        "tiff": encoded(image, "TIFF"),
+        "moving": encoded(image, "WEBP", **moving),
+        "moving png": encoded(image, "PNG", **moving),
+    }
     ds = Dataset.from_dict({"image": list(contents.values()), "name": list(contents)})
     pool = make(ds, task="colourisation", id_column="name")
     kept = [id for row, id in enumerate(pool.ids) if pool._read(row)[0] == contents[id]]
@@ -113,8 +124,12 @@ def test_images_may_be_paths_bytes_or_in_memory(make, tmp_path):
     (tmp_path / "a.png").write_bytes(content)
     path = str(tmp_path / "a.png")
     memory = Dataset.from_dict({"image": [PILImage.open(path)]}).cast_column("image", Image())
-    for ds in (Dataset.from_dict({"image": [path]}), Dataset.from_dict({"image": [content]}), memory,
-               Dataset.from_dict({"image": [path]}).cast_column("image", Image())):  # fmt: skip
+    for ds in (
+        Dataset.from_dict({"image": [path]}),
+        Dataset.from_dict({"image": [content]}),
+        memory,
+        Dataset.from_dict({"image": [path]}).cast_column("image", Image()),
+    ):
         assert np.array_equal(np.array(make(ds, task="colourisation").image(0)), np.array(PILImage.open(path)))
     with pytest.raises(ValueError, match="row 0, id '0'.*cast_column"):
         make(Dataset.from_dict({"image": [[1, 2]]}), task="colourisation")
@@ -122,8 +137,11 @@ def test_images_may_be_paths_bytes_or_in_memory(make, tmp_path):
 
 def test_foreground_is_applied_once_and_for_all(make):
     ds = rows(4)
-    for options, values in (({"foreground": 2}, [2]), ({"foreground": [1, 3]}, [1, 3]),
-                            ({"task": Segmentation(void=None)}, [1, 2, 3, 255])):  # fmt: skip
+    for options, values in (
+        ({"foreground": 2}, [2]),
+        ({"foreground": [1, 3]}, [1, 3]),
+        ({"task": Segmentation(void=None)}, [1, 2, 3, 255]),
+    ):
         pool = make(ds, **options)
         for row in range(4):
             expected = 255 * np.isin(np.array(ds[row]["label"]), values)
@@ -162,10 +180,19 @@ def broken(kind: str, ds: Dataset) -> Dataset:
     return Dataset.from_dict(table).cast_column("image", Image()).cast_column("label", Image())
 
 
-@pytest.mark.parametrize("kind, text", [
-    ("truncated", "[Tt]runcated"), ("text", "image"), ("absent", "/absent/image.jpg"), ("none", "image"),
-    ("mask size", "20 x 14|14 x 20"), ("no mask", "no mask"), ("box", "width and height"), ("unordered", "x0 < x1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        ("truncated", "[Tt]runcated"),
+        ("text", "image"),
+        ("absent", "/absent/image.jpg"),
+        ("none", "image"),
+        ("mask size", "20 x 14|14 x 20"),
+        ("no mask", "no mask"),
+        ("box", "width and height"),
+        ("unordered", "x0 < x1"),
+    ],
+)
 def test_a_bad_row_is_named_or_skipped(make, kind, text):
     ds = broken(kind, rows(7))
     task = "detection" if kind in ("box", "unordered") else "segmentation"
@@ -181,8 +208,11 @@ def test_a_bad_row_is_named_or_skipped(make, kind, text):
 def test_labels_that_mark_nothing_are_counted(make):
     ds = rows(3)
     with pytest.warns(UserWarning, match="1 of 3 labels mark nothing"):
-        pool = make(ds.remove_columns("box").add_column("box", [[0, 0, 5, 5], None, [1, 1, 3, 3]]), task="detection",
-                    label_column="box")  # fmt: skip
+        pool = make(
+            ds.remove_columns("box").add_column("box", [[0, 0, 5, 5], None, [1, 1, 3, 3]]),
+            task="detection",
+            label_column="box",
+        )
     assert [pool.label(row) for row in range(3)] == [[0, 0, 5, 5], None, [1, 1, 3, 3]]
     with pytest.warns(UserWarning, match="3 of 3 labels mark nothing"):
         pool = make(ds, foreground=9)
@@ -196,11 +226,14 @@ def test_wrong_arguments_are_named(make):
     ds = rows(3)
     for options, text in (
         ({"label_column": "mask"}, r"no column 'mask'; it has \['image', 'label'"),
-        ({"image_column": "x"}, "no column 'x'"), ({"id_column": "x"}, "no column 'x'"),
-        ({"task": "depth"}, "task='depth'"), ({"on_bad_row": "x"}, "on_bad_row='x'"),
-        ({"rows_per_shard": 0}, "rows_per_shard=0"), ({"batch_size": 0}, "batch_size=0"),
+        ({"image_column": "x"}, "no column 'x'"),
+        ({"id_column": "x"}, "no column 'x'"),
+        ({"task": "depth"}, "task='depth'"),
+        ({"on_bad_row": "x"}, "on_bad_row='x'"),
+        ({"rows_per_shard": 0}, "rows_per_shard=0"),
+        ({"batch_size": 0}, "batch_size=0"),
         ({"task": "detection", "foreground": 1}, "foreground="),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=text):
             make(ds, **options)
     with pytest.raises(ValueError, match="no rows"):
@@ -284,8 +317,12 @@ def test_a_pool_of_one_row_finds_itself_or_nothing(make):
 
 def test_wrong_queries_and_rows_are_refused(make):
     pool = make(rows(6))
-    for queries, k, text in ((torch.ones(12), 1, r"\(12,\); pass \(B, 12\)"), (torch.ones(1, 5), 1, r"\(1, 5\)"),
-                             (torch.ones(1, 12), 0, "k=0"), (torch.full((1, 12), torch.nan), 1, "NaN")):  # fmt: skip
+    for queries, k, text in (
+        (torch.ones(12), 1, r"\(12,\); pass \(B, 12\)"),
+        (torch.ones(1, 5), 1, r"\(1, 5\)"),
+        (torch.ones(1, 12), 0, "k=0"),
+        (torch.full((1, 12), torch.nan), 1, "NaN"),
+    ):
         with pytest.raises(ValueError, match=text):
             pool.search(queries, k)
     with pytest.raises(ValueError, match="one row for each"):
@@ -352,11 +389,24 @@ def test_what_is_pickled_is_small(make):
 def run(cache: Path, out: Path, seconds: float = 0, processes: int = 0) -> subprocess.Popen:
     start = [sys.executable]
     if processes:
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-                 "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # fmt: skip
+        start = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(processes),
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+        ]
     command = [*start, str(Path(__file__).parent / "pool_run.py"), str(cache), str(out), str(seconds)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1",
-                                "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+    }
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -417,10 +467,16 @@ def test_the_same_call_encodes_nothing_and_any_other_call_everything(make):
     assert encoder.rows == 7
     folders = {pool.folder}
     for other, options in (
-        (ds, {"encoder": Encoder(1)}), (ds.select(range(6)), {}), (rows(7, seed=1), {}), (ds, {"foreground": 1}),
-        (ds, {"keep_grids": True}), (ds, {"rows_per_shard": 4}), (ds, {"id_column": "name"}),
-        (ds, {"task": "detection", "label_column": "box"}), (ds, {"task": "colourisation"}),
-    ):  # fmt: skip
+        (ds, {"encoder": Encoder(1)}),
+        (ds.select(range(6)), {}),
+        (rows(7, seed=1), {}),
+        (ds, {"foreground": 1}),
+        (ds, {"keep_grids": True}),
+        (ds, {"rows_per_shard": 4}),
+        (ds, {"id_column": "name"}),
+        (ds, {"task": "detection", "label_column": "box"}),
+        (ds, {"task": "colourisation"}),
+    ):
         encoder = options.setdefault("encoder", Encoder())
         folders.add(make(other, **options).folder)
         assert encoder.rows == len(other)
@@ -431,9 +487,14 @@ def test_the_fingerprint_is_of_content_order_ids_and_encoder(make):
     ds = rows(6)
     pool = make(ds)
     assert make(ds, rows_per_shard=2, keep_grids=True).fingerprint == pool.fingerprint
-    others = [make(ds, encoder=Encoder(1)), make(ds, id_column="name"), make(ds, foreground=1),
-              make(ds.select([1, 0, 2, 3, 4, 5])), make(ds, task="colourisation"),
-              make(ds.select(range(5)))]  # fmt: skip
+    others = [
+        make(ds, encoder=Encoder(1)),
+        make(ds, id_column="name"),
+        make(ds, foreground=1),
+        make(ds.select([1, 0, 2, 3, 4, 5])),
+        make(ds, task="colourisation"),
+        make(ds.select(range(5))),
+    ]
     assert len({pool.fingerprint, *(other.fingerprint for other in others)}) == 7
 
 
@@ -527,7 +588,7 @@ def test_changes_that_cannot_be_are_refused(make, tmp_path):
         (lambda: pool.add(ds.select([2])), ValueError, "1 ids are in the pool already, such as '0/image 2.jpg'"),
         (lambda: pool.add(rows(3, seed=1).remove_columns("name")), ValueError, "no column 'name'"),
         (lambda: ExamplePool.from_pretrained(pool.folder).add(rows(3, seed=1)), ValueError, "encoder='tests/enc"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(error, match=text):
             call()
         assert PoolReader.from_pretrained(pool.folder).ids == pool.ids == ds["name"][:]
@@ -597,7 +658,7 @@ def test_damaged_files_are_named(make, tmp_path):
         (lambda index, tar: edit(tar.parents[1] / "pool.json", shards=[{"name": "../../x"}]), ValueError, "'../../x'"),
         (lambda index, tar: (tar.parents[1] / "pool.json").write_text("{"), ValueError, "pool.json cannot be read"),
         (lambda index, tar: (tar.parents[1] / "pool.json").unlink(), FileNotFoundError, "holds no pool"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(error, match=text):
             PoolReader.from_pretrained(damaged(change))
     # the shards in another order

@@ -127,8 +127,11 @@ def test_a_pool_travels_whole_and_in_one_commit(hub, pushed):
     repo = hub.repos["dataset", "tester/pool"]
     commits = list(repo.commits.values())
     assert [commit.title for commit in commits] == [
-        "initial commit", "Pool of 10 examples for segmentation", commits[2].title, "Fewer and more",
-    ]  # fmt: skip
+        "initial commit",
+        "Pool of 10 examples for segmentation",
+        commits[2].title,
+        "Fewer and more",
+    ]
     assert pushed["first"].endswith(commits[1].oid) and pushed["second"].endswith(commits[3].oid)
     for commit, shards in ((commits[1], 3), (commits[3], 4)):
         names = [name for name in commit.tree if name.startswith("data/")]
@@ -149,10 +152,21 @@ def test_the_reader_needs_little(hub, pushed, tmp_path):
 
 def test_the_card_says_what_is_in_it(hub, pushed):
     card = hub.repos["dataset", "tester/pool"].head.tree["README.md"].decode()
-    for text in ("license: cc0-1.0", "language: en", "- mine", "- visual-in-context-learning", "- image-segmentation",
-                 "path: data/*.tar", "num_examples: 10", "| rows | 10 |", "| encoder | `tests/encoder-0` |",
-                 "| its fingerprint | `0000000000000000` |", "| feature maps | 4 x 4 |", '"tester/pool"',
-                 'VisionEncoder.from_pretrained("tests/encoder-0")'):  # fmt: skip
+    for text in (
+        "license: cc0-1.0",
+        "language: en",
+        "- mine",
+        "- visual-in-context-learning",
+        "- image-segmentation",
+        "path: data/*.tar",
+        "num_examples: 10",
+        "| rows | 10 |",
+        "| encoder | `tests/encoder-0` |",
+        "| its fingerprint | `0000000000000000` |",
+        "| feature maps | 4 x 4 |",
+        '"tester/pool"',
+        'VisionEncoder.from_pretrained("tests/encoder-0")',
+    ):
         assert text in card, text
     assert card.count("image-segmentation") == 1 and re.search(r"\| size \| 0\.\d MB in 8 files \|", card)
     assert "\n\n\n" not in card.split("---", 2)[2]
@@ -161,9 +175,16 @@ def test_the_card_says_what_is_in_it(hub, pushed):
 
 
 def test_what_cannot_be_is_refused(pushed):
-    for said, text in zip(pushed["errors"], (
-        "ValueError: this pool lies in the cache of the Hub", "ValueError: this pool lies in the cache of the Hub",
-        "ValueError: tester/other holds other data", "ValueError: private=True, but tester/pool exists and is public",
-        "FileNotFoundError: the data set repository tester/other holds no pool", "RepositoryNotFoundError",
-    ), strict=True):  # fmt: skip
+    for said, text in zip(
+        pushed["errors"],
+        (
+            "ValueError: this pool lies in the cache of the Hub",
+            "ValueError: this pool lies in the cache of the Hub",
+            "ValueError: tester/other holds other data",
+            "ValueError: private=True, but tester/pool exists and is public",
+            "FileNotFoundError: the data set repository tester/other holds no pool",
+            "RepositoryNotFoundError",
+        ),
+        strict=True,
+    ):
         assert said.startswith(text), said

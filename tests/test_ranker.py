@@ -74,8 +74,13 @@ def twin(block: nn.Module) -> nn.TransformerEncoderLayer:
         "self_attn.in_proj_weight": torch.cat([block.query.weight, block.key_value.weight]),
         "self_attn.in_proj_bias": torch.cat([block.query.bias, block.key_value.bias]),
     }
-    for name, part in (("self_attn.out_proj", block.out), ("linear1", block.up), ("linear2", block.down),
-                       ("norm1", block.norm1), ("norm2", block.norm2)):  # fmt: skip
+    for name, part in (
+        ("self_attn.out_proj", block.out),
+        ("linear1", block.up),
+        ("linear2", block.down),
+        ("norm1", block.norm1),
+        ("norm2", block.norm2),
+    ):
         pairs |= {f"{name}.weight": part.weight, f"{name}.bias": part.bias}
     made.load_state_dict(pairs)
     return made
@@ -340,11 +345,13 @@ print(json.dumps(ranker(*torch.load({str(tmp_path / "given.pt")!r}, weights_only
 
 def test_sizes_that_do_not_fit_are_named():
     for changes, said in (
-        ({"head": "two"}, "head='two'.*'none', 'own', 'tied'"), ({"num_attention_heads": 5}, "768 cannot be divided"),
+        ({"head": "two"}, "head='two'.*'none', 'own', 'tied'"),
+        ({"num_attention_heads": 5}, "768 cannot be divided"),
         ({"legacy": True, "input_size": 5}, "input_size=5 is not hidden_size=768"),
-        ({"hidden_size": 0}, "hidden_size=0"), ({"list_length": 1}, "list_length=1"),
+        ({"hidden_size": 0}, "hidden_size=0"),
+        ({"list_length": 1}, "list_length=1"),
         ({"label_channels": 0}, "label_channels=0"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=said):
             ListwiseRankerConfig(**changes)
 
@@ -593,9 +600,11 @@ def test_only_reliable_candidates_are_ranked(pipe):
     (_, _), queries = choose(pipe, RankerSelector(known(5)), images)
     _, near = ranker_selector.nearest(queries, pipe.examples, 16, 16)
     left = {  # of the first query 9, and so 7 to 9 of the others; 4, fewer than a list; 1; none
-        9: near[0, ::2].tolist() + [near[0, 1].item()], 4: near[0, 3:7].tolist(), 1: near[0, 5:6].tolist(),
+        9: near[0, ::2].tolist() + [near[0, 1].item()],
+        4: near[0, 3:7].tolist(),
+        1: near[0, 5:6].tolist(),
         0: [row for row in range(24) if row not in near[0].tolist()],
-    }  # fmt: skip
+    }
     for size, reliable in left.items():
         selector = RankerSelector(known(5), reliable=torch.tensor(reliable))
         (scores, rows), _ = choose(pipe, selector, images, 16)

@@ -158,8 +158,15 @@ def test_metrics_count_lists_pairs_and_what_the_pick_is_worth():
     metric = np.array([[0.9, 0.5, 0.1], [0.8, 0.2, 0.8], [0.5, 0.5, 0.5]])
     found = ranking_metrics(EvalPrediction(scores, metric))
     # pairs: 3 right of 3; of (0, 1) and (1, 2) none; no pair of different performance
-    assert found == pytest.approx({"list_accuracy": 2 / 3, "pair_accuracy": 3 / 5, "pick": (0.9 + 0.2 + 0.5) / 3,
-                                   "random": metric.mean(), "best": (0.9 + 0.8 + 0.5) / 3})  # fmt: skip
+    assert found == pytest.approx(
+        {
+            "list_accuracy": 2 / 3,
+            "pair_accuracy": 3 / 5,
+            "pick": (0.9 + 0.2 + 0.5) / 3,
+            "random": metric.mean(),
+            "best": (0.9 + 0.8 + 0.5) / 3,
+        }
+    )
     assert ranking_metrics(EvalPrediction(0 * scores, metric))["pair_accuracy"] == 0.5
     assert ranking_metrics(EvalPrediction(scores, 0 * metric))["pair_accuracy"] == 1
 
@@ -214,10 +221,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, pool, tmp_path):
 def test_it_can_stop_early_at_its_best(pool, tmp_path):
     values = iter([0.5, 0.9, 0.7, 0.6, 1.0, 1.0])
     run = trainer(
-        tmp_path, pool, num_train_epochs=6, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
-        metric_for_best_model="list_accuracy", callbacks=[EarlyStoppingCallback(2)],
+        tmp_path,
+        pool,
+        num_train_epochs=6,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="list_accuracy",
+        callbacks=[EarlyStoppingCallback(2)],
         compute_metrics=lambda prediction: {"list_accuracy": next(values)},
-    )  # fmt: skip
+    )
     run.train()
     assert run.state.global_step == 36 and run.state.best_metric == 0.9
     best = load_file(tmp_path / "checkpoint-18" / "model.safetensors")

@@ -96,14 +96,16 @@ def test_equal_values_have_no_divergence():
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [((torch.rand(2, 3), torch.rand(3, 2)), r"performance \(2, 3\) and similarity \(3, 2\)"),
-     ((torch.rand(3), torch.rand(3)), r"\(n, M\)"),
-     ((torch.rand(2, 3), torch.rand(2, 3), torch.ones(2, 3)), "known.*torch.float32.*bool"),
-     ((torch.rand(2, 3), torch.rand(2, 3), torch.ones(3, dtype=torch.bool)), r"known \(3,\)"),
-     ((torch.tensor([[1, math.nan]]), torch.rand(1, 2)), "performance is not finite in 1 of 2"),
-     ((torch.rand(1, 2), torch.tensor([[1, -math.inf]])), "similarity is not finite in 1 of 2"),
-     ((torch.rand(2, 3), torch.rand(2, 3), None, "cosine"), r"method='cosine': choose one of \('kl', 'spearman'\)")],
-)  # fmt: skip
+    [
+        ((torch.rand(2, 3), torch.rand(3, 2)), r"performance \(2, 3\) and similarity \(3, 2\)"),
+        ((torch.rand(3), torch.rand(3)), r"\(n, M\)"),
+        ((torch.rand(2, 3), torch.rand(2, 3), torch.ones(2, 3)), "known.*torch.float32.*bool"),
+        ((torch.rand(2, 3), torch.rand(2, 3), torch.ones(3, dtype=torch.bool)), r"known \(3,\)"),
+        ((torch.tensor([[1, math.nan]]), torch.rand(1, 2)), "performance is not finite in 1 of 2"),
+        ((torch.rand(1, 2), torch.tensor([[1, -math.inf]])), "similarity is not finite in 1 of 2"),
+        ((torch.rand(2, 3), torch.rand(2, 3), None, "cosine"), r"method='cosine': choose one of \('kl', 'spearman'\)"),
+    ],
+)
 def test_conformity_names_what_does_not_fit(arguments, words):
     with pytest.raises(ValueError, match=words):
         conformity(*arguments)
@@ -179,8 +181,10 @@ def test_neither_number_types_nor_the_order_of_pairs_change_the_result():
     candidates, performance, similarity = table(n=20, seed=3, bad=(1, 2))
     kept = reliable_rows(candidates, performance, similarity, 0.4)
     order = torch.randperm(19, generator=torch.Generator().manual_seed(0))
-    for other in ((candidates[:, order], performance[:, order], similarity[:, order]),
-                  (candidates.int(), performance.float(), similarity.float())):  # fmt: skip
+    for other in (
+        (candidates[:, order], performance[:, order], similarity[:, order]),
+        (candidates.int(), performance.float(), similarity.float()),
+    ):
         assert torch.equal(reliable_rows(*other, 0.4), kept)
     new = torch.randperm(20, generator=torch.Generator().manual_seed(1))
     old = new.argsort()
@@ -196,17 +200,21 @@ def changed(which, place, value):
 
 @pytest.mark.parametrize(
     ("measured", "drop", "words"),
-    [(table(n=6), 1.0, "drop=1.0.*below 1"), (table(n=6), -0.1, "drop=-0.1"), (table(n=6), math.nan, "drop=nan"),
-     (changed(1, (2, 3), math.nan), 0.15, "performance is not finite in 1 of 30"),
-     (changed(2, (2, 3), math.inf), 0.15, "similarity is not finite in 1 of 30"),
-     (changed(0, (0, 0), 6), 0.15, "to 6: the table has 6 rows.*0..5"),
-     (changed(0, (0, 0), -2), 0.15, "candidates from -2"),
-     (changed(1, (slice(None), slice(None)), 0.5), 0.15, "30 measured performances are all equal"),
-     (changed(0, (slice(None), slice(None)), -1), 0.15, "0 measured performances"),
-     ((table(n=6)[0], table(n=5)[1], table(n=6)[2]), 0.15, r"performance \(5, 4\)"),
-     ((table(n=6)[0], table(n=6)[1], table(n=5)[2]), 0.15, r"similarity \(5, 4\)"),
-     ((torch.arange(3), torch.rand(3), torch.rand(3)), 0.15, r"\(n, K\)")],
-)  # fmt: skip
+    [
+        (table(n=6), 1.0, "drop=1.0.*below 1"),
+        (table(n=6), -0.1, "drop=-0.1"),
+        (table(n=6), math.nan, "drop=nan"),
+        (changed(1, (2, 3), math.nan), 0.15, "performance is not finite in 1 of 30"),
+        (changed(2, (2, 3), math.inf), 0.15, "similarity is not finite in 1 of 30"),
+        (changed(0, (0, 0), 6), 0.15, "to 6: the table has 6 rows.*0..5"),
+        (changed(0, (0, 0), -2), 0.15, "candidates from -2"),
+        (changed(1, (slice(None), slice(None)), 0.5), 0.15, "30 measured performances are all equal"),
+        (changed(0, (slice(None), slice(None)), -1), 0.15, "0 measured performances"),
+        ((table(n=6)[0], table(n=5)[1], table(n=6)[2]), 0.15, r"performance \(5, 4\)"),
+        ((table(n=6)[0], table(n=6)[1], table(n=5)[2]), 0.15, r"similarity \(5, 4\)"),
+        ((torch.arange(3), torch.rand(3), torch.rand(3)), 0.15, r"\(n, K\)"),
+    ],
+)
 def test_what_no_reliable_set_can_come_from_is_named(measured, drop, words):
     with pytest.raises(ValueError, match=words):
         reliable_rows(*measured, drop=drop)
@@ -253,11 +261,13 @@ def test_a_query_without_a_reliable_candidate_keeps_its_list():
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [((torch.arange(3), torch.arange(3)), r"rows \(3,\)"),
-     ((torch.zeros(1, 2).long(), torch.zeros(1, 2).long()), r"reliable \(1, 2\)"),
-     ((torch.zeros(2, 2).long(), torch.arange(3), torch.zeros(3, 4).long()), r"fill \(3, 4\).*same 2 queries"),
-     ((torch.zeros(2, 2).long(), torch.arange(3), torch.arange(4)), r"fill \(4,\)")],
-)  # fmt: skip
+    [
+        ((torch.arange(3), torch.arange(3)), r"rows \(3,\)"),
+        ((torch.zeros(1, 2).long(), torch.zeros(1, 2).long()), r"reliable \(1, 2\)"),
+        ((torch.zeros(2, 2).long(), torch.arange(3), torch.zeros(3, 4).long()), r"fill \(3, 4\).*same 2 queries"),
+        ((torch.zeros(2, 2).long(), torch.arange(3), torch.arange(4)), r"fill \(4,\)"),
+    ],
+)
 def test_refine_names_what_does_not_fit(arguments, words):
     with pytest.raises(ValueError, match=words):
         refine(*arguments)

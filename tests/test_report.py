@@ -48,9 +48,14 @@ def many(selected, rows=None, quotas="none", **columns):
     label = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows))
     starts = np.cumsum([0, *rows[:-1]])
     chosen = torch.cat([torch.arange(s, s + k) for s, k in zip(starts, selected, strict=True)])
-    table = {"label": label, "predicted": label, "u_x": torch.rand(len(label)) + 0.1,
-             "p_label": torch.ones(len(label)), "p_clean": torch.ones(len(label)),
-             "confidence": torch.ones(len(label))} | columns  # fmt: skip
+    table = {
+        "label": label,
+        "predicted": label,
+        "u_x": torch.rand(len(label)) + 0.1,
+        "p_label": torch.ones(len(label)),
+        "p_clean": torch.ones(len(label)),
+        "confidence": torch.ones(len(label)),
+    } | columns
     plan = Plan(chosen, torch.ones(len(chosen)), torch.ones(len(chosen)), len(label), {"quotas": quotas})
     return Selection(plan, table, [f"class {c}" for c in range(len(rows))])
 
@@ -115,11 +120,23 @@ def test_suspects_are_sorted_and_named():
     report = by_hand(positions=(0, 9), ids=ids).report()
     assert report.suspect_count == 2
     assert report.suspects == [
-        {"row_id": "row-7", "label": "bee", "vote": "ant", "p_label": pytest.approx(0.01),
-         "p_clean": pytest.approx(0.02), "selected": False},
-        {"row_id": "row-9", "label": "cat", "vote": "ant", "p_label": pytest.approx(0.1),
-         "p_clean": pytest.approx(0.3), "selected": True},
-    ]  # fmt: skip
+        {
+            "row_id": "row-7",
+            "label": "bee",
+            "vote": "ant",
+            "p_label": pytest.approx(0.01),
+            "p_clean": pytest.approx(0.02),
+            "selected": False,
+        },
+        {
+            "row_id": "row-9",
+            "label": "cat",
+            "vote": "ant",
+            "p_label": pytest.approx(0.1),
+            "p_clean": pytest.approx(0.3),
+            "selected": True,
+        },
+    ]
     assert [suspect["row_id"] for suspect in by_hand().report().suspects] == [7, 9]
 
 
@@ -191,8 +208,15 @@ def test_the_sentence_follows_the_regime_and_its_reason():
     assert "0.700" in low and "below 0.86" in low
     blind = recipe(**shared, regime="agreement", noise_rate=0.0, trial_accuracy=None)
     assert "not known" in blind
-    middle = recipe(quotas="label", score="u_x", clip_quantile=0.5, weights="p_label", regime="clipped",
-                    noise_rate=0.0, trial_accuracy=0.9)  # fmt: skip
+    middle = recipe(
+        quotas="label",
+        score="u_x",
+        clip_quantile=0.5,
+        weights="p_label",
+        regime="clipped",
+        noise_rate=0.0,
+        trial_accuracy=0.9,
+    )
     assert "u_x up to its median" in middle and "0.900" in middle and "equal shares of the classes," in middle
     solved = recipe(quotas="none", score="u_x", regime="unclipped", noise_rate=0.0, trial_accuracy=0.96)
     assert "from 0.945" in solved and "whatever class" in solved and "median" not in solved
@@ -323,8 +347,10 @@ def test_save_writes_text_numbers_and_pictures(tmp_path):
     assert json.loads((tmp_path / "new/folder/report.json").read_text(encoding="utf-8")) == report.to_dict()
     assert Pillow.open(tmp_path / "new/folder/selection.png").size[0] > 1000
     assert {f.name for f in report.save(tmp_path / "b", examples=False)} == {
-        "report.md", "report.json", "selection.png"
-    }  # fmt: skip
+        "report.md",
+        "report.json",
+        "selection.png",
+    }
 
 
 def test_without_matplotlib_pictures_fail_clearly_and_the_rest_is_saved(tmp_path, monkeypatch):
@@ -427,14 +453,18 @@ def test_examples_are_the_rows_at_the_ends(tmp_path):
 
 def test_images_that_are_missing_encoded_or_of_many_kinds():
     kinds = [
-        Pillow.fromarray(np.zeros((30, 900, 3), dtype=np.uint8)), Pillow.new("RGBA", (20, 20)),
-        Pillow.fromarray(np.full((20, 20), 40_000, dtype=np.uint16)), None, Pillow.new("1", (9, 9)),
-    ]  # fmt: skip
+        Pillow.fromarray(np.zeros((30, 900, 3), dtype=np.uint8)),
+        Pillow.new("RGBA", (20, 20)),
+        Pillow.fromarray(np.full((20, 20), 40_000, dtype=np.uint16)),
+        None,
+        Pillow.new("1", (9, 9)),
+    ]
     pool = Dataset.from_dict({"image": kinds * 2}, features=Features({"image": Image()}))
     selection = by_hand(pool=pool)
     figure = plot_examples(selection, count=10)
-    arrays = [image.get_array() for axes in figure.findobj(match=lambda a: hasattr(a, "images"))
-              for image in axes.images]  # fmt: skip
+    arrays = [
+        image.get_array() for axes in figure.findobj(match=lambda a: hasattr(a, "images")) for image in axes.images
+    ]
     assert max(max(array.shape) for array in arrays) == 256
     assert any(array.max() == 40_000 for array in arrays)
     assert "no image" in texts_in(figure)
@@ -543,9 +573,9 @@ def test_a_selectors_report_and_picture(tmp_path):
     wrong = y.clone()
     wrong[240:276] = (y[240:276] + 1) % 3  # 36 of the pool's 240 rows
     order = torch.randperm(240, generator=generator) + 120
-    rows = Dataset.from_dict({
-        "features": x.tolist(), "label": wrong.tolist(), "text": [f"text number {i}" for i in range(360)]
-    }).cast_column("label", ClassLabel(names=NAMES))  # fmt: skip
+    rows = Dataset.from_dict(
+        {"features": x.tolist(), "label": wrong.tolist(), "text": [f"text number {i}" for i in range(360)]}
+    ).cast_column("label", ClassLabel(names=NAMES))
     probes = LinearProbes.train(None, rows.select(range(120)), input_column="features", steps=50)
     selector = UncertaintySelector(probes)
     subset = selector.select(rows.select(order.tolist()), 60)

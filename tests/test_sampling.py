@@ -134,10 +134,13 @@ def test_hashed_numbers_are_never_zero_or_one():
 @pytest.mark.parametrize(
     "rows",
     [
-        torch.arange(50_000), torch.arange(-50_000, 0), torch.arange(50_000) * 2**32, 2**63 - 1 - torch.arange(50_000),
+        torch.arange(50_000),
+        torch.arange(-50_000, 0),
+        torch.arange(50_000) * 2**32,
+        2**63 - 1 - torch.arange(50_000),
         [f"row-{i}" for i in range(50_000)],
     ],
-)  # fmt: skip
+)
 def test_hashed_numbers_are_uniform_whatever_the_pattern_of_ids(rows):
     u = hashed_uniform(0, rows).numpy()
     assert scipy.stats.kstest(u, "uniform").pvalue > 1e-3
@@ -656,11 +659,14 @@ def test_each_kind_of_weight_takes_its_own_column():
 @pytest.mark.parametrize(
     "kind,values,options",
     [
-        ("exact", {"probabilities": [0.0, 1]}, {}), ("damped", {"uncertainty": [0.0, 0]}, {"beta": 0.0}),
-        ("p_label", {"p_label": [0.0, 0]}, {"floor": 0.0}), ("p_label", {"p_label": [0.5, 0]}, {"floor": -0.1}),
-        ("p_label", {"p_label": [NAN, 0]}, {}), ("damped", {"uncertainty": [NAN, 0]}, {}),
+        ("exact", {"probabilities": [0.0, 1]}, {}),
+        ("damped", {"uncertainty": [0.0, 0]}, {"beta": 0.0}),
+        ("p_label", {"p_label": [0.0, 0]}, {"floor": 0.0}),
+        ("p_label", {"p_label": [0.5, 0]}, {"floor": -0.1}),
+        ("p_label", {"p_label": [NAN, 0]}, {}),
+        ("damped", {"uncertainty": [NAN, 0]}, {}),
     ],
-)  # fmt: skip
+)
 def test_weights_that_no_loss_can_use_are_refused(kind, values, options):
     columns = {name: torch.tensor(value) for name, value in values.items()}
     with pytest.raises(ValueError, match=f"weights='{kind}' come out infinite, NaN.*check {next(iter(values))}="):

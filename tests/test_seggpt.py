@@ -14,10 +14,19 @@ SIZE = 16
 def tiny(seed=0, **changes):
     """Random weights large enough that every block matters; dropped paths, so that training mode would show."""
     torch.manual_seed(seed)
-    values = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "decoder_hidden_size": 8,
-              "image_size": (2 * SIZE, SIZE), "patch_size": 4, "pretrain_image_size": 16, "merge_index": 2,
-              "intermediate_hidden_state_indices": (2, 4), "initializer_range": 0.2,
-              "drop_path_rate": 0.3}  # fmt: skip
+    values = {
+        "hidden_size": 16,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 2,
+        "decoder_hidden_size": 8,
+        "image_size": (2 * SIZE, SIZE),
+        "patch_size": 4,
+        "pretrain_image_size": 16,
+        "merge_index": 2,
+        "intermediate_hidden_state_indices": (2, 4),
+        "initializer_range": 0.2,
+        "drop_path_rate": 0.3,
+    }
     model = SegGptForImageSegmentation(SegGptConfig(**values | changes))
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "layernorm" in name:
@@ -56,9 +65,11 @@ def by_hand(model, query, images, labels, kind="instance", arrangement=0, mixed=
     for image, label in zip(images, labels):
         canvas = torch.cat((image, query) if arrangement == 0 else (query, image), dim=1)
         both = model.model.embeddings(
-            normal(canvas)[None], normal(torch.cat((label, label), dim=1))[None],
-            embedding_type=kind, bool_masked_pos=hidden.repeat_interleave(gw)[None],
-        )  # fmt: skip
+            normal(canvas)[None],
+            normal(torch.cat((label, label), dim=1))[None],
+            embedding_type=kind,
+            bool_masked_pos=hidden.repeat_interleave(gw)[None],
+        )
         for stream, tokens in zip(streams, both):
             stream.append(tokens[None])
     kept = []
@@ -85,9 +96,12 @@ def by_hand(model, query, images, labels, kind="instance", arrangement=0, mixed=
 def own(model, query, images, labels, feature_ensemble, **options):
     """The lower halves that transformers paints for one query, `(m, 3, h, w)`."""
     painted = model(
-        pixel_values=normal(query).expand_as(images), prompt_pixel_values=normal(images), prompt_masks=normal(labels),
-        feature_ensemble=feature_ensemble, **options,
-    ).pred_masks  # fmt: skip
+        pixel_values=normal(query).expand_as(images),
+        prompt_pixel_values=normal(images),
+        prompt_masks=normal(labels),
+        feature_ensemble=feature_ensemble,
+        **options,
+    ).pred_masks
     return painted[:, :, SIZE:] * STD + MEAN
 
 
@@ -110,8 +124,9 @@ def test_the_streams_stay_apart_wherever_they_merge(merge_index):
 
 def test_the_upstream_ensemble_is_upstreams_and_differs_in_one_block():
     model, (queries, images, labels) = tiny(), prompts()
-    original, upstream = (SegGptInContext(model, ensemble=name)(queries, images, labels) for name in
-                          ("original", "upstream"))  # fmt: skip
+    original, upstream = (
+        SegGptInContext(model, ensemble=name)(queries, images, labels) for name in ("original", "upstream")
+    )
     for answer, *example in zip(upstream, queries, images, labels):
         painted = own(model, *example, feature_ensemble=True)
         assert apart(answer, painted.mean(0).clamp(0, 1)) < 1e-6
@@ -157,9 +172,12 @@ def test_the_second_arrangement_is_the_query_over_the_example():
     black = normal(torch.zeros_like(queries))
     with torch.no_grad():
         painted = model.eval()(
-            pixel_values=normal(images[:, 0]), prompt_pixel_values=normal(queries), prompt_masks=black,
-            labels=normal(labels[:, 0]), bool_masked_pos=hidden.expand(2, -1),
-        ).pred_masks  # fmt: skip
+            pixel_values=normal(images[:, 0]),
+            prompt_pixel_values=normal(queries),
+            prompt_masks=black,
+            labels=normal(labels[:, 0]),
+            bool_masked_pos=hidden.expand(2, -1),
+        ).pred_masks
     f = SegGptInContext(model)
     assert f.arrangements == 2
     assert apart(f(queries, images, labels, 1), pixels(painted[:, :, :SIZE])) < 1e-6
@@ -244,8 +262,10 @@ def test_features_are_the_last_hidden_states_of_the_lower_half():
     assert apart(features[1:2], SegGptInContext(model, "semantic").features(images[1:2])) < 1e-5
 
 
-@pytest.mark.parametrize("changes, size", [({"image_size": 32}, (16, 32)), ({"image_size": [64, 16]}, (32, 16)),
-                                           ({"return_dict": False}, (16, 16))])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, size",
+    [({"image_size": 32}, (16, 32)), ({"image_size": [64, 16]}, (32, 16)), ({"return_dict": False}, (16, 16))],
+)
 def test_other_configurations(changes, size):
     f, (queries, images, labels) = SegGptInContext(tiny(**changes)), prompts(size=size)
     assert f.image_size == size

@@ -76,10 +76,12 @@ def test_scores_are_those_of_the_formulas(classes, monkeypatch):
     scored = UncertaintySelector(probes, batch_size=7).score(pool)
     assert set(scored.column_names) == {*pool.column_names, *SCORES} and len(scored) == 50
     expected = {
-        "u_x": formulas.uncertainty(logits), "u_y": formulas.uncertainty(logits, labels),
-        "p_label": formulas.p_label(logits, labels), "el2n": formulas.el2n(logits, labels),
+        "u_x": formulas.uncertainty(logits),
+        "u_y": formulas.uncertainty(logits, labels),
+        "p_label": formulas.p_label(logits, labels),
+        "el2n": formulas.el2n(logits, labels),
         **{name: getattr(formulas, name)(logits) for name in ("entropy", "margin", "least_confidence", "bald")},
-    }  # fmt: skip
+    }
     p = formulas.mean_probability(logits)
     expected |= {"confidence": p.amax(1), "predicted": p.argmax(1)}
     expected["p_clean"] = fit_label_noise(p, labels).p_clean(p, labels)
@@ -119,8 +121,13 @@ def test_out_of_bag_predictions_use_only_heads_that_did_not_see_the_row(probes):
 def start(folder: Path, *arguments: str, processes: int = 1) -> subprocess.Popen:
     launcher = [sys.executable]
     if processes > 1:
-        launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", str(processes), "--master_port",
-                    str(random.randint(20000, 40000))]  # fmt: skip
+        launcher = [
+            str(Path(sys.executable).parent / "torchrun"),
+            "--nproc_per_node",
+            str(processes),
+            "--master_port",
+            str(random.randint(20000, 40000)),
+        ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
         [*launcher, str(SCRIPT), *arguments], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -339,9 +346,16 @@ def resnet() -> ResNetForImageClassification:
 
 def arguments(folder, **options) -> TrainingArguments:
     return TrainingArguments(
-        str(folder), per_device_train_batch_size=8, report_to="none", save_strategy="no", disable_tqdm=True,
-        logging_strategy="no", use_cpu=True, dataloader_pin_memory=False, **({"num_train_epochs": 2} | options),
-    )  # fmt: skip
+        str(folder),
+        per_device_train_batch_size=8,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **({"num_train_epochs": 2} | options),
+    )
 
 
 def test_images_with_linear_probes_on_a_backbone_then_training_on_the_weights(tmp_path):
@@ -351,8 +365,9 @@ def test_images_with_linear_probes_on_a_backbone_then_training_on_the_weights(tm
 
     def collate(rows):
         batch = dict(PROCESSOR([row["image"] for row in rows], return_tensors="pt"))
-        return batch | {key: torch.tensor([row[name] for row in rows]) for key, name in
-                        (("labels", "label"), ("weight", "weight"))}  # fmt: skip
+        return batch | {
+            key: torch.tensor([row[name] for row in rows]) for key, name in (("labels", "label"), ("weight", "weight"))
+        }
 
     args = arguments(tmp_path, remove_unused_columns=False, max_steps=3)
     result = WeightedTrainer(resnet(), args, data_collator=collate, train_dataset=subset).train()
@@ -378,9 +393,15 @@ def test_texts_are_tokenised_and_padding_does_not_count():
     tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        num_labels=2, id2label={0: "animal", 1: "thing"}, label2id={"animal": 0, "thing": 1},
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=2,
+        id2label={0: "animal", 1: "thing"},
+        label2id={"animal": 0, "thing": 1},
+    )
     models = [BertForSequenceClassification(config) for _ in range(3)]
     texts = ["cat dog", "car", "bus bus bus bus car", "dog"] * 5
     pool = Dataset.from_dict({"text": texts, "topic": ["animal", "thing", "thing", "animal"] * 5})
@@ -425,8 +446,9 @@ def test_trained_probes_differ_by_bootstrap_and_are_kept(tmp_path, monkeypatch):
     (tmp_path / "probe-1" / "probe.safetensors").unlink()
     third = train_probes(resnet, arguments(tmp_path), rows, num_probes=3, processing_class=PROCESSOR)
     assert len(runs) == 1 and third.fingerprint == probes.fingerprint
-    other = train_probes(resnet, arguments(tmp_path, learning_rate=0.01), rows, num_probes=3,
-                         processing_class=PROCESSOR)  # fmt: skip
+    other = train_probes(
+        resnet, arguments(tmp_path, learning_rate=0.01), rows, num_probes=3, processing_class=PROCESSOR
+    )
     assert len(runs) == 4 and other.fingerprint != probes.fingerprint
 
 
@@ -483,9 +505,12 @@ def test_budgets_out_of_range_are_refused_before_the_long_work(probes, pool, mon
     monkeypatch.setattr(LinearProbes, "logits", None)
     selector = UncertaintySelector(probes)
     for budget, message in (
-        (0, "budget=0: it must be from 1 to the 200 rows"), (201, "budget=201"), (1.5, "share must be above 0"),
-        (-0.1, "share must be"), (2, "budget=2 is below the 3 classes"),
-    ):  # fmt: skip
+        (0, "budget=0: it must be from 1 to the 200 rows"),
+        (201, "budget=201"),
+        (1.5, "share must be above 0"),
+        (-0.1, "share must be"),
+        (2, "budget=2 is below the 3 classes"),
+    ):
         with pytest.raises(ValueError, match=message):
             selector.select(pool, budget)
     for budget in (True, "10", None):

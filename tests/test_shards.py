@@ -31,8 +31,14 @@ def table() -> pa.Table:
     rng = np.random.default_rng(0)
     scores = rng.lognormal(sigma=2, size=ROWS).astype(np.float32)
     scores[:50], scores[50:80] = 0, 3
-    return pa.table({"row_id": rng.permutation(10 * ROWS)[:ROWS], "u_x": scores, "u_y": rng.random(ROWS),
-                     "p_label": rng.random(ROWS)})  # fmt: skip
+    return pa.table(
+        {
+            "row_id": rng.permutation(10 * ROWS)[:ROWS],
+            "u_x": scores,
+            "u_y": rng.random(ROWS),
+            "p_label": rng.random(ROWS),
+        }
+    )
 
 
 def cut(table: pa.Table, folder: Path, shards: int, **options) -> list[Path]:
@@ -143,9 +149,15 @@ def test_clipped_scores_and_empty_shards(table, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "weights, score, reads", [("none", "u_x", "u_x"), ("damped", "u_x", "u_x"), ("damped", "p_label", "u_y"),
-                              ("p_label", "u_x", "p_label"), ("exact", "u_y", "u_y")],
-)  # fmt: skip
+    "weights, score, reads",
+    [
+        ("none", "u_x", "u_x"),
+        ("damped", "u_x", "u_x"),
+        ("damped", "p_label", "u_y"),
+        ("p_label", "u_x", "p_label"),
+        ("exact", "u_y", "u_y"),
+    ],
+)
 def test_every_kind_of_weights_has_mean_one_over_all_shards(table, tmp_path, weights, score, reads):
     files = cut(table, tmp_path / "in", 3)
     summary = plan_shards(files, tmp_path / "out", BUDGET, weights=weights, score=score, beta=0.2, batch_rows=500)
@@ -192,8 +204,9 @@ def test_a_finished_plan_is_kept_and_another_one_starts_over(table, tmp_path):
     (out / "plan-00001-of-00003.parquet").unlink()
     assert plan_shards(files, out, BUDGET) == first
     assert {name for name, inode in inodes(out).items() if before[name] == inode} >= {
-        "plan-00000-of-00003.parquet", "plan-00002-of-00003.parquet"
-    }  # fmt: skip
+        "plan-00000-of-00003.parquet",
+        "plan-00002-of-00003.parquet",
+    }
     # other settings, other files, another number of files
     plan_shards(files, out, BUDGET, seed=1)
     assert column(read(out), "row_id").equal(column(table, "row_id")[in_memory(table, seed=1)[0]])
@@ -311,8 +324,21 @@ def test_ids_that_occur_twice_at_the_edge_are_refused(table, tmp_path):
 
 def test_the_benchmark_runs_and_its_checks_hold(tmp_path):
     script, work, out = ROOT / "examples/benchmarks/sampling_scale.py", tmp_path / "work", tmp_path / "rows.jsonl"
-    command = [sys.executable, str(script), "--rows", "100000", "--repeats", "1", "--work", str(work),
-               "--out", str(out), "--arms", "plan_shards", "Efraimidis-Spirakis, numpy, in memory"]  # fmt: skip
+    command = [
+        sys.executable,
+        str(script),
+        "--rows",
+        "100000",
+        "--repeats",
+        "1",
+        "--work",
+        str(work),
+        "--out",
+        str(out),
+        "--arms",
+        "plan_shards",
+        "Efraimidis-Spirakis, numpy, in memory",
+    ]
     done = subprocess.run(
         command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120
     )

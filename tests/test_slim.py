@@ -211,9 +211,17 @@ def test_named_units_stay_and_rounding_adds_the_largest_of_the_others():
 
 @pytest.mark.parametrize(
     "index",
-    [[0, 3], (3, 0), range(0, 4, 3), np.array([0, 3]), torch.tensor([3, 0]), torch.tensor([0, 3], dtype=torch.int32),
-     torch.tensor([True, False, False, True, False, False]), [True, False, False, True, False, False]],
-)  # fmt: skip
+    [
+        [0, 3],
+        (3, 0),
+        range(0, 4, 3),
+        np.array([0, 3]),
+        torch.tensor([3, 0]),
+        torch.tensor([0, 3], dtype=torch.int32),
+        torch.tensor([True, False, False, True, False, False]),
+        [True, False, False, True, False, False],
+    ],
+)
 def test_kept_units_may_be_any_list_of_indices_or_a_mask(index):
     model, groups, _ = trained("vgg")
     small = slim(model, groups, {"0": index})
@@ -442,17 +450,26 @@ def test_slim_sizes_of_another_architecture_are_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
         ({"depths": [1, 1]}, "for a model with 17 sized layers, but ResNetForImageClassification has 13"),
-        ({"quantization_config": {**config["quantization_config"], "layers": {"0": [8]}}},
-         "layer 0 of this checkpoint has sizes \\[8\\], which do not fit a Conv2d"),
-    ):  # fmt: skip
+        (
+            {"quantization_config": {**config["quantization_config"], "layers": {"0": [8]}}},
+            "layer 0 of this checkpoint has sizes \\[8\\], which do not fit a Conv2d",
+        ),
+    ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=message):
             ResNetForImageClassification.from_pretrained(tmp_path)
 
 
 def test_the_neurons_of_a_transformer_slim_and_load_too(tmp_path):
-    config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, image_size=8,
-                       patch_size=4, num_labels=3)  # fmt: skip
+    config = ViTConfig(
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, x = ViTForImageClassification(config).eval(), torch.randn(2, 3, 8, 8)

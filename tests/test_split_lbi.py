@@ -211,8 +211,11 @@ def test_a_parameter_that_is_not_lifted_takes_the_step_of_sgd_at_kappa_lr(moment
     other = parameter(4, 3, dtype=dtype)
     opt = SplitLBI(
         [{"params": [mine]}, {"params": [other], "penalty": "group"}],
-        lr=0.05, kappa=3.0, momentum=momentum, weight_decay=weight_decay,
-    )  # fmt: skip
+        lr=0.05,
+        kappa=3.0,
+        momentum=momentum,
+        weight_decay=weight_decay,
+    )
     sgd = torch.optim.SGD([theirs], lr=3.0 * 0.05, momentum=momentum, weight_decay=weight_decay)
     for p in (mine, theirs, other):
         p.grad = torch.zeros_like(p)
@@ -225,13 +228,19 @@ def test_a_parameter_that_is_not_lifted_takes_the_step_of_sgd_at_kappa_lr(moment
     assert not torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("hyper,theirs,kwargs", [
-    ({"nesterov": True, "weight_decay": 0.05}, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
-    ({"base": "adamw", "weight_decay": 0.05}, torch.optim.AdamW, {}),
-    ({"base": "adamw", "weight_decay": 0.0, "betas": (0.8, 0.9), "eps": 1e-3}, torch.optim.AdamW,
-     {"betas": (0.8, 0.9), "eps": 1e-3}),
-    ({"base": "adamw", "weight_decay": 0.05, "decoupled_weight_decay": False}, torch.optim.Adam, {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "hyper,theirs,kwargs",
+    [
+        ({"nesterov": True, "weight_decay": 0.05}, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        ({"base": "adamw", "weight_decay": 0.05}, torch.optim.AdamW, {}),
+        (
+            {"base": "adamw", "weight_decay": 0.0, "betas": (0.8, 0.9), "eps": 1e-3},
+            torch.optim.AdamW,
+            {"betas": (0.8, 0.9), "eps": 1e-3},
+        ),
+        ({"base": "adamw", "weight_decay": 0.05, "decoupled_weight_decay": False}, torch.optim.Adam, {}),
+    ],
+)
 def test_other_bases_are_those_of_torch_for_what_is_not_lifted(hyper, theirs, kwargs):
     mine, other, lifted = (parameter(4, 3) for _ in range(3))
     opt = SplitLBI([{"params": [mine]}, {"params": [lifted], "penalty": "group"}], lr=0.05, kappa=2.0, **hyper)
@@ -314,8 +323,13 @@ def test_working_on_a_few_rows_at_a_time_changes_nothing(monkeypatch, shape, axi
     for entries in (1 << 30, 100):
         monkeypatch.setattr("hf_effdl.structure.optim.prox.CACHED", entries)
         p, head = parameter(*shape), parameter(*shape, seed=1)
-        opt = SplitLBI([{"params": [p], "penalty": "group", "axis": axis, "block": block},
-                        {"params": [head], "penalty": "l1"}], lr=0.1, nu=1.0, lam=0.5, **hyper)  # fmt: skip
+        opt = SplitLBI(
+            [{"params": [p], "penalty": "group", "axis": axis, "block": block}, {"params": [head], "penalty": "l1"}],
+            lr=0.1,
+            nu=1.0,
+            lam=0.5,
+            **hyper,
+        )
         for step in range(15):
             p.grad, head.grad = parameter(*shape, seed=2 + step).detach(), parameter(*shape, seed=50 + step).detach()
             opt.step()
@@ -615,8 +629,10 @@ def test_two_accumulated_micro_batches_are_one_batch():
     data = parameter(8, 6, seed=3).detach()
     models = [torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()]
     models.append(copy.deepcopy(models[0]))
-    opts = [SplitLBI([{"params": [m[0].weight], "penalty": "group"}, {"params": [m[2].weight]}], lr=0.1, nu=1.0)
-            for m in models]  # fmt: skip
+    opts = [
+        SplitLBI([{"params": [m[0].weight], "penalty": "group"}, {"params": [m[2].weight]}], lr=0.1, nu=1.0)
+        for m in models
+    ]
     for _ in range(15):
         for model, opt, parts in zip(models, opts, (1, 2), strict=True):
             opt.zero_grad()
@@ -896,10 +912,21 @@ def test_slices_of_a_unit_on_different_devices_are_refused():
     SplitLBI([{"params": [here], "penalty": "group"}, {"params": [there], "penalty": "group"}], lr=0.1)
 
 
-@pytest.mark.parametrize("key,value", [
-    ("axis", [1, 1]), ("scale", [1.0, 1.0]), ("block", [1, 2]), ("penalty", None), ("lam", 2.0), ("lam_scale", "none"),
-    ("units", 5), ("base", "adamw"), ("name", "other"), ("params", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key,value",
+    [
+        ("axis", [1, 1]),
+        ("scale", [1.0, 1.0]),
+        ("block", [1, 2]),
+        ("penalty", None),
+        ("lam", 2.0),
+        ("lam_scale", "none"),
+        ("units", 5),
+        ("base", "adamw"),
+        ("name", "other"),
+        ("params", None),
+    ],
+)
 def test_a_group_that_is_edited_in_what_v_rests_on_is_refused(key, value):
     params, opt = mixed()
     run(params, opt, 3)

@@ -111,8 +111,12 @@ def test_settled_is_what_the_definition_says_on_random_sequences_of_selections()
             flips = torch.rand(40) < rate * draw.choice([0, 1])
             masks.append(masks[-1] ^ flips)
         paths = [0.07 * (k + 1) for k in range(15)]
-        options = {"threshold": draw.choice([0.03, 0.2]), "window": draw.choice([2, 3, 5]),
-                   "patience": draw.choice([1, 2, 4]), "min_path": draw.choice([0.0, 0.45])}  # fmt: skip
+        options = {
+            "threshold": draw.choice([0.03, 0.2]),
+            "window": draw.choice([2, 3, 5]),
+            "patience": draw.choice([1, 2, 4]),
+            "min_path": draw.choice([0.0, 0.45]),
+        }
         settling = Settling(**options)
         said = [settling.note(k, paths[k], pack(mask)) for k, mask in enumerate(masks)]
         expected = brute_force(masks, paths, **options)
@@ -262,12 +266,15 @@ def test_a_plain_trainer_with_the_optimizer_finds_the_same_ticket(tmp_path):
     net = tiny_run.model()
     kwargs = settings.split_lbi_kwargs(48)
     alone = Trainer(  # the callback finds the groups itself
-        net, TrainingArguments(str(tmp_path), **{**tiny_run.SHARED, **QUIET}), train_dataset=tiny_run.images(64, 1),
+        net,
+        TrainingArguments(str(tmp_path), **{**tiny_run.SHARED, **QUIET}),
+        train_dataset=tiny_run.images(64, 1),
         optimizer_cls_and_kwargs=(
-            SplitLBI, kwargs | {"params": param_groups(net, find_groups(net, torch.zeros(1, 1, 16, 16)))}
+            SplitLBI,
+            kwargs | {"params": param_groups(net, find_groups(net, torch.zeros(1, 1, 16, 16)))},
         ),
         callbacks=[callback := EarlyTicketCallback(**options)],
-    )  # fmt: skip
+    )
     alone.train()
     assert_same_ticket(callback.ticket, ours)
     alone.train()  # begins anew, from the weights as they are
@@ -323,8 +330,10 @@ def test_every_checkpoint_of_a_search_leads_to_the_same_ticket(found, tmp_path):
 
 def test_a_resumed_search_keeps_the_groups_it_began_with(tmp_path):
     def search(checkpoint=None):
-        args = SplitLBIArguments(str(tmp_path), **{**tiny_run.SHARED, "eval_strategy": "no",
-                                                   "restore_callback_states_from_checkpoint": True})  # fmt: skip
+        args = SplitLBIArguments(
+            str(tmp_path),
+            **{**tiny_run.SHARED, "eval_strategy": "no", "restore_callback_states_from_checkpoint": True},
+        )
         net = tiny_run.model()
         groups = find_groups(net, torch.zeros(1, 1, 16, 16), unit="row")[1:]
         run = SplitLBITrainer(net, args, train_dataset=tiny_run.images(64, 1), groups=groups)
@@ -428,8 +437,16 @@ def test_nothing_wakes_the_silent_units():
     assert entries == sum(p.numel() for p in small.parameters())
 
 
-@pytest.mark.parametrize("make,shape", [(lenet, (1, 28, 28)), (vgg, (3, 16, 16)), (resnet, (3, 32, 32)),
-                                        (convnext, (3, 32, 32)), (mobilenet, (3, 32, 32))])  # fmt: skip
+@pytest.mark.parametrize(
+    "make,shape",
+    [
+        (lenet, (1, 28, 28)),
+        (vgg, (3, 16, 16)),
+        (resnet, (3, 32, 32)),
+        (convnext, (3, 32, 32)),
+        (mobilenet, (3, 32, 32)),
+    ],
+)
 def test_the_rewound_network_is_the_slim_one_of_the_initial_weights(make, shape):
     set_seed(0)
     net, x = make(), torch.randn(1, *shape)
@@ -574,8 +591,10 @@ def test_a_grey_image_has_the_same_response_in_grey_and_in_colour():
     for channels, other in ((1, 3), (3, 1)):
         ticket = made_up(net(channels), torch.zeros(1, channels, 16, 16))
         source, target = rewind(net(channels), ticket), transfer(ticket, net(other), to="init")
-        body = [model.resnet(x.expand(-1, c, -1, -1)).last_hidden_state
-                for model, c in ((source, channels), (target, other))]  # fmt: skip
+        body = [
+            model.resnet(x.expand(-1, c, -1, -1)).last_hidden_state
+            for model, c in ((source, channels), (target, other))
+        ]
         assert torch.allclose(*body, atol=1e-5)
 
 
@@ -627,8 +646,14 @@ def tiny_with_stem(channels):
 
 def test_a_ticket_comes_back_from_its_folder_as_it_was(found, tmp_path):
     folder = found.save_pretrained(tmp_path / "a" / "b")
-    names = {"README.md", "ticket.json", "ticket.safetensors", "weights-0.safetensors", "weights-3.safetensors",
-             f"weights-{found.step}.safetensors"}  # fmt: skip
+    names = {
+        "README.md",
+        "ticket.json",
+        "ticket.safetensors",
+        "weights-0.safetensors",
+        "weights-3.safetensors",
+        f"weights-{found.step}.safetensors",
+    }
     assert {file.name for file in folder.iterdir()} == names
     loaded = Ticket.from_pretrained(folder)
     assert_same_ticket(loaded, found)
@@ -639,8 +664,9 @@ def test_a_ticket_comes_back_from_its_folder_as_it_was(found, tmp_path):
     found.save_pretrained(folder, weights=False)  # those of before are gone
     assert {file.name for file in folder.iterdir()} == {"README.md", "ticket.json", "ticket.safetensors"}
     assert Ticket.from_pretrained(folder).weights == {}
-    assert_same_state(rewind(tiny_run.model, Ticket.from_pretrained(folder)).state_dict(),
-                      rewind(tiny_run.model, found).state_dict())  # fmt: skip
+    assert_same_state(
+        rewind(tiny_run.model, Ticket.from_pretrained(folder)).state_dict(), rewind(tiny_run.model, found).state_dict()
+    )
 
 
 def test_a_card_of_something_else_stays(found, tmp_path):
@@ -676,8 +702,9 @@ def test_damaged_files_are_refused_by_name(found, tmp_path, name, how):
         Ticket.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"format": 2}, {"groups": None}, {"weights": ["../../x"]}, {"sha256": []},
-                                    {"shapes": 3}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change", [{"format": 2}, {"groups": None}, {"weights": ["../../x"]}, {"sha256": []}, {"shapes": 3}]
+)
 def test_records_that_do_not_fit_are_refused(found, tmp_path, change):
     found.save_pretrained(tmp_path)
     record = json.loads((tmp_path / "ticket.json").read_text())
@@ -753,15 +780,25 @@ print("done")
         assert hub.run(code, tmp_path / "home").split()[-1] == "done"
         repo = hub.repos["model", "tester/ticket"]
         assert repo.private and repo.head.tree.keys() == {
-            ".gitattributes", "README.md", "ticket.json", "ticket.safetensors"
-        }  # fmt: skip
+            ".gitattributes",
+            "README.md",
+            "ticket.json",
+            "ticket.safetensors",
+        }
         card = repo.head.tree["README.md"].decode()
         shared = hub.repos["model", "tester/net"].head.tree
         assert shared["README.md"] == b"the net" and {"model.safetensors", "ticket.json"} <= shared.keys()
     report = found.report()
-    for text in ('Ticket.from_pretrained("tester/ticket")', f"| found at step | {found.step} |", "split-lbi",
-                 f"{report['macs']['after']} of {report['macs']['before']}", "| none |", found.init["sha256"],
-                 "| group | units | kept |", "@inproceedings"):  # fmt: skip
+    for text in (
+        'Ticket.from_pretrained("tester/ticket")',
+        f"| found at step | {found.step} |",
+        "split-lbi",
+        f"{report['macs']['after']} of {report['macs']['before']}",
+        "| none |",
+        found.init["sha256"],
+        "| group | units | kept |",
+        "@inproceedings",
+    ):
         assert text in card, text
 
 
@@ -770,11 +807,21 @@ print("done")
 
 def test_numbers_out_of_range_are_named():
     for name, bad in {
-        "macs": (0, 1.5, True), "params": (-1,), "keep": (0.0,), "order": ("norm",), "widths": ("wide",),
-        "threshold": (0, 1.1, float("nan")), "within": (0.0, 2), "window": (1, 2.5), "patience": (0,),
-        "every": (0, 1.0), "min_path": (-0.1, float("nan")), "at_step": (0, 2.5), "at_epoch": (0, -1),
+        "macs": (0, 1.5, True),
+        "params": (-1,),
+        "keep": (0.0,),
+        "order": ("norm",),
+        "widths": ("wide",),
+        "threshold": (0, 1.1, float("nan")),
+        "within": (0.0, 2),
+        "window": (1, 2.5),
+        "patience": (0,),
+        "every": (0, 1.0),
+        "min_path": (-0.1, float("nan")),
+        "at_step": (0, 2.5),
+        "at_epoch": (0, -1),
         "weights_at": ([-1], [1.5], [True]),
-    }.items():  # fmt: skip
+    }.items():
         for value in bad:
             with pytest.raises(ValueError, match=f"{name}="):
                 EarlyTicketCallback(**{name: value})
@@ -786,11 +833,14 @@ def test_numbers_out_of_range_are_named():
         EarlyTicketCallback().ticket  # noqa: B018
 
 
-@pytest.mark.parametrize("options,message", [
-    ({"macs": 1e-4}, "macs=0.0001 is below what the smallest sizes cost"),
-    ({"at_step": 10}, "at_step=10 lies after within=0.2 of this run, which is step 9 of 48"),
-    ({"at_epoch": 1.3}, "at_epoch=1.3 lies after within=0.2 of this run of 6 epochs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"macs": 1e-4}, "macs=0.0001 is below what the smallest sizes cost"),
+        ({"at_step": 10}, "at_step=10 lies after within=0.2 of this run, which is step 9 of 48"),
+        ({"at_epoch": 1.3}, "at_epoch=1.3 lies after within=0.2 of this run of 6 epochs"),
+    ],
+)
 def test_what_cannot_be_had_is_refused_before_the_first_step(tmp_path, options, message):
     run = tiny_run.trainer(str(tmp_path), **QUIET)
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
@@ -807,8 +857,9 @@ def test_trainers_that_cannot_search_are_refused(tmp_path):
     with pytest.raises(ValueError, match="read from the SplitLBI optimizer, this Trainer has AdamW"):
         find_ticket(Trainer(tiny_run.model(), args, train_dataset=rows))
     net = tiny_run.model()
-    run = Trainer(net, args, train_dataset=rows,
-                  optimizer_cls_and_kwargs=(SplitLBI, {"params": net.parameters(), "lr": 0.1}))  # fmt: skip
+    run = Trainer(
+        net, args, train_dataset=rows, optimizer_cls_and_kwargs=(SplitLBI, {"params": net.parameters(), "lr": 0.1})
+    )
     with pytest.raises(ValueError, match="no units to select"):
         find_ticket(run)
     with pytest.raises(TypeError, match="needs a Trainer of transformers, not ResNet"):

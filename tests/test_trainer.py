@@ -170,9 +170,12 @@ def test_every_evaluation_also_evaluates_the_projected_model(trained):
 def test_custom_metrics_are_computed_for_the_projected_model_too(tmp_path):
     args = SplitLBIArguments(str(tmp_path), **{**tiny_run.SHARED, "max_steps": 4})
     run = SplitLBITrainer(
-        tiny_run.model(), args, train_dataset=tiny_run.images(32, 1), eval_dataset=tiny_run.images(8, 2),
+        tiny_run.model(),
+        args,
+        train_dataset=tiny_run.images(32, 1),
+        eval_dataset=tiny_run.images(8, 2),
         compute_metrics=lambda p: {"rows": len(p.label_ids)},
-    )  # fmt: skip
+    )
     run.train()
     assert run.evaluate()["eval_sparse_rows"] == 8
 
@@ -403,8 +406,13 @@ def test_a_callback_without_its_optimizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="SplitLBICallback needs the SplitLBI optimizer, this Trainer has AdamW"):
         run.train()
     net = tiny_run.model()
-    run = Trainer(net, args, train_dataset=tiny_run.images(8, 1), callbacks=[SplitLBICallback()],
-                  optimizer_cls_and_kwargs=(SplitLBI, {"params": net.parameters(), "lr": 0.1}))  # fmt: skip
+    run = Trainer(
+        net,
+        args,
+        train_dataset=tiny_run.images(8, 1),
+        callbacks=[SplitLBICallback()],
+        optimizer_cls_and_kwargs=(SplitLBI, {"params": net.parameters(), "lr": 0.1}),
+    )
     with pytest.raises(ValueError, match="nothing would be selected"):
         run.train()
 
@@ -419,9 +427,12 @@ def test_a_plain_trainer_under_fsdp1_is_refused_by_name(tmp_path):
     callback = next(c for c in plain.callback_handler.callbacks if isinstance(c, SplitLBICallback))
     with pytest.raises(ValueError, match="cannot run under FSDP1.*fsdp_version: 2"):
         callback.on_train_begin(
-            plain.args, plain.state, plain.control, model=FullyShardedDataParallel(plain.model),
+            plain.args,
+            plain.state,
+            plain.control,
+            model=FullyShardedDataParallel(plain.model),
             optimizer=plain.create_optimizer(),
-        )  # fmt: skip
+        )
 
 
 def test_the_path_is_asked_for_too_early(tmp_path):
@@ -519,9 +530,15 @@ def test_the_base_sets_the_learning_rate_and_the_least_nu(tmp_path):
     assert kwargs["nu"] == pytest.approx(total / 3.7) and kwargs["nu"] < 1
     assert kwargs["path_scale"] == pytest.approx(2.5 / 3.7)
     named = SplitLBIArguments(
-        str(tmp_path), base="adamw", adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6, fused=True,
-        decoupled_weight_decay=False, use_cpu=True,
-    ).split_lbi_kwargs(10)  # fmt: skip
+        str(tmp_path),
+        base="adamw",
+        adam_beta1=0.8,
+        adam_beta2=0.9,
+        adam_epsilon=1e-6,
+        fused=True,
+        decoupled_weight_decay=False,
+        use_cpu=True,
+    ).split_lbi_kwargs(10)
     assert (named["betas"], named["eps"], named["fused"]) == ((0.8, 0.9), 1e-6, True)
     assert named["decoupled_weight_decay"] is False
     assert SplitLBIArguments(str(tmp_path), nesterov=True, use_cpu=True).split_lbi_kwargs(10)["nesterov"]
@@ -542,8 +559,10 @@ def test_a_run_with_another_base_resumes_bit_for_bit_and_slims(tmp_path, changes
     again.train(resume_from_checkpoint=str(first))
     got = tiny_run.outcome(again)
     assert got["step"] > int(first.name[11:])
-    assert_same({key: got[key] for key in ("model", "optimizer", "path")},
-                {key: expected[key] for key in ("model", "optimizer", "path")})  # fmt: skip
+    assert_same(
+        {key: got[key] for key in ("model", "optimizer", "path")},
+        {key: expected[key] for key in ("model", "optimizer", "path")},
+    )
     base = changes.get("base", "sgd")
     assert all(group["base"] == base for group in again.optimizer.param_groups)
     again.create_model_card()

@@ -97,10 +97,14 @@ def naive_uncertainty(logits, labels, gauge):
 
 @few
 @given(
-    rows=st.integers(1, 7), probes=st.integers(2, 6), count=st.integers(2, 5), seed=st.integers(0, 10**6),
-    scale=st.sampled_from([0.1, 1.0, 5.0]), gauge=st.sampled_from(["invariant", "drop-first"]),
+    rows=st.integers(1, 7),
+    probes=st.integers(2, 6),
+    count=st.integers(2, 5),
+    seed=st.integers(0, 10**6),
+    scale=st.sampled_from([0.1, 1.0, 5.0]),
+    gauge=st.sampled_from(["invariant", "drop-first"]),
     chunk=st.sampled_from([1, 24, 60, 2**22]),
-)  # fmt: skip
+)
 def test_uncertainty_is_the_quadratic_form_of_the_covariance(rows, probes, count, seed, scale, gauge, chunk):
     logits, labels = scale * normal(rows, probes, count, seed=seed), classes(rows, count, seed)
     before = logits.clone()
@@ -112,9 +116,12 @@ def test_uncertainty_is_the_quadratic_form_of_the_covariance(rows, probes, count
 
 @few
 @given(
-    rows=st.integers(1, 7), probes=st.integers(1, 5), count=st.integers(2, 5), seed=st.integers(0, 10**6),
+    rows=st.integers(1, 7),
+    probes=st.integers(1, 5),
+    count=st.integers(2, 5),
+    seed=st.integers(0, 10**6),
     chunk=st.sampled_from([1, 24, 2**22]),
-)  # fmt: skip
+)
 def test_the_rival_scores_are_their_definitions(rows, probes, count, seed, chunk):
     logits, labels = 2 * normal(rows, probes, count, seed=seed), classes(rows, count, seed)
     each = softmax(logits.numpy())
@@ -155,9 +162,12 @@ def test_bald_is_zero_where_the_probes_agree_and_never_below():
 
 @few
 @given(
-    rows=st.integers(1, 5), probes=st.integers(2, 6), count=st.integers(2, 6), seed=st.integers(0, 10**6),
+    rows=st.integers(1, 5),
+    probes=st.integers(2, 6),
+    count=st.integers(2, 6),
+    seed=st.integers(0, 10**6),
     gauge=st.sampled_from(["invariant", "drop-first"]),
-)  # fmt: skip
+)
 def test_the_mean_over_labels_of_the_squared_uncertainty_is_that_without_labels(rows, probes, count, seed, gauge):
     logits = 3 * normal(rows, probes, count, seed=seed)
     squares = torch.stack([uncertainty(logits, torch.full((rows,), y), gauge).square() for y in range(count)], 1)

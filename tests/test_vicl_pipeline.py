@@ -50,9 +50,18 @@ def pipes(pools):
 
 def tiny_seggpt():
     torch.manual_seed(0)
-    values = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "decoder_hidden_size": 8,
-              "image_size": (2 * SIZE, SIZE), "patch_size": 8, "pretrain_image_size": 16, "merge_index": 0,
-              "intermediate_hidden_state_indices": (1, 2), "initializer_range": 0.2}  # fmt: skip
+    values = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "decoder_hidden_size": 8,
+        "image_size": (2 * SIZE, SIZE),
+        "patch_size": 8,
+        "pretrain_image_size": 16,
+        "merge_index": 0,
+        "intermediate_hidden_state_indices": (1, 2),
+        "initializer_range": 0.2,
+    }
     return SegGptForImageSegmentation(SegGptConfig(**values))
 
 
@@ -192,10 +201,15 @@ def test_every_form_of_an_image_is_the_same_image(pipes, tmp_path):
     image.save(stream, "PNG")
     array, path = np.array(image), str(tmp_path / "photo.png")
     forms = {
-        "array": array, "floats": array / 255.0, "path": path, "Path": tmp_path / "photo.png",
-        "bytes": stream.getvalue(), "dict": {"bytes": stream.getvalue(), "path": None},
-        "dict of a path": {"bytes": None, "path": path}, "RGBA": image.convert("RGBA"),
-    }  # fmt: skip
+        "array": array,
+        "floats": array / 255.0,
+        "path": path,
+        "Path": tmp_path / "photo.png",
+        "bytes": stream.getvalue(),
+        "dict": {"bytes": stream.getvalue(), "path": None},
+        "dict of a path": {"bytes": None, "path": path},
+        "RGBA": image.convert("RGBA"),
+    }
     expected = plain(pipe(image))
     for name, form in forms.items():
         assert plain(pipe(form)) == expected, name
@@ -220,8 +234,12 @@ def test_every_form_of_an_image_is_the_same_image(pipes, tmp_path):
 def test_a_column_of_a_data_set_is_a_batch(pipes):
     pipe, ds = pipes(), rows(5, 100)
     expected = [plain(output) for output in pipe(photos())]
-    for column in (ds["image"], ds["image"][:], ds.cast_column("image", Image(decode=False))["image"],
-                   ds.to_iterable_dataset()["image"]):  # fmt: skip
+    for column in (
+        ds["image"],
+        ds["image"][:],
+        ds.cast_column("image", Image(decode=False))["image"],
+        ds.to_iterable_dataset()["image"],
+    ):
         assert [plain(output) for output in pipe(column)] == expected
     assert len(pipe(ds["image"], labels=ds["mask"], strategy="oracle")) == 5
     assert len(pipe(ds.to_iterable_dataset()["image"], labels=ds["mask"], strategy="oracle")) == 5
@@ -233,10 +251,15 @@ def test_a_whole_data_set_is_refused_with_what_to_pass(pipes):
             pipes()(ds)
 
 
-@pytest.mark.parametrize("wrong, text", [
-    (7, "got int; pass a PIL image"), (torch.rand(3, 8, 8), "got Tensor; pass a PIL image"), (None, "got NoneType"),
-    ([3.5], "got float"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, text",
+    [
+        (7, "got int; pass a PIL image"),
+        (torch.rand(3, 8, 8), "got Tensor; pass a PIL image"),
+        (None, "got NoneType"),
+        ([3.5], "got float"),
+    ],
+)
 def test_what_is_no_image_is_named(pipes, wrong, text):
     with pytest.raises(TypeError, match=text):
         pipes()(wrong)
@@ -267,8 +290,11 @@ def cells(pipe, pool, output, image):
 @pytest.mark.parametrize("task", TASKS)
 def test_answers_are_averaged_or_given_in_one_call(pools, task, kind):
     pool = pools[task]
-    model = make_model(task) if kind == "matching" else VisualInContextModel.from_parts(
-        SegGptInContext(tiny_seggpt()), tiny_encoder(), task=task)  # fmt: skip
+    model = (
+        make_model(task)
+        if kind == "matching"
+        else VisualInContextModel.from_parts(SegGptInContext(tiny_seggpt()), tiny_encoder(), task=task)
+    )
     pipe = VisualInContextPipeline(model, pool=pool)
     for image in photos()[:2]:
         for fusion in ("mean", "model"):
@@ -360,14 +386,22 @@ def test_candidates_limit_the_list(pipes):
         assert set(pipe(scene(100)[0], candidates=3, num_examples=3, **options)["example_ids"]) == set(near)
 
 
-@pytest.mark.parametrize("options, text", [
-    ({"num_examples": 0}, "num_examples=0: pass a whole number"), ({"num_examples": 1.5}, "num_examples=1.5"),
-    ({"candidates": 0}, "candidates=0: pass a whole number"), ({"candidates": -3}, "candidates=-3"),
-    ({"fusion": "max"}, "fusion='max': choose one of"), ({"strategy": "best"}, "strategy='best': it must be one of"),
-    ({"vote": True}, "FeatureMatching has no canvas.*leave vote out"), ({"batch_size": 0}, "batch_size=0"),
-    ({"strategy": "oracle"}, "pass labels="), ({"strategy": "transfer"}, "measure_examples"),
-    ({"strategy": "static"}, "measure_examples"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"num_examples": 0}, "num_examples=0: pass a whole number"),
+        ({"num_examples": 1.5}, "num_examples=1.5"),
+        ({"candidates": 0}, "candidates=0: pass a whole number"),
+        ({"candidates": -3}, "candidates=-3"),
+        ({"fusion": "max"}, "fusion='max': choose one of"),
+        ({"strategy": "best"}, "strategy='best': it must be one of"),
+        ({"vote": True}, "FeatureMatching has no canvas.*leave vote out"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"strategy": "oracle"}, "pass labels="),
+        ({"strategy": "transfer"}, "measure_examples"),
+        ({"strategy": "static"}, "measure_examples"),
+    ],
+)
 def test_an_option_that_cannot_be_is_refused(pipes, options, text):
     with pytest.raises(ValueError, match=text):
         pipes()(scene(100)[0], **options)
@@ -405,8 +439,12 @@ def test_the_oracle_has_labels_of_every_task(pipes):
 
 
 def test_the_oracle_goes_by_the_metric_of_the_pipeline(pipes):
-    sums = pipes(selector="oracle", metric=lambda predictions, references: predictions[0].sum(),
-                 greater_is_better=False, num_examples=COUNT)  # fmt: skip
+    sums = pipes(
+        selector="oracle",
+        metric=lambda predictions, references: predictions[0].sum(),
+        greater_is_better=False,
+        num_examples=COUNT,
+    )
     output = sums(scene(100)[0], labels=scene(100)[1])
     assert len(output["scores"]) == COUNT and max(output["scores"]) <= 0
 
@@ -514,8 +552,11 @@ def test_a_frozen_model_is_joined_with_the_encoder_of_the_pool(pools):
 def test_half_precision_runs(pools, kind, dtype):
     pool, encoder = pools["segmentation"], tiny_encoder()
     encoder.fingerprint  # noqa: B018  of the weights as the pool knows them
-    frozen = {"matching": lambda: make_model(encoder=encoder).frozen, "seggpt": lambda: SegGptInContext(tiny_seggpt()),
-              "canvas": Mirror}[kind]()  # fmt: skip
+    frozen = {
+        "matching": lambda: make_model(encoder=encoder).frozen,
+        "seggpt": lambda: SegGptInContext(tiny_seggpt()),
+        "canvas": Mirror,
+    }[kind]()
     model = VisualInContextModel.from_parts(frozen, encoder)
     measure_examples(model, pool, candidates=4, progress=False)
     full = VisualInContextPipeline(model, pool=pool)(photos())
@@ -635,12 +676,17 @@ def test_two_encoders_on_one_backbone_can_be_saved(pools, tmp_path):
 def test_the_factory_of_transformers_makes_it_too(pools, tmp_path):
     pipe = VisualInContextPipeline(make_model(), pool=pools["segmentation"])
     expected = plain(pipe(scene(100)[0]))
-    made = pipeline("visual-in-context-learning", model=pipe.model, pool=pools["segmentation"],
-                    pipeline_class=VisualInContextPipeline)  # fmt: skip
+    made = pipeline(
+        "visual-in-context-learning",
+        model=pipe.model,
+        pool=pools["segmentation"],
+        pipeline_class=VisualInContextPipeline,
+    )
     assert type(made) is VisualInContextPipeline and plain(made(scene(100)[0])) == expected
     pipe.save_pretrained(tmp_path)
-    made = pipeline("visual-in-context-learning", model=str(tmp_path), pipeline_class=VisualInContextPipeline,
-                    num_examples=2)  # fmt: skip
+    made = pipeline(
+        "visual-in-context-learning", model=str(tmp_path), pipeline_class=VisualInContextPipeline, num_examples=2
+    )
     assert made(scene(100)[0])["example_ids"][:1] == expected[1] and made.task == "visual-in-context-learning"
 
 
@@ -659,10 +705,11 @@ def test_a_picture_has_a_row_for_each_query(pipes, pools, task, tmp_path):
         picture = pipe.plot(images, outputs, height=height, path=tmp_path / "panel.png")
         assert picture.mode == "RGB" and picture.height == 3 * (height + CAPTION + GAP)
         wide = [
-            width_of([*(pools[task].image(pools[task].position(id)) for id in output["example_ids"]), image, image],
-                     height)
+            width_of(
+                [*(pools[task].image(pools[task].position(id)) for id in output["example_ids"]), image, image], height
+            )
             for image, output in zip(images, outputs)
-        ]  # fmt: skip
+        ]
         assert picture.width == max(wide)
         assert np.array_equal(np.array(Picture.open(tmp_path / "panel.png")), np.array(picture))
     run = pipe.plot(images, height=160)
@@ -717,8 +764,16 @@ def test_captions_do_not_run_into_each_other():
 
 
 def test_the_public_names_are_there_and_nothing_of_this_is_imported_before_it_is_used():
-    names = ["ExamplePool", "FeatureMatching", "SegGptInContext", "VisionEncoder", "VisualInContextConfig",
-             "VisualInContextModel", "VisualInContextPipeline", "measure_examples"]  # fmt: skip
+    names = [
+        "ExamplePool",
+        "FeatureMatching",
+        "SegGptInContext",
+        "VisionEncoder",
+        "VisualInContextConfig",
+        "VisualInContextModel",
+        "VisualInContextPipeline",
+        "measure_examples",
+    ]
     code = "import sys, hf_effdl; print([name for name in sys.modules if name.startswith('hf_effdl.vicl')])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -46,31 +46,61 @@ BACKBONES = {  # a maker, image_size, layer -> grid, width
     "dinov2": (lambda: Dinov2Model(Dinov2Config(**SIZES, image_size=28, patch_size=14)), 56, None, (4, 4), 16),
     "dinov2 registers": (
         lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SIZES, image_size=28, patch_size=14)),
-        56, None, (4, 4), 16,
+        56,
+        None,
+        (4, 4),
+        16,
     ),
     "dinov3": (lambda: DINOv3ViTModel(DINOv3ViTConfig(**WIDE, num_register_tokens=4)), 64, None, (4, 4), 16),
     "clip": (
-        lambda: CLIPModel(CLIPConfig(vision_config=WIDE | SMALL, text_config=WIDE | TEXT)), None, None, (4, 4), 16,
+        lambda: CLIPModel(CLIPConfig(vision_config=WIDE | SMALL, text_config=WIDE | TEXT)),
+        None,
+        None,
+        (4, 4),
+        16,
     ),
     "siglip": (
-        lambda: SiglipModel(SiglipConfig(vision_config=WIDE | SMALL, text_config=WIDE | TEXT)), None, None, (4, 4), 16,
+        lambda: SiglipModel(SiglipConfig(vision_config=WIDE | SMALL, text_config=WIDE | TEXT)),
+        None,
+        None,
+        (4, 4),
+        16,
     ),
     "siglip tower": (lambda: SiglipVisionModel(SiglipVisionConfig(**WIDE, **SMALL)), None, None, (4, 4), 16),
     "mobilenet": (lambda: MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.35)), 96, None, (3, 3), 1280),
     "mobilenet layer": (lambda: MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.35)), 96, 10, (6, 6), 32),
     "resnet": (
-        lambda: ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])), 64, None, (8, 8), 16,
+        lambda: ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])),
+        64,
+        None,
+        (8, 8),
+        16,
     ),
     "convnext": (
-        lambda: ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1])), 64, None, (2, 2), 16,
+        lambda: ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1])),
+        64,
+        None,
+        (2, 2),
+        16,
     ),
     "seggpt": (
-        lambda: SegGptForImageSegmentation(SegGptConfig(
-            **SIZES, image_size=(64, 32), patch_size=8, decoder_hidden_size=4, pretrain_image_size=32, merge_index=0,
-            intermediate_hidden_state_indices=[0, 1],
-        )), None, None, (4, 4), 16,
+        lambda: SegGptForImageSegmentation(
+            SegGptConfig(
+                **SIZES,
+                image_size=(64, 32),
+                patch_size=8,
+                decoder_hidden_size=4,
+                pretrain_image_size=32,
+                merge_index=0,
+                intermediate_hidden_state_indices=[0, 1],
+            )
+        ),
+        None,
+        None,
+        (4, 4),
+        16,
     ),
-}  # fmt: skip
+}
 
 
 def encoder_of(name: str) -> VisionEncoder:
@@ -183,9 +213,7 @@ def test_a_pool_takes_a_model_of_transformers_as_encoder(tmp_path):
     image = Image.fromarray(torch.randint(256, (40, 30, 3), dtype=torch.uint8).numpy())
     data = Dataset.from_dict({"image": [image, image.rotate(90)]}, features=Features({"image": ImageFeature()}))
     backbone = encoder_of("vit").backbone
-    pool = ExamplePool.from_dataset(
-        data, encoder=backbone, task="colourisation", cache_dir=tmp_path, progress=False
-    )  # fmt: skip
+    pool = ExamplePool.from_dataset(data, encoder=backbone, task="colourisation", cache_dir=tmp_path, progress=False)
     assert pool.encoder["fingerprint"] == VisionEncoder(backbone).fingerprint
     with pytest.raises(TypeError, match="encoder=Linear: pass a VisionEncoder, a vision model of transformers"):
         ExamplePool.from_dataset(data, encoder=torch.nn.Linear(1, 1), task="colourisation", cache_dir=tmp_path)

@@ -76,8 +76,14 @@ def test_transparency_of_palettes_and_of_single_colours_is_white():
 def test_sixteen_bits_are_scaled_not_cut():
     values = np.array([[0, 256, 257, 32768, 65535]], dtype=np.uint16)
     expected = [0, 1, 1, 128, 255]
-    for image in (values, values.astype(">u2"), Image.fromarray(values), Image.fromarray(values.astype(np.int32)),
-                  encoded(Image.fromarray(values)), encoded(Image.fromarray(values), "TIFF")):  # fmt: skip
+    for image in (
+        values,
+        values.astype(">u2"),
+        Image.fromarray(values),
+        Image.fromarray(values.astype(np.int32)),
+        encoded(Image.fromarray(values)),
+        encoded(Image.fromarray(values), "TIFF"),
+    ):
         assert np.asarray(to_rgb(image))[0, :, 0].tolist() == expected
 
 
@@ -96,8 +102,13 @@ def test_files_come_as_path_bytes_or_a_column_of_datasets(tmp_path):
     image = photo()
     path = tmp_path / "photo.png"
     image.save(path)
-    for same in (path, str(path), encoded(image), {"bytes": encoded(image), "path": "gone.png"},
-                 {"bytes": None, "path": str(path)}):  # fmt: skip
+    for same in (
+        path,
+        str(path),
+        encoded(image),
+        {"bytes": encoded(image), "path": "gone.png"},
+        {"bytes": None, "path": str(path)},
+    ):
         assert np.array_equal(np.asarray(to_rgb(same)), np.asarray(image))
 
 
@@ -214,10 +225,21 @@ def test_masks_by_class_black_and_white_void_and_named_values():
     pair = np.array([[0, 255, 255, 0, 255]], dtype=np.uint8)
     assert drawn(pair) == [0, 1, 1, 0, 1] and drawn(pair, foreground=[1]) == [0, 0, 0, 0, 0]
     assert drawn(np.zeros((1, 5))) == [0] * 5
-    for same in (pair > 0, (pair > 0).astype(float), pair.astype(np.int64), torch.tensor(pair), pair.tolist(),
-                 np.dstack([pair] * 3), pair[:, :, None], Image.fromarray(pair), Image.fromarray(pair > 0),
-                 Image.fromarray(pair).convert("RGB"), Image.fromarray(pair.astype(np.int32)),
-                 Image.fromarray(pair.astype(np.uint16) * 9), encoded(Image.fromarray(pair))):  # fmt: skip
+    for same in (
+        pair > 0,
+        (pair > 0).astype(float),
+        pair.astype(np.int64),
+        torch.tensor(pair),
+        pair.tolist(),
+        np.dstack([pair] * 3),
+        pair[:, :, None],
+        Image.fromarray(pair),
+        Image.fromarray(pair > 0),
+        Image.fromarray(pair).convert("RGB"),
+        Image.fromarray(pair.astype(np.int32)),
+        Image.fromarray(pair.astype(np.uint16) * 9),
+        encoded(Image.fromarray(pair)),
+    ):
         assert drawn(same) == [0, 1, 1, 0, 1]
     palette = Image.fromarray(classes).convert("P")
     palette.putdata(classes.ravel().tolist())
@@ -433,8 +455,10 @@ def test_labels_and_images_come_in_pairs():
 
 def test_tasks_are_found_by_name_or_given():
     assert {name: task.metric for name, task in TASKS.items()} == {
-        "segmentation": "foreground_iou", "detection": "box_iou", "colourisation": "colour_mse"
-    }  # fmt: skip
+        "segmentation": "foreground_iou",
+        "detection": "box_iou",
+        "colourisation": "colour_mse",
+    }
     assert find_task("detection") is TASKS["detection"] and not find_task("colourisation").greater_is_better
     mine = Segmentation(foreground=[3])
     assert find_task(mine) is mine and find_task("segmentation", foreground=[1, 2]).foreground == (1, 2)

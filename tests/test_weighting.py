@@ -119,9 +119,14 @@ def gpt2() -> nn.Module:
 
 BERT = {**SIZES, "num_labels": 3}
 DECODER = {
-    "vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 16,
-}  # fmt: skip
+    "vocab_size": WORDS,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 16,
+}
 T5 = {"vocab_size": WORDS, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
 
 
@@ -136,25 +141,31 @@ def lora(base: nn.Module, task: str, target: str) -> nn.Module:
 MODELS = {
     "classification": (lambda: build(BertForSequenceClassification, BertConfig(**BERT)), "class"),
     "classification under PEFT": (
-        lambda: lora(build(BertForSequenceClassification, BertConfig(**BERT)), "SEQ_CLS", "query"), "class",
+        lambda: lora(build(BertForSequenceClassification, BertConfig(**BERT)), "SEQ_CLS", "query"),
+        "class",
     ),
     "regression": (lambda: build(BertForSequenceClassification, BertConfig(**{**BERT, "num_labels": 1})), "number"),
     "regression on whole numbers": (
-        lambda: build(BertForSequenceClassification, BertConfig(**{**BERT, "num_labels": 1})), "class",
+        lambda: build(BertForSequenceClassification, BertConfig(**{**BERT, "num_labels": 1})),
+        "class",
     ),
     "regression, several outputs": (
-        lambda: build(BertForSequenceClassification, BertConfig(**BERT, problem_type="regression")), "numbers",
+        lambda: build(BertForSequenceClassification, BertConfig(**BERT, problem_type="regression")),
+        "numbers",
     ),
     "multi-label": (lambda: build(BertForSequenceClassification, BertConfig(**BERT)), "bits"),
     "multi-label, by its config": (
-        lambda: build(
-            BertForSequenceClassification, BertConfig(**BERT, problem_type="multi_label_classification")
-        ), "bits",
+        lambda: build(BertForSequenceClassification, BertConfig(**BERT, problem_type="multi_label_classification")),
+        "bits",
     ),
     "images": (
-        lambda: build(ResNetForImageClassification, ResNetConfig(
-            num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3,
-        )), "class",
+        lambda: build(
+            ResNetForImageClassification,
+            ResNetConfig(
+                num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3
+            ),
+        ),
+        "class",
     ),
     "a head that names no task": (lambda: build(BertForNextSentencePrediction, BertConfig(**SIZES)), "bit"),
     "tokens": (lambda: build(BertForTokenClassification, BertConfig(**BERT)), "ragged"),
@@ -163,9 +174,10 @@ MODELS = {
     "GPT-2 under PEFT": (lambda: lora(gpt2(), "CAUSAL_LM", "c_proj"), "ragged"),
     "Llama": (lambda: build(LlamaForCausalLM, LlamaConfig(**DECODER)), "ragged"),
     "encoder-decoder": (
-        lambda: build(T5ForConditionalGeneration, T5Config(**T5, decoder_start_token_id=0, pad_token_id=0)), "ragged",
+        lambda: build(T5ForConditionalGeneration, T5Config(**T5, decoder_start_token_id=0, pad_token_id=0)),
+        "ragged",
     ),
-}  # fmt: skip
+}
 
 
 def batch_for(model: nn.Module, kind: str, count: int = 6) -> dict[str, torch.Tensor]:
@@ -288,10 +300,22 @@ def test_four_micro_batches_of_4_equal_one_batch_of_16_also_when_the_last_ones_a
 def test_two_processes_equal_one_also_when_their_last_batches_differ_in_size(tmp_path):
     # 22 rows in batches of 4: process 0 gets 4, 4, 4 and process 1 gets 4, 4, 2; two of each make a step
     done = subprocess.run(
-        [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", weighted_run.__file__, str(tmp_path),
-         "22", "4", "2"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [
+            str(BIN / "torchrun"),
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            weighted_run.__file__,
+            str(tmp_path),
+            "22",
+            "4",
+            "2",
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(tmp_path / "final.pt", weights_only=True)
     assert distance(two, weighted_run.run(str(tmp_path), 22, 16, 1)) < 1e-8
@@ -353,15 +377,18 @@ def arrangements(data: Dataset) -> dict[str, object]:
         "numpy format": data.with_format("numpy"),
         "a transform that passes it on": data.with_transform(lambda batch: dict(batch)),
         "a transform that makes it": bare.add_column("row", list(weight)).with_transform(
-            lambda batch: {"input_ids": batch["input_ids"], "labels": batch["labels"],
-                           "weight": [weight[i] for i in batch["row"]]}
+            lambda batch: {
+                "input_ids": batch["input_ids"],
+                "labels": batch["labels"],
+                "weight": [weight[i] for i in batch["row"]],
+            }
         ),
         "stream": stream,
         "stream of unknown columns": unknown,
         "torch data set": Rows(data),
         "torch subset": torch.utils.data.Subset(data, range(len(data))),
         "numbers of another type": data.cast_column("weight", Value("float32")),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")

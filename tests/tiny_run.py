@@ -22,10 +22,22 @@ from hf_effdl import (
 
 CLOCKS = ("runtime", "per_second")
 SHARED = {
-    "per_device_train_batch_size": 8, "per_device_eval_batch_size": 32, "num_train_epochs": 6, "learning_rate": 0.1,
-    "save_strategy": "steps", "save_steps": 4, "logging_steps": 4, "eval_strategy": "steps", "eval_steps": 4,
-    "max_grad_norm": 0.0, "seed": 3, "disable_tqdm": True, "report_to": "none", "use_cpu": True, "save_total_limit": 3,
-}  # fmt: skip
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 32,
+    "num_train_epochs": 6,
+    "learning_rate": 0.1,
+    "save_strategy": "steps",
+    "save_steps": 4,
+    "logging_steps": 4,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "max_grad_norm": 0.0,
+    "seed": 3,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "use_cpu": True,
+    "save_total_limit": 3,
+}
 
 
 def images(rows: int, seed: int) -> Dataset:
@@ -59,9 +71,13 @@ def plain_trainer(out: str, **changes) -> Trainer:
     groups = find_groups(net, {"pixel_values": torch.zeros(1, 1, 16, 16)})
     kwargs = settings.split_lbi_kwargs(steps) | {"params": param_groups(net, groups)}
     return Trainer(
-        net, TrainingArguments(out, **{**SHARED, **changes}), train_dataset=images(64, 1), eval_dataset=images(32, 2),
-        optimizer_cls_and_kwargs=(SplitLBI, kwargs), callbacks=[SplitLBICallback(groups)],
-    )  # fmt: skip
+        net,
+        TrainingArguments(out, **{**SHARED, **changes}),
+        train_dataset=images(64, 1),
+        eval_dataset=images(32, 2),
+        optimizer_cls_and_kwargs=(SplitLBI, kwargs),
+        callbacks=[SplitLBICallback(groups)],
+    )
 
 
 def outcome(run: Trainer) -> dict:
@@ -76,8 +92,11 @@ def outcome(run: Trainer) -> dict:
     ]
     return {
         "model": {name: tensor.clone() for name, tensor in run.model.state_dict().items()},
-        "optimizer": optimizer.state_dict(), "path": path.units, "log": log, "step": run.state.global_step,
-    }  # fmt: skip
+        "optimizer": optimizer.state_dict(),
+        "path": path.units,
+        "log": log,
+        "step": run.state.global_step,
+    }
 
 
 if __name__ == "__main__":

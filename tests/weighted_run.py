@@ -16,20 +16,28 @@ from hf_effdl import WeightedTrainer
 
 WORDS, LENGTH = 30, 6
 SIZES = {
-    "vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "max_position_embeddings": 16, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-}  # fmt: skip
+    "vocab_size": WORDS,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 
 
 def rows(count: int, seed: int = 1) -> Dataset:
     """Random tokens of three classes, with weights of mean 1."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.rand(count, generator=generator, dtype=torch.float64) ** 3
-    return Dataset.from_dict({
-        "input_ids": torch.randint(1, WORDS, (count, LENGTH), generator=generator).tolist(),
-        "labels": torch.randint(3, (count,), generator=generator).tolist(),
-        "weight": (weight / weight.mean()).tolist(),
-    })  # fmt: skip
+    return Dataset.from_dict(
+        {
+            "input_ids": torch.randint(1, WORDS, (count, LENGTH), generator=generator).tolist(),
+            "labels": torch.randint(3, (count,), generator=generator).tolist(),
+            "weight": (weight / weight.mean()).tolist(),
+        }
+    )
 
 
 def classifier(**config: object) -> BertForSequenceClassification:
@@ -40,10 +48,19 @@ def classifier(**config: object) -> BertForSequenceClassification:
 def arguments(out: str, **changes: object) -> TrainingArguments:
     """Plain SGD without clipping or decay, so that parameters move by the gradient and nothing else."""
     settings = {
-        "per_device_train_batch_size": 16, "num_train_epochs": 1, "optim": "sgd", "learning_rate": 0.5,
-        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "save_strategy": "no", "logging_steps": 1, "seed": 3,
-        "report_to": "none", "use_cpu": True, "disable_tqdm": True,
-    }  # fmt: skip
+        "per_device_train_batch_size": 16,
+        "num_train_epochs": 1,
+        "optim": "sgd",
+        "learning_rate": 0.5,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "seed": 3,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
     return TrainingArguments(out, **{**settings, **changes})
 
 
@@ -56,9 +73,11 @@ def trained(trainer: Trainer) -> dict[str, Tensor]:
 
 def run(out: str, count: int, batch: int, accumulate: int) -> dict[str, Tensor]:
     args = arguments(
-        out, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+        out,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
         accelerator_config={"even_batches": False},  # no row twice, so the last batches of the processes may differ
-    )  # fmt: skip
+    )
     return trained(WeightedTrainer(classifier(), args, train_dataset=rows(count)))
 
 

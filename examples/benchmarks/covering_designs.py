@@ -196,8 +196,9 @@ def write(lines: dict[int, dict[int, str]]) -> None:
 
 
 def current() -> dict[int, dict[int, str]]:
-    return {k: {int(one.split()[0]): one for one in text.split("\n") if one} for k, text in
-            covering_tables.DESIGNS.items()}  # fmt: skip
+    return {
+        k: {int(one.split()[0]): one for one in text.split("\n") if one} for k, text in covering_tables.DESIGNS.items()
+    }
 
 
 def size(v: int, k: int, lines: dict[int, dict[int, str]]) -> int:

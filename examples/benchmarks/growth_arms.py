@@ -81,13 +81,25 @@ def common(setting: Setting, folder: str, seed: int, steps: int) -> dict[str, An
     """The arguments that all arms share."""
     per_epoch = len(setting.data[0]) // setting.batch
     return {
-        "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": setting.batch, "seed": seed,
-        "per_device_eval_batch_size": math.gcd(len(setting.test[0]), 2000), "learning_rate": setting.lr,
-        "weight_decay": setting.weight_decay, "lr_scheduler_type": "linear", "max_grad_norm": 0.0,
-        "save_strategy": "no", "eval_strategy": "steps", "eval_steps": per_epoch, "logging_strategy": "no",
-        "report_to": "none", "disable_tqdm": True, "dataloader_drop_last": True, "bf16": setting.bf16,
+        "output_dir": folder,
+        "max_steps": steps,
+        "per_device_train_batch_size": setting.batch,
+        "seed": seed,
+        "per_device_eval_batch_size": math.gcd(len(setting.test[0]), 2000),
+        "learning_rate": setting.lr,
+        "weight_decay": setting.weight_decay,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "eval_strategy": "steps",
+        "eval_steps": per_epoch,
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_drop_last": True,
+        "bf16": setting.bf16,
         "use_cpu": setting.config.get("device") == "cpu",
-    }  # fmt: skip
+    }
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
@@ -97,8 +109,12 @@ def accuracy(prediction: Any) -> dict[str, float]:
 def train(setting: Setting, model: nn.Module, seed: int, steps: int, init: str | None = None) -> dict[str, Any]:
     """One arm: plain SGD, or growth where `init` names what new units start with."""
     start = time.perf_counter()
-    rows = {"train_dataset": Rows(*setting.data, setting.augment), "eval_dataset": Rows(*setting.test),
-            "data_collator": collate, "compute_metrics": accuracy}  # fmt: skip
+    rows = {
+        "train_dataset": Rows(*setting.data, setting.augment),
+        "eval_dataset": Rows(*setting.test),
+        "data_collator": collate,
+        "compute_metrics": accuracy,
+    }
     with tempfile.TemporaryDirectory() as folder:
         options = common(setting, folder, seed, steps)
         row: dict[str, Any] = {}
@@ -110,8 +126,9 @@ def train(setting: Setting, model: nn.Module, seed: int, steps: int, init: str |
             row["training_macs"] = 3 * macs * setting.batch * steps
             row["curve"] = [
                 {"training_macs": 3 * macs * setting.batch * entry["step"], "accuracy": entry["eval_accuracy"]}
-                for entry in trainer.state.log_history if "eval_accuracy" in entry
-            ]  # fmt: skip
+                for entry in trainer.state.log_history
+                if "eval_accuracy" in entry
+            ]
         else:
             bound = int(setting.share * setting.macs(setting.model(setting.dense, 0)))
             args = GrowingArguments(**options | setting.growth, max_macs=bound, growth_init=init, widths="free")
@@ -124,8 +141,12 @@ def train(setting: Setting, model: nn.Module, seed: int, steps: int, init: str |
             ]
             row["training_macs"] = row["curve"][-1]["training_macs"]
             row["units"] = {group.name: group.units for group in trainer.groups}
-        row |= {"accuracy": row["curve"][-1]["accuracy"], "macs": macs, "seconds": time.perf_counter() - start,
-                "params": sum(p.numel() for p in trainer.model.parameters())}  # fmt: skip
+        row |= {
+            "accuracy": row["curve"][-1]["accuracy"],
+            "macs": macs,
+            "seconds": time.perf_counter() - start,
+            "params": sum(p.numel() for p in trainer.model.parameters()),
+        }
     return row
 
 
@@ -198,8 +219,10 @@ def table(rows: list[dict], title: str) -> None:
     of = {(row["arm"], row["seed"]): row for row in rows}
     unit = {seed: row["training_macs"] for (arm, seed), row in of.items() if arm == "dense"}
     whole = {seed: row["macs"] for (arm, seed), row in of.items() if arm == "dense"}
-    print(f"\n{title}\n| arm | seeds | accuracy | beside dense (SE) | grown, ahead (SE) | parameters | MACs | "
-          "training MACs | seconds |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    print(
+        f"\n{title}\n| arm | seeds | accuracy | beside dense (SE) | grown, ahead (SE) | parameters | MACs | "
+        "training MACs | seconds |\n|---|---|---|---|---|---|---|---|---|"
+    )
     for arm in ARMS:
         mine = [of[arm, seed] for seed in unit if (arm, seed) in of]
         if not mine:
@@ -210,8 +233,10 @@ def table(rows: list[dict], title: str) -> None:
         shares = [(row["macs"] / whole[row["seed"]], row["training_macs"] / unit[row["seed"]]) for row in mine]
         macs, cost = (statistics.mean(values) for values in zip(*shares, strict=True))
         last = "" if arm == "grown" else f"{ahead:+.2f} ({other_error:.2f})"
-        print(f"| {arm} | {len(mine)} | {mean['accuracy']:.2f} | {beside:+.2f} ({error:.2f}) | {last} | "
-              f"{mean['params']:,.0f} | {macs:.2f} | {cost:.2f} | {mean['seconds']:.0f} |")  # fmt: skip
+        print(
+            f"| {arm} | {len(mine)} | {mean['accuracy']:.2f} | {beside:+.2f} ({error:.2f}) | {last} | "
+            f"{mean['params']:,.0f} | {macs:.2f} | {cost:.2f} | {mean['seconds']:.0f} |"
+        )
     for seed in unit:
         if ("grown", seed) in of:
             steps = dict.fromkeys(row["step"] for row in of["grown", seed]["history"])

@@ -149,10 +149,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         config["settings"] = " ".join(sorted(options.set))
         dense = dense_widths(options.net, options.width)
         setting = Setting(
-            options.net, lambda widths: NETS[options.net](widths, options.classes), dense,
-            [options.seed_width] * len(dense), data, test, options.epochs, options.batch, SETTINGS["lr"],
-            SETTINGS["weight_decay"], augment, config["precision"] == "bfloat16", growth, options.share, config,
-        )  # fmt: skip
+            options.net,
+            lambda widths: NETS[options.net](widths, options.classes),
+            dense,
+            [options.seed_width] * len(dense),
+            data,
+            test,
+            options.epochs,
+            options.batch,
+            SETTINGS["lr"],
+            SETTINGS["weight_decay"],
+            augment,
+            config["precision"] == "bfloat16",
+            growth,
+            options.share,
+            config,
+        )
         drop_cut_line(options.out)
         rows = run(setting, options.arms, options.seeds, options.out)
     table(rows)

@@ -45,9 +45,16 @@ def main() -> None:
         pairs = (text.split("=") for text in options.set)
         growth = {name: float(value) if "." in value else int(value) for name, value in pairs}
         setting = Setting(
-            "conv-bn", conv_bn_net, WIDTHS, SEED_WIDTHS, (images[: options.rows], labels[: options.rows]),
-            mnist("test"), options.epochs, growth=growth, config=config,
-        )  # fmt: skip
+            "conv-bn",
+            conv_bn_net,
+            WIDTHS,
+            SEED_WIDTHS,
+            (images[: options.rows], labels[: options.rows]),
+            mnist("test"),
+            options.epochs,
+            growth=growth,
+            config=config,
+        )
         rows = run(setting, options.arms, options.seeds, options.out)
     mine = [row for row in rows if all(row.get(key) == value for key, value in config.items())]
     table(mine, f"MNIST, {options.rows:,} rows, {options.epochs} epochs {config['settings']}".rstrip())

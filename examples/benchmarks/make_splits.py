@@ -37,9 +37,13 @@ def photos_of(task: str) -> tuple[list[str], Tensor]:
     encoder = VisionEncoder.from_pretrained(str(DATA / "weights" / "mobilenet_v2_1.0_224"), layer=LAYER)
     data = read_photos(task, PHOTOS)
     pool = ExamplePool.from_dataset(
-        data, encoder=encoder, task=task, foreground=1 if task == "segmentation" else None,
-        cache_dir=Path("runs/benchmarks/vicl_pets/pools"), progress=False,
-    )  # fmt: skip
+        data,
+        encoder=encoder,
+        task=task,
+        foreground=1 if task == "segmentation" else None,
+        cache_dir=Path("runs/benchmarks/vicl_pets/pools"),
+        progress=False,
+    )
     return [Path(file).name for file in data["image"]], pool.vectors
 
 
@@ -96,8 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = folds_of(task, names, vectors)
         write_splits(options.out / f"{file}.json", found)
         dropped = [len(split.dropped) for split in found.values()]
-        say(f"{file}: {len(found)} splits of {len(names)} photos, {min(dropped)} to {max(dropped)} near duplicates "
-            f"taken out of a pool, {sum(dropped)} in all")  # fmt: skip
+        say(
+            f"{file}: {len(found)} splits of {len(names)} photos, {min(dropped)} to {max(dropped)} near duplicates "
+            f"taken out of a pool, {sum(dropped)} in all"
+        )
 
 
 if __name__ == "__main__":

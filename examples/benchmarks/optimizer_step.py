@@ -167,15 +167,24 @@ def main() -> None:
         for name, values in times.items():
             minima.setdefault(name, []).append(min(values))
         del params
-    ratios = {name: [v / a for v, a in zip(values, minima["AdamW(fused=True)"], strict=True)]
-              for name, values in minima.items()}  # fmt: skip
+    ratios = {
+        name: [v / a for v, a in zip(values, minima["AdamW(fused=True)"], strict=True)]
+        for name, values in minima.items()
+    }
     textbook = [t / f for t, f in zip(minima["textbook loop"], minima["SplitLBI(fused=True)"], strict=True)]
     small = [shape for shape in shapes if options.size == "resnet18"]
     row = {
-        "date": date.today().isoformat(), "device": options.device, "dtype": options.dtype, "size": options.size,
-        "threads": options.threads, "torch": torch.__version__, "rounds": options.rounds,
-        "minimum_ms": minima, "ratio_to_adamw": ratios, "textbook_over_fused": textbook,
-    }  # fmt: skip
+        "date": date.today().isoformat(),
+        "device": options.device,
+        "dtype": options.dtype,
+        "size": options.size,
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "rounds": options.rounds,
+        "minimum_ms": minima,
+        "ratio_to_adamw": ratios,
+        "textbook_over_fused": textbook,
+    }
     if small:
         row["extra_state"] = state_bytes(shapes, options.device, dtype)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -70,8 +70,14 @@ def build(work: Path, options: argparse.Namespace) -> dict:
 
     record = build_index(blocks_of(work), work / "index.faiss", "scale", seed=options.seed, progress=False).record
     size = (work / "index.faiss").stat().st_size / 2**20
-    return {"build_seconds": record["seconds"], "lists": record["lists"], "probes": record["probes"],
-            "recall_when_built": record["recall"], "index_mib": size, "faiss": record["faiss"]}  # fmt: skip
+    return {
+        "build_seconds": record["seconds"],
+        "lists": record["lists"],
+        "probes": record["probes"],
+        "recall_when_built": record["recall"],
+        "index_mib": size,
+        "faiss": record["faiss"],
+    }
 
 
 def search(work: Path, options: argparse.Namespace) -> dict:
@@ -106,10 +112,15 @@ def search(work: Path, options: argparse.Namespace) -> dict:
     exact_batch = 1000 * (time.perf_counter() - start) / len(queries)
     return {
         "recall": share_found(found, wanted),
-        "p50_ms": times[len(times) // 2], "p95_ms": times[int(0.95 * len(times))],
-        "batch_ms": batch, "exact_p50_ms": exact[len(exact) // 2], "exact_p95_ms": exact[int(0.95 * len(exact))],
-        "exact_batch_ms": exact_batch, "open_seconds": opened, "peak_rss_by_index_mib": index_rss,
-    }  # fmt: skip
+        "p50_ms": times[len(times) // 2],
+        "p95_ms": times[int(0.95 * len(times))],
+        "batch_ms": batch,
+        "exact_p50_ms": exact[len(exact) // 2],
+        "exact_p95_ms": exact[int(0.95 * len(exact))],
+        "exact_batch_ms": exact_batch,
+        "open_seconds": opened,
+        "peak_rss_by_index_mib": index_rss,
+    }
 
 
 def peak() -> float:
@@ -121,8 +132,21 @@ STEPS = {"make": make, "build": build, "search": search}
 
 
 def table(rows: list[dict]) -> None:
-    columns = ("rows", "noise", "probes", "lists", "recall", "p50_ms", "p95_ms", "exact_p50_ms", "batch_ms",
-               "exact_batch_ms", "build_seconds", "build_peak_rss_mib", "index_mib")  # fmt: skip
+    columns = (
+        "rows",
+        "noise",
+        "probes",
+        "lists",
+        "recall",
+        "p50_ms",
+        "p95_ms",
+        "exact_p50_ms",
+        "batch_ms",
+        "exact_batch_ms",
+        "build_seconds",
+        "build_peak_rss_mib",
+        "index_mib",
+    )
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows:
         print(
@@ -148,8 +172,16 @@ def main() -> None:
         return table([json.loads(line) for line in options.out.read_text().splitlines()])
     work = Path(tempfile.mkdtemp()) if options.work is None else options.work
     work.mkdir(parents=True, exist_ok=options.work is None)
-    row = {"rows": options.rows, "dim": DIM, "clusters": CLUSTERS, "noise": options.noise, "seed": options.seed,
-           "queries": QUERIES, "threads": options.threads, "load_before": os.getloadavg()[0]}  # fmt: skip
+    row = {
+        "rows": options.rows,
+        "dim": DIM,
+        "clusters": CLUSTERS,
+        "noise": options.noise,
+        "seed": options.seed,
+        "queries": QUERIES,
+        "threads": options.threads,
+        "load_before": os.getloadavg()[0],
+    }
     try:
         for step in STEPS:
             given = [f"--{name}={getattr(options, name)}" for name in ("rows", "noise", "seed")]
@@ -160,11 +192,16 @@ def main() -> None:
             print(step, done.stdout, file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(work)
-    row["goals"] = {"recall": row["recall"] >= GOALS["recall"], **{
-        name: row[name] <= GOALS[name] for name in ("p50_ms", "build_seconds")
-    }}  # fmt: skip
-    row |= {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version(),
-            "date": datetime.date.today().isoformat()}  # fmt: skip
+    row["goals"] = {
+        "recall": row["recall"] >= GOALS["recall"],
+        **{name: row[name] <= GOALS[name] for name in ("p50_ms", "build_seconds")},
+    }
+    row |= {
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("a") as file:
         file.write(json.dumps(row) + "\n")

@@ -150,16 +150,33 @@ def train_rankers(
         else:
             lists = ListsWithSimilarities(pool, candidates, performance, pairs, **of_list)
         torch.manual_seed(seed)
-        net = ListwiseRanker(ListwiseRankerConfig(
-            input_size=pool.dim, hidden_size=pool.dim if legacy else WIDTH, num_attention_heads=HEADS,
-            num_hidden_layers=LAYERS + legacy, predictor_size=WIDTH, label_channels=None, legacy=legacy,
-        ))  # fmt: skip
+        net = ListwiseRanker(
+            ListwiseRankerConfig(
+                input_size=pool.dim,
+                hidden_size=pool.dim if legacy else WIDTH,
+                num_attention_heads=HEADS,
+                num_hidden_layers=LAYERS + legacy,
+                predictor_size=WIDTH,
+                label_channels=None,
+                legacy=legacy,
+            )
+        )
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(
-                folder, per_device_train_batch_size=ITEMS // k, max_steps=steps, learning_rate=RATE,
-                weight_decay=DECAY, lr_scheduler_type="cosine", warmup_steps=steps // 7, seed=seed, use_cpu=True,
-                save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
-            )  # fmt: skip
+                folder,
+                per_device_train_batch_size=ITEMS // k,
+                max_steps=steps,
+                learning_rate=RATE,
+                weight_decay=DECAY,
+                lr_scheduler_type="cosine",
+                warmup_steps=steps // 7,
+                seed=seed,
+                use_cpu=True,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            )
             trainer = RankerTrainer(net, args, train_dataset=lists)
             trainer.remove_callback(PrinterCallback)
             trainer.train()
@@ -288,8 +305,9 @@ def similarities(
     for one, row in zip(asked, candidates, strict=True):  # 14 x 14 cells each with as many of each candidate
         match = shown[row] @ one.T
         matched.append(torch.stack([match.amax(1).mean(1), match.amax(2).mean(1)], 1))
-    return torch.cat([torch.stack(whole, 2).gather(1, candidates[:, :, None].expand(-1, -1, 4)),
-                      torch.stack(matched)], 2)  # fmt: skip
+    return torch.cat(
+        [torch.stack(whole, 2).gather(1, candidates[:, :, None].expand(-1, -1, 4)), torch.stack(matched)], 2
+    )
 
 
 def _pooled(cells: Tensor, side: int) -> Tensor:

@@ -215,10 +215,20 @@ def main() -> None:
                         shutil.rmtree(folder)
                 load = os.getloadavg()[0]
                 seconds, said = run(arm, work, budget)
-                row = {"arm": arm, "rows": options.rows, "shards": options.shards, "selected": budget,
-                       "seconds": seconds, "rows_per_second": options.rows / seconds, **said, "load_before": load,
-                       "platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version(),
-                       "date": datetime.date.today().isoformat()}  # fmt: skip
+                row = {
+                    "arm": arm,
+                    "rows": options.rows,
+                    "shards": options.shards,
+                    "selected": budget,
+                    "seconds": seconds,
+                    "rows_per_second": options.rows / seconds,
+                    **said,
+                    "load_before": load,
+                    "platform": platform.platform(),
+                    "cpus": os.cpu_count(),
+                    "python": platform.python_version(),
+                    "date": datetime.date.today().isoformat(),
+                }
                 with options.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 rows.append(row)

@@ -25,11 +25,22 @@ from hf_effdl.vicl.remote_code.frozen_seggpt import MEAN, STD
 
 SIDE, PATCH, WIDTH, BLOCKS, QUERIES, EXAMPLES = 32, 8, 32, 24, 3, 4
 # block tensors of the authors' code and of transformers
-NAMES = {"attn.qkv": "attention.qkv", "attn.proj": "attention.proj", "norm1": "layernorm_before",
-         "norm2": "layernorm_after", "mlp.fc1": "mlp.lin1", "mlp.fc2": "mlp.lin2"}  # fmt: skip
-TOKENS = {"mask_token": "mask_token", "segment_token_x": "segment_token_input", "pos_embed": "position_embeddings",
-          "segment_token_y": "segment_token_prompt", "type_token_cls": "type_token_semantic",
-          "type_token_ins": "type_token_instance"}  # fmt: skip
+NAMES = {
+    "attn.qkv": "attention.qkv",
+    "attn.proj": "attention.proj",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "mlp.lin1",
+    "mlp.fc2": "mlp.lin2",
+}
+TOKENS = {
+    "mask_token": "mask_token",
+    "segment_token_x": "segment_token_input",
+    "pos_embed": "position_embeddings",
+    "segment_token_y": "segment_token_prompt",
+    "type_token_cls": "type_token_semantic",
+    "type_token_ins": "type_token_instance",
+}
 
 
 class Mlp(nn.Module):
@@ -37,9 +48,11 @@ class Mlp(nn.Module):
 
     def __init__(self, in_features: int, hidden_features: int, act_layer: type[nn.Module]) -> None:
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(in_features, hidden_features), act_layer(), nn.Linear(
-            hidden_features, in_features
-        )  # fmt: skip
+        self.fc1, self.act, self.fc2 = (
+            nn.Linear(in_features, hidden_features),
+            act_layer(),
+            nn.Linear(hidden_features, in_features),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -50,11 +63,12 @@ def load_original(folder: Path) -> type[nn.Module]:
     if not (folder / "models_seggpt.py").is_file():
         raise FileNotFoundError(f"{folder} holds no models_seggpt.py: pass --original <clone>/SegGPT/SegGPT_inference")
     needed = {
-        "fvcore.nn.weight_init": {}, "fairscale.nn.checkpoint": {"checkpoint_wrapper": None},
+        "fvcore.nn.weight_init": {},
+        "fairscale.nn.checkpoint": {"checkpoint_wrapper": None},
         "detectron2.layers": {"CNNBlockBase": nn.Module, "Conv2d": nn.Conv2d, "get_norm": None},
         "timm.models.layers": {"DropPath": lambda rate: nn.Identity(), "trunc_normal_": nn.init.trunc_normal_},
         "timm.models.vision_transformer": {"Mlp": Mlp},
-    }  # fmt: skip
+    }
     for name, values in needed.items():
         parts = name.split(".")
         for i in range(1, len(parts) + 1):
@@ -71,10 +85,18 @@ def load_original(folder: Path) -> type[nn.Module]:
 def build(original: type[nn.Module], std: float, seed: int) -> tuple[SegGptForImageSegmentation, nn.Module]:
     """One set of random weights in both implementations."""
     torch.manual_seed(seed)
-    model = SegGptForImageSegmentation(SegGptConfig(
-        hidden_size=WIDTH, num_hidden_layers=BLOCKS, num_attention_heads=2, decoder_hidden_size=8, patch_size=PATCH,
-        image_size=(2 * SIDE, SIDE), pretrain_image_size=SIDE, initializer_range=std,
-    )).eval()  # fmt: skip
+    model = SegGptForImageSegmentation(
+        SegGptConfig(
+            hidden_size=WIDTH,
+            num_hidden_layers=BLOCKS,
+            num_attention_heads=2,
+            decoder_hidden_size=8,
+            patch_size=PATCH,
+            image_size=(2 * SIDE, SIDE),
+            pretrain_image_size=SIDE,
+            initializer_range=std,
+        )
+    ).eval()
     with torch.no_grad():
         for name, value in model.named_parameters():  # those start at zero or one, which would hide a swap
             if "layernorm" in name:
@@ -82,16 +104,27 @@ def build(original: type[nn.Module], std: float, seed: int) -> tuple[SegGptForIm
             elif "bias" in name:
                 value.copy_(0.1 * torch.randn_like(value))
     theirs = original(
-        img_size=(2 * SIDE, SIDE), patch_size=PATCH, embed_dim=WIDTH, depth=BLOCKS, num_heads=2, use_rel_pos=True,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6), pretrain_img_size=SIDE, decoder_embed_dim=8,
-    ).eval()  # fmt: skip
+        img_size=(2 * SIDE, SIDE),
+        patch_size=PATCH,
+        embed_dim=WIDTH,
+        depth=BLOCKS,
+        num_heads=2,
+        use_rel_pos=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        pretrain_img_size=SIDE,
+        decoder_embed_dim=8,
+    ).eval()
     own, state = model.state_dict(), {}
     for there, here in TOKENS.items():
         state[there] = own[f"model.embeddings.{here}"]
-    pairs = {"patch_embed.proj": "model.embeddings.patch_embeddings.projection", "norm": "model.encoder.layernorm",
-             "decoder_embed": "decoder.decoder_embed", "decoder_pred.0": "decoder.decoder_pred.conv",
-             "decoder_pred.1": "decoder.decoder_pred.layernorm",
-             "decoder_pred.3": "decoder.decoder_pred.head"}  # fmt: skip
+    pairs = {
+        "patch_embed.proj": "model.embeddings.patch_embeddings.projection",
+        "norm": "model.encoder.layernorm",
+        "decoder_embed": "decoder.decoder_embed",
+        "decoder_pred.0": "decoder.decoder_pred.conv",
+        "decoder_pred.1": "decoder.decoder_pred.layernorm",
+        "decoder_pred.3": "decoder.decoder_pred.head",
+    }
     for i in range(BLOCKS):
         there, here = f"blocks.{i}.", f"model.encoder.layers.{i}."
         pairs |= {there + a: here + b for a, b in NAMES.items()}
@@ -128,23 +161,31 @@ def compare(model: SegGptForImageSegmentation, theirs: nn.Module, seed: int) -> 
     several = torch.stack([ask_original(theirs, queries[b], images[b], labels[b], True) for b in range(QUERIES)])
     mine = ours(queries, images, labels)
     with torch.no_grad():
-        alone = torch.cat([model(
-            pixel_values=normalised(queries[:1]), prompt_pixel_values=normalised(images[:1, 0]),
-            prompt_masks=normalised(labels[:1, 0]), feature_ensemble=flag, embedding_type="instance",
-        ).pred_masks[:, :, SIDE:] for flag in (False, True)])  # fmt: skip
+        alone = torch.cat(
+            [
+                model(
+                    pixel_values=normalised(queries[:1]),
+                    prompt_pixel_values=normalised(images[:1, 0]),
+                    prompt_masks=normalised(labels[:1, 0]),
+                    feature_ensemble=flag,
+                    embedding_type="instance",
+                ).pred_masks[:, :, SIDE:]
+                for flag in (False, True)
+            ]
+        )
     spread = several - several.mean(1, keepdim=True)
     return {
         "ours against the original, one example": (ours(queries, images[:, :1], labels[:, :1]) - one).abs().max(),
         "ours against the mean of the original's m answers": (mine - several.mean(1)).abs().max(),
         "the m answers of the original among themselves, first row of pixels": spread[..., 0, :].abs().max(),
         "the same, all other rows": spread[..., 1:, :].abs().max(),
-        "feature_ensemble of transformers against the original": (
-            upstream(queries, images, labels) - several.mean(1)
-        ).abs().max(),
-        "transformers, one example: feature_ensemble on against off (normalised units)": (
-            alone[0] - alone[1]
-        ).abs().max(),
-    }  # fmt: skip
+        "feature_ensemble of transformers against the original": (upstream(queries, images, labels) - several.mean(1))
+        .abs()
+        .max(),
+        "transformers, one example: feature_ensemble on against off (normalised units)": (alone[0] - alone[1])
+        .abs()
+        .max(),
+    }
 
 
 def casts_labels(model: SegGptForImageSegmentation) -> str:

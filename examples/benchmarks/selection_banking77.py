@@ -149,9 +149,14 @@ class Pair:
     """What all arms of a pair and a noise level share; budgets too."""
 
     def __init__(
-        self, texts: Texts, x: tuple[Tensor, Tensor], flips: float, number: int, sizes: tuple[int, int],
+        self,
+        texts: Texts,
+        x: tuple[Tensor, Tensor],
+        flips: float,
+        number: int,
+        sizes: tuple[int, int],
         standardise: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.number, self.names, self.classes, self.standardise = number, texts.names, len(texts.names), standardise
         rng = torch.Generator().manual_seed(1000 + number)
         order = torch.randperm(len(texts.train[1]), generator=rng)
@@ -196,9 +201,7 @@ class Pair:
         dropped, _ = score_rows(self.probes, self.dataset, y, gauge="drop-first", batch_size=500, progress=False)
         p = torch.cat([z.softmax(2).mean(1) for z in self.probes.batches(self.dataset, 500)])
         rates = {"conf10": round(confident_disagreement(p, y), 4), "mix": round(noise.rate, 4)}
-        return table | {
-            "label": y, "u_y_drop_first": dropped["u_y"], "one_minus_margin": 1 - table["margin"],
-        }, rates  # fmt: skip
+        return table | {"label": y, "u_y_drop_first": dropped["u_y"], "one_minus_margin": 1 - table["margin"]}, rates
 
     @property
     def table(self) -> dict[str, Tensor]:
@@ -236,8 +239,9 @@ class Pair:
     def accuracy(self, positions: Tensor, weights: Tensor) -> float:
         """On the test set, of a head trained on these rows; all heads of a pair start alike."""
         x, y = self.rows
-        head = fit_heads(x[positions], y[positions], weights[None].float(), seed=6000 + self.number,
-                         **self.probes.recipe)[0]  # fmt: skip
+        head = fit_heads(
+            x[positions], y[positions], weights[None].float(), seed=6000 + self.number, **self.probes.recipe
+        )[0]
         return self.right(self.test_rows @ head)
 
     def right(self, scores: Tensor) -> float:
@@ -324,7 +328,7 @@ ARMS: dict[str, Select] = {
     "u_y, CCS": plan(score="u_y", **CCS),
     "u_y, CCS, 20 strata": plan(score="u_y", bins=20, **CCS),
     "moderate coreset": moderate,
-}  # fmt: skip
+}
 
 
 # ---- arms apart: they train on more rows than the budget
@@ -346,10 +350,8 @@ APART: dict[str, Apart] = {
     "P uniform by class + probe set": lambda pair, r, seed: with_probe_rows(
         pair, ARMS["A uniform by class"](pair, r, seed), False
     ),
-    "P default + probe set, p_label": lambda pair, r, seed: with_probe_rows(
-        pair, ARMS[DEFAULT](pair, r, seed), True
-    ),
-}  # fmt: skip
+    "P default + probe set, p_label": lambda pair, r, seed: with_probe_rows(pair, ARMS[DEFAULT](pair, r, seed), True),
+}
 # the same at every budget
 WHOLE: dict[str, Callable[[Pair], float]] = {
     "whole pool": lambda pair: pair.accuracy(*whole_pool(pair, "none")),
@@ -531,8 +533,12 @@ def main() -> None:
                         file.write(json.dumps(row) + "\n")
                     rows.append(row)
                 if arms:
-                    print(f"{options.features}, {cell}, pair {number}: {len(arms)} arms, "
-                          f"{time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)  # fmt: skip
+                    print(
+                        f"{options.features}, {cell}, pair {number}: {len(arms)} arms, "
+                        f"{time.perf_counter() - start:.1f} s",
+                        file=sys.stderr,
+                        flush=True,
+                    )
     table(rows)
 
 

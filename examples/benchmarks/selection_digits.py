@@ -119,8 +119,11 @@ def split(cell: Cell, pair: int) -> tuple[Rows, Rows, Rows, Tensor]:
         for k in range(CLASSES):
             rows = order[labels[order] == k]
             sizes = [round(probes * shares[k].item()), round(pools * shares[k].item())]
-            for part, found in zip(parts, rows[: sum(sizes) + tests // CLASSES].split([*sizes, min(
-                tests // CLASSES, len(rows) - sum(sizes))]), strict=True):  # fmt: skip
+            for part, found in zip(
+                parts,
+                rows[: sum(sizes) + tests // CLASSES].split([*sizes, min(tests // CLASSES, len(rows) - sum(sizes))]),
+                strict=True,
+            ):
                 part.append(found)
         probe, pool, test = (torch.cat(part) for part in parts)
     else:
@@ -145,8 +148,12 @@ def new_nets(seed: int, count: int) -> list[Tensor]:
     def uniform(fan_in: int, *shape: int) -> Tensor:
         return (torch.rand(count, *shape, generator=rng) * 2 - 1) / fan_in**0.5
 
-    return [uniform(PIXELS, PIXELS, HIDDEN), uniform(PIXELS, 1, HIDDEN),
-            uniform(HIDDEN, HIDDEN, CLASSES), uniform(HIDDEN, 1, CLASSES)]  # fmt: skip
+    return [
+        uniform(PIXELS, PIXELS, HIDDEN),
+        uniform(PIXELS, 1, HIDDEN),
+        uniform(HIDDEN, HIDDEN, CLASSES),
+        uniform(HIDDEN, 1, CLASSES),
+    ]
 
 
 def hidden(nets: Sequence[Tensor], images: Tensor) -> Tensor:
@@ -159,17 +166,22 @@ def logits_of(nets: Sequence[Tensor], images: Tensor) -> Tensor:
 
 
 def train(
-    nets: Sequence[Tensor], data: Rows, rows: Sequence[Tensor], weights: Sequence[Tensor] | None = None,
+    nets: Sequence[Tensor],
+    data: Rows,
+    rows: Sequence[Tensor],
+    weights: Sequence[Tensor] | None = None,
     after_step: Callable[[Tensor], None] | None = None,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """Net k on `data[rows[k]]` with the mean of `weights[k] * loss`, all nets side by side."""
     longest = max(map(len, rows))
     index = torch.stack([F.pad(r, (0, longest - len(r))) for r in rows])
     # padding weighs nothing
-    scale = torch.stack([
-        F.pad((torch.ones(len(r)) if weights is None else weights[k].float()) / len(r), (0, longest - len(r)))
-        for k, r in enumerate(rows)
-    ])  # fmt: skip
+    scale = torch.stack(
+        [
+            F.pad((torch.ones(len(r)) if weights is None else weights[k].float()) / len(r), (0, longest - len(r)))
+            for k, r in enumerate(rows)
+        ]
+    )
     images, labels = data[0][index], data[1][index].flatten()
     params = [p.clone().requires_grad_() for p in nets]
     optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
@@ -219,11 +231,19 @@ class Pair:
         z, y = self.logits, self.pool[1]
         p = mean_probability(z)
         return {
-            "label": y, "predicted": p.argmax(1), "u_y": uncertainty(z, y), "u_x": uncertainty(z),
-            "p_label": p_label(z, y), "confidence": p.amax(1), "p_clean": self.fit.p_clean(p, y),
-            "entropy": entropy(z), "one_minus_margin": 1 - margin(z), "least_confidence": least_confidence(z),
-            "el2n": el2n(z, y), "u_y_drop_first": uncertainty(z, y, gauge="drop-first"),
-        }  # fmt: skip
+            "label": y,
+            "predicted": p.argmax(1),
+            "u_y": uncertainty(z, y),
+            "u_x": uncertainty(z),
+            "p_label": p_label(z, y),
+            "confidence": p.amax(1),
+            "p_clean": self.fit.p_clean(p, y),
+            "entropy": entropy(z),
+            "one_minus_margin": 1 - margin(z),
+            "least_confidence": least_confidence(z),
+            "el2n": el2n(z, y),
+            "u_y_drop_first": uncertainty(z, y, gauge="drop-first"),
+        }
 
     @cached_property
     def out_of_bag(self) -> Tensor:
@@ -263,9 +283,11 @@ class Pair:
         """Scores, large for hard rows, from the training of one net on the whole pool."""
         y, steps = self.pool[1], []
         train(
-            new_nets(5000 + self.pair, 1), self.pool, [torch.arange(len(y))],
+            new_nets(5000 + self.pair, 1),
+            self.pool,
+            [torch.arange(len(y))],
             after_step=lambda logits: steps.append(row_dynamics(logits[0], y)),
-        )  # fmt: skip
+        )
         of = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
         return {
             "EL2N": mean_el2n(of["el2n"], range(STEPS // 10)),  # early, as its authors do
@@ -370,15 +392,27 @@ ARMS: dict[str, Select] = {
     "moderate coreset": moderate,
     **{f"{name}, top (pool)": plan(score=f"{name} (pool)", sampler="top-k", **FREE) for name in POOL},
     **{f"{name}, CCS (pool)": plan(score=f"{name} (pool)", **CCS) for name in POOL},
-}  # fmt: skip
+}
 
 # the ones that are near the best somewhere, and the plainest
 FEW = (
-    DEFAULT, "default, no trial", "default, no quotas", "AG50: agree, min(u_x, median), p_label",
-    "AG: agree, uniform, p_label", "likely, min(u_x, median), p_label", "likely, uniform, p_label",
-    "uniform by class, p_label", "u_x, p_label, no quotas", "A uniform by class", "B uniform by class, damped",
-    "D authors' recipe", "1 - margin, sampled", "EL2N of probes, CCS", "AUM, top (pool)", "AUM, CCS (pool)",
-)  # fmt: skip
+    DEFAULT,
+    "default, no trial",
+    "default, no quotas",
+    "AG50: agree, min(u_x, median), p_label",
+    "AG: agree, uniform, p_label",
+    "likely, min(u_x, median), p_label",
+    "likely, uniform, p_label",
+    "uniform by class, p_label",
+    "u_x, p_label, no quotas",
+    "A uniform by class",
+    "B uniform by class, damped",
+    "D authors' recipe",
+    "1 - margin, sampled",
+    "EL2N of probes, CCS",
+    "AUM, top (pool)",
+    "AUM, CCS (pool)",
+)
 
 
 # ---- arms apart: they train on more rows than the budget
@@ -469,8 +503,9 @@ def table(rows: list[dict]) -> None:
     best = {}
     for name in names:
         full = max(map(len, columns[name].values()))
-        ranked = {arm: statistics.mean(of.values()) for arm, of in columns[name].items()
-                  if arm in ARMS and len(of) == full}  # fmt: skip
+        ranked = {
+            arm: statistics.mean(of.values()) for arm, of in columns[name].items() if arm in ARMS and len(of) == full
+        }
         best[name] = max(ranked, key=ranked.__getitem__)
     print("Mean accuracy (paired difference to the best arm of the column +- standard error)\n")
     print(f"| arm | {' | '.join(names)} | worst |")
@@ -494,8 +529,13 @@ def table(rows: list[dict]) -> None:
     print("\n| cell | pairs | best arm | default | conf10 | mix | regimes | trial |")
     print("|---|---|---|---|---|---|---|---|")
     for name in names:
-        found = [row for row in rows if row["cell"] in name and row["arm"] == DEFAULT
-                 and name.removeprefix(row["cell"]) in ("", ", pool's shares")]  # fmt: skip
+        found = [
+            row
+            for row in rows
+            if row["cell"] in name
+            and row["arm"] == DEFAULT
+            and name.removeprefix(row["cell"]) in ("", ", pool's shares")
+        ]
         if not found:
             continue
         regimes = [row["regime"] for row in found]

@@ -86,8 +86,12 @@ def make_encoder(grid: tuple[int, int]) -> VisionEncoder:
             if isinstance(module, nn.Conv2d):  # by default its features vanish
                 nn.init.kaiming_normal_(module.weight)
         return VisionEncoder(backbone, image_size=16 * side, layer=11)
-    sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1,
-             "num_attention_heads": max(1, width // 64)}  # fmt: skip
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": width,
+        "num_hidden_layers": 1,
+        "num_attention_heads": max(1, width // 64),
+    }
     return VisionEncoder(ViTModel(ViTConfig(**sizes, image_size=16 * side)))
 
 
@@ -171,9 +175,18 @@ def stopwatches(*places: tuple[str, Any, str]) -> Iterator[dict[str, float]]:
 
 
 def rank(options: argparse.Namespace, wanted: Callable[[dict], bool]) -> Iterator[dict]:
-    cases = [{"part": "ranker", "net": net, "width": options.width, "batch": batch, "candidates": options.candidates,
-              "device": options.device, "precision": precision}
-             for net, batch, precision in product(NETS, BATCHES, options.precision)]  # fmt: skip
+    cases = [
+        {
+            "part": "ranker",
+            "net": net,
+            "width": options.width,
+            "batch": batch,
+            "candidates": options.candidates,
+            "device": options.device,
+            "precision": precision,
+        }
+        for net, batch, precision in product(NETS, BATCHES, options.precision)
+    ]
     if not (cases := [case for case in cases if wanted(case)]):
         return
     encoder = make_encoder((options.side, options.width))
@@ -184,8 +197,10 @@ def rank(options: argparse.Namespace, wanted: Callable[[dict], bool]) -> Iterato
     for case in cases:
         torch.backends.cuda.matmul.allow_tf32 = case["precision"] == "tf32"
         torch.manual_seed(0)
-        rankers = [ListwiseRanker(ListwiseRankerConfig(hidden_size=options.width, list_length=k, **NETS[case["net"]]))
-                   for k in LENGTHS]  # fmt: skip
+        rankers = [
+            ListwiseRanker(ListwiseRankerConfig(hidden_size=options.width, list_length=k, **NETS[case["net"]]))
+            for k in LENGTHS
+        ]
         selector = RankerSelector(rankers, "covering").eval().to(options.device)
         queries = make_queries(encoder, case["batch"], options.pool, options.device)
         yield case | measure_ranker(selector, queries, examples, options, case["precision"])
@@ -222,8 +237,10 @@ def measure_ranker(
 
     with FlopCounterMode(display=False) as counter:
         found = bare()
-    apart = [(one.float().cpu() - scores.flatten(0, 1)).abs().max() / scores.std()
-             for one, (*_, scores) in zip(found, ready, strict=True)]  # fmt: skip
+    apart = [
+        (one.float().cpu() - scores.flatten(0, 1)).abs().max() / scores.std()
+        for one, (*_, scores) in zip(found, ready, strict=True)
+    ]
     if max(apart) > ROUNDING[precision]:
         raise AssertionError(f"the lists' scores differ by {max(apart):.2g} standard deviations from a bare forward's")
     rounds = options.rounds if options.device == "cpu" else 10 * options.rounds
@@ -234,12 +251,15 @@ def measure_ranker(
         "lists": {given[2].shape[2]: given[2].shape[1] for _, given, _ in seen},
         "parameters": ready[0][0].num_parameters(),
         "gflop_a_query": counter.get_total_flops() / 1e9 / batch,
-        "ratio": statistics.median(ratios), "ratio_middle_half": statistics.quantiles(ratios, n=4)[::2],
+        "ratio": statistics.median(ratios),
+        "ratio_middle_half": statistics.quantiles(ratios, n=4)[::2],
         "ratio_of_minima": min(seconds["choice"]) / min(seconds["bare"]),
-        "choice_ms": 1000 * min(seconds["choice"]) / batch, "bare_ms": 1000 * min(seconds["bare"]) / batch,
-        "choice_median_ms": 1000 * statistics.median(seconds["choice"]) / batch, "rounds": rounds,
+        "choice_ms": 1000 * min(seconds["choice"]) / batch,
+        "bare_ms": 1000 * min(seconds["bare"]) / batch,
+        "choice_median_ms": 1000 * statistics.median(seconds["choice"]) / batch,
+        "rounds": rounds,
         "scores_apart": float(max(apart)),
-    }  # fmt: skip
+    }
 
 
 def gathered(
@@ -256,11 +276,21 @@ def gathered(
 def cascade(options: argparse.Namespace, wanted: Callable[[dict], bool]) -> Iterator[dict]:
     for side, width in options.grids:
         labelled = ("all", f"{LABELLED} x {options.candidates}")
-        cases = [{"part": "cascade", "grid": [side, side, width], "head": head, "labels": labels, "answers": answers,
-                  "batch": batch, "candidates": options.candidates, "passes": PASSES, "pool": options.pool,
-                  "device": "cpu"}
-                 for head, labels, answers, batch in product(options.heads, labelled, options.answers, BATCHES)
-                 ]  # fmt: skip
+        cases = [
+            {
+                "part": "cascade",
+                "grid": [side, side, width],
+                "head": head,
+                "labels": labels,
+                "answers": answers,
+                "batch": batch,
+                "candidates": options.candidates,
+                "passes": PASSES,
+                "pool": options.pool,
+                "device": "cpu",
+            }
+            for head, labels, answers, batch in product(options.heads, labelled, options.answers, BATCHES)
+        ]
         if not (cases := [case for case in cases if wanted(case)]):
             continue
         encoder = make_encoder((side, width))
@@ -272,8 +302,9 @@ def cascade(options: argparse.Namespace, wanted: Callable[[dict], bool]) -> Iter
             model = VisualInContextModel.from_parts(Ready(case["answers"]), encoder, candidates=options.candidates)
             examples = Examples(pool, model, find_task(pool.task))
             if fitted is None:  # where the weights are from makes no difference
-                fitted = CascadeSelector(passes=PASSES).fit(pool, tables["some"], model=model, examples=examples,
-                                                            progress=False)  # fmt: skip
+                fitted = CascadeSelector(passes=PASSES).fit(
+                    pool, tables["some"], model=model, examples=examples, progress=False
+                )
                 settings = fitted.settings(model.config)
             model.set_performance(*tables["all" if case["labels"] == "all" else "some"], pool.fingerprint)
             selector = CascadeSelector.from_settings(settings | {"head": case["head"]})
@@ -287,8 +318,9 @@ def made_up_labels(pool: ExamplePool, candidates: int) -> dict[str, tuple[Tensor
     others = torch.arange(n).expand(n, n)[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)
     near = torch.full((n, candidates), -1)
     near[:LABELLED] = pool.search(pool.vectors[:LABELLED], candidates, exclude=torch.arange(n)[:LABELLED])[1]
-    return {name: (rows, torch.rand(rows.shape, generator=generator))
-            for name, rows in (("all", others), ("some", near))}  # fmt: skip
+    return {
+        name: (rows, torch.rand(rows.shape, generator=generator)) for name, rows in (("all", others), ("some", near))
+    }
 
 
 def measure_cascade(
@@ -307,9 +339,14 @@ def measure_cascade(
     run(parts)
     rounds = []
     for _ in range(options.rounds):
-        with stopwatches(("search", examples.pool, "search"), ("first", selector, "first_features"),
-                         ("matches", examples, "matches"), ("row model", selector, "transferred"),
-                         ("grids", examples, "grids"), ("handing", examples, "answers")) as seconds:  # fmt: skip
+        with stopwatches(
+            ("search", examples.pool, "search"),
+            ("first", selector, "first_features"),
+            ("matches", examples, "matches"),
+            ("row model", selector, "transferred"),
+            ("grids", examples, "grids"),
+            ("handing", examples, "answers"),
+        ) as seconds:
             whole = run(parts)
         rounds.append((whole - seconds["handing"], seconds))
     total, best = min(rounds, key=lambda one: one[0])
@@ -317,25 +354,39 @@ def measure_cascade(
     total *= 1000 / len(queries)
     stage1 = each["search"] + each["first"]
     return {
-        "total_ms": total, "matching_ms": each["matches"] - each["grids"], "row_model_ms": each["row model"],
+        "total_ms": total,
+        "matching_ms": each["matches"] - each["grids"],
+        "row_model_ms": each["row model"],
         "grids_ms": each["grids"],
         "stage1_rest_ms": stage1 - each["matches"] - each["row model"],
-        "stage2_ms": total - stage1, "handing_ms": each["handing"],
+        "stage2_ms": total - stage1,
+        "handing_ms": each["handing"],
         "median_ms": 1000 * statistics.median(one for one, _ in rounds) / len(queries),
-        "first_ms": 1000 * first, "rounds": len(rounds),
-    }  # fmt: skip
+        "first_ms": 1000 * first,
+        "rounds": len(rounds),
+    }
 
 
 def aggregation(options: argparse.Namespace, wanted: Callable[[dict], bool]) -> Iterator[dict]:
     k, generator = options.candidates, torch.Generator().manual_seed(0)
     ways = [(method, way) for method in ("hodge", "borda") for way in ("batched", "one by one")]
-    cases = [{"part": "aggregation", "method": method, "way": way, "queries": options.queries, "candidates": k,
-              "device": "cpu"} for method, way in (*ways, ("hodge", "edge list"))]  # fmt: skip
+    cases = [
+        {
+            "part": "aggregation",
+            "method": method,
+            "way": way,
+            "queries": options.queries,
+            "candidates": k,
+            "device": "cpu",
+        }
+        for method, way in (*ways, ("hodge", "edge list"))
+    ]
     if not (cases := [case for case in cases if wanted(case)]):
         return
     lists = [covering_lists(k, length, batch=options.queries, generator=generator) for length in LENGTHS]
-    noisy = torch.arange(k).flip(0) + 3 * torch.randn(options.queries, sum(part.shape[1] for part in lists), k,
-                                                      generator=generator)  # fmt: skip
+    noisy = torch.arange(k).flip(0) + 3 * torch.randn(
+        options.queries, sum(part.shape[1] for part in lists), k, generator=generator
+    )
     ranked = []
     for part, value in zip(lists, noisy.split([part.shape[1] for part in lists], 1), strict=True):
         best_first = part.gather(2, value.gather(2, part).argsort(2, descending=True))
@@ -352,8 +403,12 @@ def aggregation(options: argparse.Namespace, wanted: Callable[[dict], bool]) -> 
         if apart > 1e-9:
             raise AssertionError(f"scores of {method}, {case['way']}, differ by {apart:.2g} from the batched ones")
         seconds = min(take_turns({"all": call}, 3, "cpu")["all"])
-        yield case | {"seconds": seconds * options.queries / len(timed), "timed": len(timed), "apart": apart,
-                      "lists": every.shape[1]}  # fmt: skip
+        yield case | {
+            "seconds": seconds * options.queries / len(timed),
+            "timed": len(timed),
+            "apart": apart,
+            "lists": every.shape[1],
+        }
 
 
 def edge_list(lists: Tensor, num_items: int) -> Tensor:
@@ -380,8 +435,26 @@ def edge_list(lists: Tensor, num_items: int) -> Tensor:
 
 
 MEASURE = {"ranker": rank, "cascade": cascade, "aggregation": aggregation}
-KEYS = ("part", "net", "width", "grid", "head", "labels", "answers", "method", "way", "batch", "queries", "candidates",
-        "passes", "pool", "precision", "device", "threads", "platform")  # fmt: skip
+KEYS = (
+    "part",
+    "net",
+    "width",
+    "grid",
+    "head",
+    "labels",
+    "answers",
+    "method",
+    "way",
+    "batch",
+    "queries",
+    "candidates",
+    "passes",
+    "pool",
+    "precision",
+    "device",
+    "threads",
+    "platform",
+)
 
 
 def key(row: dict) -> str:
@@ -389,12 +462,37 @@ def key(row: dict) -> str:
 
 
 COLUMNS = {
-    "ranker": ("net", "batch", "precision", "gflop_a_query", "ratio", "ratio_middle_half", "ratio_of_minima",
-               "choice_ms", "bare_ms", "load"),
-    "cascade": ("grid", "head", "labels", "answers", "batch", "total_ms", "matching_ms", "row_model_ms", "grids_ms",
-                "stage1_rest_ms", "stage2_ms", "handing_ms", "median_ms", "first_ms", "load"),
+    "ranker": (
+        "net",
+        "batch",
+        "precision",
+        "gflop_a_query",
+        "ratio",
+        "ratio_middle_half",
+        "ratio_of_minima",
+        "choice_ms",
+        "bare_ms",
+        "load",
+    ),
+    "cascade": (
+        "grid",
+        "head",
+        "labels",
+        "answers",
+        "batch",
+        "total_ms",
+        "matching_ms",
+        "row_model_ms",
+        "grids_ms",
+        "stage1_rest_ms",
+        "stage2_ms",
+        "handing_ms",
+        "median_ms",
+        "first_ms",
+        "load",
+    ),
     "aggregation": ("method", "way", "queries", "seconds", "timed", "load"),
-}  # fmt: skip
+}
 
 
 def print_tables(rows: list[dict]) -> None:
@@ -439,8 +537,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--candidates", type=int, default=50)
     parser.add_argument("--width", type=int, default=768, help="of the ranker, and of its pool's encoder")
     parser.add_argument("--side", type=int, default=16, help="of that encoder's grid")
-    parser.add_argument("--grids", nargs="+", type=lambda text: tuple(map(int, text.split("x"))),
-                        default=[(14, 96), (16, 768)], help="side x width, for the cascade")  # fmt: skip
+    parser.add_argument(
+        "--grids",
+        nargs="+",
+        type=lambda text: tuple(map(int, text.split("x"))),
+        default=[(14, 96), (16, 768)],
+        help="side x width, for the cascade",
+    )
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=HEADS, help="of the cascade")
     parser.add_argument("--answers", nargs="+", type=int, default=[56, 448], help="pixels a side of F's answers")
     parser.add_argument("--pool", type=int, default=500)

@@ -41,14 +41,16 @@ BUDGETS = (0.5, 0.25, 0.1)
 ARMS = {
     f"{share:.0%} MACs, {text}": {"macs": share, **options}
     for text, options in {
-        "stage widths": {"widths": "stock"}, "stage widths x16": {"widths": "stock", "round_to": 16},
-        "free widths": {"widths": "free"}, "free widths x16": {"widths": "free", "round_to": 16},
+        "stage widths": {"widths": "stock"},
+        "stage widths x16": {"widths": "stock", "round_to": 16},
+        "free widths": {"widths": "free"},
+        "free widths x16": {"widths": "free", "round_to": 16},
     }.items()
     for share in BUDGETS
 } | {
     "50% latency, stage widths": {"latency": 0.5, "widths": "stock"},
     "50% latency, free widths": {"latency": 0.5, "widths": "free"},
-}  # fmt: skip
+}
 BATCHES = (32, 1)
 STEPS = 12
 
@@ -58,9 +60,17 @@ def build(net: str, widths: tuple[int, ...] | None = None) -> nn.Module:
     if net == "lenet":
         a, b, c = widths or (6, 16, 84)
         return nn.Sequential(
-            nn.Conv2d(1, a, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(a, b, 5), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(25 * b, c), nn.ReLU(), nn.Linear(c, 10),
-        )  # fmt: skip
+            nn.Conv2d(1, a, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(a, b, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(25 * b, c),
+            nn.ReLU(),
+            nn.Linear(c, 10),
+        )
     stem, *stages = widths or (64, 64, 128, 256, 512)
     config = ResNetConfig(
         embedding_size=stem, hidden_sizes=stages, depths=[2, 2, 2, 2], layer_type="basic", num_labels=10
@@ -139,8 +149,10 @@ def one_row(net: str, arm: str, seed: int, device: str) -> dict:
 def table(rows: list[dict]) -> None:
     for net in dict.fromkeys(row["net"] for row in rows):
         print(f"\n{net}: medians over seeds; in brackets the worst seed")
-        print("| arm | seeds | MACs | latency, 32 | latency / MACs, 32 | beside stock, 32 | latency, 1 | "
-              "latency / MACs, 1 | beside stock, 1 | landing, 32 |")  # fmt: skip
+        print(
+            "| arm | seeds | MACs | latency, 32 | latency / MACs, 32 | beside stock, 32 | latency, 1 | "
+            "latency / MACs, 1 | beside stock, 1 | landing, 32 |"
+        )
         print("|---|---|---|---|---|---|---|---|---|---|")
         for arm in ARMS:
             mine = [row for row in rows if (row["net"], row["arm"]) == (net, arm)]

@@ -162,9 +162,13 @@ def cifar_task(device: torch.device, bf16: bool, width: int, classes: int, batch
         print(f"  {steps} steps in {seconds:.1f} s, {epoch:.2f} s per epoch", file=sys.stderr, flush=True)
 
     return Task(
-        build=lambda net: NETS[net](width, classes), batch=batch, place=place, augment=augment, trained=trained,
+        build=lambda net: NETS[net](width, classes),
+        batch=batch,
+        place=place,
+        augment=augment,
+        trained=trained,
         precision=partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext,
-    )  # fmt: skip
+    )
 
 
 # ---- rows and table
@@ -202,9 +206,11 @@ def verdict(rows: list[dict]) -> list[str]:
     of, seeds = of_seeds(rows)
     first = rows[0]
     rivals = [
-        arm for stage in STAGES for arm in stage
+        arm
+        for stage in STAGES
+        for arm in stage
         if arm != OURS and not arm.startswith("scratch") and sum((arm, seed) in of for seed in seeds) >= SEEDS
-    ]  # fmt: skip
+    ]
     whole = (first["width"], first["classes"], first["rows"], first["held_out"]) == (WIDTH, CLASSES, ROWS, 0)
     if not whole or first["epochs"] < EPOCHS or not rivals:
         size = f"{first['classes']} classes, {first['rows']:,} rows, {first['epochs']} epochs"
@@ -279,8 +285,10 @@ def print_plan(parser: argparse.ArgumentParser, options: argparse.Namespace, min
         whole, small = cost(arms, options.epochs, options.tune, cached)
         total = options.seeds * seconds * (whole + SMALL * small) / 60
         command = ["python", sys.argv[0], *given, "--arms", *(f'"{arm}"' for arm in arms)]
-        print(f"# {options.seeds} x ({whole:.0f} + {small:.0f} small) epochs: {total:.0f} minutes, "
-              f"{math.ceil(total / minutes)} times")  # fmt: skip
+        print(
+            f"# {options.seeds} x ({whole:.0f} + {small:.0f} small) epochs: {total:.0f} minutes, "
+            f"{math.ceil(total / minutes)} times"
+        )
         print(f"timeout {60 * minutes:.0f} {' '.join(command)}")
 
 
@@ -336,11 +344,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = tuple(part[: len(part) - held_out] for part in data)
     bf16 = cuda and not options.float32
     config = {
-        "net": options.net, "width": options.width, "classes": options.classes, "rows": len(data[0]),
-        "epochs": options.epochs, "tune": options.tune, "settings": " ".join(sorted(options.set)),
-        "held_out": held_out, "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "precision": "bfloat16" if bf16 else "float32", "torch": torch.__version__,
-    }  # fmt: skip
+        "net": options.net,
+        "width": options.width,
+        "classes": options.classes,
+        "rows": len(data[0]),
+        "epochs": options.epochs,
+        "tune": options.tune,
+        "settings": " ".join(sorted(options.set)),
+        "held_out": held_out,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "precision": "bfloat16" if bf16 else "float32",
+        "torch": torch.__version__,
+    }
     if len(data[0]) < settings["batch"]:
         parser.error(f"{len(data[0])} training rows are less than a batch of {settings['batch']}")
     task = cifar_task(device, bf16, options.width, options.classes, int(settings["batch"]), len(data[0]))

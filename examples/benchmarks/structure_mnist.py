@@ -88,9 +88,19 @@ def mnist(split: str) -> tuple[torch.Tensor, torch.Tensor]:
 def build(net: str) -> nn.Sequential:
     if net == "lenet":
         return nn.Sequential(
-            nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(16, 120, 5), nn.ReLU(), nn.Flatten(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
-        )  # fmt: skip
+            nn.Conv2d(1, 6, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 120, 5),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(120, 84),
+            nn.ReLU(),
+            nn.Linear(84, 10),
+        )
     layers: list[nn.Module] = []
     for i, o, stride in ((1, 16, 2), (16, 24, 1), (24, 32, 2), (32, 32, 1)):
         layers += [nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), nn.ReLU()]
@@ -242,8 +252,15 @@ def run(how: str, net: str, seed: int, data, settings: dict, epochs: int, cache:
         cache.mkdir(parents=True, exist_ok=True)
         torch.save(saved, str(file) + ".tmp")
         os.replace(str(file) + ".tmp", file)
-    return {"model": model, "groups": groups, "optimizer": optimizer, "pruner": pruner, "seconds": seconds,
-            "lifted": lifted, "steps_left": steps - until if early else 0}  # fmt: skip
+    return {
+        "model": model,
+        "groups": groups,
+        "optimizer": optimizer,
+        "pruner": pruner,
+        "seconds": seconds,
+        "lifted": lifted,
+        "steps_left": steps - until if early else 0,
+    }
 
 
 def train_with_group_norm(model, optimizer, lrs, data, seed, pruner, task) -> None:
@@ -284,16 +301,20 @@ def path_of(scoring: str, trained: dict, seed: int) -> tuple[SparsePath, str]:
             score = score.detach().cpu()
             never = torch.full((group.units,), -1)
             units[group.name] = {
-                "dual": score.clone(), "threshold": torch.ones(group.units), "entered": never, "left": never,
+                "dual": score.clone(),
+                "threshold": torch.ones(group.units),
+                "entered": never,
+                "left": never,
                 "weight": score.clone(),
-            }  # fmt: skip
+            }
     return SparsePath(groups, units, 0), "entry" if scoring == "random" else "dual"
 
 
 def group_norm_score(pruner, model: nn.Module, group) -> torch.Tensor:
     module = model.get_submodule(group.name)
-    found = pruner.DG.get_pruning_group(module, pruner.DG.get_pruner_of_module(module).prune_out_channels,
-                                        list(range(group.units)))  # fmt: skip
+    found = pruner.DG.get_pruning_group(
+        module, pruner.DG.get_pruner_of_module(module).prune_out_channels, list(range(group.units))
+    )
     return pruner.importance(found).detach()
 
 
@@ -333,10 +354,13 @@ def one_row(net: str, arm: str, seed: int, data, test, settings: dict, cache: Pa
         with task.precision():
             times = measure_latency([model, small], test[0][:32], repeats=9)
         row["budgets"][str(budget)] = {
-            "before": before, "after": accuracy(small, *test, task), "macs": counts["macs"] / whole["macs"],
-            "params": counts["params"] / whole["params"], "latency": times[1] / times[0],
+            "before": before,
+            "after": accuracy(small, *test, task),
+            "macs": counts["macs"] / whole["macs"],
+            "params": counts["params"] / whole["params"],
+            "latency": times[1] / times[0],
             "units": {name: len(index) for name, index in kept.items()},
-        }  # fmt: skip
+        }
     return row
 
 
@@ -357,8 +381,11 @@ def paper_row(net: str, seed: int, data, test, how: str, cache: Path) -> dict:
                     inside = optimizer.gamma(p) != 0
                     p.mul_(inside)
                     kept, total = kept + inside.sum().item(), total + inside.numel()
-        row |= {"projected": accuracy(model, *test), "kept": kept / total,
-                "support": {name: int(inside.sum()) for name, inside in path.support.items()}}  # fmt: skip
+        row |= {
+            "projected": accuracy(model, *test),
+            "kept": kept / total,
+            "support": {name: int(inside.sum()) for name, inside in path.support.items()},
+        }
     return row
 
 

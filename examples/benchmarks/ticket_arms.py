@@ -31,9 +31,15 @@ from hf_effdl import SplitLBIArguments, SplitLBITrainer, find_groups, find_ticke
 
 
 ARMS = (
-    "dense", "path ticket, init", "path ticket, late", "random ticket, init", "random ticket, late",
-    "fresh init, same widths", "one-shot magnitude, init", "iterative magnitude, late",
-)  # fmt: skip
+    "dense",
+    "path ticket, init",
+    "path ticket, late",
+    "random ticket, init",
+    "random ticket, late",
+    "fresh init, same widths",
+    "one-shot magnitude, init",
+    "iterative magnitude, late",
+)
 ROUNDS = 3
 Data = tuple[Tensor, Tensor]
 
@@ -74,16 +80,28 @@ def search(setting: Setting, seed: int, budget: float, data: Data | None = None,
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         args = SplitLBIArguments(
-            folder, num_train_epochs=setting.epochs, per_device_train_batch_size=setting.task.batch,
-            learning_rate=setting.lr, weight_decay=setting.weight_decay, lr_scheduler_type="constant", seed=seed,
-            save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, dataloader_drop_last=True,
-            bf16=setting.config.get("precision") == "bfloat16", use_cpu=setting.data[0].device.type == "cpu",
-        )  # fmt: skip
+            folder,
+            num_train_epochs=setting.epochs,
+            per_device_train_batch_size=setting.task.batch,
+            learning_rate=setting.lr,
+            weight_decay=setting.weight_decay,
+            lr_scheduler_type="constant",
+            seed=seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_drop_last=True,
+            bf16=setting.config.get("precision") == "bfloat16",
+            use_cpu=setting.data[0].device.type == "cpu",
+        )
         data = data or setting.data
         trainer = SplitLBITrainer(
-            model or setting.build(seed), args, data_collator=collate,
+            model or setting.build(seed),
+            args,
+            data_collator=collate,
             train_dataset=Rows(*(part.cpu() for part in data), setting.config.get("augment") and setting.task.augment),
-        )  # fmt: skip
+        )
         return find_ticket(trainer, macs=budget), time.perf_counter() - start
 
 
@@ -132,8 +150,14 @@ def rows_of_seed(setting: Setting, seed: int, done: set, cache: Path) -> Iterato
         torch.save(saved | {"model": dense.state_dict()}, f"{file}.tmp")
         os.replace(f"{file}.tmp", file)
     if ("dense", seed, 1.0) not in done:
-        yield common | {"arm": "dense", "budget": 1.0, "macs": 1.0, "cost": 1.0, "accuracy": saved["accuracy"],
-                        "seconds": saved["seconds"]}  # fmt: skip
+        yield common | {
+            "arm": "dense",
+            "budget": 1.0,
+            "macs": 1.0,
+            "cost": 1.0,
+            "accuracy": saved["accuracy"],
+            "seconds": saved["seconds"],
+        }
     generator = torch.Generator().manual_seed(seed)
     for budget in setting.budgets:
         if all((arm, seed, budget) in done for arm in ARMS[1:]):
@@ -181,9 +205,16 @@ def macs_of(model: Classifier, setting: Setting) -> int:
 
 
 def transfer_rows(
-    setting: Setting, seed: int, source: Data, model: Classifier, target: Data, target_test: Data,
-    other: Callable[[], Classifier], budget: float, steps: int,
-) -> Iterator[dict]:  # fmt: skip
+    setting: Setting,
+    seed: int,
+    source: Data,
+    model: Classifier,
+    target: Data,
+    target_test: Data,
+    other: Callable[[], Classifier],
+    budget: float,
+    steps: int,
+) -> Iterator[dict]:
     """A ticket found on one task, trained on another: other classes, another number of input channels."""
     ticket, _ = search(setting, seed, budget, source, model)
     generator = torch.Generator().manual_seed(seed)
@@ -208,9 +239,14 @@ def transfer_rows(
     for arm, net in nets.items():
         setting.fit(net, seed, rates(setting.net, steps, setting.lr), target)
         yield setting.config | {
-            "net": setting.net, "seed": seed, "arm": arm, "budget": budget, "transfer": True,
-            "accuracy": setting.accuracy(net, target_test), "found": ticket.step / setting.steps,
-        }  # fmt: skip
+            "net": setting.net,
+            "seed": seed,
+            "arm": arm,
+            "budget": budget,
+            "transfer": True,
+            "accuracy": setting.accuracy(net, target_test),
+            "found": ticket.step / setting.steps,
+        }
 
 
 # ---- table
@@ -234,8 +270,10 @@ def table(rows: list[dict]) -> None:
         main = [row for row in mine if not row.get("transfer")]
         of = {(row["arm"], row["seed"], row["budget"]): row for row in main}
         print(f"\n{net}: {count} rows, {classes} classes, {epochs} epochs, {device}; accuracy %, mean over the seeds")
-        print("| arm | budget | MACs | training MACs | accuracy | beside dense (SE) | path ticket, late, ahead (SE) |"
-              "\n|---|---|---|---|---|---|---|")  # fmt: skip
+        print(
+            "| arm | budget | MACs | training MACs | accuracy | beside dense (SE) | path ticket, late, ahead (SE) |"
+            "\n|---|---|---|---|---|---|---|"
+        )
         for budget in sorted({row["budget"] for row in main}, reverse=True):
             for arm in ARMS:
                 part = [row for row in main if (row["arm"], row["budget"]) == (arm, budget)]
@@ -245,14 +283,18 @@ def table(rows: list[dict]) -> None:
                 beside, error, _ = paired(of, arm, "dense", budget, 1.0)
                 ahead, other_error, seeds = paired(of, "path ticket, late", arm, budget, budget)
                 last = f"{ahead:+.2f} ({other_error:.2f})" if seeds and arm != "path ticket, late" else ""
-                print(f"| {arm} ({len(part)} seeds) | {budget:.0%} | {mean['macs']:.2f} | {mean['cost']:.2f} | "
-                      f"{mean['accuracy']:.2f} | {beside:+.2f} ({error:.2f}) | {last} |")  # fmt: skip
+                print(
+                    f"| {arm} ({len(part)} seeds) | {budget:.0%} | {mean['macs']:.2f} | {mean['cost']:.2f} | "
+                    f"{mean['accuracy']:.2f} | {beside:+.2f} ({error:.2f}) | {last} |"
+                )
         found = {(row["seed"], row["budget"]): row for row in main if row["arm"].startswith("path")}
         if found:
             shares = [row["found"] for row in found.values()]
             settled = sum(row["settled"] for row in found.values())
-            print(f"tickets found after {min(shares):.1%} to {max(shares):.1%} of the dense epochs, "
-                  f"{settled} of {len(found)} settled by themselves")  # fmt: skip
+            print(
+                f"tickets found after {min(shares):.1%} to {max(shares):.1%} of the dense epochs, "
+                f"{settled} of {len(found)} settled by themselves"
+            )
             for start in ("init", "late"):
                 for budget in sorted({budget for _, budget in found}, reverse=True):
                     arm = f"path ticket, {start}"

@@ -37,7 +37,7 @@ from structure_cifar10 import (
     cifar_task,
     on_device,
     read_rows,
-)  # fmt: skip
+)
 from ticket_arms import ARMS, Data, Setting, paired, rows_of_seed, transfer_rows
 from ticket_arms import table as arms_table
 from trainer_rows import Classifier
@@ -99,10 +99,15 @@ def load(parser: argparse.ArgumentParser, options: argparse.Namespace, device: t
 
 def config_of(options: argparse.Namespace, rows: int, cuda: bool) -> dict[str, Any]:
     return {
-        "width": options.width, "classes": options.classes, "rows": rows, "epochs": options.epochs,
-        "batch": options.batch, "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "precision": "bfloat16" if cuda and not options.float32 else "float32", "torch": torch.__version__,
-    }  # fmt: skip
+        "width": options.width,
+        "classes": options.classes,
+        "rows": rows,
+        "epochs": options.epochs,
+        "batch": options.batch,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "precision": "bfloat16" if cuda and not options.float32 else "float32",
+        "torch": torch.__version__,
+    }
 
 
 def title_of(row: dict) -> str:
@@ -147,14 +152,18 @@ def verdict(rows: list[dict]) -> list[str]:
     for start in ("init", "late"):
         arm, other = f"path ticket, {start}", f"random ticket, {start}"
         ahead, error, n = paired(of, arm, other, small, small)
-        lines.append(f"{small:.0%} MACs: {arm} {ahead:+.2f} (SE {error:.2f}, {n} seeds) beside {other}; "
-                     f"goal, ahead by two standard errors: {said(n >= SEEDS and ahead > 2 * error)}")  # fmt: skip
+        lines.append(
+            f"{small:.0%} MACs: {arm} {ahead:+.2f} (SE {error:.2f}, {n} seeds) beside {other}; "
+            f"goal, ahead by two standard errors: {said(n >= SEEDS and ahead > 2 * error)}"
+        )
     for budget in BUDGETS:
         both = [[row["cost"] for (a, _, b), row in of.items() if (a, b) == (arm, budget)] for arm in (late, one_shot)]
         if all(both):
             ours, other = map(statistics.mean, both)
-            lines.append(f"{budget:.0%} MACs: training MACs {ours:.2f} of the dense net's, one-shot magnitude's "
-                         f"{other:.2f}; goal, not more: {said(ours <= other)}")  # fmt: skip
+            lines.append(
+                f"{budget:.0%} MACs: training MACs {ours:.2f} of the dense net's, one-shot magnitude's "
+                f"{other:.2f}; goal, not more: {said(ours <= other)}"
+            )
         beside, error, n = paired(of, late, "dense", budget, 1.0)
         if n:
             lines.append(f"{budget:.0%} MACs: {late} {beside:+.2f} (SE {error:.2f}, {n} seeds) beside dense")
@@ -185,10 +194,19 @@ def transferred(setting: Setting, options: argparse.Namespace, seed: int) -> lis
         return Classifier(NETS[options.net](options.width, classes))
 
     steps = options.transfer_epochs * max(1, len(target[0]) // options.batch)
-    return list(transfer_rows(
-        replace(setting, data=source), seed, source, build(half, seed), target, target_test,
-        lambda: build(options.classes - half, 500 + seed), max(BUDGETS), steps,
-    ))  # fmt: skip
+    return list(
+        transfer_rows(
+            replace(setting, data=source),
+            seed,
+            source,
+            build(half, seed),
+            target,
+            target_test,
+            lambda: build(options.classes - half, 500 + seed),
+            max(BUDGETS),
+            steps,
+        )
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -207,17 +225,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     # rounds of a run this short may have no steps to say the speed of
     task = replace(task, trained=lambda steps, start, said=task.trained: said(steps, start) if steps else None)
     setting = Setting(
-        options.net, task, data, test, options.epochs, SETTINGS["lr"], SETTINGS["weight_decay"],
-        tuple(options.budgets), config | {"augment": "crop, flip"},
-    )  # fmt: skip
+        options.net,
+        task,
+        data,
+        test,
+        options.epochs,
+        SETTINGS["lr"],
+        SETTINGS["weight_decay"],
+        tuple(options.budgets),
+        config | {"augment": "crop, flip"},
+    )
     rows = read_rows(options.out)
     same = {"net": options.net, **config}
     mine = [row for row in rows if all(row.get(key) == same[key] for key in KEYS)]
     done = {(row["arm"], row["seed"], row["budget"]) for row in mine if not row.get("transfer")}
     left_out = {
         (arm, seed, budget)
-        for arm in ARMS if arm not in options.arms for seed in options.seeds for budget in (1.0, *options.budgets)
-    }  # fmt: skip
+        for arm in ARMS
+        if arm not in options.arms
+        for seed in options.seeds
+        for budget in (1.0, *options.budgets)
+    }
     apart = "-".join(str(config[key]).replace(" ", "_").replace("/", "_") for key in KEYS[1:])
     cache = options.out.parent / "cache" / f"tickets_cifar10-{apart}"
     options.out.parent.mkdir(parents=True, exist_ok=True)

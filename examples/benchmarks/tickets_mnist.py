@@ -72,8 +72,9 @@ def main() -> None:
     images, labels = mnist("train")
     data, test = (images[: options.rows], labels[: options.rows]), mnist("test")
     config = {"classes": 10, "rows": len(data[0]), "epochs": values["epochs"], "device": "cpu"}
-    setting = Setting(options.net, Task(build), data, test, values["epochs"], values["lr"], values["weight_decay"],
-                      config=config)  # fmt: skip
+    setting = Setting(
+        options.net, Task(build), data, test, values["epochs"], values["lr"], values["weight_decay"], config=config
+    )
     mine = [row for row in rows if row["net"] == options.net and all(row[name] == config[name] for name in config)]
     done = {(row["arm"], row["seed"], row["budget"]) for row in mine if not row.get("transfer")}
     cache = options.out.parent / "cache" / f"tickets-{options.rows}-{values['epochs']}-{values['lr']}"

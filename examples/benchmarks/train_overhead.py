@@ -88,13 +88,19 @@ def main() -> None:
     times = measure(arms, images, labels, options.rounds, options.autocast, options.compile)
     ratios = {name: [v / s for v, s in zip(values, times["SGD"], strict=True)] for name, values in times.items()}
     row = {
-        "date": date.today().isoformat(), "device": options.device, "threads": options.threads,
-        "torch": torch.__version__, "batch": options.batch, "width": options.width, "autocast": options.autocast,
-        "compile": options.compile, "rounds": options.rounds,
+        "date": date.today().isoformat(),
+        "device": options.device,
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "batch": options.batch,
+        "width": options.width,
+        "autocast": options.autocast,
+        "compile": options.compile,
+        "rounds": options.rounds,
         "ratio_to_sgd": {name: statistics.median(values) for name, values in ratios.items()},
         "ratio_of_minima": {name: min(values) / min(times["SGD"]) for name, values in times.items()},
         "sgd_ms": 1000 * statistics.median(times["SGD"]),
-    }  # fmt: skip
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -106,8 +112,10 @@ def main() -> None:
     )
     for name, values in ratios.items():
         low, _, high = statistics.quantiles(values, n=4)
-        print(f"| {name} | {statistics.median(values):.3f} | {low:.3f} to {high:.3f} "
-              f"| {row['ratio_of_minima'][name]:.3f} |")  # fmt: skip
+        print(
+            f"| {name} | {statistics.median(values):.3f} | {low:.3f} to {high:.3f} "
+            f"| {row['ratio_of_minima'][name]:.3f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -23,8 +23,12 @@ class Rows(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
         images = self.images[indices]
-        return [{"pixel_values": images if self.augment is None else self.augment(images, None),
-                 "labels": self.labels[indices]}]  # fmt: skip
+        return [
+            {
+                "pixel_values": images if self.augment is None else self.augment(images, None),
+                "labels": self.labels[indices],
+            }
+        ]
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -67,18 +67,33 @@ ARMS = {
 FROM, TO = "nearest", "oracle of the 50"
 # strategies whose first five are shown one by one, and their answers averaged
 FUSED = {
-    "nearest": "nearest 5, mean", "dense": "dense 5, mean", "transfer": "transfer 5, mean",
+    "nearest": "nearest 5, mean",
+    "dense": "dense 5, mean",
+    "transfer": "transfer 5, mean",
     "transfer, 50 labels each": "transfer 5, 50 labels each, mean",
-}  # fmt: skip
+}
 # what needs nothing that was measured of the pool, by kind and F passes: a choice of one example, or a mean
 TRAINING_FREE = {
     "cascade, one pass": ("random", "mean of the 50", "nearest", "dense"),
-    "cascade": ("nearest", "dense", "medoid of the nearest 10", "medoid of dense 10", "like the mean of dense 10",
-                "nearest, two arrangements", "dense, two arrangements"),
-    "cascade 10, weighted": ("nearest 5, mean", "dense 5, mean", "nearest 10, mean", "dense 10, mean",
-                             "nearest 5, in one call", "dense 5, in one call",
-                             "nearest 5 in one call, two arrangements"),
-}  # fmt: skip
+    "cascade": (
+        "nearest",
+        "dense",
+        "medoid of the nearest 10",
+        "medoid of dense 10",
+        "like the mean of dense 10",
+        "nearest, two arrangements",
+        "dense, two arrangements",
+    ),
+    "cascade 10, weighted": (
+        "nearest 5, mean",
+        "dense 5, mean",
+        "nearest 10, mean",
+        "dense 10, mean",
+        "nearest 5, in one call",
+        "dense 5, in one call",
+        "nearest 5 in one call, two arrangements",
+    ),
+}
 
 
 def agreement(task: Any, painted: Tensor) -> Tensor:
@@ -99,9 +114,12 @@ def agreement(task: Any, painted: Tensor) -> Tensor:
 
 
 def arms_of_query(
-    task: Any, painted: Tensor, truth: Tensor, chosen: Mapping[str, Tensor],
+    task: Any,
+    painted: Tensor,
+    truth: Tensor,
+    chosen: Mapping[str, Tensor],
     weighted: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """The score of every arm that shows some of a query's K candidates, whose answers are known.
 
     Args:
@@ -117,10 +135,12 @@ def arms_of_query(
     mean = painted.mean(0)
     like = task.score(painted, mean.expand_as(painted)) * (1 if task.greater_is_better else -1)
     found = {
-        "mean of the 50": values.mean(), TO: values[good.argmax()], "all 50, mean": task.score(mean, truth),
+        "mean of the 50": values.mean(),
+        TO: values[good.argmax()],
+        "all 50, mean": task.score(mean, truth),
         "medoid of the 50": values[agreement(task, painted).argmax()],
         "like the mean of the 50": values[like.argmax()],
-    }  # fmt: skip
+    }
     for name in ("nearest", "dense"):
         if len(ten := chosen.get(name, ())[:TEN]) == TEN:
             found[f"{name} 10, mean"] = task.score(painted[ten].mean(0), truth)
@@ -178,8 +198,13 @@ def places_of(chosen: Tensor, candidates: Tensor) -> Tensor:
 
 
 def machine() -> dict[str, Any]:
-    return {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "date": datetime.date.today().isoformat()}  # fmt: skip
+    return {
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def read_rows(file: Path) -> list[dict]:
@@ -226,9 +251,20 @@ def summary(of: Mapping[str, Mapping[int, Sequence[float]]], arm: str) -> tuple[
 
 def ahead(of: Mapping[str, Mapping[int, Sequence[float]]], arm: str, other: str) -> tuple[float, float]:
     """Share of the gap that `arm` closes more than `other`, with the standard error of the paired difference."""
-    moved = {FROM: of[other], arm: of[arm], TO: {
-        seed: [value + shift for value, shift in zip(of[TO][seed], (b - a for a, b in zip(of[FROM][seed],
-               of[other][seed], strict=True)), strict=True)] for seed in of[TO] if seed in of[other]}}  # fmt: skip
+    moved = {
+        FROM: of[other],
+        arm: of[arm],
+        TO: {
+            seed: [
+                value + shift
+                for value, shift in zip(
+                    of[TO][seed], (b - a for a, b in zip(of[FROM][seed], of[other][seed], strict=True)), strict=True
+                )
+            ]
+            for seed in of[TO]
+            if seed in of[other]
+        },
+    }
     _, closed, error = summary(moved, arm)
     return closed, error
 
@@ -246,8 +282,10 @@ def print_tables(rows: list[dict]) -> None:
         seeds = sorted({row["seed"] for row in mine})
         metric = mine[0]["metric"] + ("" if find_task(task).greater_is_better else ", lower is better")
         folds = f", {len(mine[0]['folds'])} folds each" if len(mine[0]["folds"]) > 1 else ""
-        print(f"\n{task}: mean {metric}; gap closed in % (paired standard error); seeds "
-              f"{', '.join(map(str, seeds))}{folds}\n")  # fmt: skip
+        print(
+            f"\n{task}: mean {metric}; gap closed in % (paired standard error); seeds "
+            f"{', '.join(map(str, seeds))}{folds}\n"
+        )
         print(f"| arm | F passes | {' | '.join(f'{model} | gap closed' for model in models)} |")
         print("|---|---" + "|---|---" * len(models) + "|")
         for arm, passes in ARMS.items():

@@ -85,9 +85,13 @@ def run(model: VisualInContextModel, seed: int, count: int, pooled: int, folder:
     """The score of every arm on every query."""
     task, column = model.config.task, LABELS[model.config.task]
     pool = ExamplePool.from_dataset(
-        Dataset.from_list(make_scenes(pooled, "train", task, seed)), label_column=column, encoder=model.encoder,
-        task=task, cache_dir=folder, progress=False,
-    )  # fmt: skip
+        Dataset.from_list(make_scenes(pooled, "train", task, seed)),
+        label_column=column,
+        encoder=model.encoder,
+        task=task,
+        cache_dir=folder,
+        progress=False,
+    )
     start = time.perf_counter()
     passes = measure_examples(model, pool, candidates=CANDIDATES, progress=False)[0].numel()
     seconds = time.perf_counter() - start
@@ -96,8 +100,9 @@ def run(model: VisualInContextModel, seed: int, count: int, pooled: int, folder:
     pipe = VisualInContextPipeline(model=model, pool=pool)
     drawn, examples, frozen = pipe.visual_task, pipe.examples, model.frozen
     scenes = make_scenes(count, "test", task, seed)
-    batch = pipe.preprocess({"images": [scene["image"] for scene in scenes],
-                             "labels": [scene.get(column) for scene in scenes]})  # fmt: skip
+    batch = pipe.preprocess(
+        {"images": [scene["image"] for scene in scenes], "labels": [scene.get(column) for scene in scenes]}
+    )
     truth = batch["truth"]
     queries = Queries(batch["cells"], model.encoder(batch["views"]), truth, seed=seed)
 
@@ -165,8 +170,12 @@ def run(model: VisualInContextModel, seed: int, count: int, pooled: int, folder:
     if drawn.name == "colourisation":
         found["grey copy"] = drawn.score(queries.cells, truth).tolist()
     # what was looked up is what the pipeline does
-    for strategy, arm in (("nearest", "nearest"), ("dense", "dense"), ("transfer", "transfer, 50 labels each"),
-                          ("cascade", "cascade")):  # fmt: skip
+    for strategy, arm in (
+        ("nearest", "nearest"),
+        ("dense", "dense"),
+        ("transfer", "transfer, 50 labels each"),
+        ("cascade", "cascade"),
+    ):
         shown, there = answer(strategy)
         if not torch.equal(shown, rows[arm][:, :1]):
             raise AssertionError(f"{strategy}: the pipeline shows other examples")
@@ -198,10 +207,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     arms = run(model, seed, options.queries, options.pool, folder)
                 of = {"task": task, "frozen": FROZEN, **size, "seed": seed}
                 added = [
-                    of | {"arm": arm, "passes": ARMS[arm], "metric": TASK_METRICS[task],
-                          "folds": [round(float(np.mean(values)), 5)]} | machine()
+                    of
+                    | {
+                        "arm": arm,
+                        "passes": ARMS[arm],
+                        "metric": TASK_METRICS[task],
+                        "folds": [round(float(np.mean(values)), 5)],
+                    }
+                    | machine()
                     for arm, values in arms.items()
-                ]  # fmt: skip
+                ]
                 append_rows(options.out, added)
                 rows += added
                 say(f"{task}, seed {seed}: {len(added)} arms, {time.perf_counter() - start:.0f} s")
@@ -209,8 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_tables(rows)
     gaps = [
         statistics.mean(row["folds"][0] for row in rows if row["task"] == "segmentation" and row["arm"] == arm)
-        for arm in (FROM, TO) if any(row["task"] == "segmentation" for row in rows)
-    ]  # fmt: skip
+        for arm in (FROM, TO)
+        if any(row["task"] == "segmentation" for row in rows)
+    ]
     if gaps:
         print(f"\nsegmentation, oracle less nearest: {gaps[1] - gaps[0]:.3f} (goal: at least {GOAL})")
 

@@ -76,8 +76,11 @@ CHECKED = 3  # queries that the pipeline answers, too
 BUDGET = 100  # pool images that the small label budget measures 50 examples on each
 BATCH = 10  # queries of one call of a selector
 SPLITS = Path(__file__).parent / "splits"  # see make_splits.py
-MATCHINGS = {"segmentation": ("soft", "nearest", "prototype"), "detection": ("soft", "nearest", "prototype"),
-             "colourisation": ("soft", "nearest")}  # fmt: skip
+MATCHINGS = {
+    "segmentation": ("soft", "nearest", "prototype"),
+    "detection": ("soft", "nearest", "prototype"),
+    "colourisation": ("soft", "nearest"),
+}
 SEEDS = {"segmentation": 3, "detection": 10, "colourisation": 3}
 
 
@@ -164,9 +167,7 @@ def read_photos(task: str, count: int) -> Dataset:
     if task == "segmentation":
         columns["label"] = [str(folder / "trimaps" / f"{file.stem}.png") for file in images]
     elif task == "detection":
-        columns["label"] = [
-            head_box(folder / "xmls" / f"{file.stem}.xml", Image.open(file).width) for file in images
-        ]  # fmt: skip
+        columns["label"] = [head_box(folder / "xmls" / f"{file.stem}.xml", Image.open(file).width) for file in images]
     return Dataset.from_dict(columns)
 
 
@@ -218,16 +219,20 @@ def prepare(task: str, matching: str, count: int, encoder: VisionEncoder, cache:
     """Encode all photos and score all pairs; kept in `cache`."""
     data = read_photos(task, count)
     pool = ExamplePool.from_dataset(
-        data, encoder=encoder, task=task, foreground=1 if task == "segmentation" else None, cache_dir=cache / "pools",
+        data,
+        encoder=encoder,
+        task=task,
+        foreground=1 if task == "segmentation" else None,
+        cache_dir=cache / "pools",
         progress=False,
-    )  # fmt: skip
+    )
     frozen = SmallMatching(encoder, matching, task == "colourisation")
     model = VisualInContextModel.from_parts(frozen, task=task)
     small = TASKS[task]
     images = [pool.image(row) for row in range(len(pool))]
-    labels = torch.cat([
-        small.labels([pool.label(row)], [images[row]], encoder.image_size) for row in range(len(pool))
-    ])  # fmt: skip
+    labels = torch.cat(
+        [small.labels([pool.label(row)], [images[row]], encoder.image_size) for row in range(len(pool))]
+    )
     key = f"{task}-{pool.fingerprint[:12]}"
     file = cache / f"{key}.pt"
     if file.is_file():
@@ -248,8 +253,10 @@ def prepare(task: str, matching: str, count: int, encoder: VisionEncoder, cache:
         painted = photos.predict(query, everyone)
         photos.scores[query] = small.score(painted, labels[query].expand_as(painted))
         if query % 100 == 99:
-            say(f"{task}, {matching}: {query + 1} of {len(pool)} photos with all others, "
-                f"{time.perf_counter() - start:.0f} s")  # fmt: skip
+            say(
+                f"{task}, {matching}: {query + 1} of {len(pool)} photos with all others, "
+                f"{time.perf_counter() - start:.0f} s"
+            )
     torch.save(photos.scores, file)
     return photos
 
@@ -316,8 +323,9 @@ def splits(task: str, count: int, seed: int, folds: int) -> list[tuple[np.ndarra
         queries = min(100, count // 3)
         return [(order[:queries], order[queries : queries + 190])]
     size = count // FOLDS
-    return [(order[k * size : (k + 1) * size], np.delete(order, slice(k * size, (k + 1) * size)))
-            for k in range(folds)]  # fmt: skip
+    return [
+        (order[k * size : (k + 1) * size], np.delete(order, slice(k * size, (k + 1) * size))) for k in range(folds)
+    ]
 
 
 def without_copies(photos: Photos, queries: np.ndarray, members: np.ndarray, seed: int, fold: int) -> np.ndarray:
@@ -381,8 +389,9 @@ def run_fold(
         known.set_performance(CANDIDATES - 1)
         table = known.model.measured_candidates.long(), known.model.measured_performance
         grids = photos.views(known.members)["grid"]
-        orders = ranker_orders(batch.views["tokens"], batch.views["grid"], pool.tokens(torch.arange(len(pool))), grids,
-                               candidates, *table)  # fmt: skip
+        orders = ranker_orders(
+            batch.views["tokens"], batch.views["grid"], pool.tokens(torch.arange(len(pool))), grids, candidates, *table
+        )
         rows |= {name: candidates.gather(1, order[:, :1]) for name, order in orders.items()}
     if check:
         compare_with_pipeline(photos, pool, queries, known, rows)
@@ -464,8 +473,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, help="permutations; default: 3, in detection 10")
     parser.add_argument("--folds", type=int, default=FOLDS, help="rotations of a permutation")
     parser.add_argument("--photos", type=int, default=PHOTOS, help="only the first so many")
-    parser.add_argument("--rankers", type=int, default=1, metavar="SEEDS",
-                        help="seeds of which list-wise rankers are trained, for segmentation, soft")  # fmt: skip
+    parser.add_argument(
+        "--rankers",
+        type=int,
+        default=1,
+        metavar="SEEDS",
+        help="seeds of which list-wise rankers are trained, for segmentation, soft",
+    )
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks/vicl_pets"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -494,10 +508,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         folds.append(run_fold(photos, *parts, inside, check=not seed and not folds, rankers=rankers))
                 of = {"task": task, "frozen": matching, "photos": options.photos, "seed": seed}
                 found = [
-                    of | {"arm": arm, "passes": ARMS[arm], "metric": photos.task.metric,
-                          "folds": [round(fold[arm], 5) for fold in folds]} | machine()
+                    of
+                    | {
+                        "arm": arm,
+                        "passes": ARMS[arm],
+                        "metric": photos.task.metric,
+                        "folds": [round(fold[arm], 5) for fold in folds],
+                    }
+                    | machine()
                     for arm in folds[0]
-                ]  # fmt: skip
+                ]
                 append_rows(options.out, found)
                 rows += found
                 say(f"{task}, {matching}, seed {seed}: {len(found)} arms, {time.perf_counter() - start:.0f} s")

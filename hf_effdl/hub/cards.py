@@ -87,25 +87,42 @@ def write_structure_card(
     old = Path(folder) / "README.md"
     known = (ModelCard.load(old).data.tags or []) if old.is_file() else []
     data = ModelCardData(
-        language=language, license=license, library_name="transformers", base_model=finetuned_from, pipeline_tag=task,
+        language=language,
+        license=license,
+        library_name="transformers",
+        base_model=finetuned_from,
+        pipeline_tag=task,
         tags=list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags or []), *trainer._tag_names, *known])),
-    )  # fmt: skip
+    )
     path = trainer.path
     rows = _result_rows(trainer, report)
     metrics = dict.fromkeys(name for row in rows for name in row if name not in ("name", *_SIZES))
     columns = {"name": "model", **{name: name for name in metrics}, **_SIZES}
     dataset = [dataset] if isinstance(dataset, str) else list(dataset or [])
     return write_card(
-        folder, "structure_card.md", data,
-        title=model_name or repo_id, kind=kind, slim=small is not None, report=report, repo_id=repo_id,
-        custom=getattr(config, "quantization_config", None) is not None, version=__version__, task=task,
-        auto_class=_AUTO_CLASSES.get(task, kind), dataset=dataset, dataset_args=dataset_args,
+        folder,
+        "structure_card.md",
+        data,
+        title=model_name or repo_id,
+        kind=kind,
+        slim=small is not None,
+        report=report,
+        repo_id=repo_id,
+        custom=getattr(config, "quantization_config", None) is not None,
+        version=__version__,
+        task=task,
+        auto_class=_AUTO_CLASSES.get(task, kind),
+        dataset=dataset,
+        dataset_args=dataset_args,
         rows=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
-        table=markdown_table(rows, columns), plain_sgd=any("SGD" in row["name"] for row in rows),
-        picture=_save_picture(path, report, folder), recipe=_recipe(trainer), citation=CITATION,
+        table=markdown_table(rows, columns),
+        plain_sgd=any("SGD" in row["name"] for row in rows),
+        picture=_save_picture(path, report, folder),
+        recipe=_recipe(trainer),
+        citation=CITATION,
         growth=_growth(trainer, folder),
         support=[f"`{name}`: {int(inside.sum())} of {len(inside)}" for name, inside in path.support.items()],
-    )  # fmt: skip
+    )
 
 
 _SIZES = {"params": "parameters", "macs": "MACs", "latency_ms": "latency, ms"}
@@ -125,9 +142,10 @@ def _result_rows(trainer: Any, report: Mapping[str, Any] | None) -> list[dict[st
             ("masked on the support", "eval_sparse_", "-"),
         ):
             metrics = {
-                key.removeprefix(prefix): value for key, value in values.items()
+                key.removeprefix(prefix): value
+                for key, value in values.items()
                 if key.startswith(prefix) and not key.startswith(other)
-            }  # fmt: skip
+            }
             rows.append({"name": name, **metrics, **counts})
     if report is not None and not any(row.get("params") == report["params"]["after"] for row in rows):
         rows.append({"name": "slim", **{key: report[key]["after"] for key in _SIZES if key in report}})
@@ -140,7 +158,7 @@ def _save_picture(path: Any, report: Mapping[str, Any] | None, folder: str | os.
         # the report holds how many units of each group stayed; they are the best ones in the order it was made by
         selected = {
             name: score.topk(report["units"][name]["after"]).indices for name, score in path.scores(order).items()
-        }  # fmt: skip
+        }
     try:
         figure = path.plot(selected=selected, order=order)
     except ImportError:  # matplotlib is an extra; the card says that the picture is missing
@@ -176,21 +194,38 @@ def _recipe(trainer: Any) -> dict[str, Any]:
     if args.base == "adamw":
         of_base = {"betas": group["betas"], "eps": group["eps"]}
     return {
-        "preset": args.preset, "epochs": args.num_train_epochs, "batch size": args.train_batch_size * args.world_size,
+        "preset": args.preset,
+        "epochs": args.num_train_epochs,
+        "batch size": args.train_batch_size * args.world_size,
         "learning rate": args.learning_rate,
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        "base": args.base, **of_base, "weight decay": args.weight_decay, "seed": args.seed,
-        "kappa": args.kappa, "lam": args.lam, "nu": round(group["nu"], 6), "path_scale": round(group["path_scale"], 6),
-        **growing, "processes": args.world_size,
-    }  # fmt: skip
+        "base": args.base,
+        **of_base,
+        "weight decay": args.weight_decay,
+        "seed": args.seed,
+        "kappa": args.kappa,
+        "lam": args.lam,
+        "nu": round(group["nu"], 6),
+        "path_scale": round(group["path_scale"], 6),
+        **growing,
+        "processes": args.world_size,
+    }
 
 
 # ---- selections
 
 _OVERVIEW = {
-    "link": "config", "selected": "rows", "rows": "of", "preset": "preset", "regime": "regime", "sampler": "sampler",
-    "weights": "weights", "seed": "seed", "kish": "effective size", "scores": "scores",
-}  # fmt: skip
+    "link": "config",
+    "selected": "rows",
+    "rows": "of",
+    "preset": "preset",
+    "regime": "regime",
+    "sampler": "sampler",
+    "weights": "weights",
+    "seed": "seed",
+    "kish": "effective size",
+    "scores": "scores",
+}
 _SHOWN_CLASSES = 50
 
 
@@ -215,9 +250,12 @@ def write_selection_card(
     known = DatasetCard.load(folder / "README.md").data.to_dict() if (folder / "README.md").is_file() else {}
     # in the order in which they came: the first is what load_dataset(repo_id) loads and the snippets show
     order = [config.get("config_name") for config in known.get("configs") or []]
-    records = dict(sorted(records.items(), key=lambda item: (
-        item[0] != "default", order.index(item[0]) if item[0] in order else len(order)
-    )))  # fmt: skip
+    records = dict(
+        sorted(
+            records.items(),
+            key=lambda item: (item[0] != "default", order.index(item[0]) if item[0] in order else len(order)),
+        )
+    )
     files = {name: f"{name}/selection.parquet" for name in records}
     files |= {(name := record["scores"]["config"]): f"{name}/scores.parquet" for record in records.values()}
     sources = dict.fromkeys(source for record in records.values() if (source := _source(record).get("id")))
@@ -230,22 +268,35 @@ def write_selection_card(
     if "default" not in records and not any(config.get("default") for config in foreign):
         configs[0]["default"] = True
     data = DatasetCardData(
-        **(known | {name: value for name, value in ours.items() if value} | ({"license": license} if license else {})
-           | {"configs": configs + foreign})
-    )  # fmt: skip
-    sections = [_section(name, record, (folder / name / "selection.png").is_file())
-                for name, record in records.items()]  # fmt: skip
+        **(
+            known
+            | {name: value for name, value in ours.items() if value}
+            | ({"license": license} if license else {})
+            | {"configs": configs + foreign}
+        )
+    )
+    sections = [
+        _section(name, record, (folder / name / "selection.png").is_file()) for name, record in records.items()
+    ]
     overview = [
-        record["summary"] | record["settings"] | {
-            "link": f"`{name}`", "scores": f"`{record['scores']['config']}`", "rows": record["rows"],
-        }
+        record["summary"]
+        | record["settings"]
+        | {"link": f"`{name}`", "scores": f"`{record['scores']['config']}`", "rows": record["rows"]}
         for name, record in records.items()
-    ]  # fmt: skip
+    ]
     return write_card(
-        folder, "selection_card.md", data, title=repo_id.split("/")[-1], repo_id=repo_id, sections=sections,
-        source_ids=list(sources), overview=markdown_table(overview, _OVERVIEW), version=__version__,
-        first=sections[0], citation=SELECTION_CITATION,
-    )  # fmt: skip
+        folder,
+        "selection_card.md",
+        data,
+        title=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        sections=sections,
+        source_ids=list(sources),
+        overview=markdown_table(overview, _OVERVIEW),
+        version=__version__,
+        first=sections[0],
+        citation=SELECTION_CITATION,
+    )
 
 
 def _is_ours(config: Mapping[str, Any]) -> bool:
@@ -267,48 +318,79 @@ def _section(name: str, record: Mapping[str, Any], picture: bool) -> dict[str, A
     rows = {
         "source": source.get("id") or f"not known: {source.get('why', 'it is not recorded')}",
         "revision": source.get("revision") or ("not known" if source.get("id") else None),
-        "configuration": source.get("config"), "split": source.get("split"),
-        "rows of the pool": record["rows"], "fingerprint of the scored pool": source.get("fingerprint"),
+        "configuration": source.get("config"),
+        "split": source.get("split"),
+        "rows of the pool": record["rows"],
+        "fingerprint of the scored pool": source.get("fingerprint"),
         "hash of its labels": info.get("labels_hash"),
         "rows are named by": f"column `{info['id_column']}`" if info.get("id_column") else "their places, from 0",
         "labels": f"column `{info['label_column']}`" if info.get("mode") == "coreset" else "none were used",
         "probes": f"{probes.get('number')} x {probes.get('kind')}, fingerprint {probes.get('fingerprint')}"
-        if probes else None,
+        if probes
+        else None,
         "rows the probes were trained on": f"{probes['training_rows']:,}{sample}"
-        if probes.get("training_rows") else ("not recorded" if probes else None),
-        "gauge of the uncertainty": info.get("gauge"), "mode": info.get("mode"), "preset": settings.get("preset"),
-        "noise rate": found.get("noise_rate"), "regime": settings.get("regime"),
-        "accuracy tried out": found.get("trial_accuracy"), "rows kept by the filter": settings.get("kept_rows"),
-        "score drawn by": settings.get("score"), "cap of the score": _cap(settings, found.get("clip")),
-        "uniform share": settings.get("uniform_share"), "hardest cut": settings.get("cut_hardest"),
-        "quotas": settings.get("quotas"), "sampler": settings.get("sampler"), "budget": settings.get("budget"),
-        "seed": str(settings.get("seed")), "weights": _weights(settings),
+        if probes.get("training_rows")
+        else ("not recorded" if probes else None),
+        "gauge of the uncertainty": info.get("gauge"),
+        "mode": info.get("mode"),
+        "preset": settings.get("preset"),
+        "noise rate": found.get("noise_rate"),
+        "regime": settings.get("regime"),
+        "accuracy tried out": found.get("trial_accuracy"),
+        "rows kept by the filter": settings.get("kept_rows"),
+        "score drawn by": settings.get("score"),
+        "cap of the score": _cap(settings, found.get("clip")),
+        "uniform share": settings.get("uniform_share"),
+        "hardest cut": settings.get("cut_hardest"),
+        "quotas": settings.get("quotas"),
+        "sampler": settings.get("sampler"),
+        "budget": settings.get("budget"),
+        "seed": str(settings.get("seed")),
+        "weights": _weights(settings),
         "effective size (Kish)": f"{found['kish']:.1f} of {found['selected']:,} rows",
-        "suspected label errors": None if suspects is None else
-        f"{suspects:,} ({suspects / record['rows']:.1%}) of the pool, {found['suspects_selected']:,} "
+        "suspected label errors": None
+        if suspects is None
+        else f"{suspects:,} ({suspects / record['rows']:.1%}) of the pool, {found['suspects_selected']:,} "
         f"({found['suspects_selected'] / found['selected']:.1%}) of the chosen",
         "hf_effdl": info.get("hf_effdl"),
-    }  # fmt: skip
+    }
     classes = sorted(found["classes"], key=lambda row: -row["pool"])[:_SHOWN_CLASSES]
     shown = [
-        row | {"class": " ".join(row["class"].split()).replace("|", "\\|"),
-               "share": None if row["share"] is None else f"{row['share']:.1%}"}
+        row
+        | {
+            "class": " ".join(row["class"].split()).replace("|", "\\|"),
+            "share": None if row["share"] is None else f"{row['share']:.1%}",
+        }
         for row in classes
-    ]  # fmt: skip
-    columns = {"class": "class", "pool": "pool", "kept": "kept by the filter", "selected": "chosen",
-               "share": "chosen / pool"}  # fmt: skip
+    ]
+    columns = {
+        "class": "class",
+        "pool": "pool",
+        "kept": "kept by the filter",
+        "selected": "chosen",
+        "share": "chosen / pool",
+    }
     if all(row["kept"] is None for row in found["classes"]):
         del columns["kept"]
     return {
-        "name": name, "config": "" if name == "default" else f', config_name="{name}"', "recipe": found["recipe"],
-        "rows": {key: f"{value:,}" if type(value) is int else f"{value:.4g}" if type(value) is float else value
-                 for key, value in rows.items() if value is not None},
-        "warnings": found["warnings"], "picture": f"{name}/selection.png" if picture else None,
-        "classes": markdown_table(shown, columns) if shown else None, "more": len(found["classes"]) - len(shown),
+        "name": name,
+        "config": "" if name == "default" else f', config_name="{name}"',
+        "recipe": found["recipe"],
+        "rows": {
+            key: f"{value:,}" if type(value) is int else f"{value:.4g}" if type(value) is float else value
+            for key, value in rows.items()
+            if value is not None
+        },
+        "warnings": found["warnings"],
+        "picture": f"{name}/selection.png" if picture else None,
+        "classes": markdown_table(shown, columns) if shown else None,
+        "more": len(found["classes"]) - len(shown),
         "counted_by": "the label" if found["counted_by"] == "label" else "the class that the probes vote for",
         "exact": bool(source.get("id") and (source.get("exact") or info.get("id_column"))),
-        "why": source.get("why"), "labelled": info.get("mode") == "coreset", "scores": record["scores"]["config"],
-    }  # fmt: skip
+        "why": source.get("why"),
+        "labelled": info.get("mode") == "coreset",
+        "scores": record["scores"]["config"],
+    }
 
 
 def _cap(settings: Mapping[str, Any], value: float | None) -> str | None:
@@ -322,7 +404,8 @@ def _weights(settings: Mapping[str, Any]) -> str | None:
     rules = {
         "p_label": "mean probability that the probes give to the row's label, plus 0.001; scaled to mean 1",
         "damped": f"1 / max({settings.get('beta')}, uncertainty); scaled to mean 1",
-        "exact": "1 / inclusion probability; scaled to mean 1", "none": "all 1",
-    }  # fmt: skip
+        "exact": "1 / inclusion probability; scaled to mean 1",
+        "none": "all 1",
+    }
     kind = settings.get("weights")
     return None if kind is None else f"`{kind}`: {rules[kind]}"

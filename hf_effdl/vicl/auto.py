@@ -18,6 +18,9 @@ AutoModel.register(ListwiseRankerConfig, ListwiseRanker)
 PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=VisualInContextPipeline, pt_model=AutoModel, type="image")
 
 __all__ = [
-    "ListwiseRanker", "ListwiseRankerConfig", "VisualInContextConfig", "VisualInContextModel",
+    "ListwiseRanker",
+    "ListwiseRankerConfig",
+    "VisualInContextConfig",
+    "VisualInContextModel",
     "VisualInContextPipeline",
-]  # fmt: skip
+]

@@ -57,8 +57,10 @@ def near_duplicates(vectors: Tensor, of: Tensor | Sequence[int], threshold: floa
             raise ValueError(f"of holds rows {int(of.min())} to {int(of.max())}: there are {len(vectors)} vectors")
         rows = of.long()
     elif of.dim() != 2 or not of.is_floating_point() or of.shape[1] != vectors.shape[1]:
-        raise ValueError(f"of is {of.dtype} of shape {tuple(of.shape)}: pass rows of `vectors`, as whole numbers, or "
-                         f"vectors (m, {vectors.shape[1]})")  # fmt: skip
+        raise ValueError(
+            f"of is {of.dtype} of shape {tuple(of.shape)}: pass rows of `vectors`, as whole numbers, or "
+            f"vectors (m, {vectors.shape[1]})"
+        )
     found = torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
     for own, block in zip(found.split(ROWS), vectors.split(ROWS)):
         block = _unit(block, "vectors")
@@ -162,8 +164,10 @@ def split_pool(
     taken = dropped.union(asked)
     rest = [id for row, id in enumerate(ids) if row not in taken]
     if not rest:
-        raise ValueError(f"{len(asked)} queries and {len(dropped)} near duplicates are all of the {len(ids)} images: "
-                         "pass fewer queries or a higher threshold")  # fmt: skip
+        raise ValueError(
+            f"{len(asked)} queries and {len(dropped)} near duplicates are all of the {len(ids)} images: "
+            "pass fewer queries or a higher threshold"
+        )
     return Split([ids[row] for row in asked], rest, [ids[row] for row in dropped])
 
 
@@ -219,8 +223,9 @@ def read_splits(file: str | os.PathLike[str]) -> dict[str, Split]:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         version, stored, ids, table = (content[key] for key in ("format", "sha256", "ids", "splits"))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a file of splits ({type(error).__name__}: {error}); "
-                         "write one with write_splits") from error  # fmt: skip
+        raise ValueError(
+            f"{file} is not a file of splits ({type(error).__name__}: {error}); write one with write_splits"
+        ) from error
     if version != FORMAT:
         raise ValueError(f"{file} has format {version} and this version of hf_effdl reads {FORMAT}: upgrade hf_effdl")
     if _digest({"format": version, "ids": ids, "splits": table}) != stored:

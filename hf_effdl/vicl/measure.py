@@ -138,8 +138,10 @@ def _rows(pool: PoolReader, wanted: Any, name: str) -> Tensor:
     rows = []
     for value in values:
         if isinstance(value, bool) or not isinstance(value, Integral | str):
-            raise TypeError(f"{name} holds {value!r}: pass rows (numbers) or ids (texts); mask.nonzero()[:, 0] are "
-                            "the rows of a mask")  # fmt: skip
+            raise TypeError(
+                f"{name} holds {value!r}: pass rows (numbers) or ids (texts); mask.nonzero()[:, 0] are "
+                "the rows of a mask"
+            )
         try:
             rows.append(pool.position(value) if isinstance(value, str) else int(value))
         except KeyError as error:
@@ -182,11 +184,17 @@ def _tell_cost(
         return
     each = _seconds_each(examples, parts[0], count, excluded, left * count)
     longest = max(sum(map(len, waiting[i::processes])) for i in range(processes)) * count * each
-    amount, unit = next((longest / size, unit) for size, unit in ((3600, "h"), (60, "min"), (1, "s"))
-                        if longest > 2 * size or unit == "s")  # fmt: skip
+    amount, unit = next(
+        (longest / size, unit)
+        for size, unit in ((3600, "h"), (60, "min"), (1, "s"))
+        if longest > 2 * size or unit == "s"
+    )
     among = f", shared by {processes} processes" if processes > 1 else ""
-    print(f"measuring: about {amount:.1f} {unit} at {each:.2g} s a run on {examples.model.device}{among}",
-          file=sys.stderr, flush=True)  # fmt: skip
+    print(
+        f"measuring: about {amount:.1f} {unit} at {each:.2g} s a run on {examples.model.device}{among}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _seconds_each(examples: Examples, rows: Tensor, count: int, excluded: Tensor, runs: int) -> float:
@@ -239,8 +247,10 @@ def _part(
     performance = examples.measure(queries, found)
     if not performance.isfinite().all():
         row = int(rows[(~performance.isfinite()).any(1)][0])
-        raise ValueError(f"the metric is not finite on pool image {pool.ids[row]!r}: a metric has to be defined for "
-                         "every prediction, also for an empty one")  # fmt: skip
+        raise ValueError(
+            f"the metric is not finite on pool image {pool.ids[row]!r}: a metric has to be defined for "
+            "every prediction, also for an empty one"
+        )
     if file is not None:
         part_file = file.with_suffix(f".{os.getpid()}.tmp")
         save_file({"candidates": found.int(), "performance": performance}, str(part_file))
@@ -251,16 +261,25 @@ def _part(
 def _name(metric: Any) -> str:
     name = getattr(metric, "name", None) or getattr(metric, "__qualname__", "<unknown>")
     if "<lambda>" in name or name == "<unknown>":
-        raise ValueError(f"metric={metric!r} has no name that parts in cache_dir could be told apart by: pass a "
-                         "function made with def, an evaluate module, or an object with a `name`")  # fmt: skip
+        raise ValueError(
+            f"metric={metric!r} has no name that parts in cache_dir could be told apart by: pass a "
+            "function made with def, an evaluate module, or an object with a `name`"
+        )
     return name
 
 
 def _key(
     model: VisualInContextModel, pool: PoolReader, count: int, metric: str | None, greater: bool, excluded: Tensor
 ) -> str:
-    parts = [type(model.frozen).__qualname__, model.config.frozen_model, model.config.task, pool.fingerprint, count,
-             metric, greater]  # fmt: skip
+    parts = [
+        type(model.frozen).__qualname__,
+        model.config.frozen_model,
+        model.config.task,
+        pool.fingerprint,
+        count,
+        metric,
+        greater,
+    ]
     if excluded.any():
         parts.append(excluded.nonzero()[:, 0].tolist())
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())

@@ -61,14 +61,20 @@ class Net(nn.Module):
     def groups(self) -> list[dict[str, Any]]:
         return [
             # units along the sharded axis of one tensor and along the other axis of the next, four columns each
-            {"params": [self.norm.weight, self.middle.weight], "penalty": "group", "name": "norm", "axis": [0, 1],
-             "block": [1, 4], "scale": [1.0, 0.7]},
+            {
+                "params": [self.norm.weight, self.middle.weight],
+                "penalty": "group",
+                "name": "norm",
+                "axis": [0, 1],
+                "block": [1, 4],
+                "scale": [1.0, 0.7],
+            },
             {"params": [self.rows.weight, self.rows.bias], "penalty": "group", "name": "rows"},
             {"params": [self.last.weight], "penalty": "group", "name": "columns", "axis": 1},
             {"params": [self.single.weight], "penalty": "group", "name": "single"},
             {"params": [self.conv.weight, self.last.bias], "penalty": "l1", "name": "weights"},
             {"params": [self.norm.bias, self.middle.bias, self.single.bias], "name": "rest"},
-        ]  # fmt: skip
+        ]
 
 
 def batches(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:

@@ -64,10 +64,23 @@ class Block(nn.Module):
 
 ROWS = 48
 SHARED: dict[str, Any] = {
-    "per_device_eval_batch_size": 4, "num_train_epochs": 6, "learning_rate": 0.2, "nu": 8.0, "path_length": 1.2,
-    "seed": 3, "save_steps": 16, "logging_steps": 8, "eval_strategy": "steps", "eval_steps": 16, "disable_tqdm": True,
-    "report_to": "none", "use_cpu": True, "save_total_limit": 3, "save_strategy": "steps", "weight_decay": 0.01,
-}  # fmt: skip
+    "per_device_eval_batch_size": 4,
+    "num_train_epochs": 6,
+    "learning_rate": 0.2,
+    "nu": 8.0,
+    "path_length": 1.2,
+    "seed": 3,
+    "save_steps": 16,
+    "logging_steps": 8,
+    "eval_strategy": "steps",
+    "eval_steps": 16,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "use_cpu": True,
+    "save_total_limit": 3,
+    "save_strategy": "steps",
+    "weight_decay": 0.01,
+}
 
 
 def images(count: int, seed: int) -> Dataset:
@@ -119,10 +132,14 @@ def outcome(run: SplitLBITrainer) -> dict[str, Any]:
         logits = {name: model.eval()(rows)["logits"] for name, model in (("dense", net), ("slim", small))}
     return {
         "weights": {name: tensor.clone() for name, tensor in net.state_dict().items()},
-        "slim": {name: tensor.clone() for name, tensor in small.state_dict().items()}, "logits": logits,
-        "path": run.path.units, "log": log, "masked": run.evaluate_masked(), "class": type(net).__name__,
+        "slim": {name: tensor.clone() for name, tensor in small.state_dict().items()},
+        "logits": logits,
+        "path": run.path.units,
+        "log": log,
+        "masked": run.evaluate_masked(),
+        "class": type(net).__name__,
         "buffer": net.shift.clone(),
-    }  # fmt: skip
+    }
 
 
 # ---- on two processes
@@ -167,8 +184,14 @@ def refusals(out: Path) -> dict[str, str]:
         groups = find_groups(net, {"pixel_values": torch.zeros(1, 1, 8, 8, dtype=torch.float64)})
         args = TrainingArguments(str(out), fsdp=True, use_cpu=True, report_to="none", disable_tqdm=True)
         kwargs = {"params": param_groups(net, groups), "lr": 0.1}
-        Trainer(net, args, train_dataset=images(8, 1), data_collator=collate, callbacks=[SplitLBICallback()],
-                optimizer_cls_and_kwargs=(SplitLBI, kwargs)).train()  # fmt: skip
+        Trainer(
+            net,
+            args,
+            train_dataset=images(8, 1),
+            data_collator=collate,
+            callbacks=[SplitLBICallback()],
+            optimizer_cls_and_kwargs=(SplitLBI, kwargs),
+        ).train()
 
     def by_environment() -> None:  # as accelerate launch sets it
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "FSDP_SYNC_MODULE_STATES": "false"}

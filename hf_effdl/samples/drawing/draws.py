@@ -168,8 +168,10 @@ def draw(
     """
     probabilities = torch.as_tensor(probabilities).double()
     if probabilities.ndim != 1 or not ((probabilities >= 0) & (probabilities <= 1)).all():
-        raise ValueError(f"probabilities of shape {tuple(probabilities.shape)} are not one number in [0, 1] a row; "
-                         "make them with inclusion_probabilities(scores, budget)")  # fmt: skip
+        raise ValueError(
+            f"probabilities of shape {tuple(probabilities.shape)} are not one number in [0, 1] a row; "
+            "make them with inclusion_probabilities(scores, budget)"
+        )
     inside = hashed_uniform(seed, _ids(row_ids, len(probabilities))) < probabilities
     positions = inside.nonzero().flatten()
     return positions, 1 / probabilities[positions]
@@ -249,8 +251,10 @@ class PrioritySampler:
     def merge(self, other: "PrioritySampler") -> "PrioritySampler":
         """Take over what another sampler (of the same budget and seed) has seen; returns self."""
         if (self.budget, self.seed) != (other.budget, other.seed):
-            raise ValueError(f"samplers of budget and seed {(self.budget, self.seed)} and "
-                             f"{(other.budget, other.seed)} cannot be merged; make them alike")  # fmt: skip
+            raise ValueError(
+                f"samplers of budget and seed {(self.budget, self.seed)} and "
+                f"{(other.budget, other.seed)} cannot be merged; make them alike"
+            )
         self.rows += other.rows
         for part in other._parts:
             self._keep(*part)
@@ -339,8 +343,10 @@ def class_quotas(counts: Tensor, budget: int, *, seed: int = 0) -> Tensor:
     counts = torch.as_tensor(counts).long()
     budget = check_rows(budget, int(counts.sum()))
     if budget < (present := int((counts > 0).sum())):
-        raise ValueError(f"budget={budget} is below the {present} classes that have rows, so quotas would leave "
-                         f"classes out; raise the budget to {present} or more, or set quotas='none'")  # fmt: skip
+        raise ValueError(
+            f"budget={budget} is below the {present} classes that have rows, so quotas would leave "
+            f"classes out; raise the budget to {present} or more, or set quotas='none'"
+        )
     return _fill(counts, budget, hashed_uniform(seed, torch.arange(len(counts)), salt=1))
 
 
@@ -434,8 +440,10 @@ def loss_weights(
     raw = {"exact": lambda v: 1 / v, "damped": lambda v: 1 / v.clamp(min=beta), "p_label": lambda v: v + floor}
     weights = raw[kind](values)
     if not (weights.isfinite() & (weights >= 0)).all() or not weights.sum() > 0:
-        raise ValueError(f"weights={kind!r} come out infinite, NaN, negative or all zero; check {needed}=, and that "
-                         f"beta={beta} and floor={floor} are above zero")  # fmt: skip
+        raise ValueError(
+            f"weights={kind!r} come out infinite, NaN, negative or all zero; check {needed}=, and that "
+            f"beta={beta} and floor={floor} are above zero"
+        )
     return weights / weights.mean() if normalise else weights
 
 

@@ -142,21 +142,31 @@ def make_plan(
             "'p_label' or 'exact', or force=True"
         )
     if weights == "exact" and sampler in ("sequential", "top-k"):
-        raise ValueError(f"weights='exact' needs inclusion probabilities, which sampler={sampler!r} does not have; "
-                         "use 'priority' or 'poisson'")  # fmt: skip
+        raise ValueError(
+            f"weights='exact' needs inclusion probabilities, which sampler={sampler!r} does not have; "
+            "use 'priority' or 'poisson'"
+        )
     if sampler == "top-k" and quotas == "strata":
-        raise ValueError("quotas='strata' draws uniformly inside each stratum, so sampler='top-k' has nothing to rank "
-                         "by; use sampler='priority'")  # fmt: skip
+        raise ValueError(
+            "quotas='strata' draws uniformly inside each stratum, so sampler='top-k' has nothing to rank "
+            "by; use sampler='priority'"
+        )
     if uniform_share and sampler in ("sequential", "top-k"):
-        raise ValueError(f"uniform_share={uniform_share} has no effect on sampler={sampler!r}; use 'priority' or "
-                         "'poisson'")  # fmt: skip
+        raise ValueError(
+            f"uniform_share={uniform_share} has no effect on sampler={sampler!r}; use 'priority' or 'poisson'"
+        )
     if cut_hardest and score == "uniform":
-        raise ValueError(f"cut_hardest={cut_hardest} needs a score that tells the hardest rows, and score='uniform' "
-                         "does not; pass keep=without_hardest(scores, share)")  # fmt: skip
+        raise ValueError(
+            f"cut_hardest={cut_hardest} needs a score that tells the hardest rows, and score='uniform' "
+            "does not; pass keep=without_hardest(scores, share)"
+        )
     if sampler == "top-k" and budget < 0.3 * rows:
-        warnings.warn(f"sampler='top-k' keeps {budget / rows:.0%} of the rows: below 30 % the hardest rows alone do "
-                      "worse than random ones; draw in proportion to the score, or set sampler='priority', "
-                      "quotas='strata'", stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"sampler='top-k' keeps {budget / rows:.0%} of the rows: below 30 % the hardest rows alone do "
+            "worse than random ones; draw in proportion to the score, or set sampler='priority', "
+            "quotas='strata'",
+            stacklevel=2,
+        )
     values = torch.ones(rows) if score == "uniform" else _column(table, score).float()
     kept = torch.ones(rows, dtype=torch.bool) if keep is None else torch.as_tensor(keep).clone()
     if kept.dtype != torch.bool or kept.shape != (rows,):
@@ -187,16 +197,25 @@ def make_plan(
     needs = {"damped": "u_y" if "u_y" in table and score != "u_x" else "u_x", "p_label": "p_label"}
     given = _column(table, needs[weights])[found] if weights in needs else None
     return Plan(
-        found, chances,
+        found,
+        chances,
         loss_weights(weights, probabilities=chances, uncertainty=given, p_label=given, beta=beta),
-        rows, settings,
-    )  # fmt: skip
+        rows,
+        settings,
+    )
 
 
 def _draw_in_groups(
-    values: Tensor, part: Tensor, groups: Tensor | None, budget: int, sampler: str, uniform_share: float, seed: int,
-    ids: Tensor, tolerant: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    values: Tensor,
+    part: Tensor,
+    groups: Tensor | None,
+    budget: int,
+    sampler: str,
+    uniform_share: float,
+    seed: int,
+    ids: Tensor,
+    tolerant: bool,
+) -> tuple[Tensor, Tensor]:
     """Rows of a part of the pool, group by group; positions and probabilities."""
     inside = part.nonzero().flatten()
     if groups is None:
@@ -208,20 +227,20 @@ def _draw_in_groups(
         quotas = class_quotas(counts, budget, seed=seed)
     found = [
         _draw(values, inside[groups[inside] == g], int(quota), sampler, uniform_share, seed, ids)
-        for g, quota in enumerate(quotas.tolist()) if quota
-    ]  # fmt: skip
+        for g, quota in enumerate(quotas.tolist())
+        if quota
+    ]
     return torch.cat([f for f, _ in found]), torch.cat([p for _, p in found])
 
 
 def _draw(
-    values: Tensor, inside: Tensor, budget: int, sampler: str, uniform_share: float, seed: int,
-    ids: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    values: Tensor, inside: Tensor, budget: int, sampler: str, uniform_share: float, seed: int, ids: Tensor
+) -> tuple[Tensor, Tensor]:
     scores, names = values[inside], ids[inside]
     if sampler in ("sequential", "top-k"):
-        chosen = top_k(scores, budget) if sampler == "top-k" else sequential_draw(
-            scores, budget, seed=seed, row_ids=names
-        )  # fmt: skip
+        chosen = (
+            top_k(scores, budget) if sampler == "top-k" else sequential_draw(scores, budget, seed=seed, row_ids=names)
+        )
         certain = sampler == "top-k" or budget == len(inside)
         return inside[chosen], torch.full((len(chosen),), 1.0 if certain else float("nan"), dtype=torch.float64)
     if uniform_share:
@@ -243,8 +262,10 @@ def _groups(table: Mapping[str, Tensor], quotas: str, values: Tensor, bins: int,
         return strata(values.clamp(inside.min().item(), inside.max().item()), bins)
     groups = _column(table, quotas).long()
     if (groups < 0).any():
-        raise ValueError(f"column {quotas!r} holds {int((groups < 0).sum())} negative classes; leave rows without a "
-                         "label out, or set quotas='predicted' or 'none'")  # fmt: skip
+        raise ValueError(
+            f"column {quotas!r} holds {int((groups < 0).sum())} negative classes; leave rows without a "
+            "label out, or set quotas='predicted' or 'none'"
+        )
     return groups
 
 
@@ -318,8 +339,13 @@ def default_plan(
         arguments["keep"] = _filled(table, keep, likely, budget, arguments.get("quotas", "label"), seed)
     plan = make_plan(table, budget, **arguments)
     keep = arguments["keep"]
-    found = {"preset": "default", "regime": regime, "noise_rate": noise, "trial_accuracy": accuracy,
-             "kept_rows": plan.rows if keep is None else int(keep.sum())}  # fmt: skip
+    found = {
+        "preset": "default",
+        "regime": regime,
+        "noise_rate": noise,
+        "trial_accuracy": accuracy,
+        "kept_rows": plan.rows if keep is None else int(keep.sum()),
+    }
     return Plan(plan.positions, plan.probabilities, plan.weights, plan.rows, found | plan.settings)
 
 
@@ -395,9 +421,15 @@ def paper_plan(
     weights have mean 1 over the selection.
     """
     options = {
-        "score": "u_y" if labelled else "u_x", "quotas": "label" if labelled else "none", "clip": 0.005, "beta": 0.1,
-        "sampler": "sequential", "weights": "damped", "seed": seed, "row_ids": row_ids,
-    }  # fmt: skip
+        "score": "u_y" if labelled else "u_x",
+        "quotas": "label" if labelled else "none",
+        "clip": 0.005,
+        "beta": 0.1,
+        "sampler": "sequential",
+        "weights": "damped",
+        "seed": seed,
+        "row_ids": row_ids,
+    }
     plan = make_plan(table, budget, **_override(options, overrides))
     return Plan(plan.positions, plan.probabilities, plan.weights, plan.rows, {"preset": "paper"} | plan.settings)
 
@@ -416,13 +448,17 @@ def table_noise(table: Mapping[str, Tensor], share: float = 0.1, least: int = 10
 
 def _column(table: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in table:
-        raise ValueError(f"the score table has no column {name!r}, only {sorted(table)}; score the rows first, or "
-                         "choose another score=, quotas= or weights=")  # fmt: skip
+        raise ValueError(
+            f"the score table has no column {name!r}, only {sorted(table)}; score the rows first, or "
+            "choose another score=, quotas= or weights="
+        )
     column = table[name]
     if not column.isfinite().all():
         bad = (~column.isfinite()).nonzero().flatten()
-        raise ValueError(f"column {name!r} has {len(bad)} NaN or infinite values, the first at row {bad[0]}; score "
-                         "these rows again, or leave them out")  # fmt: skip
+        raise ValueError(
+            f"column {name!r} has {len(bad)} NaN or infinite values, the first at row {bad[0]}; score "
+            "these rows again, or leave them out"
+        )
     return column
 
 

@@ -104,8 +104,10 @@ def plan_shards(
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: it must be one of {WEIGHTS}")
     if score in LABEL_DEPENDENT and weights == "none" and not force:
-        raise ValueError(f"score={score!r} depends on the label, and weights='none' would train on rows chosen for "
-                         "their odd labels; set weights='damped', 'p_label' or 'exact', or force=True")  # fmt: skip
+        raise ValueError(
+            f"score={score!r} depends on the label, and weights='none' would train on rows chosen for "
+            "their odd labels; set weights='damped', 'p_label' or 'exact', or force=True"
+        )
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip}: a cap must be positive")
     if batch_rows < 1 or (workers is not None and workers < 1):
@@ -114,8 +116,15 @@ def plan_shards(
     inputs, id_column, extra = _inspect(files, score, id_column, weights)
     rows = sum(shard["rows"] for shard in inputs)
     budget = check_rows(budget, rows)
-    settings = {"budget": budget, "score": score, "id_column": id_column, "weights": weights, "seed": int(seed),
-                "clip": None if clip is None else float(clip), "beta": float(beta)}  # fmt: skip
+    settings = {
+        "budget": budget,
+        "score": score,
+        "id_column": id_column,
+        "weights": weights,
+        "seed": int(seed),
+        "clip": None if clip is None else float(clip),
+        "beta": float(beta),
+    }
     shards = _Shards(inputs, score, id_column, extra, clip, weights, beta, seed, batch_rows, workers)
 
     folder = Path(output_dir)
@@ -137,8 +146,10 @@ def plan_shards(
 
     selected = shards.write(plan["tau"], plan["weight_scale"], outputs)
     if sum(selected) != budget or any(shard != shard | _stamp(shard["file"]) for shard in inputs):
-        raise RuntimeError(f"{sum(selected)} rows were written for a budget of {budget}, or input files changed "
-                           f"meanwhile; remove {str(folder)!r} and start again")  # fmt: skip
+        raise RuntimeError(
+            f"{sum(selected)} rows were written for a budget of {budget}, or input files changed "
+            f"meanwhile; remove {str(folder)!r} and start again"
+        )
     counts = [{"file": path.name, "selected": count} for path, count in zip(outputs, selected, strict=True)]
     plan |= {"outputs": counts, "selected": budget}
     _write_json(folder / MANIFEST, plan)
@@ -173,9 +184,11 @@ class _Shards:
         tau = keys.kthvalue(int(or_above[tau_bin]) - budget).values.item()
         above = int(or_above[tau_bin] - counts[tau_bin]) + int((keys > tau).sum())
         if above != budget:
-            raise ValueError(f"{int((keys == tau).sum())} rows have the same key at the edge of the sample, so no "
-                             f"{budget} rows come first: rows share their id; give each row another one in column "
-                             f"{self.id_column!r}, or set id_column=None")  # fmt: skip
+            raise ValueError(
+                f"{int((keys == tau).sum())} rows have the same key at the edge of the sample, so no "
+                f"{budget} rows come first: rows share their id; give each row another one in column "
+                f"{self.id_column!r}, or set id_column=None"
+            )
         return tau
 
     def scale(self, budget: int, tau: float) -> dict[str, float]:
@@ -241,10 +254,19 @@ class _Shards:
             if inside.any():
                 chances = (scores[inside].double().clamp(min=LEAST_SCORE) / tau).clamp(max=1)
                 given = extra if extra is None else extra[inside]
-                yield ids, inside, chances, loss_weights(
-                    self.weights, probabilities=chances, uncertainty=given, p_label=given, beta=self.beta,
-                    normalise=False,
-                )  # fmt: skip
+                yield (
+                    ids,
+                    inside,
+                    chances,
+                    loss_weights(
+                        self.weights,
+                        probabilities=chances,
+                        uncertainty=given,
+                        p_label=given,
+                        beta=self.beta,
+                        normalise=False,
+                    ),
+                )
 
     def _batches(self, k: int, weighing: bool = False) -> Iterator[tuple[Any, Tensor, Tensor, Tensor | None]]:
         """Row ids (an Arrow array), scores, keys and, for weighing, what weights are made of."""
@@ -297,9 +319,10 @@ def _numbers(batch: Any, name: str, file: str, row: int) -> Tensor:
     low, high = values.aminmax()
     if not (low >= 0 and high < math.inf):
         bad = int((~(values.isfinite() & (values >= 0))).nonzero()[0])
-        raise ValueError(f"{file}: column {name!r} is {values[bad].item()} at row {row + bad} (missing counts as "
-                         "NaN); score such rows again so that they are finite and not negative, or leave them out"
-                         )  # fmt: skip
+        raise ValueError(
+            f"{file}: column {name!r} is {values[bad].item()} at row {row + bad} (missing counts as "
+            "NaN); score such rows again so that they are finite and not negative, or leave them out"
+        )
     return values
 
 
@@ -309,8 +332,9 @@ def _names(ids: Any, name: str | None, file: str, row: int) -> Tensor | list[str
 
     if ids.null_count:
         bad = ids.is_null().index(True).as_py()
-        raise ValueError(f"{file}: column {name!r} is missing at row {row + bad}; give every row an id, or set "
-                         "id_column=None")  # fmt: skip
+        raise ValueError(
+            f"{file}: column {name!r} is missing at row {row + bad}; give every row an id, or set id_column=None"
+        )
     return torch.tensor(ids.to_numpy()) if pa.types.is_integer(ids.type) else ids.to_pylist()
 
 
@@ -344,14 +368,19 @@ def _inspect(
         for file, schema in zip(files, schemas, strict=True) if name else ():
             if name not in schema.names:
                 near = get_close_matches(name, schema.names, 3, 0.4)
-                raise ValueError(f"{file} has no column {name!r}; its columns are {schema.names}"
-                                 + (f", near ones {near}" if near else "") + f"; change {argument}=")  # fmt: skip
+                raise ValueError(
+                    f"{file} has no column {name!r}; its columns are {schema.names}"
+                    + (f", near ones {near}" if near else "")
+                    + f"; change {argument}="
+                )
             kind, first = schema.field(name).type, schemas[0].field(name).type
             text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
             naming = argument == "id_column"
             if not (pa.types.is_integer(kind) or (text if naming else pa.types.is_floating(kind))):
-                raise TypeError(f"{file}: column {name!r} is of type {kind}; cast it to "
-                                f"{'integers or texts' if naming else 'numbers'}, or change {argument}=")  # fmt: skip
+                raise TypeError(
+                    f"{file}: column {name!r} is of type {kind}; cast it to "
+                    f"{'integers or texts' if naming else 'numbers'}, or change {argument}="
+                )
             if naming and kind != first:
                 raise TypeError(
                     f"{file}: column {name!r} is of type {kind}, in {files[0]} of {first}; make them alike"

@@ -172,8 +172,9 @@ class DynamicsCallback(TrainerCallback):
         if state.is_world_process_zero and not _files(Path(args.output_dir) / FOLDER):
             logger.warning(
                 "no training dynamics were recorded: training ended at epoch %.2f and every=%d; train for longer",
-                state.epoch or 0, self.every,
-            )  # fmt: skip
+                state.epoch or 0,
+                self.every,
+            )
 
     def _rows(self, dataloader: DataLoader) -> tuple[Any, Callable[[list[Any]], Mapping[str, Any]]]:
         dataset = _map_style(dataloader.dataset) if self.dataset is None else self.dataset

@@ -23,11 +23,14 @@ def check_dataset(data: Any, columns: Sequence[str] = (), argument: str = "the d
         ValueError: for an empty one or missing columns, with the nearest names.
     """
     if isinstance(data, (DatasetDict, IterableDatasetDict)):
-        raise TypeError(f"{argument} is a DatasetDict with the splits {list(data)}; pass one of them, as in "
-                        f"data[{next(iter(data), 'train')!r}], or split=")  # fmt: skip
+        raise TypeError(
+            f"{argument} is a DatasetDict with the splits {list(data)}; pass one of them, as in "
+            f"data[{next(iter(data), 'train')!r}], or split="
+        )
     if isinstance(data, IterableDataset):
-        raise TypeError(f"{argument} is an IterableDataset, whose rows have no fixed places; load it without "
-                        "streaming=True")  # fmt: skip
+        raise TypeError(
+            f"{argument} is an IterableDataset, whose rows have no fixed places; load it without streaming=True"
+        )
     if not isinstance(data, Dataset):
         raise TypeError(f"{argument} is a {type(data).__name__}; pass a datasets.Dataset")
     if len(data) == 0:
@@ -35,8 +38,10 @@ def check_dataset(data: Any, columns: Sequence[str] = (), argument: str = "the d
     for column in columns:
         if column not in data.column_names:
             near = get_close_matches(column, data.column_names, 3, 0.4)
-            raise ValueError(f"{argument} has no column {column!r}; its columns are {data.column_names}"
-                             + (f", near ones {near}" if near else ""))  # fmt: skip
+            raise ValueError(
+                f"{argument} has no column {column!r}; its columns are {data.column_names}"
+                + (f", near ones {near}" if near else "")
+            )
     return data
 
 
@@ -53,21 +58,28 @@ def label_tensor(data: Dataset, column: str, names: Sequence[str] | None = None)
     """
     values = data.with_format(None)[column][:]
     if any(value is None for value in values):
-        raise ValueError(f"column {column!r} has {sum(value is None for value in values)} rows without a label; drop "
-                         "them, or use mode='active', which needs no labels")  # fmt: skip
+        raise ValueError(
+            f"column {column!r} has {sum(value is None for value in values)} rows without a label; drop "
+            "them, or use mode='active', which needs no labels"
+        )
     if isinstance(values[0], str):
         if names is None:
-            raise ValueError(f"column {column!r} holds texts and the probes have no class names to look them up in; "
-                             f"call class_encode_column({column!r}) first")  # fmt: skip
+            raise ValueError(
+                f"column {column!r} holds texts and the probes have no class names to look them up in; "
+                f"call class_encode_column({column!r}) first"
+            )
         place = {name: i for i, name in enumerate(names)}
         if unknown := sorted(set(values) - set(place)):
-            raise ValueError(f"column {column!r} holds {unknown[:3]}, which are none of the probes' {len(place)} "
-                             f"classes {list(place)[:10]}")  # fmt: skip
+            raise ValueError(
+                f"column {column!r} holds {unknown[:3]}, which are none of the probes' {len(place)} "
+                f"classes {list(place)[:10]}"
+            )
         return torch.tensor([place[value] for value in values])
     labels = torch.tensor(values)
     if labels.ndim != 1 or labels.is_floating_point():
-        raise TypeError(f"column {column!r} holds {labels.dtype} of shape {tuple(labels.shape)}; selection needs one "
-                        "class a row")  # fmt: skip
+        raise TypeError(
+            f"column {column!r} holds {labels.dtype} of shape {tuple(labels.shape)}; selection needs one class a row"
+        )
     return labels.long()
 
 
@@ -87,9 +99,12 @@ class Inputs:
     """
 
     def __init__(
-        self, processing_class: Any = None, column: str | Sequence[str] | None = None,
-        collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]] | None = None, aside: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+        self,
+        processing_class: Any = None,
+        column: str | Sequence[str] | None = None,
+        collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]] | None = None,
+        aside: Sequence[str] = (),
+    ) -> None:
         self.processing_class, self.column, self.collator = processing_class, column, collator
         self.aside = {*NOT_INPUTS, *aside}
         self.forward_columns: list[str] = []
@@ -127,17 +142,20 @@ class Inputs:
         features = data.features
         wanted = "texts" if isinstance(self.processing_class, PreTrainedTokenizerBase) else "images"
         found = [
-            name for name, feature in features.items()
-            if name not in self.aside
-            and (isinstance(feature, Image) if wanted == "images" else _is_text(feature))
-        ]  # fmt: skip
+            name
+            for name, feature in features.items()
+            if name not in self.aside and (isinstance(feature, Image) if wanted == "images" else _is_text(feature))
+        ]
         if self.processing_class is None or len(found) != 1:
             why = (
-                "none of them is an argument of the model" if self.processing_class is None
+                "none of them is an argument of the model"
+                if self.processing_class is None
                 else f"{len(found)} of them hold {wanted}"
-            )  # fmt: skip
-            raise ValueError(f"cannot tell which of the columns {columns} to feed to the model: {why}; pass "
-                             "input_column=, and for raw images or texts processing_class=")  # fmt: skip
+            )
+            raise ValueError(
+                f"cannot tell which of the columns {columns} to feed to the model: {why}; pass "
+                "input_column=, and for raw images or texts processing_class="
+            )
         self.column = found[0]
 
     def __call__(self, rows: Rows) -> Mapping[str, Any] | Tensor:

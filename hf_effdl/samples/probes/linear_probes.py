@@ -27,9 +27,16 @@ class LinearProbes(Probes):
     """
 
     def __init__(
-        self, backbone: nn.Module | None, heads: Tensor, mean: Tensor, scale: Tensor, inputs: Inputs,
-        names: Sequence[str] | None, probe_set: ProbeSet, recipe: dict[str, Any],
-    ) -> None:  # fmt: skip
+        self,
+        backbone: nn.Module | None,
+        heads: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        inputs: Inputs,
+        names: Sequence[str] | None,
+        probe_set: ProbeSet,
+        recipe: dict[str, Any],
+    ) -> None:
         self.backbone = nn.Identity() if backbone is None else backbone.eval()
         super().__init__([self.backbone] * len(heads), names=names or [], probe_set=probe_set)
         self.names = list(names) if names else None
@@ -86,8 +93,9 @@ class LinearProbes(Probes):
         recipe = {"steps": steps, "learning_rate": learning_rate, "weight_decay": weight_decay, "classes": classes}
         inputs = Inputs(processing_class, input_column, data_collator, [label_column])
         empty = torch.zeros(max(num_probes, LEAST_PROBES), 0, classes)
-        probes = cls(backbone, empty, torch.zeros(0), torch.ones(0), inputs, names, ProbeSet(rows, labels, counts),
-                     recipe)  # fmt: skip
+        probes = cls(
+            backbone, empty, torch.zeros(0), torch.ones(0), inputs, names, ProbeSet(rows, labels, counts), recipe
+        )
         if num_probes < LEAST_PROBES:
             raise ValueError(f"num_probes={num_probes}: the spread of one probe is unknown; use 2 or more, better 8")
         x = probes.encode(rows, batch_size)
@@ -146,8 +154,16 @@ class LinearProbes(Probes):
     def fit(self, rows: Dataset, labels: Tensor, weights: Tensor, seed: int) -> "LinearProbes":
         x = self.standardise(self.encode(rows))
         heads = fit_heads(x, labels, weights[None].float(), seed=seed, **self.recipe)
-        return LinearProbes(self.backbone, heads.repeat(2, 1, 1), self.mean, self.scale, self.inputs, self.names,
-                            self.probe_set, self.recipe)  # fmt: skip
+        return LinearProbes(
+            self.backbone,
+            heads.repeat(2, 1, 1),
+            self.mean,
+            self.scale,
+            self.inputs,
+            self.names,
+            self.probe_set,
+            self.recipe,
+        )
 
     def _accuracy(self, model: Any, rows: Dataset, truth: Tensor, batch_size: int) -> float:
         predicted = torch.cat([z[:, 0].argmax(1) for z in model.batches(rows, batch_size)])
@@ -160,16 +176,25 @@ class LinearProbes(Probes):
         return self._fingerprint
 
     def describe(self) -> dict[str, Any]:
-        kind = "linear heads" if isinstance(self.backbone, nn.Identity) else (
-            f"linear heads on {type(self.backbone).__name__}"
-        )  # fmt: skip
+        kind = (
+            "linear heads"
+            if isinstance(self.backbone, nn.Identity)
+            else (f"linear heads on {type(self.backbone).__name__}")
+        )
         return super().describe() | {"kind": kind}
 
 
 def fit_heads(
-    x: Tensor, labels: Tensor, counts: Tensor, *, classes: int, steps: int = 200, learning_rate: float = 0.01,
-    weight_decay: float = 0.01, seed: int = 0,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    labels: Tensor,
+    counts: Tensor,
+    *,
+    classes: int,
+    steps: int = 200,
+    learning_rate: float = 0.01,
+    weight_decay: float = 0.01,
+    seed: int = 0,
+) -> Tensor:
     """M softmax heads at once, head m minimising `sum_i counts_mi CE_i / sum_i counts_mi` with full-batch AdamW.
 
     Args:
@@ -192,7 +217,7 @@ def fit_heads(
             logits = torch.einsum("nd,mdc->mnc", x, heads)
             losses = F.cross_entropy(
                 logits.flatten(0, 1), labels.to(x.device).repeat(len(counts)), reduction="none"
-            ).view(len(counts), -1)  # fmt: skip
+            ).view(len(counts), -1)
             optimizer.zero_grad()
             (losses * shares).sum().backward()
             optimizer.step()

@@ -65,8 +65,10 @@ class Probes:
     ) -> None:
         self.models = list(models)
         if len(self.models) < LEAST_PROBES:
-            raise ValueError(f"{len(self.models)} probe(s): the spread of one model is unknown; pass 2 or more, "
-                             "better 8, trained on different bootstrap samples, see train_probes")  # fmt: skip
+            raise ValueError(
+                f"{len(self.models)} probe(s): the spread of one model is unknown; pass 2 or more, "
+                "better 8, trained on different bootstrap samples, see train_probes"
+            )
         for model in self.models:
             model.eval()
         self.names = list(names) if names is not None else common_names(self.models)
@@ -97,8 +99,10 @@ class Probes:
             outputs.append(z[:, None] if z.ndim == 1 else z)
         shapes = {tuple(z.shape) for z in outputs}
         if len(shapes) > 1 or outputs[0].ndim != 2:
-            raise ValueError(f"the probes give logits of shapes {sorted(shapes)}; selection needs one row of logits "
-                             "for each example, over the same classes")  # fmt: skip
+            raise ValueError(
+                f"the probes give logits of shapes {sorted(shapes)}; selection needs one row of logits "
+                "for each example, over the same classes"
+            )
         return torch.stack(outputs, 1)
 
     @property
@@ -112,10 +116,12 @@ class Probes:
         """Plain values for the report."""
         probe_set = self.probe_set
         return {
-            "kind": type(self.models[0]).__name__, "number": len(self), "fingerprint": self.fingerprint,
+            "kind": type(self.models[0]).__name__,
+            "number": len(self),
+            "fingerprint": self.fingerprint,
             "training_rows": None if probe_set is None else len(probe_set.labels),
             "bootstrap": None if probe_set is None else bool((probe_set.counts != 1).any()),
-        }  # fmt: skip
+        }
 
     def fit(self, rows: Dataset, labels: Tensor, weights: Tensor, seed: int) -> nn.Module | None:
         """A model like the probes, trained on other rows; None if it is not known how they were trained."""
@@ -183,7 +189,7 @@ def common_names(models: Sequence[nn.Module]) -> list[str] | None:
     maps = [
         {int(i): name for i, name in (getattr(getattr(model, "config", None), "id2label", None) or {}).items()}
         for model in models
-    ]  # fmt: skip
+    ]
     for number, other in enumerate(maps):
         if other != maps[0]:
             raise ValueError(

@@ -43,17 +43,22 @@ def score_batch(logits: Tensor, labels: Tensor | None, gauge: str = "invariant")
     p = each.mean(1)
     top = p.topk(2, 1)
     table = {
-        "u_x": _uncertainty(logits, None, gauge), "entropy": _entropy(p),
-        "margin": top.values[:, 0] - top.values[:, 1], "least_confidence": 1 - top.values[:, 0],
+        "u_x": _uncertainty(logits, None, gauge),
+        "entropy": _entropy(p),
+        "margin": top.values[:, 0] - top.values[:, 1],
+        "least_confidence": 1 - top.values[:, 0],
         "bald": (_entropy(p) - _entropy(each).mean(1)).clamp(min=0),
-        "confidence": top.values[:, 0], "predicted": top.indices[:, 0],
-    }  # fmt: skip
+        "confidence": top.values[:, 0],
+        "predicted": top.indices[:, 0],
+    }
     if labels is not None:
         hot = torch.nn.functional.one_hot(labels, p.shape[1]).to(p.dtype)
         table |= {
-            "u_y": _uncertainty(logits, labels, gauge), "p_label": p.gather(1, labels[:, None])[:, 0],
-            "el2n": (each - hot[:, None]).norm(dim=2).mean(1), "likelihoods": label_likelihoods(p, labels),
-        }  # fmt: skip
+            "u_y": _uncertainty(logits, labels, gauge),
+            "p_label": p.gather(1, labels[:, None])[:, 0],
+            "el2n": (each - hot[:, None]).norm(dim=2).mean(1),
+            "likelihoods": label_likelihoods(p, labels),
+        }
     between, total = spread_sums(logits)
     return table | {"between": between, "total": total}
 
@@ -120,9 +125,16 @@ def score_rows(
 
 
 def _score_part(
-    probes: Probes, data: Dataset, places: range, labels: Tensor | None, inputs: Inputs, gauge: str, batch_size: int,
-    accelerator: Accelerator, bar: Any,
-) -> dict[str, Tensor]:  # fmt: skip
+    probes: Probes,
+    data: Dataset,
+    places: range,
+    labels: Tensor | None,
+    inputs: Inputs,
+    gauge: str,
+    batch_size: int,
+    accelerator: Accelerator,
+    bar: Any,
+) -> dict[str, Tensor]:
     rows = _Numbered(data, places, inputs)
     loader = accelerator.prepare(DataLoader(rows, batch_size, collate_fn=_Collate(inputs)))
     table: dict[str, Tensor] = {}
@@ -136,9 +148,9 @@ def _score_part(
                 check_labels(labels, max(2, logits.shape[2]), len(labels))
             given = labels[numbers_here].to(logits.device)
         found = _checked(logits, given, numbers_here, gauge)
-        gathered = accelerator.gather_for_metrics({"numbers": numbers} | {
-            name: value.to(accelerator.device) for name, value in found.items()
-        })  # fmt: skip
+        gathered = accelerator.gather_for_metrics(
+            {"numbers": numbers} | {name: value.to(accelerator.device) for name, value in found.items()}
+        )
         where = gathered.pop("numbers").cpu() - places.start
         for name, value in gathered.items():
             if name not in table:

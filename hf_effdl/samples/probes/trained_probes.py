@@ -95,12 +95,14 @@ def train_probes(
 
     def train(
         model: nn.Module, data: Dataset, labels: Tensor, seed: int, folder: str, weights: Tensor | None = None
-    ) -> nn.Module:  # fmt: skip
+    ) -> nn.Module:
         options = {"output_dir": f"{args.output_dir}/{folder}", "seed": seed, "remove_unused_columns": False}
         trainer = WeightedTrainer(
-            model, _replaced(args, **options), data_collator=_Collator(inputs.bind(data, model), model),
+            model,
+            _replaced(args, **options),
+            data_collator=_Collator(inputs.bind(data, model), model),
             train_dataset=_Labelled(data, labels, torch.ones(len(labels)) if weights is None else weights),
-        )  # fmt: skip
+        )
         trainer.train()
         return trainer.accelerator.unwrap_model(trainer.model).eval()
 
@@ -121,9 +123,14 @@ def train_probes(
                 _save(model, file, key)
         models.append(model.eval())
     return TrainedProbes(
-        models, try_out, processing_class=processing_class, input_column=input_column, data_collator=data_collator,
-        names=label_names(rows, label_column), probe_set=ProbeSet(rows, labels, counts),
-    )  # fmt: skip
+        models,
+        try_out,
+        processing_class=processing_class,
+        input_column=input_column,
+        data_collator=data_collator,
+        names=label_names(rows, label_column),
+        probe_set=ProbeSet(rows, labels, counts),
+    )
 
 
 def _load(model: nn.Module, file: Path, key: str) -> bool:

@@ -115,10 +115,7 @@ def fit_likelihoods(likelihoods: Tensor, classes: int) -> LabelNoise:
     for _ in range(40):
         middle = ((lowest + highest) / 2)[:, None]
         slope = ((1 / classes - likely) / ((1 - middle) * likely + middle / classes)).sum(1)
-        lowest, highest = (
-            torch.where(slope > 0, middle[:, 0], lowest),
-            torch.where(slope > 0, highest, middle[:, 0]),
-        )
+        lowest, highest = (torch.where(slope > 0, middle[:, 0], lowest), torch.where(slope > 0, highest, middle[:, 0]))
     share = ((lowest + highest) / 2)[:, None]
     best = int(((1 - share) * likely + share / classes).log().sum(1).argmax())
     contamination = share[best, 0].item()
@@ -139,8 +136,10 @@ def _fit_rows(rows: int) -> Tensor | slice:
 
 def _check(p: Tensor, labels: Tensor) -> Tensor:
     if p.ndim != 2 or len(p) == 0 or not ((p >= 0) & (p <= 1.01)).all():  # 1.01: half precision
-        raise ValueError(f"p has shape {tuple(p.shape)} or values outside [0, 1]; pass the probes' mean probabilities "
-                         "(rows, classes), not logits")  # fmt: skip
+        raise ValueError(
+            f"p has shape {tuple(p.shape)} or values outside [0, 1]; pass the probes' mean probabilities "
+            "(rows, classes), not logits"
+        )
     return check_labels(labels, p.shape[1], len(p))
 
 

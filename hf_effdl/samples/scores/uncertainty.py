@@ -54,8 +54,10 @@ def uncertainty(logits: Tensor, labels: Tensor | None = None, gauge: str = "inva
         raise ValueError(f"gauge={gauge!r}: it must be one of {GAUGES}")
     logits, labels = check_logits(logits, labels)
     if logits.shape[1] < 2:
-        raise ValueError("logits are of one probe (M = 1), whose spread is unknown; pass the logits of 2 or more, "
-                         "better 8, probes trained on different bootstrap samples")  # fmt: skip
+        raise ValueError(
+            "logits are of one probe (M = 1), whose spread is unknown; pass the logits of 2 or more, "
+            "better 8, probes trained on different bootstrap samples"
+        )
     check_spread(logits)
     return torch.cat([_uncertainty(part, given, gauge) for part, given in _chunks(logits, labels)])
 
@@ -156,16 +158,20 @@ def check_logits(logits: Tensor, labels: Tensor | None = None) -> tuple[Tensor, 
     if not logits.is_floating_point():
         raise TypeError(f"logits are of type {logits.dtype}; pass raw floating-point logits")
     if logits.ndim not in (2, 3):
-        raise ValueError(f"logits have shape {tuple(logits.shape)}; pass (rows, probes, classes), or (rows, probes) "
-                         "for a single sigmoid logit")  # fmt: skip
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)}; pass (rows, probes, classes), or (rows, probes) "
+            "for a single sigmoid logit"
+        )
     logits = logits[..., None] if logits.ndim == 2 else logits
     if 0 in logits.shape:
         raise ValueError(f"logits have shape {tuple(logits.shape)} (rows, probes, classes): there is nothing to score")
     finite = torch.cat([part.isfinite().all(2).all(1) for part in logits.split(_rows(logits))])
     if not finite.all():
         bad = (~finite).nonzero().flatten()
-        raise ValueError(f"logits of {len(bad)} rows are NaN or infinite, the first at row {bad[0]}; probes that "
-                         "diverged must be trained again (a lower learning rate, float32)")  # fmt: skip
+        raise ValueError(
+            f"logits of {len(bad)} rows are NaN or infinite, the first at row {bad[0]}; probes that "
+            "diverged must be trained again (a lower learning rate, float32)"
+        )
     if labels is not None:
         labels = check_labels(labels, max(logits.shape[2], 2), len(logits)).to(logits.device)
     return _at_least_float32(logits), labels
@@ -217,8 +223,10 @@ def spread_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _labelled(labels: Tensor | None, score: str) -> Tensor:
     if labels is None:
-        raise ValueError(f"{score} needs the label of each row; pass labels=, or use a score that does without, such "
-                         "as uncertainty(logits) or entropy(logits)")  # fmt: skip
+        raise ValueError(
+            f"{score} needs the label of each row; pass labels=, or use a score that does without, such "
+            "as uncertainty(logits) or entropy(logits)"
+        )
     return labels
 
 

@@ -37,17 +37,23 @@ NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 def save(selection: Any, folder: str | os.PathLike[str], config_name: str = "default") -> Path:
     """Write one config into a folder beside those it has; returns the config's folder."""
     if not re.fullmatch(NAME, config_name) or re.match(r"scores\b", config_name):
-        raise ValueError(f"config_name={config_name!r}: use letters, digits and . _ -, and not 'scores', which is the "
-                         "name of the scores of all rows")  # fmt: skip
+        raise ValueError(
+            f"config_name={config_name!r}: use letters, digits and . _ -, and not 'scores', which is the "
+            "name of the scores of all rows"
+        )
     chosen, scores = selection.to_dataset(), selection.scores_dataset()
     known = {name: record["scores"] for name, record in records(folder).items()}
     record = {
-        "format": FORMAT, "settings": selection.plan.settings,
+        "format": FORMAT,
+        "settings": selection.plan.settings,
         "info": {name: value for name, value in selection.info.items() if name != "settings"},
-        "names": None if selection.names is None else list(selection.names), "rows": selection.plan.rows,
-        "named_rows": selection.row_ids is not None, "digest": digest(chosen),
-        "scores": _place_scores(config_name, digest(scores), known), "summary": summary(selection),
-    }  # fmt: skip
+        "names": None if selection.names is None else list(selection.names),
+        "rows": selection.plan.rows,
+        "named_rows": selection.row_ids is not None,
+        "digest": digest(chosen),
+        "scores": _place_scores(config_name, digest(scores), known),
+        "summary": summary(selection),
+    }
     target = Path(folder) / record["scores"]["config"] / SCORES
     if record["scores"] not in known.values() or not target.is_file():
         _write(target, scores.to_parquet)
@@ -60,9 +66,11 @@ def save(selection: Any, folder: str | os.PathLike[str], config_name: str = "def
 
 
 def load(
-    where: str | os.PathLike[str], config_name: str = "default", revision: str | None = None,
+    where: str | os.PathLike[str],
+    config_name: str = "default",
+    revision: str | None = None,
     token: str | bool | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The arguments of the `Selection` in a folder or a repository."""
     folder, commit = Path(where), None
     if not folder.is_dir():
@@ -70,8 +78,10 @@ def load(
         commit = folder.name  # a push between the two downloads does not matter
     known = sorted(file.parent.name for file in folder.glob(f"*/{RECORD}"))
     if not known:
-        raise FileNotFoundError(f"{where} holds no selection: there is no <config_name>/{RECORD}; write one with "
-                                "Selection.save or Selection.push_to_hub")  # fmt: skip
+        raise FileNotFoundError(
+            f"{where} holds no selection: there is no <config_name>/{RECORD}; write one with "
+            "Selection.save or Selection.push_to_hub"
+        )
     if config_name not in known:
         raise ValueError(f"{where} has no config_name={config_name!r}; it has {known}")
     record = records(folder, config_name)[config_name]
@@ -80,25 +90,38 @@ def load(
         folder = _download(str(where), [shared], commit, token)
     chosen, scores = _read(folder / config_name / CHOSEN), _read(folder / shared)
     if (digest(chosen), digest(scores)) != (record["digest"], record["scores"]["digest"]):
-        raise ValueError(f"{where}: the files of config_name={config_name!r} do not belong together, as after a write "
-                         "that was cut off; save or push the selection again")  # fmt: skip
+        raise ValueError(
+            f"{where}: the files of config_name={config_name!r} do not belong together, as after a write "
+            "that was cut off; save or push the selection again"
+        )
     ids = scores["row_id"][:]
     place = {value: i for i, value in enumerate(ids)}
     plan = Plan(
         torch.tensor([place[value] for value in chosen["row_id"][:]]),
-        torch.tensor(_array(chosen, "inclusion_probability")), torch.tensor(_array(chosen, "weight")),
-        record["rows"], record["settings"],
-    )  # fmt: skip
+        torch.tensor(_array(chosen, "inclusion_probability")),
+        torch.tensor(_array(chosen, "weight")),
+        record["rows"],
+        record["settings"],
+    )
     table = {name: torch.tensor(_array(scores, name)) for name in scores.column_names if name != "row_id"}
-    return {"plan": plan, "table": table, "names": record["names"],
-            "info": record["info"] | {"settings": record["settings"]},
-            "row_ids": ids if record["named_rows"] else None}  # fmt: skip
+    return {
+        "plan": plan,
+        "table": table,
+        "names": record["names"],
+        "info": record["info"] | {"settings": record["settings"]},
+        "row_ids": ids if record["named_rows"] else None,
+    }
 
 
 def push(
-    selection: Any, repo_id: str, config_name: str, private: bool | None, token: str | bool | None,
-    commit_message: str | None, **card: Any,
-) -> str | None:  # fmt: skip
+    selection: Any,
+    repo_id: str,
+    config_name: str,
+    private: bool | None,
+    token: str | bool | None,
+    commit_message: str | None,
+    **card: Any,
+) -> str | None:
     """Save into a copy of the repository's small files, and commit what is new at once."""
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
         return None
@@ -107,9 +130,12 @@ def push(
     repo_id = head.id
     with tempfile.TemporaryDirectory() as folder:
         api.snapshot_download(
-            repo_id, repo_type="dataset", revision=head.sha, local_dir=folder,
+            repo_id,
+            repo_type="dataset",
+            revision=head.sha,
+            local_dir=folder,
             allow_patterns=["README.md", f"*/{RECORD}", f"*/{PICTURE}"],
-        )  # fmt: skip
+        )
         before = _scores_of(folder)
         save(selection, folder, config_name)
         _draw(selection, Path(folder) / config_name / PICTURE)
@@ -118,10 +144,15 @@ def push(
         new = [path for path in (*Path(folder).glob("[!.]*"), *Path(folder).glob("[!.]*/*")) if path.is_file()]
         operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in new]
         operations += [CommitOperationDelete(name) for name in (before - _scores_of(folder)) & files]
-        return str(api.create_commit(
-            repo_id, operations, repo_type="dataset", parent_commit=head.sha,
-            commit_message=commit_message or f"Selection {config_name}: {len(selection)} rows",
-        ))  # fmt: skip
+        return str(
+            api.create_commit(
+                repo_id,
+                operations,
+                repo_type="dataset",
+                parent_commit=head.sha,
+                commit_message=commit_message or f"Selection {config_name}: {len(selection)} rows",
+            )
+        )
 
 
 def summary(selection: Any) -> dict[str, Any]:
@@ -131,8 +162,9 @@ def summary(selection: Any) -> dict[str, Any]:
     inside = None if suspects is None else int(torch.isin(suspects, selection.plan.positions).sum())
     # the suspects themselves are rows of the source with their labels
     return {name: value for name, value in found.items() if name != "suspects"} | {
-        "clip": clip_value(selection), "suspects_selected": inside,
-    }  # fmt: skip
+        "clip": clip_value(selection),
+        "suspects_selected": inside,
+    }
 
 
 def records(folder: str | os.PathLike[str], only: str = "*") -> dict[str, dict[str, Any]]:
@@ -145,8 +177,10 @@ def records(folder: str | os.PathLike[str], only: str = "*") -> dict[str, dict[s
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is no record of a selection ({type(error).__name__}: {error})") from error
         if newer:
-            raise ValueError(f"{file} has format {record['format']} and this version of hf_effdl reads {FORMAT}; "
-                             "install a newer one")  # fmt: skip
+            raise ValueError(
+                f"{file} has format {record['format']} and this version of hf_effdl reads {FORMAT}; "
+                "install a newer one"
+            )
         if not re.fullmatch(NAME, scores):  # it becomes a path
             raise ValueError(f"{file} names its scores {scores!r}, which is no folder beside it")
         found[file.parent.name] = record
@@ -206,8 +240,8 @@ def _array(data: Dataset, name: str) -> np.ndarray:
 
 def _download(repo_id: str, patterns: list[str], revision: str | None, token: str | bool | None) -> Path:
     try:
-        return Path(snapshot_download(
-            repo_id, repo_type="dataset", revision=revision, token=token, allow_patterns=patterns
-        ))  # fmt: skip
+        return Path(
+            snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token, allow_patterns=patterns)
+        )
     except HFValidationError as error:
         raise FileNotFoundError(f"{repo_id!r} is neither a folder nor a repository id") from error

@@ -93,10 +93,15 @@ def class_counts(selection: "Selection") -> list[dict[str, Any]]:
         for mask in (everything, kept, inside)
     )
     return [
-        {"class": class_name(selection, c), "pool": pool[c], "kept": passed[c], "selected": selected[c],
-         "share": selected[c] / pool[c] if pool[c] else None}
+        {
+            "class": class_name(selection, c),
+            "pool": pool[c],
+            "kept": passed[c],
+            "selected": selected[c],
+            "share": selected[c] / pool[c] if pool[c] else None,
+        }
         for c in range(size)
-    ]  # fmt: skip
+    ]
 
 
 def most_changed(classes: Sequence[Mapping[str, Any]], count: int) -> list[int]:
@@ -125,11 +130,11 @@ def describe_rows(selection: "Selection", positions: Sequence[int]) -> list[dict
 def spread(name: str, values: Tensor) -> dict[str, Any]:
     values = values.double().numpy()
     return {
-        "column": name, f"below_{SURE}": float((values < SURE).mean()), f"above_{DAMPED}": float(
-            (values > DAMPED).mean()
-        ),
+        "column": name,
+        f"below_{SURE}": float((values < SURE).mean()),
+        f"above_{DAMPED}": float((values > DAMPED).mean()),
         "quantiles": {f"{q:g}": float(v) for q, v in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)},
-    }  # fmt: skip
+    }
 
 
 def _plain(value: Any) -> int | str:

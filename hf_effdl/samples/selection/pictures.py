@@ -103,8 +103,11 @@ def plot_selection(selection: "Selection", count: int = 8, column: str | None = 
     if selection.pool is None:
         figure = _figure(WIDTH, top + TITLE_HEIGHT)
         _draw_overview(figure, selection)
-        figure.supxlabel("No examples: the data set is not at hand. Set selection.pool to the data set that was "
-                         "scored.", fontsize=9, color=DARK)  # fmt: skip
+        figure.supxlabel(
+            "No examples: the data set is not at hand. Set selection.pool to the data set that was scored.",
+            fontsize=9,
+            color=DARK,
+        )
         return figure
     rows = _Rows(selection, count, column)
     figure = _figure(WIDTH, top + rows.height)
@@ -149,10 +152,12 @@ def _draw_scores(axes: Any, selection: "Selection") -> None:
     edges, log = _edges(values, len(selection))
     for rows, color, how in (
         (values, POOL, {"label": f"pool ({len(values):,} rows)"}),
-        (values[selection.plan.positions.numpy()], CHOSEN, {
-            "label": f"selected ({len(selection):,} rows)", "histtype": "step", "lw": 1.8,
-        }),
-    ):  # fmt: skip
+        (
+            values[selection.plan.positions.numpy()],
+            CHOSEN,
+            {"label": f"selected ({len(selection):,} rows)", "histtype": "step", "lw": 1.8},
+        ),
+    ):
         # rows beyond the ends stand in the first and last bar
         rows = rows.clip(edges[0], edges[-1])
         axes.hist(rows, edges, weights=np.full(len(rows), 100 / len(rows)), color=color, **how)
@@ -160,14 +165,23 @@ def _draw_scores(axes: Any, selection: "Selection") -> None:
         _log_axis(axes, edges)
     clip = clip_value(selection)
     if clip is not None:
-        axes.axvline(clip, ymax=0.85, color=LINE, ls="--", lw=1.4,
-                     label=f"clip {clip:.3g}: {(values >= clip).mean():.0%} of the pool at or above")  # fmt: skip
+        axes.axvline(
+            clip,
+            ymax=0.85,
+            color=LINE,
+            ls="--",
+            lw=1.4,
+            label=f"clip {clip:.3g}: {(values >= clip).mean():.0%} of the pool at or above",
+        )
     drawn = settings.get("score")
     how = {name: "the draw's score", "uniform": "rows were drawn uniformly"}.get(drawn, "")
     if settings.get("quotas") == "strata":
         how = "rows were drawn uniformly in each stratum"
-    axes.set_title(f"{'Uncertainty' if name in ('u_x', 'u_y') else 'Score'} {name}" + (f": {how}" if how else ""),
-                   loc="left", fontsize=11)  # fmt: skip
+    axes.set_title(
+        f"{'Uncertainty' if name in ('u_x', 'u_y') else 'Score'} {name}" + (f": {how}" if how else ""),
+        loc="left",
+        fontsize=11,
+    )
     beyond = [f"first bar: below {edges[0]:.3g}"] if values.min() < edges[0] else []
     beyond += [f"last bar: above {edges[-1]:.3g}"] if values.max() > edges[-1] else []
     axes.set_xlabel(name + (f" ({', '.join(beyond)})" if beyond else ""))
@@ -242,8 +256,10 @@ class _Rows:
             raise ValueError("the data set is not at hand; set selection.pool to the data set that was scored")
         pool = check_dataset(selection.pool, [column] if column else [], "selection.pool")
         if len(pool) != selection.plan.rows:
-            raise ValueError(f"selection.pool has {len(pool)} rows and the selection was made from "
-                             f"{selection.plan.rows}; set it to the data set that was scored")  # fmt: skip
+            raise ValueError(
+                f"selection.pool has {len(pool)} rows and the selection was made from "
+                f"{selection.plan.rows}; set it to the data set that was scored"
+            )
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"count={count!r}: show one row or more of each kind")
         self.selection, self.count = selection, count
@@ -310,8 +326,17 @@ class _Rows:
                 color = CHOSEN if position in self.chosen else POOL
                 axes.plot([0.006, 0.006], [top, top + len(lines)], color=color, lw=3, solid_capstyle="butt")
                 for place, (line, bold) in enumerate(lines):
-                    axes.text(0.025, top + place + 0.5, line, fontsize=8, va="center", parse_math=False, clip_on=True,
-                              color=DARK, weight="bold" if bold else "normal")  # fmt: skip
+                    axes.text(
+                        0.025,
+                        top + place + 0.5,
+                        line,
+                        fontsize=8,
+                        va="center",
+                        parse_math=False,
+                        clip_on=True,
+                        color=DARK,
+                        weight="bold" if bold else "normal",
+                    )
                 top += len(lines) + 0.6
 
     def _lines(self, position: int, kind: str) -> list[tuple[str, bool]]:
@@ -345,8 +370,10 @@ def _kinds(selection: "Selection", count: int) -> dict[str, list[int]]:
     if suspects is not None and len(suspects):
         kinds[SUSPECTS] = suspects[:count].tolist()
     if not kinds:
-        raise ValueError(f"the score table holds {sorted(selection.table)}, neither uncertainties nor p_clean and "
-                         "p_label, so there are no examples to single out")  # fmt: skip
+        raise ValueError(
+            f"the score table holds {sorted(selection.table)}, neither uncertainties nor p_clean and "
+            "p_label, so there are no examples to single out"
+        )
     return kinds
 
 
@@ -354,9 +381,10 @@ def _columns(selection: "Selection", pool: Dataset) -> list[str]:
     """What may be shown of a row; sound and films may not, and need decoders that may not be there."""
     ignored = {*SCORES, *NOT_INPUTS, selection.info.get("label_column"), selection.info.get("id_column")}
     return [
-        name for name, feature in pool.features.items()
+        name
+        for name, feature in pool.features.items()
         if name not in ignored and (isinstance(feature, Image) or not hasattr(feature, "decode_example"))
-    ]  # fmt: skip
+    ]
 
 
 def _read(pool: Dataset, positions: Sequence[int], columns: Sequence[str]) -> dict[str, Sequence[Any]]:
@@ -412,14 +440,14 @@ def _texts(pool: Dataset, values: Mapping[str, Sequence[Any]], rows: int) -> lis
     """The column with the longest texts; else the row's numbers."""
     texts = {
         name: [" ".join(value.split()) if value else "(empty)" for value in column]
-        for name, column in values.items() if _is_text(pool.features[name])
-    }  # fmt: skip
+        for name, column in values.items()
+        if _is_text(pool.features[name])
+    }
     if texts:
         return max(texts.values(), key=lambda column: sum(map(len, column)))
     numbers = {
-        name: column for name, column in values.items()
-        if all(isinstance(value, (int, float)) for value in column)
-    }  # fmt: skip
+        name: column for name, column in values.items() if all(isinstance(value, (int, float)) for value in column)
+    }
     return [", ".join(f"{name} {column[i]:.4g}" for name, column in numbers.items()) for i in range(rows)]
 
 

@@ -107,21 +107,29 @@ class SelectionReport:
         suspects = suspect_positions(selection)
         weights = plan.weights.double()
         report = cls(
-            rows=plan.rows, selected=len(plan), share=len(plan) / plan.rows, mode=mode_of(selection),
-            preset=settings.get("preset"), regime=settings.get("regime"), recipe=_recipe(settings, noise),
-            noise_rate=noise, trial_accuracy=settings.get("trial_accuracy"),
+            rows=plan.rows,
+            selected=len(plan),
+            share=len(plan) / plan.rows,
+            mode=mode_of(selection),
+            preset=settings.get("preset"),
+            regime=settings.get("regime"),
+            recipe=_recipe(settings, noise),
+            noise_rate=noise,
+            trial_accuracy=settings.get("trial_accuracy"),
             agreement=None if agree is None else agree.double().mean().item(),
             mean_confidence=table["confidence"].double().mean().item() if "confidence" in table else None,
-            kish=plan.kish, kish_share=plan.kish / len(plan),
+            kish=plan.kish,
+            kish_share=plan.kish / len(plan),
             max_to_median=(weights.max() / weights.median()).item(),
             refilled=None if kept is None else int((~kept[plan.positions]).sum()),
             counted_by=next((name for name in ("label", "predicted") if name in table), None),
-            classes=class_counts(selection), uncertainty=None if column is None else spread(column, table[column]),
+            classes=class_counts(selection),
+            uncertainty=None if column is None else spread(column, table[column]),
             capped=None if clip is None else (scores >= clip).double().mean().item(),
             suspect_count=None if suspects is None else len(suspects),
             suspects=describe_rows(selection, [] if suspects is None else suspects[:SHOWN_SUSPECTS].tolist()),
             selection=selection,
-        )  # fmt: skip
+        )
         report.warnings = _warnings(report, settings)
         return report
 
@@ -191,18 +199,21 @@ class SelectionReport:
 
     def _lines(self) -> list[str]:
         lines = [
-            f"mode `{self.mode}`, " + (f"preset `{self.preset}`" if self.preset else "settings given by hand")
+            f"mode `{self.mode}`, "
+            + (f"preset `{self.preset}`" if self.preset else "settings given by hand")
             + (f", regime `{self.regime}`" if self.regime else ""),
             f"effective size of the weights (Kish): {self.kish:,.1f} rows, {_percent(self.kish_share)} of the "
             f"selected; the largest weight is {self.max_to_median:.3g} times the median",
-        ]  # fmt: skip
+        ]
         if self.noise_rate is not None:
             votes = "" if self.agreement is None else f"; {_percent(self.agreement)} are what the probes vote for"
             lines.append(f"labels: about {_percent(self.noise_rate)} look wrong{votes}")
         if self.trial_accuracy is not None:
-            whose = "the probes, on rows they were not trained on" if self.mode == "active" else (
-                "a small model trained on as many random rows"
-            )  # fmt: skip
+            whose = (
+                "the probes, on rows they were not trained on"
+                if self.mode == "active"
+                else ("a small model trained on as many random rows")
+            )
             lines.append(f"accuracy of {whose}: {self.trial_accuracy:.3f}")
         if self.refilled:
             lines.append(f"{self.refilled:,} selected rows did not pass the filter: it left too few others")
@@ -223,8 +234,13 @@ class SelectionReport:
         if len(rows) > SHOWN_CLASSES:
             rows = [rows[i] for i in most_changed(rows, SHOWN_CLASSES)]
             title += f" ({len(rows)} of {len(self.classes)} classes, those whose share of the rows changed most)"
-        columns = {"class": "class", "pool": "pool", "kept": "kept by the filter", "selected": "selected",
-                   "share": "selected / pool"}  # fmt: skip
+        columns = {
+            "class": "class",
+            "pool": "pool",
+            "kept": "kept by the filter",
+            "selected": "selected",
+            "share": "selected / pool",
+        }
         if self.refilled is None:
             del columns["kept"]
         shown = [
@@ -235,12 +251,18 @@ class SelectionReport:
 
     def _suspect_table(self) -> str:
         rows = [
-            suspect | {name: _escape(str(suspect[name])) for name in ("row_id", "label", "vote")}
+            suspect
+            | {name: _escape(str(suspect[name])) for name in ("row_id", "label", "vote")}
             | {"selected": "yes" if suspect["selected"] else "no", "p_label": f"{suspect['p_label']:.2g}"}
             for suspect in self.suspects
-        ]  # fmt: skip
-        columns = {"row_id": "row", "label": "label", "vote": "probes' vote", "p_label": "probability of the label",
-                   "selected": "selected"}  # fmt: skip
+        ]
+        columns = {
+            "row_id": "row",
+            "label": "label",
+            "vote": "probes' vote",
+            "p_label": "probability of the label",
+            "selected": "selected",
+        }
         shown = "" if len(rows) == self.suspect_count else f"; the {len(rows)} least likely"
         count = f"{self.suspect_count:,} row{'s' * (self.suspect_count != 1)}"
         return f"Suspected label errors: {count}{shown}:\n\n{markdown_table(rows, columns)}"
@@ -257,9 +279,11 @@ def _recipe(settings: Mapping[str, Any], noise: float | None) -> str:
     # the regimes of active mode filter nothing; only those of labelled pools have read the noise
     first = which.get(regime, "rows") if "noise_rate" in settings else "rows"
     shares = {
-        "label": " in equal shares of the classes", "predicted": " in equal shares of the classes voted for",
-        "strata": f" in equal shares of {settings.get('bins')} strata of {score}", "none": " of whatever class",
-    }  # fmt: skip
+        "label": " in equal shares of the classes",
+        "predicted": " in equal shares of the classes voted for",
+        "strata": f" in equal shares of {settings.get('bins')} strata of {score}",
+        "none": " of whatever class",
+    }
     words = [first + ("," if first != "rows" else "") + shares.get(settings.get("quotas"), "")]
     if settings.get("sampler") == "top-k":
         words.append(f"those with the largest {score}")
@@ -272,10 +296,11 @@ def _recipe(settings: Mapping[str, Any], noise: float | None) -> str:
             cap = " up to its median" if quantile == 0.5 else f" up to its {quantile:.0%} quantile"
         words.append(f"drawn in proportion to {score}{cap}")
     weights = {
-        "p_label": "weighted by the probability of their label", "none": "of equal weight",
+        "p_label": "weighted by the probability of their label",
+        "none": "of equal weight",
         "damped": f"weighted by one over the uncertainty, damped at {settings.get('beta')}",
         "exact": "weighted by one over the probability of being drawn",
-    }  # fmt: skip
+    }
     words += [weights[settings["weights"]]] if settings.get("weights") in weights else []
     what = ", ".join(words)
     why = _reason(settings, noise)
@@ -305,27 +330,38 @@ def _reason(settings: Mapping[str, Any], noise: float | None) -> str:
 def _warnings(report: SelectionReport, settings: Mapping[str, Any]) -> list[str]:
     found = []
     if report.noise_rate is not None and report.noise_rate > NOISY:
-        found.append(f"about {_percent(report.noise_rate)} of the labels look wrong (weak probes read high); see the "
-                     "suspected label errors")  # fmt: skip
+        found.append(
+            f"about {_percent(report.noise_rate)} of the labels look wrong (weak probes read high); see the "
+            "suspected label errors"
+        )
     chance = 1 / max(2, len(report.classes))
     # a third of the way from a blind guess to certainty
     if report.mean_confidence is not None and report.mean_confidence < chance + (1 - chance) / 3:
-        found.append(f"the probes are weak: their mean confidence is {report.mean_confidence:.2f} with "
-                     f"{len(report.classes)} classes; their scores say little, train them on more rows or better "
-                     "features")  # fmt: skip
+        found.append(
+            f"the probes are weak: their mean confidence is {report.mean_confidence:.2f} with "
+            f"{len(report.classes)} classes; their scores say little, train them on more rows or better "
+            "features"
+        )
     if report.agreement is not None and report.agreement < 0.5:
-        found.append(f"the probes vote for only {_percent(report.agreement)} of the labels: they are weak, or most "
-                     "labels are wrong")  # fmt: skip
+        found.append(
+            f"the probes vote for only {_percent(report.agreement)} of the labels: they are weak, or most "
+            "labels are wrong"
+        )
     if report.kish_share < 0.5:
-        found.append(f"the weights are worth only {report.kish:,.1f} of {report.selected:,} rows (Kish): few rows "
-                     "carry the loss; weights='damped' or 'none' spread it")  # fmt: skip
+        found.append(
+            f"the weights are worth only {report.kish:,.1f} of {report.selected:,} rows (Kish): few rows "
+            "carry the loss; weights='damped' or 'none' spread it"
+        )
     if report.max_to_median > 100:
-        found.append(f"the largest weight is {report.max_to_median:,.0f} times the median"
-                     + ("; uniform_share=0.1 bounds exact weights" if settings.get("weights") == "exact" else "")
-                     )  # fmt: skip
+        found.append(
+            f"the largest weight is {report.max_to_median:,.0f} times the median"
+            + ("; uniform_share=0.1 bounds exact weights" if settings.get("weights") == "exact" else "")
+        )
     if report.capped is not None and report.capped > 0.95:
-        found.append(f"{_percent(report.capped)} of the rows are at or above the clip and drawn alike: the draw is "
-                     "nearly uniform; raise clip=, or use clip_quantile=")  # fmt: skip
+        found.append(
+            f"{_percent(report.capped)} of the rows are at or above the clip and drawn alike: the draw is "
+            "nearly uniform; raise clip=, or use clip_quantile="
+        )
     return found + _class_warnings(report, settings)
 
 
@@ -358,8 +394,10 @@ def _class_warnings(report: SelectionReport, settings: Mapping[str, Any]) -> lis
         if 0 < row["selected"] < due / 2 and due - row["selected"] > 2 * due**0.5
     ]
     if short:
-        found.append(f"less than half the rows of {how} are selected of {len(short)} of {len(rows)} classes{votes}: "
-                     + _names(short))  # fmt: skip
+        found.append(
+            f"less than half the rows of {how} are selected of {len(short)} of {len(rows)} classes{votes}: "
+            + _names(short)
+        )
     return found
 
 

@@ -75,27 +75,35 @@ class Selection:
             wanted = [self.row_ids[i] for i in rows.tolist()]
             missing = [value for value in wanted if value not in place]
             if missing:
-                raise ValueError(f"{len(missing)} selected rows are not in the data set, the first has {id_column}="
-                                 f"{missing[0]!r}; apply the selection to the data it was made from")  # fmt: skip
+                raise ValueError(
+                    f"{len(missing)} selected rows are not in the data set, the first has {id_column}="
+                    f"{missing[0]!r}; apply the selection to the data it was made from"
+                )
             if len(place) < len(data):
                 raise ValueError(f"column {id_column!r} names some rows alike; row ids must differ")
             return torch.tensor([place[value] for value in wanted])
         if len(data) != self.plan.rows:
-            raise ValueError(f"the data set has {len(data)} rows and the selection was made from {self.plan.rows}; "
-                             "apply it to the same split and revision, or select with id_column=")  # fmt: skip
+            raise ValueError(
+                f"the data set has {len(data)} rows and the selection was made from {self.plan.rows}; "
+                "apply it to the same split and revision, or select with id_column="
+            )
         column, known = self.info.get("label_column"), self.info.get("labels_hash")
         if known is not None and column in data.column_names and labels_hash(data, column) != known:
-            raise ValueError(f"column {column!r} differs from the one the selection was made from, so rows have moved "
-                             "or changed; apply it to the same split and revision, or select with id_column="
-                             )  # fmt: skip
+            raise ValueError(
+                f"column {column!r} differs from the one the selection was made from, so rows have moved "
+                "or changed; apply it to the same split and revision, or select with id_column="
+            )
         return rows
 
     def to_dataset(self) -> Dataset:
         """One row for each chosen row: `row_id`, `weight`, `inclusion_probability` and its scores."""
         positions = self.plan.positions
         ids = positions.tolist() if self.row_ids is None else [self.row_ids[i] for i in positions.tolist()]
-        columns = {"row_id": ids, "weight": self.plan.weights.numpy(),
-                   "inclusion_probability": self.plan.probabilities.numpy()}  # fmt: skip
+        columns = {
+            "row_id": ids,
+            "weight": self.plan.weights.numpy(),
+            "inclusion_probability": self.plan.probabilities.numpy(),
+        }
         return Dataset.from_dict(columns | {name: column[positions].numpy() for name, column in self.scores().items()})
 
     def scores_dataset(self) -> Dataset:
@@ -127,8 +135,9 @@ class Selection:
             labels = label_tensor(data, self.info["label_column"], self.names)
             table["label"] = labels[self._positions(data, torch.arange(self.plan.rows))]
         elif "label" not in table and by_label:
-            raise ValueError("the selection was drawn by class and holds no labels; pass data=, the data set it was "
-                             "made from")  # fmt: skip
+            raise ValueError(
+                "the selection was drawn by class and holds no labels; pass data=, the data set it was made from"
+            )
         options = {name: settings[name] for name in inspect.signature(make_plan).parameters if name in settings}
         options["row_ids"] = self.row_ids
         kept = kept_by_filter(replace(self, table=table))
@@ -141,8 +150,10 @@ class Selection:
             return replace(plan, settings=plan.settings | {"kept_rows": int(keep.sum())})
 
         if not draw(**options, force=True).positions.equal(self.plan.positions):
-            raise ValueError("the settings do not lead to the rows that were selected, as with a keep= mask, which is "
-                             "not stored; plan anew with make_plan")  # fmt: skip
+            raise ValueError(
+                "the settings do not lead to the rows that were selected, as with a keep= mask, which is "
+                "not stored; plan anew with make_plan"
+            )
         plan = draw(**_override(options | {"budget": budget, "force": not overrides}, overrides))
         plan = replace(plan, settings=settings | plan.settings)
         return replace(self, plan=plan, table=table, info=self.info | {"settings": plan.settings})
@@ -161,9 +172,13 @@ class Selection:
 
     @classmethod
     def load(
-        cls, where: str | os.PathLike[str], config_name: str = "default", *, revision: str | None = None,
+        cls,
+        where: str | os.PathLike[str],
+        config_name: str = "default",
+        *,
+        revision: str | None = None,
         token: str | bool | None = None,
-    ) -> "Selection":  # fmt: skip
+    ) -> "Selection":
         """Read a selection from a folder or from the Hub. Nothing is unpickled: Parquet and JSON.
 
         The labels are not stored, so its `table` has no column `label`.
@@ -283,6 +298,8 @@ def names_for(data: Dataset, column: str | None, known: Sequence[str] | None) ->
             how = f"in another order: {names[:4]} ... and {list(known)[:4]} ..."
         else:
             how = f"{sorted(set(names) ^ set(known))[:6]} are known to one of them only"
-        raise ValueError(f"the data set's classes and the probes' differ: {how}; train the probes on labels of the "
-                         f"same order, or align_labels_with_mapping the column {column!r}")  # fmt: skip
+        raise ValueError(
+            f"the data set's classes and the probes' differ: {how}; train the probes on labels of the "
+            f"same order, or align_labels_with_mapping the column {column!r}"
+        )
     return list(names or known) if names or known else None

@@ -155,14 +155,18 @@ class UncertaintySelector:
         # one process decides: a trial's accuracy may differ in its last digit between processes, the rows must not
         [plan] = broadcast_object_list([plan])
         info = {
-            "mode": self.mode, "preset": self.preset, "gauge": self.gauge, "label_column": self.label_column,
-            "id_column": self.id_column, "settings": plan.settings, "probes": self.probes.describe(),
-            "source": source_of(scored) | {
-                name: value for name, value in (("id", self.source), ("revision", self.revision)) if value is not None
-            },
+            "mode": self.mode,
+            "preset": self.preset,
+            "gauge": self.gauge,
+            "label_column": self.label_column,
+            "id_column": self.id_column,
+            "settings": plan.settings,
+            "probes": self.probes.describe(),
+            "source": source_of(scored)
+            | {name: value for name, value in (("id", self.source), ("revision", self.revision)) if value is not None},
             "labels_hash": None if labels is None else labels_hash(scored, self.label_column),
             "hf_effdl": __version__,
-        }  # fmt: skip
+        }
         names = names_for(scored, self.label_column, self.probes.names)
         self.selection = Selection(plan, table, names, ids, info, scored)
         return self.selection
@@ -211,9 +215,10 @@ class UncertaintySelector:
         if labels is None or overrides.get("quotas", "label") != "label":
             return
         if budget < (classes := len(labels.unique())):
-            raise ValueError(f"budget={budget} is below the {classes} classes in {self.label_column!r}, so quotas "
-                             f"would leave classes out; raise it to {classes} or more, or set quotas='none'"
-                             )  # fmt: skip
+            raise ValueError(
+                f"budget={budget} is below the {classes} classes in {self.label_column!r}, so quotas "
+                f"would leave classes out; raise it to {classes} or more, or set quotas='none'"
+            )
 
     def _trial(self, data: Dataset, labels: Tensor | None) -> Trial | None:
         if self.trial is False or callable(self.trial):

@@ -17,8 +17,16 @@ def source_of(data: Dataset) -> dict[str, Any]:
         `exact` is True if row i of the data is row i of that split, for sure; else `why` says what speaks against it.
     """
     config, split = data.info.config_name, None if data.split is None else str(data.split)
-    found = {"id": None, "revision": None, "config": config, "split": split, "rows": len(data),
-             "fingerprint": data._fingerprint, "exact": False, "why": None}  # fmt: skip
+    found = {
+        "id": None,
+        "revision": None,
+        "config": config,
+        "split": split,
+        "rows": len(data),
+        "fingerprint": data._fingerprint,
+        "exact": False,
+        "why": None,
+    }
     files = [Path(file["filename"]) for file in data.cache_files]
     loaded = None
     if len({file.parent for file in files}) == 1 and len(files[0].parts) > 5:
@@ -75,15 +83,21 @@ def load_source(info: Mapping[str, Any], token: str | bool | None = None) -> Dat
     name = f"{source['id']} (revision {revision}, {config}, split {source['split']})"
     ask = "pass source=, the data set as it was when it was selected from"
     if source["id"] is None or source["split"] is None:
-        raise ValueError("it is not known where the data set that was selected from can be loaded: "
-                         f"{source['why'] or 'it has no split'}; {ask}")  # fmt: skip
+        raise ValueError(
+            "it is not known where the data set that was selected from can be loaded: "
+            f"{source['why'] or 'it has no split'}; {ask}"
+        )
     if info.get("id_column") is None and not source.get("exact"):
-        raise ValueError(f"the selected rows are known by their places in a data set that came from {name}, but "
-                         f"{source['why']}, so the places there may be others; {ask}, or select with id_column="
-                         )  # fmt: skip
+        raise ValueError(
+            f"the selected rows are known by their places in a data set that came from {name}, but "
+            f"{source['why']}, so the places there may be others; {ask}, or select with id_column="
+        )
     if revision is None:
-        warnings.warn(f"the revision of {source['id']} that was selected from is not known; the newest one is loaded, "
-                      "whose rows may have changed", stacklevel=3)  # fmt: skip
+        warnings.warn(
+            f"the revision of {source['id']} that was selected from is not known; the newest one is loaded, "
+            "whose rows may have changed",
+            stacklevel=3,
+        )
     try:
         return load_dataset(source["id"], config, split=source["split"], revision=revision, token=token)
     except Exception as error:

@@ -456,8 +456,13 @@ def _lift(groups: Sequence[Group], model: nn.Module, unit: str) -> Groups:
     parameters = dict(model.named_parameters())
     return Groups(
         Group(
-            group.name, group.units, group.slices, lifted.get(group.name, ()), group.network,
-            {name: parameters[name] for name in lifted.get(group.name, ())}, equalise=unit != "paper",
+            group.name,
+            group.units,
+            group.slices,
+            lifted.get(group.name, ()),
+            group.network,
+            {name: parameters[name] for name in lifted.get(group.name, ())},
+            equalise=unit != "paper",
         )
         for group in groups
-    )  # fmt: skip
+    )

@@ -143,9 +143,14 @@ class Group:
                     )
                 scale[i] = 1.0 / mean
         return {
-            "params": params, "penalty": "group", "name": self.name, "units": self.units, "scale": scale,
-            "axis": [part.axis for part in self.lifted_slices], "block": [part.block for part in self.lifted_slices],
-        }  # fmt: skip
+            "params": params,
+            "penalty": "group",
+            "name": self.name,
+            "units": self.units,
+            "scale": scale,
+            "axis": [part.axis for part in self.lifted_slices],
+            "block": [part.block for part in self.lifted_slices],
+        }
 
     @torch.no_grad()
     def norm(self, model: nn.Module) -> Tensor:

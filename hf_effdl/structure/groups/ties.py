@@ -52,10 +52,13 @@ def config_ties(model: nn.Module, groups: Sequence[Group]) -> list[Tie]:
     ties = []
     for fields, names in _components(sets):
         steps = math.gcd(*(values[field] for field in fields), *(units[name] for name in names))
-        ties.append(Tie(
-            steps, {name: units[name] // steps for name in units if name in names},
-            {field: values[field] // steps for field in fields},
-        ))  # fmt: skip
+        ties.append(
+            Tie(
+                steps,
+                {name: units[name] // steps for name in units if name in names},
+                {field: values[field] // steps for field in fields},
+            )
+        )
     network = groups[0].network if groups else None
     for tie in ties:
         step = tie.steps - 1 or 2
@@ -96,9 +99,11 @@ def _integers(config: Any) -> list[tuple[str, int]]:
     """All positive integers of a config, those in lists as `name.index`."""
     result = []
     for name, value in config.to_dict().items():
-        entries = [(name, value)] if not isinstance(value, (list, tuple)) else [
-            (f"{name}.{i}", entry) for i, entry in enumerate(value)
-        ]  # fmt: skip
+        entries = (
+            [(name, value)]
+            if not isinstance(value, (list, tuple))
+            else [(f"{name}.{i}", entry) for i, entry in enumerate(value)]
+        )
         result += [(key, entry) for key, entry in entries if type(entry) is int and entry > 0]
     return result
 

@@ -66,8 +66,10 @@ class GrowingArguments(SplitLBIArguments):
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value!r}: it must be a positive number, or None for no bound")
         if not 0 < self.growth_until < 1:
-            raise ValueError(f"growth_until={self.growth_until}: it is a share of the run, above 0 and below 1; what "
-                             "grows at the end is not trained any more")  # fmt: skip
+            raise ValueError(
+                f"growth_until={self.growth_until}: it is a share of the run, above 0 and below 1; what "
+                "grows at the end is not trained any more"
+            )
         if not 0 < self.growth_threshold <= 1:
             raise ValueError(f"growth_threshold={self.growth_threshold}: it is a share of units, in (0, 1]")
         if not 1 <= self.growth_ratio < float("inf"):
@@ -81,8 +83,9 @@ class GrowingArguments(SplitLBIArguments):
         _refuse(self)
         super().__post_init__()
         if self.save_strategy == SaveStrategy.BEST:
-            raise ValueError("save_strategy='best' would leave out the checkpoints that growth needs; use 'steps', "
-                             "'epoch' or 'no'")  # fmt: skip
+            raise ValueError(
+                "save_strategy='best' would leave out the checkpoints that growth needs; use 'steps', 'epoch' or 'no'"
+            )
 
     def growth_steps(self, max_steps: int) -> list[int]:
         """The optimizer steps after which the rounds take place.
@@ -94,8 +97,9 @@ class GrowingArguments(SplitLBIArguments):
             >>> GrowingArguments("out", growth_rounds=4, growth_until=0.5).growth_steps(100)
             [12, 25, 38, 50]
         """
-        steps = [round(max_steps * self.growth_until * i / self.growth_rounds)
-                 for i in range(1, self.growth_rounds + 1)]  # fmt: skip
+        steps = [
+            round(max_steps * self.growth_until * i / self.growth_rounds) for i in range(1, self.growth_rounds + 1)
+        ]
         if steps[0] < 1 or len(set(steps)) < len(steps) or steps[-1] >= max_steps:
             raise ValueError(
                 f"growth_rounds={self.growth_rounds} do not fit into growth_until={self.growth_until} of a run of "

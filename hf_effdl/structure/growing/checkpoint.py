@@ -60,9 +60,12 @@ def fits(groups: Sequence[Group], sizes: Mapping[str, int], args: Any) -> bool:
 
 
 def plan_growth(
-    groups: Sequence[Group], ties: Sequence[Tie], support: Mapping[str, tuple[int, int]], args: Any,
+    groups: Sequence[Group],
+    ties: Sequence[Tie],
+    support: Mapping[str, tuple[int, int]],
+    args: Any,
     model: nn.Module | None = None,
-) -> dict[str, int]:  # fmt: skip
+) -> dict[str, int]:
     """New units by group for one round.
 
     A tie is saturated when the share of its units in the support is at least `growth_threshold`. Its largest group
@@ -122,15 +125,20 @@ def _is_stock(model: nn.Module, groups: Sequence[Group], ties: Iterable[Tie], si
     """Whether the stock class builds these sizes from its config."""
     changes = {
         entry: sizes[name] // share * value
-        for tie in ties for name, share in list(tie.shares.items())[:1] for entry, value in tie.fields.items()
-    }  # fmt: skip
+        for tie in ties
+        for name, share in list(tie.shares.items())[:1]
+        for entry, value in tie.fields.items()
+    }
     return _meta_shapes(type(model), model.config, changes) == groups[0].network.sizes(groups, sizes)
 
 
 def growth_is_over(
-    model: nn.Module, groups: Sequence[Group], args: Any, history: Sequence[Row],
+    model: nn.Module,
+    groups: Sequence[Group],
+    args: Any,
+    history: Sequence[Row],
     sizes: Mapping[str, int] | None = None,
-) -> bool:  # fmt: skip
+) -> bool:
     """Whether no further round can bring anything: too many went by without growth, or no tie has room for a step.
 
     `sizes`: units by group, where they are not those of `model`.
@@ -289,9 +297,14 @@ def _check_support(support: Mapping[str, tuple[int, int]], groups: Sequence[Grou
 
 
 def _rows(
-    number: int, state: TrainerState, groups: Sequence[Group], support: Mapping[str, tuple[int, int]],
-    add: Mapping[str, int], history: Sequence[Row], rows_seen: Callable[[int], int],
-) -> list[Row]:  # fmt: skip
+    number: int,
+    state: TrainerState,
+    groups: Sequence[Group],
+    support: Mapping[str, tuple[int, int]],
+    add: Mapping[str, int],
+    history: Sequence[Row],
+    rows_seen: Callable[[int], int],
+) -> list[Row]:
     network = groups[0].network
     seed = {row["group"]: row["from"] for row in history if row["round"] == history[0]["round"]}
     counts = network.count(groups, {group.name: group.units + add.get(group.name, 0) for group in groups})
@@ -299,13 +312,18 @@ def _rows(
     metrics = metrics_at(state.log_history, state.global_step)
     return [
         {
-            "round": number, "step": state.global_step, "group": group.name, "from": group.units,
+            "round": number,
+            "step": state.global_step,
+            "group": group.name,
+            "from": group.units,
             "to": group.units + add.get(group.name, 0),
             "support": support[group.name][0] / support[group.name][1] if group.name in support else None,
-            **counts, "training_macs": cost, **metrics,
+            **counts,
+            "training_macs": cost,
+            **metrics,
         }
         for group in groups
-    ]  # fmt: skip
+    ]
 
 
 def optimizer_names(model: nn.Module, params: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -326,8 +344,10 @@ def grow_optimizer(
         add: new units by group.
     """
     if len(names) != sum(len(group["params"]) for group in optimizer["param_groups"]):
-        raise ValueError("this checkpoint is of other groups: its optimizer has another number of parameters. Resume "
-                         "with the model, preset and groups that it was trained with")  # fmt: skip
+        raise ValueError(
+            "this checkpoint is of other groups: its optimizer has another number of parameters. Resume "
+            "with the model, preset and groups that it was trained with"
+        )
     groups, states = [], {}
     for group in optimizer["param_groups"]:
         more = add.get(group["name"], 0) if group["penalty"] == "group" else 0
@@ -377,9 +397,13 @@ def save_weights(model: nn.Module, folder: Path) -> None:
 
 
 def _save_path(
-    folder: Path, big: nn.Module, groups: Sequence[Group], optimizer: Mapping[str, Any], args: Any,
+    folder: Path,
+    big: nn.Module,
+    groups: Sequence[Group],
+    optimizer: Mapping[str, Any],
+    args: Any,
     decay: Sequence[str] | None,
-) -> None:  # fmt: skip
+) -> None:
     """The path beside the grown checkpoint; an optimizer that loads its state also proves that it fits the model."""
     loaded = SplitLBI(args.split_lbi_params(big, groups, decay), **args.split_lbi_kwargs(1) | {"lam_scale": "none"})
     loaded.load_state_dict(dict(optimizer))

@@ -40,9 +40,10 @@ def metrics_at(log: Iterable[Mapping[str, Any]], step: int) -> dict[str, float]:
     for entry in log:
         if entry.get("step") == step:
             found |= {
-                key.removeprefix("eval_"): value for key, value in entry.items()
+                key.removeprefix("eval_"): value
+                for key, value in entry.items()
                 if key.startswith("eval_") and not any(clock in key for clock in CLOCKS)
-            }  # fmt: skip
+            }
     return found
 
 
@@ -84,11 +85,19 @@ def growth_table(history: Sequence[Row]) -> tuple[list[dict[str, Any]], dict[str
             + (f" ({row['support']:.0%})" if row["support"] is not None else "")
             for name, row in names.items()
         )
-        lines.append({key: value for key, value in first.items() if key not in ("group", "from", "to", "support")}
-                     | {"growth": widths or "none"})  # fmt: skip
+        lines.append(
+            {key: value for key, value in first.items() if key not in ("group", "from", "to", "support")}
+            | {"growth": widths or "none"}
+        )
     metrics = dict.fromkeys(key for line in lines for key in line if key not in (*NOT_METRICS, "growth"))
-    columns = {"round": "round", "step": "step", "growth": "units (support before)", "macs": "MACs",
-               "params": "parameters", "training_macs": "training MACs so far"}  # fmt: skip
+    columns = {
+        "round": "round",
+        "step": "step",
+        "growth": "units (support before)",
+        "macs": "MACs",
+        "params": "parameters",
+        "training_macs": "training MACs so far",
+    }
     return lines, columns | {name: name for name in metrics}
 
 

@@ -60,9 +60,13 @@ def split(tensors: Mapping[str, Tensor], growth: Growth, seed: int, model: nn.Mo
 
 
 def gradmax(
-    tensors: Mapping[str, Tensor], growth: Growth, seed: int, model: nn.Module, batch: Any,
+    tensors: Mapping[str, Tensor],
+    growth: Growth,
+    seed: int,
+    model: nn.Module,
+    batch: Any,
     loss: Callable[[Any], Tensor] | None,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """Grown tensors as `zero_out` gives them, with the rows that make the gradient of the outgoing slices largest.
 
     With R the new rows of a group and g(R) the squared norm of the loss gradient with respect to its new outgoing

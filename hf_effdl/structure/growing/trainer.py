@@ -45,8 +45,10 @@ class GrowthCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.steps is None:
-            raise ValueError("GrowthCallback only asks for growth, which GrowingTrainer carries out; this Trainer "
-                             "would just stop. Use GrowingTrainer with GrowingArguments")  # fmt: skip
+            raise ValueError(
+                "GrowthCallback only asks for growth, which GrowingTrainer carries out; this Trainer "
+                "would just stop. Use GrowingTrainer with GrowingArguments"
+            )
         self.requested = False
 
     def on_step_end(
@@ -165,8 +167,10 @@ class GrowingTrainer(SplitLBITrainer):
     ) -> TrainOutput:
         """As in `Trainer`, through all stages; the loss and the clocks returned are those of all of them."""
         if trial is not None:
-            raise ValueError("a hyperparameter search cannot go through the stages of growth; search with a "
-                             "SplitLBITrainer, or over GrowingTrainer runs of your own")  # fmt: skip
+            raise ValueError(
+                "a hyperparameter search cannot go through the stages of growth; search with a "
+                "SplitLBITrainer, or over GrowingTrainer runs of your own"
+            )
         folder: str | Path | None = resume_from_checkpoint or None
         if folder is True:
             folder = last_complete_checkpoint(self.args.output_dir, self.args.world_size)
@@ -195,9 +199,18 @@ class GrowingTrainer(SplitLBITrainer):
         self._follow(saved_history(folder))
         batch, loss = self._growth_batch() if self.args.growth_init == "gradmax" else (None, None)
         decay = self.get_decay_parameter_names(self.model)
-        folder = self._by_one_process(lambda: grow_checkpoint(
-            folder, self.model, self.groups, self.args, decay=decay, rows_seen=self._rows_seen, batch=batch, loss=loss,
-        ))  # fmt: skip
+        folder = self._by_one_process(
+            lambda: grow_checkpoint(
+                folder,
+                self.model,
+                self.groups,
+                self.args,
+                decay=decay,
+                rows_seen=self._rows_seen,
+                batch=batch,
+                loss=loss,
+            )
+        )
         self._follow(saved_history(folder))
         self._start = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
         set_seed(self.args.seed)  # Trainer reads the first batch before it loads the random states
@@ -257,13 +270,18 @@ class GrowingTrainer(SplitLBITrainer):
 
     def _check_bounds(self) -> None:
         counts = self.groups[0].network.count()
-        sizes = {"max_macs": counts["macs"], "max_params": counts["params"],
-                 "max_width": max(group.units for group in self.groups)}  # fmt: skip
+        sizes = {
+            "max_macs": counts["macs"],
+            "max_params": counts["params"],
+            "max_width": max(group.units for group in self.groups),
+        }
         for name, size in sizes.items():
             bound = getattr(self.args, name)
             if bound is not None and bound < size:
-                raise ValueError(f"{name}={bound} is below the size of the seed, which has {size}; raise it, or start "
-                                 "from a smaller seed")  # fmt: skip
+                raise ValueError(
+                    f"{name}={bound} is below the size of the seed, which has {size}; raise it, or start "
+                    "from a smaller seed"
+                )
 
     # ---- what a stage says
 
@@ -299,8 +317,10 @@ class GrowingTrainer(SplitLBITrainer):
         loader = self.get_train_dataloader()
         dataset = loader.dataset
         if isinstance(dataset, IterableDataset):
-            raise ValueError("growth_init='gradmax' looks at some training rows, and a stream has none to pick; use "
-                             "another growth_init")  # fmt: skip
+            raise ValueError(
+                "growth_init='gradmax' looks at some training rows, and a stream has none to pick; use "
+                "another growth_init"
+            )
         count = min(self.args.growth_batch, len(dataset))
         with random_state_kept():
             set_seed(self.args.seed)  # rows may be augmented at random

@@ -21,9 +21,15 @@ INITS = ("zero-out", "gradmax", "split", "fresh")
 
 
 def widen(
-    model: nn.Module, group: Group, add: int = 8, init: str = "zero-out", *, seed: int = 0, batch: Any = None,
+    model: nn.Module,
+    group: Group,
+    add: int = 8,
+    init: str = "zero-out",
+    *,
+    seed: int = 0,
+    batch: Any = None,
     loss: Callable[[Any], Tensor] | None = None,
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """A wider copy of a model: same class, `add` more units in one group, computing what the model computes.
 
     The new units come last, in every tensor of the group. Except with `init="fresh"` the outputs equal the model's, in
@@ -83,9 +89,15 @@ def widen(
 
 @torch.no_grad()
 def widen_groups(
-    model: nn.Module, groups: Sequence[Group], add: Mapping[str, int], init: str = "zero-out", *, seed: int = 0,
-    batch: Any = None, loss: Callable[[Any], Tensor] | None = None,
-) -> nn.Module:  # fmt: skip
+    model: nn.Module,
+    groups: Sequence[Group],
+    add: Mapping[str, int],
+    init: str = "zero-out",
+    *,
+    seed: int = 0,
+    batch: Any = None,
+    loss: Callable[[Any], Tensor] | None = None,
+) -> nn.Module:
     """`widen` for several groups at once.
 
     Args:

@@ -24,8 +24,17 @@ from hf_effdl.structure.optim.sharding import is_sharded
 
 
 SOURCE = Path(__file__).with_name("fused_step.cpp")
-FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-std=c++17", "-shared",
-         "-fPIC", "-pthread"]  # fmt: skip
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+]
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS.append("-mprefer-vector-width=512")  # where there are such registers, memory is read faster with them
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -37,20 +46,35 @@ PLAIN, MOMENTUM, NESTEROV, ADAMW = range(4)
 
 class _Tensor(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "grad", "buffer", "square", "dual", "updates",
-                                               "l1_threshold")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("weight", "grad", "buffer", "square", "dual", "updates", "l1_threshold")
+        ),
         *((name, ctypes.c_int64) for name in ("numel", "outer", "units", "run", "dtype")),
         ("scale", ctypes.c_double),
-    ]  # fmt: skip
+    ]
 
 
 class _Group(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("penalty", "base", "first", "tensors", "units", "wide")),
         *((name, ctypes.c_void_p) for name in ("norm", "threshold", "entered", "left", "step")),
-        *((name, ctypes.c_double) for name in ("lr", "kappa", "nu", "path_scale", "momentum", "weight_decay",
-                                               "decoupled", "beta1", "beta2", "eps")),
-    ]  # fmt: skip
+        *(
+            (name, ctypes.c_double)
+            for name in (
+                "lr",
+                "kappa",
+                "nu",
+                "path_scale",
+                "momentum",
+                "weight_decay",
+                "decoupled",
+                "beta1",
+                "beta2",
+                "eps",
+            )
+        ),
+    ]
 
 
 # ---- building

@@ -19,10 +19,21 @@ NUMBERS = ("step", "coupling", "path", "kappa", "momentum", "decay", "shrink", "
 
 
 def update_group(
-    weights: list[Tensor], grads: list[Tensor], buffers: list[list[Tensor]], duals: list[Tensor],
-    thresholds: list[Tensor], unit: dict[str, Tensor], numbers: Tensor, corrections: Tensor, count: Tensor,
-    base: str, penalty: str | None, momentum: bool, nesterov: bool, layout: list[tuple[int, int, float]],
-) -> None:  # fmt: skip
+    weights: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[list[Tensor]],
+    duals: list[Tensor],
+    thresholds: list[Tensor],
+    unit: dict[str, Tensor],
+    numbers: Tensor,
+    corrections: Tensor,
+    count: Tensor,
+    base: str,
+    penalty: str | None,
+    momentum: bool,
+    nesterov: bool,
+    layout: list[tuple[int, int, float]],
+) -> None:
     """One step of a param group in place: the update of `SplitLBI` on lists of tensors, ready to be compiled."""
     n = dict(zip(NUMBERS, numbers.unbind(), strict=True))
     if penalty == "group":
@@ -125,17 +136,31 @@ class CompiledGroups:
             unit = {name: first[name] for name in ("norm", "threshold", "entered", "left")}
             unit["rest"] = self._norm_without_gradient(group, state).square()
         key = (
-            base, penalty, bool(group["momentum"]), group["nesterov"], tuple(layout), wide, device,
+            base,
+            penalty,
+            bool(group["momentum"]),
+            group["nesterov"],
+            tuple(layout),
+            wide,
+            device,
             tuple((p.shape, p.stride(), p.dtype) for p in params),
-        )  # fmt: skip
+        )
         _compiled(key, self.backend)(
-            [p.detach() for p in params], [p.grad for p in params],
+            [p.detach() for p in params],
+            [p.grad for p in params],
             [[state[p][name] for name in names] for p in params],
             [state[p]["dual"] for p in params] if penalty else [],
             [state[p]["threshold"] for p in params] if penalty == "l1" else [],
-            unit, self._numbers(group, wide, device), self._corrections(group, params, state, wide, device),
-            (first["step"] + 1).to(device), base, penalty, bool(group["momentum"]), group["nesterov"], layout,
-        )  # fmt: skip
+            unit,
+            self._numbers(group, wide, device),
+            self._corrections(group, params, state, wide, device),
+            (first["step"] + 1).to(device),
+            base,
+            penalty,
+            bool(group["momentum"]),
+            group["nesterov"],
+            layout,
+        )
         first["step"] += 1
         for p in params:
             if "updates" in state[p]:
@@ -152,9 +177,12 @@ class CompiledGroups:
 
     @staticmethod
     def _corrections(
-        group: Mapping[str, Any], params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]],
-        dtype: torch.dtype, device: torch.device,
-    ) -> Tensor:  # fmt: skip
+        group: Mapping[str, Any],
+        params: Sequence[Tensor],
+        state: Mapping[Tensor, dict[str, Any]],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
         """AdamW's corrections of the mean and of the root of the second moment, one row per tensor."""
         if group["base"] != "adamw":
             return torch.ones(len(params), 2, dtype=dtype, device=device)
@@ -169,10 +197,18 @@ class CompiledGroups:
             group["decoupled_weight_decay"],
         )
         values = (
-            step, step / group["nu"], group["path_scale"] * float(group["lr"]) / group["nu"], group["kappa"],
-            group["momentum"], 0.0 if decoupled else decay, 1 - step * decay if decoupled else 1.0,
-            1 - group["betas"][0], group["betas"][1], 1 - group["betas"][1], group["eps"],
-        )  # fmt: skip
+            step,
+            step / group["nu"],
+            group["path_scale"] * float(group["lr"]) / group["nu"],
+            group["kappa"],
+            group["momentum"],
+            0.0 if decoupled else decay,
+            1 - step * decay if decoupled else 1.0,
+            1 - group["betas"][0],
+            group["betas"][1],
+            1 - group["betas"][1],
+            group["eps"],
+        )
         key = (values, dtype, device)
         if key not in self.numbers:
             self.numbers.clear()  # a schedule changes them at every step

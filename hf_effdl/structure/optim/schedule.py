@@ -8,9 +8,14 @@ LEAST_NU = 5.0
 
 
 def derive_path(
-    total_lr: float, *, lam: float = 1.0, kappa: float = 1.0, path_length: float = 2.5, ridge_length: float = 3.7,
+    total_lr: float,
+    *,
+    lam: float = 1.0,
+    kappa: float = 1.0,
+    path_length: float = 2.5,
+    ridge_length: float = 3.7,
     base: str = "sgd",
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """nu and path_scale that fit a run of a given length, so that any learning rate travels the path once.
 
         nu         = kappa max(total_lr / ridge_length, 5)     (without the 5 for AdamW)

@@ -31,9 +31,16 @@ COUNTERS = ("step", "updates")
 
 
 def split_lbi_update(
-    weight: Tensor, dual: Tensor, gamma: Tensor, direction: Tensor, *, lr: float, kappa: float, nu: float,
+    weight: Tensor,
+    dual: Tensor,
+    gamma: Tensor,
+    direction: Tensor,
+    *,
+    lr: float,
+    kappa: float,
+    nu: float,
     path_scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """One step of the iteration for one lifted tensor, from the old weight and the old Gamma:
 
         W <- W - kappa lr (d + (W - Gamma) / nu)
@@ -67,9 +74,8 @@ def split_lbi_update(
 
 
 def _update_in_place(
-    weight: Tensor, dual: Tensor, gap: Tensor, direction: Tensor,
-    lr: float, kappa: float, nu: float, path_scale: float,
-) -> None:  # fmt: skip
+    weight: Tensor, dual: Tensor, gap: Tensor, direction: Tensor, lr: float, kappa: float, nu: float, path_scale: float
+) -> None:
     """`split_lbi_update` from `gap = W - Gamma`: three passes over memory instead of copies."""
     weight.add_(direction, alpha=-kappa * lr)
     weight.add_(gap, alpha=-kappa * lr / nu)
@@ -183,10 +189,21 @@ class SplitLBI(torch.optim.Optimizer):
     ) -> None:
         self.fused = fused
         defaults = {
-            "lr": lr, "kappa": kappa, "nu": nu, "momentum": momentum, "weight_decay": weight_decay, "lam": lam,
-            "lam_scale": lam_scale, "path_scale": path_scale, "base": base, "nesterov": nesterov, "betas": betas,
-            "eps": eps, "decoupled_weight_decay": decoupled_weight_decay, "penalty": None,
-        }  # fmt: skip
+            "lr": lr,
+            "kappa": kappa,
+            "nu": nu,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "lam": lam,
+            "lam_scale": lam_scale,
+            "path_scale": path_scale,
+            "base": base,
+            "nesterov": nesterov,
+            "betas": betas,
+            "eps": eps,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "penalty": None,
+        }
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -282,9 +299,13 @@ class SplitLBI(torch.optim.Optimizer):
 
     @staticmethod
     def _update(
-        group: dict[str, Any], state: dict[str, Any], entries: Tensor | None, weight: Tensor, grad: Tensor,
+        group: dict[str, Any],
+        state: dict[str, Any],
+        entries: Tensor | None,
+        weight: Tensor,
+        grad: Tensor,
         *others: Tensor,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """The step of some rows of one tensor, in place; `others` are the base's buffers and V."""
         lr, kappa, decay = float(group["lr"]), group["kappa"], group["weight_decay"]
         buffers, dual = (others[:-1], others[-1]) if group["penalty"] else (others, weight)
@@ -328,8 +349,11 @@ class SplitLBI(torch.optim.Optimizer):
             threshold = initial_size(group, group["params"])
             never = torch.full_like(threshold, -1, dtype=torch.int64)
             self.state[first] |= {
-                "threshold": threshold, "norm": torch.zeros_like(threshold), "entered": never, "left": never.clone(),
-            }  # fmt: skip
+                "threshold": threshold,
+                "norm": torch.zeros_like(threshold),
+                "entered": never,
+                "left": never.clone(),
+            }
         self.state[first]["step"] = torch.zeros((), dtype=torch.int64)
 
     def _factor(self, group: dict[str, Any]) -> Tensor | None:

@@ -224,10 +224,13 @@ class SparsePath:
         from safetensors.torch import save
 
         meta = {
-            "step": self.step, "curve": self.curve, "groups": [group.to_dict() for group in self.groups],
-            "shapes": self.groups[0].network.shapes, "uses": self.groups[0].network.uses,
+            "step": self.step,
+            "curve": self.curve,
+            "groups": [group.to_dict() for group in self.groups],
+            "shapes": self.groups[0].network.shapes,
+            "uses": self.groups[0].network.uses,
             "ties": [[tie.steps, dict(tie.shares), dict(tie.fields)] for tie in self.ties],
-        }  # fmt: skip
+        }
         tensors = {
             f"{name}|{key}": value.to(torch.int32 if value.dtype == torch.int64 else torch.float32).contiguous()
             for name, unit in self.units.items()

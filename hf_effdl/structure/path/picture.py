@@ -36,8 +36,14 @@ def plot_path(path: SparsePath, selected: Mapping[str, Tensor] | None, order: st
             entered, gone = int(unit["entered"][i]), int(unit["left"][i])
             color, order_z = (INSIDE, 3) if i in chosen else (OUTSIDE, 2)
             if entered >= 0:
-                left.plot([entered, end if gone < 0 else gone], [y, y], color=color, lw=max(0.6, 26 * step),
-                          zorder=order_z, solid_capstyle="butt")  # fmt: skip
+                left.plot(
+                    [entered, end if gone < 0 else gone],
+                    [y, y],
+                    color=color,
+                    lw=max(0.6, 26 * step),
+                    zorder=order_z,
+                    solid_capstyle="butt",
+                )
             elif i in chosen:  # kept although it never entered
                 left.plot([end], [y], marker=".", color=INSIDE, ms=3, zorder=order_z)
     labels = [
@@ -51,8 +57,10 @@ def plot_path(path: SparsePath, selected: Mapping[str, Tensor] | None, order: st
     left.legend(
         [Line2D([], [], color=INSIDE, lw=4), Line2D([], [], color=OUTSIDE, lw=4)],
         ["selected" if selected else "in the support", "not selected" if selected else "left again"],
-        loc="lower left", fontsize=8, framealpha=0.9,
-    )  # fmt: skip
+        loc="lower left",
+        fontsize=8,
+        framealpha=0.9,
+    )
     for spine in ("top", "right"):
         for axis in axes:
             axis.spines[spine].set_visible(False)

@@ -66,8 +66,11 @@ def slim(
         _, share = one_budget(keep=keep)
         chosen = {}
         sizes = sizes_for_share(complete_ties(ties, units), units, share, round_to)
-    kept = {group.name: _fill(group, model, chosen.get(group.name), sizes[group.name]) for group in groups
-            if group.name in sizes}  # fmt: skip
+    kept = {
+        group.name: _fill(group, model, chosen.get(group.name), sizes[group.name])
+        for group in groups
+        if group.name in sizes
+    }
     small = cut_copy(model, groups, kept)
     if isinstance(model, PreTrainedModel):  # only those are built from their config
         set_config(small, ties, {name: len(kept.get(name, range(size))) for name, size in units.items()})
@@ -252,9 +255,13 @@ def get_report(small: nn.Module) -> dict[str, Any] | None:
 
 
 def effdl_report(
-    model: nn.Module, small: nn.Module, inputs: Any, groups: Sequence[Group], budget: Mapping[str, Any],
+    model: nn.Module,
+    small: nn.Module,
+    inputs: Any,
+    groups: Sequence[Group],
+    budget: Mapping[str, Any],
     latency: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What slimming changed, in plain values: `{"params": {"before", "after", "ratio"}, "macs", "latency_ms", ...}`.
 
     MACs are counted on a forward pass of each model, not predicted. With `latency=False` nothing is timed, and the

@@ -44,11 +44,15 @@ def last_step(settings: Mapping[str, Any], state: TrainerState) -> int:
     within, step, epoch = (settings[name] for name in ("within", "at_step", "at_epoch"))
     last = max(1, math.floor(within * state.max_steps + 1e-9))
     if step is not None and step > last:
-        raise ValueError(f"at_step={step} lies after within={within} of this run, which is step {last} of "
-                         f"{state.max_steps}; lower at_step or raise within")  # fmt: skip
+        raise ValueError(
+            f"at_step={step} lies after within={within} of this run, which is step {last} of "
+            f"{state.max_steps}; lower at_step or raise within"
+        )
     if epoch is not None and epoch > within * state.num_train_epochs + 1e-9:
-        raise ValueError(f"at_epoch={epoch} lies after within={within} of this run of {state.num_train_epochs} "
-                         "epochs; lower at_epoch or raise within")  # fmt: skip
+        raise ValueError(
+            f"at_epoch={epoch} lies after within={within} of this run of {state.num_train_epochs} "
+            "epochs; lower at_epoch or raise within"
+        )
     return last
 
 
@@ -56,8 +60,12 @@ def check_run(model: nn.Module, optimizer: Any) -> None:
     """Refuse a run that no ticket can be read from."""
     check_split_lbi(model, optimizer, "a ticket is read from")
     if any(is_sharded(p) for p in model.parameters()):
-        raise ValueError("the weights are sharded (FSDP2), and a ticket holds whole ones: find it with DDP, which a "
-                         "search this short rarely needs more than")  # fmt: skip
+        raise ValueError(
+            "the weights are sharded (FSDP2), and a ticket holds whole ones: find it with DDP, which a "
+            "search this short rarely needs more than"
+        )
     if not any(group["penalty"] == "group" for group in optimizer.param_groups):
-        raise ValueError("no param group of SplitLBI has penalty='group', so there are no units to select; pass "
-                         "params=param_groups(model, find_groups(model))")  # fmt: skip
+        raise ValueError(
+            "no param group of SplitLBI has penalty='group', so there are no units to select; pass "
+            "params=param_groups(model, find_groups(model))"
+        )

@@ -35,11 +35,17 @@ def save_ticket(ticket: Any, folder: str | os.PathLike[str], weights: bool = Tru
     files = {KEPT: _bytes(ticket.kept)} | {WEIGHTS.format(step): _bytes(ticket.weights[step]) for step in steps}
     network = ticket.groups[0].network
     record = {
-        "format": FORMAT, "step": ticket.step, "settled": ticket.settled, "distances": ticket.distances,
-        "init": ticket.init, "groups": [group.to_dict() for group in ticket.groups], "shapes": network.shapes,
-        "uses": network.uses, "weights": steps,
+        "format": FORMAT,
+        "step": ticket.step,
+        "settled": ticket.settled,
+        "distances": ticket.distances,
+        "init": ticket.init,
+        "groups": [group.to_dict() for group in ticket.groups],
+        "shapes": network.shapes,
+        "uses": network.uses,
+        "weights": steps,
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
-    }  # fmt: skip
+    }
     for name, content in files.items():
         write(target / name, content)
     # last, and with the digests of the others: a write that was cut off is noticed
@@ -64,13 +70,15 @@ def load_ticket(
         except HFValidationError as error:
             raise FileNotFoundError(f"{where!r} is neither a folder nor a repository id") from error
     if not (folder / RECORD).is_file():
-        raise FileNotFoundError(f"{where} holds no ticket: there is no {RECORD}; write one with "
-                                "Ticket.save_pretrained or push_to_hub")  # fmt: skip
+        raise FileNotFoundError(
+            f"{where} holds no ticket: there is no {RECORD}; write one with Ticket.save_pretrained or push_to_hub"
+        )
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if record["format"] > FORMAT:
-            raise ValueError(f"it has format {record['format']}, and this version of hf_effdl reads {FORMAT}; install "
-                             "a newer one")  # fmt: skip
+            raise ValueError(
+                f"it has format {record['format']}, and this version of hf_effdl reads {FORMAT}; install a newer one"
+            )
         network = Network({name: tuple(shape) for name, shape in record["shapes"].items()}, record["uses"])
         groups = Groups(Group.from_dict(values, network) for values in record["groups"])
         files = {int(step): WEIGHTS.format(int(step)) for step in record["weights"]}
@@ -93,11 +101,15 @@ def push_ticket(
     there = set(api.list_repo_files(repo_id))
     with tempfile.TemporaryDirectory() as folder:
         save_ticket(ticket, folder, weights, repo_id)
-        return str(api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=commit_message,
-            ignore_patterns=CARD if CARD in there and RECORD not in there else None,
-            delete_patterns=WEIGHTS.format("*"),
-        ))  # fmt: skip
+        return str(
+            api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                ignore_patterns=CARD if CARD in there and RECORD not in there else None,
+                delete_patterns=WEIGHTS.format("*"),
+            )
+        )
 
 
 def _write_card(ticket: Any, folder: Path, repo_id: str, steps: Sequence[int]) -> None:
@@ -107,12 +119,19 @@ def _write_card(ticket: Any, folder: Path, repo_id: str, steps: Sequence[int]) -
     report = ticket.report()
     units = [{"group": f"`{name}`", **sizes} for name, sizes in report["units"].items()]
     write_card(
-        folder, "ticket_card.md", ModelCardData(library_name="hf_effdl", tags=["hf_effdl", "split-lbi", "ticket"]),
-        title=repo_id.split("/")[-1], repo_id=repo_id, ticket=ticket, steps=list(steps), report=report,
-        units=markdown_table(units, {"group": "group", "before": "units", "after": "kept"}), citation=CITATION,
+        folder,
+        "ticket_card.md",
+        ModelCardData(library_name="hf_effdl", tags=["hf_effdl", "split-lbi", "ticket"]),
+        title=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        ticket=ticket,
+        steps=list(steps),
+        report=report,
+        units=markdown_table(units, {"group": "group", "before": "units", "after": "kept"}),
+        citation=CITATION,
         last=next((row for row in reversed(ticket.distances) if row["distance"] is not None), None),
         version=__version__,
-    )  # fmt: skip
+    )
 
 
 def write(target: Path, content: bytes) -> None:
@@ -135,8 +154,10 @@ def _read(file: Path, sha256: str) -> dict[str, Tensor]:
         raise ValueError(f"{file.name} is missing; save or push the ticket again")
     content = file.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{file.name} is damaged or of another ticket, as after a write that was cut off; save or "
-                         "push the ticket again")  # fmt: skip
+        raise ValueError(
+            f"{file.name} is damaged or of another ticket, as after a write that was cut off; save or "
+            "push the ticket again"
+        )
     return load(content)
 
 

@@ -78,12 +78,20 @@ def find_ticket(
             "from the initial weights on: make a new one, or pass resume_from_checkpoint to a new one"
         )
     if any(isinstance(callback, EarlyTicketCallback) for callback in trainer.callback_handler.callbacks):
-        raise ValueError("this trainer has an EarlyTicketCallback already: call trainer.train() and read its ticket, "
-                         "or leave it out")  # fmt: skip
+        raise ValueError(
+            "this trainer has an EarlyTicketCallback already: call trainer.train() and read its ticket, "
+            "or leave it out"
+        )
     callback = EarlyTicketCallback(
-        macs=macs, params=params, keep=keep, at_step=at_step, at_epoch=at_epoch, within=within, weights_at=weights_at,
+        macs=macs,
+        params=params,
+        keep=keep,
+        at_step=at_step,
+        at_epoch=at_epoch,
+        within=within,
+        weights_at=weights_at,
         **options,
-    )  # fmt: skip
+    )
     if isinstance(trainer, SplitLBITrainer):
         if trainer.args.path_share == 1:
             trainer.args.path_share = within
@@ -166,10 +174,21 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.groups = groups
         self.settings = {
-            "macs": macs, "params": params, "keep": keep, "order": order, "widths": widths, "every": every,
-            "threshold": threshold, "window": window, "patience": patience, "min_path": min_path, "within": within,
-            "at_step": at_step, "at_epoch": at_epoch, "weights_at": list(weights_at),
-        }  # fmt: skip
+            "macs": macs,
+            "params": params,
+            "keep": keep,
+            "order": order,
+            "widths": widths,
+            "every": every,
+            "threshold": threshold,
+            "window": window,
+            "patience": patience,
+            "min_path": min_path,
+            "within": within,
+            "at_step": at_step,
+            "at_epoch": at_epoch,
+            "weights_at": list(weights_at),
+        }
         check_search(self.settings)
         self.budget = {
             name: share for name in ("macs", "params", "keep") if (share := self.settings[name]) is not None
@@ -201,14 +220,19 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         network = self.groups[0].network if self.groups else None
         saved = {
-            "looks": self.settling.looks, "recent": self.settling.recent, "travelled": self.travelled,
-            "init": self.init, "weights": sorted(self.weights),
+            "looks": self.settling.looks,
+            "recent": self.settling.recent,
+            "travelled": self.travelled,
+            "init": self.init,
+            "weights": sorted(self.weights),
             "found": self._ticket and [self._ticket.step, self._ticket.settled],
-            "groups": network and {
+            "groups": network
+            and {
                 "groups": [group.to_dict() for group in self.groups],
-                "shapes": {name: list(shape) for name, shape in network.shapes.items()}, "uses": network.uses,
+                "shapes": {name: list(shape) for name, shape in network.shapes.items()},
+                "uses": network.uses,
             },
-        }  # fmt: skip
+        }
         return {"args": self.settings, "attributes": {"saved": saved}}
 
     def _continue(self, saved: Mapping[str, Any], folder: Path) -> None:
@@ -225,8 +249,9 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
                 continue
             self.weights[step] = load_file(file)
             if step == 0 and digest(self.weights[0]) != self.init["sha256"]:
-                raise ValueError(f"{file} does not hold the initial weights of this run; give every run an output "
-                                 "folder of its own")  # fmt: skip
+                raise ValueError(
+                    f"{file} does not hold the initial weights of this run; give every run an output folder of its own"
+                )
 
     # ---- events
 
@@ -259,9 +284,7 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
         if state.global_step == 0:
             source = getattr(getattr(model, "config", None), "name_or_path", "") or None
             weights = self._keep(model, 0, args)
-            self.init = {
-                "sha256": digest(weights), "class": type(model).__name__, "source": source, "seed": args.seed
-            }  # fmt: skip
+            self.init = {"sha256": digest(weights), "class": type(model).__name__, "source": source, "seed": args.seed}
         elif found := saved["found"]:  # the run was over; Trainer takes one more step
             self._take(model, *found)
             control.should_training_stop = True
@@ -293,9 +316,12 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
             if not settled and not asked:
                 logger.warning(
                     "the selection had not settled by step %d of %d, the bound of within=%s: the ticket is what it "
-                    "was then. Distances of the last looks: %s", step, state.max_steps, self.settings["within"],
+                    "was then. Distances of the last looks: %s",
+                    step,
+                    state.max_steps,
+                    self.settings["within"],
                     [row["distance"] for row in self.settling.looks[-3:]],
-                )  # fmt: skip
+                )
             self._take(kwargs["model"], step, settled)
             control.should_training_stop = True
 

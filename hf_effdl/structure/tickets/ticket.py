@@ -61,8 +61,10 @@ class Ticket:
                 raise ValueError(f"kept names group {name!r}, which is not among the ticket's groups {list(units)}")
             inside = index.ndim == 1 and len(index) > 0 and index.dtype == torch.int64
             if not (inside and 0 <= index.min() and index.max() < units[name] and bool((index.diff() > 0).all())):
-                raise ValueError(f"kept[{name!r}] must hold ascending indices (int64) of the group's {units[name]} "
-                                 f"units, at least one; got {index}")  # fmt: skip
+                raise ValueError(
+                    f"kept[{name!r}] must hold ascending indices (int64) of the group's {units[name]} "
+                    f"units, at least one; got {index}"
+                )
 
     def report(self) -> dict[str, Any]:
         """What the ticket leaves of the model: `{"macs": {"before", "after", "ratio"}, "params", "units", ...}`.
@@ -104,9 +106,14 @@ class Ticket:
         return cls(**load_ticket(folder_or_repo, revision, token))
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, weights: bool = True,
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        weights: bool = True,
         commit_message: str = "Ticket",
-    ) -> str:  # fmt: skip
+    ) -> str:
         """Push the ticket to a model repository in one commit; a card of something else that is there stays.
 
         Returns:
@@ -236,8 +243,10 @@ def transfer(
             if inside:
                 continue
             where = f"{'' if old is None else 'not '}in this {type(model).__name__}"
-            raise ValueError(f"{name} is {where} but {'not ' if old is None else ''}in the ticket's "
-                             f"{ticket.init.get('class')}; a ticket goes to the same architecture")  # fmt: skip
+            raise ValueError(
+                f"{name} is {where} but {'not ' if old is None else ''}in the ticket's "
+                f"{ticket.init.get('class')}; a ticket goes to the same architecture"
+            )
         if not inside:
             theirs[name] = _fit(name, old, new, (name, 1) in sized)
         elif new.shape[1:] != old.shape[1:]:
@@ -306,8 +315,10 @@ def _dense_model(model_init: Any, ticket: Ticket) -> nn.Module:
         return model
     kind = getattr(transformers, str(ticket.init.get("class")), None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        raise ValueError(f"the ticket is of a {ticket.init.get('class')}, which is no model class of transformers; "
-                         "pass the model, or a function that makes it, instead of a folder")  # fmt: skip
+        raise ValueError(
+            f"the ticket is of a {ticket.init.get('class')}, which is no model class of transformers; "
+            "pass the model, or a function that makes it, instead of a folder"
+        )
     return kind.from_pretrained(model_init)
 
 

@@ -70,8 +70,10 @@ class SplitLBIArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.deepspeed:
-            raise ValueError("split LBI cannot run under DeepSpeed, which flattens the parameters, so units are gone; "
-                             "use DDP (accelerate launch or torchrun)")  # fmt: skip
+            raise ValueError(
+                "split LBI cannot run under DeepSpeed, which flattens the parameters, so units are gone; "
+                "use DDP (accelerate launch or torchrun)"
+            )
         if self.base not in BASES:
             raise ValueError(f"base={self.base!r}: it must be one of {BASES}")
         if self.learning_rate is None:
@@ -88,8 +90,10 @@ class SplitLBIArguments(TrainingArguments):
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum={self.momentum}: it must be in [0, 1)")
         if self.nesterov and (self.base != "sgd" or not self.momentum):
-            raise ValueError(f"nesterov=True needs base='sgd' and momentum > 0; here base={self.base!r} and "
-                             f"momentum={self.momentum}")  # fmt: skip
+            raise ValueError(
+                f"nesterov=True needs base='sgd' and momentum > 0; here base={self.base!r} and "
+                f"momentum={self.momentum}"
+            )
         if self.lam_scale not in (None, *LAM_SCALES):
             raise ValueError(f"lam_scale={self.lam_scale!r}: it must be one of {LAM_SCALES}")
 
@@ -111,8 +115,10 @@ class SplitLBIArguments(TrainingArguments):
                 preset["path_scale"] = self.path_length * self.lam * self.nu / total
         chosen = preset | {name: value for name, value in given.items() if value is not None}
         rounded = {name: float(f"{value:.12g}") if name != "lam_scale" else value for name, value in chosen.items()}
-        settings = {name: getattr(self, name) for name in ("kappa", "lam", "base", "momentum", "nesterov", "fused",
-                                                           "decoupled_weight_decay")}  # fmt: skip
+        settings = {
+            name: getattr(self, name)
+            for name in ("kappa", "lam", "base", "momentum", "nesterov", "fused", "decoupled_weight_decay")
+        }
         settings |= {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
         return {"lr": self.learning_rate, **settings, **rounded}
 

@@ -88,8 +88,10 @@ class SplitLBICallback(TrainerCallback):
         check_split_lbi(model, optimizer, "SplitLBICallback needs")
         lifted = [group for group in optimizer.param_groups if group["penalty"] is not None]
         if not lifted:
-            raise ValueError("no param group of SplitLBI has a penalty, so nothing would be selected; pass "
-                             "params=param_groups(model, find_groups(model))")  # fmt: skip
+            raise ValueError(
+                "no param group of SplitLBI has a penalty, so nothing would be selected; pass "
+                "params=param_groups(model, find_groups(model))"
+            )
         if self.groups is None:
             if any(is_sharded(p) for p in model.parameters()):
                 raise ValueError(
@@ -109,9 +111,13 @@ class SplitLBICallback(TrainerCallback):
             print(f"{Groups(self.groups)}\n{outlook}", flush=True)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-        logs: dict[str, float] | None = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         optimizer = kwargs.get("optimizer")
         if optimizer is None or self.groups is None or not logs:
             return

@@ -61,9 +61,10 @@ def projected(model: nn.Module, optimizer: SplitLBI, groups: Iterable[Group]) ->
 
 @torch.no_grad()
 def evaluate_model(
-    model: nn.Module, dataloader: Iterable[Mapping[str, Any]],
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]],
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Loss and metrics of a model over an evaluation dataloader, over all processes if the dataloader is prepared.
 
     Returns:

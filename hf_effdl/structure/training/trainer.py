@@ -90,15 +90,24 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         if args.fsdp and int(args.fsdp_config.get("version", 2)) == 1:
             raise ValueError(FSDP1)
         if optimizer_cls_and_kwargs is not None:
-            raise ValueError("SplitLBITrainer makes its own optimizer, so optimizer_cls_and_kwargs has no use here; "
-                             "set SplitLBIArguments, or use a plain Trainer with SplitLBICallback")  # fmt: skip
+            raise ValueError(
+                "SplitLBITrainer makes its own optimizer, so optimizer_cls_and_kwargs has no use here; "
+                "set SplitLBIArguments, or use a plain Trainer with SplitLBICallback"
+            )
         super().__init__(
-            model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
-            eval_dataset=eval_dataset, processing_class=processing_class, model_init=model_init,
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
             compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )  # fmt: skip
+        )
         if self.is_deepspeed_enabled:
             raise ValueError("split LBI cannot run under DeepSpeed, which flattens the parameters; use DDP or FSDP2")
         if self.is_fsdp_enabled:
@@ -324,9 +333,9 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
                 print(f"left out of the curve: {error}", flush=True)
                 continue
             report = get_report(small)
-            curve.append({
-                "macs": report["macs"]["ratio"], "params": report["params"]["ratio"], **self.evaluate_model(small)
-            })  # fmt: skip
+            curve.append(
+                {"macs": report["macs"]["ratio"], "params": report["params"]["ratio"], **self.evaluate_model(small)}
+            )
         self.curve = curve
         return curve
 
@@ -358,9 +367,17 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
 
         self.path.save(self.args.output_dir)  # with the curve, if one was measured after training
         write_structure_card(
-            self, self.args.output_dir, language=language, license=license, tags=tags, model_name=model_name,
-            finetuned_from=finetuned_from, tasks=tasks, dataset=dataset or dataset_tags, dataset_args=dataset_args,
-        )  # fmt: skip
+            self,
+            self.args.output_dir,
+            language=language,
+            license=license,
+            tags=tags,
+            model_name=model_name,
+            finetuned_from=finetuned_from,
+            tasks=tasks,
+            dataset=dataset or dataset_tags,
+            dataset_args=dataset_args,
+        )
 
     def save_slim(self, small: nn.Module, folder: str | os.PathLike[str], **card: Any) -> Path:
         """Save a slim model with its processor, path, picture and card into a folder.
@@ -392,8 +409,14 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         repo_id = create_repo(repo_id, private=private, exist_ok=True, token=self.args.hub_token).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_slim(small, folder, model_name=repo_id.split("/")[-1], repo_id=repo_id, **card)
-            return str(upload_folder(repo_id=repo_id, folder_path=folder, token=self.args.hub_token,
-                                     commit_message="Slim model chosen along its sparse path"))  # fmt: skip
+            return str(
+                upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    token=self.args.hub_token,
+                    commit_message="Slim model chosen along its sparse path",
+                )
+            )
 
 
 def _check_fsdp(plugin: Any) -> None:

@@ -42,32 +42,53 @@ def write_pool_card(
     known = DatasetCard.load(folder / "README.md").data.to_dict() if (folder / "README.md").is_file() else {}
     ours = ["hf_effdl", "visual-in-context-learning", *tags]
     counted = {"splits": [{"name": "train", "num_examples": manifest["rows"]}]}
-    data = DatasetCardData(**(known | ({"license": license} if license else {}) | {
-        "tags": list(dict.fromkeys([*(known.get("tags") or []), *ours])),
-        "task_categories": list(dict.fromkeys([*(known.get("task_categories") or []), CATEGORIES[manifest["task"]]])),
-        "configs": CONFIGS, "dataset_info": {"features": _features(manifest)} | counted,
-    }))  # fmt: skip
+    data = DatasetCardData(
+        **(
+            known
+            | ({"license": license} if license else {})
+            | {
+                "tags": list(dict.fromkeys([*(known.get("tags") or []), *ours])),
+                "task_categories": list(
+                    dict.fromkeys([*(known.get("task_categories") or []), CATEGORIES[manifest["task"]]])
+                ),
+                "configs": CONFIGS,
+                "dataset_info": {"features": _features(manifest)} | counted,
+            }
+        )
+    )
     encoder, settings = manifest["encoder"], manifest["settings"]
     size = sum(entry["tar_bytes"] + entry["index_bytes"] for entry in manifest["shards"])
     blank = sum(len(set(entry["blank"]) - set(entry["dropped"])) for entry in manifest["shards"])
     foreground = settings.get("foreground")
     rows = {
-        "task": manifest["task"], "rows": f"{manifest['rows']:,}",
+        "task": manifest["task"],
+        "rows": f"{manifest['rows']:,}",
         "of them without an object": f"{blank:,}" if blank else None,
         "rows that could not be used": f"{sum(len(entry['skipped']) for entry in manifest['shards']):,}",
         "mask values that are the object": foreground and ", ".join(map(str, foreground)),
-        "encoder": f"`{encoder['id']}`" if encoder.get("id") else "not named", "its revision": encoder.get("revision"),
-        "its layer": encoder.get("layer"), "its image size": " x ".join(map(str, encoder.get("image_size") or ())),
-        "its fingerprint": f"`{encoder['fingerprint']}`", "width of the features": manifest["dim"],
+        "encoder": f"`{encoder['id']}`" if encoder.get("id") else "not named",
+        "its revision": encoder.get("revision"),
+        "its layer": encoder.get("layer"),
+        "its image size": " x ".join(map(str, encoder.get("image_size") or ())),
+        "its fingerprint": f"`{encoder['fingerprint']}`",
+        "width of the features": manifest["dim"],
         "feature maps": " x ".join(map(str, manifest["grid"])) if manifest["grid"] else "not kept",
         "size": f"{size / 1e6:,.1f} MB in {2 * len(manifest['shards'])} files",
-        "fingerprint of the pool": f"`{manifest['fingerprint'][:16]}`", "hf_effdl": manifest["hf_effdl"],
-    }  # fmt: skip
+        "fingerprint of the pool": f"`{manifest['fingerprint'][:16]}`",
+        "hf_effdl": manifest["hf_effdl"],
+    }
     return write_card(
-        folder, "pool_card.md", data, title=repo_id.split("/")[-1], repo_id=repo_id, task=manifest["task"],
-        rows={name: value for name, value in rows.items() if value not in (None, "")}, encoder=encoder.get("id"),
-        formats=_formats(manifest), version=__version__,
-    )  # fmt: skip
+        folder,
+        "pool_card.md",
+        data,
+        title=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        task=manifest["task"],
+        rows={name: value for name, value in rows.items() if value not in (None, "")},
+        encoder=encoder.get("id"),
+        formats=_formats(manifest),
+        version=__version__,
+    )
 
 
 def _formats(manifest: Mapping[str, Any]) -> list[str]:
@@ -82,9 +103,11 @@ def _features(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     images = [f"image.{kind}" for kind in _formats(manifest)]
     images += ["label.png"] if manifest["task"] == "segmentation" else []
     return [
-        *({"name": name, "dtype": "image"} for name in images), {"name": "json", "struct": said},
-        {"name": "__key__", "dtype": "string"}, {"name": "__url__", "dtype": "string"},
-    ]  # fmt: skip
+        *({"name": name, "dtype": "image"} for name in images),
+        {"name": "json", "struct": said},
+        {"name": "__key__", "dtype": "string"},
+        {"name": "__url__", "dtype": "string"},
+    ]
 
 
 def push_pool(
@@ -114,7 +137,12 @@ def push_pool(
         operations.append(CommitOperationAdd("README.md", readme))
         old = {name for name in files if re.fullmatch(rf"data/{NAME}\.(tar|safetensors)", name)}
         operations += [CommitOperationDelete(name) for name in sorted(old - set(names))]
-        return str(api.create_commit(
-            repo_id, operations, repo_type="dataset", parent_commit=head.sha,
-            commit_message=commit_message or f"Pool of {len(pool):,} examples for {pool.task}",
-        ))  # fmt: skip
+        return str(
+            api.create_commit(
+                repo_id,
+                operations,
+                repo_type="dataset",
+                parent_commit=head.sha,
+                commit_message=commit_message or f"Pool of {len(pool):,} examples for {pool.task}",
+            )
+        )

@@ -101,8 +101,16 @@ def build_index(
         if reached >= recall or index.nprobe >= lists:
             break
         index.nprobe = min(2 * index.nprobe, lists)
-    record = {"fingerprint": fingerprint, "rows": rows, "dim": dim, "lists": lists, "probes": index.nprobe,
-              "recall": reached, "seed": seed, "faiss": faiss.__version__}  # fmt: skip
+    record = {
+        "fingerprint": fingerprint,
+        "rows": rows,
+        "dim": dim,
+        "lists": lists,
+        "probes": index.nprobe,
+        "recall": reached,
+        "seed": seed,
+        "faiss": faiss.__version__,
+    }
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}")
     faiss.write_index(index, str(part))

@@ -105,9 +105,12 @@ class ExamplePool(PoolReader):
         encoder = _loaded(encoder)
         task = find_task(task, foreground)
         settings = {
-            "image_column": image_column, "label_column": None if task.name == "colourisation" else label_column,
-            "id_column": id_column, "keep_grids": bool(keep_grids), "rows_per_shard": int(rows_per_shard),
-        }  # fmt: skip
+            "image_column": image_column,
+            "label_column": None if task.name == "colourisation" else label_column,
+            "id_column": id_column,
+            "keep_grids": bool(keep_grids),
+            "rows_per_shard": int(rows_per_shard),
+        }
         if task.name == "segmentation":
             settings |= {"foreground": task.foreground and list(task.foreground), "void": task.void}
         start = {"format": FORMAT, "task": task.name, "settings": settings, "encoder": encoder.describe()}
@@ -136,9 +139,15 @@ class ExamplePool(PoolReader):
     # ---- changes in place
 
     def add(
-        self, ds: Dataset, *, encoder: Any = None, batch_size: int = 32, num_workers: int = 0,
-        on_bad_row: str = "raise", progress: bool = True,
-    ) -> "ExamplePool":  # fmt: skip
+        self,
+        ds: Dataset,
+        *,
+        encoder: Any = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        on_bad_row: str = "raise",
+        progress: bool = True,
+    ) -> "ExamplePool":
         """Append the rows of a data set with the same columns, as new shards; all processes call it.
 
         Without an id column rows go on being numbered where they ended, and no number is given twice.
@@ -160,8 +169,10 @@ class ExamplePool(PoolReader):
             )
         encoder = self._encoder if encoder is None else _loaded(encoder)
         if encoder.describe()["fingerprint"] != self.encoder["fingerprint"]:
-            raise ValueError(f"encoder= has the fingerprint {encoder.describe()['fingerprint']!r} and the pool was "
-                             f"made with {self.encoder}; their vectors cannot be compared")  # fmt: skip
+            raise ValueError(
+                f"encoder= has the fingerprint {encoder.describe()['fingerprint']!r} and the pool was "
+                f"made with {self.encoder}; their vectors cannot be compared"
+            )
         source = Rows(ds, self.manifest, encoder, self.manifest["seen"])
         if known := set(source.ids) & self._positions.keys():
             raise ValueError(f"{len(known)} ids are in the pool already, such as {min(known)!r}; remove them first")
@@ -198,8 +209,10 @@ class ExamplePool(PoolReader):
 
     def _check_mine(self) -> None:
         if self.commit is not None:
-            raise ValueError("this pool lies in the cache of the Hub, which is not to be changed; save it with "
-                             "save_pretrained(folder) and open it there")  # fmt: skip
+            raise ValueError(
+                "this pool lies in the cache of the Hub, which is not to be changed; save it with "
+                "save_pretrained(folder) and open it there"
+            )
 
     def _reopen(self) -> None:
         self._index = None
@@ -231,9 +244,15 @@ class ExamplePool(PoolReader):
         return folder
 
     def push_to_hub(
-        self, repo_id: str, private: bool | None = None, token: str | bool | None = None,
-        commit_message: str | None = None, *, license: str | None = None, tags: Iterable[str] = (),
-    ) -> str | None:  # fmt: skip
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        *,
+        license: str | None = None,
+        tags: Iterable[str] = (),
+    ) -> str | None:
         """Push the pool to a data set repository, with a card, in one commit; an older pool there is replaced.
 
         `load_dataset(repo_id)` reads the images and labels of it.
@@ -302,8 +321,11 @@ class ExamplePool(PoolReader):
     def _open_index(self) -> None:
         if not pool_index.installed():
             self._index = False  # so that it is said once
-            warnings.warn(f"the pool has {len(self):,} rows, and every search compares with each of them; "
-                          'pip install "hf_effdl[faiss]" for an index', stacklevel=3)  # fmt: skip
+            warnings.warn(
+                f"the pool has {len(self):,} rows, and every search compares with each of them; "
+                'pip install "hf_effdl[faiss]" for an index',
+                stacklevel=3,
+            )
             return
         self._index = pool_index.open_index(self._index_file(), self.fingerprint, len(self), self.dim)
         if self._index is None:
@@ -323,6 +345,8 @@ def _loaded(encoder: Any) -> Any:
     if isinstance(encoder, PreTrainedModel):
         return VisionEncoder(encoder)
     if not hasattr(encoder, "describe"):
-        raise TypeError(f"encoder={type(encoder).__name__}: pass a VisionEncoder, a vision model of transformers, or "
-                        "the id or folder of one")  # fmt: skip
+        raise TypeError(
+            f"encoder={type(encoder).__name__}: pass a VisionEncoder, a vision model of transformers, or "
+            "the id or folder of one"
+        )
     return encoder

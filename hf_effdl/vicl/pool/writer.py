@@ -74,8 +74,10 @@ class Rows(torch.utils.data.Dataset):
         self.image, self.label = settings["image_column"], settings["label_column"]
         columns = [name for name in (self.image, self.label, settings["id_column"]) if name is not None]
         if missing := [name for name in columns if name not in ds.column_names]:
-            raise ValueError(f"the data set has no column {', '.join(map(repr, missing))}; it has {ds.column_names}: "
-                             "set image_column=, label_column= and id_column=")  # fmt: skip
+            raise ValueError(
+                f"the data set has no column {', '.join(map(repr, missing))}; it has {ds.column_names}: "
+                "set image_column=, label_column= and id_column="
+            )
         self.fingerprint, self.first = ds._fingerprint, first
         self.image_size, self.resample = tuple(encoder.image_size), getattr(encoder, "resample", BICUBIC)
         self.task = find_task(manifest["task"])
@@ -133,8 +135,9 @@ def _ids(ds: Dataset, column: str | None, first: int) -> list[str]:
     values = ds.with_format(None)[column][:]
     kinds = {type(value) for value in values}
     if kinds not in ({int}, {str}):
-        raise TypeError(f"id_column={column!r} holds {sorted(kind.__name__ for kind in kinds)}; ids are all texts or "
-                        "all integers")  # fmt: skip
+        raise TypeError(
+            f"id_column={column!r} holds {sorted(kind.__name__ for kind in kinds)}; ids are all texts or all integers"
+        )
     ids, seen = [str(value) for value in values], {}
     for row, id in enumerate(ids):
         if seen.setdefault(id, row) != row:
@@ -150,8 +153,9 @@ def _content(value: Any) -> bytes:
     if isinstance(value, str):
         return Path(value).read_bytes()
     if not isinstance(value, bytes):
-        raise TypeError(f"the image is {type(value).__name__}, not a file; cast the column: "
-                        "ds.cast_column(name, datasets.Image())")  # fmt: skip
+        raise TypeError(
+            f"the image is {type(value).__name__}, not a file; cast the column: ds.cast_column(name, datasets.Image())"
+        )
     return value
 
 
@@ -210,16 +214,22 @@ class ShardWriter:
         self._stored.close()
         self._file.close()
         tensors = {name: table.contiguous() for name, table in tables.items()} | {
-            "spans": torch.tensor(self.spans), "ids": _bytes(json.dumps(self.ids).encode()),
+            "spans": torch.tensor(self.spans),
+            "ids": _bytes(json.dumps(self.ids).encode()),
             "digests": _bytes(b"".join(self.digests)).view(-1, 32),
-        }  # fmt: skip
+        }
         part = part_of(self.index)
         save_file(tensors, str(part))
         entry = {
-            "name": self.name, "rows": len(self.ids), "dropped": [], "formats": sorted(self.formats),
-            "tar_bytes": self._part.stat().st_size, "tar_sha256": file_digest(self._part),
-            "index_bytes": part.stat().st_size, "index_sha256": file_digest(part),
-        }  # fmt: skip
+            "name": self.name,
+            "rows": len(self.ids),
+            "dropped": [],
+            "formats": sorted(self.formats),
+            "tar_bytes": self._part.stat().st_size,
+            "tar_sha256": file_digest(self._part),
+            "index_bytes": part.stat().st_size,
+            "index_sha256": file_digest(part),
+        }
         os.replace(self._part, self.tar)
         os.replace(part, self.index)
         return entry
@@ -245,19 +255,26 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Count and hash what the shards hold, and write the manifest."""
     shards = [Shard(folder, entry) for entry in manifest["shards"]]
     manifest = dict(manifest) | {
-        "rows": sum(len(shard.ids) for shard in shards), "dim": shards[0].vectors.shape[1],
+        "rows": sum(len(shard.ids) for shard in shards),
+        "dim": shards[0].vectors.shape[1],
         "grid": None if shards[0].grids is None else list(shards[0].grids.shape[1:3]),
         "fingerprint": content_fingerprint(manifest, (shard.of_kept(shard.digests) for shard in shards)),
         "hf_effdl": __version__,
-    }  # fmt: skip
+    }
     replace_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
     return manifest
 
 
 def build(
-    folder: Path, manifest: Mapping[str, Any], source: Rows, encoder: Any, batch_size: int, num_workers: int,
-    on_bad_row: str, progress: bool,
-) -> None:  # fmt: skip
+    folder: Path,
+    manifest: Mapping[str, Any],
+    source: Rows,
+    encoder: Any,
+    batch_size: int,
+    num_workers: int,
+    on_bad_row: str,
+    progress: bool,
+) -> None:
     """Write the shards of the source that are not there yet, then the manifest with them appended.
 
     All processes call it. Which shards are finished is written down in `done/`, one file each.
@@ -284,8 +301,12 @@ def build(
     places = {i: range(i * size, min((i + 1) * size, len(source))) for i in mine}
     encoder.to(state.device).eval()
     error = None
-    bar = tqdm(total=sum(map(len, places.values())), desc="encoding", unit=" rows",
-               disable=not (progress and mine and state.is_main_process))  # fmt: skip
+    bar = tqdm(
+        total=sum(map(len, places.values())),
+        desc="encoding",
+        unit=" rows",
+        disable=not (progress and mine and state.is_main_process),
+    )
     try:
         for i in mine:
             with ShardWriter(folder / "data", names[i]) as writer:
@@ -307,9 +328,14 @@ def build(
 
 
 def _encode(
-    writer: ShardWriter, batches: DataLoader, encoder: Any, device: torch.device, keep_grids: bool, on_bad_row: str,
+    writer: ShardWriter,
+    batches: DataLoader,
+    encoder: Any,
+    device: torch.device,
+    keep_grids: bool,
+    on_bad_row: str,
     bar: tqdm,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """One shard; returns what the manifest says of it."""
     skipped: list[list[str]] = []
     blank: list[int] = []
@@ -318,8 +344,10 @@ def _encode(
         bar.update(len(batch))
         for row in batch:
             if row.error is not None and on_bad_row == "raise":
-                raise ValueError(f"row {row.number}, id {row.id!r}: {row.error} (correct the row, leave it out, or "
-                                 "pass on_bad_row='skip')")  # fmt: skip
+                raise ValueError(
+                    f"row {row.number}, id {row.id!r}: {row.error} (correct the row, leave it out, or "
+                    "pass on_bad_row='skip')"
+                )
         skipped += [[row.id, row.error] for row in batch if row.error is not None]
         batch = [row for row in batch if row.error is None]
         if not batch:
@@ -345,8 +373,10 @@ def _check_views(views: Mapping[str, Tensor], batch: Sequence[Row]) -> None:
     for name, values in views.items():
         if not (finite := values.flatten(1).isfinite().all(1)).all():
             row = batch[int((~finite).nonzero()[0, 0])]
-            raise ValueError(f"row {row.number}, id {row.id!r}: the encoder's {name} are NaN or beyond float16's "
-                             "65504; encode in float32")  # fmt: skip
+            raise ValueError(
+                f"row {row.number}, id {row.id!r}: the encoder's {name} are NaN or beyond float16's "
+                "65504; encode in float32"
+            )
     if ((norms := views["vectors"].norm(dim=1)) - 1).abs().max() > 1e-3:
         raise ValueError(
             f"the encoder's vectors have norms {norms.min():.4g}..{norms.max():.4g}; they must have norm 1"
@@ -369,8 +399,9 @@ def _done(folder: Path, name: str) -> dict[str, Any] | None:
 def _finish(folder: Path, manifest: Mapping[str, Any], names: Sequence[str], rows: int) -> None:
     entries = [_done(folder, name) for name in names]
     if None in entries:
-        raise FileNotFoundError(f"{folder / 'data' / names[entries.index(None)]}.tar is missing; all processes must "
-                                "see the same cache_dir")  # fmt: skip
+        raise FileNotFoundError(
+            f"{folder / 'data' / names[entries.index(None)]}.tar is missing; all processes must see the same cache_dir"
+        )
     skipped = [row for entry in entries for row in entry["skipped"]]
     if len(skipped) == rows:
         raise ValueError(f"none of the {rows} rows can be used; the first, {skipped[0][0]!r}: {skipped[0][1]}")

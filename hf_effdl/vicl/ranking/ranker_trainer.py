@@ -82,16 +82,26 @@ class RankerTrainer(Trainer):
     ) -> None:
         if args is None:
             args = TrainingArguments(
-                "trainer_output", per_device_train_batch_size=64, per_device_eval_batch_size=64,
+                "trainer_output",
+                per_device_train_batch_size=64,
+                per_device_eval_batch_size=64,
                 lr_scheduler_type="constant",
-            )  # fmt: skip
+            )
         super().__init__(
-            model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
-            eval_dataset=eval_dataset, processing_class=processing_class, model_init=model_init,
-            compute_loss_func=compute_loss_func, compute_metrics=compute_metrics or ranking_metrics,
-            callbacks=callbacks, optimizers=optimizers, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics or ranking_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )  # fmt: skip
+        )
         if not isinstance(self.model, ListwiseRanker):
             raise TypeError(f"model is a {type(self.model).__name__}: RankerTrainer trains a ListwiseRanker")
         if args.label_names is None:

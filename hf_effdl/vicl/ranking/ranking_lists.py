@@ -97,8 +97,10 @@ class RankingLists(Dataset):
             )
         values = performance[rows][known[rows]]
         if values.min() == values.max():
-            raise ValueError(f"performance is {float(values[0]):g} for every example on every query: there is nothing "
-                             "to learn; look at the task's metric and at what the frozen model answers")  # fmt: skip
+            raise ValueError(
+                f"performance is {float(values[0]):g} for every example on every query: there is nothing "
+                "to learn; look at the task's metric and at what the frozen model answers"
+            )
         places = _subsets(known[rows], k, lists_per_query, torch.Generator().manual_seed(seed))
         self.pool, self.k = pool, k
         self.queries = rows.repeat_interleave(lists_per_query)
@@ -140,8 +142,10 @@ class RankingLists(Dataset):
         return len(self.queries)
 
     def __repr__(self) -> str:
-        return (f"RankingLists({len(self):,} lists of {self.k}, {len(self.queries.unique()):,} queries, "
-                f"{self.skipped:,} skipped)")  # fmt: skip
+        return (
+            f"RankingLists({len(self):,} lists of {self.k}, {len(self.queries.unique()):,} queries, "
+            f"{self.skipped:,} skipped)"
+        )
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """A list as keyword arguments of `ListwiseRanker`, without the batch axis."""
@@ -159,21 +163,27 @@ class RankingLists(Dataset):
 
 def _check_table(pool: PoolReader, candidates: Tensor, performance: Tensor, k: int, lists_per_query: int) -> None:
     if candidates.dim() != 2 or candidates.shape != performance.shape or len(candidates) != len(pool):
-        raise ValueError(f"candidates {tuple(candidates.shape)} and performance {tuple(performance.shape)}: both must "
-                         f"be (n, K) with a row for each of the pool's {len(pool)}; measure this pool")  # fmt: skip
+        raise ValueError(
+            f"candidates {tuple(candidates.shape)} and performance {tuple(performance.shape)}: both must "
+            f"be (n, K) with a row for each of the pool's {len(pool)}; measure this pool"
+        )
     if int(candidates.max()) >= len(pool):
         raise ValueError(f"candidates name row {int(candidates.max())} of a pool of {len(pool)}: measure this pool")
     if not isinstance(k, int) or k < 2:
         raise ValueError(f"k={k!r}: a list has two items or more")
     if k > candidates.shape[1]:
-        raise ValueError(f"k={k}, but performance was measured on K={candidates.shape[1]} candidates, which is not "
-                         "above k: measure more candidates, or take a smaller k")  # fmt: skip
+        raise ValueError(
+            f"k={k}, but performance was measured on K={candidates.shape[1]} candidates, which is not "
+            "above k: measure more candidates, or take a smaller k"
+        )
     if not isinstance(lists_per_query, int) or lists_per_query < 1:
         raise ValueError(f"lists_per_query={lists_per_query!r}: pass a whole number of at least 1")
     if (wrong := ((candidates >= 0) & ~performance.isfinite()).any(1)).any():
         row = int(wrong.nonzero()[0])
-        raise ValueError(f"performance on pool image {pool.ids[row]!r} is NaN or infinite: measure it again with a "
-                         "metric that is defined for every prediction")  # fmt: skip
+        raise ValueError(
+            f"performance on pool image {pool.ids[row]!r} is NaN or infinite: measure it again with a "
+            "metric that is defined for every prediction"
+        )
 
 
 def _rows(rows: Sequence[int] | Tensor | None, pool: PoolReader, name: str) -> Tensor:

@@ -90,9 +90,15 @@ class CascadeSelector(nn.Module):
         related examples share; calibration; temperatures of the consensus in each turn, and of a fusion at last.
         """
         first, second = len(FIRST), len(FIRST) + 1 + ANSWERS[colours]
-        for name, size in (("first_spread", (first,)), ("first_weights", (2 * first,)), ("doubt", (2,)),
-                           ("calibration", (TURNS, MAPS)), ("second_spread", (TURNS, second)),
-                           ("second_weights", (TURNS, 2 * second)), ("temperatures", (TURNS + 1,))):  # fmt: skip
+        for name, size in (
+            ("first_spread", (first,)),
+            ("first_weights", (2 * first,)),
+            ("doubt", (2,)),
+            ("calibration", (TURNS, MAPS)),
+            ("second_spread", (TURNS, second)),
+            ("second_weights", (TURNS, 2 * second)),
+            ("temperatures", (TURNS + 1,)),
+        ):
             self.register_buffer(name, torch.zeros(size))
         self.colours = colours
 
@@ -102,9 +108,14 @@ class CascadeSelector(nn.Module):
         return float(self.temperatures[-1])
 
     def fit(
-        self, pool: Any, labels: tuple[Tensor, Tensor] | None = None, *, model: Any = None,
-        examples: Examples | None = None, progress: bool = True,
-    ) -> "CascadeSelector":  # fmt: skip
+        self,
+        pool: Any,
+        labels: tuple[Tensor, Tensor] | None = None,
+        *,
+        model: Any = None,
+        examples: Examples | None = None,
+        progress: bool = True,
+    ) -> "CascadeSelector":
         """Learn both stages from measured performance, and say what they gain on the pool's own images.
 
         Stage 2 runs the frozen model with the `passes` best examples of up to 1,000 labelled images. Processes of
@@ -141,9 +152,11 @@ class CascadeSelector(nn.Module):
         if self.pool_fingerprint is None:
             raise ValueError("the cascade was not fitted: measure_examples(model, pool), then cascade.fit(pool)")
         if examples.pool.fingerprint != self.pool_fingerprint:
-            raise ValueError(f"the cascade was fitted on the pool {self.pool_fingerprint}, but this is "
-                             f"{examples.pool.fingerprint}: another one, or it was changed since. Run "
-                             "measure_examples and cascade.fit again")  # fmt: skip
+            raise ValueError(
+                f"the cascade was fitted on the pool {self.pool_fingerprint}, but this is "
+                f"{examples.pool.fingerprint}: another one, or it was changed since. Run "
+                "measure_examples and cascade.fit again"
+            )
         similarity, rows = examples.pool.search(queries.views["vector"].cpu(), candidates, exclude=queries.exclude)
         known = rows >= 0
         features = self.first_features(queries.views, examples, similarity, rows, queries.exclude)
@@ -174,8 +187,11 @@ class CascadeSelector(nn.Module):
         vectors, tokens = views["vector"].float().cpu(), views["tokens"].float().cpu()
         asked = quarters_of(tokens)
         quarters = quarters_of(examples.pool.tokens(safe).flatten(0, 1)).unflatten(0, rows.shape)
-        simple = [similarity.nan_to_num(neginf=0.0), (quarters @ asked[..., None])[..., 0],
-                  torch.arange(rows.shape[1]).expand(rows.shape).float()]  # fmt: skip
+        simple = [
+            similarity.nan_to_num(neginf=0.0),
+            (quarters @ asked[..., None])[..., 0],
+            torch.arange(rows.shape[1]).expand(rows.shape).float(),
+        ]
         matches, statistics = examples.matches(views, safe).cpu(), label_statistics(examples.small_labels(safe)).cpu()
         learned = self.transferred(self._row_model(examples), (vectors, asked), matches, rows, own)
         return torch.cat([torch.stack(simple, 2), matches, statistics, learned], 2)
@@ -189,9 +205,7 @@ class CascadeSelector(nn.Module):
         alike = standardised(alike, rows >= 0)[0][..., : len(MATCHED)]
         return torch.cat([model.predict(*views, rows, own), model.among(alike, rows, own)], 2)
 
-    def shortlist(
-        self, examples: Examples, scores: Tensor, rows: Tensor, own: Tensor | None, count: int
-    ) -> Tensor:  # fmt: skip
+    def shortlist(self, examples: Examples, scores: Tensor, rows: Tensor, own: Tensor | None, count: int) -> Tensor:
         """Places `(B, count)` of the candidates to try, the one of the highest score first."""
         spread, shared = _plain(self.doubt)
         related = shared * self._relations(examples).between(rows, own)
@@ -229,19 +243,20 @@ class CascadeSelector(nn.Module):
     def _learned(self, examples: Examples) -> tuple[Any, RowModel, Relations]:
         pool, model = examples.pool, examples.model
         if model.config.performance is None or model.config.pool_fingerprint != pool.fingerprint:
-            raise ValueError("the cascade needs the measured performance that it was fitted on, and the model has "
-                             "none of this pool: run measure_examples and cascade.fit again")  # fmt: skip
+            raise ValueError(
+                "the cascade needs the measured performance that it was fitted on, and the model has "
+                "none of this pool: run measure_examples and cascade.fit again"
+            )
         # a table that was measured anew, or moved, is another tensor
         if self._rows is None or self._rows[0] is not model.measured_performance:
             table = model.measured_candidates.cpu(), model.measured_performance.cpu()
-            quarters = torch.cat([
-                quarters_of(pool.tokens(rows)) for rows in torch.arange(len(pool)).split(4096)
-            ])  # fmt: skip
+            quarters = torch.cat([quarters_of(pool.tokens(rows)) for rows in torch.arange(len(pool)).split(4096)])
             lists = MeasuredLists.read(pool, model)
             self._rows = (
-                model.measured_performance, RowModel(pool.vectors.float(), quarters, *table),
+                model.measured_performance,
+                RowModel(pool.vectors.float(), quarters, *table),
                 Relations(lists.images, lists.rows, lists.target, len(pool)),
-            )  # fmt: skip
+            )
         return self._rows
 
     # ---- as plain values, for the model's config
@@ -251,11 +266,19 @@ class CascadeSelector(nn.Module):
         if self.pool_fingerprint is None:
             raise ValueError("the cascade was not fitted: measure_examples(model, pool), then cascade.fit(pool)")
         if self.pool_fingerprint != config.pool_fingerprint:
-            raise ValueError(f"the cascade was fitted on the pool {self.pool_fingerprint}, and the model's measured "
-                             f"performance is of {config.pool_fingerprint}: a model keeps a cascade with the labels "
-                             "that it was fitted on")  # fmt: skip
-        return {"kind": self.kind, "passes": self.passes, "head": self.head, "colours": self.colours,
-                "pool_fingerprint": self.pool_fingerprint, "report": self.report}  # fmt: skip
+            raise ValueError(
+                f"the cascade was fitted on the pool {self.pool_fingerprint}, and the model's measured "
+                f"performance is of {config.pool_fingerprint}: a model keeps a cascade with the labels "
+                "that it was fitted on"
+            )
+        return {
+            "kind": self.kind,
+            "passes": self.passes,
+            "head": self.head,
+            "colours": self.colours,
+            "pool_fingerprint": self.pool_fingerprint,
+            "report": self.report,
+        }
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "CascadeSelector":

@@ -53,9 +53,10 @@ class Consensus:
         self.sharp = (scores / (temperature / 3)).masked_fill(~known, -torch.inf).softmax(1)
         self.even = known / known.sum(1, keepdim=True)
         self.means = {
-            "weighted": self._mean(self.weights, self.painted), "votes": self._mean(self.weights, self.rounded),
+            "weighted": self._mean(self.weights, self.painted),
+            "votes": self._mean(self.weights, self.rounded),
             "plain": self._mean(self.even, self.painted),
-        }  # fmt: skip
+        }
         self.grid = grid
 
     def maps(self) -> Tensor:

@@ -4,8 +4,16 @@ import torch
 from torch import Tensor
 
 
-MATCHES = ("forward", "backward", "to object", "to background", "from object", "from background", "mutual",
-           "worst places")  # fmt: skip
+MATCHES = (
+    "forward",
+    "backward",
+    "to object",
+    "to background",
+    "from object",
+    "from background",
+    "mutual",
+    "worst places",
+)
 NOWHERE = -1e4  # added to a cosine that is not to count
 CELLS = 2**18  # similarities held at once
 STATISTICS = ("area", "x", "y", "x spread", "y spread", "border", "compactness", "outline", "chroma", "contrast")
@@ -39,10 +47,12 @@ def dense_matches(asked: Tensor, grids: Tensor, shares: Tensor) -> Tensor:
     """
     # a processor works on as many candidates at once as its cache holds similarities of
     here = max(1, CELLS // (asked.shape[1] * grids.shape[2])) if grids.device.type == "cpu" else max(1, grids.shape[1])
-    return torch.stack([
-        torch.cat([_matches(one, *part) for part in zip(cells.split(here), white.split(here), strict=True)])
-        for one, cells, white in zip(asked, grids, shares, strict=True)
-    ])  # fmt: skip
+    return torch.stack(
+        [
+            torch.cat([_matches(one, *part) for part in zip(cells.split(here), white.split(here), strict=True)])
+            for one, cells, white in zip(asked, grids, shares, strict=True)
+        ]
+    )
 
 
 def _matches(asked: Tensor, grids: Tensor, shares: Tensor) -> Tensor:
@@ -56,11 +66,19 @@ def _matches(asked: Tensor, grids: Tensor, shares: Tensor) -> Tensor:
     short = (similarity - forward[:, None]).add_(similarity.sub_(backward[:, :, None]))
     mutual = short.amax(1) == 0
     inside, worst = inside[:, :, 0].float(), max(1, asked.shape[0] // 10)
-    return torch.stack([
-        forward.mean(1), backward.mean(1),
-        _there(to_object).mean(1), _there(to_ground).mean(1), _mean(backward, inside), _mean(backward, 1 - inside),
-        mutual.float().mean(1), forward.topk(worst, 1, largest=False).values.mean(1),
-    ], 1)  # fmt: skip
+    return torch.stack(
+        [
+            forward.mean(1),
+            backward.mean(1),
+            _there(to_object).mean(1),
+            _there(to_ground).mean(1),
+            _mean(backward, inside),
+            _mean(backward, 1 - inside),
+            mutual.float().mean(1),
+            forward.topk(worst, 1, largest=False).values.mean(1),
+        ],
+        1,
+    )
 
 
 def _there(values: Tensor) -> Tensor:
@@ -97,8 +115,9 @@ def label_statistics(labels: Tensor) -> Tensor:
     contrast = (
         (white - area[..., None, None]).square().sum((-2, -1)) / (white.shape[-2] * white.shape[-1] - 1)
     ).sqrt()
-    return torch.stack([area, at_x, at_y, spread_x, spread_y, border, compact, outline / mass.sqrt(), chroma,
-                        contrast], -1)  # fmt: skip
+    return torch.stack(
+        [area, at_x, at_y, spread_x, spread_y, border, compact, outline / mass.sqrt(), chroma, contrast], -1
+    )
 
 
 def standardised(features: Tensor, known: Tensor, spread: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -51,10 +51,12 @@ def fit(selector: Any, pool: Any, labels: Any, model: Any, examples: Examples | 
         }
     if selector.passes > 1:
         _fit_doubt(selector, examples, lists, scores)
-        top = torch.cat([
-            selector.shortlist(examples, scores[part], lists.rows[part], lists.images[part], selector.passes)
-            for part in torch.arange(learnt).split(ROWS)
-        ])  # fmt: skip
+        top = torch.cat(
+            [
+                selector.shortlist(examples, scores[part], lists.rows[part], lists.images[part], selector.passes)
+                for part in torch.arange(learnt).split(ROWS)
+            ]
+        )
         tried = lists.pick(top)
         selector.report["best tried"] = tried.mean_best()
         first = features[:learnt].gather(1, top[..., None].expand(-1, -1, features.shape[2]))
@@ -65,11 +67,18 @@ def fit(selector: Any, pool: Any, labels: Any, model: Any, examples: Examples | 
 
 def _fit_first(selector: Any, examples: Examples, lists: MeasuredLists) -> tuple[Tensor, Tensor]:
     """Features `(L, K, f)` and scores from folds without the image `(L, K)`."""
-    raw = torch.cat([
-        selector.first_features(_views(examples, lists.images[part]), examples, lists.similarity[part],
-                                lists.rows[part], lists.images[part])
-        for part in torch.arange(len(lists.images)).split(BATCH)
-    ])  # fmt: skip
+    raw = torch.cat(
+        [
+            selector.first_features(
+                _views(examples, lists.images[part]),
+                examples,
+                lists.similarity[part],
+                lists.rows[part],
+                lists.images[part],
+            )
+            for part in torch.arange(len(lists.images)).split(BATCH)
+        ]
+    )
     known, target = lists.known, lists.target
     features, spread = standardised(raw, known)
     selector.first_spread.copy_(spread)
@@ -84,11 +93,14 @@ def _fit_first(selector: Any, examples: Examples, lists: MeasuredLists) -> tuple
     for one in range(FOLDS):
         # what is to be predicted must not stand behind the features that are learnt from either
         fewer = rows.without(lists.images[lists.fold == one])
-        learned = torch.cat([
-            selector.transferred(fewer, (vectors[part], quarters[part]), matches[part], lists.rows[part],
-                                 lists.images[part])
-            for part in torch.arange(len(raw)).split(ROWS)
-        ])  # fmt: skip
+        learned = torch.cat(
+            [
+                selector.transferred(
+                    fewer, (vectors[part], quarters[part]), matches[part], lists.rows[part], lists.images[part]
+                )
+                for part in torch.arange(len(raw)).split(ROWS)
+            ]
+        )
         folds.append(standardised(torch.cat([raw[..., :rest], learned], 2), known, spread)[0])
     scores = _out_of_fold(folds, target, known, lists.fold)
     if selector.head == "listwise":
@@ -138,9 +150,15 @@ def _fit_second(
 
 
 def _fit_turn(
-    selector: Any, examples: Examples, lists: MeasuredLists, painted: Tensor, truth: Tensor, first: Tensor,
-    scores: Tensor, turn: int,
-) -> Tensor:  # fmt: skip
+    selector: Any,
+    examples: Examples,
+    lists: MeasuredLists,
+    painted: Tensor,
+    truth: Tensor,
+    first: Tensor,
+    scores: Tensor,
+    turn: int,
+) -> Tensor:
     """Calibration and weights of one turn; scores from folds without the image."""
     parts, fold, known = torch.arange(len(lists.images)).split(BATCH), lists.fold, lists.known
 
@@ -158,17 +176,17 @@ def _fit_turn(
         pixels_of.append(maps.flatten(2, 3)[:, :, some])
         labels_of.append(target.flatten(2)[:, :, some])
     sampled, wanted = torch.cat(pixels_of), torch.cat(labels_of)
-    calibrations = torch.stack([
-        made.fit_calibration(sampled[fold != one], wanted[fold != one]) for one in range(FOLDS)
-    ])  # fmt: skip
+    calibrations = torch.stack(
+        [made.fit_calibration(sampled[fold != one], wanted[fold != one]) for one in range(FOLDS)]
+    )
     selector.calibration[turn] = made.fit_calibration(sampled, wanted)
     raw = []
     for part in parts:
         made = consensus(part)
         maps = made.maps()
-        calibrated = torch.cat([
-            made.calibrate(maps[i : i + 1], calibrations[fold[row]]) for i, row in enumerate(part.tolist())
-        ])  # fmt: skip
+        calibrated = torch.cat(
+            [made.calibrate(maps[i : i + 1], calibrations[fold[row]]) for i, row in enumerate(part.tolist())]
+        )
         raw.append(selector.second_features(made, calibrated, first[part], scores[part]))
     raw, target = torch.cat(raw), lists.target
     features, spread = standardised(raw, known)
@@ -205,8 +223,10 @@ def _check_consensus(selector: Any, examples: Examples, lists: MeasuredLists, pr
         even = torch.zeros(len(part), near.shape[1])
         chosen.append(selector.consensus(examples, painted[part], even, grid, lists.known[part], 0).medoid())
     picked = lists.performance.gather(1, torch.cat(chosen)[:, None])
-    selector.report |= {"plain consensus": float(picked.mean()), "nearest, of the same": float(
-        lists.performance[:, 0].mean())}  # fmt: skip
+    selector.report |= {
+        "plain consensus": float(picked.mean()),
+        "nearest, of the same": float(lists.performance[:, 0].mean()),
+    }
 
 
 def _answers(examples: Examples, lists: MeasuredLists, progress: bool, what: str) -> Tensor:
@@ -231,8 +251,11 @@ def _views(examples: Examples, images: Tensor) -> dict[str, Tensor]:
     pool, encoder = examples.pool, examples.model.encoder
     flat = examples.grids(images)
     side = tuple(encoder.grid_size)
-    return {"vector": F.normalize(pool.vectors[images].float(), dim=1), "tokens": pool.tokens(images),
-            "grid": flat.unflatten(1, side)}  # fmt: skip
+    return {
+        "vector": F.normalize(pool.vectors[images].float(), dim=1),
+        "tokens": pool.tokens(images),
+        "grid": flat.unflatten(1, side),
+    }
 
 
 def _out_of_fold(features: list[Tensor], target: Tensor, known: Tensor, fold: Tensor) -> Tensor:
@@ -249,52 +272,74 @@ def _check_labels(labels: Any, pool: Any) -> None:
         raise TypeError("labels= must be (candidates, performance), as measure_examples returns them")
     candidates, performance = labels
     if candidates.dim() != 2 or candidates.shape != performance.shape:
-        raise ValueError(f"labels: candidates {tuple(candidates.shape)} and performance {tuple(performance.shape)} "
-                         "must both be (n, K), as measure_examples returns them")  # fmt: skip
+        raise ValueError(
+            f"labels: candidates {tuple(candidates.shape)} and performance {tuple(performance.shape)} "
+            "must both be (n, K), as measure_examples returns them"
+        )
     largest = int(candidates.max()) if candidates.numel() else -1
     if len(candidates) != len(pool) or largest >= len(pool):
-        raise ValueError(f"labels of {len(candidates)} images, with candidates up to {largest}, for a pool of "
-                         f"{len(pool)}: they are of another pool; run measure_examples on this one")  # fmt: skip
+        raise ValueError(
+            f"labels of {len(candidates)} images, with candidates up to {largest}, for a pool of "
+            f"{len(pool)}: they are of another pool; run measure_examples on this one"
+        )
     own = torch.arange(len(pool), device=candidates.device)[:, None]
     if itself := (candidates == own).any(1).nonzero()[:, 0].tolist():
-        raise ValueError(f"labels hold row {itself[0]} of the pool as an example for itself, which tells nothing of "
-                         "other images: set candidates to -1 there")  # fmt: skip
+        raise ValueError(
+            f"labels hold row {itself[0]} of the pool as an example for itself, which tells nothing of "
+            "other images: set candidates to -1 there"
+        )
     if not performance[candidates >= 0].isfinite().all():
-        raise ValueError("labels hold performance that is NaN or infinite: measure these pairs again with a metric "
-                         "that is defined for every prediction")  # fmt: skip
+        raise ValueError(
+            "labels hold performance that is NaN or infinite: measure these pairs again with a metric "
+            "that is defined for every prediction"
+        )
 
 
 def _check_table(model: Any, pool: Any, passes: int) -> None:
     if model.config.performance is None:
         raise ValueError("there are no labels: pass labels=measure_examples(model, pool), or measure first")
     if model.config.pool_fingerprint != pool.fingerprint:
-        raise ValueError(f"the labels were measured on the pool {model.config.pool_fingerprint}, but this is "
-                         f"{pool.fingerprint}: another pool, or it was changed since; run measure_examples "
-                         "again")  # fmt: skip
+        raise ValueError(
+            f"the labels were measured on the pool {model.config.pool_fingerprint}, but this is "
+            f"{pool.fingerprint}: another pool, or it was changed since; run measure_examples "
+            "again"
+        )
     known = model.measured_candidates.cpu() >= 0
     labelled, values = known.any(1), model.measured_performance.cpu()[known]
     if labelled.sum() < LEAST:
-        raise ValueError(f"{int(labelled.sum())} pool images were measured on, and a cascade needs {LEAST} or more "
-                         "(50 to 100 are enough): run measure_examples with more queries=")  # fmt: skip
+        raise ValueError(
+            f"{int(labelled.sum())} pool images were measured on, and a cascade needs {LEAST} or more "
+            "(50 to 100 are enough): run measure_examples with more queries="
+        )
     if float(values.max()) == float(values.min()):
-        raise ValueError(f"the measured performance is {float(values[0]):g} everywhere: no example is better than "
-                         "another, and there is nothing to learn; look at the metric and the labels")  # fmt: skip
+        raise ValueError(
+            f"the measured performance is {float(values[0]):g} everywhere: no example is better than "
+            "another, and there is nothing to learn; look at the metric and the labels"
+        )
     most = min(int(known.sum(1).max()), model.config.candidates)
     if most <= passes and passes > 1:
-        raise ValueError(f"passes={passes}, but at most {most} candidates are ranked for an image: the list must be "
-                         "longer than what is tried of it; measure more candidates= or lower passes=")  # fmt: skip
+        raise ValueError(
+            f"passes={passes}, but at most {most} candidates are ranked for an image: the list must be "
+            "longer than what is tried of it; measure more candidates= or lower passes="
+        )
 
 
 def _warn(selector: Any) -> None:
     report = selector.report
     last = report.get("stage 2", report["stage 1"])
     if last <= report["nearest"]:
-        warnings.warn(f"on the pool's own images the cascade chooses examples of mean performance {last:.4g}, no "
-                      f"better than the nearest ({report['nearest']:.4g}): measure on more images, or use "
-                      "'nearest'", stacklevel=4)  # fmt: skip
+        warnings.warn(
+            f"on the pool's own images the cascade chooses examples of mean performance {last:.4g}, no "
+            f"better than the nearest ({report['nearest']:.4g}): measure on more images, or use "
+            "'nearest'",
+            stacklevel=4,
+        )
     if report.get("plain consensus", 0) < report.get("nearest, of the same", 0):
-        warnings.warn(f"on the pool's own images the answer that the others agree with most is worse "
-                      f"({report['plain consensus']:.4g}) than the nearest example's "
-                      f"({report['nearest, of the same']:.4g}): the frozen model errs the same way with many "
-                      "examples. The cascade has learnt to weigh that; plain means and votes over examples will not "
-                      "help", stacklevel=4)  # fmt: skip
+        warnings.warn(
+            f"on the pool's own images the answer that the others agree with most is worse "
+            f"({report['plain consensus']:.4g}) than the nearest example's "
+            f"({report['nearest, of the same']:.4g}): the frozen model errs the same way with many "
+            "examples. The cascade has learnt to weigh that; plain means and votes over examples will not "
+            "help",
+            stacklevel=4,
+        )

@@ -66,10 +66,17 @@ def train_heads(
 
 
 def _ranker(size: int) -> ListwiseRanker:
-    return ListwiseRanker(ListwiseRankerConfig(
-        input_size=size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
-        label_channels=None, bind=False,
-    ))  # fmt: skip
+    return ListwiseRanker(
+        ListwiseRankerConfig(
+            input_size=size,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=128,
+            label_channels=None,
+            bind=False,
+        )
+    )
 
 
 def _run(ranker: ListwiseRanker, features: Tensor, known: Tensor, **options: Tensor) -> object:

@@ -27,10 +27,12 @@ class MeasuredLists:
         # in an order that says nothing of the images, since folds and checks go by it
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
         rows, performance = table[0][images], table[1][images]
-        similarity = torch.cat([
-            torch.einsum("lkd,ld->lk", pool.vectors[some.clamp(min=0)].float(), pool.vectors[own].float())
-            for some, own in zip(rows.split(64), images.split(64), strict=True)
-        ]).masked_fill(rows < 0, -torch.inf)  # fmt: skip
+        similarity = torch.cat(
+            [
+                torch.einsum("lkd,ld->lk", pool.vectors[some.clamp(min=0)].float(), pool.vectors[own].float())
+                for some, own in zip(rows.split(64), images.split(64), strict=True)
+            ]
+        ).masked_fill(rows < 0, -torch.inf)
         order = similarity.sort(dim=1, descending=True, stable=True).indices[:, : model.config.candidates]
         return cls(images, *(part.gather(1, order) for part in (rows, performance, similarity)))
 

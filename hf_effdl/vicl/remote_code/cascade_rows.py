@@ -112,8 +112,9 @@ class RowModel:
         places = torch.full((len(vectors),), -1) if own is None else self._positions(own)
         itself = (places[:, None] == torch.arange(len(self.labelled))) & (places >= 0)[:, None]
         alike = [asked @ view.T for asked, view in zip((vectors, quarters), self.views, strict=True)]
-        kernels = [_kernel(cosine, width * unit) for cosine, unit in zip(alike, self.units, strict=True)
-                   for width in WIDTHS]  # fmt: skip
+        kernels = [
+            _kernel(cosine, width * unit) for cosine, unit in zip(alike, self.units, strict=True) for width in WIDTHS
+        ]
         cosine = alike[0].masked_fill(itself, -torch.inf)
         near = []
         for count in NEIGHBOURS:
@@ -163,8 +164,9 @@ class RowModel:
             there = gathered[:, :, None] != gathered[:, None]
         else:
             some, at = gathered.unique(return_inverse=True)
-            performance, there = (part.index_select(0, some).to_dense()[at[:, :, None], place]
-                                  for part in (self.residual, self.count))  # fmt: skip
+            performance, there = (
+                part.index_select(0, some).to_dense()[at[:, :, None], place] for part in (self.residual, self.count)
+            )
         weights = torch.stack([part / softness for part in alike.unbind(2) for softness in SOFTNESS], 2)
         weights = weights.masked_fill(~labelled[..., None], -torch.inf).softmax(1).nan_to_num(0)
         there = there.float()

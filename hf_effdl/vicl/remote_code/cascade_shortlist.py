@@ -30,7 +30,7 @@ class Relations:
         # an example has few entries, and pools may be large
         self.table = torch.sparse_coo_tensor(
             torch.stack([rows[known], on[known]]), residual[known], (size, len(images)), check_invariants=False
-        ).coalesce()  # fmt: skip
+        ).coalesce()
         self.unit = residual[known].square().mean().clamp(min=1e-12)
         self.position = torch.full((size,), -1)
         self.position[images] = torch.arange(len(images))

@@ -65,8 +65,18 @@ class ListwiseRankerConfig(PreTrainedConfig):
         self.intermediate_size = self.hidden_size if self.intermediate_size is None else self.intermediate_size
         if self.legacy:
             self.head, self.role, self.bind, self.label_channels = "tied", False, False, None
-        counts = {name: getattr(self, name) for name in ("hidden_size", "input_size", "num_hidden_layers",
-                  "num_attention_heads", "intermediate_size", "predictor_size", "head_layers")}  # fmt: skip
+        counts = {
+            name: getattr(self, name)
+            for name in (
+                "hidden_size",
+                "input_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+                "predictor_size",
+                "head_layers",
+            )
+        }
         if self.label_channels is not None:
             counts["label_channels"] = self.label_channels
         for name, value in counts.items():
@@ -75,13 +85,17 @@ class ListwiseRankerConfig(PreTrainedConfig):
         if not isinstance(self.list_length, int) or self.list_length < 2:
             raise ValueError(f"list_length={self.list_length!r}: a list has two items or more")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size={self.hidden_size} cannot be divided among num_attention_heads="
-                             f"{self.num_attention_heads}: change one of them")  # fmt: skip
+            raise ValueError(
+                f"hidden_size={self.hidden_size} cannot be divided among num_attention_heads="
+                f"{self.num_attention_heads}: change one of them"
+            )
         if self.head not in HEADS:
             raise ValueError(f"head={self.head!r}: choose one of {HEADS}")
         if self.legacy and self.input_size != self.hidden_size:
-            raise ValueError(f"legacy=True takes tokens as they are, but input_size={self.input_size} is not "
-                             f"hidden_size={self.hidden_size}: make them equal")  # fmt: skip
+            raise ValueError(
+                f"legacy=True takes tokens as they are, but input_size={self.input_size} is not "
+                f"hidden_size={self.hidden_size}: make them equal"
+            )
         super().__post_init__(**kwargs)
 
 

@@ -59,8 +59,10 @@ class FeatureMatching(nn.Module):
         if carry not in ("label", "difference"):
             raise ValueError(f"carry={carry!r}: choose 'label' or 'difference'")
         if carry == "difference" and matching == "prototype":
-            raise ValueError("carry='difference' with matching='prototype': a prototype is of black and white labels; "
-                             "use matching='soft'")  # fmt: skip
+            raise ValueError(
+                "carry='difference' with matching='prototype': a prototype is of black and white labels; "
+                "use matching='soft'"
+            )
         self.encoder, self.matching, self.temperature, self.carry = encoder, matching, temperature, carry
         self._grid: tuple[int, int, int] | None = None
 
@@ -118,17 +120,21 @@ class FeatureMatching(nn.Module):
             or len(queries) != len(images)
             or not images.shape[1]
         ):
-            raise ValueError(f"queries {tuple(queries.shape)}, images {tuple(images.shape)} and labels "
-                             f"{tuple(labels.shape)}: pass (B, ...), (B, m, ...) and (B, m, 3, h, w) with the same B "
-                             "and m >= 1")  # fmt: skip
+            raise ValueError(
+                f"queries {tuple(queries.shape)}, images {tuple(images.shape)} and labels "
+                f"{tuple(labels.shape)}: pass (B, ...), (B, m, ...) and (B, m, 3, h, w) with the same B "
+                "and m >= 1"
+            )
         if arrangement:
             raise ValueError(f"arrangement={arrangement}: feature matching has no canvas to arrange, only 0")
         gh, gw, d = self._shape(queries.device)
         cells = gh * gw * d
         batch, m = labels.shape[:2]
         if self.carry == "difference" and labels.shape[3:] != self.image_size:
-            raise ValueError(f"labels of {tuple(labels.shape[3:])} pixels: a difference is between a label and an "
-                             f"image of one size, {self.image_size}")  # fmt: skip
+            raise ValueError(
+                f"labels of {tuple(labels.shape[3:])} pixels: a difference is between a label and an "
+                f"image of one size, {self.image_size}"
+            )
         carried = labels.flatten(0, 1).float()
         if self.carry == "difference":
             carried = carried - images[..., cells:].reshape(batch * m, 1, *labels.shape[3:])

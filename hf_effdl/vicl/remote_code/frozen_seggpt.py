@@ -147,9 +147,12 @@ class SegGptInContext(nn.Module):
         check_pixels("images", images, ("N", 3, *self.image_size))
         pixels, black = self._normalised(images), self._normalised(torch.zeros_like(images))
         states = self.model.model(
-            pixel_values=pixels, prompt_pixel_values=pixels, prompt_masks=black,
-            embedding_type=self.embedding_type, return_dict=True,
-        ).last_hidden_state  # fmt: skip
+            pixel_values=pixels,
+            prompt_pixel_values=pixels,
+            prompt_masks=black,
+            embedding_type=self.embedding_type,
+            return_dict=True,
+        ).last_hidden_state
         return states.chunk(2, dim=1)[1].to(images)
 
     def _paint(self, above: Tensor, below: Tensor, label: Tensor, half: int, feature_ensemble: bool = False) -> Tensor:
@@ -157,9 +160,14 @@ class SegGptInContext(nn.Module):
         patches = self.model.model.embeddings.patch_embeddings.num_patches
         hidden = torch.arange(patches, device=above.device) // (patches // 2) == half
         return self.model(
-            pixel_values=below, prompt_pixel_values=above, prompt_masks=label, bool_masked_pos=hidden[None],
-            feature_ensemble=feature_ensemble, embedding_type=self.embedding_type, return_dict=True,
-        ).pred_masks  # fmt: skip
+            pixel_values=below,
+            prompt_pixel_values=above,
+            prompt_masks=label,
+            bool_masked_pos=hidden[None],
+            feature_ensemble=feature_ensemble,
+            embedding_type=self.embedding_type,
+            return_dict=True,
+        ).pred_masks
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         # transformers casts images to the model's dtype but not labels
@@ -172,8 +180,9 @@ def check_pixels(name: str, pixels: Tensor, shape: tuple[int | str, ...]) -> Non
     if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
         kind = getattr(pixels, "dtype", type(pixels).__name__)
         raise TypeError(f"{name} is of {kind}: pass a floating tensor with values in [0, 1]")
-    if pixels.ndim != len(shape) or any(size == 0 or not isinstance(want, str) and size != want
-                                        for size, want in zip(pixels.shape, shape)):  # fmt: skip
+    if pixels.ndim != len(shape) or any(
+        size == 0 or not isinstance(want, str) and size != want for size, want in zip(pixels.shape, shape)
+    ):
         wanted = ", ".join(map(str, shape))
         raise ValueError(f"{name} is {tuple(pixels.shape)}: it must be ({wanted}) with at least one of each")
     if not ((pixels >= 0) & (pixels <= 1)).all():  # NaN is neither

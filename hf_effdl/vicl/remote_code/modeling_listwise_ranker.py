@@ -150,8 +150,10 @@ class ListwiseRanker(PreTrainedModel):
         if not self._encoder:
             made = self.config.encoder
             if made is None or made["id"] is None:
-                raise ValueError("the ranker has no encoder to send pixels through: attach the encoder with "
-                                 "ranker.attach(encoder), or pass tokens")  # fmt: skip
+                raise ValueError(
+                    "the ranker has no encoder to send pixels through: attach the encoder with "
+                    "ranker.attach(encoder), or pass tokens"
+                )
             self.attach(
                 VisionEncoder.from_pretrained(
                     made["id"], made["revision"], image_size=tuple(made["image_size"]), layer=made["layer"]
@@ -169,12 +171,16 @@ class ListwiseRanker(PreTrainedModel):
         known = config.encoder_fingerprint
         made = "" if known is None else f" of the encoder {(config.encoder or {}).get('id') or known}"
         if width != config.input_size:
-            raise ValueError(f"tokens of width {width}, but this ranker takes width {config.input_size}{made}: pass "
-                             "that encoder's tokens, or make a ranker with input_size of these")  # fmt: skip
+            raise ValueError(
+                f"tokens of width {width}, but this ranker takes width {config.input_size}{made}: pass "
+                "that encoder's tokens, or make a ranker with input_size of these"
+            )
         if known is not None and fingerprint is not None and fingerprint != known:
-            raise ValueError(f"tokens of the encoder {fingerprint}, but this ranker was trained on those{made}, "
-                             f"fingerprint {known}: build the pool with that encoder, or train a ranker for this "
-                             "one")  # fmt: skip
+            raise ValueError(
+                f"tokens of the encoder {fingerprint}, but this ranker was trained on those{made}, "
+                f"fingerprint {known}: build the pool with that encoder, or train a ranker for this "
+                "one"
+            )
 
     # ---- scores
 
@@ -206,8 +212,10 @@ class ListwiseRanker(PreTrainedModel):
         candidates = self._given("candidate", candidate_tokens, candidate_pixels, 4)
         b, k, count = candidates.shape[:3]
         if query.shape[:2] != (b, count) or not k:
-            raise ValueError(f"query tokens {tuple(query.shape)} and candidate tokens {tuple(candidates.shape)}: pass "
-                             "(B, T, d) and (B, k, T, d)")  # fmt: skip
+            raise ValueError(
+                f"query tokens {tuple(query.shape)} and candidate tokens {tuple(candidates.shape)}: pass "
+                "(B, T, d) and (B, k, T, d)"
+            )
         for name, given in (("mask", mask), ("metric", metric)):
             if given is not None and given.shape != (b, k):
                 raise ValueError(f"{name} of shape {tuple(given.shape)} for {b} lists of {k}: pass ({b}, {k})")
@@ -215,8 +223,9 @@ class ListwiseRanker(PreTrainedModel):
             candidates = candidates.masked_fill(~mask[:, :, None, None], 0.0)  # even NaN is no harm there
             if candidate_labels is not None:
                 candidate_labels = candidate_labels.masked_fill(~mask[:, :, None, None], 0.0)
-        scores = self._score(self._embed(query, None, QUERY), self._embed(candidates, candidate_labels, CANDIDATE),
-                             mask)  # fmt: skip
+        scores = self._score(
+            self._embed(query, None, QUERY), self._embed(candidates, candidate_labels, CANDIDATE), mask
+        )
         return RankerOutput(None if metric is None else self._loss(scores, metric, mask), scores)
 
     def score_lists(
@@ -272,8 +281,10 @@ class ListwiseRanker(PreTrainedModel):
         if labels is not None:
             wanted = (*tokens.shape[:-1], self.config.label_channels)
             if self.label is None:
-                raise ValueError("candidate_labels were passed, but config.label_channels=None: this ranker does not "
-                                 "look at labels; leave them out, as with RankingLists(labels=False)")  # fmt: skip
+                raise ValueError(
+                    "candidate_labels were passed, but config.label_channels=None: this ranker does not "
+                    "look at labels; leave them out, as with RankingLists(labels=False)"
+                )
             if labels.shape != wanted:
                 raise ValueError(f"candidate_labels of shape {tuple(labels.shape)}: pass {wanted}")
             states = states + self.label(labels.to(states))

@@ -60,9 +60,15 @@ class VisualInContextModel(PreTrainedModel):
 
     @classmethod
     def from_backbone(
-        cls, backbone: str = DEFAULT, *, task: str = "segmentation", encoder: str | VisionEncoder | None = None,
-        revision: str | None = None, token: str | bool | None = None, **settings: Any,
-    ) -> "VisualInContextModel":  # fmt: skip
+        cls,
+        backbone: str = DEFAULT,
+        *,
+        task: str = "segmentation",
+        encoder: str | VisionEncoder | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **settings: Any,
+    ) -> "VisualInContextModel":
         """A model from a repository or folder: SegGPT where it holds one, else feature matching on its encoder.
 
         Args:
@@ -94,9 +100,14 @@ class VisualInContextModel(PreTrainedModel):
 
     @classmethod
     def from_parts(
-        cls, frozen: nn.Module, encoder: VisionEncoder | None = None, *, task: str = "segmentation",
-        embed: bool | None = None, **config: Any,
-    ) -> "VisualInContextModel":  # fmt: skip
+        cls,
+        frozen: nn.Module,
+        encoder: VisionEncoder | None = None,
+        *,
+        task: str = "segmentation",
+        embed: bool | None = None,
+        **config: Any,
+    ) -> "VisualInContextModel":
         """A model from modules.
 
         Args:
@@ -140,8 +151,10 @@ class VisualInContextModel(PreTrainedModel):
         """Load the parts that stand in repositories of their own; done by `from_pretrained`."""
         self._build(embedded=False, token=token)
         if self.frozen is None:
-            raise ValueError("config.frozen_model is empty, as for a model of parts that cannot be saved: make the "
-                             "model with from_backbone or from_parts")  # fmt: skip
+            raise ValueError(
+                "config.frozen_model is empty, as for a model of parts that cannot be saved: make the "
+                "model with from_backbone or from_parts"
+            )
         if self.separate_encoder is None:
             self._shared = (_own_encoder(self.frozen),)
         self.eval()
@@ -149,8 +162,10 @@ class VisualInContextModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save config, embedded weights and the table of performance; named backbones stay where they are."""
         if self.config.frozen_model is None:
-            raise ValueError(f"a {type(self.frozen).__name__} cannot be saved: how to build it is not known. "
-                             "SegGptInContext and FeatureMatching can be saved")  # fmt: skip
+            raise ValueError(
+                f"a {type(self.frozen).__name__} cannot be saved: how to build it is not known. "
+                "SegGptInContext and FeatureMatching can be saved"
+            )
         state = kwargs.pop("state_dict", None) or self.state_dict()
         named = [
             prefix
@@ -194,8 +209,9 @@ class VisualInContextModel(PreTrainedModel):
             ValueError: for other shapes, or values that are not finite.
         """
         if candidates.shape != performance.shape or candidates.dim() != 2:
-            raise ValueError(f"candidates {tuple(candidates.shape)} and performance {tuple(performance.shape)} must "
-                             "both be (n, K)")  # fmt: skip
+            raise ValueError(
+                f"candidates {tuple(candidates.shape)} and performance {tuple(performance.shape)} must both be (n, K)"
+            )
         if not performance[candidates >= 0].isfinite().all():
             raise ValueError("performance holds values that are not finite: measure these pairs again")
         self.config.performance, self.config.pool_fingerprint = list(candidates.shape), pool_fingerprint
@@ -215,8 +231,10 @@ class VisualInContextModel(PreTrainedModel):
             self.config.strategy = "nearest" if self.config.strategy in KINDS else self.config.strategy
             return self
         if not isinstance(selector, tuple(KINDS.values())):
-            raise TypeError(f"selector is a {type(selector).__name__}: a model keeps a CascadeSelector or a "
-                            "RankerSelector; pass others to the pipeline")  # fmt: skip
+            raise TypeError(
+                f"selector is a {type(selector).__name__}: a model keeps a CascadeSelector or a "
+                "RankerSelector; pass others to the pipeline"
+            )
         self.config.selector = selector.settings(self.config)
         self.selector, self.config.strategy = selector.to(self.device), selector.kind
         return self
@@ -278,8 +296,10 @@ def _source(backbone: PreTrainedModel, id: str | None, revision: str | None, emb
         # where a backbone was loaded from is nobody's business once its weights are here
         return {"config": {key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"}}
     if id is None:
-        raise ValueError(f"embed=False, but it is not known where {type(backbone).__name__} was loaded from: load it "
-                         "by its repository's name, or embed its weights")  # fmt: skip
+        raise ValueError(
+            f"embed=False, but it is not known where {type(backbone).__name__} was loaded from: load it "
+            "by its repository's name, or embed its weights"
+        )
     return {"id": id, "revision": revision or commit_of(id)}
 
 
@@ -304,10 +324,15 @@ def _make_frozen(spec: dict[str, Any], token: str | bool | None) -> nn.Module:
 def _make_encoder(spec: dict[str, Any], token: str | bool | None) -> VisionEncoder:
     backbone = _make_backbone(spec["backbone"], token, AutoModel)
     encoder = VisionEncoder(
-        backbone, image_size=tuple(spec["image_size"]), layer=spec["layer"], mean=tuple(spec["mean"]),
-        std=tuple(spec["std"]), resample=spec["resample"],
-        id=spec["backbone"].get("id"), revision=spec["backbone"].get("revision"),
-    )  # fmt: skip
+        backbone,
+        image_size=tuple(spec["image_size"]),
+        layer=spec["layer"],
+        mean=tuple(spec["mean"]),
+        std=tuple(spec["std"]),
+        resample=spec["resample"],
+        id=spec["backbone"].get("id"),
+        revision=spec["backbone"].get("revision"),
+    )
     encoder.contrastive = spec["contrastive"]  # an embedded tower comes without its other half
     return encoder
 

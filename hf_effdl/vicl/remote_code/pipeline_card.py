@@ -9,8 +9,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 
 PIPELINE_TAGS = {
-    "segmentation": "image-segmentation", "detection": "object-detection", "colourisation": "image-to-image",
-}  # fmt: skip
+    "segmentation": "image-segmentation",
+    "detection": "object-detection",
+    "colourisation": "image-to-image",
+}
 # not spelt out in the text below: whoever looks for the imports of this file line by line would find one of ours
 PACKAGE = "hf_effdl"
 WIDTH = 119  # of the text
@@ -142,9 +144,13 @@ def _cascade(kept: dict[str, Any], candidates: int) -> str:
     )
     nearest, best = report["nearest"], report["best"]
     table = ["| example | performance | gap closed |", "|---|---|---|"]
-    for name, label in (("nearest", "nearest"), ("stage 1", "stage 1, before any run of the frozen model"),
-                        ("stage 2", f"stage 2, after {passes}"), ("best tried", f"best of these {passes}"),
-                        ("best", "best of the candidates")):  # fmt: skip
+    for name, label in (
+        ("nearest", "nearest"),
+        ("stage 1", "stage 1, before any run of the frozen model"),
+        ("stage 2", f"stage 2, after {passes}"),
+        ("best tried", f"best of these {passes}"),
+        ("best", "best of the candidates"),
+    ):
         if name in report:
             closed = f"{(report[name] - nearest) / (best - nearest):.0%}" if best > nearest else ""
             table.append(f"| {label} | {report[name]:.4g} | {closed} |")

@@ -83,16 +83,22 @@ def _encoder_of(pool: Any, token: str | bool | None) -> Any:
 
 def check_pool(pool: PoolReader, model: VisualInContextModel) -> None:
     if not hasattr(pool, "fingerprint"):  # by what it can do: code from the Hub has a PoolReader of its own
-        raise TypeError(f"pool is a {type(pool).__name__}: pass ExamplePool.from_dataset(dataset, encoder=...), or a "
-                        "repository or folder of a pool")  # fmt: skip
+        raise TypeError(
+            f"pool is a {type(pool).__name__}: pass ExamplePool.from_dataset(dataset, encoder=...), or a "
+            "repository or folder of a pool"
+        )
     if pool.task != model.config.task:
-        raise ValueError(f"the pool is for task={pool.task!r}, the model for task={model.config.task!r}: make one of "
-                         "them again for the task of the other")  # fmt: skip
+        raise ValueError(
+            f"the pool is for task={pool.task!r}, the model for task={model.config.task!r}: make one of "
+            "them again for the task of the other"
+        )
     made, here = pool.encoder, model.encoder.describe()
     if made["fingerprint"] != here["fingerprint"]:
         dtype = next((weight.dtype for weight in model.encoder.parameters()), torch.float32)
         half = f". Weights saved or loaded in {dtype} may be others by rounding: load in float32, and cast then"
         half = half if dtype.itemsize < 4 else ""
-        raise ValueError(f"the pool was made with the encoder {made}, but the model's is {here}: vectors of two "
-                         "encoders cannot be compared. Pass encoder= of the pool to VisualInContextModel.from_parts, "
-                         "or make the pool again with encoder=model.encoder" + half)  # fmt: skip
+        raise ValueError(
+            f"the pool was made with the encoder {made}, but the model's is {here}: vectors of two "
+            "encoders cannot be compared. Pass encoder= of the pool to VisualInContextModel.from_parts, "
+            "or make the pool again with encoder=model.encoder" + half
+        )

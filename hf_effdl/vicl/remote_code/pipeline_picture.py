@@ -11,8 +11,11 @@ COLOUR = (255, 64, 32)
 GAP, CAPTION = 4, 14
 
 
-def draw_panels(rows: Sequence[tuple[Image.Image, Sequence[tuple[str, Image.Image, Any]], dict[str, Any]]], task: str,
-                height: int = 160) -> Image.Image:  # fmt: skip
+def draw_panels(
+    rows: Sequence[tuple[Image.Image, Sequence[tuple[str, Image.Image, Any]], dict[str, Any]]],
+    task: str,
+    height: int = 160,
+) -> Image.Image:
     """One row for each query: its chosen examples with their labels, then the query, then the prediction.
 
     Args:
@@ -49,8 +52,9 @@ def marked(image: Image.Image, label: Any, task: str) -> Image.Image:
     if task == "detection":
         image = image.copy()
         x0, y0, x1, y1 = label
-        ImageDraw.Draw(image).rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=COLOUR,
-                                        width=max(1, min(image.size) // 60))  # fmt: skip
+        ImageDraw.Draw(image).rectangle(
+            (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=COLOUR, width=max(1, min(image.size) // 60)
+        )
         return image
     pixels = np.asarray(image).astype(np.float32)
     mask = (np.asarray(label) > 0)[..., None]
@@ -60,8 +64,10 @@ def marked(image: Image.Image, label: Any, task: str) -> Image.Image:
 
 
 def _strip(panels: Sequence[tuple[Image.Image, str]], height: int) -> Image.Image:
-    sized = [(image.convert("RGB").resize((max(1, round(image.width * height / image.height)), height)), text)
-             for image, text in panels]  # fmt: skip
+    sized = [
+        (image.convert("RGB").resize((max(1, round(image.width * height / image.height)), height)), text)
+        for image, text in panels
+    ]
     width = sum(image.width + GAP for image, _ in sized) + GAP
     strip = Image.new("RGB", (width, height + CAPTION + GAP), "white")
     draw, left = ImageDraw.Draw(strip), GAP

@@ -213,8 +213,11 @@ class VisualInContextPipeline(Pipeline):
         elif hasattr(strategy, "settings"):
             self.model.set_selector(strategy)
         else:
-            warnings.warn(f"the strategy of this pipeline is a {type(strategy).__name__} and cannot be saved: the "
-                          f"saved one will use {config.strategy!r}", stacklevel=2)  # fmt: skip
+            warnings.warn(
+                f"the strategy of this pipeline is a {type(strategy).__name__} and cannot be saved: the "
+                f"saved one will use {config.strategy!r}",
+                stacklevel=2,
+            )
         config.candidates = self._forward_params.get("candidates", config.candidates)
         if config.frozen_model is not None and (config.pool is None or not is_repository(config.pool)):
             if first or hasattr(self.pool, "save_pretrained"):  # which waits for the first
@@ -225,9 +228,14 @@ class VisualInContextPipeline(Pipeline):
             write_model_card(save_directory, config, self.pool, repo_id)
 
     def push_to_hub(
-        self, repo_id: str, *, pool_repo_id: str | None = None, private: bool | None = None,
-        token: str | bool | None = None, commit_message: str | None = None,
-    ) -> str | None:  # fmt: skip
+        self,
+        repo_id: str,
+        *,
+        pool_repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+    ) -> str | None:
         """Push the model, its code and card; first the pool, where it is not on the Hub yet.
 
         Args:
@@ -243,8 +251,10 @@ class VisualInContextPipeline(Pipeline):
         config = self.model.config
         if pool_repo_id is not None or config.pool is None or not is_repository(config.pool):
             if not hasattr(self.pool, "push_to_hub"):
-                raise ValueError("the pool was read and not built here: load it with ExamplePool.from_pretrained to "
-                                 "push it, or set model.config.pool to its repository")  # fmt: skip
+                raise ValueError(
+                    "the pool was read and not built here: load it with ExamplePool.from_pretrained to "
+                    "push it, or set model.config.pool to its repository"
+                )
             pool_repo_id = pool_repo_id or f"{repo_id}-pool"
             self.pool.push_to_hub(pool_repo_id, private=private, token=token)
             revision = HfApi(token=token).dataset_info(pool_repo_id).sha
@@ -275,17 +285,25 @@ class VisualInContextPipeline(Pipeline):
         images = [self._opened(image) for image in inputs["images"]]
         seen = [self.visual_task.query(image) for image in images]
         model, encoder = self.model, self.model.encoder
-        batch = {"sizes": [image.size[::-1] for image in images],
-                 "cells": pixels(seen, model.image_size, model.resample),
-                 "views": pixels(seen, encoder.image_size, encoder.resample)}  # fmt: skip
+        batch = {
+            "sizes": [image.size[::-1] for image in images],
+            "cells": pixels(seen, model.image_size, model.resample),
+            "views": pixels(seen, encoder.image_size, encoder.resample),
+        }
         if inputs["labels"] is not None:
             batch["truth"] = self.visual_task.labels(inputs["labels"], images, self.model.image_size)
         return batch
 
     def _forward(
-        self, batch: dict[str, Any], strategy: Any = None, num_examples: int = 1, fusion: str = "mean",
-        vote: bool = False, candidates: int | None = None, seed: int = 0,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        batch: dict[str, Any],
+        strategy: Any = None,
+        num_examples: int = 1,
+        fusion: str = "mean",
+        vote: bool = False,
+        candidates: int | None = None,
+        seed: int = 0,
+    ) -> dict[str, Any]:
         candidates = self.model.config.candidates if candidates is None else candidates
         for name, value in (("num_examples", num_examples), ("candidates", candidates)):
             if not isinstance(value, int) or value < 1:
@@ -294,12 +312,16 @@ class VisualInContextPipeline(Pipeline):
             raise ValueError(f"fusion={fusion!r}: choose one of {FUSIONS}")
         arrangements = getattr(self.model.frozen, "arrangements", 1)
         if vote and arrangements == 1:
-            raise ValueError(f"vote=True, but {type(self.model.frozen).__name__} has no canvas whose cells could be "
-                             "arranged in another way: leave vote out")  # fmt: skip
+            raise ValueError(
+                f"vote=True, but {type(self.model.frozen).__name__} has no canvas whose cells could be "
+                "arranged in another way: leave vote out"
+            )
         choose = self._chooser(strategy)
         if fusion == "weighted" and not hasattr(choose, "temperature"):
-            raise ValueError("fusion='weighted' weighs answers by what is expected of their examples, which a fitted "
-                             "CascadeSelector says: fit one, or choose 'mean'")  # fmt: skip
+            raise ValueError(
+                "fusion='weighted' weighs answers by what is expected of their examples, which a fitted "
+                "CascadeSelector says: fit one, or choose 'mean'"
+            )
         queries = Queries(batch["cells"], self.model.encoder(batch["views"]), batch.get("truth"), seed=seed)
         if not len(self.pool):
             raise ValueError("the pool is empty: add examples to it")
@@ -341,8 +363,10 @@ class VisualInContextPipeline(Pipeline):
         if strategy not in KINDS:
             return find_strategy(strategy)
         if kept is None or kept.kind != strategy:
-            raise ValueError(f"strategy={strategy!r}, but the model keeps {'none' if kept is None else kept.kind}: "
-                             "model.set_selector(...) with a fitted CascadeSelector, or a RankerSelector")  # fmt: skip
+            raise ValueError(
+                f"strategy={strategy!r}, but the model keeps {'none' if kept is None else kept.kind}: "
+                "model.set_selector(...) with a fitted CascadeSelector, or a RankerSelector"
+            )
         return kept
 
     def _example(self, id: str) -> tuple[str, Image.Image, Any]:

@@ -132,8 +132,10 @@ class Shard:
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is missing, which {folder / MANIFEST} names; {AGAIN}")
             if file.stat().st_size != size:
-                raise ValueError(f"{file} has {file.stat().st_size:,} bytes and {MANIFEST} says {size:,}, as of a "
-                                 f"file that was cut off; {AGAIN}")  # fmt: skip
+                raise ValueError(
+                    f"{file} has {file.stat().st_size:,} bytes and {MANIFEST} says {size:,}, as of a "
+                    f"file that was cut off; {AGAIN}"
+                )
         try:
             with safe_open(self.index, "pt") as stored:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}
@@ -214,8 +216,10 @@ class PoolReader:
         except HFValidationError as error:
             raise FileNotFoundError(f"{repo_id!r} is neither a folder nor a repository id") from error
         except EntryNotFoundError as error:
-            raise FileNotFoundError(f"the data set repository {repo_id} holds no pool: there is no {MANIFEST}; make "
-                                    "one with ExamplePool.push_to_hub") from error  # fmt: skip
+            raise FileNotFoundError(
+                f"the data set repository {repo_id} holds no pool: there is no {MANIFEST}; make "
+                "one with ExamplePool.push_to_hub"
+            ) from error
         commit = Path(file).parent.name  # a push between the two downloads does not matter
         folder = snapshot_download(
             repo_id, repo_type="dataset", revision=commit, token=token, allow_patterns=[MANIFEST, "data/pool-*"]
@@ -410,13 +414,16 @@ class PoolReader:
 def _manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no pool: there is no {MANIFEST}; make one with "
-                                "ExamplePool.from_dataset and save_pretrained")  # fmt: skip
+        raise FileNotFoundError(
+            f"{folder} holds no pool: there is no {MANIFEST}; make one with "
+            "ExamplePool.from_dataset and save_pretrained"
+        )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         if manifest["format"] > FORMAT:
-            raise ValueError(f"its format is {manifest['format']} and this version of hf_effdl reads {FORMAT}; "
-                             "install a newer one")  # fmt: skip
+            raise ValueError(
+                f"its format is {manifest['format']} and this version of hf_effdl reads {FORMAT}; install a newer one"
+            )
         manifest["encoder"]["fingerprint"], manifest["task"], manifest["fingerprint"]
         for entry in manifest["shards"]:
             if not re.fullmatch(NAME, entry["name"]):  # it becomes a path

@@ -9,9 +9,7 @@ from torch import Tensor
 METHODS = ("hodge", "borda")
 
 
-def aggregate_rankings(
-    lists: Tensor | Sequence[Sequence[int]], num_items: int, method: str = "hodge"
-) -> Tensor:  # fmt: skip
+def aggregate_rankings(lists: Tensor | Sequence[Sequence[int]], num_items: int, method: str = "hodge") -> Tensor:
     """One score for each item from ranked lists of some of them: larger is better.
 
     With c_ij = how often i stands above j, n_ij = c_ij + c_ji and net wins b_i = sum_j (c_ij - c_ji), the scores are
@@ -98,8 +96,9 @@ def comparison_counts(lists: Tensor | Sequence[Sequence[int]], num_items: int) -
     twice = counts.diagonal(dim1=1, dim2=2) > 0
     if twice.any():
         entry, item = twice.nonzero()[0].tolist()
-        raise ValueError(f"item {item} stands twice in one of the lists{_of(entry, batch)}: a list ranks distinct "
-                         "items")  # fmt: skip
+        raise ValueError(
+            f"item {item} stands twice in one of the lists{_of(entry, batch)}: a list ranks distinct items"
+        )
     return counts if batched else counts[0]
 
 
@@ -114,8 +113,10 @@ def _padded(lists: Tensor | Sequence[Sequence[int]]) -> Tensor:
         if not rows:
             raise ValueError("lists is empty: pass at least one ranked list")
         if any(row.dim() != 1 or not len(row) for row in rows):
-            raise ValueError("lists: each list has to be a non-empty sequence of items; pass batches as one tensor "
-                             "(B, L, k) padded with -1")  # fmt: skip
+            raise ValueError(
+                "lists: each list has to be a non-empty sequence of items; pass batches as one tensor "
+                "(B, L, k) padded with -1"
+            )
         kinds = {row.dtype for row in rows if row.is_floating_point() or row.dtype == torch.bool}
         if kinds:
             raise TypeError(f"lists of {kinds.pop()}: pass items as whole numbers, best first, not scores")
@@ -123,8 +124,9 @@ def _padded(lists: Tensor | Sequence[Sequence[int]]) -> Tensor:
     if lists.is_floating_point() or lists.is_complex() or lists.dtype == torch.bool:
         raise TypeError(f"lists of {lists.dtype}: pass items as whole numbers, best first, not scores")
     if lists.dim() not in (2, 3) or not lists.numel():
-        raise ValueError(f"lists of shape {tuple(lists.shape)}: pass (L, k), or (B, L, k) for a batch, with at least "
-                         "one list")  # fmt: skip
+        raise ValueError(
+            f"lists of shape {tuple(lists.shape)}: pass (L, k), or (B, L, k) for a batch, with at least one list"
+        )
     return lists.long()
 
 
@@ -140,12 +142,15 @@ def _check_lists(lists: Tensor, num_items: int) -> None:
     entry, row = wrong.nonzero()[0].tolist()
     found = f"list {row}{_of(entry, len(lists))}, {lists[entry, row].tolist()},"
     if outside[entry, row].any():
-        raise ValueError(f"{found} has an item outside 0..{num_items - 1}: pass num_items larger than every item, and "
-                         "-1 for padding only")  # fmt: skip
+        raise ValueError(
+            f"{found} has an item outside 0..{num_items - 1}: pass num_items larger than every item, and "
+            "-1 for padding only"
+        )
     if holes[entry, row].any():
         raise ValueError(f"{found} has -1 before an item: padding goes to the end of a list")
-    raise ValueError(f"{found} has one item: it compares nothing; leave it out, or make the last list of a partition "
-                     "longer")  # fmt: skip
+    raise ValueError(
+        f"{found} has one item: it compares nothing; leave it out, or make the last list of a partition longer"
+    )
 
 
 def _check_connected(compared: Tensor) -> None:
@@ -165,11 +170,15 @@ def _check_connected(compared: Tensor) -> None:
     apart = (beyond if 2 * beyond.sum() <= len(beyond) else ~beyond).nonzero().flatten()
     never = (links[entry].sum(1) == 0).nonzero().flatten()
     if len(never):
-        raise ValueError(f"{_some(never)} in none of the lists{_of(entry, len(links))}: rank every item at least "
-                         "once, or pass fewer num_items")  # fmt: skip
-    raise ValueError(f"{_some(apart)} never compared, not even through others, with the rest{_of(entry, len(links))}: "
-                     "their scores would say nothing about each other; rank more lists that mix them, such as those "
-                     "of a covering design or of more passes")  # fmt: skip
+        raise ValueError(
+            f"{_some(never)} in none of the lists{_of(entry, len(links))}: rank every item at least "
+            "once, or pass fewer num_items"
+        )
+    raise ValueError(
+        f"{_some(apart)} never compared, not even through others, with the rest{_of(entry, len(links))}: "
+        "their scores would say nothing about each other; rank more lists that mix them, such as those "
+        "of a covering design or of more passes"
+    )
 
 
 def _some(items: Tensor) -> str:

@@ -208,8 +208,10 @@ def knock_out(rank: Callable[[Tensor], Tensor], v: int, k: int, batch: int = 1) 
         lists = lists.view(batch, -1, width)
         orders = rank(lists)
         if orders.shape != lists.shape or not torch.equal(orders.sort(2).values, lists.to(orders).sort(2).values):
-            raise ValueError(f"rank returned {tuple(orders.shape)} for lists {tuple(lists.shape)}: return the "
-                             "positions of each list themselves, best first, and -1 at the end")  # fmt: skip
+            raise ValueError(
+                f"rank returned {tuple(orders.shape)} for lists {tuple(lists.shape)}: return the "
+                "positions of each list themselves, best first, and -1 at the end"
+            )
         if ((orders[..., :-1] < 0) & (orders[..., 1:] >= 0)).any():
             raise ValueError("rank returned -1 before the end of a list: the padding of a list goes last")
         ranked.append(torch.nn.functional.pad(orders, (0, k - width), value=-1))

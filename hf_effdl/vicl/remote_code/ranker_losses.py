@@ -120,8 +120,10 @@ def neural_ndcg_loss(
     mask = _checked("relevance", relevance, mask)
     known = relevance if mask is None else relevance.masked_fill(~mask, 0)
     if bool((known < 0).any()):
-        raise ValueError(f"relevance goes down to {float(known.min()):g}, and gains 2^r - 1 below 0 have no NDCG: "
-                         "pass ranks(metric), or grades from 0")  # fmt: skip
+        raise ValueError(
+            f"relevance goes down to {float(known.min()):g}, and gains 2^r - 1 below 0 have no NDCG: "
+            "pass ranks(metric), or grades from 0"
+        )
     soft = soft_permutation(scores, temperature, mask=mask)
     relevance = known.to(soft.dtype)
     # gains over 2^largest, which the ratio does not see: 2^r alone overflows
@@ -182,11 +184,14 @@ def _checked(name: str, values: Tensor, mask: Tensor | None) -> Tensor | None:
         raise ValueError(f"{name} of shape {tuple(values.shape)}: pass (B, k), lists of k >= 2 items")
     if mask is not None:
         if mask.shape != values.shape or mask.dtype != torch.bool:
-            raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}: pass bool {tuple(values.shape)}, True for "
-                             f"what counts in {name}")  # fmt: skip
+            raise ValueError(
+                f"mask is {mask.dtype} {tuple(mask.shape)}: pass bool {tuple(values.shape)}, True for "
+                f"what counts in {name}"
+            )
         if bool((mask.sum(1) < 2).any()):
-            raise ValueError(f"mask leaves list {int((mask.sum(1) < 2).nonzero()[0])} fewer than two items: leave "
-                             "that list out")  # fmt: skip
+            raise ValueError(
+                f"mask leaves list {int((mask.sum(1) < 2).nonzero()[0])} fewer than two items: leave that list out"
+            )
     wrong = values.isnan() if mask is None else values.isnan() & mask
     if bool(wrong.any()):
         b, k = wrong.nonzero()[0].tolist()

@@ -11,9 +11,7 @@ METHODS = ("kl", "spearman")
 SMALL = 1e-6
 
 
-def conformity(
-    performance: Tensor, similarity: Tensor, known: Tensor | None = None, method: str = "kl"
-) -> Tensor:  # fmt: skip
+def conformity(performance: Tensor, similarity: Tensor, known: Tensor | None = None, method: str = "kl") -> Tensor:
     """How well each example's performance follows its similarity: larger is more reliable.
 
     For example i with performance Q_ij and similarity S_ij on the images j that it was measured on, both scaled to
@@ -44,13 +42,17 @@ def conformity(
     Source: RH-Partial2Global (arXiv 2509.25989), conformity functions; negative KL is its choice.
     """
     if performance.dim() != 2 or performance.shape != similarity.shape:
-        raise ValueError(f"performance {tuple(performance.shape)} and similarity {tuple(similarity.shape)}: pass both "
-                         "as (n, M), one row an example")  # fmt: skip
+        raise ValueError(
+            f"performance {tuple(performance.shape)} and similarity {tuple(similarity.shape)}: pass both "
+            "as (n, M), one row an example"
+        )
     if known is None:
         known = torch.ones_like(performance, dtype=torch.bool)
     if known.shape != performance.shape or known.dtype != torch.bool:
-        raise ValueError(f"known {tuple(known.shape)} of {known.dtype}: pass a bool tensor of the shape of "
-                         f"performance, {tuple(performance.shape)}")  # fmt: skip
+        raise ValueError(
+            f"known {tuple(known.shape)} of {known.dtype}: pass a bool tensor of the shape of "
+            f"performance, {tuple(performance.shape)}"
+        )
     example = known.nonzero()[:, 0]
     return _conformity(example, performance[known], similarity[known], len(performance), method)
 
@@ -100,14 +102,18 @@ def reliable_rows(
         )
     n = len(candidates)
     if candidates.numel() and not -1 <= int(candidates.min()) <= int(candidates.max()) < n:
-        raise ValueError(f"candidates from {int(candidates.min())} to {int(candidates.max())}: the table has {n} "
-                         f"rows, so that they have to be 0..{n - 1}, or -1 where nothing was measured")  # fmt: skip
+        raise ValueError(
+            f"candidates from {int(candidates.min())} to {int(candidates.max())}: the table has {n} "
+            f"rows, so that they have to be 0..{n - 1}, or -1 where nothing was measured"
+        )
     known = (candidates >= 0) & (candidates != torch.arange(n, device=candidates.device)[:, None])
     measured = performance[known]
     found = _conformity(candidates[known], measured, similarity[known], n, method)
     if not len(measured) or measured.min() == measured.max():
-        raise ValueError(f"the {len(measured)} measured performances are all equal: nothing can be learned from them; "
-                         "check the metric, and that the table was measured")  # fmt: skip
+        raise ValueError(
+            f"the {len(measured)} measured performances are all equal: nothing can be learned from them; "
+            "check the metric, and that the table was measured"
+        )
     # a share such as 0.29 of 100 is 29, whatever binary fractions make of it
     count = min(math.floor(drop * n + 1e-9), int((~found.isnan()).sum()))
     order = found.nan_to_num(nan=math.inf).argsort(stable=True)
@@ -160,8 +166,10 @@ def _conformity(example: Tensor, performance: Tensor, similarity: Tensor, n: int
     for name, values in (("performance", performance), ("similarity", similarity)):
         bad = int((~values.isfinite()).sum())
         if bad:
-            raise ValueError(f"{name} is not finite in {bad} of {len(values)} measured pairs: leave them out (-1 in "
-                             "candidates, False in known), or use a metric that is defined for them")  # fmt: skip
+            raise ValueError(
+                f"{name} is not finite in {bad} of {len(values)} measured pairs: leave them out (-1 in "
+                "candidates, False in known), or use a metric that is defined for them"
+            )
     performance, similarity = performance.double(), similarity.double()
     pairs = torch.zeros(n, dtype=torch.float64, device=example.device)
     pairs.index_add_(0, example, torch.ones_like(performance))

@@ -98,25 +98,33 @@ class RankerSelector(nn.Module):
             several = [rankers] if isinstance(rankers, nn.Module) else list(rankers)
             rankers = {ranker.config.list_length: ranker for ranker in several}
             if len(rankers) < len(several):
-                raise ValueError(f"{len(several)} rankers for lists of {list(rankers)}: pass {{length: ranker}} with "
-                                 "different lengths")  # fmt: skip
+                raise ValueError(
+                    f"{len(several)} rankers for lists of {list(rankers)}: pass {{length: ranker}} with "
+                    "different lengths"
+                )
         if not rankers or min(rankers) < 2:
             raise ValueError(f"rankers for lists of {list(rankers)}: pass one or more, for lists of 2 items or more")
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule={schedule!r}: choose one of {list(SCHEDULES)}")
         if schedule == "knock-out" and len(rankers) > 1:
-            raise ValueError(f"schedule='knock-out' plays with one ranker, and here are those for {list(rankers)}: "
-                             "pass one, or another schedule")  # fmt: skip
+            raise ValueError(
+                f"schedule='knock-out' plays with one ranker, and here are those for {list(rankers)}: "
+                "pass one, or another schedule"
+            )
         if method not in METHODS:
             raise ValueError(f"method={method!r}: choose one of {METHODS}")
         passes = SCHEDULES[schedule] if passes is None else passes
         if not isinstance(passes, int) or passes < 1 + (schedule == "partitions"):
-            raise ValueError(f"passes={passes!r}: pass a whole number of at least 1; of partitions at least 2, since "
-                             "the lists of one have nothing in common")  # fmt: skip
+            raise ValueError(
+                f"passes={passes!r}: pass a whole number of at least 1; of partitions at least 2, since "
+                "the lists of one have nothing in common"
+            )
         reliable = None if reliable is None else torch.as_tensor(reliable, device="cpu")
         if reliable is not None and (reliable.dim() != 1 or not len(reliable) or reliable.dtype == torch.bool):
-            raise ValueError(f"reliable is {reliable.dtype} of shape {tuple(reliable.shape)}: pass rows of the pool, "
-                             "(m,), one or more")  # fmt: skip
+            raise ValueError(
+                f"reliable is {reliable.dtype} of shape {tuple(reliable.shape)}: pass rows of the pool, "
+                "(m,), one or more"
+            )
         if fill and reliable is None:
             raise ValueError("fill=True fills up what reliable= leaves: pass reliable=reliable_rows(...)")
         self.rankers = nn.ModuleDict({str(length): ranker for length, ranker in rankers.items()})
@@ -140,8 +148,10 @@ class RankerSelector(nn.Module):
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "RankerSelector":
         """A selector with room for the weights, which are then loaded."""
-        rankers = {int(length): ListwiseRanker(ListwiseRankerConfig(**config))
-                   for length, config in settings["rankers"].items()}  # fmt: skip
+        rankers = {
+            int(length): ListwiseRanker(ListwiseRankerConfig(**config))
+            for length, config in settings["rankers"].items()
+        }
         # on the CPU also where a model is made without memory for its weights
         count = settings["reliable"]
         reliable = None if count is None else torch.zeros(count, dtype=torch.long, device="cpu")
@@ -156,8 +166,10 @@ class RankerSelector(nn.Module):
             ranker.check_tokens(pool.dim, pool.encoder["fingerprint"])
         _, near = nearest(queries, examples, candidates, candidates)
         if near.shape[1] <= max(self.lengths):
-            raise ValueError(f"K={near.shape[1]} candidates are not above the list length k={max(self.lengths)}: "
-                             "raise candidates=, take a larger pool, or a ranker of shorter lists")  # fmt: skip
+            raise ValueError(
+                f"K={near.shape[1]} candidates are not above the list length k={max(self.lengths)}: "
+                "raise candidates=, take a larger pool, or a ranker of shorter lists"
+            )
         rows = self._refined(near, queries, examples)
         sizes = (rows >= 0).sum(1)
         scores = torch.full(rows.shape, -torch.inf)
@@ -180,8 +192,10 @@ class RankerSelector(nn.Module):
         if self.reliable is None:
             return near
         if int(self.reliable.max()) >= len(examples.pool):
-            raise ValueError(f"reliable= names row {int(self.reliable.max())}, but the pool has {len(examples.pool)}: "
-                             "compute reliable_rows on this pool")  # fmt: skip
+            raise ValueError(
+                f"reliable= names row {int(self.reliable.max())}, but the pool has {len(examples.pool)}: "
+                "compute reliable_rows on this pool"
+            )
         longer = nearest(queries, examples, max(FILL, near.shape[1]), near.shape[1])[1] if self.fill else None
         return refine(near, self.reliable.cpu(), fill=longer)
 
@@ -236,8 +250,10 @@ def _by_score(
     def rank(lists: Tensor) -> Tensor:
         scores = ranker.score_lists(query, tokens, lists, labels)
         if scores.isnan().any():
-            raise ValueError("the ranker's scores are NaN: its weights or the pool's tokens hold NaN; train it again, "
-                             "or run it in float32")  # fmt: skip
+            raise ValueError(
+                "the ranker's scores are NaN: its weights or the pool's tokens hold NaN; train it again, "
+                "or run it in float32"
+            )
         return lists.gather(2, scores.sort(dim=2, descending=True, stable=True).indices)
 
     return rank

@@ -64,9 +64,13 @@ class Examples:
     """
 
     def __init__(
-        self, pool: "PoolReader", model: "VisualInContextModel", task: Any, metric: Any = None,
+        self,
+        pool: "PoolReader",
+        model: "VisualInContextModel",
+        task: Any,
+        metric: Any = None,
         greater_is_better: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.pool, self.model, self.task = pool, model, task
         self.metric, self.greater_is_better = metric, greater_is_better
         self._kept: dict[str, OrderedDict[int, Tensor]] = {
@@ -115,8 +119,10 @@ class Examples:
         One frozen model call each; rows of -1 give -inf.
         """
         if queries.truth is None:
-            raise ValueError("the performance of an example can only be measured where the label of the query is "
-                             "known: pass labels=")  # fmt: skip
+            raise ValueError(
+                "the performance of an example can only be measured where the label of the query is "
+                "known: pass labels="
+            )
         asked = self.model.frozen.encode(queries.cells)
         places = (rows >= 0).nonzero()
         found = torch.full(rows.shape, -torch.inf)
@@ -211,9 +217,7 @@ def dense(queries: Queries, examples: Examples, count: int, candidates: int) -> 
     """
     _, rows = nearest(queries, examples, candidates, candidates)
     asked = F.normalize(queries.views["grid"].flatten(1, 2).float(), dim=2)
-    scores = torch.stack([
-        (examples.grids(row) @ one.T).amax(1).mean(1).cpu() for one, row in zip(asked, rows)
-    ])  # fmt: skip
+    scores = torch.stack([(examples.grids(row) @ one.T).amax(1).mean(1).cpu() for one, row in zip(asked, rows)])
     return _best(scores, rows, count)
 
 
@@ -247,14 +251,21 @@ def oracle(queries: Queries, examples: Examples, count: int, candidates: int) ->
     performance = examples.measure(queries, rows)
     if performance.isnan().any():
         row = int(rows[performance.isnan()][0])
-        raise ValueError(f"the metric is not a number where example {examples.pool.ids[row]!r} was shown: a metric "
-                         "has to be defined for every prediction, also for an empty one")  # fmt: skip
+        raise ValueError(
+            f"the metric is not a number where example {examples.pool.ids[row]!r} was shown: a metric "
+            "has to be defined for every prediction, also for an empty one"
+        )
     return _best(performance, rows, count)
 
 
 STRATEGIES = {
-    "random": random, "nearest": nearest, "static": static, "dense": dense, "transfer": transfer, "oracle": oracle,
-}  # fmt: skip
+    "random": random,
+    "nearest": nearest,
+    "static": static,
+    "dense": dense,
+    "transfer": transfer,
+    "oracle": oracle,
+}
 NEIGHBOURS, TEMPERATURE = 40, 0.05
 
 
@@ -265,8 +276,10 @@ def find_strategy(selector: Any) -> Callable[..., tuple[Tensor, Tensor]]:
             raise ValueError(f"strategy={selector!r}: it must be one of {list(STRATEGIES)}")
         return STRATEGIES[selector]
     if not callable(selector):
-        raise TypeError(f"selector is a {type(selector).__name__}: pass one of {list(STRATEGIES)}, or a callable "
-                        "(queries, examples, count, candidates) -> (scores, rows)")  # fmt: skip
+        raise TypeError(
+            f"selector is a {type(selector).__name__}: pass one of {list(STRATEGIES)}, or a callable "
+            "(queries, examples, count, candidates) -> (scores, rows)"
+        )
     return selector
 
 
@@ -290,12 +303,16 @@ def _best_of_all(scores: Tensor, queries: Queries, count: int) -> tuple[Tensor, 
 def _table(examples: Examples) -> tuple[Tensor, Tensor]:
     model, pool = examples.model, examples.pool
     if model.config.performance is None:
-        raise ValueError("this strategy needs the performance of the pool's examples on each other: run "
-                         "hf_effdl.measure_examples(model, pool) first, or choose 'nearest' or 'dense'")  # fmt: skip
+        raise ValueError(
+            "this strategy needs the performance of the pool's examples on each other: run "
+            "hf_effdl.measure_examples(model, pool) first, or choose 'nearest' or 'dense'"
+        )
     if model.config.pool_fingerprint != pool.fingerprint:
-        raise ValueError(f"the performance was measured on the pool {model.config.pool_fingerprint}, but this is "
-                         f"{pool.fingerprint}: the pool was changed since; run measure_examples(model, pool) "
-                         "again")  # fmt: skip
+        raise ValueError(
+            f"the performance was measured on the pool {model.config.pool_fingerprint}, but this is "
+            f"{pool.fingerprint}: the pool was changed since; run measure_examples(model, pool) "
+            "again"
+        )
     return model.measured_candidates.long().cpu(), model.measured_performance.float().cpu()
 
 

@@ -95,9 +95,14 @@ class VisionEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, id_or_folder: str, revision: str | None = None, image_size: int | tuple[int, int] | None = None,
-        layer: int | None = None, token: str | bool | None = None, **options: Any,
-    ) -> "VisionEncoder":  # fmt: skip
+        cls,
+        id_or_folder: str,
+        revision: str | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        layer: int | None = None,
+        token: str | bool | None = None,
+        **options: Any,
+    ) -> "VisionEncoder":
         """The encoder in a repository or folder, with its image processor's normalisation and resampling.
 
         Args:
@@ -122,9 +127,16 @@ class VisionEncoder(nn.Module):
             image_size = (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
         revision = commit_of(id_or_folder, revision, token) or revision
         resample = processor.get("resample")
-        return cls(backbone, image_size=image_size, layer=layer, mean=processor.get("image_mean") or HALF,
-                   std=processor.get("image_std") or HALF, resample=BICUBIC if resample is None else resample,
-                   id=str(id_or_folder), revision=revision)  # fmt: skip
+        return cls(
+            backbone,
+            image_size=image_size,
+            layer=layer,
+            mean=processor.get("image_mean") or HALF,
+            std=processor.get("image_std") or HALF,
+            resample=BICUBIC if resample is None else resample,
+            id=str(id_or_folder),
+            revision=revision,
+        )
 
     @property
     def dim(self) -> int:
@@ -153,13 +165,24 @@ class VisionEncoder(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """The arguments beside the backbone, as plain values."""
-        return {"layer": self.layer, "image_size": list(self.image_size), "mean": list(self.mean),
-                "std": list(self.std), "resample": self.resample, "contrastive": self.contrastive}  # fmt: skip
+        return {
+            "layer": self.layer,
+            "image_size": list(self.image_size),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "resample": self.resample,
+            "contrastive": self.contrastive,
+        }
 
     def describe(self) -> dict[str, Any]:
         """What a pool records of its encoder: plain values, among them the fingerprint."""
-        return {"id": self.id, "revision": self.revision, "layer": self.layer, "image_size": list(self.image_size),
-                "fingerprint": self.fingerprint}  # fmt: skip
+        return {
+            "id": self.id,
+            "revision": self.revision,
+            "layer": self.layer,
+            "image_size": list(self.image_size),
+            "fingerprint": self.fingerprint,
+        }
 
     def train(self, mode: bool = True) -> "VisionEncoder":
         """The encoder is frozen and stays in evaluation mode."""

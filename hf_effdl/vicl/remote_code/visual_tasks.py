@@ -46,8 +46,10 @@ def to_rgb(image: Any) -> Image.Image:
     """
     image = _opened(image)
     if not isinstance(image, (Image.Image, np.ndarray)):
-        raise TypeError(f"got {type(image).__name__}; pass a PIL image, a numpy array (H, W) or (H, W, 3), a path, "
-                        "bytes or a {'bytes', 'path'} dict")  # fmt: skip
+        raise TypeError(
+            f"got {type(image).__name__}; pass a PIL image, a numpy array (H, W) or (H, W, 3), a path, "
+            "bytes or a {'bytes', 'path'} dict"
+        )
     if 0 in (image.size if isinstance(image, Image.Image) else image.shape):
         raise ValueError("the image is empty: its width or height is 0")
     if isinstance(image, np.ndarray):
@@ -178,8 +180,10 @@ def _rescaled(box: Sequence[float], old: Size, new: Size) -> list[int]:
 
 def _check_sizes(what: str, size: Size, image: Size) -> None:
     if tuple(size) != tuple(image):
-        raise ValueError(f"the {what} is {size[0]} x {size[1]} pixels and its image {image[0]} x {image[1]} (width x "
-                         "height, after EXIF rotation); they must agree")  # fmt: skip
+        raise ValueError(
+            f"the {what} is {size[0]} x {size[1]} pixels and its image {image[0]} x {image[1]} (width x "
+            "height, after EXIF rotation); they must agree"
+        )
 
 
 class _Task:
@@ -314,8 +318,10 @@ class Detection(_Task):
             raise ValueError(f"a box is four numbers [x0, y0, x1, y1], or None; got {box!r}")
         x0, y0, x1, y1 = (float(value) for value in box)
         if not (-0.5 <= x0 < x1 <= old[1] + 0.5 and -0.5 <= y0 < y1 <= old[0] + 0.5):
-            raise ValueError(f"box [{x0:g}, {y0:g}, {x1:g}, {y1:g}] is not 0 <= x0 < x1 <= {old[1]} and "
-                             f"0 <= y0 < y1 <= {old[0]}, the image's width and height")  # fmt: skip
+            raise ValueError(
+                f"box [{x0:g}, {y0:g}, {x1:g}, {y1:g}] is not 0 <= x0 < x1 <= {old[1]} and "
+                f"0 <= y0 < y1 <= {old[0]}, the image's width and height"
+            )
         x0, y0, x1, y1 = _rescaled((x0, y0, x1, y1), old, new)
         canvas[y0:y1, x0:x1] = 255
         return canvas
