@@ -1,8 +1,10 @@
 import ast
 import importlib
+import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,50 +13,55 @@ import hf_effdl
 
 
 PACKAGE = Path(hf_effdl.__file__).parent
-PURE = [
-    f"structure/{name}.py"
-    for name in ("groups", "param_group_checks", "path", "prox", "schedule", "settling", "sharding", "split_lbi")
-]
-PURE += [f"samples/{name}.py" for name in ("uncertainty", "sampling", "noise", "planning")]
-PURE += [
-    f"vicl/{name}.py"
-    for name in ("losses", "aggregation", "reliable", "designs", "covering_tables", "cascade_features", "row_model")
-]
-LIGHT = {
-    "torch",
-    "numpy",
-    "math",
-    "json",
-    "os",
-    "collections",
-    "dataclasses",
-    "pathlib",
-    "typing",
-    "safetensors",
-    "statistics",
-    "copy",
-    "functools",
-    "hashlib",
-    "numbers",
-    "warnings",
+ROOMS = ("version", "files", "processes", "pictures", "random_state", "weighting")  # single files at the root
+
+# Rooms of each pillar, lowest floor first: a file imports its own room and rooms on lower floors, never one beside it.
+FLOORS = {
+    "structure": [{"groups", "optim"}, {"path"}, {"slim"}, {"training"}, {"tickets", "growing"}],
+    "samples": [{"scores"}, {"drawing"}, {"probes"}, {"selection"}],
+    "vicl": [{"remote_code"}, {"pool", "held_out"}, {"measure", "ranking"}, {"auto"}],
 }
-# what a model's code on the Hub may count on
+# Rooms whose files import torch and the standard library at the top, nothing heavier.
+PURE = {"structure/groups", "structure/optim", "structure/path", "samples/scores", "samples/drawing"}
+HEAVY = {"hf_effdl.structure.groups.slim_config"}  # is registered with transformers' loading code when imported
+LIGHT = {"torch", "numpy", "safetensors"} | set(sys.stdlib_module_names)
+# What a model's code on the Hub may count on.
 TRAVELLERS = {"torch", "numpy", "PIL", "transformers", "safetensors", "huggingface_hub"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(file): file for file in FILES}
+
+
+def import_nodes(file: Path, top_level_only: bool = False):
+    """`(module, names)` of every import of a file; typing and lazy ones too."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    package = (PACKAGE.name, *file.parent.relative_to(PACKAGE).parts)
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            yield ".".join((*above, *([node.module] if node.module else []))), [alias.name for alias in node.names]
 
 
 def imports(file: Path, top_level_only: bool = False) -> set[str]:
-    """Modules that a file of the package imports, by their whole names."""
-    tree = ast.parse(file.read_text())
-    folders = ("hf_effdl", *file.parent.relative_to(PACKAGE).parts)
-    nodes = tree.body if top_level_only else ast.walk(tree)
+    """Modules that a file imports, by their whole names; a name that is a module of ours counts as that module."""
     found = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            above = folders[: len(folders) - node.level + 1] if node.level else ()
-            found.add(".".join((*above, *([node.module] if node.module else []))))
+    for module, names in import_nodes(file, top_level_only):
+        ours = {f"{module}.{name}" for name in names} & set(MODULES)
+        found |= ours or {module}
     return found
+
+
+def room_of(module: str) -> tuple[str, str] | None:
+    """Pillar and room of a module of the package; None for what belongs to no pillar."""
+    parts = module.split(".")
+    return (parts[1], parts[2]) if len(parts) > 2 and parts[0] == PACKAGE.name and parts[1] in FLOORS else None
 
 
 def test_every_public_name_can_be_imported_and_says_what_it_is():
@@ -96,57 +103,172 @@ def test_importing_the_package_registers_the_slim_sizes():
     assert "hf_effdl" in AUTO_QUANTIZATION_CONFIG_MAPPING and "hf_effdl" in AUTO_QUANTIZER_MAPPING
 
 
+@pytest.mark.parametrize("pillar", FLOORS)
+def test_imports_go_down_the_floors(pillar):
+    height = {room: floor for floor, rooms in enumerate(FLOORS[pillar]) for room in rooms}
+    wrong = []
+    for name, file in MODULES.items():
+        home = room_of(name)
+        if home is None or home[0] != pillar:
+            continue
+        assert home[1] in height, f"{name} is in a room that FLOORS does not know"
+        for module in imports(file):
+            there = room_of(module)
+            if there and (there[0] != pillar or (there[1] != home[1] and height[there[1]] >= height[home[1]])):
+                wrong.append(f"{name} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_file_imports_in_a_circle():
+    graph = {name: (imports(file) & set(MODULES)) - {name} for name, file in MODULES.items() if name != PACKAGE.name}
+    list(TopologicalSorter(graph).static_order())  # raises on one, and names it
+
+
+def test_what_stands_below_the_pillars_imports_none():
+    for name, file in MODULES.items():
+        if name == PACKAGE.name or name.split(".")[1] not in {*ROOMS, "hub", "metrics"}:
+            continue
+        assert not {module for module in imports(file) if room_of(module)}, name
+        assert PACKAGE.name not in imports(file), f"{name} imports the package's own face"
+
+
+def test_no_file_imports_the_face_of_the_package():
+    for name, file in MODULES.items():
+        assert PACKAGE.name not in imports(file), name
+
+
+def test_private_names_stay_in_their_file():
+    for name, file in MODULES.items():
+        for module, names in import_nodes(file):
+            if module.split(".")[0] == PACKAGE.name and name != PACKAGE.name:
+                assert not [one for one in names if is_private(one)], f"{name} imports from {module}: {names}"
+
+
 def test_the_maths_imports_only_torch_and_the_standard_library():
-    for file in PURE:
-        outside = {
-            name
-            for name in imports(PACKAGE / file, top_level_only=True)
-            if name.split(".")[0] not in LIGHT and f"{name.replace('.', '/').removeprefix('hf_effdl/')}.py" not in PURE
-        }
-        assert not outside, f"{file} imports {outside}"
+    for name, file in MODULES.items():
+        folder = "/".join(name.split(".")[1:3])
+        if folder in PURE and name not in HEAVY:
+            heavy = {module for module in imports(file, top_level_only=True) if not is_light(module)}
+            assert not heavy, f"{name} imports {heavy} at the top"
 
 
-def test_pillars_do_not_import_each_other_and_the_hub_folder_imports_none():
-    pillars = [folder for folder in ("structure", "samples", "vicl") if (PACKAGE / folder).is_dir()]
-    for folder in [*pillars, "hub"]:
-        for file in (PACKAGE / folder).rglob("*.py"):
-            wrong = {
-                name
-                for name in imports(file)
-                for other in pillars
-                if other != folder and name.startswith(f"hf_effdl.{other}")
-            }
-            assert not wrong, f"{file} imports {wrong}"
+def is_light(module: str) -> bool:
+    top = module.split(".")[0]
+    if top != PACKAGE.name:
+        return top in LIGHT
+    return "/".join(module.split(".")[1:3]) in PURE or module.split(".")[1] in ROOMS
+
+
+def test_every_sub_package_says_what_its_rooms_are_and_nothing_else():
+    for name, file in MODULES.items():
+        if file.name == "__init__.py" and name != PACKAGE.name and "metrics" not in name:
+            body = ast.parse(file.read_text(encoding="utf-8")).body
+            assert len(body) == 1 and ast.get_docstring(ast.Module(body, [])), name
 
 
 def test_what_travels_with_a_model_imports_its_siblings_and_well_known_packages_only():
-    folder = PACKAGE / "vicl"
-    waiting, seen = {"pipeline_visual_in_context", "modeling_listwise_ranker", "ranker_selector"}, set()
-    while waiting:
-        name = waiting.pop()
-        seen.add(name)
-        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
+    """transformers finds a model's files by regular expressions over the text, and puts them into one flat folder."""
+    folder = PACKAGE / "vicl" / "remote_code"
+    assert not [path for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"]
+    for file in folder.glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and node.level:
-                assert node.level == 1 and node.module and "." not in node.module, f"{name}: {ast.unparse(node)}"
-                waiting |= {node.module} - seen
+                assert node.level == 1 and node.module and "." not in node.module, f"{file.name}: {ast.unparse(node)}"
+                assert (folder / f"{node.module}.py").is_file(), f"{file.name}: {ast.unparse(node)}"
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
-                for module in modules:
-                    top = module.split(".")[0]
-                    assert top in TRAVELLERS or top in sys.stdlib_module_names, f"{name} imports {module}"
-    assert {"pool_reader", "visual_tasks", "seggpt_in_context", "feature_matching", "example_selectors"} <= seen
-    assert {"cascade", "cascade_fit", "cascade_head", "consensus", "row_model", "designs", "aggregation"} <= seen
-    assert not {"pool", "labels", "auto", "held_out", "ranking_lists", "ranker_trainer"} & seen
+                for top in (module.split(".")[0] for module in modules):
+                    assert top in TRAVELLERS or top in sys.stdlib_module_names, f"{file.name} imports {top}"
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not re.search(r"^\s*from \.", node.value, re.MULTILINE), (
+                    f"{file.name}: an import within a string"
+                )
 
 
-def test_what_all_pillars_share_imports_none_of_them():
-    for file in ("weighting.py", "random_state.py"):
-        assert not {name for name in imports(PACKAGE / file) if name.startswith("hf_effdl.")}, file
+def functions():
+    """`(where, node)` of every function of the package."""
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                yield f"{name_of(file)}:{node.lineno} {node.name}", node
+
+
+def own_nodes(function: ast.FunctionDef):
+    """The nodes of a function without those of functions and classes inside it."""
+    waiting = list(ast.iter_child_nodes(function))
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            waiting += ast.iter_child_nodes(node)
+
+
+def complexity(function: ast.FunctionDef) -> int:
+    """Cyclomatic complexity: one, and one more for every way that a line can branch (McCabe 1976)."""
+    branches = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.match_case)
+    nodes = list(own_nodes(function))
+    count = 1 + sum(isinstance(node, branches) for node in nodes)
+    count += sum(len(node.values) - 1 for node in nodes if isinstance(node, ast.BoolOp))
+    return count + sum(1 + len(node.ifs) for node in nodes if isinstance(node, ast.comprehension))
+
+
+def code_lines(function: ast.FunctionDef) -> int:
+    first = function.body[1:2] if ast.get_docstring(function) is not None else function.body[:1]
+    return function.end_lineno - first[0].lineno + 1 if first else 0
+
+
+def test_functions_are_short_and_plain():
+    sizes = [(complexity(node), code_lines(node), where) for where, node in functions()]
+    assert not [row for row in sizes if row[0] > 20]
+    assert not [row for row in sizes if row[1] > 60]
+    dense = [row for row in sizes if row[0] > 10]
+    assert len(dense) < 0.05 * len(sizes), f"{len(dense)} of {len(sizes)}: {sorted(dense)}"
+
+
+# Names of others that begin with an underscore, and why there is no public way. The list can only shrink.
+PRIVATE_UPSTREAM = {
+    "_set_signature_columns_if_needed": "Trainer offers no other way to keep a column",
+    "_signature_columns": "Trainer offers no other way to keep a column",
+    "_is_accelerate_prepared": "Accelerate has no call that takes its marks off a copy of a model",
+    "_original_forward": "Accelerate has no call that takes its marks off a copy of a model",
+    "_fingerprint": "datasets has no public name for a data set's identity",
+    "_indices": "datasets has no public way to say whether rows were picked",
+    "_ConvNd": "torch has no public class above all convolutions",
+    "_NormBase": "torch has no public class above all norms with running statistics",
+    "_BatchNorm": "torch has no public class above all batch norms",
+    "_dynamo": "torch.compile's errors have no public home",
+    "_from_config": "transformers' public from_config wants an Auto class",
+    "_batch_size": "a pipeline's own batch size has no public name",
+    "_forward_params": "a pipeline's defaults have no public name",
+}
+
+
+def test_private_names_of_others_are_few_and_each_has_a_reason():
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in FILES]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    used = set()
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            used.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] != PACKAGE.name:
+            used |= {*node.module.split("."), *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Constant) and node.value in PRIVATE_UPSTREAM:
+            used.add(node.value)
+    used = {name for name in used if is_private(name) and (name not in own or name in PRIVATE_UPSTREAM)}
+    assert used == set(PRIVATE_UPSTREAM), sorted(used ^ set(PRIVATE_UPSTREAM))
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
 
 
 def test_nothing_of_the_tracer_leaks_into_the_public_interface():
     for file in PACKAGE.rglob("*.py"):
-        if file.name != "tracing.py":
+        if file.name != "find.py":
             assert "torch_pruning" not in imports(file), file
     groups = importlib.import_module("hf_effdl.structure.groups.group")
     assert not any(getattr(value, "__module__", "").startswith("torch_pruning") for value in vars(groups).values())

@@ -1,0 +1,6 @@
+"""What every pillar's pushes share; it knows no pillar.
+
+cards       a table in Markdown, a card from a template, written whole
+repos       whether a repository on the Hub may be written to
+templates/  the cards' texts
+"""

@@ -1,0 +1,42 @@
+"""Several processes: who comes first, waiting for all, and what Accelerate leaves on a model."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+
+def is_first() -> bool:
+    """Whether this is the only process or the first of several."""
+    return not _several() or dist.get_rank() == 0
+
+
+def together() -> None:
+    """Wait until all processes are here; returns at once in a single one."""
+    if _several():
+        dist.barrier()
+
+
+def agreed(value: Any) -> Any:
+    """The first process's value, on every process; plain values only."""
+    values = [value]
+    if _several():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def forget_accelerate(model: nn.Module) -> bool:
+    """Take Accelerate's marks off a model that it has prepared, in place; whether it had wrapped the forward.
+
+    A model made from a prepared one carries them along: the next Trainer would then leave mixed precision out.
+    """
+    marks = vars(model)
+    marks.pop("_is_accelerate_prepared", None)
+    wrapped = marks.pop("_original_forward", None) is not None
+    if wrapped:
+        marks.pop("forward", None)
+    return wrapped
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

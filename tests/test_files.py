@@ -1,0 +1,101 @@
+"""Files are written whole or not at all, and a damaged one is named."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from hf_effdl import files, processes
+
+
+def test_bytes_text_and_what_a_function_writes_arrive(tmp_path):
+    assert files.write_whole(tmp_path / "new" / "a.bin", b"\x00\xff").read_bytes() == b"\x00\xff"
+    assert files.write_whole(tmp_path / "a.txt", "naïve").read_text(encoding="utf-8") == "naïve"
+    seen = []
+    files.write_whole(tmp_path / "a.json", lambda part: (seen.append(part.suffix), part.write_text("1")))
+    assert files.read_json(tmp_path / "a.json") == 1 and seen == [".json"]
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "a.txt", "new"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    target = files.write_whole(tmp_path / "kept.txt", "old")
+
+    def fails(part):
+        part.write_text("half of the n")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        files.write_whole(target, fails)
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["kept.txt"]
+
+
+def test_killed_at_any_moment_the_file_is_the_old_one_or_the_new_one(tmp_path):
+    code = (
+        "import sys; from hf_effdl.files import write_whole\n"
+        "print('ready', flush=True)\n"
+        "while True:\n"
+        "    for letter in 'ab': write_whole(sys.argv[1], letter * 200_000)\n"
+    )
+    target = tmp_path / "letters.txt"
+    process = subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    assert target.read_text() in ("a" * 200_000, "b" * 200_000)
+
+
+def test_what_is_written_has_reached_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(files.os, "fsync", lambda handle: calls.append("sync"))
+    replace = os.replace
+    monkeypatch.setattr(files.os, "replace", lambda *names: (calls.append("name"), replace(*names)))
+    files.write_whole(tmp_path / "a", "a")
+    assert calls == ["sync", "name", "sync"]
+
+
+@pytest.mark.parametrize("read", [files.read_whole, files.read_tensors, files.read_json])
+def test_a_flipped_bit_is_named(read, tmp_path):
+    content = json.dumps([1, 2]).encode() if read is files.read_json else save({"a": torch.arange(3.0)})
+    file = files.write_whole(tmp_path / "thing", content)
+    read(file, files.digest(content))
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"thing is damaged .*; build it again"):
+        read(file, files.digest(content), "build it again")
+
+
+@pytest.mark.parametrize("read", [files.read_tensors, files.read_json])
+def test_what_cannot_be_read_is_named_without_a_digest_too(read, tmp_path):
+    with pytest.raises(ValueError, match="thing is damaged"):
+        read(files.write_whole(tmp_path / "thing", b"\x80" * 20))
+    with pytest.raises(FileNotFoundError, match="absent"):
+        read(tmp_path / "absent")
+
+
+def test_digests_of_bytes_texts_files_and_pieces(tmp_path):
+    file = files.write_whole(tmp_path / "abc", "abc")
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # SHA-256 of "abc", FIPS 180-2
+    assert files.digest(file) == files.digest("abc") == files.digest(b"abc") == known
+    assert files.digest([b"a", b"bc"]) != files.digest([b"ab", b"c"])
+
+
+def test_one_process_is_the_first_and_waits_for_nobody():
+    assert processes.is_first() and processes.agreed([1, "a"]) == [1, "a"]
+    processes.together()
+
+
+def test_a_copy_of_a_prepared_model_is_free_of_accelerates_marks():
+    from accelerate import Accelerator
+
+    model = torch.nn.Linear(2, 2)
+    before = set(vars(model))
+    Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    assert set(vars(model)) > before  # upstream's names may change: then this test, not a user, finds out
+    assert processes.forget_accelerate(model)
+    assert set(vars(model)) == before and model(torch.ones(1, 2)).dtype == torch.float32
+    assert not processes.forget_accelerate(model)
