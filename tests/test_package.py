@@ -239,6 +239,7 @@ PRIVATE_UPSTREAM = {
     "_BatchNorm": "torch has no public class above all batch norms",
     "_dynamo": "torch.compile's errors have no public home",
     "_from_config": "transformers' public from_config wants an Auto class",
+    "_is_quantized": "a stock model saved again must not name a quantisation method that it no longer needs",
     "_batch_size": "a pipeline's own batch size has no public name",
     "_forward_params": "a pipeline's defaults have no public name",
 }
@@ -252,7 +253,7 @@ def test_private_names_of_others_are_few_and_each_has_a_reason():
     own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     used = set()
     for node in nodes:
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+        if isinstance(node, ast.Attribute) and (isinstance(node.ctx, ast.Load) or node.attr in PRIVATE_UPSTREAM):
             used.add(node.attr)
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] != PACKAGE.name:
             used |= {*node.module.split("."), *(alias.name for alias in node.names)}
