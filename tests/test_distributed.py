@@ -21,8 +21,8 @@ from test_examples import check, config  # noqa: F401 - a fixture: pictures and 
 from hf_effdl import SparsePath
 
 
-HERE, BIN = Path(__file__).parent, Path(sys.executable).parent
-CONFIGS = HERE.parent / "examples" / "accelerate_configs"
+HERE, BIN = Path(__file__).parent / "support", Path(sys.executable).parent
+CONFIGS = HERE.parents[1] / "examples" / "accelerate_configs"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
@@ -206,7 +206,7 @@ def test_the_classifier_example_runs_sharded_under_accelerate_launch(config, tmp
         CONFIGS / "fsdp2.yaml",
         "-m",
         "distributed.fsdp_on_cpu",
-        HERE.parent / "examples" / "sparsify_image_classifier.py",
+        HERE.parents[1] / "examples" / "sparsify_image_classifier.py",
         "--config",
         config,
         "--max_steps",

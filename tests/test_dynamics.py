@@ -29,7 +29,7 @@ from hf_effdl.samples.probes.dynamics_callback import aum, dyn_unc, forgetting, 
 from hf_effdl.structure.training.trainer import last_complete_checkpoint
 
 
-SCRIPT = Path(__file__).parent / "dynamics_run.py"
+SCRIPT = Path(__file__).parent / "support" / "dynamics_run.py"
 
 
 def files(out) -> dict[str, bytes]:

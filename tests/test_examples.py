@@ -24,7 +24,7 @@ from transformers import (
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 # two processes, which may leave no thread of gloo's behind
-TWO = (str(BIN / "torchrun"), "--nproc_per_node", "2", str(ROOT / "tests" / "threads_left.py"))
+TWO = (str(BIN / "torchrun"), "--nproc_per_node", "2", str(ROOT / "tests" / "support" / "threads_left.py"))
 SCRIPT = ROOT / "examples" / "sparsify_image_classifier.py"
 
 

@@ -6,7 +6,7 @@ import pytest
 from hub import LoopbackHub
 
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent / "support"
 
 
 @pytest.fixture(scope="module")

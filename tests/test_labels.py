@@ -19,7 +19,7 @@ from hf_effdl import VisualInContextPipeline, measure_examples
 from hf_effdl.vicl import measure as labels
 
 
-SCRIPT = Path(__file__).parent / "labels_run.py"
+SCRIPT = Path(__file__).parent / "support" / "labels_run.py"
 
 
 @pytest.fixture(scope="module")

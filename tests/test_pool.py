@@ -400,7 +400,7 @@ def run(cache: Path, out: Path, seconds: float = 0, processes: int = 0) -> subpr
             "--rdzv-endpoint",
             "localhost:0",
         ]
-    command = [*start, str(Path(__file__).parent / "pool_run.py"), str(cache), str(out), str(seconds)]
+    command = [*start, str(Path(__file__).parent / "support" / "pool_run.py"), str(cache), str(out), str(seconds)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "OMP_NUM_THREADS": "1",

@@ -238,7 +238,7 @@ def test_it_can_stop_early_at_its_best(pool, tmp_path):
 
 
 def test_two_processes_train_as_one_and_resume(trained, pools, pool, tmp_path):
-    script = str(ROOT / "tests" / "ranker_run.py")
+    script = str(ROOT / "tests" / "support" / "ranker_run.py")
     run(str(BIN / "torchrun"), "--nproc_per_node", "2", script, str(pools), str(tmp_path), cwd=tmp_path)
     whole, rest = ([load_file(tmp_path / f"{name}.{rank}") for rank in range(2)] for name in ("whole", "rest"))
     expected = weights(trained[0])

@@ -33,7 +33,7 @@ from hf_effdl.samples.probes.linear_probes import fit_heads
 from hf_effdl.samples.probes.scoring import SCORES, UNLABELLED, score_rows
 
 
-SCRIPT = Path(__file__).parent / "selection_run.py"
+SCRIPT = Path(__file__).parent / "support" / "selection_run.py"
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ from hf_effdl.structure.tickets.files import digest
 from hf_effdl.structure.tickets.settling import Settling, pack, unpack
 
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent / "support"
 SCRIPT = TESTS / "ticket_run.py"
 QUIET = {"eval_strategy": "no", "save_strategy": "no"}
 

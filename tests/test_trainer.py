@@ -23,7 +23,7 @@ from hf_effdl.structure.training.evaluation import evaluate_model, projected, tr
 from hf_effdl.structure.training.trainer import last_complete_checkpoint
 
 
-SCRIPT = Path(__file__).parent / "tiny_run.py"
+SCRIPT = Path(__file__).parent / "support" / "tiny_run.py"
 
 
 def assert_same(a, b, where="outcome"):
