@@ -25,7 +25,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from hf_effdl import DynamicsCallback, WeightedTrainer, dynamics_scores, load_dynamics
-from hf_effdl.samples.probes.dynamics_callback import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
+from hf_effdl.samples.scores.dynamics import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
 from hf_effdl.structure.training.trainer import last_complete_checkpoint
 
 

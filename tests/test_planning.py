@@ -9,31 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from hf_effdl.samples.drawing.draws import (
-    class_quotas,
-    clip_scores,
-    draw,
-    hashed_uniform,
-    inclusion_probabilities,
-    loss_weights,
-    priority_sample,
-    sequential_draw,
-    strata,
-    top_k,
-    without_hardest,
-)
-from hf_effdl.samples.drawing.plan import (
+from hf_effdl.samples.drawing.draws import draw, priority_sample, sequential_draw, top_k
+from hf_effdl.samples.drawing.hashing import hashed_uniform
+from hf_effdl.samples.drawing.plan import Plan, make_plan
+from hf_effdl.samples.drawing.presets import (
     ENOUGH_ROWS,
     HARD_ROWS_HELP,
-    LABEL_DEPENDENT,
     NEARLY_SOLVED,
-    Plan,
     active_plan,
     default_plan,
-    make_plan,
     paper_plan,
     table_noise,
 )
+from hf_effdl.samples.drawing.probabilities import clip_scores, inclusion_probabilities
+from hf_effdl.samples.drawing.quotas import class_quotas, strata, without_hardest
+from hf_effdl.samples.drawing.weights import LABEL_DEPENDENT, loss_weights
 from hf_effdl.samples.scores.noise import agreement, fit_label_noise, noise_rate
 
 

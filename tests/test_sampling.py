@@ -11,25 +11,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_effdl.samples.drawing.draws import (
-    PrioritySampler,
-    check_budget,
-    check_rows,
-    check_scores,
-    class_quotas,
-    clip_scores,
-    draw,
-    hashed_uniform,
-    inclusion_probabilities,
-    kish_size,
-    loss_weights,
-    mix_uniform,
-    priority_sample,
-    sequential_draw,
-    strata,
-    top_k,
-    without_hardest,
-)
+from hf_effdl.samples.drawing.checks import check_budget, check_rows, check_scores
+from hf_effdl.samples.drawing.draws import PrioritySampler, draw, priority_sample, sequential_draw, top_k
+from hf_effdl.samples.drawing.hashing import hashed_uniform
+from hf_effdl.samples.drawing.probabilities import clip_scores, inclusion_probabilities, mix_uniform
+from hf_effdl.samples.drawing.quotas import class_quotas, strata, without_hardest
+from hf_effdl.samples.drawing.weights import kish_size, loss_weights
 
 
 NAN, INF = float("nan"), float("inf")

@@ -17,8 +17,10 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from hf_effdl.samples.drawing.draws import clip_scores, kish_size, loss_weights, priority_sample
+from hf_effdl.samples.drawing.draws import priority_sample
+from hf_effdl.samples.drawing.probabilities import clip_scores
 from hf_effdl.samples.drawing.shards import MANIFEST, PROGRESS, plan_shards
+from hf_effdl.samples.drawing.weights import kish_size, loss_weights
 
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, one_hot
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_effdl.samples.drawing.draws import clip_scores, draw, inclusion_probabilities, priority_sample
+from hf_effdl.samples.drawing.draws import draw, priority_sample
+from hf_effdl.samples.drawing.probabilities import clip_scores, inclusion_probabilities
 from hf_effdl.samples.scores import uncertainty as module
 from hf_effdl.samples.scores.uncertainty import (
     LEAST_SPREAD,

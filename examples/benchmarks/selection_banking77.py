@@ -41,8 +41,10 @@ from datasets import ClassLabel, Dataset, Features, Value
 from torch import Tensor
 
 from hf_effdl import LinearProbes, UncertaintySelector
-from hf_effdl.samples.drawing.draws import loss_weights, without_hardest
-from hf_effdl.samples.drawing.plan import Plan, default_plan, make_plan, paper_plan
+from hf_effdl.samples.drawing.plan import Plan, make_plan
+from hf_effdl.samples.drawing.presets import default_plan, paper_plan
+from hf_effdl.samples.drawing.quotas import without_hardest
+from hf_effdl.samples.drawing.weights import loss_weights
 from hf_effdl.samples.probes.inputs import Inputs
 from hf_effdl.samples.probes.linear_probes import fit_heads
 from hf_effdl.samples.probes.probes import ProbeSet, bootstrap_counts

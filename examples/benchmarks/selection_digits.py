@@ -34,9 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_effdl.samples.drawing.draws import loss_weights, without_hardest
-from hf_effdl.samples.drawing.plan import Plan, default_plan, make_plan, paper_plan
-from hf_effdl.samples.probes.dynamics_callback import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
+from hf_effdl.samples.drawing.plan import Plan, make_plan
+from hf_effdl.samples.drawing.presets import default_plan, paper_plan
+from hf_effdl.samples.drawing.quotas import without_hardest
+from hf_effdl.samples.drawing.weights import loss_weights
+from hf_effdl.samples.scores.dynamics import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
 from hf_effdl.samples.scores.noise import LabelNoise, confident_disagreement, fit_label_noise
 from hf_effdl.samples.scores.uncertainty import (
     el2n,
