@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset
 from hub import LoopbackHub
 
 from hf_effdl import LinearProbes, Selection, UncertaintySelector, load_selection, make_plan
-from hf_effdl.hub.cards import write_selection_card
+from hf_effdl.samples.selection.card import write_selection_card
 from hf_effdl.samples.selection.files import records
 from hf_effdl.samples.selection.source import source_of
 
@@ -133,7 +133,7 @@ def test_a_write_that_was_cut_off_is_noticed(selector, pool, tmp_path):
 
 def test_a_failed_save_leaves_no_parts(selector, pool, tmp_path, monkeypatch):
     selector.select(pool, 20)
-    monkeypatch.setattr("hf_effdl.samples.selection.files.os.replace", lambda *args: 1 / 0)
+    monkeypatch.setattr("hf_effdl.files.os.replace", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         selector.selection.save(tmp_path)
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]

@@ -21,8 +21,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
-from hf_effdl import DynamicsCallback
-from hf_effdl.samples.probes import dynamics_callback as dynamics
+from hf_effdl import DynamicsCallback, files
 
 
 ROWS, CLASSES, EPOCHS = 37, 3, 4
@@ -115,7 +114,7 @@ def run_and_hold(out: Path, point: str) -> None:
         replace(part, file)
 
     DynamicsCallback._record = held_record
-    dynamics.os.replace = held_replace
+    files.os.replace = held_replace
     run = trainer(out, rows=Rows(noise="quiet" not in point, pause=0.001), **SAVES[point])
     if point.startswith("anywhere"):
         out.mkdir(parents=True, exist_ok=True)
