@@ -49,6 +49,7 @@ class UncertaintySelector:
         ValueError: for unknown modes or presets, fewer than two probes or probes of different classes.
 
     Example:
+        >>> import torch
         >>> from hf_effdl import LinearProbes
         >>> rows = {"features": torch.randn(240, 4).tolist(), "label": [0, 1, 2] * 80}
         >>> data = Dataset.from_dict(rows).train_test_split(60, seed=0)
