@@ -105,9 +105,10 @@ def read_tensors(
     """The tensors of a safetensors file, on the CPU; raises as `read_whole` does, also where it is no such file."""
     content = read_whole(file, sha256, remedy)
     try:
-        return load(content)
+        tensors = load(content)
     except Exception as error:  # safetensors' own errors have no common class
         raise damaged(file, str(error), remedy) from error
+    return {name: tensors[name] for name in sorted(tensors)}  # safetensors hands them out in any order
 
 
 def read_json(file: str | os.PathLike[str], sha256: str | None = None, remedy: str = "make it anew") -> Any:

@@ -1,6 +1,7 @@
 """Drawing rows with unequal probabilities: which rows, and with which probability. All functions are pure."""
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ class PrioritySampler:
         self.rows += len(keys)
         self._keep(keys, ids, scores)
 
-    def merge(self, other: "PrioritySampler") -> "PrioritySampler":
+    def merge(self, other: Self) -> Self:
         """Take over what another sampler (of the same budget and seed) has seen; returns self."""
         if (self.budget, self.seed) != (other.budget, other.seed):
             raise ValueError(

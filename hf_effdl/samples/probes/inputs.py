@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Self
 
 import torch
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
@@ -125,7 +125,7 @@ class Inputs:
         self.forward_columns: list[str] = []
         self.mode = "RGB"
 
-    def bind(self, data: Dataset, model: nn.Module | None = None) -> "Inputs":
+    def bind(self, data: Dataset, model: nn.Module | None = None) -> Self:
         """Inputs with the columns found in a data set and the model's signature.
 
         Raises:

@@ -111,13 +111,12 @@ def score_rows(
     together()  # no process reads a cache that another one still writes
     table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     _check_spread(table.pop("between"), table.pop("total"), len(probes))
-    classes = int(table.pop("classes")[0])
-    if labels is None:
-        return table, None
-    likelihoods = table.pop("likelihoods")
-    noise = fit_likelihoods(likelihoods, classes)
-    table["p_clean"] = noise.posterior(likelihoods[:, noise.place])
-    return table, noise
+    classes, noise = int(table.pop("classes")[0]), None
+    if labels is not None:
+        likelihoods = table.pop("likelihoods")
+        noise = fit_likelihoods(likelihoods, classes)
+        table["p_clean"] = noise.posterior(likelihoods[:, noise.place])
+    return {name: table[name] for name in SCORES if name in table}, noise
 
 
 @dataclass(frozen=True)

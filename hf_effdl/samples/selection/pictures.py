@@ -331,10 +331,7 @@ class _Texts(_Examples):
 
 def _examples(selection: SelectedRows, count: int, column: str | None) -> _Tiles | _Texts:
     """The rows at both ends and the likeliest label errors, read once."""
-    pool = _pool(selection, column)
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"count={count!r}: show one row or more of each kind")
-    kinds = _kinds(selection, count)
+    pool, kinds = _pool(selection, column), _kinds(selection, count)
     positions = list(dict.fromkeys(i for of_kind in kinds.values() for i in of_kind))
     values = _read(pool, positions, [column] if column else _columns(selection, pool))
     images = _images(pool, values)
@@ -359,6 +356,8 @@ def _pool(selection: SelectedRows, column: str | None) -> Dataset:
 
 def _kinds(selection: SelectedRows, count: int) -> dict[str, list[int]]:
     """Positions of the rows of each kind that there is."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"count={count!r}: show one row or more of each kind")
     name = uncertainty_column(selection)
     order = None if name is None else selection.table[name].argsort(stable=True)
     suspects = suspect_positions(selection)
