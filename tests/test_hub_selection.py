@@ -11,7 +11,6 @@ from datasets import ClassLabel, Dataset
 from hub import LoopbackHub
 
 from hf_effdl import LinearProbes, Selection, UncertaintySelector, load_selection, make_plan
-from hf_effdl.samples.selection.card import write_selection_card
 from hf_effdl.samples.selection.files import records
 from hf_effdl.samples.selection.source import source_of
 
@@ -188,8 +187,10 @@ def test_a_plan_made_by_hand_is_kept_and_says_that_its_source_is_unknown(pool, t
     with pytest.raises(ValueError, match="not recorded; pass source="):
         load_selection(tmp_path)
     assert load_selection(tmp_path, pool).to_dict() == selection.apply(pool).to_dict()
-    write_selection_card(tmp_path, records(tmp_path))
-    assert "not known: it is not recorded" in (tmp_path / "README.md").read_text()
+    selection.save(tmp_path, card=True)
+    card = (tmp_path / "README.md").read_text()
+    assert "not known: it is not recorded" in card and "](default/selection.png)" in card
+    assert (tmp_path / "default" / "selection.png").is_file()
 
 
 # ---- other budgets from the scores

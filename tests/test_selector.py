@@ -31,6 +31,7 @@ from hf_effdl import LinearProbes, Probes, UncertaintySelector, WeightedTrainer,
 from hf_effdl.samples.probes import scoring, trained_probes
 from hf_effdl.samples.probes.linear_probes import fit_heads
 from hf_effdl.samples.probes.scoring import SCORES, UNLABELLED, score_rows
+from hf_effdl.samples.selection import pool as scored_pool
 
 
 SCRIPT = Path(__file__).parent / "support" / "selection_run.py"
@@ -134,12 +135,14 @@ def start(folder: Path, *arguments: str, processes: int = 1) -> subprocess.Popen
     )
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plain")
-    run = start(folder, "out.pt")
-    assert run.wait(200) == 0, run.stderr.read().decode()[-2000:]
-    return torch.load(folder / "out.pt", weights_only=True)
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(scoring, "PART", selection_run.PART)
+
+
+@pytest.fixture
+def uninterrupted(small_parts):
+    return selection_run.scored_and_chosen()
 
 
 def same(first: dict, second: dict) -> bool:
@@ -155,7 +158,7 @@ def test_two_processes_score_and_choose_the_same(uninterrupted, tmp_path):
 
 
 def test_scoring_that_was_killed_goes_on_where_it_was(uninterrupted, tmp_path):
-    run = start(tmp_path, "out.pt", "cache", "0.01")
+    run = start(tmp_path, "out.pt", "cache", "0.03")
     deadline = time.time() + 100
     while len(list(tmp_path.glob("cache/*/*.safetensors"))) < 2 and time.time() < deadline:
         time.sleep(0.005)
@@ -163,10 +166,9 @@ def test_scoring_that_was_killed_goes_on_where_it_was(uninterrupted, tmp_path):
     run.wait()
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("cache/*/*.safetensors")}
     assert 2 <= len(kept) < 6 and not (tmp_path / "out.pt").exists()
-    run = start(tmp_path, "out.pt", "cache")
-    assert run.wait(200) == 0, run.stderr.read().decode()[-2000:]
+    assert same(selection_run.scored_and_chosen(str(tmp_path / "cache")), uninterrupted)
     assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
-    assert same(torch.load(tmp_path / "out.pt", weights_only=True), uninterrupted)
+    assert len(list(tmp_path.glob("cache/*/*"))) == 6  # and nothing of the part that was cut off
 
 
 def test_cached_scores_are_not_mistaken_for_those_of_other_probes_or_rows(probes, pool, tmp_path):
@@ -207,6 +209,27 @@ def test_with_an_id_column_the_order_of_the_rows_does_not_matter(probes, pool, p
     assert weights[0].keys() == weights[1].keys()
     assert all(weights[1][name] == pytest.approx(weight, rel=1e-4) for name, weight in weights[0].items())
     assert [name for name in pool.shuffle(seed=3)["name"][:] if name in weights[0]] == shuffled["name"][:]
+
+
+def test_one_select_reads_the_labels_and_compares_the_class_names_once(probes, pool, monkeypatch):
+    reads, conversions, comparisons = [], [], []
+
+    def counted(calls, function):
+        return lambda *args, **options: (calls.append(args), function(*args, **options))[1]
+
+    plain = Dataset.__getitem__
+    monkeypatch.setattr(
+        Dataset, "__getitem__", lambda self, key: (key == "label" and reads.append(key), plain(self, key))[1]
+    )
+    monkeypatch.setattr(scored_pool, "class_tensor", counted(conversions, scored_pool.class_tensor))
+    monkeypatch.setattr(scored_pool, "names_for", counted(comparisons, scored_pool.names_for))
+    UncertaintySelector(probes).select(pool, 30)
+    assert [len(calls) for calls in (reads, conversions, comparisons)] == [1, 1, 1]
+
+
+def test_scores_from_the_cache_are_added_in_the_same_order(probes, pool, tmp_path):
+    first, again = (UncertaintySelector(probes, cache_dir=tmp_path).score(pool) for _ in range(2))
+    assert first.column_names == again.column_names == [*pool.column_names, *SCORES]
 
 
 def test_other_budgets_need_no_second_scoring(probes, pool, monkeypatch):
@@ -362,6 +385,7 @@ def test_images_with_linear_probes_on_a_backbone_then_training_on_the_weights(tm
     probes = LinearProbes.train(ResNetModel(ResNetConfig(**RESNET)), pictures(60, 1), processing_class=PROCESSOR)
     subset = UncertaintySelector(probes).select(pictures(80), 0.5)
     assert len(subset) == 40 and subset[0]["image"].size == (20, 20)
+    assert repr(probes) == "LinearProbes(8 x linear heads on ResNetModel, 3 classes, trained on 60 rows)"
 
     def collate(rows):
         batch = dict(PROCESSOR([row["image"] for row in rows], return_tensors="pt"))
@@ -437,6 +461,7 @@ def test_trained_probes_differ_by_bootstrap_and_are_kept(tmp_path, monkeypatch):
     rows = pictures(40, 1)
     probes = train_probes(resnet, arguments(tmp_path), rows, num_probes=3, processing_class=PROCESSOR)
     assert len(probes) == 3 and probes.names == ["red", "green", "blue"] and probes.describe()["bootstrap"]
+    assert repr(probes) == "TrainedProbes(3 x ResNetForImageClassification, 3 classes, trained on 40 rows)"
     UncertaintySelector(probes, trial=False).select(pictures(50), 12)
     runs = []
     original = WeightedTrainer.train

@@ -324,6 +324,7 @@ def test_ids_that_occur_twice_at_the_edge_are_refused(table, tmp_path):
 # ---- the benchmark
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_its_checks_hold(tmp_path):
     script, work, out = ROOT / "examples/benchmarks/sampling_scale.py", tmp_path / "work", tmp_path / "rows.jsonl"
     command = [
