@@ -260,11 +260,17 @@ def test_a_checkpoint_at_the_end_of_an_epoch_gets_its_record_on_resume(uninterru
         assert files(tmp_path) == files(uninterrupted.args.output_dir)
 
 
-def test_runs_killed_at_any_moment_and_resumed_equal_an_uninterrupted_one(uninterrupted, quiet, tmp_path):
-    command = [sys.executable, str(SCRIPT), str(tmp_path), *dynamics_run.SAVES]
+MOMENTS = ["before", "during", "after", "anywhere-0", "anywhere-quiet-0"]
+
+
+@pytest.mark.parametrize(
+    "points", [MOMENTS, pytest.param(sorted({*dynamics_run.SAVES} - {*MOMENTS}), marks=pytest.mark.slow)]
+)
+def test_runs_killed_at_any_moment_and_resumed_equal_an_uninterrupted_one(uninterrupted, quiet, tmp_path, points):
+    command = [sys.executable, str(SCRIPT), str(tmp_path), *points]
     script = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        for point in dynamics_run.SAVES:
+        for point in points:
             out, deadline = tmp_path / point, time.monotonic() + 120
             while not (out / "held").exists():
                 assert time.monotonic() < deadline and script.poll() is None
@@ -525,31 +531,37 @@ def test_streams_are_refused(tmp_path, library):
         DynamicsCallback(dataset=stream)
 
 
-def test_rows_without_labels_are_refused_before_the_first_step(tmp_path):
-    class Unlabelled(Rows):
-        def __getitem__(self, i):
-            return {"x": super().__getitem__(i)["x"], "weight": 1.0}
+class Unlabelled(Rows):
+    def __getitem__(self, i):
+        return {"x": super().__getitem__(i)["x"], "weight": 1.0}
 
-    run = dynamics_run.trainer(tmp_path, rows=Unlabelled(), kind=PopsWeight, remove_unused_columns=False)
-    with pytest.raises(ValueError, match=r"the batches have no 'labels', only \['x'\]"):
+
+class Regression(Net):
+    def forward(self, x, labels=None):
+        return {"logits": self.body(x)[:, :1], "loss": self.body(x).sum()}
+
+
+class Embedding(Net):
+    def forward(self, x, labels=None):
+        return {"loss": self.body(x).sum(), "embedding": x}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rows": Unlabelled(), "kind": PopsWeight, "remove_unused_columns": False},
+            r"the batches have no 'labels', only \['x'\]",
+        ),
+        ({"net": Regression}, r"logits have shape \(1, 1\)"),
+        ({"net": Embedding}, r"returns \['embedding', 'loss'\]"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_before_the_first_step(tmp_path, changes, message):
+    run = dynamics_run.trainer(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
         run.train()
     assert run.state.global_step == 0
-
-
-def test_a_model_without_class_logits_is_refused_before_the_first_step(tmp_path):
-    class Regression(Net):
-        def forward(self, x, labels=None):
-            return {"logits": self.body(x)[:, :1], "loss": self.body(x).sum()}
-
-    class Embedding(Net):
-        def forward(self, x, labels=None):
-            return {"loss": self.body(x).sum(), "embedding": x}
-
-    for net, message in ((Regression, r"logits have shape \(1, 1\)"), (Embedding, r"returns \['embedding', 'loss'\]")):
-        run = dynamics_run.trainer(tmp_path, net=net)
-        with pytest.raises(ValueError, match=message):
-            run.train()
-        assert run.state.global_step == 0
 
 
 @pytest.mark.parametrize(
@@ -615,23 +627,30 @@ def test_an_empty_dataset_is_refused():
         DynamicsCallback(dataset=Rows(0))
 
 
-def test_records_that_make_no_score_are_refused():
-    broken = torch.zeros(3, 2)
-    broken[1, 0] = float("nan")
-    for score in (mean_el2n, aum, dyn_unc):
-        with pytest.raises(ValueError, match=r"\[1, 0\] is nan: the recorded run had broken down"):
-            score(broken)
-        with pytest.raises(ValueError, match=r"of shape \(4,\) must have shape \(epochs, rows\)"):
-            score(torch.zeros(4))
-    with pytest.raises(ValueError, match="with 2 epochs or more"):
-        dyn_unc(torch.zeros(1, 4))
-    with pytest.raises(ValueError, match="window=1"):
-        dyn_unc(torch.zeros(4, 4), window=1)
-    with pytest.raises(ValueError, match="with 1 epochs or more"):
-        forgetting(torch.zeros(0, 4))
-    for epochs in ([], [3], [-4]):
-        with pytest.raises(ValueError, match="must be one or more positions in the 3 epochs"):
-            mean_el2n(torch.zeros(3, 2), epochs)
+BROKEN = torch.zeros(3, 2)
+BROKEN[1, 0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("score", "arguments", "message"),
+    [
+        *((s, (BROKEN,), r"\[1, 0\] is nan: the recorded run had broken down") for s in (mean_el2n, aum, dyn_unc)),
+        *(
+            (s, (torch.zeros(4),), r"of shape \(4,\) must have shape \(epochs, rows\)")
+            for s in (mean_el2n, aum, dyn_unc)
+        ),
+        (dyn_unc, (torch.zeros(1, 4),), "with 2 epochs or more"),
+        (dyn_unc, (torch.zeros(4, 4), 1), "window=1"),
+        (forgetting, (torch.zeros(0, 4),), "with 1 epochs or more"),
+        *(
+            (mean_el2n, (torch.zeros(3, 2), epochs), "must be one or more positions in the 3 epochs")
+            for epochs in ([], [3], [-4])
+        ),
+    ],
+)
+def test_records_that_make_no_score_are_refused(score, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        score(*arguments)
 
 
 def test_nothing_is_logged_in_an_ordinary_run(tmp_path, caplog, capsys):
