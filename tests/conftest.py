@@ -1,5 +1,6 @@
 """Set before anything is imported: no network, no progress bars; upstream deprecations fail."""
 
+import gc
 import logging
 import os
 import sys
@@ -51,6 +52,14 @@ def upstream_deprecations_fail():
     yield
     logger.removeHandler(handler)
     assert not handler.messages, f"deprecated upstream: {handler.messages}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_collections():
+    """Every run of Trainer begins with a full garbage collection, which takes longer than these tiny runs do."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,3 @@
-import gc
 import logging
 import math
 import os
@@ -65,14 +64,6 @@ class Chain(TrainerCallback):
     def __init__(self, **events):
         for name, function in events.items():
             setattr(self, name, lambda args, state, control, _call=function, **kwargs: _call(state, **kwargs))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Every run of Trainer begins with a full garbage collection, which takes longer than these runs do."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def finished_run(folder, noise: bool) -> Trainer:

@@ -479,7 +479,7 @@ def test_trained_probes_differ_by_bootstrap_and_are_kept(tmp_path, monkeypatch):
 
 def test_trained_probes_can_try_a_training_set_out(tmp_path):
     rows = pictures(60, 1)
-    args = arguments(tmp_path, num_train_epochs=8, learning_rate=0.02, optim="adamw_torch")
+    args = arguments(tmp_path, num_train_epochs=4, learning_rate=0.02, optim="adamw_torch")
     probes = train_probes(resnet, args, rows, num_probes=2, processing_class=PROCESSOR)
     pool = pictures(60)
     labels = torch.tensor(pool["label"][:])
