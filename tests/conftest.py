@@ -54,7 +54,7 @@ def upstream_deprecations_fail():
     assert not handler.messages, f"deprecated upstream: {handler.messages}"
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def quick_collections():
     """Every run of Trainer begins with a full garbage collection, which takes longer than these tiny runs do."""
     gc.freeze()

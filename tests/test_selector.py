@@ -556,6 +556,7 @@ def labelled(values):
         ({}, lambda pool: pool.to_iterable_dataset(), TypeError, "IterableDataset"),
         ({}, lambda pool: [{"x": 1}], TypeError, "is a list"),
         ({}, lambda pool: pool.add_column("weight", [1.0] * 200), ValueError, r"columns \['weight'\] already"),
+        ({}, lambda pool: pool.add_column("margin", ["wide"] * 200), ValueError, r"columns \['margin'\] already"),
         # labels that are no classes
         ({}, labelled([3] * 200), ValueError, "200 labels are outside the 3 classes"),
         ({}, labelled([-1] + [0, 1, 2, 0] * 49 + [0] * 3), ValueError, "first is -1 at row 0"),

@@ -22,7 +22,7 @@ class ScoredPool:
         names: class names of the data set or of the probes, if one of them has some.
         labels: `(N,)` classes; None where labels are not to be looked at.
         labels_hash: of the label column as it is stored.
-        table: the score columns, `(N,)` each, in the order of `SCORES`; empty before scoring.
+        table: the score columns, `(N,)` each, in the order of `SCORES`; empty until they are read or made.
     """
 
     data: Dataset
@@ -33,7 +33,7 @@ class ScoredPool:
 
     @classmethod
     def open(cls, data: Dataset, label_column: str | None, of_probes: Sequence[str] | None, labelled: bool) -> Self:
-        """Read what the data set holds.
+        """Read the class names and the labels.
 
         Args:
             data: checked by `check_dataset`.
@@ -45,12 +45,19 @@ class ScoredPool:
             ValueError, TypeError: for class names that differ, and as `label_tensor` does.
         """
         names = names_for(data, label_column, of_probes)
-        columns = [name for name in SCORES if name in data.column_names]
-        pool = cls(data, names, table={name: _numbers(data, name) for name in columns})
         if not labelled:
-            return pool
+            return cls(data, names)
         values = label_values(data, label_column)
-        return replace(pool, labels=class_tensor(values, label_column, names), labels_hash=labels_hash(values))
+        return cls(data, names, class_tensor(values, label_column, names), labels_hash(values))
+
+    @property
+    def score_columns(self) -> list[str]:
+        """The columns of the data set that are named as scores are."""
+        return [name for name in SCORES if name in self.data.column_names]
+
+    def with_columns_read(self) -> Self:
+        """The pool with the scores that stand in the data set."""
+        return replace(self, table={name: _numbers(self.data, name) for name in self.score_columns})
 
     def scored(self, table: Mapping[str, Tensor]) -> Self:
         """The pool with the score columns added."""

@@ -123,7 +123,7 @@ class UncertaintySelector:
         Raises:
             ValueError: for missing score columns or a budget out of range.
         """
-        return self._planned(self._open(scored), budget, overrides)
+        return self._planned(self._open(scored).with_columns_read(), budget, overrides)
 
     @overload
     def select(self, data: Dataset, budget: int | float, split: str | None = None, **overrides: Any) -> Dataset: ...
@@ -152,7 +152,7 @@ class UncertaintySelector:
             return DatasetDict({**data, split: self.select(data[split], budget, **overrides)})
         pool = self._open(data)
         self._check_budget(rows_of(budget, len(pool.data)), pool.labels, overrides)  # before the long work
-        scored = pool if set(UNLABELLED) <= set(pool.table) else self._scored(pool)
+        scored = pool.with_columns_read() if set(UNLABELLED) <= set(pool.score_columns) else self._scored(pool)
         subset = self._planned(scored, budget, overrides).apply(scored.data)
         return subset.remove_columns([name for name in SCORES if name in subset.column_names])
 
@@ -170,7 +170,7 @@ class UncertaintySelector:
 
     def _scored(self, pool: ScoredPool) -> ScoredPool:
         """The pool with all scores, by one pass of the probes."""
-        if clash := list(pool.table):
+        if clash := pool.score_columns:
             raise ValueError(f"the data set has the columns {clash} already; remove_columns({clash}) to score it anew")
         options = {"gauge": self.gauge, "batch_size": self.batch_size, "cache_dir": self.cache_dir}
         return pool.scored(score_rows(self.probes, pool.data, pool.labels, **options)[0])
