@@ -2,7 +2,6 @@ import logging
 import math
 import os
 import random
-import shutil
 import signal
 import statistics
 import subprocess
@@ -17,8 +16,8 @@ import pytest
 import tiny_run
 import torch
 from datasets import Dataset
-from dynamics_run import EPOCHS, ROWS, STEPS, Net, Rows
-from safetensors.torch import load_file, save_file
+from dynamics_run import EPOCHS, ROWS, STEPS, Net, Rows, assert_same_tensors, files, names
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
@@ -31,21 +30,8 @@ from hf_effdl.structure.training.trainer import last_complete_checkpoint
 SCRIPT = Path(__file__).parent / "support" / "dynamics_run.py"
 
 
-def files(out) -> dict[str, bytes]:
-    """Everything in the folder of records, byte for byte."""
-    return {file.name: file.read_bytes() for file in sorted((Path(out) / "dynamics").iterdir())}
-
-
-def names(*epochs: int) -> list[str]:
-    return [f"epoch-{epoch:04d}.safetensors" for epoch in epochs]
-
-
 def weights(run: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-
-
-def assert_same_tensors(a, b):
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 class Snapshots(TrainerCallback):
@@ -285,33 +271,6 @@ def test_runs_killed_at_any_moment_and_resumed_equal_an_uninterrupted_one(uninte
     finally:
         script.kill()
         script.wait()
-
-
-# ---- several processes
-
-
-def test_two_processes_record_what_one_does(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert list(files(tmp_path / "with")) == names(1, 2, 3, 4)
-    ends = {name: [torch.load(tmp_path / name / f"{rank}.pt") for rank in (0, 1)] for name in ("with", "without")}
-    for rank in (0, 1):  # training is left alone, what differs between the processes included
-        assert_same_tensors(ends["with"][rank], ends["without"][rank])
-    assert not torch.equal(ends["with"][0]["body.1.running_mean"], ends["with"][1]["body.1.running_mean"])
-    for epoch in range(1, EPOCHS + 1):  # one process that continues from a checkpoint records its epoch anew
-        checkpoint = f"checkpoint-{epoch * STEPS}"
-        out = tmp_path / f"one-{epoch}"
-        shutil.copytree(tmp_path / "with" / checkpoint, out / checkpoint)
-        one = dynamics_run.trainer(out, rows=Rows(), max_steps=epoch * STEPS)
-        one.train(resume_from_checkpoint=str(out / checkpoint))
-        name = names(epoch)[0]
-        assert files(out) == {name: files(tmp_path / "with")[name]}
-    net = Net().eval()  # three rows: the second process has none of its own
-    net.load_state_dict(load_file(tmp_path / "few" / f"checkpoint-{STEPS}" / "model.safetensors"))
-    expected = row_dynamics(net(Rows(3).x)["logits"], Rows(3).labels)
-    records = load_dynamics(tmp_path / "few")
-    assert all(torch.allclose(records[name][0], expected[name], atol=1e-6) for name in expected)
 
 
 # ---- what reaches the model

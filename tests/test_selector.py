@@ -1,8 +1,5 @@
 """From a data set and a budget to the rows: scoring, planning, applying, on images, texts and tables."""
 
-import os
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -119,22 +116,6 @@ def test_out_of_bag_predictions_use_only_heads_that_did_not_see_the_row(probes):
         torch.testing.assert_close(found[row], expected, equal_nan=True)
 
 
-def start(folder: Path, *arguments: str, processes: int = 1) -> subprocess.Popen:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher = [
-            str(Path(sys.executable).parent / "torchrun"),
-            "--nproc_per_node",
-            str(processes),
-            "--master_port",
-            str(random.randint(20000, 40000)),
-        ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        [*launcher, str(SCRIPT), *arguments], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
 @pytest.fixture
 def small_parts(monkeypatch):
     monkeypatch.setattr(scoring, "PART", selection_run.PART)
@@ -145,28 +126,16 @@ def uninterrupted(small_parts):
     return selection_run.scored_and_chosen()
 
 
-def same(first: dict, second: dict) -> bool:
-    return first.keys() == second.keys() and all(
-        torch.allclose(first[k].double(), second[k].double(), rtol=1e-5, atol=1e-6) for k in first
-    )
-
-
-def test_two_processes_score_and_choose_the_same(uninterrupted, tmp_path):
-    run = start(tmp_path, "out.pt", processes=2)
-    assert run.wait(200) == 0, run.stderr.read().decode()[-2000:]
-    assert same(torch.load(tmp_path / "out.pt", weights_only=True), uninterrupted)
-
-
 def test_scoring_that_was_killed_goes_on_where_it_was(uninterrupted, tmp_path):
-    run = start(tmp_path, "out.pt", "cache", "0.03")
+    run = subprocess.Popen([sys.executable, str(SCRIPT), "out.pt", "cache", "0.03"], cwd=tmp_path)
     deadline = time.time() + 100
     while len(list(tmp_path.glob("cache/*/*.safetensors"))) < 2 and time.time() < deadline:
         time.sleep(0.005)
-    os.kill(run.pid, signal.SIGKILL)
+    run.kill()
     run.wait()
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("cache/*/*.safetensors")}
     assert 2 <= len(kept) < 6 and not (tmp_path / "out.pt").exists()
-    assert same(selection_run.scored_and_chosen(str(tmp_path / "cache")), uninterrupted)
+    assert selection_run.same(selection_run.scored_and_chosen(str(tmp_path / "cache")), uninterrupted)
     assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
     assert len(list(tmp_path.glob("cache/*/*"))) == 6  # and nothing of the part that was cut off
 

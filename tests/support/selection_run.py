@@ -51,15 +51,21 @@ def scored_and_chosen(cache: str | None = None, seconds: float = 0.0) -> dict[st
     return columns | {"chosen": plan.positions, "weights": plan.weights}
 
 
-def main() -> None:
-    out, cache, seconds = [*sys.argv[1:], *[None, "0"][len(sys.argv) - 2 :]]
-    torch.set_num_threads(1)
+def write(out: str, cache: str | None = None, seconds: float = 0.0) -> None:
+    """The same in parts of 40 rows, into a file."""
     scoring.PART = PART
-    result = scored_and_chosen(cache, float(seconds))
+    result = scored_and_chosen(cache, seconds)
     if PartialState().is_main_process:
         torch.save(result, out)
 
 
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.allclose(first[name].double(), second[name].double(), rtol=1e-5, atol=1e-6) for name in first
+    )
+
+
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    write(sys.argv[1], *sys.argv[2:3], *map(float, sys.argv[3:]))
     leave()
