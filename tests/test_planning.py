@@ -11,7 +11,7 @@ import torch
 
 from hf_effdl.samples.drawing.draws import draw, priority_sample, sequential_draw, top_k
 from hf_effdl.samples.drawing.hashing import hashed_uniform
-from hf_effdl.samples.drawing.plan import Plan, make_plan
+from hf_effdl.samples.drawing.plan import Plan, PlanSettings, make_plan
 from hf_effdl.samples.drawing.presets import (
     ENOUGH_ROWS,
     HARD_ROWS_HELP,
@@ -388,10 +388,8 @@ def test_settings_are_plain_and_draw_the_same_rows_again():
         active_plan(table, 60, accuracy=0.9),
     ]
     for plan in plans:
-        settings = json.loads(json.dumps(plan.settings))
-        for name in ("preset", "regime", "trial_accuracy"):
-            settings.pop(name, None)
-        assert same(make_plan(table, **settings), plan)
+        settings = PlanSettings.of(json.loads(json.dumps(plan.settings)))
+        assert same(make_plan(table, **dataclasses.asdict(settings)), plan)
     # but for the filter, which is as long as the pool
     plan = default_plan(table, 60, seed=5)
     settings = json.loads(json.dumps(plan.settings))

@@ -177,11 +177,8 @@ class Shards:
         for argument, name in columns.items():
             for file, schema in zip(files, schemas, strict=True) if name else ():
                 _check_column(file, schema, argument, name)
-                if argument == "id_column" and schema.field(name).type != (kind := schemas[0].field(name).type):
-                    raise TypeError(
-                        f"{file}: column {name!r} is of type {schema.field(name).type}, in {files[0]} of {kind}; "
-                        "make them alike"
-                    )
+        if id_column is not None:
+            _check_one_type(files, [schema.field(id_column).type for schema in schemas], id_column)
         return cls(list(inputs), score, id_column, weighed_by, batch_rows, workers)
 
     @property
@@ -271,6 +268,13 @@ def _check_column(file: str, schema: Any, argument: str, name: str) -> None:
         fits, what = (types.is_integer, types.is_string, types.is_large_string), "integers or texts"
     if not any(test(kind) for test in fits):
         raise TypeError(f"{file}: column {name!r} is of type {kind}; cast it to {what}, or change {argument}=")
+
+
+def _check_one_type(files: list[str], types: list[Any], name: str) -> None:
+    """Raise where a column is of several types."""
+    for file, kind in zip(files, types, strict=True):
+        if kind != types[0]:
+            raise TypeError(f"{file}: column {name!r} is of type {kind}, in {files[0]} of {types[0]}; make them alike")
 
 
 def _stamp(file: str) -> dict[str, int]:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from hf_effdl.samples.drawing.plan import Plan, PlanSettings, make_plan
 from hf_effdl.samples.drawing.presets import filled_up, overridden
 from hf_effdl.samples.probes.inputs import label_tensor
-from hf_effdl.samples.selection import files as storage
+from hf_effdl.samples.selection import files
 from hf_effdl.samples.selection.findings import kept_by_filter
 from hf_effdl.samples.selection.pictures import plot_selection
 from hf_effdl.samples.selection.report import SelectionReport
@@ -91,7 +91,7 @@ class Selection(SelectedRows):
         Returns:
             The folder of this config.
         """
-        return storage.save(self, folder, config_name, card)
+        return files.save(self, folder, config_name, card)
 
     @classmethod
     def load(
@@ -116,7 +116,7 @@ class Selection(SelectedRows):
             FileNotFoundError: if there is no selection there.
             ValueError: for an unknown config, a newer format, or files that do not belong together.
         """
-        return cls(**storage.load(where, config_name, revision, token))
+        return cls(**files.load(where, config_name, revision, token))
 
     def push_to_hub(
         self,
@@ -151,7 +151,7 @@ class Selection(SelectedRows):
             >>> selector.selection.push_to_hub("me/pool-selection", config_name="r100")  # doctest: +SKIP
             >>> subset = load_selection("me/pool-selection", config_name="r100")         # doctest: +SKIP
         """
-        return storage.push(self, repo_id, config_name, private, token, commit_message, license=license)
+        return files.push(self, repo_id, config_name, private, token, commit_message, license=license)
 
     def report(self) -> SelectionReport:
         """Class counts, effective size, suspected label errors."""
