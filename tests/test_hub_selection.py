@@ -168,6 +168,9 @@ def test_another_source_is_refused(selector, pool, tmp_path):
         load_selection(tmp_path, pool.select(range(119)))
     with pytest.raises(ValueError, match="rows have moved or changed"):
         load_selection(tmp_path, pool.shuffle(seed=0))
+    selector.selection.pool = pool.shuffle(seed=0)
+    with pytest.raises(ValueError, match="rows have moved or changed"):
+        selector.selection.apply(selector.selection.pool)
     with pytest.raises(ValueError, match="not loaded from the Hub.*pass source="):
         load_selection(tmp_path)
     named = UncertaintySelector(selector.probes, trial=False, id_column="name")

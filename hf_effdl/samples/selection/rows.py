@@ -47,7 +47,10 @@ class SelectedRows:
             ValueError: if this is not the data set that was selected from.
         """
         check_dataset(data)
-        positions = self.positions_in(data, self.plan.positions)
+        return self.taken_from(data, self.positions_in(data, self.plan.positions))
+
+    def taken_from(self, data: Dataset, positions: Tensor) -> Dataset:
+        """`apply` where it is known at which positions of the data set the chosen rows stand."""
         clash = [name for name in ("weight", "inclusion_probability") if name in data.column_names]
         if clash:
             raise ValueError(f"the data set has the columns {clash} already; remove_columns({clash}) or rename them")
@@ -65,8 +68,6 @@ class SelectedRows:
         Raises:
             ValueError: if this is not the data set that was selected from.
         """
-        if data is self.pool:
-            return rows
         if self.info.get("id_column") is not None:
             return self._found_by_id(data, rows)
         if len(data) != self.plan.rows:

@@ -153,7 +153,8 @@ class UncertaintySelector:
         pool = self._open(data)
         self._check_budget(rows_of(budget, len(pool.data)), pool.labels, overrides)  # before the long work
         scored = pool.with_columns_read() if set(UNLABELLED) <= set(pool.score_columns) else self._scored(pool)
-        subset = self._planned(scored, budget, overrides).apply(scored.data)
+        selection = self._planned(scored, budget, overrides)
+        subset = selection.taken_from(scored.data, selection.plan.positions)
         return subset.remove_columns([name for name in SCORES if name in subset.column_names])
 
     def report(self) -> SelectionReport:
