@@ -1,8 +1,8 @@
 """Scripts in processes of their own that start at once.
 
 A fresh interpreter spends seconds on importing torch and transformers. Here one server, which the standard library
-starts at the first call, imports them once; every script then runs in a process forked from it. Use `fresh=True` in one
-test per kind of script: that is a new interpreter, or the real `torchrun`.
+starts at the first call, imports them once; every script then runs in a process forked from it. Use `fresh=True` in
+one test per kind of script: that is a new interpreter, or the real `torchrun`.
 """
 
 import multiprocessing
@@ -21,7 +21,15 @@ from pathlib import Path
 import psutil
 
 
-PRELOADED = ["torch", "transformers", "transformers.trainer", "datasets", "accelerate", "safetensors.torch", "hf_effdl"]
+PRELOADED = [
+    "torch",
+    "transformers",
+    "transformers.trainer",
+    "datasets",
+    "accelerate",
+    "safetensors.torch",
+    "hf_effdl",
+]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)
 BIN = Path(sys.executable).parent
@@ -53,7 +61,9 @@ class Script:
         fresh: bool = False,
     ) -> None:
         self.argv = [str(HERE / file), *map(str, arguments)]
-        self.env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | dict(env or {})
+        paths = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+        self.env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
+        self.env |= dict(env or {})
         self.cwd = str(cwd or HERE)
         self._folder = tempfile.TemporaryDirectory(prefix="script-")
         self._outputs = [Path(self._folder.name) / f"{rank}.txt" for rank in range(1 if fresh else processes)]
@@ -153,7 +163,7 @@ def run(argv: list[str], env: dict[str, str], cwd: str, output: str) -> None:
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = argv
-    sys.path.insert(0, str(Path(argv[0]).parent))
+    sys.path[:0] = [str(Path(argv[0]).parent), str(HERE)]
     try:
         runpy.run_path(argv[0], run_name="__main__")
         code = 0
