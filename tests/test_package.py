@@ -72,6 +72,15 @@ def test_every_public_name_can_be_imported_and_says_what_it_is():
         hf_effdl.nothing  # noqa: B018
 
 
+def test_type_checkers_see_the_names_that_load_on_first_use():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    typing = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in typing.body for alias in node.names}
+    assert {*seen, "__version__"} == set(hf_effdl.__all__)
+    for name, module in seen.items():
+        assert getattr(importlib.import_module(module), name) is getattr(hf_effdl, name)
+
+
 def test_importing_the_package_adds_little_to_torch_and_transformers():
     code = (
         "import sys, time, torch, transformers, transformers.quantizers\n"
