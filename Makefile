@@ -1,4 +1,4 @@
-.PHONY: demo test bench style quality clean
+.PHONY: demo test test-all bench style quality clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -17,8 +17,14 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
 
+# One file a worker at a time, as its tests share what they have made; what measures time comes last, alone.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile -m "not slow and not alone"
+	$(BIN)/python -m pytest -m "alone and not slow"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n logical --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 bench: $(READY)
 	$(BIN)/python examples/benchmarks/structure_mnist.py --net bn
