@@ -62,14 +62,6 @@ def upstream_deprecations_fail():
     assert not handler.messages, f"deprecated upstream: {handler.messages}"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Every run of Trainer begins with a full garbage collection, which takes longer than these tiny runs do."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="session")
 def compiler():
     """Tests of the compiled optimizer step need a C++ compiler."""

@@ -4,8 +4,6 @@ import os
 import random
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +15,7 @@ import tiny_run
 import torch
 from datasets import Dataset
 from dynamics_run import EPOCHS, ROWS, STEPS, Net, Rows, assert_same_tensors, files, names
+from forked import Script
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -25,9 +24,6 @@ from transformers import Trainer, TrainerCallback
 from hf_effdl import DynamicsCallback, WeightedTrainer, dynamics_scores, load_dynamics
 from hf_effdl.samples.scores.dynamics import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
 from hf_effdl.structure.training.trainer import last_complete_checkpoint
-
-
-SCRIPT = Path(__file__).parent / "support" / "dynamics_run.py"
 
 
 def weights(run: Trainer) -> dict[str, torch.Tensor]:
@@ -244,14 +240,11 @@ MOMENTS = ["before", "during", "after", "anywhere-0", "anywhere-quiet-0"]
     "points", [MOMENTS, pytest.param(sorted({*dynamics_run.SAVES} - {*MOMENTS}), marks=pytest.mark.slow)]
 )
 def test_runs_killed_at_any_moment_and_resumed_equal_an_uninterrupted_one(uninterrupted, quiet, tmp_path, points):
-    command = [sys.executable, str(SCRIPT), str(tmp_path), *points]
-    script = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    script = Script("dynamics_run.py", tmp_path, *points)
     try:
         for point in points:
-            out, deadline = tmp_path / point, time.monotonic() + 120
-            while not (out / "held").exists():
-                assert time.monotonic() < deadline and script.poll() is None
-                time.sleep(0.01)
+            out = tmp_path / point
+            script.wait_for((out / "held").exists)
             delay = random.SystemRandom().uniform(0, 0.5) if point.startswith("anywhere") else 0
             time.sleep(delay)
             with suppress(ProcessLookupError):  # it may have finished by now
@@ -270,7 +263,6 @@ def test_runs_killed_at_any_moment_and_resumed_equal_an_uninterrupted_one(uninte
             assert_same_tensors(weights(run), weights(same))
     finally:
         script.kill()
-        script.wait()
 
 
 # ---- what reaches the model

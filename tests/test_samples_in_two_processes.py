@@ -1,16 +1,13 @@
 """Two processes score, choose and record what one does."""
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import dynamics_run
 import pytest
 import selection_run
 import torch
 from dynamics_run import EPOCHS, STEPS, Net, Rows, assert_same_tensors, files, names
+from forked import Script
 from safetensors.torch import load_file
 
 from hf_effdl import load_dynamics
@@ -18,17 +15,11 @@ from hf_effdl.samples.probes import scoring
 from hf_effdl.samples.scores.dynamics import row_dynamics
 
 
-SCRIPT = Path(__file__).parent / "support" / "samples_run.py"
-
-
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     """The folder in which two processes left what they had done."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=300, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
+    Script("samples_run.py", folder, processes=2, env={"ACCELERATE_USE_CPU": "true"}).finish()
     return folder
 
 

@@ -1,15 +1,11 @@
 """From a data set and a budget to the rows: scoring, planning, applying, on images, texts and tables."""
 
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import numpy as np
 import pytest
 import selection_run
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from forked import Script
 from PIL import Image as Picture
 from torch import nn
 from transformers import (
@@ -29,9 +25,6 @@ from hf_effdl.samples.probes import scoring, trained_probes
 from hf_effdl.samples.probes.linear_probes import fit_heads
 from hf_effdl.samples.probes.scoring import SCORES, UNLABELLED, score_rows
 from hf_effdl.samples.selection import pool as scored_pool
-
-
-SCRIPT = Path(__file__).parent / "support" / "selection_run.py"
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +120,9 @@ def uninterrupted(small_parts):
 
 
 def test_scoring_that_was_killed_goes_on_where_it_was(uninterrupted, tmp_path):
-    run = subprocess.Popen([sys.executable, str(SCRIPT), "out.pt", "cache", "0.03"], cwd=tmp_path)
-    deadline = time.time() + 100
-    while len(list(tmp_path.glob("cache/*/*.safetensors"))) < 2 and time.time() < deadline:
-        time.sleep(0.005)
+    run = Script("selection_run.py", "out.pt", "cache", "0.03", cwd=tmp_path)
+    run.wait_for(lambda: len(list(tmp_path.glob("cache/*/*.safetensors"))) >= 2)
     run.kill()
-    run.wait()
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("cache/*/*.safetensors")}
     assert 2 <= len(kept) < 6 and not (tmp_path / "out.pt").exists()
     assert selection_run.same(selection_run.scored_and_chosen(str(tmp_path / "cache")), uninterrupted)
