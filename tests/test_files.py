@@ -97,9 +97,12 @@ def test_one_process_is_the_first_and_waits_for_nobody():
     processes.together()
 
 
-def test_a_copy_of_a_prepared_model_is_free_of_accelerates_marks():
+def test_a_copy_of_a_prepared_model_is_free_of_accelerates_marks(monkeypatch):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # else the first Accelerator of the process decides on the precision of all
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     model = torch.nn.Linear(2, 2)
     before = set(vars(model))
     Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
