@@ -23,8 +23,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from rows import append_rows, read_rows
 
 
 # Nothing heavy is imported here: the peak memory of a child begins at that of its parent.
@@ -180,7 +182,7 @@ def table(rows: list[dict], size: int) -> None:
             print(f"| {arm} | {len(mine)} | {' | '.join(cells)} | {speed / 1e6:.1f} | {peak:,.0f} |")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10**8)
     parser.add_argument("--shards", type=int, default=16)
@@ -192,12 +194,12 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the table of the runs so far")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.child == "make":
         return make(options.work, options.rows, options.shards)
     if options.child:
         return child(options.child, options.work, options.budget)
-    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
+    rows = read_rows(options.out)
     if options.table:
         return table(rows, options.rows)
     budget = int(SHARE * options.rows)
@@ -207,7 +209,6 @@ def main() -> None:
     try:
         sizes = ["--rows", str(options.rows), "--shards", str(options.shards)]
         subprocess.run([sys.executable, __file__, "--child", "make", "--work", str(work), *sizes], check=True)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(options.repeats):
             for arm in options.arms:
                 if arm == "plan_shards":
@@ -229,8 +230,7 @@ def main() -> None:
                     "python": platform.python_version(),
                     "date": datetime.date.today().isoformat(),
                 }
-                with options.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_rows(options.out, [row])
                 rows.append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
                 if failed := [name for name, value in said["checks"].items() if value is False]:

@@ -37,10 +37,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image, ImageDraw
+from rows import append_rows, machine, parser_of, read_rows
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MobileNetV2Config, MobileNetV2Model, ViTConfig, ViTModel
-from vicl_arms import append_rows, machine, parser_of, read_rows
 
 from hf_effdl import ExamplePool, VisionEncoder, VisualInContextModel, aggregate_rankings
 from hf_effdl.vicl.remote_code.cascade import HEADS, CascadeSelector
