@@ -9,6 +9,7 @@ READY := $(VENV)/.ready
 # Everything below starts from a machine with nothing but Python 3.11 or newer. torch is installed first and pinned, so that
 # pip does not draw the CUDA packages of a newer release through another package's dependencies.
 $(READY): pyproject.toml constraints.txt
+	@echo "installing into $(VENV), about 2 GB: some minutes, and silent meanwhile"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"

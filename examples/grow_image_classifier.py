@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "accelerate>=1.12",
+#     "datasets>=5",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = ".." }
+# ///
+
 """Grow an image classifier from a narrow ResNet on any image data set of the Hub, save or push it with its history.
 
     python examples/grow_image_classifier.py --model_name_or_path microsoft/resnet-18 --dataset_name beans \\

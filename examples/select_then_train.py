@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "accelerate>=1.12",
+#     "datasets>=5",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = ".." }
+# ///
+
 """Choose the rows worth training on, train on them, and see what it bought: any classification data set and model.
 
     python examples/select_then_train.py --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name beans \\

@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "accelerate>=1.12",
+#     "datasets>=5",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = ".." }
+# ///
+
 """Train an image classifier with split LBI on any image data set of the Hub, take a smaller one, save or push both.
 
     python examples/sparsify_image_classifier.py --model_name_or_path microsoft/resnet-18 --from_scratch \\

@@ -1,3 +1,19 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "accelerate>=1.12",
+#     "datasets>=5",
+#     "pillow>=11",
+#     "scikit-learn>=1.6",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = ".." }
+# ///
+
 """Train list-wise rankers that choose examples for an in-context model, on any image data set and encoder.
 
     python examples/train_ranker.py                     # scenes of digits and a tiny SegGPT: some minutes, offline

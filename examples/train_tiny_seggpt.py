@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "pillow>=11",
+#     "scikit-learn>=1.6",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = ".." }
+# ///
+
 """Train a tiny SegGPT on scenes of digits: one set of weights that segments, detects and colourises by example.
 
     OMP_NUM_THREADS=1 python examples/train_tiny_seggpt.py --output_dir runs/tiny-seggpt

@@ -1,3 +1,18 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "accelerate>=1.12",
+#     "datasets>=5",
+#     "pillow>=11",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = ".." }
+# ///
+
 """Predict for new images by example, with any in-context model, encoder and image data set of the Hub.
 
     python examples/vicl_seggpt.py --dataset_name EduardoPacheco/FoodSeg103 --label_column label --foreground 17 \\

@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "pillow>=11",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Growing on CIFAR-10: VGG16-BN and ResNet-18 from 16 filters in every layer, beside the dense net.
 
 The dense nets are those of `structure_cifar10.py`; arms and costs are those of `growth_arms.py`. Batches are cropped

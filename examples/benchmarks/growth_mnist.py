@@ -1,3 +1,16 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Growing on MNIST: four conv-BN layers from 8, 12, 16 and 16 channels, beside the net of four times as many.
 
 Arms and costs are those of `growth_arms.py`.

@@ -1,3 +1,14 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """What one optimizer step costs: SplitLBI fused and in plain operations beside torch's AdamW and SGD.
 
 The tensors of an ImageNet ResNet-18 (11.69 M parameters), or a stack of 4096-wide linear layers (1 B, `--size 1b`, for

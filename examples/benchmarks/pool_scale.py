@@ -1,3 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "safetensors>=0.4",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """A million rows in a pool: how fast and how exact the search for 50 neighbours is, by the index and by comparing all.
 
     python examples/benchmarks/pool_scale.py

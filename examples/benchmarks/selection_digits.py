@@ -1,3 +1,16 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "scikit-learn>=1.6",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Which rows to train on: the default preset beside everything it must beat, on 8 x 8 digits.
 
 Probe set 300, pool 1,000, test 497 rows of scikit-learn's digits; MLP 64-64-10, 200 full-batch steps of AdamW; scores

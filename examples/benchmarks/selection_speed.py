@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "datasets>=5",
+#     "pillow>=11",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """What choosing examples costs beside the frozen model: the ranker, the cascade, the aggregation of rankings.
 
     python examples/benchmarks/selection_speed.py --threads 2

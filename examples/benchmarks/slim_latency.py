@@ -1,3 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """What a slim model's latency is: beside its MACs, beside a stock model of its widths, and beside what was asked.
 
 Nets at batch 32 and 1: transformers' ResNet-18 in its stock config (7x7 stem with stride 2, pooling, basic blocks of

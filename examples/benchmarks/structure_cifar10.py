@@ -1,3 +1,16 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "pillow>=11",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Which channels to keep on CIFAR-10: the path beside the baselines, at equal epochs and equal MACs.
 
 ResNet-18 for 32x32 images (11.2 M parameters, 0.56 GMACs) or VGG16-BN with one linear layer on top (14.7 M, 0.31 G).

@@ -1,3 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Which channels to keep on MNIST: the path beside the baselines, at equal epochs and equal MACs.
 
 Two nets: LeNet (no batch norm, lr 0.05, tenfold down at one and two thirds, no weight decay; at the 0.1 of the

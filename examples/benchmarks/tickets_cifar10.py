@@ -1,3 +1,16 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "pillow>=11",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Winning tickets on CIFAR-10: found early by `find_ticket`, beside the baselines of `ticket_arms.py`.
 
 Nets, augmentation, schedule and precision are those of `structure_cifar10.py`: ResNet-18 or VGG16-BN, SGD at rate 0.1,

@@ -1,3 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Winning tickets on MNIST: found early by `find_ticket`, beside the baselines of `ticket_arms.py`.
 
 Two nets: LeNet (no batch norm) and four conv-BN layers of 32, 48, 64 and 64 channels. Transfer: a ticket found on the

@@ -1,3 +1,16 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "pillow>=11",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """What split LBI adds to a whole training step: ResNet-18 on 32x32 images, beside the same step with SGD and AdamW.
 
 Forward, backward and optimizer step of a ResNet-18 for small images (11.2 M parameters, 3x3 stem), batch 64. Arms have

@@ -1,3 +1,18 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "datasets>=5",
+#     "pillow>=11",
+#     "scikit-learn>=1.6",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Which example to show a SegGPT: how much of the gap from the nearest to the best of the 50 each strategy closes.
 
 The frozen in-context model is the tiny SegGPT of `model_cards/tiny-seggpt-digits`, which segments, detects and

@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "datasets>=5",
+#     "pillow>=11",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Which example to show: how much of the gap from the nearest to the best of the 50 nearest each strategy closes.
 
 600 photos of pets (Oxford-IIIT Pet, three breeds; data folder: HF_EFFDL_DATA), squashed to 224 x 224. The frozen
