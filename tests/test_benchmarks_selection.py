@@ -43,6 +43,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_it_writes_a_row_per_cell_arm_and_pair(folder):
     found = rows(folder)[:8]
     cells = [f"digits, {kind}, r={r}" for kind in ("clean", "20% flips") for r in (100, 400)]
@@ -58,6 +59,7 @@ def test_it_writes_a_row_per_cell_arm_and_pair(folder):
         assert "flips" not in cell or default["accuracy"] > of[cell, "A uniform by class"]["accuracy"] + 0.05
 
 
+@pytest.mark.slow
 def test_rows_already_there_are_skipped_and_the_table_has_all_arms(folder, main, capsys):
     out, before = str(folder / "rows.jsonl"), rows(folder)
     main(["--out", out, *SMALL, ENSEMBLE])
@@ -74,6 +76,7 @@ def test_rows_already_there_are_skipped_and_the_table_has_all_arms(folder, main,
     assert capsys.readouterr().out == table
 
 
+@pytest.mark.slow
 def test_long_tails_are_tested_twice(tmp_path, main, capsys):
     main(["--out", str(tmp_path / "rows.jsonl"), "--pairs", "1", "--cells", "tail", "--arms", "uniform", ENSEMBLE])
     assert all(row["accuracy"] != row["accuracy, pool's shares"] for row in rows(tmp_path))
