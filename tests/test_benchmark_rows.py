@@ -81,7 +81,9 @@ def test_a_mean_has_an_error_from_two_values_on():
     from rows import mean_and_error
 
     assert mean_and_error([1.0, 2.0, 3.0]) == (2.0, pytest.approx(1 / 3**0.5))
-    assert mean_and_error([4.0])[0] == 4.0 and np.isnan(mean_and_error([4.0])[1]) and np.isnan(mean_and_error([])).all()
+    assert (
+        mean_and_error([4.0])[0] == 4.0 and np.isnan(mean_and_error([4.0])[1]) and np.isnan(mean_and_error([])).all()
+    )
 
 
 # ---- committed rows
