@@ -38,9 +38,8 @@ def scores(printed: str) -> dict[str, float]:
 
 def test_it_measures_the_pool_and_compares_strategies(config, tmp_path, capsys):
     out = tmp_path / "out"
-    vicl_seggpt.main(
-        ["--config", str(config), "--strategy", "transfer", "--output_dir", str(out), "--num_examples", "2"]
-    )
+    given = ["--strategy", "transfer", "--num_examples", "2"]
+    vicl_seggpt.main(["--config", str(config), "--output_dir", str(out), *given])
     of = scores(capsys.readouterr().out)
     assert set(of) == {"transfer", "random", "oracle"} and of["oracle"] >= of["random"]
     assert len(list((out / "performance").rglob("*.safetensors"))) == 1  # six images are one part
