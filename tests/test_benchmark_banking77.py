@@ -1,6 +1,6 @@
 """The text benchmark runs from the files to its table."""
 
-import importlib.util
+import importlib
 import json
 import sys
 
@@ -27,16 +27,18 @@ ARMS = [
 def benchmark():
     if not (DATA / "banking77").is_dir():
         pytest.skip(f"no banking77 under {DATA}; set HF_EFFDL_DATA")
-    spec = importlib.util.spec_from_file_location("selection_banking77", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["selection_banking77"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    module.DATA = DATA
-    module.RECIPE["steps"] = 40
-    texts = module.read()
-    found = module.features("bag", texts, None)
-    module.read, module.features = lambda: texts, lambda kind, texts, work: found
-    return module
+    before = list(sys.path)
+    sys.path.insert(0, str(SCRIPT.parent))
+    module = importlib.import_module("selection_banking77")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "DATA", DATA)
+        patch.setitem(module.RECIPE, "steps", 40)
+        texts = module.read()
+        found = module.features("bag", texts, None)
+        patch.setattr(module, "read", lambda: texts)
+        patch.setattr(module, "features", lambda kind, texts, work: found)
+        yield module
+    sys.path[:] = before
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """The selection benchmark: rows, skipping and table."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -18,13 +18,10 @@ SMALL = ("--pairs", "1", "--cells", "digits", "--arms", "default", "A uniform by
 
 @pytest.fixture(scope="module")
 def main():
-    spec = importlib.util.spec_from_file_location("selection_digits", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    threads = torch.get_num_threads()
-    sys.modules["selection_digits"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    yield module.main
-    del sys.modules["selection_digits"]
+    before, threads = list(sys.path), torch.get_num_threads()
+    sys.path.insert(0, str(SCRIPT.parent))
+    yield importlib.import_module("selection_digits").main
+    sys.path[:] = before
     torch.set_num_threads(threads)
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def name_of(requirement: str) -> str:
     return re.match(r"[A-Za-z0-9_-]+", requirement)[0]
 
 
+@cache
 def imported(file: Path) -> set[str]:
     """Names of all modules that a script imports at any place, and those of the scripts it imports."""
     found: set[str] = set()
@@ -94,6 +96,7 @@ def test_help_begins_with_the_docstring_and_the_scripts_own_arguments(name, caps
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert module.__doc__.strip().splitlines()[0] in printed.splitlines()[2]
+    printed = printed.partition("\noptions:")[2]
     places = [printed.index(f"  --{option} ") for option in ("config", "dataset_name", "output_dir")]
     assert places == sorted(places)
     for text in CHOICES.get(name, ()):
