@@ -39,15 +39,9 @@ import torch
 from accelerate import Accelerator
 from command_line import is_given, leave, parse_arguments
 from train_ranker import DIGITS, DataArguments, find_copies, load_rows, score_strategy
+from vicl_seggpt import load_model, make_pool
 
-from hf_effdl import (
-    CascadeSelector,
-    ExamplePool,
-    VisionEncoder,
-    VisualInContextModel,
-    VisualInContextPipeline,
-    measure_examples,
-)
+from hf_effdl import CascadeSelector, VisualInContextPipeline, measure_examples
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.vicl.remote_code.cascade import HEADS
 from hf_effdl.vicl.remote_code.visual_tasks import to_rgb
@@ -97,19 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     out = Path(args.output_dir)
     pool_rows, query_rows = load_rows(args)
-    encoder = VisionEncoder.from_pretrained(args.encoder) if args.encoder else None
-    model = VisualInContextModel.from_backbone(args.model, task=args.task, encoder=encoder).to(accelerator.device)
-    model.config.candidates = args.candidates
-    pool = ExamplePool.from_dataset(
-        pool_rows,
-        args.image_column,
-        args.label_column,
-        encoder=model.encoder,
-        task=args.task,
-        foreground=args.foreground,
-        cache_dir=out / "pool",
-        keep_grids=True,
-    )
+    model = load_model(args).to(accelerator.device)
+    pool = make_pool(args, pool_rows, model, out / "pool", keep_grids=True)
     pipe = VisualInContextPipeline(model, pool=pool)
     exclude = find_copies(pipe, query_rows, args)
     budget = min(args.label_budget or len(pool), len(pool) - len(exclude))

@@ -45,7 +45,7 @@ from command_line import is_given, leave, parse_arguments
 from datasets import Dataset
 from digit_scenes import make_scenes
 from transformers import EarlyStoppingCallback, TrainingArguments
-from vicl_seggpt import PoolArguments, drawn, load_splits, score_of
+from vicl_seggpt import PoolArguments, drawn, load_model, load_splits, make_pool, score_of
 
 from hf_effdl import (
     ExamplePool,
@@ -54,7 +54,6 @@ from hf_effdl import (
     RankerSelector,
     RankerTrainer,
     RankingLists,
-    VisionEncoder,
     VisualInContextModel,
     VisualInContextPipeline,
     measure_examples,
@@ -194,17 +193,8 @@ def main(argv: list[str] | None = None) -> None:
     args, training = parse(sys.argv[1:] if argv is None else argv)
     out, device = Path(training.output_dir), training.device
     pool_rows, query_rows = load_rows(args)
-    encoder = VisionEncoder.from_pretrained(args.encoder) if args.encoder else None
-    model = VisualInContextModel.from_backbone(args.model, task=args.task, encoder=encoder).to(device)
-    pool = ExamplePool.from_dataset(
-        pool_rows,
-        args.image_column,
-        args.label_column,
-        encoder=model.encoder,
-        task=args.task,
-        foreground=args.foreground,
-        cache_dir=out / "pool",
-    )
+    model = load_model(args).to(device)
+    pool = make_pool(args, pool_rows, model, out / "pool")
     pipe = VisualInContextPipeline(model, pool=pool)
     exclude = find_copies(pipe, query_rows, args)
     budget = min(args.label_budget or len(pool), len(pool) - len(exclude))

@@ -28,6 +28,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,25 +111,38 @@ def load_splits(args: PoolArguments) -> tuple[Dataset, Dataset]:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(sys.argv[1:] if argv is None else argv)
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    out = Path(args.output_dir)
-    pool_rows, query_rows = load_splits(args)
+def load_model(args: PoolArguments) -> VisualInContextModel:
     encoder = VisionEncoder.from_pretrained(args.encoder) if args.encoder else None
-    model = VisualInContextModel.from_backbone(args.model, task=args.task, encoder=encoder).to(accelerator.device)
-    model.config.candidates, model.config.strategy = args.candidates, args.strategy
-    pool = ExamplePool.from_dataset(
-        pool_rows,
+    model = VisualInContextModel.from_backbone(args.model, task=args.task, encoder=encoder)
+    model.config.candidates = args.candidates
+    return model
+
+
+def make_pool(
+    args: PoolArguments, rows: Dataset, model: VisualInContextModel, folder: Path, **options: Any
+) -> ExamplePool:
+    """A pool of the rows, which a second call finds in the folder."""
+    return ExamplePool.from_dataset(
+        rows,
         args.image_column,
         args.label_column,
         encoder=model.encoder,
         task=args.task,
         foreground=args.foreground,
-        cache_dir=out / "pool",
-        batch_size=args.batch_size,
-        keep_grids="dense" in (args.strategy, *args.compare),
+        cache_dir=folder,
+        **options,
     )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    out = Path(args.output_dir)
+    pool_rows, query_rows = load_splits(args)
+    model = load_model(args).to(accelerator.device)
+    model.config.strategy = args.strategy
+    grids = "dense" in (args.strategy, *args.compare)
+    pool = make_pool(args, pool_rows, model, out / "pool", batch_size=args.batch_size, keep_grids=grids)
     strategies = list(dict.fromkeys([args.strategy, *args.compare]))
     if set(strategies) & set(MEASURED):
         measure_examples(model, pool, queries=args.label_budget, cache_dir=out / "performance")
