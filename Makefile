@@ -9,6 +9,7 @@ READY := $(VENV)/.ready
 # Everything below starts from a machine with nothing but Python 3.11 or newer. torch is installed first and pinned, so that
 # pip does not draw the CUDA packages of a newer release through another package's dependencies.
 $(READY): pyproject.toml constraints.txt
+	@echo "installing into $(VENV), about 2 GB: some minutes, and silent meanwhile"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
@@ -26,28 +27,31 @@ test-all: $(READY)
 	$(BIN)/python -m pytest -n logical --dist loadfile -m "not alone"
 	$(BIN)/python -m pytest -m alone
 
+BENCHMARK := $(BIN)/python examples/benchmarks
+
+# Hours; rows that are in runs/benchmarks/ already are not made again.
 bench: $(READY)
-	$(BIN)/python examples/benchmarks/structure_mnist.py --net bn
-	$(BIN)/python examples/benchmarks/structure_mnist.py --net lenet
-	$(BIN)/python examples/benchmarks/structure_mnist.py --net lenet --recipe paper
-	$(BIN)/python examples/benchmarks/structure_mnist.py --table
-	$(BIN)/python examples/benchmarks/structure_cifar10.py --width 16 --classes 2 --rows 2000 --epochs 6 --tune 3 --seeds 1 \
-		--set batch=32 lasso=0.004
-	$(BIN)/python examples/benchmarks/tickets_mnist.py --net lenet
-	$(BIN)/python examples/benchmarks/tickets_mnist.py --net wide
-	$(BIN)/python examples/benchmarks/growth_mnist.py
-	$(BIN)/python examples/benchmarks/optimizer_step.py
-	$(BIN)/python examples/benchmarks/train_overhead.py
-	$(BIN)/python examples/benchmarks/slim_latency.py
-	$(BIN)/python examples/benchmarks/selection_digits.py
-	$(BIN)/python examples/benchmarks/selection_digits.py --few --cells digits-200 large tail mnist mnist-tail
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
-	$(BIN)/python examples/benchmarks/selection_banking77.py
-	$(BIN)/python examples/benchmarks/sampling_scale.py
-	$(BIN)/python examples/benchmarks/vicl_pets.py
-	$(BIN)/python examples/benchmarks/vicl_digits.py
-	$(BIN)/python examples/benchmarks/pool_scale.py
-	$(BIN)/python examples/benchmarks/selection_speed.py
+	$(BENCHMARK)/structure_mnist.py --net bn
+	$(BENCHMARK)/structure_mnist.py --net lenet
+	$(BENCHMARK)/structure_mnist.py --net lenet --recipe paper
+	$(BENCHMARK)/structure_mnist.py --table
+	$(BENCHMARK)/structure_cifar10.py --width 16 --classes 2 --rows 2000 --epochs 6 --tune 3 --seeds 1 \
+		--set batch=32 lasso=0.004
+	$(BENCHMARK)/tickets_mnist.py --net lenet
+	$(BENCHMARK)/tickets_mnist.py --net wide
+	$(BENCHMARK)/growth_mnist.py
+	$(BENCHMARK)/optimizer_step.py
+	$(BENCHMARK)/train_overhead.py
+	$(BENCHMARK)/slim_latency.py
+	$(BENCHMARK)/selection_digits.py
+	$(BENCHMARK)/selection_digits.py --few --cells digits-200 large tail mnist mnist-tail
+	$(BENCHMARK)/selection_banking77.py
+	$(BENCHMARK)/sampling_scale.py
+	$(BENCHMARK)/vicl_pets.py
+	$(BENCHMARK)/vicl_digits.py
+	$(BENCHMARK)/pool_scale.py
+	$(BENCHMARK)/selection_speed.py
 
 style: $(READY)
 	$(BIN)/ruff check --fix .
