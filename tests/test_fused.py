@@ -444,7 +444,7 @@ def test_parameters_on_two_kinds_of_device_are_refused():
 
 def compiled_for_gpu(dtype, backend, **hyper):
     params, opt = make(dtype, **hyper, fused=True)
-    opt._compiled = CompiledGroups(opt.param_groups, backend)
+    opt.kernel = CompiledGroups(opt.param_groups, backend)
     return params, opt
 
 
@@ -464,7 +464,7 @@ def test_the_compiled_update_makes_kernels():
     for params, opt in runs:
         keep = opt.param_groups[:1]  # two slices of a unit; every group compiles for some seconds
         opt.param_groups = keep
-        opt._compiled = opt._compiled and CompiledGroups(keep)
+        opt.kernel = opt.kernel and CompiledGroups(keep)
         run(params[:2], opt, 5)
     assert_same(*[(params[:2], opt) for params, opt in runs], 1e-5)
 
@@ -480,7 +480,7 @@ def test_more_kinds_of_groups_than_torch_compiles_by_itself():
         calls.append(graph)
         return graph.forward
 
-    opt._compiled = CompiledGroups(opt.param_groups, backend)
+    opt.kernel = CompiledGroups(opt.param_groups, backend)
     for step in range(3):
         for group in opt.param_groups:
             group["lr"] = 0.1 / (step + 1)  # a new number is no new kernel
@@ -496,7 +496,7 @@ def test_a_gpu_compiler_that_fails_is_named():
     def backend(graph, _):
         raise RuntimeError("no ptxas")
 
-    opt._compiled = CompiledGroups(opt.param_groups, backend)
+    opt.kernel = CompiledGroups(opt.param_groups, backend)
     with pytest.raises(ValueError, match="(?s)torch.compile failed on group 'conv1' .*no ptxas.*fused=False"):
         run(params, opt, 1)
     assert int(opt.state[params[0]]["step"]) == 0

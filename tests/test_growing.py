@@ -43,26 +43,18 @@ from hf_effdl import (
 )
 from hf_effdl.structure.groups.group import regroup
 from hf_effdl.structure.growing import checkpoint as grow_checkpoint
-from hf_effdl.structure.growing.checkpoint import (
-    RELEASE,
-    fits,
-    grow_optimizer,
-    grown_folder,
-    growth_is_over,
-    growth_ties,
-    optimizer_names,
-    plan_growth,
-    saved_history,
-)
+from hf_effdl.structure.growing.checkpoint import grown_folder, saved_history
 from hf_effdl.structure.growing.history import (
     by_round,
     grew,
     growth_curve,
     growth_table,
-    plot_growth,
     rounds_without_growth,
     training_macs,
 )
+from hf_effdl.structure.growing.optimizer_state import RELEASE, grow_optimizer, optimizer_names
+from hf_effdl.structure.growing.picture import plot_growth
+from hf_effdl.structure.growing.plan import fits, growth_is_over, growth_ties, plan_growth
 from hf_effdl.structure.growing.widen import widen_groups
 from hf_effdl.structure.optim.split_lbi import SplitLBI
 
@@ -524,7 +516,7 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
         growing_run.trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("where", ["_save_path", "save_weights", "widen_groups"])
+@pytest.mark.parametrize("where", ["save_path", "save_weights", "widen_groups"])
 def test_growth_that_fails_leaves_the_checkpoint_as_it_was_and_loadable(grown, finished, tmp_path, monkeypatch, where):
     folder = tmp_path / "checkpoint-13"
     shutil.copytree(Path(grown.args.output_dir) / folder.name, folder, ignore=shutil.ignore_patterns("grown"))
@@ -539,7 +531,7 @@ def test_growth_that_fails_leaves_the_checkpoint_as_it_was_and_loadable(grown, f
         growing_run.trainer(tmp_path, net).train(resume_from_checkpoint=str(folder))
     assert not (folder / "grown").exists()
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
-    if where == "_save_path":
+    if where == "save_path":
         monkeypatch.undo()
         run = growing_run.trainer(tmp_path)
         run.train(resume_from_checkpoint=True)

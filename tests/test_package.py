@@ -13,7 +13,15 @@ import hf_effdl
 
 
 PACKAGE = Path(hf_effdl.__file__).parent
-ROOMS = ("version", "files", "processes", "pictures", "random_state", "weighting")  # single files at the root
+ROOMS = (
+    "version",
+    "checks",
+    "files",
+    "processes",
+    "pictures",
+    "random_state",
+    "weighting",
+)  # single files at the root
 
 # Rooms of each pillar, lowest floor first: a file imports its own room and rooms on lower floors, never one beside it.
 FLOORS = {

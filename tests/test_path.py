@@ -10,13 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import build, resnet
+from paths import ties_of
 from torch import nn
 
 from hf_effdl.structure.groups.find import find_groups
-from hf_effdl.structure.groups.group import param_groups
-from hf_effdl.structure.groups.ties import config_ties, stock_config
+from hf_effdl.structure.groups.param_groups import param_groups
+from hf_effdl.structure.groups.ties import Tie, config_ties, levels_of, stock_config
 from hf_effdl.structure.optim.split_lbi import SplitLBI
-from hf_effdl.structure.path.path import FILE_NAME, SparsePath, Tie, _removal_list, levels_of
+from hf_effdl.structure.path.budget import cut_list
+from hf_effdl.structure.path.path import FILE_NAME, SparsePath
 
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -359,7 +361,7 @@ def test_nothing_more_fits_into_the_budget(seed, name, budget, share, round_to, 
         assert "is below what the smallest sizes cost" in str(error)
         return
     network, sizes = path.groups[0].network, sizes_of(kept)
-    for tie in path._ties(widths):
+    for tie in ties_of(path, widths):
         first, part = next(iter(tie.shares.items()))
         above = [level for level in levels_of(tie, round_to) if level > sizes[first] // part]
         if above:
@@ -374,9 +376,9 @@ def test_units_of_equal_score_leave_one_step_at_a_time(seed):
         unit["dual"] = torch.full_like(unit["dual"], unit["dual"][0].item())
         unit["dual"][1] *= 2.7
         unit["threshold"] = torch.full_like(unit["dual"], 0.3)
-    removals = _removal_list(path._ties("free"), path.scores(), 3, 1)
+    cuts = cut_list(ties_of(path, "free"), path.scores(), 3, 1)
     for tie in range(len(path.groups)):
-        levels = [below for i, below in removals if i == tie]
+        levels = [cut[tie] for cut in cuts if tie in cut]
         assert levels == sorted(levels, reverse=True)
 
 

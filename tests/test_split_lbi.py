@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_effdl.structure.optim.split_lbi import SplitLBI, shrinkage, soft_threshold, unit_norm
+from hf_effdl.structure.optim.prox import shrinkage, soft_threshold, unit_norm
+from hf_effdl.structure.optim.split_lbi import SplitLBI
 
 
 NAN, INF = float("nan"), float("inf")

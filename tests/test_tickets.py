@@ -39,8 +39,8 @@ from hf_effdl import (
     transfer,
 )
 from hf_effdl.structure.groups.ties import config_ties
-from hf_effdl.structure.path.path import unwrap
-from hf_effdl.structure.tickets.files import digest
+from hf_effdl.structure.optim.split_lbi import unwrap
+from hf_effdl.structure.tickets.files import state_digest
 from hf_effdl.structure.tickets.settling import Settling, pack, unpack
 
 
@@ -74,7 +74,7 @@ def made_up(net: nn.Module, x: torch.Tensor, seed: int = 1, **values) -> Ticket:
     }
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     shifted = {name: tensor + 1 for name, tensor in state.items()}
-    init = {"sha256": digest(state), "class": type(net).__name__, "source": None, "seed": 0}
+    init = {"sha256": state_digest(state), "class": type(net).__name__, "source": None, "seed": 0}
     return Ticket(groups, kept, 7, init=init, **{"weights": {0: state, 7: shifted}, **values})
 
 

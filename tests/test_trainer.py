@@ -15,9 +15,9 @@ from torch.utils.data import TensorDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from hf_effdl import SparsePath, SplitLBI, SplitLBIArguments, SplitLBICallback, SplitLBITrainer, find_groups
-from hf_effdl.structure.groups.group import mask
+from hf_effdl.structure.groups.surgery import mask
 from hf_effdl.structure.optim.schedule import derive_path
-from hf_effdl.structure.slim.slim import recalibrate_batch_norm
+from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.training.arguments import scheduled_rates
 from hf_effdl.structure.training.evaluation import evaluate_model, projected, training_inputs
 from hf_effdl.structure.training.trainer import last_complete_checkpoint

@@ -83,7 +83,7 @@ def pause_at(point: str, mark: Path) -> None:
 
         setattr(module, name, wait)
 
-    where = {"before": (grow_checkpoint, "widen_groups"), "inside": (grow_checkpoint, "_save_path")}
+    where = {"before": (grow_checkpoint, "widen_groups"), "inside": (grow_checkpoint, "save_path")}
     stop_before(*where.get(point, (os, "replace")))
 
 
