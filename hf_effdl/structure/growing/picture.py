@@ -63,7 +63,7 @@ def _plot_widths(axis: Any, rounds: Sequence[Sequence[Row]], end: int) -> None:
         axis.step(places, sizes, where="post", color=colour, lw=2, label=f"{label}: {seen}")
     _mark_rounds(axis, rounds, "step")
     axis.set_xlim(0, end)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, order[0][-1][1] * (1.1 + 0.07 * len(order)))  # the legend stands above the lines
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("units")
     axis.set_title("Units per group", loc="left", fontsize=11)
@@ -75,24 +75,27 @@ def _plot_cost(
     axis: Any, rounds: Sequence[Sequence[Row]], points: Sequence[Mapping[str, float]], dense: Sequence[Mapping]
 ) -> None:
     metric = next((name for name in METRICS if any(name in point for point in points)), None)
-    largest = max([point["training_macs"] for point in (*points, *dense)], default=0)
-    size, prefix = next(((size, prefix) for size, prefix in UNITS if largest >= size), (1, ""))
-    for name, values, style, colour in (
-        ("growing", points, "o-", CHOSEN),
-        ("dense from the start", dense, "s--", LINE),
+    size, prefix = _unit_of([point["training_macs"] for point in (*points, *dense)])
+    for values, label, style, colour in (
+        (points, "growing", "o-", CHOSEN),
+        (dense, "dense from the start", "s--", LINE),
     ):
         pairs = [(point["training_macs"] / size, point[metric]) for point in values if metric in point]
         if pairs:
-            axis.plot(*zip(*pairs, strict=True), style, ms=3.5, label=name, color=colour)
+            axis.plot(*zip(*pairs, strict=True), style, ms=3.5, label=label, color=colour)
     _mark_rounds(axis, rounds, "training_macs", size)
     axis.set_xlabel(f"cost of training so far, {prefix}MACs (3 per forward MAC and row)")
-    name = metric and metric.replace("_", " ")
-    axis.set_ylabel(name or "")
-    axis.set_title(
-        f"{name.capitalize()} against cost" if name else "No evaluation in this run", loc="left", fontsize=11
-    )
+    words = "no evaluation in this run" if metric is None else metric.replace("_", " ")
+    axis.set_ylabel(words)
+    axis.set_title(words.capitalize() + ("" if metric is None else " against cost"), loc="left", fontsize=11)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+
+
+def _unit_of(values: Sequence[float]) -> tuple[float, str]:
+    """The largest unit that is no larger than the largest value."""
+    largest = max(values, default=0)
+    return next(((size, prefix) for size, prefix in UNITS if largest >= size), (1, ""))
 
 
 def _mark_rounds(axis: Any, rounds: Sequence[Sequence[Row]], key: str, size: float = 1) -> None:
