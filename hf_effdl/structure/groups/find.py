@@ -153,16 +153,9 @@ def _lift(groups: Sequence[Group], model: nn.Module, unit: str) -> Groups:
     """Choose the tensors of every group that the penalty sees; each tensor goes to one group at most."""
     claims = _Claims(model)
     if unit == "default":
-        for group in groups:
-            if any(part.role == "scale" for part in group.slices):
-                claims.claim(group, "scale", "input")
-        for group in groups:
-            if group.name not in claims.lifted:
-                claims.claim(group, "row") or claims.claim(group, "input")
+        claims.by_default(groups)
     else:
-        for group in groups:
-            if unit == "row" or _rows_are_convolutions(group, model):
-                claims.claim(group, "row")
+        claims.rows(groups, convolutions_only=unit == "paper")
     parameters = dict(model.named_parameters())
     result = Groups()
     for group in groups:
@@ -180,7 +173,21 @@ class _Claims:
         self.taken: set[str] = set()
         self.lifted: dict[str, tuple[str, ...]] = {}
 
-    def claim(self, group: Group, *roles: str) -> bool:
+    def by_default(self, groups: Sequence[Group]) -> None:
+        for group in groups:
+            if any(part.role == "scale" for part in group.slices):
+                self._claim(group, "scale", "input")
+        for group in groups:
+            if group.name not in self.lifted:
+                self._claim(group, "row") or self._claim(group, "input")
+
+    def rows(self, groups: Sequence[Group], convolutions_only: bool) -> None:
+        for group in groups:
+            rows = [self.model.get_parameter(part.tensor) for part in group.slices if part.role == "row"]
+            if not convolutions_only or all(row.ndim > 2 for row in rows):
+                self._claim(group, "row")
+
+    def _claim(self, group: Group, *roles: str) -> bool:
         names = [part.tensor for part in group.slices if part.role in roles]
         names = [
             name for name in names if self.model.get_parameter(name).detach().any()
@@ -190,7 +197,3 @@ class _Claims:
         self.lifted[group.name] = tuple(names)
         self.taken.update(names)
         return True
-
-
-def _rows_are_convolutions(group: Group, model: nn.Module) -> bool:
-    return all(model.get_parameter(part.tensor).ndim > 2 for part in group.slices if part.role == "row")

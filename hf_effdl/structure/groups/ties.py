@@ -92,8 +92,9 @@ def config_ties(model: nn.Module, groups: Sequence[Group]) -> list[Tie]:
     if shapes is None:
         return []
     values = dict(_integers(model.config))
-    touched = {name: _groups_set_by(name, value, model, groups, shapes) for name, value in values.items()}
-    ties = _joined({name: names for name, names in touched.items() if names}, values, groups)
+    ties = _joined(
+        {name: _groups_set_by(name, values[name], model, groups, shapes) for name in values}, values, groups
+    )
     complete = {name for tie in ties for name in tie.shares} == {group.name for group in groups}
     return ties if complete and all(_is_true(tie, model, groups) for tie in ties) else []
 
@@ -228,7 +229,7 @@ def _meta_shapes(
 def _components(touched: Mapping[str, set[str]]) -> list[tuple[list[str], set[str]]]:
     """Config entries that share a group, and the groups of each such set: `[(entries, groups), ...]`."""
     merged: list[tuple[list[str], set[str]]] = []
-    for entry, names in touched.items():
+    for entry, names in ((entry, names) for entry, names in touched.items() if names):
         entries, together, apart = [entry], set(names), []
         for other_entries, other_names in merged:
             if together & other_names:

@@ -76,11 +76,7 @@ def growth_curve(
 
 def growth_table(history: Sequence[Row]) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """One line per round for a card, and the headings of its columns."""
-    lines = []
-    for rows in by_round(history):
-        common = {key: value for key, value in rows[0].items() if key not in ("group", "from", "to", "support")}
-        growth = ", ".join(_growth_of(row) for row in rows if row["to"] > row["from"])
-        lines.append(common | {"growth": growth or "none"})
+    lines = [_line(rows) for rows in by_round(history)]
     metrics = dict.fromkeys(key for line in lines for key in line if key not in (*NOT_METRICS, "growth"))
     columns = {
         "round": "round",
@@ -91,6 +87,12 @@ def growth_table(history: Sequence[Row]) -> tuple[list[dict[str, Any]], dict[str
         "training_macs": "training MACs so far",
     }
     return lines, columns | {name: name for name in metrics}
+
+
+def _line(rows: Sequence[Row]) -> dict[str, Any]:
+    common = {key: value for key, value in rows[0].items() if key not in ("group", "from", "to", "support")}
+    growth = ", ".join(_growth_of(row) for row in rows if row["to"] > row["from"])
+    return common | {"growth": growth or "none"}
 
 
 def _growth_of(row: Row) -> str:

@@ -158,15 +158,18 @@ def _check(
         raise ValueError("add names no group, so there is nothing to widen")
     if init == "gradmax" and batch is None:
         raise ValueError('init="gradmax" needs batch=: what the model accepts, with labels; the rows depend on it')
-    names = [group.name for group in groups]
-    if unknown := [name for name in add if name not in names]:
-        raise ValueError(f"add names group {unknown[0]!r}, which is not among {names}")
+    if unknown := [name for name in add if name not in _names(groups)]:
+        raise ValueError(f"add names group {unknown[0]!r}, which is not among {_names(groups)}")
     check_same_network(groups, model)
     growth = [(group, add[group.name]) for group in groups if group.name in add]
     shared, tensors = shared_names(model), _tensors(model)
     for group, more in growth:
         _check_group(group, more, shared, tensors)
     return growth
+
+
+def _names(groups: Sequence[Group]) -> list[str]:
+    return [group.name for group in groups]
 
 
 def _check_types(model: Any, groups: Any, add: Any, seed: Any) -> None:

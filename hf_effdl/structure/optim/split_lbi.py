@@ -170,7 +170,7 @@ class SplitLBI(torch.optim.Optimizer):
     def _check_lifted_once(self, new: dict[str, Any]) -> None:
         # torch refuses a tensor that is in two param groups without saying in which
         names = {id(p): group["name"] for group in self.param_groups if group["penalty"] for p in group["params"]}
-        params = [p[1] if isinstance(p, tuple) else p for p in new["params"]]  # torch also takes named parameters
+        params = _unnamed(new["params"])
         name = new.get("name", "unnamed")
         twice = next((p for p in params if id(p) in names), None)
         if twice is not None:
@@ -262,6 +262,11 @@ class SplitLBI(torch.optim.Optimizer):
                     if torch.is_tensor(value):
                         device = "cpu" if name in COUNTERS else p.device
                         self.state[p][name] = value.detach().clone().to(device)
+
+
+def _unnamed(params: Iterable[Any]) -> list[Tensor]:
+    """Parameters, of which torch also takes `(name, parameter)`."""
+    return [p[1] if isinstance(p, tuple) else p for p in params]
 
 
 def unwrap(optimizer: Any) -> torch.optim.Optimizer:

@@ -1,6 +1,6 @@
 """Split linearised Bregman iteration: the update as one pure function.
 
-The formula has four texts: this one, two that have to be fast (`update_group` in `fused_gpu.py`, `fused_step.cpp`), and
+The formula has four texts: this one, two that have to be fast (`update_group` in `fused_gpu.py`, `fused_step.cpp`) and
 the docstring of `SplitLBI`. `tests/test_split_lbi.py` and `tests/test_fused.py` keep them equal.
 
 Source: Fu et al., "DessiLBI: Exploring Structural Sparsity of Deep Networks via Differential Inclusion Paths"

@@ -87,7 +87,7 @@ class Cut:
     def __init__(
         self,
         ties: Sequence[Tie],
-        cuts: Sequence[Steps],
+        cuts: list[Steps],
         limit: Limit,
         allowed: Callable[[dict[str, int]], bool] | None = None,
     ) -> None:
@@ -185,18 +185,17 @@ def largest_within(
     allowed: Callable[[dict[str, int]], bool] | None = None,
 ) -> dict[str, int]:
     """Units by group that hold a limit, the weakest units cut first; see `SparsePath.select`."""
-    cuts = cut_list(ties, scores, round_to, least)
-    free = Cut(ties, cuts, limit)
-    lowest = free.after(len(cuts))
+    free = Cut(ties, cut_list(ties, scores, round_to, least), limit)
+    lowest = free.after(len(free.cuts))
     if (least > 1 or round_to is None) and not limit.holds(sizes_at(ties, lowest)):
         more = cut_list(ties, scores, round_to or 1, 1)
-        cuts += [cut for cut in more for i, below in cut.items() if below < lowest[i]]
-    _check_smallest(limit, sizes_at(ties, free.after(len(cuts))), round_to)
+        free.cuts += [cut for cut in more for i, below in cut.items() if below < lowest[i]]
+    _check_smallest(limit, sizes_at(ties, free.after(len(free.cuts))), round_to)
     free.drop()
     sizes = _give_back(free, round_to)
     if allowed is None or allowed(sizes):
         return sizes
-    strict = Cut(ties, cuts, limit, allowed)
+    strict = Cut(ties, free.cuts, limit, allowed)
     return _give_back(strict, round_to) if strict.drop() else sizes
 
 

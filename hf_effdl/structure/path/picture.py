@@ -55,11 +55,20 @@ def plot_path(
 def short_names(names: Iterable[str]) -> dict[str, str]:
     """Names of groups for a picture: without what all begin with, and without "convolution" and "weight"."""
     parts = {name: [part for part in name.split(".") if part not in ("convolution", "weight")] for name in names}
-    shared, most = 0, min(map(len, parts.values()), default=0) - 1  # a part is left of every name
-    while shared < most and len({path[shared] for path in parts.values()}) == 1:
+    shared = _shared_start(list(parts.values()))
+    return {name: _cut(".".join(path[shared:]) or name) for name, path in parts.items()}
+
+
+def _shared_start(paths: Sequence[Sequence[str]]) -> int:
+    """How many parts all paths begin with; one is left of every path."""
+    shared, most = 0, min(map(len, paths), default=0) - 1
+    while shared < most and len({path[shared] for path in paths}) == 1:
         shared += 1
-    short = {name: ".".join(path[shared:]) or name for name, path in parts.items()}
-    return {name: text if len(text) <= LONGEST else "…" + text[1 - LONGEST :] for name, text in short.items()}
+    return shared
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else "…" + text[1 - LONGEST :]
 
 
 def _draw_group(axis: Any, row: int, unit: Mapping[str, Tensor], score: Tensor, chosen: set[int], end: int) -> None:

@@ -1,7 +1,7 @@
 """The card of a `SplitLBITrainer` run: of the dense model with its path, or of a slim model taken from it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,10 +108,12 @@ def _results(trainer: Any, report: Mapping[str, Any] | None, whole: str) -> dict
     rows = [{"name": name, **values} for name, values in trainer.results.items()] or _logged_rows(trainer, whole)
     if report is not None and report["params"]["after"] not in [row.get("params") for row in rows]:
         rows.append({"name": "slim", **{key: report[key]["after"] for key in SIZES if key in report}})
-    names = dict.fromkeys(name for row in rows for name in row)
-    metrics = {name: name for name in names if name not in ("name", *SIZES)}
-    table = markdown_table(rows, {"name": "model", **metrics, **SIZES})
+    table = markdown_table(rows, {"name": "model", **_metric_names(rows), **SIZES})
     return {"table": table, "plain_sgd": any("SGD" in row["name"] for row in rows)}
+
+
+def _metric_names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    return {name: name for row in rows for name in row if name not in ("name", *SIZES)}
 
 
 def _logged_rows(trainer: Any, whole: str) -> list[dict[str, Any]]:
