@@ -2,9 +2,6 @@ import gc
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +12,7 @@ import pytest
 import tiny_run
 import torch
 from distributed import trainer_run
+from forks import wait_for
 from models import recount, resnet
 from safetensors.torch import load_file
 from test_controls import conv_bn_net, mnist
@@ -547,46 +545,14 @@ def test_a_checkpoint_without_optimizer_or_weights_cannot_grow(grown, tmp_path):
             growing_run.trainer(tmp_path / name).train(resume_from_checkpoint=str(folder))
 
 
-def wait_for(process: subprocess.Popen, found, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not found():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.005)
-
-
-class Forks:
-    """Runs in processes of their own, to be killed from here."""
-
-    def __init__(self):
-        self.server = subprocess.Popen(
-            [sys.executable, str(SCRIPT), "--fork"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def start(self, *arguments) -> int:
-        print(*arguments, file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline())
-
-    def end(self) -> int:
-        return int(self.server.stdout.readline())
-
-
-@pytest.fixture
-def forks():
-    runs = Forks()
-    yield runs
-    runs.server.stdin.close()
-    runs.server.wait()
-
-
 def test_a_run_killed_at_every_point_of_a_growth_step_and_resumed_equals_an_uninterrupted_one(forks, tmp_path):
     whole = growing_run.trainer(tmp_path / "whole", **growing_run.USUAL)
     whole.train()
     flags = []
     for point in growing_run.POINTS:
-        pid = forks.start(tmp_path, *flags, "--pause", point)
-        wait_for(forks.server, (tmp_path / "paused").exists)
-        os.kill(pid, signal.SIGKILL)
-        assert forks.end() == signal.SIGKILL
+        forks.start("growing_run", tmp_path, *flags, "--pause", point)
+        forks.wait_for((tmp_path / "paused").exists)
+        assert forks.kill()
         (tmp_path / "paused").unlink()
         folder = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
         there = {path.name for path in folder.iterdir() if path.is_dir()}
@@ -595,15 +561,14 @@ def test_a_run_killed_at_every_point_of_a_growth_step_and_resumed_equals_an_unin
         flags = ["--resume"]
     os.mkfifo(tmp_path / "final.pt")  # which nobody reads, so no run ends before it is killed
     for step in (13, 20):
-        pid = forks.start(tmp_path, "--resume")
-        wait_for(forks.server, (tmp_path / f"checkpoint-{step}" / "model.safetensors").exists)
+        forks.start("growing_run", tmp_path, "--resume")
+        forks.wait_for((tmp_path / f"checkpoint-{step}" / "model.safetensors").exists)
         time.sleep(delay := random.SystemRandom().uniform(0, 0.1))
         print(f"killed {delay:.3f} s after checkpoint-{step} was begun")
-        os.kill(pid, signal.SIGKILL)
-        assert forks.end() == signal.SIGKILL
+        assert forks.kill()
         assert step == 20 or not (tmp_path / "checkpoint-32").exists()
     (tmp_path / "final.pt").unlink()
-    forks.start(tmp_path, "--resume")
+    forks.start("growing_run", tmp_path, "--resume")
     assert forks.end() == 0
     assert_same(torch.load(tmp_path / "final.pt", weights_only=True), growing_run.outcome(whole))
 

@@ -1,8 +1,5 @@
 import json
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,9 +18,6 @@ from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.training.arguments import scheduled_rates
 from hf_effdl.structure.training.evaluation import evaluate_model, projected, training_inputs
 from hf_effdl.structure.training.trainer import last_complete_checkpoint
-
-
-SCRIPT = Path(__file__).parent / "support" / "tiny_run.py"
 
 
 def assert_same(a, b, where="outcome"):
@@ -208,27 +202,21 @@ def test_the_path_stands_beside_every_checkpoint(trained):
 # ---- resume
 
 
-def run_script(out: Path, *flags: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(SCRIPT), str(out), *flags], stdout=subprocess.DEVNULL)
-
-
-def test_a_run_killed_at_a_random_moment_and_resumed_equals_an_uninterrupted_one(finished, tmp_path):
+def test_a_run_killed_at_a_random_moment_and_resumed_equals_an_uninterrupted_one(finished, forks, tmp_path):
     for attempt in range(2):
         out = tmp_path / str(attempt)
-        process = run_script(out)
-        deadline = time.monotonic() + 120
-        while not list(out.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        forks.start("tiny_run", out)
+        forks.wait_for(lambda out=out: list(out.glob("checkpoint-*/trainer_state.json")))
         delay = random.SystemRandom().uniform(0, 0.6)
         time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        killed = process.wait() == -signal.SIGKILL
+        killed = forks.kill()
         print(
             f"attempt {attempt}: killed {delay:.3f} s after the first checkpoint,"
             f" {sorted(p.name for p in out.iterdir())}"
         )
         assert killed or (out / "final.pt").exists()
-        assert run_script(out, "--resume").wait() == 0
+        forks.start("tiny_run", out, "--resume")
+        assert forks.end() == 0
         assert_same(torch.load(out / "final.pt", weights_only=True), finished, f"after {delay:.3f} s")
 
 
