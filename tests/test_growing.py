@@ -962,14 +962,10 @@ def card_of_a_plain_run(out: Path) -> str:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """An uninterrupted run of two processes, and one killed inside its first growth step and resumed."""
+    """What an uninterrupted run of two processes left."""
     folder = tmp_path_factory.mktemp("pair")
-    process = two_processes("growing_run", folder, "--ddp", "whole", "cut", "--pause", "inside")
-    wait_for(process, (folder / "paused").exists, 200)
-    kill(process)
-    assert list((folder / "cut").glob("checkpoint-*/.grown")) and not list((folder / "cut").glob("*/grown"))
-    finish(two_processes("growing_run", folder, "--ddp", "cut", "--resume"))
-    return folder
+    finish(two_processes("growing_run", folder, "--ddp", "whole"))
+    return [torch.load(folder / f"whole-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 def test_two_processes_grow_alike_and_as_one(pair, tmp_path):
@@ -977,16 +973,20 @@ def test_two_processes_grow_alike_and_as_one(pair, tmp_path):
     run.train()
     assert sum(map(bool, map(grew, by_round(run.history)))) >= 2
     alone = growing_run.outcome(run)
-    ranks = [torch.load(pair / f"whole-{rank}.pt", weights_only=True) for rank in (0, 1)]
     for key in ("model", "optimizer", "path", "history"):
-        assert_same(ranks[0][key], ranks[1][key], key)
-    assert_close(ranks[0], alone)
+        assert_same(pair[0][key], pair[1][key], key)
+    assert_close(pair[0], alone)
 
 
-def test_two_processes_killed_inside_a_growth_step_and_resumed_equal_the_uninterrupted_run(pair):
+@pytest.mark.slow
+def test_two_processes_killed_inside_a_growth_step_and_resumed_equal_the_uninterrupted_run(pair, tmp_path):
+    process = two_processes("growing_run", tmp_path, "--ddp", "cut", "--pause", "inside")
+    wait_for(process, (tmp_path / "paused").exists, 200)
+    kill(process)
+    assert list((tmp_path / "cut").glob("checkpoint-*/.grown")) and not list((tmp_path / "cut").glob("*/grown"))
+    finish(two_processes("growing_run", tmp_path, "--ddp", "cut", "--resume"))
     for rank in (0, 1):
-        cut, whole = (torch.load(pair / f"{name}-{rank}.pt", weights_only=True) for name in ("cut", "whole"))
-        assert_same(cut, whole)
+        assert_same(torch.load(tmp_path / f"cut-{rank}.pt", weights_only=True), pair[rank])
 
 
 # ---- control

@@ -394,6 +394,29 @@ def test_units_below_the_least_leave_after_all_others():
     assert all(set(below[name].tolist()) <= set(above[name].tolist()) for name in above)
 
 
+@pytest.mark.parametrize("budget", ["macs", "params", "keep"])
+@pytest.mark.parametrize("seed", range(4))
+def test_among_sizes_that_are_allowed_the_next_smaller_ones_are_taken(budget, seed):
+    path = random_path("lenet", seed)
+    free = path.select(**{budget: 0.5})
+    first = path.groups[0].name
+
+    def same(kept, other):
+        return all(torch.equal(kept[name], index) for name, index in other.items())
+
+    assert same(path.select(**{budget: 0.5}, allowed=lambda sizes: True), free)
+    assert same(path.select(**{budget: 0.5}, allowed=lambda sizes: False), free), "nothing better is to be had"
+    size = len(free[first])
+    less = path.select(**{budget: 0.5}, allowed=lambda sizes: sizes[first] != size)
+    network, sizes = path.groups[0].network, sizes_of(less)
+    assert sizes[first] != size
+    if budget == "keep":
+        assert all(sizes[name] <= len(index) for name, index in free.items())
+    else:
+        assert network.count(path.groups, sizes)[budget] <= 0.5 * network.count()[budget]
+        assert network.count(path.groups, sizes)[budget] > 0.3 * network.count()[budget]
+
+
 def test_a_budget_of_one_keeps_everything():
     for name in NETS:
         path = random_path(name, 1)
