@@ -25,14 +25,20 @@ _PUBLIC = {
     "structure.training.arguments": ["SplitLBIArguments", "scheduled_rates"],
     "structure.training.callbacks": ["SplitLBICallback"],
     "structure.tickets.search": ["EarlyTicketCallback", "find_ticket"],
-    "structure.groups.group": ["Group", "param_groups"],
-    "structure.growing.widen": ["deepen", "widen"],
-    "structure.growing.trainer": ["GrowingArguments", "GrowingTrainer", "GrowthCallback"],
+    "structure.groups.group": ["Group"],
+    "structure.groups.param_groups": ["param_groups"],
+    "structure.growing.arguments": ["GrowingArguments"],
+    "structure.growing.deepen": ["deepen"],
+    "structure.growing.trainer": ["GrowingTrainer", "GrowthCallback"],
+    "structure.growing.widen": ["widen"],
     "structure.path.path": ["SparsePath"],
-    "structure.slim.slim": ["recalibrate_batch_norm", "slim"],
+    "structure.slim.batch_norm": ["recalibrate_batch_norm"],
+    "structure.slim.slim": ["slim"],
     "structure.optim.schedule": ["derive_path"],
-    "structure.optim.split_lbi": ["SplitLBI", "split_lbi_update"],
-    "structure.tickets.ticket": ["Ticket", "rewind", "transfer"],
+    "structure.optim.split_lbi": ["SplitLBI"],
+    "structure.optim.update": ["split_lbi_update"],
+    "structure.tickets.rewind": ["rewind", "transfer"],
+    "structure.tickets.ticket": ["Ticket"],
     "structure.groups.find": ["find_groups"],
     "structure.training.trainer": ["SplitLBITrainer"],
     "vicl.remote_code.ranker_aggregation": ["aggregate_rankings"],
@@ -77,15 +83,21 @@ if TYPE_CHECKING:
     from hf_effdl.samples.selection.selection import Selection, load_selection
     from hf_effdl.samples.selection.selector import UncertaintySelector
     from hf_effdl.structure.groups.find import find_groups
-    from hf_effdl.structure.groups.group import Group, param_groups
-    from hf_effdl.structure.growing.trainer import GrowingArguments, GrowingTrainer, GrowthCallback
-    from hf_effdl.structure.growing.widen import deepen, widen
+    from hf_effdl.structure.groups.group import Group
+    from hf_effdl.structure.groups.param_groups import param_groups
+    from hf_effdl.structure.growing.arguments import GrowingArguments
+    from hf_effdl.structure.growing.deepen import deepen
+    from hf_effdl.structure.growing.trainer import GrowingTrainer, GrowthCallback
+    from hf_effdl.structure.growing.widen import widen
     from hf_effdl.structure.optim.schedule import derive_path
-    from hf_effdl.structure.optim.split_lbi import SplitLBI, split_lbi_update
+    from hf_effdl.structure.optim.split_lbi import SplitLBI
+    from hf_effdl.structure.optim.update import split_lbi_update
     from hf_effdl.structure.path.path import SparsePath
-    from hf_effdl.structure.slim.slim import recalibrate_batch_norm, slim
+    from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
+    from hf_effdl.structure.slim.slim import slim
+    from hf_effdl.structure.tickets.rewind import rewind, transfer
     from hf_effdl.structure.tickets.search import EarlyTicketCallback, find_ticket
-    from hf_effdl.structure.tickets.ticket import Ticket, rewind, transfer
+    from hf_effdl.structure.tickets.ticket import Ticket
     from hf_effdl.structure.training.arguments import SplitLBIArguments, scheduled_rates
     from hf_effdl.structure.training.callbacks import SplitLBICallback
     from hf_effdl.structure.training.trainer import SplitLBITrainer

@@ -1,5 +1,6 @@
 """Several processes: who comes first, waiting for all, and what Accelerate leaves on a model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -23,6 +24,23 @@ def agreed(value: Any) -> Any:
     if _several():
         dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def decided(decide: Callable[[], Any]) -> Any:
+    """What a function finds or raises on the first process alone, on every process; plain values only.
+
+    For what differs between processes (a measured time, say), or is for one of them to do.
+    """
+    answer: Any = None
+    if is_first():
+        try:
+            answer = decide()
+        except Exception as error:  # noqa: BLE001 - the other processes wait for an answer, whatever it is
+            answer = error
+    answer = agreed(answer)
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def forget_accelerate(model: nn.Module) -> bool:

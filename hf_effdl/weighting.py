@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_effdl.processes import is_first
+
 
 COLUMN = "weight"
 IGNORED = -100  # the label that counts nowhere in transformers
@@ -108,18 +110,22 @@ def find_task(model: nn.Module, logits: Tensor, labels: Tensor) -> str:
         return "tokens"
     if kind in CLASSIFICATION and getattr(config, "problem_type", None) is not None:
         return config.problem_type  # where the user left it open, the model has set it when it saw the labels
-    if kind is None or kind in CLASSIFICATION:
-        whole = not labels.is_floating_point()
-        if whole and logits.ndim == 2 and logits.shape[1] > 1 and labels.shape == logits.shape[:1]:
-            return "single_label_classification"
-        if whole and logits.ndim == 3 and labels.shape == logits.shape[:2]:
-            return "tokens"
-        if not whole and logits.numel() == labels.numel() == len(logits):
-            return "regression"
-    raise ValueError(
-        f"no loss per row is known for {name} with logits {tuple(logits.shape)} and {labels.dtype} labels "
-        f"{tuple(labels.shape)}; {ASK}"
-    )
+    task = _task_by_shape(logits, labels) if kind is None or kind in CLASSIFICATION else None
+    if task is None:
+        raise ValueError(
+            f"no loss per row is known for {name} with logits {tuple(logits.shape)} and {labels.dtype} labels "
+            f"{tuple(labels.shape)}; {ASK}"
+        )
+    return task
+
+
+def _task_by_shape(logits: Tensor, labels: Tensor) -> str | None:
+    """The line of `element_losses` that alone fits, if there is one."""
+    if labels.is_floating_point():
+        return "regression" if logits.numel() == labels.numel() == len(logits) else None
+    if logits.ndim == 2 and logits.shape[1] > 1 and labels.shape == logits.shape[:1]:
+        return "single_label_classification"
+    return "tokens" if logits.ndim == 3 and labels.shape == logits.shape[:2] else None
 
 
 # ---- the weights of the data
@@ -161,19 +167,24 @@ class WeightCollator:
         weights = [value.tolist() if hasattr(value, "tolist") else value for value in weights]  # from any device
         if not weights:
             return self.collator(rows)
+        batch = self._without_weights(rows)
+        if not self.keep:
+            return batch
+        if len(weights) != len(rows):
+            raise ValueError(f"{len(rows) - len(weights)} of {len(rows)} rows of a batch have no {COLUMN!r}")
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"to train on {COLUMN!r}, data_collator must return a mapping, not {type(batch)}")
+        batch[COLUMN] = torch.from_numpy(check_weights(weights, f"the column {COLUMN!r}")).float()
+        return batch
+
+    def _without_weights(self, rows: Sequence[Any]) -> Any:
         try:
-            batch = self.collator([{name: value for name, value in row.items() if name != COLUMN} for row in rows])
+            return self.collator([{name: value for name, value in row.items() if name != COLUMN} for row in rows])
         except KeyError as error:
             if error.args != (COLUMN,):
                 raise
-            batch = self.collator(rows)  # one of the user's own, which asks for the weights itself
-            batch.pop(COLUMN, None)
-        if self.keep:
-            if len(weights) != len(rows):
-                raise ValueError(f"{len(rows) - len(weights)} of {len(rows)} rows of a batch have no {COLUMN!r}")
-            if not isinstance(batch, Mapping):
-                raise TypeError(f"to train on {COLUMN!r}, data_collator must return a mapping, not {type(batch)}")
-            batch[COLUMN] = torch.from_numpy(check_weights(weights, f"the column {COLUMN!r}")).float()
+        batch = self.collator(rows)  # one of the user's own, which asks for the weights itself
+        batch.pop(COLUMN, None)
         return batch
 
 
@@ -230,23 +241,28 @@ class WeightedLossMixin:
 
     def _check_train_dataset(self) -> None:
         dataset = self.train_dataset
-        found = has_weights(dataset)
         if dataset is None or dataset is self._checked_dataset:
             return
-        if self._needs_weights and found is False:
+        weighted = has_weights(dataset)
+        if self._needs_weights and weighted is False:
             self._refuse_no_weights()
-        if found and isinstance(dataset, Dataset):
-            where = f"the column {COLUMN!r} of train_dataset"
-            weights = check_weights(dataset.select_columns(COLUMN).with_format("numpy")[:][COLUMN], where)
-            if len(weights) and not weights.any():
-                raise ValueError(f"{where} is all 0, so there is nothing to train on")
-            if len(weights) and abs(weights.mean() - 1) > 1e-3 and self.is_world_process_zero():
-                warn(
-                    f"{where} has mean {weights.mean():.6g}, which multiplies the learning rate. Loss weights should "
-                    "have mean 1; if the column holds something else, rename it",
-                    stacklevel=3,
-                )
+        if weighted and isinstance(dataset, Dataset):
+            self._check_column(dataset)
         self._checked_dataset = dataset
+
+    def _check_column(self, dataset: Dataset) -> None:
+        where = f"the column {COLUMN!r} of train_dataset"
+        weights = check_weights(dataset.select_columns(COLUMN).with_format("numpy")[:][COLUMN], where)
+        if not len(weights):
+            return
+        if not weights.any():
+            raise ValueError(f"{where} is all 0, so there is nothing to train on")
+        if abs(weights.mean() - 1) > 1e-3 and is_first():
+            warn(
+                f"{where} has mean {weights.mean():.6g}, which multiplies the learning rate. Loss weights should "
+                "have mean 1; if the column holds something else, rename it",
+                stacklevel=4,
+            )
 
     def _refuse_no_weights(self) -> None:
         columns = getattr(self.train_dataset, "column_names", None)
@@ -339,37 +355,49 @@ class WeightedLossMixin:
         inputs = dict(inputs)
         weights = inputs.pop(COLUMN)
         if self.compute_loss_func is not None:
-            labels = inputs.pop("labels", None)
-            outputs = model(**inputs)
-            losses = self.compute_loss_func(outputs, labels, num_items_in_batch=None)
-            if not isinstance(losses, Tensor) or losses.shape != weights.shape:
-                got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-                raise ValueError(
-                    f"compute_loss_func returned {got}; with a column {COLUMN!r} it must return one loss per row, "
-                    f"shape {tuple(weights.shape)}: use reduction='none', and the mean over the labels of each row"
-                )
+            outputs, losses = self._own_losses(model, inputs, weights)
         else:
-            if "labels" not in inputs:
-                raise ValueError(f"training on weights needs 'labels'; the batch has {sorted(inputs)}. Or {ASK}")
-            outputs = model(**inputs)
-            if isinstance(outputs, Mapping):
-                own, logits, aux = (outputs.get(name) for name in ("loss", "logits", "aux_loss"))
-            else:
-                own, logits, aux = *outputs[:2], None
-            if not return_outputs:
-                outputs = None  # the graph of the model's own loss is as large as the logits; nobody needs it
-            losses = self._row_losses(model, inputs["labels"], logits, None if own is None else own.detach(), aux)
-            if losses.shape != weights.shape:
-                raise ValueError(
-                    f"the batch has {len(weights)} weights and {len(losses)} rows; data_collator must make one row of "
-                    "each row of the data set (no packing)"
-                )
+            outputs, losses = self._model_losses(model, inputs, weights, return_outputs)
         loss = (weights.to(losses.device) * losses).sum()  # at least float32, as the weights are
         if num_items_in_batch is None:
             loss = loss / len(weights)
         else:  # the gradients of the processes are averaged, the rows are counted over all of them
             loss = loss / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _own_losses(self, model: nn.Module, inputs: dict[str, Any], weights: Tensor) -> tuple[Any, Tensor]:
+        """Outputs, and the loss of each row by `compute_loss_func`."""
+        labels = inputs.pop("labels", None)
+        outputs = model(**inputs)
+        losses = self.compute_loss_func(outputs, labels, num_items_in_batch=None)
+        if not isinstance(losses, Tensor) or losses.shape != weights.shape:
+            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"compute_loss_func returned {got}; with a column {COLUMN!r} it must return one loss per row, "
+                f"shape {tuple(weights.shape)}: use reduction='none', and the mean over the labels of each row"
+            )
+        return outputs, losses
+
+    def _model_losses(
+        self, model: nn.Module, inputs: dict[str, Any], weights: Tensor, keep_outputs: bool
+    ) -> tuple[Any, Tensor]:
+        """Outputs, if they are to be kept, and the loss of each row by what the model trains on."""
+        if "labels" not in inputs:
+            raise ValueError(f"training on weights needs 'labels'; the batch has {sorted(inputs)}. Or {ASK}")
+        outputs = model(**inputs)
+        if isinstance(outputs, Mapping):
+            own, logits, aux = (outputs.get(name) for name in ("loss", "logits", "aux_loss"))
+        else:
+            own, logits, aux = *outputs[:2], None
+        if not keep_outputs:
+            outputs = None  # the graph of the model's own loss is as large as the logits; nobody needs it
+        losses = self._row_losses(model, inputs["labels"], logits, None if own is None else own.detach(), aux)
+        if losses.shape != weights.shape:
+            raise ValueError(
+                f"the batch has {len(weights)} weights and {len(losses)} rows; data_collator must make one row of "
+                "each row of the data set (no packing)"
+            )
+        return outputs, losses
 
     def _row_losses(self, model: nn.Module, labels: Tensor, logits: Any, own: Tensor | None, aux: Any) -> Tensor:
         """The mean loss of each row (rows,), once the model's own loss was seen to be their mean."""
@@ -386,8 +414,7 @@ class WeightedLossMixin:
         if not self._checked_loss and own is not None and own.ndim == 0 and own.isfinite() and counted.any():
             with torch.no_grad():
                 plain = element_losses(logits, labels, task)[0].sum() / counted.sum()
-            half = self.accelerator.mixed_precision != "no" or logits.dtype in (torch.float16, torch.bfloat16)
-            if aux is not None or not torch.isclose(own.to(plain), plain, rtol=2e-2 if half else 1e-4, atol=1e-6):
+            if aux is not None or not self._is_close(own.to(plain), plain, logits.dtype):
                 raise ValueError(
                     f"the loss of {name} is {own:.6g} where the mean over its logits and labels, as {task}, is "
                     f"{plain:.6g}: it adds or weights something (an auxiliary loss, classes) that weighting the rows "
@@ -395,6 +422,10 @@ class WeightedLossMixin:
                 )
             self._checked_loss = True
         return terms.sum(1) / counted.sum(1).clamp(min=1)
+
+    def _is_close(self, loss: Tensor, plain: Tensor, dtype: torch.dtype) -> bool:
+        half = self.accelerator.mixed_precision != "no" or dtype in (torch.float16, torch.bfloat16)
+        return torch.isclose(loss, plain, rtol=2e-2 if half else 1e-4, atol=1e-6).item()
 
     def prediction_step(
         self,

@@ -13,7 +13,9 @@ from models import NETS, build, lenet, logits, randomise_norms, recount, resnet,
 from torch import nn
 
 from hf_effdl.structure.groups.find import find_groups
-from hf_effdl.structure.groups.group import Slice, cut, mask, param_groups
+from hf_effdl.structure.groups.group import Slice
+from hf_effdl.structure.groups.param_groups import param_groups
+from hf_effdl.structure.groups.surgery import cut, mask
 from hf_effdl.structure.optim.split_lbi import SplitLBI
 
 

@@ -13,7 +13,9 @@ from transformers import AutoModelForImageClassification, ResNetBackbone, ResNet
 from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.group import Slice, regroup
 from hf_effdl.structure.groups.slim_config import SlimConfig
-from hf_effdl.structure.growing.widen import INITS, deepen, widen, widen_groups
+from hf_effdl.structure.growing.deepen import deepen
+from hf_effdl.structure.growing.new_units import INITS
+from hf_effdl.structure.growing.widen import widen, widen_groups
 from hf_effdl.structure.slim.slim import slim
 
 

@@ -2,9 +2,6 @@ import gc
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +12,7 @@ import pytest
 import tiny_run
 import torch
 from distributed import trainer_run
+from forks import wait_for
 from models import recount, resnet
 from safetensors.torch import load_file
 from test_controls import conv_bn_net, mnist
@@ -43,26 +41,18 @@ from hf_effdl import (
 )
 from hf_effdl.structure.groups.group import regroup
 from hf_effdl.structure.growing import checkpoint as grow_checkpoint
-from hf_effdl.structure.growing.checkpoint import (
-    RELEASE,
-    fits,
-    grow_optimizer,
-    grown_folder,
-    growth_is_over,
-    growth_ties,
-    optimizer_names,
-    plan_growth,
-    saved_history,
-)
+from hf_effdl.structure.growing.checkpoint import grown_folder, saved_history
 from hf_effdl.structure.growing.history import (
     by_round,
     grew,
     growth_curve,
     growth_table,
-    plot_growth,
     rounds_without_growth,
     training_macs,
 )
+from hf_effdl.structure.growing.optimizer_state import RELEASE, grow_optimizer, optimizer_names
+from hf_effdl.structure.growing.picture import plot_growth
+from hf_effdl.structure.growing.plan import fits, growth_is_over, growth_ties, plan_growth
 from hf_effdl.structure.growing.widen import widen_groups
 from hf_effdl.structure.optim.split_lbi import SplitLBI
 
@@ -524,7 +514,7 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
         growing_run.trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("where", ["_save_path", "save_weights", "widen_groups"])
+@pytest.mark.parametrize("where", ["save_path", "save_weights", "widen_groups"])
 def test_growth_that_fails_leaves_the_checkpoint_as_it_was_and_loadable(grown, finished, tmp_path, monkeypatch, where):
     folder = tmp_path / "checkpoint-13"
     shutil.copytree(Path(grown.args.output_dir) / folder.name, folder, ignore=shutil.ignore_patterns("grown"))
@@ -539,7 +529,7 @@ def test_growth_that_fails_leaves_the_checkpoint_as_it_was_and_loadable(grown, f
         growing_run.trainer(tmp_path, net).train(resume_from_checkpoint=str(folder))
     assert not (folder / "grown").exists()
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
-    if where == "_save_path":
+    if where == "save_path":
         monkeypatch.undo()
         run = growing_run.trainer(tmp_path)
         run.train(resume_from_checkpoint=True)
@@ -555,46 +545,14 @@ def test_a_checkpoint_without_optimizer_or_weights_cannot_grow(grown, tmp_path):
             growing_run.trainer(tmp_path / name).train(resume_from_checkpoint=str(folder))
 
 
-def wait_for(process: subprocess.Popen, found, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not found():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.005)
-
-
-class Forks:
-    """Runs in processes of their own, to be killed from here."""
-
-    def __init__(self):
-        self.server = subprocess.Popen(
-            [sys.executable, str(SCRIPT), "--fork"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def start(self, *arguments) -> int:
-        print(*arguments, file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline())
-
-    def end(self) -> int:
-        return int(self.server.stdout.readline())
-
-
-@pytest.fixture
-def forks():
-    runs = Forks()
-    yield runs
-    runs.server.stdin.close()
-    runs.server.wait()
-
-
 def test_a_run_killed_at_every_point_of_a_growth_step_and_resumed_equals_an_uninterrupted_one(forks, tmp_path):
     whole = growing_run.trainer(tmp_path / "whole", **growing_run.USUAL)
     whole.train()
     flags = []
     for point in growing_run.POINTS:
-        pid = forks.start(tmp_path, *flags, "--pause", point)
-        wait_for(forks.server, (tmp_path / "paused").exists)
-        os.kill(pid, signal.SIGKILL)
-        assert forks.end() == signal.SIGKILL
+        forks.start("growing_run", tmp_path, *flags, "--pause", point)
+        forks.wait_for((tmp_path / "paused").exists)
+        assert forks.kill()
         (tmp_path / "paused").unlink()
         folder = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
         there = {path.name for path in folder.iterdir() if path.is_dir()}
@@ -603,15 +561,14 @@ def test_a_run_killed_at_every_point_of_a_growth_step_and_resumed_equals_an_unin
         flags = ["--resume"]
     os.mkfifo(tmp_path / "final.pt")  # which nobody reads, so no run ends before it is killed
     for step in (13, 20):
-        pid = forks.start(tmp_path, "--resume")
-        wait_for(forks.server, (tmp_path / f"checkpoint-{step}" / "model.safetensors").exists)
+        forks.start("growing_run", tmp_path, "--resume")
+        forks.wait_for((tmp_path / f"checkpoint-{step}" / "model.safetensors").exists)
         time.sleep(delay := random.SystemRandom().uniform(0, 0.1))
         print(f"killed {delay:.3f} s after checkpoint-{step} was begun")
-        os.kill(pid, signal.SIGKILL)
-        assert forks.end() == signal.SIGKILL
+        assert forks.kill()
         assert step == 20 or not (tmp_path / "checkpoint-32").exists()
     (tmp_path / "final.pt").unlink()
-    forks.start(tmp_path, "--resume")
+    forks.start("growing_run", tmp_path, "--resume")
     assert forks.end() == 0
     assert_same(torch.load(tmp_path / "final.pt", weights_only=True), growing_run.outcome(whole))
 
@@ -940,12 +897,16 @@ def test_the_picture_shows_widths_and_accuracy_against_cost_beside_the_dense_net
     dense = [{"training_macs": 1e6, "sparse_accuracy": 0.5}, {"training_macs": 1e8, "sparse_accuracy": 0.9}]
     figure = plot_growth(grown.history, grown.growth_curve, dense)
     left, right = figure.axes
-    drawn = {tuple(line.get_ydata()) for line in left.lines}
-    assert drawn == {(4, 8, 12, 12, 12), (8, 12, 18, 27, 27)}
-    ours, theirs = right.lines
-    assert list(ours.get_xdata()) == [point["training_macs"] for point in grown.growth_curve]
+    drawn, marks = ([line for line in left.lines if (line.get_ls() == ":") == dotted] for dotted in (False, True))
+    assert {tuple(line.get_ydata()) for line in drawn} == {(4, 8, 12, 12, 12), (8, 12, 18, 27, 27)}
+    assert {line.get_xdata()[0] for line in marks} == {6, 13, 19}  # something grew in every round
+    texts = [text.get_text() for text in left.get_legend().get_texts()]
+    assert texts[0].endswith("and 1 more: 8 → 12 → 18 → 27") and texts[1].endswith("4 → 8 → 12"), texts
+    ours, theirs = (line for line in right.lines if line.get_ls() != ":")
+    assert list(ours.get_xdata()) == [point["training_macs"] / 1e6 for point in grown.growth_curve]
     assert list(ours.get_ydata()) == [point["sparse_accuracy"] for point in grown.growth_curve]
-    assert list(theirs.get_xdata()) == [1e6, 1e8]
+    assert list(theirs.get_xdata()) == [1, 100] and " MMACs " in right.get_xlabel()
+    assert all(axis.get_xlabel() and axis.get_ylabel() for axis in (left, right))
     assert len(plot_growth(grown.history).axes[1].lines[0].get_xdata()) == 3
     with pytest.raises(ValueError, match="history is empty"):
         plot_growth([])
@@ -1001,14 +962,10 @@ def card_of_a_plain_run(out: Path) -> str:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """An uninterrupted run of two processes, and one killed inside its first growth step and resumed."""
+    """What an uninterrupted run of two processes left."""
     folder = tmp_path_factory.mktemp("pair")
-    process = two_processes("growing_run", folder, "--ddp", "whole", "cut", "--pause", "inside")
-    wait_for(process, (folder / "paused").exists, 200)
-    kill(process)
-    assert list((folder / "cut").glob("checkpoint-*/.grown")) and not list((folder / "cut").glob("*/grown"))
-    finish(two_processes("growing_run", folder, "--ddp", "cut", "--resume"))
-    return folder
+    finish(two_processes("growing_run", folder, "--ddp", "whole"))
+    return [torch.load(folder / f"whole-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 def test_two_processes_grow_alike_and_as_one(pair, tmp_path):
@@ -1016,16 +973,20 @@ def test_two_processes_grow_alike_and_as_one(pair, tmp_path):
     run.train()
     assert sum(map(bool, map(grew, by_round(run.history)))) >= 2
     alone = growing_run.outcome(run)
-    ranks = [torch.load(pair / f"whole-{rank}.pt", weights_only=True) for rank in (0, 1)]
     for key in ("model", "optimizer", "path", "history"):
-        assert_same(ranks[0][key], ranks[1][key], key)
-    assert_close(ranks[0], alone)
+        assert_same(pair[0][key], pair[1][key], key)
+    assert_close(pair[0], alone)
 
 
-def test_two_processes_killed_inside_a_growth_step_and_resumed_equal_the_uninterrupted_run(pair):
+@pytest.mark.slow
+def test_two_processes_killed_inside_a_growth_step_and_resumed_equal_the_uninterrupted_run(pair, tmp_path):
+    process = two_processes("growing_run", tmp_path, "--ddp", "cut", "--pause", "inside")
+    wait_for(process, (tmp_path / "paused").exists, 200)
+    kill(process)
+    assert list((tmp_path / "cut").glob("checkpoint-*/.grown")) and not list((tmp_path / "cut").glob("*/grown"))
+    finish(two_processes("growing_run", tmp_path, "--ddp", "cut", "--resume"))
     for rank in (0, 1):
-        cut, whole = (torch.load(pair / f"{name}-{rank}.pt", weights_only=True) for name in ("cut", "whole"))
-        assert_same(cut, whole)
+        assert_same(torch.load(tmp_path / f"cut-{rank}.pt", weights_only=True), pair[rank])
 
 
 # ---- control

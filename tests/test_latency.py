@@ -8,12 +8,15 @@ import pytest
 import tiny_run
 import torch
 from models import NETS, build, resnet
+from paths import ties_of
 from torch import nn
 
 from hf_effdl.structure.groups.find import find_groups
-from hf_effdl.structure.groups.ties import config_ties
-from hf_effdl.structure.path.path import SparsePath, levels_of
-from hf_effdl.structure.slim.slim import cut_copy, effdl_report, measure_latency, slim
+from hf_effdl.structure.groups.ties import config_ties, levels_of
+from hf_effdl.structure.path.path import SparsePath
+from hf_effdl.structure.slim.latency import measure_latency
+from hf_effdl.structure.slim.report import effdl_report
+from hf_effdl.structure.slim.slim import cut_copy, slim
 
 
 def random_path(model, x, seed=0):
@@ -82,7 +85,7 @@ def noisy(cost, seed, spread=0.03, spikes=0.1):
 def grows(path, kept, cost, share, widths):
     """Whether some tie could have one step more."""
     sizes = {name: len(index) for name, index in kept.items()}
-    for tie in path._ties(widths):
+    for tie in ties_of(path, widths):
         larger = sizes | {name: sizes[name] + a for name, a in tie.shares.items()}
         inside = all(larger[name] <= len(path.units[name]["dual"]) for name in tie.shares)
         if inside and cost({name: range(n) for name, n in larger.items()}) <= share:
@@ -152,13 +155,13 @@ def test_wide_groups_keep_blocks_of_sixteen_which_cost_no_more(paths):
 
 def test_small_groups_keep_four_sizes_at_least(paths):
     for name in ("lenet", "resnet", "wide"):
-        for tie in paths[name]._ties("stock"):
+        for tie in ties_of(paths[name], "stock"):
             levels = levels_of(tie, None)
             chunk = min(tie.shares.values()) * levels[0]
             assert levels[-1] == tie.steps and (len(levels) >= 4 or tie.steps < 4)
             assert chunk in (1, 2, 4, 8, 16)
-    assert levels_of(paths["wide"]._ties("stock")[-1], None)[:3] == [16, 32, 48]
-    assert [levels_of(tie, None)[0] for tie in paths["lenet"]._ties("stock")] == [1, 4, 16]
+    assert levels_of(ties_of(paths["wide"], "stock")[-1], None)[:3] == [16, 32, 48]
+    assert [levels_of(tie, None)[0] for tie in ties_of(paths["lenet"], "stock")] == [1, 4, 16]
 
 
 def test_a_few_disturbed_measurements_refuse_no_budget(paths):
@@ -263,7 +266,7 @@ def test_the_ratio_is_taken_within_a_round(monkeypatch):
             return super().forward(x)
 
     for name in ("perf_counter", "thread_time"):
-        monkeypatch.setattr(f"hf_effdl.structure.slim.slim.time.{name}", tick)
+        monkeypatch.setattr(f"hf_effdl.structure.slim.latency.time.{name}", tick)
     slow, fast = measure_latency([Takes(0.4), Takes(0.1)], torch.zeros(1, 2), repeats=9, seconds=0.0)
     assert fast / slow == pytest.approx(0.25 * 1.05)
     speed[0] = 1.0
@@ -282,7 +285,7 @@ def test_a_report_without_latency_times_nothing(monkeypatch):
     groups = find_groups(model, x)
     small = slim(model, groups, 0.5)
     timed = effdl_report(model, small, x, groups, {"keep": 0.5})
-    monkeypatch.setattr("hf_effdl.structure.slim.slim.measure_latency", None)
+    monkeypatch.setattr("hf_effdl.structure.slim.report.measure_latency", None)
     report = effdl_report(model, small, x, groups, {"keep": 0.5}, latency=False)
     assert report == {key: value for key, value in timed.items() if key not in ("latency_ms", "latency_batch")}
 
@@ -307,7 +310,7 @@ def test_the_trainer_reports_the_asked_and_the_measured_latency(run, monkeypatch
         return [float(sum(p.numel() for p in net.parameters())) for net in models]
 
     monkeypatch.setattr("hf_effdl.structure.training.trainer.measure_latency", clock)
-    monkeypatch.setattr("hf_effdl.structure.slim.slim.measure_latency", clock)
+    monkeypatch.setattr("hf_effdl.structure.slim.report.measure_latency", clock)
     small = run.slim(latency=0.6)
     report = small.config.effdl_report
     assert report["budget"] == {"latency": 0.6} and 0.3 < report["latency_ms"]["ratio"] <= 0.6
@@ -317,7 +320,7 @@ def test_the_trainer_reports_the_asked_and_the_measured_latency(run, monkeypatch
 
 
 def test_without_latency_the_trainer_times_nothing(run, monkeypatch):
-    for module in ("trainer", "slim"):
+    for module in ("training.trainer", "slim.report"):
         monkeypatch.setattr(f"hf_effdl.structure.{module}.measure_latency", None)
     report = run.slim(macs=0.6, latency_batch=0).config.effdl_report
     assert "latency_ms" not in report and report["macs"]["ratio"] <= 0.6
@@ -340,21 +343,16 @@ def test_a_slim_model_leaves_the_mixed_precision_of_its_training(run):
 
 def test_an_error_of_the_deciding_process_is_raised_by_all(run, monkeypatch):
     heard = []
-
-    def broadcast(values):
-        heard.append(values[0])
-        return values
-
-    monkeypatch.setattr("hf_effdl.structure.training.trainer.broadcast_object_list", broadcast)
+    monkeypatch.setattr("hf_effdl.processes.agreed", lambda value: heard.append(value) or value)
     with pytest.raises(ValueError, match="macs=0.0001 is below"):
         run.slim(macs=0.0001, latency_batch=0)
     assert [type(value) for value in heard] == [ValueError]
 
-    def others(values):
-        assert values == [None], "only one process measures"
-        return [ValueError("said by the first")]
+    def others(value):
+        assert value is None, "only one process measures"
+        return ValueError("said by the first")
 
-    monkeypatch.setattr("hf_effdl.structure.training.trainer.broadcast_object_list", others)
-    monkeypatch.setattr(type(run.accelerator), "is_main_process", property(lambda self: False))
+    monkeypatch.setattr("hf_effdl.processes.agreed", others)
+    monkeypatch.setattr("hf_effdl.processes.is_first", lambda: False)
     with pytest.raises(ValueError, match="said by the first"):
         run.slim(macs=0.5, latency_batch=0)

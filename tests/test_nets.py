@@ -14,7 +14,8 @@ from transformers import ConvNextV2Config, ConvNextV2ForImageClassification, Res
 
 import hf_effdl  # noqa: F401 - lets from_pretrained load slim sizes
 from hf_effdl.structure.groups.find import find_groups
-from hf_effdl.structure.groups.group import cut, mask, param_groups
+from hf_effdl.structure.groups.param_groups import param_groups
+from hf_effdl.structure.groups.surgery import cut, mask
 from hf_effdl.structure.groups.ties import config_ties
 from hf_effdl.structure.optim.split_lbi import SplitLBI
 from hf_effdl.structure.slim.slim import slim

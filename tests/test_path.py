@@ -10,13 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import build, resnet
+from paths import ties_of
 from torch import nn
 
 from hf_effdl.structure.groups.find import find_groups
-from hf_effdl.structure.groups.group import param_groups
-from hf_effdl.structure.groups.ties import config_ties, stock_config
+from hf_effdl.structure.groups.param_groups import param_groups
+from hf_effdl.structure.groups.ties import Tie, config_ties, levels_of, stock_config
 from hf_effdl.structure.optim.split_lbi import SplitLBI
-from hf_effdl.structure.path.path import FILE_NAME, SparsePath, Tie, _removal_list, levels_of
+from hf_effdl.structure.path.budget import cut_list
+from hf_effdl.structure.path.path import FILE_NAME, SparsePath
 
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -359,7 +361,7 @@ def test_nothing_more_fits_into_the_budget(seed, name, budget, share, round_to, 
         assert "is below what the smallest sizes cost" in str(error)
         return
     network, sizes = path.groups[0].network, sizes_of(kept)
-    for tie in path._ties(widths):
+    for tie in ties_of(path, widths):
         first, part = next(iter(tie.shares.items()))
         above = [level for level in levels_of(tie, round_to) if level > sizes[first] // part]
         if above:
@@ -374,9 +376,9 @@ def test_units_of_equal_score_leave_one_step_at_a_time(seed):
         unit["dual"] = torch.full_like(unit["dual"], unit["dual"][0].item())
         unit["dual"][1] *= 2.7
         unit["threshold"] = torch.full_like(unit["dual"], 0.3)
-    removals = _removal_list(path._ties("free"), path.scores(), 3, 1)
+    cuts = cut_list(ties_of(path, "free"), path.scores(), 3, 1)
     for tie in range(len(path.groups)):
-        levels = [below for i, below in removals if i == tie]
+        levels = [cut[tie] for cut in cuts if tie in cut]
         assert levels == sorted(levels, reverse=True)
 
 
@@ -390,6 +392,29 @@ def test_units_below_the_least_leave_after_all_others():
     two = network.count(path.groups, {group.name: 2 for group in path.groups})["macs"] / network.count()["macs"]
     above, below = (path.select(macs=share) for share in (1.001 * two, 0.999 * two))
     assert all(set(below[name].tolist()) <= set(above[name].tolist()) for name in above)
+
+
+@pytest.mark.parametrize("budget", ["macs", "params", "keep"])
+@pytest.mark.parametrize("seed", range(4))
+def test_among_sizes_that_are_allowed_the_next_smaller_ones_are_taken(budget, seed):
+    path = random_path("lenet", seed)
+    free = path.select(**{budget: 0.5})
+    first = path.groups[0].name
+
+    def same(kept, other):
+        return all(torch.equal(kept[name], index) for name, index in other.items())
+
+    assert same(path.select(**{budget: 0.5}, allowed=lambda sizes: True), free)
+    assert same(path.select(**{budget: 0.5}, allowed=lambda sizes: False), free), "nothing better is to be had"
+    size = len(free[first])
+    less = path.select(**{budget: 0.5}, allowed=lambda sizes: sizes[first] != size)
+    network, sizes = path.groups[0].network, sizes_of(less)
+    assert sizes[first] != size
+    if budget == "keep":
+        assert all(sizes[name] <= len(index) for name, index in free.items())
+    else:
+        assert network.count(path.groups, sizes)[budget] <= 0.5 * network.count()[budget]
+        assert network.count(path.groups, sizes)[budget] > 0.3 * network.count()[budget]
 
 
 def test_a_budget_of_one_keeps_everything():

@@ -18,9 +18,12 @@ from transformers import ResNetForImageClassification, ViTConfig, ViTForImageCla
 
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
-from hf_effdl.structure.groups.group import mask
 from hf_effdl.structure.groups.slim_config import SlimConfig
-from hf_effdl.structure.slim.slim import effdl_report, measure_latency, recalibrate_batch_norm, slim
+from hf_effdl.structure.groups.surgery import mask
+from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
+from hf_effdl.structure.slim.latency import measure_latency
+from hf_effdl.structure.slim.report import effdl_report
+from hf_effdl.structure.slim.slim import slim
 
 
 def trained(name, seed=0, rows=4):

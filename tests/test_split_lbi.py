@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_effdl.structure.optim.split_lbi import SplitLBI, shrinkage, soft_threshold, unit_norm
+from hf_effdl.structure.optim.prox import shrinkage, soft_threshold, unit_norm
+from hf_effdl.structure.optim.split_lbi import SplitLBI
 
 
 NAN, INF = float("nan"), float("inf")
@@ -131,10 +132,13 @@ LIFTS = {
 }
 
 
-def naive_path(starts, units, grad, steps, *, lr, kappa, nu, path_scale, momentum, lam, lam_scale):
-    """The iteration, unit by unit; `units=None` is the l1 penalty. Returns W, V and Gamma after every step."""
+def naive_path(starts, units, move, steps, *, kappa, lr, nu, path_scale, lam, lam_scale):
+    """The iteration, unit by unit; `units=None` is the l1 penalty. Returns W, V and Gamma after every step.
+
+    `move(step, old W)` is the new W after the base's step alone.
+    """
     w = [start.clone() for start in starts]
-    v, gamma, buffer = ([torch.zeros_like(start) for start in starts] for _ in range(3))
+    v, gamma = ([torch.zeros_like(start) for start in starts] for _ in range(2))
 
     def norm(tensors, unit):
         return math.sqrt(sum(scale**2 * float((tensors[t][index] ** 2).sum()) for t, index, scale in unit))
@@ -145,12 +149,10 @@ def naive_path(starts, units, grad, steps, *, lr, kappa, nu, path_scale, momentu
         sizes = [norm(starts, unit) for unit in units]
     thresholds = [lam * size if lam_scale == "init" else lam for size in sizes]
     path = []
-    for _ in range(steps):
-        for t in range(len(w)):
-            buffer[t] = momentum * buffer[t] + grad(t, w[t])
+    for step in range(steps):
+        for t, moved in enumerate(move(step, w)):
             coupling = (w[t] - gamma[t]) / nu
-            w[t] = w[t] - kappa * lr * (buffer[t] + coupling)
-            v[t] = v[t] + path_scale * lr * coupling
+            w[t], v[t] = moved - kappa * lr * coupling, v[t] + path_scale * lr * coupling
         gamma = [torch.zeros_like(x) for x in v]
         if units is None:
             for t, threshold in enumerate(thresholds):
@@ -165,6 +167,17 @@ def naive_path(starts, units, grad, steps, *, lr, kappa, nu, path_scale, momentu
     return path
 
 
+def momentum_alone(starts, grad, lr, momentum):
+    """The step of SGD with momentum, one tensor after the other."""
+    buffer = [torch.zeros_like(start) for start in starts]
+
+    def move(step, w):
+        buffer[:] = [momentum * b + grad(t, x) for t, (b, x) in enumerate(zip(buffer, w, strict=True))]
+        return [x - lr * b for x, b in zip(w, buffer, strict=True)]
+
+    return move
+
+
 def assert_equals_naive(shapes, param_group, units, hyper):
     params = [parameter(*shape, seed=i) for i, shape in enumerate(shapes)]
     targets = [parameter(*shape, seed=10 + i).detach() * 2 for i, shape in enumerate(shapes)]
@@ -176,7 +189,9 @@ def assert_equals_naive(shapes, param_group, units, hyper):
     starts = [p.detach().clone() for p in params]
     opt = SplitLBI([{"params": params, **param_group}], **hyper)
     inside = []
-    for expected in naive_path(starts, units, grad, 60, **hyper):
+    move = momentum_alone(starts, grad, hyper["kappa"] * hyper["lr"], hyper["momentum"])
+    rest = {name: value for name, value in hyper.items() if name != "momentum"}
+    for expected in naive_path(starts, units, move, 60, **rest):
         for t, p in enumerate(params):
             p.grad = grad(t, p.detach())
         opt.step()
@@ -285,28 +300,24 @@ def test_the_coupling_is_a_step_beside_any_base(lift, hyper):
     # the base alone, one fresh tensor moved from the old W at every step
     moved = [torch.nn.Parameter(w.clone()) for w in starts]
     base = SplitLBI([{"params": moved}], **shared)
-    w, v, gamma = [x.clone() for x in starts], [torch.zeros_like(x) for x in starts], [0 * x for x in starts]
+    grads = []
 
-    def norm(tensors, unit):
-        return math.sqrt(sum(scale**2 * float((tensors[t][index] ** 2).sum()) for t, index, scale in unit))
-
-    thresholds = [lam * norm(starts, unit) for unit in units]
-    for step in range(40):
-        grads = [0.4 * (x - 2 * parameter(*x.shape, seed=10 + t).detach()) for t, x in enumerate(w)]
-        for t, p in enumerate(params):
-            p.grad = grads[t].clone()
+    def move(step, w):
+        grads.append([0.4 * (x - 2 * parameter(*x.shape, seed=10 + t).detach()) for t, x in enumerate(w)])
+        for p, x, grad in zip(moved, w, grads[-1], strict=True):
             with torch.no_grad():
-                moved[t].copy_(w[t])
-            moved[t].grad = grads[t].clone()
-        opt.step()
+                p.copy_(x)
+            p.grad = grad.clone()
         base.step()
-        for t in range(len(w)):
-            gap = (w[t] - gamma[t]) / nu
-            w[t], v[t] = moved[t].detach() - kappa * lr * gap, v[t] + path_scale * lr * gap
-        for unit, threshold in zip(units, thresholds, strict=True):
-            size = norm(v, unit)
-            for t, index, _ in unit:
-                gamma[t][index] = kappa * v[t][index] * max(0.0, 1 - threshold / size)
+        return [p.detach().clone() for p in moved]
+
+    steps = naive_path(
+        starts, units, move, 40, lr=lr, kappa=kappa, nu=nu, path_scale=path_scale, lam=lam, lam_scale="init"
+    )
+    for step, (w, _, gamma) in enumerate(steps):
+        for p, grad in zip(params, grads[step], strict=True):
+            p.grad = grad
+        opt.step()
         for t, p in enumerate(params):
             torch.testing.assert_close(p.detach(), w[t], rtol=0, atol=1e-12)
             torch.testing.assert_close(opt.gamma(p), gamma[t], rtol=0, atol=1e-12)

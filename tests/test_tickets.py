@@ -5,7 +5,6 @@ import logging
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -39,8 +38,8 @@ from hf_effdl import (
     transfer,
 )
 from hf_effdl.structure.groups.ties import config_ties
-from hf_effdl.structure.path.path import unwrap
-from hf_effdl.structure.tickets.files import digest
+from hf_effdl.structure.optim.split_lbi import unwrap
+from hf_effdl.structure.tickets.files import state_digest
 from hf_effdl.structure.tickets.settling import Settling, pack, unpack
 
 
@@ -74,7 +73,7 @@ def made_up(net: nn.Module, x: torch.Tensor, seed: int = 1, **values) -> Ticket:
     }
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     shifted = {name: tensor + 1 for name, tensor in state.items()}
-    init = {"sha256": digest(state), "class": type(net).__name__, "source": None, "seed": 0}
+    init = {"sha256": state_digest(state), "class": type(net).__name__, "source": None, "seed": 0}
     return Ticket(groups, kept, 7, init=init, **{"weights": {0: state, 7: shifted}, **values})
 
 
@@ -300,17 +299,14 @@ def test_thresholds_that_are_not_relative_measure_the_path_by_the_schedule(tmp_p
 # ---- resume
 
 
-def test_a_search_killed_at_a_random_moment_and_resumed_finds_the_same_ticket(found, tmp_path):
+def test_a_search_killed_at_a_random_moment_and_resumed_finds_the_same_ticket(found, forks, tmp_path):
     assert found.settled and found.step > 12 and sorted(found.weights) == [0, 3, found.step]
     out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, str(SCRIPT), str(out)], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    forks.start("ticket_run", out)
+    forks.wait_for(lambda: list(out.glob("checkpoint-*/trainer_state.json")))
     delay = random.SystemRandom().uniform(0, 0.3)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    killed = process.wait() == -signal.SIGKILL
+    killed = forks.kill()
     print(f"killed {delay:.3f} s after the first checkpoint, {sorted(p.name for p in out.iterdir())}")
     assert killed or (out / "found").exists()
     shutil.copytree(out, tmp_path / "copy")

@@ -1,8 +1,5 @@
 import json
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,15 +12,12 @@ from torch.utils.data import TensorDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from hf_effdl import SparsePath, SplitLBI, SplitLBIArguments, SplitLBICallback, SplitLBITrainer, find_groups
-from hf_effdl.structure.groups.group import mask
+from hf_effdl.structure.groups.surgery import mask
 from hf_effdl.structure.optim.schedule import derive_path
-from hf_effdl.structure.slim.slim import recalibrate_batch_norm
+from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.training.arguments import scheduled_rates
 from hf_effdl.structure.training.evaluation import evaluate_model, projected, training_inputs
 from hf_effdl.structure.training.trainer import last_complete_checkpoint
-
-
-SCRIPT = Path(__file__).parent / "support" / "tiny_run.py"
 
 
 def assert_same(a, b, where="outcome"):
@@ -208,28 +202,18 @@ def test_the_path_stands_beside_every_checkpoint(trained):
 # ---- resume
 
 
-def run_script(out: Path, *flags: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(SCRIPT), str(out), *flags], stdout=subprocess.DEVNULL)
-
-
-def test_a_run_killed_at_a_random_moment_and_resumed_equals_an_uninterrupted_one(finished, tmp_path):
-    for attempt in range(2):
-        out = tmp_path / str(attempt)
-        process = run_script(out)
-        deadline = time.monotonic() + 120
-        while not list(out.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        delay = random.SystemRandom().uniform(0, 0.6)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        killed = process.wait() == -signal.SIGKILL
-        print(
-            f"attempt {attempt}: killed {delay:.3f} s after the first checkpoint,"
-            f" {sorted(p.name for p in out.iterdir())}"
-        )
-        assert killed or (out / "final.pt").exists()
-        assert run_script(out, "--resume").wait() == 0
-        assert_same(torch.load(out / "final.pt", weights_only=True), finished, f"after {delay:.3f} s")
+@pytest.mark.parametrize("attempt", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_killed_at_a_random_moment_and_resumed_equals_an_uninterrupted_one(finished, forks, tmp_path, attempt):
+    forks.start("tiny_run", tmp_path)
+    forks.wait_for(lambda: list(tmp_path.glob("checkpoint-*/trainer_state.json")))
+    delay = random.SystemRandom().uniform(0, 0.6)
+    time.sleep(delay)
+    killed = forks.kill()
+    print(f"killed {delay:.3f} s after the first checkpoint, {sorted(path.name for path in tmp_path.iterdir())}")
+    assert killed or (tmp_path / "final.pt").exists()
+    forks.start("tiny_run", tmp_path, "--resume")
+    assert forks.end() == 0
+    assert_same(torch.load(tmp_path / "final.pt", weights_only=True), finished, f"after {delay:.3f} s")
 
 
 def test_resuming_skips_a_checkpoint_whose_saving_was_cut_off(tmp_path):
@@ -347,13 +331,25 @@ def test_a_slim_model_trains_in_a_trainer_and_slims_again(trained, tmp_path):
 # ---- bad input
 
 
-def test_what_cannot_work_is_refused_by_name(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="DeepSpeed"):
-        SplitLBIArguments(str(tmp_path), deepspeed={"zero_optimization": {"stage": 2}}, use_cpu=True)
-    args = SplitLBIArguments(str(tmp_path), use_cpu=True)
-    monkeypatch.setattr(SplitLBIArguments, "n_gpu", 2)
-    with pytest.raises(ValueError, match="DataParallel.*torchrun"):
-        SplitLBITrainer(tiny_run.model(), args, train_dataset=tiny_run.images(8, 1))
+RANGES = ("nu", "kappa", "learning_rate", "lam", "path_scale", "path_length", "ridge_length")
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "DeepSpeed"),
+        ({"preset": "papers"}, "preset='papers': it must be one of"),
+        ({"lam_scale": "first"}, "lam_scale='first'"),
+        ({"base": "adam"}, "base='adam'"),
+        ({"momentum": 1.0}, "momentum=1.0: it must be in"),
+        ({"nesterov": True, "momentum": 0.0}, "nesterov=True needs base='sgd'"),
+        *(({"path_share": share}, f"path_share={share}: it is a share of the run") for share in (0, 1.5, -1)),
+        *(({name: value}, f"{name}=") for name in RANGES for value in (0.0, -1.0, float("inf"))),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused_by_name(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        SplitLBIArguments(str(tmp_path), use_cpu=True, **change)
 
 
 def test_a_path_may_fill_the_first_part_of_a_run(tmp_path):
@@ -363,34 +359,28 @@ def test_a_path_may_fill_the_first_part_of_a_run(tmp_path):
     assert args.split_lbi_kwargs(4000)["nu"] == pytest.approx(sum(rates) / 3.7)
     expected = derive_path(sum(rates))
     assert {name: args.split_lbi_kwargs(4000)[name] for name in expected} == pytest.approx(expected)
-    for share in (0, 1.5, -1):
-        with pytest.raises(ValueError, match=f"path_share={share}: it is a share of the run"):
-            SplitLBIArguments(str(tmp_path), path_share=share, use_cpu=True)
 
 
-@pytest.mark.parametrize("name", ["nu", "kappa", "learning_rate", "lam", "path_scale", "path_length", "ridge_length"])
-@pytest.mark.parametrize("value", [0.0, -1.0, float("inf")])
-def test_arguments_out_of_range_are_named(tmp_path, name, value):
-    with pytest.raises(ValueError, match=f"{name}="):
-        SplitLBIArguments(str(tmp_path), use_cpu=True, **{name: value})
-
-
-def test_unknown_choices_are_named(tmp_path):
-    with pytest.raises(ValueError, match="preset='papers'"):
-        SplitLBIArguments(str(tmp_path), preset="papers", use_cpu=True)
-    with pytest.raises(ValueError, match="lam_scale='first'"):
-        SplitLBIArguments(str(tmp_path), lam_scale="first", use_cpu=True)
-
-
-def test_an_empty_data_set_and_wrong_arguments_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "change,error,message",
+    [
+        ({"train_dataset": Dataset.from_dict({"pixel_values": [], "labels": []})}, ValueError, "dataset is empty"),
+        ({"args": TrainingArguments("unused", use_cpu=True)}, TypeError, "must be SplitLBIArguments, not Training"),
+        ({"optimizers": (torch.optim.SGD([torch.zeros(1)], 0.1), None)}, ValueError, "optimizers= holds SGD"),
+        ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {})}, ValueError, "makes its own optimizer"),
+    ],
+)
+def test_trainers_that_cannot_work_are_refused_by_name(tmp_path, change, error, message):
     args = SplitLBIArguments(str(tmp_path), use_cpu=True)
-    with pytest.raises(ValueError, match="train_dataset is empty"):
-        SplitLBITrainer(tiny_run.model(), args, train_dataset=Dataset.from_dict({"pixel_values": [], "labels": []}))
-    with pytest.raises(TypeError, match="SplitLBIArguments"):
-        SplitLBITrainer(tiny_run.model(), TrainingArguments(str(tmp_path), use_cpu=True))
-    with pytest.raises(ValueError, match="SGD"):
-        model = tiny_run.model()
-        SplitLBITrainer(model, args, optimizers=(torch.optim.SGD(model.parameters(), 0.1), None))
+    with pytest.raises(error, match=message):
+        SplitLBITrainer(tiny_run.model(), **{"args": args, "train_dataset": tiny_run.images(8, 1), **change})
+
+
+def test_several_devices_in_one_process_are_refused_by_name(tmp_path, monkeypatch):
+    args = SplitLBIArguments(str(tmp_path), use_cpu=True)
+    monkeypatch.setattr(SplitLBIArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="DataParallel.*torchrun"):
+        SplitLBITrainer(tiny_run.model(), args, train_dataset=tiny_run.images(8, 1))
 
 
 def test_a_path_too_short_for_any_unit_is_refused_before_the_first_step(tmp_path):

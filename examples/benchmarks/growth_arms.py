@@ -229,7 +229,7 @@ def table(rows: list[dict], title: str) -> None:
 
 def save_picture(rows: list[dict], seed: int, file: Path, steps: int) -> None:
     """Widths over a run's steps, and accuracy against training MACs beside the dense net's curve, for one seed."""
-    from hf_effdl.structure.growing.history import plot_growth
+    from hf_effdl.structure.growing.picture import plot_growth
 
     of = {row["arm"]: row for row in rows if row["seed"] == seed}
     curve = [*of["grown"]["curve"][:-1], of["grown"]["curve"][-1] | {"step": steps}]

@@ -42,7 +42,8 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_effdl import SparsePath, SplitLBI, derive_path, find_groups, param_groups, slim
 from hf_effdl.structure.groups.ties import config_ties
-from hf_effdl.structure.slim.slim import cut_copy, measure_latency
+from hf_effdl.structure.slim.latency import measure_latency
+from hf_effdl.structure.slim.slim import cut_copy
 
 
 IMAGES = {"resnet18": (3, 32, 32), "resnet18-cifar": (3, 32, 32), "resnet18-224": (3, 224, 224), "lenet": (1, 28, 28)}

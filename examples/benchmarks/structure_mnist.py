@@ -44,7 +44,7 @@ from torch import nn
 
 from hf_effdl import SparsePath, SplitLBI, derive_path, find_groups, param_groups, recalibrate_batch_norm, slim
 from hf_effdl.structure.optim.prox import per_entry, unit_norm
-from hf_effdl.structure.slim.slim import measure_latency
+from hf_effdl.structure.slim.latency import measure_latency
 from hf_effdl.structure.training.arguments import LEARNING_RATES
 
 

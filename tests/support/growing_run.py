@@ -14,7 +14,6 @@ import argparse
 import os
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ def pause_at(point: str, mark: Path) -> None:
 
         setattr(module, name, wait)
 
-    where = {"before": (grow_checkpoint, "widen_groups"), "inside": (grow_checkpoint, "_save_path")}
+    where = {"before": (grow_checkpoint, "widen_groups"), "inside": (grow_checkpoint, "save_path")}
     stop_before(*where.get(point, (os, "replace")))
 
 
@@ -105,24 +104,5 @@ def main(arguments: list[str]) -> None:
         leave()
 
 
-def fork() -> None:
-    """Importing takes longer than a run: do it once."""
-    for line in sys.stdin:
-        if pid := os.fork():
-            print(pid, flush=True)
-            print(os.waitpid(pid, 0)[1], flush=True)
-            continue
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        try:
-            main(line.split())
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-
-
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--fork"]:
-        fork()
-    else:
-        main(sys.argv[1:])
+    main(sys.argv[1:])

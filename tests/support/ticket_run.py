@@ -6,6 +6,7 @@ leaves its ticket in OUT/found-<rank>.
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import tiny_run
@@ -43,10 +44,10 @@ def distributed_search(out: Path, processes: int) -> Ticket:
     return find_ticket(run, **DISTRIBUTED)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         found = distributed_search(options.out, int(os.environ["WORLD_SIZE"]))
@@ -56,3 +57,7 @@ if __name__ == "__main__":
         found.save_pretrained(options.out / f"found-{os.environ['RANK']}")
         leave()
     search(options.out).save_pretrained(options.out / "found")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

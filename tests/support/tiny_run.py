@@ -99,11 +99,11 @@ def outcome(run: Trainer) -> dict:
     }
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out")
     parser.add_argument("--resume", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     run = trainer(options.out)
     run.train(resume_from_checkpoint=options.resume)

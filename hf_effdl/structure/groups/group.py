@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 # What a slice is to its unit. The first four produce the unit's value: with those zeroed the unit is silent.
 PRODUCERS = ("row", "bias", "scale", "shift")
-ROLES = (*PRODUCERS, "mean", "var", "input")
+# Layers that have units.
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Group:
         scale = [1.0] * len(params)
         if self.equalise:
             for i, (p, part) in enumerate(zip(params, self.lifted_slices, strict=True)):
-                mean = _rows(p, part).norm(dim=1).mean().item()
+                mean = rows_of(p, part).norm(dim=1).mean().item()
                 if mean == 0:
                     raise ValueError(
                         f"{part.tensor} of group {self.name!r} is all zeros: its initial norm is zero and gives it no "
@@ -161,7 +163,7 @@ class Group:
         parts = self.lifted_slices or [part for part in self.slices if part.role == "row"]
         squared = torch.zeros(self.units)
         for part in parts:
-            norm = _rows(model.get_parameter(part.tensor), part).norm(dim=1).float().cpu()
+            norm = rows_of(model.get_parameter(part.tensor), part).norm(dim=1).float().cpu()
             squared += (norm / norm.mean().clamp_min(torch.finfo(norm.dtype).tiny)).square()
         return squared.sqrt()
 
@@ -192,77 +194,9 @@ class Groups(list):
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def _rows(tensor: Tensor, part: Slice) -> Tensor:
+def rows_of(tensor: Tensor, part: Slice) -> Tensor:
     """A view or copy with one row per unit, `(units, entries)`."""
     return tensor.detach().movedim(part.axis, 0).reshape(tensor.shape[part.axis] // part.block, -1)
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
-
-
-@torch.no_grad()
-def mask(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -> nn.Module:
-    """Silence, in place, every unit that is not kept: its rows, bias, norm weight and norm bias become zero.
-
-    Args:
-        model: changed in place and returned.
-        groups: the groups that `kept` speaks of.
-        kept: indices of the kept units by group name; groups not named keep all.
-    """
-    for group in groups:
-        if group.name not in kept:
-            continue
-        gone = torch.ones(group.units, dtype=torch.bool)
-        gone[kept[group.name].cpu()] = False
-        for part in group.slices:
-            if part.role in PRODUCERS:
-                tensor = model.get_parameter(part.tensor)
-                index = gone.repeat_interleave(part.block).nonzero().flatten().to(tensor.device)
-                tensor.index_fill_(part.axis, index, 0)
-    return model
-
-
-@torch.no_grad()
-def cut(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -> nn.Module:
-    """Remove, in place, every unit that is not kept: all its slices, and the sizes that the modules report.
-
-    Args:
-        model: changed in place and returned.
-        groups: the groups that `kept` speaks of.
-        kept: ascending indices of the kept units by group name; groups not named keep all.
-    """
-    for group in groups:
-        if group.name not in kept:
-            continue
-        for part in group.slices:
-            module, leaf = _owner(model, part.tensor)
-            old = getattr(module, leaf)
-            index = (
-                torch.arange(group.units * part.block).view(group.units, part.block)[kept[group.name].cpu()].flatten()
-            )
-            new = old.detach().index_select(part.axis, index.to(old.device)).clone()
-            setattr(module, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
-            set_sizes(module)
-    return model
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Whether a layer convolves every channel on its own, into one or several outputs."""
-    return isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1
-
-
-def set_sizes(module: nn.Module) -> None:
-    """Bring the sizes that a layer reports in line with its tensors."""
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.modules.conv._ConvNd):
-        if is_depthwise(module):  # by the sizes before; outputs per channel stay
-            module.groups = module.weight.shape[0] * module.in_channels // module.out_channels
-        module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        module.num_features = len(module.running_mean if module.running_mean is not None else module.weight)
 
 
 def regroup(groups: Sequence[Group], model: nn.Module) -> Groups:
@@ -297,37 +231,10 @@ def check_same_network(groups: Sequence[Group], model: nn.Module) -> None:
         )
 
 
-def param_groups(
-    model: nn.Module,
-    groups: Sequence[Group],
-    *,
-    weight_decay: float = 0.0,
-    decay: Iterable[str] | None = None,
-    l1: Sequence[str] = (),
-) -> list[dict[str, Any]]:
-    """All trainable parameters of a model as torch param groups: one per lifted group, the rest by weight decay.
-
-    Lifted tensors get no weight decay: the coupling is their ridge.
-
-    Args:
-        model: the model that `groups` were found in.
-        groups: groups to lift; those that lift nothing are left out.
-        weight_decay: for the parameters named in `decay`.
-        decay: names of the parameters with weight decay; default: all with two or more axes.
-        l1: names of parameters to lift one weight at a time.
-    """
-    lifted = [group for group in groups if group.lifted]
-    owned = {name for group in lifted for name in group.lifted}
-    result = [{**group.param_group(model), "weight_decay": 0.0} for group in lifted]
-    result += [
-        {"params": [model.get_parameter(name)], "penalty": "l1", "name": name, "weight_decay": 0.0} for name in l1
-    ]
-    rest = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in owned.union(l1)}
-    decayed = {name for name, p in rest.items() if p.ndim > 1} if decay is None else set(decay)
-    for name, value, members in (
-        ("decay", weight_decay, [p for name, p in rest.items() if name in decayed]),
-        ("no decay", 0.0, [p for name, p in rest.items() if name not in decayed]),
-    ):
-        if members:
-            result.append({"params": members, "name": name, "weight_decay": value})
-    return result
+def shared_names(model: nn.Module) -> set[str]:
+    """Names of all parameters that more than one layer holds; a layer registered twice is one layer."""
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for leaf, p in module.named_parameters(recurse=False):
+            names.setdefault(id(p), []).append(f"{prefix}.{leaf}" if prefix else leaf)
+    return {name for alike in names.values() if len(alike) > 1 for name in alike}

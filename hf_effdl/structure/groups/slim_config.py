@@ -12,7 +12,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_effdl.structure.groups.group import set_sizes
+from hf_effdl.structure.groups.surgery import set_sizes
 
 
 QUANT_METHOD = "hf_effdl"

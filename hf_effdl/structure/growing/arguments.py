@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hf_effdl.structure.growing.widen import INITS
+from hf_effdl.checks import whole_number
+from hf_effdl.structure.growing.new_units import INITS
+from hf_effdl.structure.path.path import WIDTHS
 from hf_effdl.structure.training.arguments import SplitLBIArguments
 
 
@@ -57,10 +59,19 @@ class GrowingArguments(SplitLBIArguments):
     path_share: float | None = field(default=None, metadata={"help": "Default: growth_until / growth_rounds."})
 
     def __post_init__(self) -> None:
+        self._check_growth()
+        if self.path_share is None:
+            self.path_share = self.growth_until / self.growth_rounds
+        _refuse(self)
+        super().__post_init__()
+        if self.save_strategy == SaveStrategy.BEST:
+            raise ValueError(
+                "save_strategy='best' would leave out the checkpoints that growth needs; use 'steps', 'epoch' or 'no'"
+            )
+
+    def _check_growth(self) -> None:
         for name in ("growth_rounds", "growth_add", "growth_batch", "growth_patience"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: it must be a whole number, at least 1")
+            whole_number(name, getattr(self, name), 1)
         for name in ("max_macs", "max_params", "max_width"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -74,18 +85,9 @@ class GrowingArguments(SplitLBIArguments):
             raise ValueError(f"growth_threshold={self.growth_threshold}: it is a share of units, in (0, 1]")
         if not 1 <= self.growth_ratio < float("inf"):
             raise ValueError(f"growth_ratio={self.growth_ratio}: it must be a finite factor, at least 1")
-        if self.growth_init not in INITS:
-            raise ValueError(f"growth_init={self.growth_init!r}: it must be one of {INITS}")
-        if self.widths not in ("stock", "free"):
-            raise ValueError(f"widths={self.widths!r}: it must be 'stock' or 'free'")
-        if self.path_share is None:
-            self.path_share = self.growth_until / self.growth_rounds
-        _refuse(self)
-        super().__post_init__()
-        if self.save_strategy == SaveStrategy.BEST:
-            raise ValueError(
-                "save_strategy='best' would leave out the checkpoints that growth needs; use 'steps', 'epoch' or 'no'"
-            )
+        for name, choices in (("growth_init", INITS), ("widths", WIDTHS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: it must be one of {choices}")
 
     def growth_steps(self, max_steps: int) -> list[int]:
         """The optimizer steps after which the rounds take place.

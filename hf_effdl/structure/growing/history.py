@@ -1,4 +1,4 @@
-"""What a growing run did: one row per round and group, the training cost so far, a table and a picture."""
+"""What a growing run did: one row per round and group, the training cost so far, and a table."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -36,15 +36,15 @@ def rounds_without_growth(history: Iterable[Row]) -> int:
 
 def metrics_at(log: Iterable[Mapping[str, Any]], step: int) -> dict[str, float]:
     """What the evaluation at a step found, without its clocks: `eval_loss` as `loss`."""
-    found = {}
+    metrics = {}
     for entry in log:
         if entry.get("step") == step:
-            found |= {
-                key.removeprefix("eval_"): value
-                for key, value in entry.items()
-                if key.startswith("eval_") and not any(clock in key for clock in CLOCKS)
-            }
-    return found
+            metrics |= {key.removeprefix("eval_"): entry[key] for key in entry if _is_metric(key)}
+    return metrics
+
+
+def _is_metric(key: str) -> bool:
+    return key.startswith("eval_") and not any(clock in key for clock in CLOCKS)
 
 
 def training_macs(history: Sequence[Row], step: int, seed_macs: int, rows_seen: Callable[[int], int]) -> int:
@@ -76,19 +76,7 @@ def growth_curve(
 
 def growth_table(history: Sequence[Row]) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """One line per round for a card, and the headings of its columns."""
-    lines = []
-    for rows in by_round(history):
-        first = rows[0]
-        names = {row["group"]: row for row in rows if row["to"] > row["from"]}
-        widths = ", ".join(
-            f"`{name}` {row['from']} → {row['to']}"
-            + (f" ({row['support']:.0%})" if row["support"] is not None else "")
-            for name, row in names.items()
-        )
-        lines.append(
-            {key: value for key, value in first.items() if key not in ("group", "from", "to", "support")}
-            | {"growth": widths or "none"}
-        )
+    lines = [_line(rows) for rows in by_round(history)]
     metrics = dict.fromkeys(key for line in lines for key in line if key not in (*NOT_METRICS, "growth"))
     columns = {
         "round": "round",
@@ -101,72 +89,12 @@ def growth_table(history: Sequence[Row]) -> tuple[list[dict[str, Any]], dict[str
     return lines, columns | {name: name for name in metrics}
 
 
-def plot_growth(
-    history: Sequence[Row], curve: Sequence[Mapping[str, float]] = (), dense: Sequence[Mapping[str, float]] = ()
-) -> Any:
-    """Left: units of every group over the steps. Right: accuracy against cumulative training MACs.
-
-    Args:
-        history: `trainer.history`.
-        curve: `trainer.growth_curve`: points with `"training_macs"` and `"accuracy"` (else `"sparse_accuracy"`, else
-            `"loss"`); default: the evaluations in the history.
-        dense: points of the dense net, trained from the start, in the same form.
-
-    Returns:
-        A matplotlib Figure; needs `pip install hf_effdl[plot]`.
-
-    Raises:
-        ValueError: for an empty history.
-
-    Example:
-        >>> plot_growth(trainer.history, trainer.growth_curve).savefig("growth.png")  # doctest: +SKIP
-    """
-    if not history:
-        raise ValueError("the growth history is empty: the run has had no growth round yet, so there is no picture")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plotting growth needs matplotlib: pip install hf_effdl[plot]") from error
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _plot_widths(left, history, max((point["step"] for point in curve if "step" in point), default=0))
-    points = list(curve) or [dict(rows[0]) for rows in by_round(history)]
-    metric = next(
-        (name for name in ("accuracy", "sparse_accuracy", "loss") if any(name in point for point in points)), None
-    )
-    for name, values, style in (("growing", points, "o-"), ("dense from the start", dense, "s--")):
-        pairs = [(point["training_macs"], point[metric]) for point in values if metric in point]
-        if pairs:
-            right.plot(
-                *zip(*pairs, strict=True), style, ms=3.5, label=name, color={"o-": "#d1495b"}.get(style, "#2b4c7e")
-            )
-    right.set_xlabel("multiply-accumulates of training so far (3 per forward MAC and row)")
-    title = "No evaluation in this run" if metric is None else f"{metric.replace('_', ' ').capitalize()} against cost"
-    right.set_title(title, loc="left", fontsize=11)
-    right.grid(alpha=0.3)
-    if right.get_legend_handles_labels()[0]:
-        right.legend(fontsize=8)
-    for axis in (left, right):
-        for spine in ("top", "right"):
-            axis.spines[spine].set_visible(False)
-    return figure
+def _line(rows: Sequence[Row]) -> dict[str, Any]:
+    common = {key: value for key, value in rows[0].items() if key not in ("group", "from", "to", "support")}
+    growth = ", ".join(_growth_of(row) for row in rows if row["to"] > row["from"])
+    return common | {"growth": growth or "none"}
 
 
-def _plot_widths(axis: Any, history: Sequence[Row], end: int) -> None:
-    """Units over steps; groups of the same history share a line."""
-    rounds = by_round(history)
-    end = max(end, round(1.05 * rounds[-1][0]["step"]))
-    lines: dict[tuple[tuple[int, int], ...], list[str]] = {}
-    for row in rounds[0]:
-        steps = [(0, row["from"])]
-        steps += [(r["step"], r["to"]) for rows in rounds for r in rows if r["group"] == row["group"]]
-        lines.setdefault((*steps, (end, steps[-1][1])), []).append(row["group"])
-    for steps, names in lines.items():
-        label = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        axis.step(*zip(*steps, strict=True), where="post", label=label)
-    axis.set_xlim(0, end)
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("optimizer step")
-    axis.set_title("Units per group", loc="left", fontsize=11)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7, loc="lower right")
+def _growth_of(row: Row) -> str:
+    share = "" if row["support"] is None else f" ({row['support']:.0%})"
+    return f"`{row['group']}` {row['from']} → {row['to']}{share}"

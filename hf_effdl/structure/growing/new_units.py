@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hf_effdl.random_state import random_state_kept
-from hf_effdl.structure.groups.group import Group, Slice, set_sizes
+from hf_effdl.structure.groups.group import Group, Slice
+from hf_effdl.structure.groups.surgery import set_sizes
 
 
+INITS = ("zero-out", "gradmax", "split", "fresh")
 ROUNDS = 12  # of the power iteration of "gradmax"
 Growth = Sequence[tuple[Group, int]]  # groups and how many units each gains
+Entries = dict[tuple[str, int], Tensor]  # new entries by tensor and axis
 
 
 def zero_out(tensors: Mapping[str, Tensor], growth: Growth, seed: int) -> dict[str, Tensor]:
@@ -76,43 +79,63 @@ def gradmax(
     nothing reads their new units yet.
     """
     new = _zero_out_entries(tensors, growth, seed)
-    rows = {group.name: {_key(part): part for part in group.slices if part.role == "row"} for group, _ in growth}
-    readers = {group.name: [_key(part) for part in group.slices if part.role == "input"] for group, _ in growth}
-    largest, pull = dict.fromkeys(rows, -1.0), dict.fromkeys(rows, 1.0)
-    best: dict[tuple[str, int], Tensor] = {}
-    direction: dict[tuple[str, int], Tensor] = {}
     with random_state_kept(), torch.enable_grad():
         trial = _trial(model, _assemble(tensors, growth, new))
-        old = {name: _single(tensor) for name, tensor in tensors.items()}
-        new = {key: entries.to(old[key[0]]) for key, entries in new.items()}
+        single = {name: _single(tensor) for name, tensor in tensors.items()}
+        climbs = [_Climb(group, add) for group, add in growth]
+        entries = {key: value.to(single[key[0]]) for key, value in new.items()}
         for step in range(ROUNDS + 1):
-            keys = [key for name in rows for key in (*rows[name], *readers[name])]
-            leaves = {key: new[key].detach().requires_grad_() for key in keys}
-            output = _call_with(trial, _assemble(old, growth, new | leaves), batch)
-            slopes = _gradients(_loss(output, loss), {key: leaves[key] for name in readers for key in readers[name]})
-            sizes = {name: sum(slopes[key].square().sum() for key in readers[name]) for name in readers}
-            total = sum(sizes.values())
+            leaves = {key: entries[key].detach().requires_grad_() for climb in climbs for key in climb.keys}
+            value = _loss(_call_with(trial, _assemble(single, growth, entries | leaves), batch), loss)
+            sizes = _pulls(value, climbs, leaves)
+            total = sum(sizes)
             if step == 0 and not total.isfinite():
                 raise ValueError('init="gradmax": the loss or its gradient is not finite on this batch')
             if not total.requires_grad:  # no new unit has a part in the loss
                 break
-            turns = _gradients(total, {key: leaves[key] for name in rows for key in rows[name]})
-            for group, add in growth:
-                mine = rows[group.name]
-                if sizes[group.name] > largest[group.name]:
-                    largest[group.name] = sizes[group.name].item()
-                    best |= {key: new[key] for key in mine}
-                    direction |= {key: turns[key].detach() for key in mine}
-                else:
-                    pull[group.name] /= 2
-                for key, part in mine.items():
-                    new[key] = _turned(best[key], direction[key], pull[group.name], part, add)
-    if not max(largest.values()) > 0:
+            turns = _gradients(total, {key: leaves[key] for climb in climbs for key in climb.rows})
+            for climb, size in zip(climbs, sizes, strict=True):
+                entries |= climb.go_on(size, entries, turns)
+    if not any(climb.largest > 0 for climb in climbs):
         raise ValueError(
             'init="gradmax": on this batch the loss gives the new outgoing slices no gradient, so that no row is '
             "better than another; look at `batch` and `loss`, or choose another init"
         )
-    return _assemble(tensors, growth, new | best)
+    for climb in climbs:
+        entries |= climb.best
+    return _assemble(tensors, growth, entries)
+
+
+class _Climb:
+    """The search for a group's new rows: the best so far, where they turn to, and how far the next round goes."""
+
+    def __init__(self, group: Group, add: int) -> None:
+        self.add = add
+        self.rows = {_key(part): part for part in group.slices if part.role == "row"}
+        self.readers = [_key(part) for part in group.slices if part.role == "input"]
+        self.keys = [*self.rows, *self.readers]
+        self.largest, self.pull = -1.0, 1.0
+        self.best: Entries = {}
+        self.direction: Entries = {}
+
+    def go_on(self, size: Tensor, entries: Entries, turns: Entries) -> Entries:
+        """The rows to try next, after those in `entries` gave the gradient a size and `turns` its slope."""
+        if size > self.largest:
+            self.largest = size.item()
+            self.best = {key: entries[key] for key in self.rows}
+            self.direction = {key: turns[key].detach() for key in self.rows}
+        else:
+            self.pull /= 2
+        return {
+            key: _turned(self.best[key], self.direction[key], self.pull, part, self.add)
+            for key, part in self.rows.items()
+        }
+
+
+def _pulls(value: Tensor, climbs: Sequence[_Climb], leaves: Entries) -> list[Tensor]:
+    """Squared norm of the gradient of a loss with respect to the new outgoing slices, for every group."""
+    slopes = _gradients(value, {key: leaves[key] for climb in climbs for key in climb.readers})
+    return [sum(slopes[key].square().sum() for key in climb.readers) for climb in climbs]
 
 
 def _turned(rows: Tensor, direction: Tensor, pull: float, part: Slice, add: int) -> Tensor:
@@ -124,12 +147,12 @@ def _turned(rows: Tensor, direction: Tensor, pull: float, part: Slice, add: int)
     return _from_rows(_orthonormal(_to_rows(goal, part, add)) * length, rows.shape, part)
 
 
-def _gradients(value: Tensor, leaves: Mapping[tuple[str, int], Tensor]) -> dict[tuple[str, int], Tensor]:
+def _gradients(value: Tensor, leaves: Entries) -> Entries:
     """Gradients that have gradients themselves."""
-    found = torch.autograd.grad(
+    slopes = torch.autograd.grad(
         value, list(leaves.values()), create_graph=True, allow_unused=True, materialize_grads=True
     )
-    return dict(zip(leaves, found, strict=True))
+    return dict(zip(leaves, slopes, strict=True))
 
 
 def _trial(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -220,9 +243,7 @@ def _regions(
         yield group, add, part, shape, final[part.tensor]
 
 
-def _assemble(
-    tensors: Mapping[str, Tensor], growth: Growth, new: Mapping[tuple[str, int], Tensor]
-) -> dict[str, Tensor]:
+def _assemble(tensors: Mapping[str, Tensor], growth: Growth, new: Entries) -> dict[str, Tensor]:
     result = dict(tensors)
     for _, _, part in _in_order(growth):
         old = result[part.tensor]
@@ -257,7 +278,7 @@ def _draw(shape: Sequence[int], group: Group, part: Slice, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def _zero_out_entries(tensors: Mapping[str, Tensor], growth: Growth, seed: int) -> dict[tuple[str, int], Tensor]:
+def _zero_out_entries(tensors: Mapping[str, Tensor], growth: Growth, seed: int) -> Entries:
     new = {}
     for group, add, part, shape, _ in _regions(tensors, growth):
         old = tensors[part.tensor].detach().double().cpu()

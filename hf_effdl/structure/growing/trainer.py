@@ -1,7 +1,9 @@
 """`GrowingTrainer`: start from a few units and widen where the support saturates, in one run with one schedule."""
 
+import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, TrainOutput
 
+from hf_effdl.files import write_whole
+from hf_effdl.hub.cards import markdown_table
+from hf_effdl.processes import decided, forget_accelerate, together
 from hf_effdl.random_state import random_state_kept
-from hf_effdl.structure.groups.group import regroup
+from hf_effdl.structure.groups.group import Group, regroup
 from hf_effdl.structure.growing.arguments import GrowingArguments
-from hf_effdl.structure.growing.checkpoint import grow_checkpoint, growth_is_over, saved_history
-from hf_effdl.structure.growing.history import Row, by_round, grew, growth_curve, growth_table, plot_growth
+from hf_effdl.structure.growing.checkpoint import grow_checkpoint, saved_history
+from hf_effdl.structure.growing.history import Row, by_round, grew, growth_curve, growth_table
+from hf_effdl.structure.growing.picture import plot_growth
+from hf_effdl.structure.growing.plan import growth_is_over
 from hf_effdl.structure.growing.widen import widen_groups
 from hf_effdl.structure.optim.split_lbi import SplitLBI
 from hf_effdl.structure.training.trainer import SplitLBITrainer, last_complete_checkpoint
@@ -154,7 +161,7 @@ class GrowingTrainer(SplitLBITrainer):
         return growth_table(self.history)
 
     def plot_growth(self) -> Any:
-        """The picture of the run so far, see `plot_growth` in `structure/growing/history.py`."""
+        """The picture of the run so far, see `plot_growth` in `structure/growing/picture.py`."""
         return plot_growth(self.history, self.growth_curve, self.dense_curve)
 
     # ---- stages
@@ -195,11 +202,11 @@ class GrowingTrainer(SplitLBITrainer):
 
     def _grow(self, folder: str | Path) -> Path:
         """The checkpoint to go on from, with the model, the groups and the history as they are there."""
-        self.accelerator.wait_for_everyone()  # all files of the checkpoint are written
+        together()  # all files of the checkpoint are written
         self._follow(saved_history(folder))
         batch, loss = self._growth_batch() if self.args.growth_init == "gradmax" else (None, None)
         decay = self.get_decay_parameter_names(self.model)
-        folder = self._by_one_process(
+        folder = decided(
             lambda: grow_checkpoint(
                 folder,
                 self.model,
@@ -219,27 +226,9 @@ class GrowingTrainer(SplitLBITrainer):
     def _follow(self, history: Sequence[Row]) -> None:
         """A fresh copy of the model, of the sizes that a history ends with; its weights come from the checkpoint."""
         model = deepcopy(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
-        # Accelerate's marks came along: it would leave the copy as it is, and its wrapper of mixed precision would run
-        # the model that it was made for
-        vars(model).pop("_is_accelerate_prepared", None)
-        if vars(model).pop("_original_forward", None) is not None:
-            del model.forward
-        groups, rounds = regroup(self.groups, model), by_round(history)
-        begun = False
-        for rows in rounds:
-            sizes = {group.name: group.units for group in groups}
-            begun = begun or sizes == {row["group"]: row["from"] for row in rows}
-            if begun and (add := grew(rows)):
-                model = widen_groups(model, groups, add)
-                groups = regroup(groups, model)
-        sizes = {group.name: group.units for group in groups}
-        if rounds and sizes != {row["group"]: row["to"] for row in rounds[-1]}:
-            first = {row["group"]: row["from"] for row in rounds[0]}
-            raise ValueError(
-                f"this checkpoint grew from another seed: its groups began with {first}, this model has {sizes}. "
-                "Resume with the model that the run began with"
-            )
-        self.model = self.model_wrapped = model
+        forget_accelerate(model)  # its wrapper of mixed precision would run the model that it was made for
+        self.model, groups = _grown_as(model, regroup(self.groups, model), by_round(history))
+        self.model_wrapped = self.model
         self._groups = self.callback.groups = groups
         self.optimizer = self.lr_scheduler = None
         self.growth.history = list(history)
@@ -331,3 +320,42 @@ class GrowingTrainer(SplitLBITrainer):
             return batch, None
         labels = batch["labels"]
         return batch, lambda output: self.compute_loss_func(output, labels)
+
+    # ---- the card
+
+    def card_facts(self, folder: str | os.PathLike[str]) -> dict[str, Any]:
+        args = self.args
+        names = [name for name in vars(args) if name.startswith("growth_")]
+        names += ["max_macs", "max_params", "max_width", "widths"]
+        facts = super().card_facts(folder) | {"recipe": {name: getattr(args, name) for name in names}}
+        if not self.history:
+            return facts
+        growth = {"table": markdown_table(*self.growth_table()), "picture": "growth.png"}
+        try:
+            write_whole(Path(folder) / growth["picture"], partial(self.plot_growth().savefig, dpi=110))
+        except ImportError:  # matplotlib is an extra
+            growth["picture"] = None
+        return facts | {"whole": "grown", "growth": growth}
+
+
+def _grown_as(
+    model: nn.Module, groups: Sequence[Group], rounds: Sequence[Sequence[Row]]
+) -> tuple[nn.Module, Sequence[Group]]:
+    """A model and its groups taken through the rounds that it has not been through yet."""
+    begun = False
+    for rows in rounds:
+        begun = begun or _sizes(groups) == {row["group"]: row["from"] for row in rows}
+        if begun and (add := grew(rows)):
+            model = widen_groups(model, groups, add)
+            groups = regroup(groups, model)
+    if rounds and _sizes(groups) != {row["group"]: row["to"] for row in rounds[-1]}:
+        first = {row["group"]: row["from"] for row in rounds[0]}
+        raise ValueError(
+            f"this checkpoint grew from another seed: its groups began with {first}, this model has {_sizes(groups)}. "
+            "Resume with the model that the run began with"
+        )
+    return model, groups
+
+
+def _sizes(groups: Sequence[Group]) -> dict[str, int]:
+    return {group.name: group.units for group in groups}

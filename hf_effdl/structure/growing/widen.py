@@ -1,4 +1,4 @@
-"""Putting units and blocks in: the same class with larger tensors, computing what it computed before."""
+"""Putting units in: the same class with larger tensors, computing what it computed before."""
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -8,16 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_effdl.random_state import random_state_kept
-from hf_effdl.structure.groups.find import _shared_names
-from hf_effdl.structure.groups.group import Group, check_same_network
+from hf_effdl.structure.groups.group import Group, check_same_network, shared_names
 from hf_effdl.structure.groups.ties import config_ties
 from hf_effdl.structure.growing import new_units
+from hf_effdl.structure.growing.new_units import INITS
 from hf_effdl.structure.optim.sharding import is_sharded
+from hf_effdl.structure.slim.report import forget_report
 from hf_effdl.structure.slim.slim import set_config
-
-
-INITS = ("zero-out", "gradmax", "split", "fresh")
 
 
 def widen(
@@ -130,7 +127,7 @@ def widen_groups(
     else:
         new = {"zero-out": new_units.zero_out, "fresh": new_units.fresh}[init](tensors, growth, seed)
     big = new_units.place(deepcopy(model), new)
-    big.__dict__.pop("effdl_report", None)  # it speaks of the model before
+    forget_report(big)
     if isinstance(model, PreTrainedModel):
         ties = config_ties(model, groups)
         _forget_sizes(big.config)
@@ -154,141 +151,55 @@ def _check(
     model: nn.Module, groups: Sequence[Group], add: Mapping[str, int], init: str, seed: int, batch: Any
 ) -> list[tuple[Group, int]]:
     """The groups that grow and by how many units; refuses what cannot be done."""
+    _check_types(model, groups, add, seed)
+    if init not in INITS:
+        raise ValueError(f"init={init!r}: it must be one of {INITS}")
+    if not add:
+        raise ValueError("add names no group, so there is nothing to widen")
+    if init == "gradmax" and batch is None:
+        raise ValueError('init="gradmax" needs batch=: what the model accepts, with labels; the rows depend on it')
+    if unknown := [name for name in add if name not in _names(groups)]:
+        raise ValueError(f"add names group {unknown[0]!r}, which is not among {_names(groups)}")
+    check_same_network(groups, model)
+    growth = [(group, add[group.name]) for group in groups if group.name in add]
+    shared, tensors = shared_names(model), _tensors(model)
+    for group, more in growth:
+        _check_group(group, more, shared, tensors)
+    return growth
+
+
+def _names(groups: Sequence[Group]) -> list[str]:
+    return [group.name for group in groups]
+
+
+def _check_types(model: Any, groups: Any, add: Any, seed: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"cannot widen a {type(model).__name__}; pass a torch.nn.Module")
     if not isinstance(groups, Sequence) or not all(isinstance(group, Group) for group in groups):
         raise TypeError(f"groups must be a list of Group, all that find_groups(model) returned; got {groups!r}")
     if not isinstance(add, Mapping):
         raise TypeError(f"add={add!r}: it must give new units by group name, as {{group.name: 8}}")
-    if init not in INITS:
-        raise ValueError(f"init={init!r}: it must be one of {INITS}")
     for name, value in {"seed": seed, **{f"add[{name!r}]": value for name, value in add.items()}}.items():
-        if not isinstance(value, int) or isinstance(value, bool):
+        if type(value) is not int:
             raise TypeError(f"{name}={value!r}: it must be a whole number")
-    by_name = {group.name: group for group in groups}
-    if unknown := [name for name in add if name not in by_name]:
-        raise ValueError(f"add names group {unknown[0]!r}, which is not among {list(by_name)}")
-    if not add:
-        raise ValueError("add names no group, so there is nothing to widen")
-    if init == "gradmax" and batch is None:
-        raise ValueError('init="gradmax" needs batch=: what the model accepts, with labels; the rows depend on it')
-    check_same_network(groups, model)
-    shared, tensors = _shared_names(model), _tensors(model)
-    for name, value in add.items():
-        group = by_name[name]
-        if value < 1:
-            raise ValueError(f"add={value} for group {name!r}: it must be at least 1; slim takes units out")
-        if not any(part.role == "input" for part in group.slices):
-            raise ValueError(
-                f"no layer reads the units of group {name!r}: they are outputs of the model, whose number is not for "
-                "widen to change; a transformers model takes num_labels= at from_pretrained"
-            )
-        for part in group.slices:
-            if part.tensor in shared:
-                raise ValueError(
-                    f"group {name!r} cannot be widened: another layer shares {part.tensor}, and would be widened with "
-                    "it; untie them first, or widen another group"
-                )
-            if is_sharded(tensors[part.tensor]):
-                raise ValueError(
-                    f"group {name!r} cannot be widened: {part.tensor} is sharded over processes; widen the model "
-                    "before FSDP wraps it, or load the checkpoint in one process"
-                )
-    return [(group, add[group.name]) for group in groups if group.name in add]
 
 
-@torch.no_grad()
-def deepen(model: nn.Module, stage: int = -1, *, seed: int = 0) -> nn.Module:
-    """A deeper copy of a transformers ResNet: one more residual block at the end of a stage, computing the same.
-
-    The weight of the new block's last batch norm is zero, so that the block hands on what it gets: the stage's outputs
-    are not negative, and the ReLU behind the block leaves them as they are. The gradient of that weight is not zero;
-    the rest of the block learns from the second step on.
-
-    Args:
-        model: a transformers ResNet of basic or bottleneck blocks, as its config builds it; left as it is.
-        stage: position of the stage in `config.depths`; negative counts from the last.
-        seed: of the new block's weights; torch's random state stays.
-
-    Returns:
-        The deeper model with all the other weights, one more in `config.depths[stage]`, and a stock config: plain
-        `from_pretrained` loads what it saves. Find its groups anew.
-
-    Raises:
-        TypeError: for a model that is not a transformers ResNet, or a stage that is not a whole number.
-        ValueError: for a stage that it does not have, an activation that changes what it has already been applied to,
-            or a model with sizes that its stock config does not say (`SlimConfig`), or sharded over processes.
-
-    Example:
-        >>> from transformers import ResNetConfig, ResNetForImageClassification
-        >>> config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
-        >>> deepen(ResNetForImageClassification(config), stage=0).config.depths
-        [2, 1]
-
-    Source:
-        Blocks that start as the identity: Chen et al., "Net2Net" (arXiv 1511.05641), section 2.3; the zero in the last
-        batch norm: Goyal et al. (arXiv 1706.02677), section 5.1.
-    """
-    stage = _check_stage(model, stage)
-    config = deepcopy(model.config)
-    depths = [depth + (i == stage) for i, depth in enumerate(config.depths)]
-    config.depths = depths
-    with random_state_kept():
-        torch.manual_seed(seed)
-        built = type(model)(config)
-    have = {name for name, _ in model.named_modules()}
-    # the first module that the deeper net has and this one has not is the block: names of its parts come after it
-    name, block = next((name, module) for name, module in built.named_modules() if name not in have)
-    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    norms[-1].weight.zero_()
-    big = deepcopy(model)
-    path, _, leaf = name.rpartition(".")
-    blocks = big.get_submodule(path)
-    like = next(p for p in blocks.parameters() if p.ndim == 4)
-    # of all its convolutions only some show their memory format, those with several inputs and entries
-    formats = [new_units.layout(p) for p in blocks.parameters()]
-    block.to(like.device, like.dtype)
-    if torch.channels_last in formats:
-        block.to(memory_format=torch.channels_last)
-    blocks.add_module(leaf, block.train(blocks.training).requires_grad_(like.requires_grad))
-    for module in big.modules():  # one config object, which the parts share
-        if type(getattr(module, "config", None)) is type(config):
-            module.config = big.config
-    big.config.depths = depths
-    if hasattr(big.config, "effdl_report"):  # it speaks of the model before
-        del big.config.effdl_report
-    return big
-
-
-def _check_stage(model: nn.Module, stage: int) -> int:
-    from transformers import ResNetPreTrainedModel
-
-    if not isinstance(model, ResNetPreTrainedModel):
-        raise TypeError(f"deepen knows transformers' ResNet only, not {type(model).__name__}; widen takes any model")
-    if not isinstance(stage, int) or isinstance(stage, bool):
-        raise TypeError(f"stage={stage!r}: it must be a whole number, a position in config.depths")
-    config = model.config
-    stages = len(config.depths)
-    if not -stages <= stage < stages:
-        raise ValueError(f"stage={stage}: the model has {stages} stages (config.depths={config.depths})")
-    if config.hidden_act not in ("relu", "relu6", "linear"):
+def _check_group(group: Group, add: int, shared: set[str], tensors: Mapping[str, Tensor]) -> None:
+    if add < 1:
+        raise ValueError(f"add={add} for group {group.name!r}: it must be at least 1; slim takes units out")
+    if not any(part.role == "input" for part in group.slices):
         raise ValueError(
-            f"hidden_act={config.hidden_act!r} changes what it has already been applied to, so that no block starts "
-            "as the identity; deepen needs a ResNet with relu"
+            f"no layer reads the units of group {group.name!r}: they are outputs of the model, whose number is not "
+            "for widen to change; a transformers model takes num_labels= at from_pretrained"
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"this model has a {type(config.quantization_config).__name__}, which numbers its layers: one more would "
-            'move them. Deepen before slimming or widening, or keep the widths stock (widths="stock")'
-        )
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in type(model)(deepcopy(config)).named_parameters()}
-    for name, p in model.named_parameters():
-        if shapes.get(name) != p.shape:
+    for part in group.slices:
+        if part.tensor in shared:
             raise ValueError(
-                f"{name} has shape {tuple(p.shape)}, and the config builds {tuple(shapes.get(name, ()))}: deepen "
-                "needs a model as its config builds it"
+                f"group {group.name!r} cannot be widened: another layer shares {part.tensor}, and would be widened "
+                "with it; untie them first, or widen another group"
             )
-        if is_sharded(p):
-            raise ValueError(f"{name} is sharded over processes; deepen the model before FSDP wraps it")
-    return stage % stages
+        if is_sharded(tensors[part.tensor]):
+            raise ValueError(
+                f"group {group.name!r} cannot be widened: {part.tensor} is sharded over processes; widen the model "
+                "before FSDP wraps it, or load the checkpoint in one process"
+            )

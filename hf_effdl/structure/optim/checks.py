@@ -1,5 +1,6 @@
 """What the param groups of `SplitLBI` may hold, checked when they are given and again at every step."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,35 +42,41 @@ def check_group(group: dict[str, Any]) -> None:
     check_numbers(group, POSITIVE)
     if group["decoupled_weight_decay"] is None:
         group["decoupled_weight_decay"] = group["base"] == "adamw"
-    for p in group["params"]:
-        if p.is_complex():
-            raise TypeError(
-                f"group {name!r} lifts a {p.dtype} tensor; only real floating point tensors can be lifted"
-                if group["penalty"]
-                else f"group {name!r} holds a {p.dtype} tensor; give SplitLBI its real view, torch.view_as_real(p)"
-            )
+    _check_types(group, name)
     if group["penalty"] is None:
         return
     if not group["params"]:
         raise ValueError(f"group {name!r} has penalty={group['penalty']!r} but no parameters; remove it")
-    for p in group["params"]:
-        if not p.is_floating_point():
-            raise TypeError(f"group {name!r} lifts a {p.dtype} tensor; only real floating point tensors can be lifted")
     if group["penalty"] == "group":
         _check_units(group, name)
     check_devices(group)
     if group["lam_scale"] == "init" and all(p.device.type != "meta" for p in group["params"]):
-        lifts = [[p] for p in group["params"]] if group["penalty"] == "l1" else [group["params"]]
-        for params in lifts:
-            zeros = int((initial_size(group, params) == 0).sum())
-            if zeros:
-                raise ValueError(
-                    f"{zeros} units of group {name!r} have an initial norm of zero, so lam_scale='init' gives them no "
-                    "threshold; initialise them, lift other tensors, or pass lam_scale='none'"
-                )
+        _check_initial_sizes(group, name)
+
+
+def _check_types(group: Mapping[str, Any], name: str) -> None:
+    for p in group["params"]:
+        if group["penalty"] and not p.is_floating_point():
+            raise TypeError(f"group {name!r} lifts a {p.dtype} tensor; only real floating point tensors can be lifted")
+        if p.is_complex():
+            raise TypeError(
+                f"group {name!r} holds a {p.dtype} tensor; give SplitLBI its real view, torch.view_as_real(p)"
+            )
+
+
+def _check_initial_sizes(group: Mapping[str, Any], name: str) -> None:
+    lifts = [[p] for p in group["params"]] if group["penalty"] == "l1" else [group["params"]]
+    for params in lifts:
+        zeros = int((initial_size(group, params) == 0).sum())
+        if zeros:
+            raise ValueError(
+                f"{zeros} units of group {name!r} have an initial norm of zero, so lam_scale='init' gives them no "
+                "threshold; initialise them, lift other tensors, or pass lam_scale='none'"
+            )
 
 
 def check_numbers(group: Mapping[str, Any], positive: Sequence[str]) -> None:
+    """Refuse numbers of a param group that are out of range."""
     name = group["name"]
     for key in positive:
         if not 0 < float(group[key]) < float("inf"):
@@ -78,18 +85,22 @@ def check_numbers(group: Mapping[str, Any], positive: Sequence[str]) -> None:
             )
     if not 0 <= float(group["lr"]) < float("inf"):  # a schedule may reach zero
         raise ValueError(f"lr={group['lr']} in group {name!r}: it must be a finite number, not below zero")
+    for key in ("weight_decay", "eps"):
+        if not 0 <= group[key] < float("inf"):
+            raise ValueError(f"{key}={group[key]} in group {name!r}: it must not be negative, and finite")
+    _check_momentum(group, name)
+
+
+def _check_momentum(group: Mapping[str, Any], name: str) -> None:
     if not 0 <= group["momentum"] < 1:
         raise ValueError(f"momentum={group['momentum']} in group {name!r}: it must be in [0, 1)")
-    if not all(0 <= beta < 1 for beta in group["betas"]) or len(group["betas"]) != 2:
+    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas={group['betas']} in group {name!r}: they must be two numbers in [0, 1)")
     if group["nesterov"] and (group["base"] != "sgd" or not group["momentum"]):
         raise ValueError(
             f"nesterov=True in group {name!r} needs base='sgd' with a momentum above 0; it has base={group['base']!r} "
             f"and momentum={group['momentum']}"
         )
-    for key in ("weight_decay", "eps"):
-        if not 0 <= group[key] < float("inf"):
-            raise ValueError(f"{key}={group[key]} in group {name!r}: it must not be negative, and finite")
 
 
 def check_devices(group: Mapping[str, Any]) -> None:
@@ -112,20 +123,23 @@ def _check_units(group: dict[str, Any], name: str) -> None:
     for scale in group["scale"]:
         if not 0 < float(scale) < float("inf"):
             raise ValueError(f"scale={scale} of group {name!r} must be a positive finite number")
-    units = set()
-    for i, (p, axis, block) in enumerate(zip(group["params"], group["axis"], group["block"], strict=True)):
-        if not -p.ndim <= axis < p.ndim:
-            raise ValueError(f"axis={axis} of group {name!r} is outside its tensor of shape {tuple(p.shape)}")
-        group["axis"][i] = axis % p.ndim
-        if block < 1 or p.shape[axis] % block:
-            raise ValueError(f"block={block} of group {name!r} does not divide axis {axis} of shape {tuple(p.shape)}")
-        units.add(p.shape[axis] // block)
+    parts = list(zip(group["params"], group["axis"], group["block"], strict=True))
+    units = {_units_along(p, axis, block, name) for p, axis, block in parts}
+    group["axis"] = [axis % p.ndim for p, axis, _ in parts]
     if len(units) > 1 or group.get("units", *units) not in units:
         raise ValueError(
             f"the tensors of group {name!r} have {sorted(units)} units along axis={group['axis']} (units="
             f"{group.get('units')}): one param group is one group of units, so give each its own param group"
         )
     group["units"] = units.pop()
+
+
+def _units_along(p: Tensor, axis: int, block: int, name: str) -> int:
+    if not -p.ndim <= axis < p.ndim:
+        raise ValueError(f"axis={axis} of group {name!r} is outside its tensor of shape {tuple(p.shape)}")
+    if block < 1 or p.shape[axis] % block:
+        raise ValueError(f"block={block} of group {name!r} does not divide axis {axis} of shape {tuple(p.shape)}")
+    return p.shape[axis] // block
 
 
 def snapshot(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,20 +162,24 @@ def check_unchanged(groups: Sequence[Mapping[str, Any]], before: Sequence[Mappin
             "add_param_group, and make a new SplitLBI to take some away"
         )
     for group, old in zip(groups, before or [None] * len(groups), strict=True):
-        if old is not None:
-            params, same = group["params"], old["params"]
-            moved = len(params) != len(same) or any(p is not q for p, q in zip(params, same, strict=True))
-            if not moved and group == old:
-                continue
-            fixed = FIXED if group["penalty"] or old["penalty"] else ("penalty", "base")
-            changed = [key for key in fixed if group.get(key) != old.get(key)] + ["params"] * moved
-            if changed:
-                raise ValueError(
-                    f"{changed[0]!r} of param group {group['name']!r} was changed between two steps; V, thresholds "
-                    "and the path rest on what it was. Make a new SplitLBI (lr, nu and the like may be changed)"
-                )
-        check_numbers(group, POSITIVE[1:])
-        check_devices(group)
+        if old is None or _was_edited(group, old):
+            check_numbers(group, POSITIVE[1:])
+            check_devices(group)
+
+
+def _was_edited(group: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
+    """Whether numbers were edited; refuses edits in what the state rests on."""
+    moved = len(group["params"]) != len(old["params"]) or any(map(operator.is_not, group["params"], old["params"]))
+    if not moved and group == old:
+        return False
+    fixed = FIXED if group["penalty"] or old["penalty"] else ("penalty", "base")
+    changed = [key for key in fixed if group.get(key) != old.get(key)] + ["params"] * moved
+    if changed:
+        raise ValueError(
+            f"{changed[0]!r} of param group {group['name']!r} was changed between two steps; V, thresholds "
+            "and the path rest on what it was. Make a new SplitLBI (lr, nu and the like may be changed)"
+        )
+    return True
 
 
 def named_tensors(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tensor]]:
@@ -187,38 +205,42 @@ def check_dense_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
+def gradients_are_finite(grads: Sequence[Tensor]) -> bool:
+    """One fast pass over the gradients; their norm can overflow although every entry is finite."""
+    norm_is_finite = not grads or bool(torch.isfinite(torch.nn.utils.get_total_norm([local(grad) for grad in grads])))
+    return not on_any_process(not norm_is_finite, grads)
+
+
 def check_finite_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse gradients that are not finite, before anything has moved."""
+    """Refuse gradients of which an entry is not finite, by name; the pass for when `gradients_are_finite` says no."""
     named = [(name, p.grad) for name, p in named_tensors(groups) if p.grad is not None]
-    # the norm is one fast pass; it can overflow although every entry is finite
-    broken = bool(named) and not torch.isfinite(torch.nn.utils.get_total_norm([local(grad) for _, grad in named]))
-    if on_any_process(broken, [grad for _, grad in named]):
-        bad = [name for name, grad in named if not torch.isfinite(local(grad)).all()]
-        if on_any_process(bool(bad), [grad for _, grad in named]):
-            raise_not_finite(bad)
-
-
-def raise_not_finite(bad: Sequence[str]) -> None:
-    where = f"the gradient of {bad[0]} ({len(bad)} tensors in all)" if bad else "a gradient on another process"
-    raise ValueError(
-        f"{where} has NaN or infinite entries; no parameter was changed by this step. Lower the learning rate, clip "
-        "gradients, or look at the last batch"
-    )
+    bad = [name for name, grad in named if not torch.isfinite(local(grad)).all()]
+    if on_any_process(bool(bad), [grad for _, grad in named]):
+        where = f"the gradient of {bad[0]} ({len(bad)} tensors in all)" if bad else "a gradient on another process"
+        raise ValueError(
+            f"{where} has NaN or infinite entries; no parameter was changed by this step. Lower the learning rate, "
+            "clip gradients, or look at the last batch"
+        )
 
 
 def check_same_groups(mine: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
     """Refuse the state of an optimizer with other groups."""
 
-    def identity(group: Mapping[str, Any]) -> tuple[Any, ...]:
-        keys = ("penalty", "name", "axis", "block", "units", "base")
-        return (*(group.get(key) for key in keys), len(group["params"]))
-
-    if [identity(group) for group in mine] == [identity(group) for group in saved]:
+    if list(map(_identity, mine)) == list(map(_identity, saved)):
         return
-    here, there = ([str(g.get("name")) for g in groups if g.get("penalty")] for groups in (mine, saved))
-    missing = [name for name in there if name not in here] or [name for name in here if name not in there]
+    here, there = _lifted_names(mine), _lifted_names(saved)
+    missing = sorted(set(there) ^ set(here), key=[*there, *here].index)
     raise ValueError(
         f"this checkpoint is of other groups: it lifts {len(there)}, this optimizer {len(here)}; first difference: "
         f"{missing[0] if missing else 'tensors, axes, units or base of one group'}. Resume with the model, preset and "
         "groups that the checkpoint was trained with"
     )
+
+
+def _lifted_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [str(group.get("name")) for group in groups if group.get("penalty")]
+
+
+def _identity(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    keys = ("penalty", "name", "axis", "block", "units", "base")
+    return (*(group.get(key) for key in keys), len(group["params"]))

@@ -5,7 +5,6 @@ On CPU a C++ loop (`fused_step.cpp`), compiled with the machine's own compiler a
 """
 
 import ctypes
-import hashlib
 import os
 import platform
 import shutil
@@ -19,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_effdl.structure.optim import checks
+from hf_effdl.files import digest
+from hf_effdl.structure.optim.checks import dual_dtype, snapshot
+from hf_effdl.structure.optim.kernel import Kernel, State
 from hf_effdl.structure.optim.sharding import is_sharded
 
 
@@ -130,7 +131,7 @@ def _fingerprint(compiler: str) -> str:
     except (OSError, StopIteration):
         processor = platform.processor() + platform.machine()
     whole = "\n".join([SOURCE.read_text(), version, processor, *FLAGS])
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+    return digest(whole)[:16]
 
 
 def _compile(compiler: str, file: Path) -> None:
@@ -165,7 +166,7 @@ def check(groups: Sequence[Mapping[str, Any]]) -> None:
     for group in groups:
         for p in group["params"]:
             _check_tensor(p, group["name"])
-        wide = sorted({str(checks.dual_dtype(p)) for p in group["params"]})
+        wide = sorted({str(dual_dtype(p)) for p in group["params"]})
         if group["penalty"] == "group" and len(wide) > 1:
             raise ValueError(
                 f"fused=True: V of group {group['name']!r} would be {' and '.join(wide)}, and its units share one "
@@ -175,7 +176,7 @@ def check(groups: Sequence[Mapping[str, Any]]) -> None:
         library()
 
 
-def prepare(groups: Sequence[dict[str, Any]]) -> Any:
+def compiled_step(groups: Sequence[dict[str, Any]]) -> Kernel:
     """The compiled step for these groups, by the device they are on."""
     check(groups)
     if any(p.device.type != "cpu" for group in groups for p in group["params"]):
@@ -225,12 +226,13 @@ def _form(p: Tensor) -> tuple[Any, ...]:
 # ---- the step
 
 
-class Tables:
+class Tables(Kernel):
     """What the compiled loop reads: one row per tensor and one per group, made once and pointed anew at every step."""
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
-        self.groups = [group for group in groups if group["params"]]
-        self.params = [p for group in self.groups for p in group["params"]]
+        super().__init__(groups)
+        members = [(p, i, group) for group in self.groups for i, p in enumerate(group["params"])]
+        self.params = [p for p, _, _ in members]
         self.group_rows = (_Group * len(self.groups))()
         self.rows = (_Tensor * len(self.params))()
         self.copies: list[Tensor] = []  # of gradients in another memory format, for as long as a step takes
@@ -238,19 +240,23 @@ class Tables:
         self.pointers: list[list[int]] = [[] for _ in self.params]
         self.strides = [p.stride() for p in self.params]
         self.forms = [_form(p) for p in self.params]
-        members = [(p, i, group) for group in self.groups for i, p in enumerate(group["params"])]
-        for row, (p, i, group) in zip(self.rows, members, strict=True):
-            row.numel, row.dtype, row.scale = p.numel(), DTYPES[p.dtype], 1.0
-            row.outer, row.units, row.run = 1, 1, p.numel()
-            if group["penalty"] == "group":
-                row.outer, row.run = _layout(p.shape, p.stride(), group["axis"][i], group["block"][i])
-                row.units, row.scale = group["units"], group["scale"][i]
+        for row, member in zip(self.rows, members, strict=True):
+            _lay_out(row, *member)
 
-    def fit(self) -> bool:
+    def fits(self) -> bool:
         """Whether the parameters still lie in memory as they did."""
         return all(_form(p) == form for p, form in zip(self.params, self.forms, strict=True))
 
-    def point_at_gradients(self) -> None:
+    def finite(self) -> bool:
+        self._point_at_gradients()
+        return bool(library().gradients_are_finite(self.rows, len(self.rows), torch.get_num_threads()))
+
+    def step(self, state: State) -> None:
+        self._point_at_state(state)
+        library().split_lbi_step(self.group_rows, len(self.groups), self.rows, torch.get_num_threads())
+        self.copies.clear()
+
+    def _point_at_gradients(self) -> None:
         self.copies.clear()
         for row, p, strides in zip(self.rows, self.params, self.strides, strict=True):
             grad = p.grad
@@ -262,50 +268,55 @@ class Tables:
                 self.copies.append(grad)
             row.grad = grad.data_ptr()
 
-    def point_at_state(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+    def _point_at_state(self, state: State) -> None:
         at = 0
         for k, group in enumerate(self.groups):
             first = state[group["params"][0]] if group["penalty"] else {}
             here = [first[name].data_ptr() for name in _UNIT if name in first]
             if self.seen[k] != (group, here):
                 _fill_group(self.group_rows[k], group, first, at)
-                self.seen[k] = (checks.snapshot(group), here)
+                self.seen[k] = (snapshot(group), here)
             fields = _fields(group)
             for p in group["params"]:
                 self._point(at, p, state.get(p, {}), fields)
                 at += 1
 
     def _point(self, at: int, p: Tensor, own: dict[str, Any], fields: Sequence[tuple[str, str]]) -> None:
-        here = [own[name].data_ptr() for _, name in fields if name in own]
-        here.append(p.data_ptr())
-        if here == self.pointers[at]:
+        """Have the row of a parameter point at it and at its state."""
+        places = [own[name].data_ptr() for _, name in fields if name in own]
+        places.append(p.data_ptr())
+        if places == self.pointers[at]:
             return
-        self.pointers[at] = here
-        row, strides = self.rows[at], self.strides[at]
+        self.pointers[at] = places
+        row = self.rows[at]
         row.weight = p.data_ptr()
         for field, name in fields:
-            value = own.get(name)
-            if value is None:  # no gradient so far
-                continue
-            if field in _ALIKE:
-                if value.shape != p.shape or value.device != p.device:
-                    raise ValueError(
-                        f"{name} of a parameter of shape {tuple(p.shape)} on {p.device} has shape "
-                        f"{tuple(value.shape)} on {value.device}: the parameter was changed after the first step; "
-                        "make a new SplitLBI"
-                    )
-                dtype = checks.dual_dtype(p) if field == "dual" else p.dtype
-                if value.stride() != strides or value.dtype is not dtype:  # it was loaded in another format
-                    own[name] = value = torch.empty_like(p, dtype=dtype).copy_(value)
-            setattr(row, field, value.data_ptr())
+            if own.get(name) is not None:  # there is none before the first gradient
+                if field in _ALIKE:
+                    own[name] = _in_the_form_of(p, own[name], name, self.strides[at])
+                setattr(row, field, own[name].data_ptr())
 
-    def gradients_are_finite(self) -> bool:
-        return bool(library().gradients_are_finite(self.rows, len(self.rows), torch.get_num_threads()))
 
-    def step(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        self.point_at_state(state)
-        library().split_lbi_step(self.group_rows, len(self.groups), self.rows, torch.get_num_threads())
-        self.copies.clear()
+def _lay_out(row: _Tensor, p: Tensor, i: int, group: Mapping[str, Any]) -> None:
+    """What a row says of its parameter's form and units, which stays."""
+    row.numel, row.dtype, row.scale = p.numel(), DTYPES[p.dtype], 1.0
+    row.outer, row.units, row.run = 1, 1, p.numel()
+    if group["penalty"] == "group":
+        row.outer, row.run = _layout(p.shape, p.stride(), group["axis"][i], group["block"][i])
+        row.units, row.scale = group["units"], group["scale"][i]
+
+
+def _in_the_form_of(p: Tensor, value: Tensor, name: str, strides: tuple[int, ...]) -> Tensor:
+    """A tensor of the state with the strides of its parameter; loaded from elsewhere it may have others."""
+    if value.shape != p.shape or value.device != p.device:
+        raise ValueError(
+            f"{name} of a parameter of shape {tuple(p.shape)} on {p.device} has shape {tuple(value.shape)} on "
+            f"{value.device}: the parameter was changed after the first step; make a new SplitLBI"
+        )
+    dtype = dual_dtype(p) if name == "dual" else p.dtype
+    if value.stride() == strides and value.dtype is dtype:
+        return value
+    return torch.empty_like(p, dtype=dtype).copy_(value)
 
 
 def _fields(group: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_effdl.structure.optim.kernel import Kernel, State
+from hf_effdl.structure.optim.plain import BUFFERS
 from hf_effdl.structure.optim.prox import unit_norm
 
 
@@ -91,25 +93,26 @@ def _compiled(key: Any, backend: str) -> Callable[..., None]:
     return torch.compile(own, dynamic=False, fullgraph=True, backend=backend)
 
 
-class CompiledGroups:
-    """Param groups whose steps are compiled; the counterpart of `fused.Tables`."""
+def _layout(group: Mapping[str, Any], places: Sequence[int]) -> list[tuple[int, int, float]]:
+    """Axis, block and scale of the tensors that have a gradient."""
+    if group["penalty"] != "group":
+        return []
+    return [(group["axis"][i], group["block"][i], float(group["scale"][i])) for i in places]
+
+
+def _entries(state: State, params: Sequence[Tensor], name: str) -> list[Tensor]:
+    return [state[p][name] for p in params]
+
+
+class CompiledGroups(Kernel):
+    """Param groups whose steps are compiled; the counterpart of `fused_cpu.Tables`."""
 
     def __init__(self, groups: Sequence[dict[str, Any]], backend: str = "inductor") -> None:
-        self.groups = [group for group in groups if group["params"]]
+        super().__init__(groups)
         self.backend = backend
         self.numbers: dict[Any, Tensor] = {}
 
-    def fit(self) -> bool:
-        return True
-
-    def point_at_gradients(self) -> None:
-        pass
-
-    def gradients_are_finite(self) -> bool:
-        grads = [p.grad for group in self.groups for p in group["params"] if p.grad is not None]
-        return not grads or bool(torch.isfinite(torch.nn.utils.get_total_norm(grads)))
-
-    def step(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+    def step(self, state: State) -> None:
         for group in self.groups:
             try:
                 self._step(group, state)
@@ -119,55 +122,48 @@ class CompiledGroups:
                     f"{str(error)[:400]}); pass fused=False"
                 ) from error
 
-    def _step(self, group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> None:
-        penalty, base = group["penalty"], group["base"]
-        chosen = [i for i, p in enumerate(group["params"]) if p.grad is not None]
-        params = [group["params"][i] for i in chosen]
-        if not params and penalty != "group":
-            if penalty:
-                state[group["params"][0]]["step"] += 1
-            return
-        names = ("exp_avg", "exp_avg_sq") if base == "adamw" else ("momentum_buffer",) if group["momentum"] else ()
-        wide, device = torch.promote_types(group["params"][0].dtype, torch.float32), group["params"][0].device
+    def _step(self, group: dict[str, Any], state: State) -> None:
+        penalty, base, momentum = group["penalty"], group["base"], bool(group["momentum"])
+        places = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+        params = [group["params"][i] for i in places]
         first = state[group["params"][0]] if penalty else {"step": torch.zeros((), dtype=torch.int64)}
-        layout, unit = [], {}
-        if penalty == "group":
-            layout = [(group["axis"][i], group["block"][i], float(group["scale"][i])) for i in chosen]
-            unit = {name: first[name] for name in ("norm", "threshold", "entered", "left")}
-            unit["rest"] = self._norm_without_gradient(group, state).square()
-        key = (
-            base,
-            penalty,
-            bool(group["momentum"]),
-            group["nesterov"],
-            tuple(layout),
-            wide,
-            device,
-            tuple((p.shape, p.stride(), p.dtype) for p in params),
-        )
-        _compiled(key, self.backend)(
+        if not params and penalty != "group":
+            first["step"] += 1
+            return
+        like = group["params"][0]
+        wide = torch.promote_types(like.dtype, torch.float32)
+        names = BUFFERS[base] if base == "adamw" or momentum else ()
+        layout = _layout(group, places)
+        forms = tuple((p.shape, p.stride(), p.dtype) for p in params)
+        kind = (base, penalty, momentum, group["nesterov"], tuple(layout), wide, like.device, forms)
+        _compiled(kind, self.backend)(
             [p.detach() for p in params],
             [p.grad for p in params],
             [[state[p][name] for name in names] for p in params],
-            [state[p]["dual"] for p in params] if penalty else [],
-            [state[p]["threshold"] for p in params] if penalty == "l1" else [],
-            unit,
-            self._numbers(group, wide, device),
-            self._corrections(group, params, state, wide, device),
-            (first["step"] + 1).to(device),
+            _entries(state, params, "dual") if penalty else [],
+            _entries(state, params, "threshold") if penalty == "l1" else [],
+            self._units(group, state) if penalty == "group" else {},
+            self._numbers(group, wide, like.device),
+            self._corrections(group, params, state, wide, like.device),
+            (first["step"] + 1).to(like.device),
             base,
             penalty,
-            bool(group["momentum"]),
+            momentum,
             group["nesterov"],
             layout,
         )
         first["step"] += 1
-        for p in params:
-            if "updates" in state[p]:
-                state[p]["updates"] += 1
+        for updates in _entries(state, params, "updates") if base == "adamw" else ():
+            updates += 1
+
+    def _units(self, group: Mapping[str, Any], state: State) -> dict[str, Tensor]:
+        """The record of the units, and the squared part of their norms that stays as it is in this step."""
+        first = state[group["params"][0]]
+        unit = {name: first[name] for name in ("norm", "threshold", "entered", "left")}
+        return unit | {"rest": self._norm_without_gradient(group, state).square()}
 
     @staticmethod
-    def _norm_without_gradient(group: Mapping[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> Tensor:
+    def _norm_without_gradient(group: Mapping[str, Any], state: State) -> Tensor:
         """Norm of every unit over the tensors that stay as they are in this step."""
         still = [i for i, p in enumerate(group["params"]) if p.grad is None]
         if not still:
@@ -177,11 +173,7 @@ class CompiledGroups:
 
     @staticmethod
     def _corrections(
-        group: Mapping[str, Any],
-        params: Sequence[Tensor],
-        state: Mapping[Tensor, dict[str, Any]],
-        dtype: torch.dtype,
-        device: torch.device,
+        group: Mapping[str, Any], params: Sequence[Tensor], state: State, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """AdamW's corrections of the mean and of the root of the second moment, one row per tensor."""
         if group["base"] != "adamw":

@@ -1,10 +1,6 @@
-"""Split linearised Bregman iteration: the update as one pure function, and the optimizer that loops over it.
+"""`SplitLBI`: the optimizer that loops over the split linearised Bregman update (`update.py`)."""
 
-Source: Fu et al., "DessiLBI: Exploring Structural Sparsity of Deep Networks via Differential Inclusion Paths"
-(https://arxiv.org/abs/2007.02010) and its journal version (https://arxiv.org/abs/1905.09449).
-"""
-
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,69 +13,16 @@ from hf_effdl.structure.optim.checks import (
     check_same_groups,
     check_unchanged,
     dual_dtype,
-    initial_size,
     snapshot,
 )
-from hf_effdl.structure.optim.prox import per_entry, rows_in_cache, shrinkage, soft_threshold, unit_norm
+from hf_effdl.structure.optim.kernel import Kernel
+from hf_effdl.structure.optim.plain import PlainStep, unit_factor
+from hf_effdl.structure.optim.prox import per_entry, soft_threshold
 from hf_effdl.structure.optim.sharding import local, sharded_like
 
 
-# Names of the base's buffers in the state, in the order of `_direction`.
-BUFFERS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 # Counters that live on the CPU, so that reading them never waits for a GPU.
 COUNTERS = ("step", "updates")
-
-
-def split_lbi_update(
-    weight: Tensor,
-    dual: Tensor,
-    gamma: Tensor,
-    direction: Tensor,
-    *,
-    lr: float,
-    kappa: float,
-    nu: float,
-    path_scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """One step of the iteration for one lifted tensor, from the old weight and the old Gamma:
-
-        W <- W - kappa lr (d + (W - Gamma) / nu)
-        V <- V + path_scale lr (W - Gamma) / nu        and afterwards  Gamma = kappa Prox(V)
-
-    Args:
-        weight: W, any shape.
-        dual: V, the same shape; V starts at zero.
-        gamma: Gamma = kappa Prox(V) of the old V.
-        direction: d, the base optimizer's direction (the loss gradient, or its momentum average).
-        lr: step size, the paper's alpha.
-        kappa: damping; the path gets closer to a step function as it grows.
-        nu: coupling between W and Gamma; `nu / kappa` is the time constant, in summed lr, of the ridge on units
-            outside the support.
-        path_scale: factor on the step of V alone; 1 is the paper.
-
-    Returns:
-        The new W (dtype of `weight`) and the new V (dtype of `dual`). Nothing is written in place.
-
-    Relations: with `path_scale=1` the four lines of the paper (arXiv 2007.02010, eq. 3); the prox is left to the
-    caller because a unit may span several tensors.
-
-    Example:
-        >>> w, v = torch.ones(2), torch.zeros(2)
-        >>> split_lbi_update(w, v, torch.zeros(2), torch.zeros(2), lr=0.1, kappa=1.0, nu=1.0)
-        (tensor([0.9000, 0.9000]), tensor([0.1000, 0.1000]))
-    """
-    new_weight, new_dual = weight.to(dual.dtype, copy=True), dual.clone()
-    _update_in_place(new_weight, new_dual, new_weight - gamma, direction, lr, kappa, nu, path_scale)
-    return new_weight.to(weight.dtype), new_dual
-
-
-def _update_in_place(
-    weight: Tensor, dual: Tensor, gap: Tensor, direction: Tensor, lr: float, kappa: float, nu: float, path_scale: float
-) -> None:
-    """`split_lbi_update` from `gap = W - Gamma`: three passes over memory instead of copies."""
-    weight.add_(direction, alpha=-kappa * lr)
-    weight.add_(gap, alpha=-kappa * lr / nu)
-    dual.add_(gap, alpha=path_scale * lr / nu)
 
 
 class SplitLBI(torch.optim.Optimizer):
@@ -165,8 +108,8 @@ class SplitLBI(torch.optim.Optimizer):
 
     # on the class, because copying or unpickling an optimizer keeps its state and groups only
     fused: bool | None = None
+    kernel: Kernel | None = None  # the compiled step, made at the first one
     _before: list[dict[str, Any]] | None = None  # the groups as they were at the last step
-    _compiled: Any = None  # the compiled step, made at the first one
 
     def __init__(
         self,
@@ -216,26 +159,27 @@ class SplitLBI(torch.optim.Optimizer):
         try:
             check_group(self.param_groups[-1])
             if self.fused:
-                from hf_effdl.structure.optim import fused_cpu as fused
+                from hf_effdl.structure.optim import fused_cpu
 
-                fused.check(self.param_groups)
+                fused_cpu.check(self.param_groups)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self._before = self._compiled = None
+        self._before = self.kernel = None
 
     def _check_lifted_once(self, new: dict[str, Any]) -> None:
         # torch refuses a tensor that is in two param groups without saying in which
         names = {id(p): group["name"] for group in self.param_groups if group["penalty"] for p in group["params"]}
-        params = [p[1] if isinstance(p, tuple) else p for p in new["params"]]  # torch also takes named parameters
-        for p in params:
-            if id(p) in names:
-                raise ValueError(
-                    f"a tensor of shape {tuple(p.shape)} is lifted by group {names[id(p)]!r} and given again in group "
-                    f"{new.get('name', 'unnamed')!r}; a tensor is lifted by one group only: remove it from one of them"
-                )
-        if new.get("penalty") and len({id(p) for p in params}) < len(params):
-            raise ValueError(f"group {new.get('name', 'unnamed')!r} lifts a tensor twice; remove one of the two")
+        params = _unnamed(new["params"])
+        name = new.get("name", "unnamed")
+        twice = next((p for p in params if id(p) in names), None)
+        if twice is not None:
+            raise ValueError(
+                f"a tensor of shape {tuple(twice.shape)} is lifted by group {names[id(twice)]!r} and given again in "
+                f"group {name!r}; a tensor is lifted by one group only: remove it from one of them"
+            )
+        if new.get("penalty") and len(set(map(id, params))) < len(params):
+            raise ValueError(f"group {name!r} lifts a tensor twice; remove one of the two")
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -246,147 +190,32 @@ class SplitLBI(torch.optim.Optimizer):
                 loss = closure()
         check_unchanged(self.param_groups, self._before)
         check_dense_gradients(self.param_groups)
-        self._check_finite()
-        for group in self.param_groups:
-            self._prepare(group)
-        if self.fused:
-            self._compiled.step(self.state)
-        else:
-            for group in self.param_groups:
-                self._step(group)
+        kernel = self._kernel_for_now()
+        if not kernel.finite():
+            check_finite_gradients(self.param_groups)
+        kernel.prepare(self.state)
+        kernel.step(self.state)
         self._before = [snapshot(group) for group in self.param_groups]
         return loss
 
-    def _check_finite(self) -> None:
-        if self.fused:
-            from hf_effdl.structure.optim import fused_cpu as fused
+    def _kernel_for_now(self) -> Kernel:
+        if not self.fused:
+            return PlainStep(self.param_groups)
+        if self.kernel is None or not self.kernel.fits():
+            from hf_effdl.structure.optim import fused_cpu
 
-            if self._compiled is None or not self._compiled.fit():
-                self._compiled = fused.prepare(self.param_groups)
-            self._compiled.point_at_gradients()
-            if self._compiled.gradients_are_finite():
-                return
-        check_finite_gradients(self.param_groups)
-
-    def _step(self, group: dict[str, Any]) -> None:
-        factor = self._factor(group)
-        for i, p in enumerate(group["params"]):
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if "updates" in state:
-                state["updates"] += 1
-            # in sharded tensors the local parts alone: only the norms of the units need the others
-            tensors = [p, p.grad, *(state[name] for name in BUFFERS[group["base"]] if name in state)]
-            entries = None
-            if group["penalty"] == "group":
-                tensors.append(state["dual"])
-                entries = per_entry(factor, state["dual"], group["axis"][i], group["block"][i])
-            elif group["penalty"] == "l1":
-                tensors.append(state["dual"])
-            tensors = [local(tensor) for tensor in tensors]
-            rows = rows_in_cache(tensors[0])
-            if p.ndim == 0 or rows == len(tensors[0]):
-                self._update(group, state, entries, *tensors)
-                continue
-            split_entries = entries is not None and len(entries) > 1
-            parts = [tensor.split(rows) for tensor in tensors]
-            for k, part in enumerate(zip(*parts, strict=True)):
-                own = entries[k * rows : (k + 1) * rows] if split_entries else entries
-                self._update(group, state, own, *part)
-        if group["penalty"]:
-            self._record(group)
-
-    @staticmethod
-    def _update(
-        group: dict[str, Any],
-        state: dict[str, Any],
-        entries: Tensor | None,
-        weight: Tensor,
-        grad: Tensor,
-        *others: Tensor,
-    ) -> None:
-        """The step of some rows of one tensor, in place; `others` are the base's buffers and V."""
-        lr, kappa, decay = float(group["lr"]), group["kappa"], group["weight_decay"]
-        buffers, dual = (others[:-1], others[-1]) if group["penalty"] else (others, weight)
-        wide = weight.to(dual.dtype)  # a copy only in half precision
-        if entries is not None:
-            gap = torch.addcmul(wide, dual, entries, value=-1)  # W - Gamma
-        elif group["penalty"]:
-            gap = wide.sub(soft_threshold(dual, state["threshold"]), alpha=kappa)
-        if decay and not group["decoupled_weight_decay"]:
-            grad = grad.add(weight, alpha=decay)
-        direction = _direction(grad, buffers, state, group)
-        if decay and group["decoupled_weight_decay"]:
-            wide.mul_(1 - kappa * lr * decay)
-        if not group["penalty"]:
-            weight.add_(direction, alpha=-kappa * lr)
-            return
-        _update_in_place(wide, dual, gap, direction, lr, kappa, group["nu"], group["path_scale"])
-        if wide is not weight:
-            weight.copy_(wide)
-
-    def _prepare(self, group: dict[str, Any]) -> None:
-        """Create what is not there yet: the base's buffers of the parameters with gradients, V and thresholds."""
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if group["base"] == "adamw" and "exp_avg" not in state:
-                state["updates"] = torch.zeros((), dtype=torch.int64)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            elif group["base"] == "sgd" and group["momentum"] and "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-        first = group["params"][0] if group["penalty"] else None
-        if first is None or "step" in self.state[first]:
-            return
-        for p in group["params"]:
-            self.state[p]["dual"] = torch.zeros_like(p, dtype=dual_dtype(p))
-        if group["penalty"] == "l1":
-            for p in group["params"]:
-                self.state[p]["threshold"] = initial_size(group, [p])
-        else:
-            threshold = initial_size(group, group["params"])
-            never = torch.full_like(threshold, -1, dtype=torch.int64)
-            self.state[first] |= {
-                "threshold": threshold,
-                "norm": torch.zeros_like(threshold),
-                "entered": never,
-                "left": never.clone(),
-            }
-        self.state[first]["step"] = torch.zeros((), dtype=torch.int64)
-
-    def _factor(self, group: dict[str, Any]) -> Tensor | None:
-        if group["penalty"] != "group":
-            return None
-        unit = self.state[group["params"][0]]
-        return group["kappa"] * shrinkage(unit["norm"], unit["threshold"])
-
-    def _record(self, group: dict[str, Any]) -> None:
-        """Carry the norms of the new V over to the next step and note who entered and who left the support."""
-        unit = self.state[group["params"][0]]
-        unit["step"] += 1
-        if group["penalty"] != "group":
-            return
-        norm = unit_norm(
-            [self.state[p]["dual"] for p in group["params"]], group["axis"], group["block"], group["scale"]
-        )
-        was_in, is_in = unit["norm"] > unit["threshold"], norm > unit["threshold"]
-        now = unit["step"].to(norm.device)
-        unit["norm"].copy_(norm)
-        unit["entered"].copy_(torch.where(is_in & (unit["entered"] < 0), now, unit["entered"]))
-        unit["left"].copy_(torch.where(was_in & ~is_in, now, torch.where(is_in, -1, unit["left"])))
+            self.kernel = fused_cpu.compiled_step(self.param_groups)
+        return self.kernel
 
     def _find(self, p: Tensor) -> tuple[dict[str, Any], int]:
-        for group in self.param_groups:
-            for i, candidate in enumerate(group["params"]):
-                if candidate is p:
-                    if group["penalty"] is None:
-                        raise ValueError(
-                            "this parameter is not lifted (its param group has penalty=None): it has no V"
-                        )
-                    return group, i
-        raise ValueError("this tensor is not a parameter of this optimizer; pass the parameter object itself")
+        """The group of a lifted parameter, and its place there."""
+        places = ((group, i) for group in self.param_groups for i, other in enumerate(group["params"]) if other is p)
+        group, i = next(places, (None, 0))
+        if group is None:
+            raise ValueError("this tensor is not a parameter of this optimizer; pass the parameter object itself")
+        if group["penalty"] is None:
+            raise ValueError("this parameter is not lifted (its param group has penalty=None): it has no V")
+        return group, i
 
     @torch.no_grad()
     def dual(self, p: Tensor) -> Tensor:
@@ -405,7 +234,9 @@ class SplitLBI(torch.optim.Optimizer):
         if group["penalty"] == "l1":
             part = group["kappa"] * soft_threshold(local(dual), self.state[p]["threshold"])
         else:
-            part = local(dual) * per_entry(self._factor(group), dual, group["axis"][index], group["block"][index])
+            part = local(dual) * per_entry(
+                unit_factor(group, self.state), dual, group["axis"][index], group["block"][index]
+            )
         return sharded_like(part, dual)
 
     @torch.no_grad()
@@ -422,7 +253,7 @@ class SplitLBI(torch.optim.Optimizer):
                         f"{tuple(p.shape)} here and {tuple(dual.shape)} there. Resume with the model that was trained"
                     )
         super().load_state_dict(state_dict)
-        self._before = self._compiled = None
+        self._before = self.kernel = None
         # torch casts float state to the parameter's dtype, which would round V of a bfloat16 model and turn step
         # numbers into floats.
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
@@ -433,17 +264,13 @@ class SplitLBI(torch.optim.Optimizer):
                         self.state[p][name] = value.detach().clone().to(device)
 
 
-def _direction(grad: Tensor, buffers: Sequence[Tensor], state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
-    """The base optimizer's direction; its buffers move on."""
-    if group["base"] == "adamw":
-        (beta1, beta2), count = group["betas"], int(state["updates"])
-        mean, square = buffers
-        mean.lerp_(grad, 1 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        root = square.sqrt().div_((1 - beta2**count) ** 0.5).add_(group["eps"])
-        return (mean / root).div_(1 - beta1**count)
-    if not group["momentum"]:
-        return grad
-    [buffer] = buffers
-    buffer.mul_(group["momentum"]).add_(grad)
-    return grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+def _unnamed(params: Iterable[Any]) -> list[Tensor]:
+    """Parameters, of which torch also takes `(name, parameter)`."""
+    return [p[1] if isinstance(p, tuple) else p for p in params]
+
+
+def unwrap(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside Accelerate's wrapper."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

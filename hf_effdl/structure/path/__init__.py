@@ -1,0 +1,6 @@
+"""The path of a run.
+
+path.py     `SparsePath`: per unit the steps of entry and exit, thresholds and norms; selection and file
+budget.py   the sizes that hold a budget: what is cut, and what comes back because it fits after all
+picture.py  the picture, of plain values
+"""

@@ -1,39 +1,30 @@
 """The sparse path of one training run: when each unit entered the support, and which units a budget keeps."""
 
 import json
-import math
 import os
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+from hf_effdl.files import write_whole
 from hf_effdl.structure.groups.group import Group, Network
+from hf_effdl.structure.groups.ties import Tie, complete_ties
 from hf_effdl.structure.optim.prox import unit_norm
+from hf_effdl.structure.optim.split_lbi import unwrap
+from hf_effdl.structure.path.budget import Limit, largest_share, largest_within, one_budget
+from hf_effdl.structure.path.picture import plot_path
 
 
 FILE_NAME = "sparse_path.safetensors"
 ORDERS = ("dual", "entry")
+WIDTHS = ("stock", "free")
 LOOKS = 5  # at a latency near the budget
-
-
-@dataclass(frozen=True)
-class Tie:
-    """Groups whose sizes move together, because one number of a model's config sets them all.
-
-    At `step` of `steps` each named group keeps `step * share` units, e.g. `{"stem": 4, "inner": 1}`. A free group is a
-    tie of its own.
-    """
-
-    steps: int
-    shares: Mapping[str, int]
-    fields: Mapping[str, int] = field(
-        default_factory=dict
-    )  # config entry -> its value per step, e.g. "hidden_sizes.0"
 
 
 @dataclass
@@ -145,6 +136,7 @@ class SparsePath:
         round_to: int | None = None,
         least: int = 2,
         measure: Callable[[dict[str, Tensor]], float] | None = None,
+        allowed: Callable[[dict[str, int]], bool] | None = None,
     ) -> dict[str, Tensor]:
         """The units that a budget keeps: ascending indices per group, for `slim(model, groups, kept)`.
 
@@ -166,18 +158,21 @@ class SparsePath:
             least: units that every group keeps at least, as long as the budget can be held that way; else 1.
             measure: from kept units to the ratio of their latency to the whole model's, as measured once; it is asked
                 again near the budget, and the median counts.
+            allowed: which units per lifted group may be chosen, such as sizes that the stock class builds; those that
+                hold the budget best among them are. Where none are, the sizes are what they are without it.
 
         Raises:
             ValueError: for a budget outside (0, 1] or below what one unit per group costs.
         """
-        if widths not in ("stock", "free"):
+        if widths not in WIDTHS:
             raise ValueError(f"widths={widths!r}: it must be 'stock' or 'free'")
         budget, share = one_budget(keep=keep, params=params, macs=macs, latency=latency)
         if round_to is None and budget != "latency":
             round_to = 1
         if least < 1 or (round_to is not None and round_to < 1):
             raise ValueError(f"round_to={round_to} and least={least} must be at least 1")
-        ties = self._ties(widths)
+        units = {group.name: group.units for group in self.groups if group.name in self.units}
+        ties = complete_ties(self.ties if widths == "stock" else (), units)
         scores = self.scores(order)
         order_of = {name: torch.argsort(score, descending=True, stable=True) for name, score in scores.items()}
 
@@ -185,44 +180,25 @@ class SparsePath:
             return {name: order_of[name][:size].sort().values for name, size in sizes.items()}
 
         if budget == "keep":
-            return kept(sizes_for_share(ties, self._sizes(), share, round_to))
-        removals = _removal_list(ties, scores, round_to, least)
-
-        def sizes_at(steps: Mapping[int, int]) -> dict[str, int]:
-            return {name: steps[i] * a for i, tie in enumerate(ties) for name, a in tie.shares.items()}
-
-        if budget == "latency":
-            if measure is None:
-                raise ValueError("latency= needs measure=, a function that times the slim model; trainer.slim has one")
-            limit = _Limit(lambda steps: measure(kept(sizes_at(steps))), share, looks=LOOKS)
+            return kept(largest_share(ties, units, share, round_to, allowed))
+        if budget != "latency":
+            limit = Limit(budget, share, self._counted(budget))
+        elif measure is None:
+            raise ValueError("latency= needs measure=, a function that times the slim model; trainer.slim has one")
         else:
-            network = self.groups[0].network
-            whole = network.count()[budget]
-            limit = _Limit(lambda steps: network.count(self.groups, sizes_at(steps))[budget] / whole, share)
-        lowest = _steps_after(removals, ties)
-        if (least > 1 or round_to is None) and not limit.holds(lowest):
-            removals += [(i, below) for i, below in _removal_list(ties, scores, round_to or 1, 1) if below < lowest[i]]
-        smallest = _steps_after(removals, ties)
-        if not any(limit.holds_again(smallest) for _ in range(3)):
-            raise ValueError(
-                f"{budget}={share} is below what the smallest sizes cost ({sizes_at(smallest)}), which is "
-                f"{limit.cost(smallest):.4f} of the model; ask for at least that"
-                + (f", or for a smaller round_to than {round_to}" if round_to is not None and round_to > 1 else "")
-            )
-        return kept(sizes_at(_largest_within(limit, removals, ties, round_to)))
+            limit = Limit(budget, share, lambda sizes: measure(kept(sizes)), looks=LOOKS)
+        return kept(largest_within(limit, ties, scores, round_to, least, allowed))
 
-    def _sizes(self) -> dict[str, int]:
-        return {group.name: group.units for group in self.groups if group.name in self.units}
-
-    def _ties(self, widths: str) -> list[Tie]:
-        return complete_ties(self.ties if widths == "stock" else (), self._sizes())
+    def _counted(self, key: str) -> Callable[[Mapping[str, int]], float]:
+        """A function that counts which share of the whole network some sizes are."""
+        network = self.groups[0].network
+        whole = network.count()[key]
+        return lambda sizes: network.count(self.groups, sizes)[key] / whole
 
     # ---- file
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `sparse_path.safetensors` into a folder, atomically; it loads without the model."""
-        from safetensors.torch import save
-
         meta = {
             "step": self.step,
             "curve": self.curve,
@@ -236,21 +212,12 @@ class SparsePath:
             for name, unit in self.units.items()
             for key, value in unit.items()
         }
-        target = Path(folder) / FILE_NAME
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(".tmp")
-        try:
-            part.write_bytes(save(tensors, metadata={"sparse_path": json.dumps(meta)}))
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
-        return target
+        content = save(tensors, metadata={"sparse_path": json.dumps(meta)})
+        return write_whole(Path(folder) / FILE_NAME, content)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "SparsePath":
         """Read the path that `save` wrote into a folder (a checkpoint, or what was pulled from the Hub)."""
-        from safetensors import safe_open
-
         file = Path(folder) / FILE_NAME
         if not file.is_file():
             raise FileNotFoundError(f"no {FILE_NAME} in {folder}: it stands beside each checkpoint of a SplitLBI run")
@@ -278,161 +245,6 @@ class SparsePath:
         Returns:
             A matplotlib Figure; needs `pip install hf_effdl[plot]`.
         """
-        from hf_effdl.structure.path.picture import plot_path
-
-        return plot_path(self, selected, order)
-
-
-def unwrap(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside Accelerate's wrapper."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def one_budget(**budgets: float | None) -> tuple[str, float]:
-    """The one budget that was given, checked to be a share in (0, 1]."""
-    given = {name: value for name, value in budgets.items() if value is not None}
-    if len(given) != 1:
-        raise ValueError(f"give exactly one of {', '.join(budgets)}; got {given or 'none'}")
-    [(name, share)] = given.items()
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise ValueError(f"{name}={share!r}: a budget is a share of the whole model, in (0, 1]")
-    return name, float(share)
-
-
-def complete_ties(ties: Iterable[Tie], sizes: Mapping[str, int]) -> list[Tie]:
-    """The given ties among the groups of `sizes`, and one tie of its own for every other group.
-
-    A tie that names a group outside `sizes` (one that is not lifted, so has no order) stays at full size.
-    """
-    usable = [tie for tie in ties if all(name in sizes for name in tie.shares)]
-    frozen = {name for tie in ties if tie not in usable for name in tie.shares}
-    named = {name for tie in usable for name in tie.shares} | frozen
-    return [*usable, *(Tie(size, {name: 1}) for name, size in sizes.items() if name not in named)]
-
-
-class _Limit:
-    """Whether sizes cost at most `limit`. With `looks` above 1 the cost is measured with noise: the median counts.
-
-    What lies near the limit is looked at more often than what is plainly above or below.
-    """
-
-    def __init__(self, measure: Callable[[dict[int, int]], float], limit: float, looks: int = 1) -> None:
-        self.measure, self.limit, self.looks = measure, limit, looks
-        self.seen: dict[tuple[int, ...], list[float]] = {}
-
-    def cost(self, steps: dict[int, int]) -> float:
-        seen = self.seen.setdefault(tuple(steps.values()), [])
-        while len(seen) < self._enough(seen):
-            seen.append(self.measure(steps))
-        return statistics.median(seen)
-
-    def holds(self, steps: dict[int, int]) -> bool:
-        return self.cost(steps) <= self.limit * (1 + 1e-9)
-
-    def is_near(self, steps: dict[int, int]) -> bool:
-        """So close below the limit that noise would hide what more units cost."""
-        return self.looks > 1 and self.cost(steps) > 0.97 * self.limit
-
-    def holds_again(self, steps: dict[int, int]) -> bool:
-        """The same, by new measurements alone."""
-        if self.looks > 1:
-            self.seen.pop(tuple(steps.values()), None)
-        return self.holds(steps)
-
-    def _enough(self, seen: list[float]) -> int:
-        gap = abs(statistics.median(seen) / self.limit - 1) if seen else 0.0
-        spread = (max(seen) - min(seen)) / self.limit if len(seen) > 1 else 0.2
-        if len(seen) == 1 and seen[0] > self.limit:
-            return min(2, self.looks)  # a disturbance only ever makes it longer
-        return max(1, len(seen)) if gap > spread else self.looks
-
-
-def _steps_after(removals: Iterable[tuple[int, int]], ties: Sequence[Tie]) -> dict[int, int]:
-    return {i: tie.steps for i, tie in enumerate(ties)} | dict(removals)
-
-
-def _largest_within(
-    limit: _Limit, removals: Sequence[tuple[int, int]], ties: Sequence[Tie], round_to: int | None
-) -> dict[int, int]:
-    """Steps of every tie after as few removals as the limit needs, and what comes back because it fits after all."""
-    low, high = 0, len(removals)
-    while low < high:
-        middle = (low + high) // 2
-        fits = limit.holds(_steps_after(removals[:middle], ties))
-        low, high = (low, middle) if fits else (middle + 1, high)
-    fitting = [_steps_after(removals[:low], ties)]
-
-    def grow(i: int, steps: int) -> bool:
-        larger = fitting[-1] | {i: steps}
-        if fits := not limit.is_near(fitting[-1]) and limit.holds(larger):
-            fitting.append(larger)
-        return fits
-
-    for _ in range(3):
-        # the last removal can free far more than was needed (a channel of the first layer, say): what was removed last
-        # comes back as long as it fits
-        for i, below in reversed(removals[:low]):
-            above = next(level for level in levels_of(ties[i], round_to) if level > below)
-            if below <= fitting[-1][i] < above:
-                grow(i, above)
-        for i in dict.fromkeys(i for i, _ in reversed(removals[:low])) if round_to is None else ():
-            above = next((level for level in levels_of(ties[i], None) if level > fitting[-1][i]), ties[i].steps)
-            while above - fitting[-1][i] > 1 and not limit.is_near(fitting[-1]):
-                middle = (fitting[-1][i] + above) // 2
-                above = above if grow(i, middle) else middle
-        # among many that nearly fit, noise favours one that does not: the last word have new measurements
-        while not limit.holds_again(fitting[-1]) and (len(fitting) > 1 or low < len(removals)):
-            fitting.pop()
-            if not fitting:
-                low += 1
-                fitting.append(_steps_after(removals[:low], ties))
-        if limit.looks == 1 or limit.cost(fitting[-1]) >= 0.95 * limit.limit:
-            break
-        limit.seen.clear()  # measurements may have been disturbed that said what came back does not fit
-    return fitting[-1]
-
-
-def _chunk(tie: Tie, round_to: int | None) -> int:
-    """Steps of a tie that together change every one of its groups by a multiple of `round_to`.
-
-    None: of the largest of 16, 8, 4, 2 and 1 that leaves the tie four sizes. Convolutions are computed in blocks of 8
-    or 16 channels, so that sizes in between are no faster than the next multiple.
-    """
-    if round_to is None:
-        return next((chunk for r in (16, 8, 4, 2) if 4 * (chunk := _chunk(tie, r)) <= tie.steps), 1)
-    return math.lcm(*(round_to // math.gcd(round_to, share) for share in tie.shares.values()))
-
-
-def levels_of(tie: Tie, round_to: int | None) -> list[int]:
-    """Ascending: the steps a tie can have when every size is a multiple of `round_to`, or the whole."""
-    return [*range(_chunk(tie, round_to), tie.steps, _chunk(tie, round_to)), tie.steps]
-
-
-def sizes_for_share(ties: Sequence[Tie], sizes: Mapping[str, int], share: float, round_to: int) -> dict[str, int]:
-    """Units per group for a share of every group, rounded up to `round_to` and to what the ties allow."""
-    result = {}
-    for tie in ties:
-        chunk = _chunk(tie, round_to)
-        # 1e-9: a share such as 0.3 of 10 units is 3 units, not 4
-        steps = min(tie.steps, chunk * math.ceil(share * tie.steps / chunk - 1e-9))
-        result |= {name: max(steps, 1) * a for name, a in tie.shares.items()}
-    return result
-
-
-def _removal_list(
-    ties: Sequence[Tie], scores: Mapping[str, Tensor], round_to: int | None, least: int
-) -> list[tuple[int, int]]:
-    """All removals, weakest first, as (tie, steps it has afterwards)."""
-    removals: list[tuple[float, int, int]] = []
-    for i, tie in enumerate(ties):
-        floor = min(tie.steps, max(math.ceil(least / share) for share in tie.shares.values()))
-        levels = [level for level in levels_of(tie, round_to) if level >= floor]
-        # double: means of equal scores must be equal, or the levels of a tie come out of order
-        best_first = {name: torch.sort(scores[name].double(), descending=True).values for name in tie.shares}
-        for below, level in zip(levels, levels[1:], strict=False):
-            parts = [best_first[name][below * a : level * a].mean() for name, a in tie.shares.items()]
-            removals.append((torch.stack(parts).mean().item(), i, below))
-    # inside a tie the score falls with the level, so sorting by score keeps its levels in order; -below settles ties
-    return [(i, below) for _, i, below in sorted(removals, key=lambda r: (r[0], r[1], -r[2]))]
+        kept = selected or {name: inside.nonzero().flatten() for name, inside in self.support.items()}
+        words = ("selected", "not selected") if selected else ("in the support", "left again")
+        return plot_path(self.units, self.scores(order), kept, self.step, self.curve, words)

@@ -1,0 +1,6 @@
+"""Smaller dense models.
+
+slim.py        `slim`: a copy without some units, and the config that says its sizes
+report.py      what slimming changed; latency.py: how long a forward pass takes, side by side
+batch_norm.py  batch statistics for what is left
+"""

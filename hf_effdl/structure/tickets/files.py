@@ -5,25 +5,27 @@ every group; `weights-<step>.safetensors`: state dicts; `README.md`: the card.
 """
 
 import hashlib
-import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCardData, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
+from hf_effdl.files import digest, read_json, read_tensors, write_json, write_whole
 from hf_effdl.structure.groups.group import Group, Groups, Network
+from hf_effdl.structure.tickets.card import CARD, write_ticket_card
 
 
+State = dict[str, Tensor]  # of a model
 FORMAT = 1
-RECORD, KEPT, WEIGHTS, CARD = "ticket.json", "ticket.safetensors", "weights-{}.safetensors", "README.md"
+RECORD, KEPT, WEIGHTS = "ticket.json", "ticket.safetensors", "weights-{}.safetensors"
+REMEDY = "save or push the ticket again"
 
 
 def save_ticket(ticket: Any, folder: str | os.PathLike[str], weights: bool = True, repo_id: str | None = None) -> Path:
@@ -32,9 +34,22 @@ def save_ticket(ticket: Any, folder: str | os.PathLike[str], weights: bool = Tru
     target.mkdir(parents=True, exist_ok=True)
     foreign = (target / CARD).is_file() and not (target / RECORD).is_file()
     steps = sorted(ticket.weights) if weights else []
-    files = {KEPT: _bytes(ticket.kept)} | {WEIGHTS.format(step): _bytes(ticket.weights[step]) for step in steps}
+    files = {KEPT: packed(ticket.kept)} | {WEIGHTS.format(step): packed(ticket.weights[step]) for step in steps}
+    for name, content in files.items():
+        write_whole(target / name, content)
+    # last, and with the digests of the others: a write that was cut off is noticed
+    write_json(target / RECORD, _record(ticket, steps, {name: digest(content) for name, content in files.items()}))
+    for old in target.glob(WEIGHTS.format("*")):
+        if old.name not in files:
+            old.unlink()
+    if not foreign:
+        write_ticket_card(ticket, target, repo_id or target.name, steps)
+    return target
+
+
+def _record(ticket: Any, steps: list[int], digests: Mapping[str, str]) -> dict[str, Any]:
     network = ticket.groups[0].network
-    record = {
+    return {
         "format": FORMAT,
         "step": ticket.step,
         "settled": ticket.settled,
@@ -44,18 +59,8 @@ def save_ticket(ticket: Any, folder: str | os.PathLike[str], weights: bool = Tru
         "shapes": network.shapes,
         "uses": network.uses,
         "weights": steps,
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        "sha256": dict(digests),
     }
-    for name, content in files.items():
-        write(target / name, content)
-    # last, and with the digests of the others: a write that was cut off is noticed
-    write(target / RECORD, json.dumps(record, indent=1).encode())
-    for old in target.glob(WEIGHTS.format("*")):
-        if old.name not in files:
-            old.unlink()
-    if not foreign:
-        _write_card(ticket, target, repo_id or target.name, steps)
-    return target
 
 
 def load_ticket(
@@ -74,22 +79,29 @@ def load_ticket(
             f"{where} holds no ticket: there is no {RECORD}; write one with Ticket.save_pretrained or push_to_hub"
         )
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if record["format"] > FORMAT:
-            raise ValueError(
-                f"it has format {record['format']}, and this version of hf_effdl reads {FORMAT}; install a newer one"
-            )
-        network = Network({name: tuple(shape) for name, shape in record["shapes"].items()}, record["uses"])
-        groups = Groups(Group.from_dict(values, network) for values in record["groups"])
-        files = {int(step): WEIGHTS.format(int(step)) for step in record["weights"]}
-        weights = {step: _read(folder / name, record["sha256"][name]) for step, name in files.items()}
-        kept = _read(folder / KEPT, record["sha256"][KEPT])
-        return {"groups": groups, "kept": kept, "weights": weights} | {
-            name: record[name] for name in ("step", "settled", "distances", "init")
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        return _read(folder)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"the ticket in {where} cannot be read: {what}") from error
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    record = read_json(folder / RECORD, remedy=REMEDY)
+    if record["format"] > FORMAT:
+        raise ValueError(
+            f"it has format {record['format']}, and this version of hf_effdl reads {FORMAT}; install a newer one"
+        )
+    network = Network({name: tuple(shape) for name, shape in record["shapes"].items()}, record["uses"])
+    groups = Groups(Group.from_dict(values, network) for values in record["groups"])
+    files = {KEPT: KEPT} | {int(step): WEIGHTS.format(int(step)) for step in record["weights"]}
+    for name in files.values():
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing; {REMEDY}")
+    tensors = {key: read_tensors(folder / name, record["sha256"][name], REMEDY) for key, name in files.items()}
+    kept = tensors.pop(KEPT)
+    return {"groups": groups, "kept": kept, "weights": tensors} | {
+        name: record[name] for name in ("step", "settled", "distances", "init")
+    }
 
 
 def push_ticket(
@@ -112,60 +124,17 @@ def push_ticket(
         )
 
 
-def _write_card(ticket: Any, folder: Path, repo_id: str, steps: Sequence[int]) -> None:
-    from hf_effdl.hub.cards import CITATION, markdown_table, write_card
-    from hf_effdl.version import __version__
-
-    report = ticket.report()
-    units = [{"group": f"`{name}`", **sizes} for name, sizes in report["units"].items()]
-    write_card(
-        folder,
-        "ticket_card.md",
-        ModelCardData(library_name="hf_effdl", tags=["hf_effdl", "split-lbi", "ticket"]),
-        title=repo_id.split("/")[-1],
-        repo_id=repo_id,
-        ticket=ticket,
-        steps=list(steps),
-        report=report,
-        units=markdown_table(units, {"group": "group", "before": "units", "after": "kept"}),
-        citation=CITATION,
-        last=next((row for row in reversed(ticket.distances) if row["distance"] is not None), None),
-        version=__version__,
-    )
-
-
-def write(target: Path, content: bytes) -> None:
-    """Write a file at once or not at all."""
-    part = target.with_name(target.name + ".tmp")
-    try:
-        part.write_bytes(content)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> bytes:
+def packed(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors as the content of a safetensors file."""
     # safetensors takes neither other memory formats nor tensors that share memory
     return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
 
 
-def _read(file: Path, sha256: str) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise ValueError(f"{file.name} is missing; save or push the ticket again")
-    content = file.read_bytes()
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(
-            f"{file.name} is damaged or of another ticket, as after a write that was cut off; save or "
-            "push the ticket again"
-        )
-    return load(content)
-
-
-def digest(state: Mapping[str, Tensor]) -> str:
+def state_digest(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes of a state dict, in the order of the names."""
-    found = hashlib.sha256()
+    whole = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()

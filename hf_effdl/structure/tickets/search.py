@@ -1,28 +1,32 @@
 """Finding a ticket early: looks at the selection during a run, and stops the run once it has settled."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
-from safetensors.torch import load_file, save
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from hf_effdl.checks import whole_number
+from hf_effdl.files import read_tensors, write_whole
+from hf_effdl.processes import agreed
 from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.group import Group, Groups, Network
-from hf_effdl.structure.groups.ties import config_ties
-from hf_effdl.structure.optim.split_lbi import SplitLBI
-from hf_effdl.structure.path.path import SparsePath, unwrap
-from hf_effdl.structure.tickets.checks import check_run, check_search, last_step
-from hf_effdl.structure.tickets.files import WEIGHTS, digest, write
+from hf_effdl.structure.groups.ties import Tie, config_ties
+from hf_effdl.structure.optim.sharding import is_sharded
+from hf_effdl.structure.optim.split_lbi import SplitLBI, unwrap
+from hf_effdl.structure.path.budget import one_budget
+from hf_effdl.structure.path.path import ORDERS, WIDTHS, SparsePath
+from hf_effdl.structure.tickets.files import WEIGHTS, State, packed, state_digest
 from hf_effdl.structure.tickets.settling import Settling, pack
-from hf_effdl.structure.tickets.ticket import State, Ticket
+from hf_effdl.structure.tickets.ticket import Ticket
 from hf_effdl.structure.training.arguments import SplitLBIArguments, scheduled_rates
-from hf_effdl.structure.training.callbacks import SplitLBICallback
+from hf_effdl.structure.training.callbacks import SplitLBICallback, check_split_lbi
 from hf_effdl.structure.training.evaluation import WRAPPERS, example_row
 from hf_effdl.structure.training.trainer import SplitLBITrainer
 
@@ -70,18 +74,7 @@ def find_ticket(
         >>> ticket = find_ticket(SplitLBITrainer(model, args, train_dataset=rows), macs=0.25)  # doctest: +SKIP
         >>> small = rewind(model_init, ticket)                                                 # doctest: +SKIP
     """
-    if not isinstance(trainer, Trainer):
-        raise TypeError(f"find_ticket needs a Trainer of transformers, not {type(trainer).__name__}")
-    if trainer.state.global_step > 0:
-        raise ValueError(
-            f"this {type(trainer).__name__} has trained for {trainer.state.global_step} steps, and a ticket is found "
-            "from the initial weights on: make a new one, or pass resume_from_checkpoint to a new one"
-        )
-    if any(isinstance(callback, EarlyTicketCallback) for callback in trainer.callback_handler.callbacks):
-        raise ValueError(
-            "this trainer has an EarlyTicketCallback already: call trainer.train() and read its ticket, "
-            "or leave it out"
-        )
+    _check_trainer(trainer)
     callback = EarlyTicketCallback(
         macs=macs,
         params=params,
@@ -106,6 +99,21 @@ def find_ticket(
         # with restore_callback_states_from_checkpoint it is another object by now
         callback = trainer.pop_callback(EarlyTicketCallback) or callback
     return callback.ticket
+
+
+def _check_trainer(trainer: Any) -> None:
+    if not isinstance(trainer, Trainer):
+        raise TypeError(f"find_ticket needs a Trainer of transformers, not {type(trainer).__name__}")
+    if trainer.state.global_step > 0:
+        raise ValueError(
+            f"this {type(trainer).__name__} has trained for {trainer.state.global_step} steps, and a ticket is found "
+            "from the initial weights on: make a new one, or pass resume_from_checkpoint to a new one"
+        )
+    if any(isinstance(callback, EarlyTicketCallback) for callback in trainer.callback_handler.callbacks):
+        raise ValueError(
+            "this trainer has an EarlyTicketCallback already: call trainer.train() and read its ticket, "
+            "or leave it out"
+        )
 
 
 class EarlyTicketCallback(TrainerCallback, ExportableState):
@@ -189,11 +197,11 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
             "at_epoch": at_epoch,
             "weights_at": list(weights_at),
         }
-        check_search(self.settings)
+        _check_settings(self.settings)
         self.budget = {
             name: share for name in ("macs", "params", "keep") if (share := self.settings[name]) is not None
         }
-        self.ties: Sequence[Any] = ()
+        self.ties: Sequence[Tie] = ()
         self._ticket: Ticket | None = None
         self._begin()
 
@@ -247,8 +255,8 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
             if not file.is_file():
                 logger.warning("%s is gone, so the ticket will not hold the weights of step %d", file, step)
                 continue
-            self.weights[step] = load_file(file)
-            if step == 0 and digest(self.weights[0]) != self.init["sha256"]:
+            self.weights[step] = read_tensors(file, remedy="start the run again")
+            if step == 0 and state_digest(self.weights[0]) != self.init["sha256"]:
                 raise ValueError(
                     f"{file} does not hold the initial weights of this run; give every run an output folder of its own"
                 )
@@ -259,8 +267,30 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, optimizer = kwargs["model"], unwrap(kwargs["optimizer"])
-        check_run(model, optimizer)
-        name, folder = type(self).__name__, Path(args.output_dir) / FOLDER
+        _check_run(model, optimizer)
+        saved = self._saved(state)
+        self._begin()
+        if state.global_step:
+            self._continue(saved, Path(args.output_dir) / FOLDER)
+        if self.groups is None:
+            self.groups = find_groups(model, example_row(kwargs["train_dataloader"]))
+        self.ties = config_ties(model, self.groups)
+        self.one_path = _one_path(args, optimizer, state.max_steps)
+        self.every = self.settings["every"] or max(1, round(state.max_steps / 50))
+        self.last = _last_step(self.settings, state)
+        if self.budget:
+            self._select(optimizer)  # one that cannot be held is refused before the first step
+        if state.global_step == 0:
+            source = getattr(getattr(model, "config", None), "name_or_path", "") or None
+            digest = state_digest(self._keep(model, 0, args))
+            self.init = {"sha256": digest, "class": type(model).__name__, "source": source, "seed": args.seed}
+        elif taken := saved["found"]:  # the run was over; Trainer takes one more step
+            self._take(model, *taken)
+            control.should_training_stop = True
+
+    def _saved(self, state: TrainerState) -> Mapping[str, Any]:
+        """What the checkpoint holds of this callback; at the start of a run, what it is to hold."""
+        name = type(self).__name__
         if state.global_step and name not in state.stateful_callbacks:
             raise ValueError(
                 f"the checkpoint of step {state.global_step} is of a run without {name}, so the initial weights are "
@@ -269,25 +299,7 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
         stored = state.stateful_callbacks.setdefault(name, self.state())
         if isinstance(stored, list):
             raise ValueError(f"this trainer has {len(stored)} callbacks of class {name}; a run finds one ticket")
-        saved = stored["attributes"]["saved"]
-        self._begin()
-        if state.global_step:
-            self._continue(saved, folder)
-        if self.groups is None:
-            self.groups = find_groups(model, example_row(kwargs["train_dataloader"]))
-        self.ties = config_ties(model, self.groups)
-        self.one_path = _one_path(args, optimizer, state.max_steps)
-        self.every = self.settings["every"] or max(1, round(state.max_steps / 50))
-        self.last = last_step(self.settings, state)
-        if self.budget:
-            self._select(optimizer)  # one that cannot be held is refused before the first step
-        if state.global_step == 0:
-            source = getattr(getattr(model, "config", None), "name_or_path", "") or None
-            weights = self._keep(model, 0, args)
-            self.init = {"sha256": digest(weights), "class": type(model).__name__, "source": source, "seed": args.seed}
-        elif found := saved["found"]:  # the run was over; Trainer takes one more step
-            self._take(model, *found)
-            control.should_training_stop = True
+        return stored["attributes"]["saved"]
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -305,25 +317,36 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
         step = state.global_step
         if step in self.settings["weights_at"]:
             self._keep(kwargs["model"], step, args)
-        asked = step == self.settings["at_step"]
-        if (epoch := self.settings["at_epoch"]) is not None:
-            asked = state.epoch >= epoch - 1e-9
-        if not (asked or step % self.every == 0 or step >= self.last):
+        is_given, is_last = self._is_given(state), step >= self.last
+        if not (is_given or is_last or step % self.every == 0):
             return
         settled = self._look(unwrap(kwargs["optimizer"]), step)
-        waits = self.settings["at_step"] is not None or self.settings["at_epoch"] is not None
-        if asked or step >= self.last or (settled and not waits):
-            if not settled and not asked:
-                logger.warning(
-                    "the selection had not settled by step %d of %d, the bound of within=%s: the ticket is what it "
-                    "was then. Distances of the last looks: %s",
-                    step,
-                    state.max_steps,
-                    self.settings["within"],
-                    [row["distance"] for row in self.settling.looks[-3:]],
-                )
+        if is_last and not (settled or is_given):
+            self._warn_unsettled(state)
+        if is_given or is_last or (settled and not self._has_given_step):
             self._take(kwargs["model"], step, settled)
             control.should_training_stop = True
+
+    def _warn_unsettled(self, state: TrainerState) -> None:
+        logger.warning(
+            "the selection had not settled by step %d of %d, the bound of within=%s: the ticket is what it was then. "
+            "Distances of the last looks: %s",
+            state.global_step,
+            state.max_steps,
+            self.settings["within"],
+            [row["distance"] for row in self.settling.looks[-3:]],
+        )
+
+    @property
+    def _has_given_step(self) -> bool:
+        return self.settings["at_step"] is not None or self.settings["at_epoch"] is not None
+
+    def _is_given(self, state: TrainerState) -> bool:
+        """Whether the ticket was asked for at this step."""
+        epoch = self.settings["at_epoch"]
+        if epoch is not None:
+            return state.epoch >= epoch - 1e-9
+        return state.global_step == self.settings["at_step"]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -337,7 +360,7 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
 
     def _look(self, optimizer: SplitLBI, step: int) -> bool:
         """Note the selection of this step; whether it has settled."""
-        [selection] = broadcast_object_list([pack(self._select(optimizer))])  # on every process the same
+        selection = agreed(pack(self._select(optimizer)))
         return self.settling.note(step, self.travelled / self.one_path, selection)
 
     def _select(self, optimizer: SplitLBI) -> Tensor:
@@ -380,9 +403,7 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
     def _keep(self, model: nn.Module, step: int, args: TrainingArguments) -> State:
         self.weights[step] = weights = read_weights(model)
         if args.should_save and str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
-            folder = Path(args.output_dir) / FOLDER
-            folder.mkdir(parents=True, exist_ok=True)
-            write(folder / WEIGHTS.format(step), save(weights))
+            write_whole(Path(args.output_dir) / FOLDER / WEIGHTS.format(step), packed(weights))
         return weights
 
 
@@ -403,3 +424,68 @@ def _one_path(args: TrainingArguments, optimizer: SplitLBI, steps: int) -> float
     if group["lam_scale"] == "init":
         return length * group["lam"] * group["nu"] / group["path_scale"]
     return sum(scheduled_rates(args, steps)[: max(1, round(share * steps))])
+
+
+# ---- what cannot be
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that are out of range."""
+    budgets = {name: settings[name] for name in ("macs", "params", "keep")}
+    if any(share is not None for share in budgets.values()):
+        one_budget(**budgets)
+    for name, choices in (("order", ORDERS), ("widths", WIDTHS)):
+        if settings[name] not in choices:
+            raise ValueError(f"{name}={settings[name]!r}: it must be one of {choices}")
+    for name in ("threshold", "within"):
+        if not 0 < settings[name] <= 1:
+            raise ValueError(f"{name}={settings[name]}: it is a share, in (0, 1]")
+    if not settings["min_path"] >= 0:
+        raise ValueError(f"min_path={settings['min_path']}: it is a path time, not below 0 (1 is one whole path)")
+    for name, least in (("window", 2), ("patience", 1), ("every", 1), ("at_step", 1)):
+        if name in ("window", "patience") or settings[name] is not None:
+            whole_number(name, settings[name], least)
+    _check_given(settings)
+
+
+def _check_given(settings: Mapping[str, Any]) -> None:
+    """Refuse steps and epochs to take a ticket or weights at that no run has."""
+    if settings["at_epoch"] is not None and not settings["at_epoch"] > 0:
+        raise ValueError(f"at_epoch={settings['at_epoch']}: it must be above 0")
+    if settings["at_step"] is not None and settings["at_epoch"] is not None:
+        raise ValueError("give at_step or at_epoch, not both")
+    for step in settings["weights_at"]:
+        if type(step) is not int or step < 0:
+            raise ValueError(f"weights_at={settings['weights_at']}: they must be steps, whole numbers not below 0")
+
+
+def _last_step(settings: Mapping[str, Any], state: TrainerState) -> int:
+    """The step at which the ticket is taken at the latest."""
+    within, step, epoch = (settings[name] for name in ("within", "at_step", "at_epoch"))
+    last = max(1, math.floor(within * state.max_steps + 1e-9))
+    if step is not None and step > last:
+        raise ValueError(
+            f"at_step={step} lies after within={within} of this run, which is step {last} of "
+            f"{state.max_steps}; lower at_step or raise within"
+        )
+    if epoch is not None and epoch > within * state.num_train_epochs + 1e-9:
+        raise ValueError(
+            f"at_epoch={epoch} lies after within={within} of this run of {state.num_train_epochs} "
+            "epochs; lower at_epoch or raise within"
+        )
+    return last
+
+
+def _check_run(model: nn.Module, optimizer: Any) -> None:
+    """Refuse a run that no ticket can be read from."""
+    check_split_lbi(model, optimizer, "a ticket is read from")
+    if any(is_sharded(p) for p in model.parameters()):
+        raise ValueError(
+            "the weights are sharded (FSDP2), and a ticket holds whole ones: find it with DDP, which a "
+            "search this short rarely needs more than"
+        )
+    if not any(group["penalty"] == "group" for group in optimizer.param_groups):
+        raise ValueError(
+            "no param group of SplitLBI has penalty='group', so there are no units to select; pass "
+            "params=param_groups(model, find_groups(model))"
+        )

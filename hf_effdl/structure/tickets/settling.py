@@ -1,6 +1,8 @@
 """When a selection of units has stopped changing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy
@@ -40,12 +42,16 @@ class Settling:
         self.recent = [*self.recent[1 - self.window :], selection]
         seen = [unpack(text) for text in self.recent]
         change = float((seen[-1] != seen[-2]).mean()) if len(seen) > 1 else None
-        full = len(seen) == self.window and all(inside.any() for inside in seen)
-        pairs = [float((a != b).mean()) for i, a in enumerate(seen) for b in seen[:i]] if full else []
-        self.looks.append({"step": step, "path": path, "change": change, "distance": max(pairs, default=None)})
+        self.looks.append({"step": step, "path": path, "change": change, "distance": self._distance(seen)})
         last = [look["distance"] for look in self.looks[-self.patience :]]
         quiet = len(last) == self.patience and all(d is not None and d < self.threshold for d in last)
         return quiet and path >= self.min_path - 1e-9
+
+    def _distance(self, seen: Sequence[numpy.ndarray]) -> float | None:
+        """The largest distance between two selections; None while they are too few, or one is empty."""
+        if len(seen) < self.window or not all(inside.any() for inside in seen):
+            return None
+        return max(float((a != b).mean()) for a, b in combinations(seen, 2))
 
     @property
     def selection(self) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
-from hf_effdl.structure.groups.group import Group, param_groups
+from hf_effdl.structure.groups.group import Group
+from hf_effdl.structure.groups.param_groups import param_groups
 from hf_effdl.structure.optim.checks import BASES, LAM_SCALES
 from hf_effdl.structure.optim.schedule import derive_path
 
@@ -17,6 +18,7 @@ from hf_effdl.structure.optim.schedule import derive_path
 # weights.
 PAPER = {"lam_scale": "none", "nu": 20.0, "path_scale": 1.0}
 
+PRESETS = ("default", "paper")
 LEARNING_RATES = {"sgd": 0.1, "adamw": 0.003}
 
 
@@ -79,8 +81,17 @@ class SplitLBIArguments(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.base]
         super().__post_init__()
-        if self.preset not in ("default", "paper"):
-            raise ValueError(f"preset={self.preset!r}: it must be 'default' or 'paper'")
+        self._check_numbers()
+        for name, choices in (("preset", PRESETS), ("lam_scale", (None, *LAM_SCALES))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: it must be one of {choices}")
+        if self.nesterov and (self.base != "sgd" or not self.momentum):
+            raise ValueError(
+                f"nesterov=True needs base='sgd' and momentum > 0; here base={self.base!r} and "
+                f"momentum={self.momentum}"
+            )
+
+    def _check_numbers(self) -> None:
         for name in ("learning_rate", "kappa", "nu", "path_scale", "lam", "path_length", "ridge_length"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -89,13 +100,6 @@ class SplitLBIArguments(TrainingArguments):
             raise ValueError(f"path_share={self.path_share}: it is a share of the run, in (0, 1]")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum={self.momentum}: it must be in [0, 1)")
-        if self.nesterov and (self.base != "sgd" or not self.momentum):
-            raise ValueError(
-                f"nesterov=True needs base='sgd' and momentum > 0; here base={self.base!r} and "
-                f"momentum={self.momentum}"
-            )
-        if self.lam_scale not in (None, *LAM_SCALES):
-            raise ValueError(f"lam_scale={self.lam_scale!r}: it must be one of {LAM_SCALES}")
 
     def split_lbi_kwargs(self, steps: int) -> dict[str, Any]:
         """The keyword arguments of `SplitLBI` for a run of `steps` optimizer steps.

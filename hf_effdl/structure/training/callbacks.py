@@ -10,15 +10,16 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 
+from hf_effdl.processes import is_first
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.group import Group, Groups
-from hf_effdl.structure.groups.ties import config_ties
+from hf_effdl.structure.groups.ties import Tie, config_ties
 from hf_effdl.structure.optim.schedule import entry_of_noise, entry_share
 from hf_effdl.structure.optim.sharding import is_sharded, whole
-from hf_effdl.structure.optim.split_lbi import SplitLBI
-from hf_effdl.structure.path.path import SparsePath, unwrap
-from hf_effdl.structure.slim.slim import recalibrate_batch_norm
+from hf_effdl.structure.optim.split_lbi import SplitLBI, unwrap
+from hf_effdl.structure.path.path import SparsePath
+from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.training.arguments import scheduled_rates
 from hf_effdl.structure.training.evaluation import evaluate_model, example_row, projected, training_inputs
 
@@ -79,7 +80,7 @@ class SplitLBICallback(TrainerCallback):
         self.groups = groups
         self.compute_metrics = compute_metrics
         self.bn_batches = bn_batches
-        self.ties: Sequence[Any] = ()
+        self.ties: Sequence[Tie] = ()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -107,7 +108,7 @@ class SplitLBICallback(TrainerCallback):
                 f". Note: max_grad_norm={args.max_grad_norm} holds back the loss gradient but not the ridge, so fewer "
                 "units enter; max_grad_norm=0 turns it off"
             )
-        if state.is_world_process_zero:
+        if is_first():
             print(f"{Groups(self.groups)}\n{outlook}", flush=True)
 
     def on_log(
@@ -118,31 +119,30 @@ class SplitLBICallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        optimizer = kwargs.get("optimizer")
-        if optimizer is None or self.groups is None or not logs:
+        if kwargs.get("optimizer") is None or self.groups is None or not logs:
             return
-        extra: dict[str, float] = {}
-        if "loss" in logs:
-            extra |= _support_logs(unwrap(optimizer))
+        optimizer = unwrap(kwargs["optimizer"])
+        extra = _support_logs(optimizer) if "loss" in logs else {}
         for prefix in [key.removesuffix("_loss") for key in logs if key.startswith("eval") and key.endswith("_loss")]:
             metrics = self._evaluate_projected(
-                kwargs["model"], unwrap(optimizer), kwargs["train_dataloader"], kwargs["eval_dataloader"]
+                kwargs["model"], optimizer, kwargs["train_dataloader"], kwargs["eval_dataloader"]
             )
-            extra |= {prefix.replace("eval", "eval_sparse", 1) + "_" + name: value for name, value in metrics.items()}
+            sparse = prefix.replace("eval", "eval_sparse", 1)
+            extra |= {f"{sparse}_{name}": value for name, value in metrics.items()}
         logs |= extra  # what evaluate() returns and what trackers behind this callback see
         if state.log_history and extra:
             state.log_history[-1] |= extra
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         path = self.path(kwargs["optimizer"])  # on every process: sharded tensors are read together
-        if state.is_world_process_zero:
+        if is_first():
             path.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         path = self.path(kwargs["optimizer"])
-        if not state.is_world_process_zero:
+        if not is_first():
             return
         if args.should_save:
             path.save(args.output_dir)

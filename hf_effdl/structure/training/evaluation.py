@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers.trainer_utils import EvalPrediction
 
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.group import PRODUCERS, Group
+from hf_effdl.structure.groups.inputs import evaluating
 from hf_effdl.structure.optim.prox import per_entry
 from hf_effdl.structure.optim.sharding import local
 from hf_effdl.structure.optim.split_lbi import SplitLBI
@@ -37,15 +38,8 @@ def projected(model: nn.Module, optimizer: SplitLBI, groups: Iterable[Group]) ->
     saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         with torch.no_grad():
-            outside = {}
-            for group in optimizer.param_groups:
-                if group["penalty"] == "l1":
-                    for p in group["params"]:
-                        local(p).masked_fill_(local(optimizer.gamma(p)) == 0, 0)
-                elif group["penalty"] == "group":
-                    state = optimizer.state[group["params"][0]]
-                    everything = torch.ones(group["units"], dtype=torch.bool, device=group["params"][0].device)
-                    outside[group["name"]] = ~(state["norm"] > state["threshold"]) if "norm" in state else everything
+            _zero_single_weights(optimizer)
+            outside = _units_outside(optimizer)
             named = {WRAPPERS.sub("", name): p for name, p in model.named_parameters()}
             for group in groups:
                 for part in group.slices if group.name in outside else ():
@@ -57,6 +51,24 @@ def projected(model: nn.Module, optimizer: SplitLBI, groups: Iterable[Group]) ->
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
                 tensor.copy_(saved[name])
+
+
+def _zero_single_weights(optimizer: SplitLBI) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"] if group["penalty"] == "l1" else ():
+            local(p).masked_fill_(local(optimizer.gamma(p)) == 0, 0)
+
+
+def _units_outside(optimizer: SplitLBI) -> dict[str, Tensor]:
+    """Which units are not in the support, boolean by group; before the first step all of them."""
+    outside = {}
+    for group in optimizer.param_groups:
+        if group["penalty"] == "group":
+            first = group["params"][0]
+            state = optimizer.state[first]
+            everything = torch.ones(group["units"], dtype=torch.bool, device=first.device)
+            outside[group["name"]] = ~(state["norm"] > state["threshold"]) if "norm" in state else everything
+    return outside
 
 
 @torch.no_grad()
@@ -73,38 +85,38 @@ def evaluate_model(
     Raises:
         ValueError: if the batches have no `labels`, or the model's output no `loss` and `logits`.
     """
-    modes = [module.training for module in model.modules()]
-    model.eval()
     device, accelerator = next(model.parameters()).device, Accelerator()
     losses, logits, labels = [], [], []
-    try:
+    with evaluating(model):
         for batch in dataloader:
             batch = send_to_device(dict(batch), device)
             batch.pop("weight", None)  # evaluation counts every row alike
-            if "labels" not in batch:
-                raise ValueError(f"evaluating a model needs batches with 'labels'; these have {sorted(batch)}")
-            output = model(**batch)
-            if not isinstance(output, Mapping) or not {"loss", "logits"} <= output.keys():
-                raise ValueError(
-                    f"{type(model).__name__} does not return 'loss' and 'logits', as transformers models do"
-                )
-            rows = len(batch["labels"])
-            gathered = accelerator.gather_for_metrics(
-                (output["loss"].float().repeat(rows), output["logits"], batch["labels"])
-            )
+            gathered = accelerator.gather_for_metrics(_answers(model, batch))
             for store, value in zip((losses, logits, labels), gathered, strict=True):
                 store.append(value.cpu())
-    finally:
-        for module, mode in zip(model.modules(), modes, strict=True):
-            module.training = mode
     metrics = {"loss": torch.cat(losses).mean().item()}
-    logits, labels = torch.cat(logits), torch.cat(labels)
+    return metrics | _scores(torch.cat(logits), torch.cat(labels), compute_metrics)
+
+
+def _answers(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss by row, logits and labels of a batch."""
+    if "labels" not in batch:
+        raise ValueError(f"evaluating a model needs batches with 'labels'; these have {sorted(batch)}")
+    output = model(**batch)
+    if not isinstance(output, Mapping) or not {"loss", "logits"} <= output.keys():
+        raise ValueError(f"{type(model).__name__} does not return 'loss' and 'logits', as transformers models do")
+    return output["loss"].float().repeat(len(batch["labels"])), output["logits"], batch["labels"]
+
+
+def _scores(
+    logits: Tensor, labels: Tensor, compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None
+) -> dict[str, float]:
     if compute_metrics is not None:
-        found = compute_metrics(EvalPrediction(predictions=logits.float().numpy(), label_ids=labels.numpy()))
-        metrics |= {name: float(value) for name, value in found.items()}
-    elif logits.ndim == 2 and labels.ndim == 1 and not labels.is_floating_point():
-        metrics["accuracy"] = (logits.argmax(1) == labels).double().mean().item()
-    return metrics
+        scores = compute_metrics(EvalPrediction(predictions=logits.float().numpy(), label_ids=labels.numpy()))
+        return {name: float(value) for name, value in scores.items()}
+    if logits.ndim == 2 and labels.ndim == 1 and not labels.is_floating_point():
+        return {"accuracy": (logits.argmax(1) == labels).double().mean().item()}
+    return {}
 
 
 def training_inputs(dataloader: Any, batches: int, model: nn.Module) -> Iterator[dict[str, Any]]:

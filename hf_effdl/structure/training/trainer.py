@@ -1,36 +1,37 @@
 """`SplitLBITrainer`: train once, get the model and its path, take smaller models from it."""
 
-import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast
+from huggingface_hub import create_repo, upload_folder
 from torch import Tensor, nn
-from transformers import DataCollator, PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from hf_effdl.files import read_json
+from hf_effdl.processes import decided, forget_accelerate, is_first
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.group import Group, Groups
+from hf_effdl.structure.groups.ties import stock_builds
 from hf_effdl.structure.optim.sharding import is_sharded
-from hf_effdl.structure.optim.split_lbi import SplitLBI
-from hf_effdl.structure.path.path import FILE_NAME, SparsePath, unwrap
-from hf_effdl.structure.slim.slim import (
-    cut_copy,
-    effdl_report,
-    get_report,
-    measure_latency,
-    recalibrate_batch_norm,
-    set_report,
-    slim,
-)
+from hf_effdl.structure.optim.split_lbi import SplitLBI, unwrap
+from hf_effdl.structure.path.path import FILE_NAME, SparsePath
+from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
+from hf_effdl.structure.slim.latency import measure_latency
+from hf_effdl.structure.slim.report import effdl_report, get_report, set_report
+from hf_effdl.structure.slim.slim import cut_copy, slim
 from hf_effdl.structure.training.arguments import SplitLBIArguments
 from hf_effdl.structure.training.callbacks import FSDP1, SplitLBICallback
+from hf_effdl.structure.training.card import write_structure_card
 from hf_effdl.structure.training.evaluation import evaluate_model, example_row, projected, training_inputs
 from hf_effdl.weighting import WeightedLossMixin
 
@@ -62,52 +63,34 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
 
     _tag_names = ["hf_effdl", "split-lbi"]
 
+    @wraps(Trainer.__init__)
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | None = None,
         args: SplitLBIArguments | None = None,
-        data_collator: DataCollator | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        model_init: Callable[..., PreTrainedModel] | None = None,
-        compute_loss_func: Callable | None = None,
-        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
-        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *others: Any,
         groups: Sequence[Group] | None = None,
+        **kwargs: Any,
     ) -> None:
         args = SplitLBIArguments("trainer_output") if args is None else args
-        if not isinstance(args, SplitLBIArguments):
-            raise TypeError(f"args must be SplitLBIArguments, not {type(args).__name__}; it takes the same fields")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"one process sees {args.n_gpu} GPUs, for which Trainer would use DataParallel: split LBI cannot "
-                "follow its replicas. Start one process per GPU: torchrun --nproc_per_node or accelerate launch"
-            )
-        if args.fsdp and int(args.fsdp_config.get("version", 2)) == 1:
-            raise ValueError(FSDP1)
-        if optimizer_cls_and_kwargs is not None:
+        _check_arguments(args)
+        super().__init__(model, args, *others, **kwargs)
+        self._check_set_up()
+        self._groups = groups
+        self._path: SparsePath | None = None
+        self._skeleton: nn.Module | None = None
+        self.results: dict[str, dict[str, float]] = {}
+        self.curve: list[dict[str, float]] = []
+        self.callback = SplitLBICallback(groups, self.compute_metrics, args.bn_batches)
+        # in front of the trackers, so that they see what it adds to the logs
+        self.callback_handler.callbacks.insert(0, self.callback)
+
+    def _check_set_up(self) -> None:
+        if self.optimizer_cls_and_kwargs is not None:
             raise ValueError(
                 "SplitLBITrainer makes its own optimizer, so optimizer_cls_and_kwargs has no use here; "
                 "set SplitLBIArguments, or use a plain Trainer with SplitLBICallback"
             )
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            model_init=model_init,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
         if self.is_deepspeed_enabled:
             raise ValueError("split LBI cannot run under DeepSpeed, which flattens the parameters; use DDP or FSDP2")
         if self.is_fsdp_enabled:
@@ -118,14 +101,6 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
             )
         if self.train_dataset is not None and hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
             raise ValueError("train_dataset is empty; pass a data set with at least one row")
-        self._groups = groups
-        self._path: SparsePath | None = None
-        self._skeleton: nn.Module | None = None
-        self.results: dict[str, dict[str, float]] = {}
-        self.curve: list[dict[str, float]] = []
-        self.callback = SplitLBICallback(groups, self.compute_metrics, args.bn_batches)
-        # in front of the trackers, so that they see what it adds to the logs
-        self.callback_handler.callbacks.insert(0, self.callback)
 
     # ---- training
 
@@ -253,56 +228,33 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         inputs = self._latency_inputs(max(latency_batch, 1))
         order = order or ("entry" if self.args.preset == "paper" else "dual")
         budget = {"macs": macs, "params": params, "latency": latency, "keep": keep}
-        asked = {name: value for name, value in budget.items() if value is not None}
+        options = {"order": order, "widths": widths, "round_to": round_to}
+        if latency is not None:
+            options["measure"] = self._latency_ratio(model, inputs)
+        if widths == "stock" and path.ties:
+            units = {group.name: group.units for group in self.groups}
+            options["allowed"] = lambda sizes: stock_builds(model, self.groups, path.ties, units | sizes)
+        small = slim(model, self.groups, decided(lambda: path.select(**budget, **options)))
+        if bn_batches:
+            with random_state_kept():
+                recalibrate_batch_norm(small, training_inputs(self.get_train_dataloader(), bn_batches, small))
+        given = {name: value for name, value in budget.items() if value is not None}
+        report = decided(lambda: effdl_report(model, small, inputs, self.groups, given, latency_batch > 0))
+        set_report(small, report | {"order": order})
+        forget_accelerate(small)
+        return small
 
-        rounds = 15
-        if latency is not None:  # about 0.3 s of the whole model a time
-            rounds = max(5, min(15, int(300 / measure_latency([model], inputs, repeats=3, seconds=0.0)[0])))
+    def _latency_ratio(self, model: nn.Module, inputs: Any) -> Callable[[Mapping[str, Tensor]], float]:
+        """A function that measures the share of the model's latency that kept units have."""
+        # about 0.3 s of the whole model a time
+        rounds = max(5, min(15, int(300 / measure_latency([model], inputs, repeats=3, seconds=0.0)[0])))
 
         def measure(kept: Mapping[str, Tensor]) -> float:
             pair = [model, cut_copy(model, self.groups, kept)]
             whole, part = measure_latency(pair, inputs, repeats=rounds, seconds=0.002)
             return part / whole
 
-        options = {"order": order, "widths": widths, "round_to": round_to, "measure": measure}
-        small = self._slim_once(path, model, budget, options)
-        for _ in range(10):
-            # rarely two widths become equal where the stock class would then leave out a projection; one step further
-            # down the path they differ again
-            if widths == "free" or not path.ties or getattr(small.config, "quantization_config", None) is None:
-                break
-            budget = {name: value and value * (0.97 if name == "latency" else 0.99) for name, value in budget.items()}
-            small = self._slim_once(path, model, budget, options)
-        if bn_batches:
-            with random_state_kept():
-                recalibrate_batch_norm(small, training_inputs(self.get_train_dataloader(), bn_batches, small))
-        report = self._by_one_process(
-            lambda: effdl_report(model, small, inputs, self.groups, asked, latency=latency_batch > 0)
-        )
-        set_report(small, report | {"order": order})
-        vars(small).pop("_is_accelerate_prepared", None)  # or the next Trainer would leave mixed precision out
-        forward = vars(small).pop("_original_forward", None)
-        if forward is not None:  # mixed precision: Accelerate's wrapper of the trained model came along
-            del small.forward
-        return small
-
-    def _slim_once(
-        self, path: SparsePath, model: nn.Module, budget: Mapping[str, float | None], options: Mapping[str, Any]
-    ) -> nn.Module:
-        return slim(model, self.groups, self._by_one_process(lambda: path.select(**budget, **options)))
-
-    def _by_one_process(self, decide: Callable[[], Any]) -> Any:
-        """What the main process finds or raises, on all: measured latencies differ between processes, and disturb."""
-        found: Any = None
-        if self.accelerator.is_main_process:
-            try:
-                found = decide()
-            except Exception as error:  # noqa: BLE001 - the other processes wait for an answer, whatever it is
-                found = error
-        [found] = broadcast_object_list([found])
-        if isinstance(found, Exception):
-            raise found
-        return found
+        return measure
 
     def _latency_inputs(self, rows: int) -> dict[str, Any]:
         example = self.example()
@@ -348,6 +300,14 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
 
     # ---- Hub
 
+    def card_facts(self, folder: str | os.PathLike[str]) -> dict[str, Any]:
+        """What the card says of this kind of training alone; its pictures go into the folder.
+
+        Returns:
+            `{"whole": what the trained net is called, "recipe": more settings, "growth": see the template, or None}`.
+        """
+        return {"whole": "dense", "recipe": {}, "growth": None}
+
     def create_model_card(
         self,
         language: str | None = None,
@@ -361,10 +321,8 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         dataset_args: str | list[str] | None = None,
     ) -> None:
         """The card of the dense model and its path, and the path's file and picture, in `args.output_dir`."""
-        if not self.is_world_process_zero():
+        if not is_first():
             return
-        from hf_effdl.hub.cards import write_structure_card
-
         self.path.save(self.args.output_dir)  # with the curve, if one was measured after training
         write_structure_card(
             self,
@@ -384,8 +342,6 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
 
         `card` takes the arguments of `create_model_card`, and `repo_id` for the loading snippet.
         """
-        from hf_effdl.hub.cards import write_structure_card
-
         if not isinstance(small, PreTrainedModel):
             raise TypeError(
                 f"{type(small).__name__} is no transformers model, so it has no config to load it by; save its "
@@ -402,10 +358,6 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
 
     def push_slim(self, small: nn.Module, repo_id: str, *, private: bool | None = None, **card: Any) -> str:
         """Push a slim model with its card to the Hub; returns the commit's URL."""
-        import tempfile
-
-        from huggingface_hub import create_repo, upload_folder
-
         repo_id = create_repo(repo_id, private=private, exist_ok=True, token=self.args.hub_token).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_slim(small, folder, model_name=repo_id.split("/")[-1], repo_id=repo_id, **card)
@@ -417,6 +369,18 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
                     commit_message="Slim model chosen along its sparse path",
                 )
             )
+
+
+def _check_arguments(args: Any) -> None:
+    if not isinstance(args, SplitLBIArguments):
+        raise TypeError(f"args must be SplitLBIArguments, not {type(args).__name__}; it takes the same fields")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs, for which Trainer would use DataParallel: split LBI cannot "
+            "follow its replicas. Start one process per GPU: torchrun --nproc_per_node or accelerate launch"
+        )
+    if args.fsdp and int(args.fsdp_config.get("version", 2)) == 1:
+        raise ValueError(FSDP1)
 
 
 def _check_fsdp(plugin: Any) -> None:
@@ -460,8 +424,8 @@ def last_complete_checkpoint(folder: str, processes: int = 1) -> str:
     )
     for checkpoint in checkpoints:
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            read_json(checkpoint / "trainer_state.json")
+        except (FileNotFoundError, ValueError):
             continue
         if processes == 1 or all((checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(processes)):
             return str(checkpoint)

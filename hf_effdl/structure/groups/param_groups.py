@@ -1,0 +1,50 @@
+"""All parameters of a model as torch param groups: the lifted ones by group, the rest by weight decay."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from hf_effdl.structure.groups.group import Group
+
+
+def param_groups(
+    model: nn.Module,
+    groups: Sequence[Group],
+    *,
+    weight_decay: float = 0.0,
+    decay: Iterable[str] | None = None,
+    l1: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """All trainable parameters of a model as torch param groups: one per lifted group, the rest by weight decay.
+
+    Lifted tensors get no weight decay: the coupling is their ridge.
+
+    Args:
+        model: the model that `groups` were found in.
+        groups: groups to lift; those that lift nothing are left out.
+        weight_decay: for the parameters named in `decay`.
+        decay: names of the parameters with weight decay; default: all with two or more axes.
+        l1: names of parameters to lift one weight at a time.
+    """
+    lifted = [group for group in groups if group.lifted]
+    result = [{**group.param_group(model), "weight_decay": 0.0} for group in lifted]
+    result += [
+        {"params": [model.get_parameter(name)], "penalty": "l1", "name": name, "weight_decay": 0.0} for name in l1
+    ]
+    taken = {name for group in lifted for name in group.lifted}.union(l1)
+    rest = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in taken}
+    if decay is None:
+        decay = [name for name, p in rest.items() if p.ndim > 1]
+    return [*result, *_by_decay(rest, set(decay), weight_decay)]
+
+
+def _by_decay(rest: Mapping[str, nn.Parameter], decay: set[str], weight_decay: float) -> list[dict[str, Any]]:
+    """Up to two param groups, of parameters that are not lifted: with and without weight decay."""
+    decayed = [p for name, p in rest.items() if name in decay]
+    others = [p for name, p in rest.items() if name not in decay]
+    groups = [
+        {"params": decayed, "name": "decay", "weight_decay": weight_decay},
+        {"params": others, "name": "no decay", "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,181 @@
+"""The card of a `SplitLBITrainer` run: of the dense model with its path, or of a slim model taken from it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from hf_effdl.files import write_whole
+from hf_effdl.hub.cards import markdown_table, write_card
+from hf_effdl.structure.path.path import SparsePath
+from hf_effdl.version import __version__
+
+
+CITATION = """@inproceedings{fu2020dessilbi,
+  title     = {{DessiLBI}: Exploring Structural Sparsity of Deep Networks via Differential Inclusion Paths},
+  author    = {Fu, Yanwei and Liu, Chen and Li, Donghao and Sun, Xinwei and Zeng, Jinshan and Yao, Yuan},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2020},
+  url       = {https://arxiv.org/abs/2007.02010}
+}"""
+SIZES = {"params": "parameters", "macs": "MACs", "latency_ms": "latency, ms"}
+AUTO_CLASSES = {"image-classification": "AutoModelForImageClassification"}
+CLOCKS = ("runtime", "per_second", "preparation_time")
+PICTURE = "sparse_path.png"
+
+
+def write_structure_card(
+    trainer: Any,
+    folder: str | os.PathLike[str],
+    small: Any = None,
+    *,
+    repo_id: str | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+    dataset_args: str | list[str] | None = None,
+    tags: str | list[str] | None = None,
+    language: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write `README.md` and, where matplotlib is installed, `sparse_path.png` into a folder.
+
+    Args:
+        trainer: a `SplitLBITrainer` after training; its `card_facts` say what its kind of training adds.
+        folder: made where it does not exist.
+        small: the slim model the card is for; None for the dense model.
+        repo_id: repository named in the loading snippet; default: `args.hub_model_id`, else the folder's name.
+
+    The other arguments are those of `Trainer.create_model_card`.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False) if small is None else small
+    kind = type(model).__name__.removeprefix("FSDP")  # the class that FSDP2 makes of a model
+    config = getattr(model, "config", None)
+    repo_id = repo_id or trainer.args.hub_model_id or Path(folder).name
+    tasks = tasks or ("image-classification" if kind.endswith("ForImageClassification") else None)
+    task = tasks[0] if isinstance(tasks, list) else tasks
+    data = ModelCardData(
+        language=language,
+        license=license,
+        library_name="transformers",
+        base_model=finetuned_from,
+        pipeline_tag=task,
+        tags=list(dict.fromkeys([*_listed(tags), *trainer._tag_names, *_tags_there(Path(folder) / "README.md")])),
+    )
+    report = None if small is None else getattr(config or model, "effdl_report", None)
+    facts = trainer.card_facts(folder)
+    return write_card(
+        folder,
+        "structure_card.md",
+        data,
+        title=model_name or repo_id,
+        kind=kind,
+        slim=small is not None,
+        report=report,
+        repo_id=repo_id,
+        custom=getattr(config, "quantization_config", None) is not None,
+        version=__version__,
+        task=task,
+        auto_class=AUTO_CLASSES.get(task, kind),
+        dataset=_listed(dataset),
+        dataset_args=dataset_args,
+        rows=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
+        recipe=_recipe(trainer, facts["recipe"]),
+        citation=CITATION,
+        growth=facts["growth"],
+        **_results(trainer, report, facts["whole"]),
+        **_path_facts(trainer.path, report, folder),
+    )
+
+
+def _listed(values: str | list[str] | None) -> list[str]:
+    return [values] if isinstance(values, str) else list(values or [])
+
+
+def _tags_there(card: Path) -> list[str]:
+    return (ModelCard.load(card).data.tags or []) if card.is_file() else []
+
+
+# ---- results
+
+
+def _results(trainer: Any, report: Mapping[str, Any] | None, whole: str) -> dict[str, Any]:
+    """The table of results, and whether plain SGD is in it."""
+    rows = [{"name": name, **values} for name, values in trainer.results.items()] or _logged_rows(trainer, whole)
+    if report is not None and report["params"]["after"] not in [row.get("params") for row in rows]:
+        rows.append({"name": "slim", **{key: report[key]["after"] for key in SIZES if key in report}})
+    table = markdown_table(rows, {"name": "model", **_metric_names(rows), **SIZES})
+    return {"table": table, "plain_sgd": any("SGD" in row["name"] for row in rows)}
+
+
+def _metric_names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    return {name: name for row in rows for name in row if name not in ("name", *SIZES)}
+
+
+def _logged_rows(trainer: Any, whole: str) -> list[dict[str, Any]]:
+    """The last evaluation in the log, of the whole net and of the projected one, with the net's size."""
+    counts = trainer.groups[0].network.count()
+    logged = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+    values = {name: value for name, value in logged.items() if not any(clock in name for clock in CLOCKS)}
+    masked = _without_prefix(values, "eval_sparse_")
+    others = {name: value for name, value in values.items() if not name.startswith("eval_sparse_")}
+    return [
+        {"name": f"{whole}, split LBI", **_without_prefix(others, "eval_"), **counts},
+        {"name": "masked on the support", **masked, **counts},
+    ]
+
+
+def _without_prefix(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+# ---- the path
+
+
+def _path_facts(path: SparsePath, report: Mapping[str, Any] | None, folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The support in words, and the picture, drawn into the folder; none without matplotlib."""
+    lines = [f"`{name}`: {int(inside.sum())} of {len(inside)}" for name, inside in path.support.items()]
+    selected, order = None, (report or {}).get("order", "dual")
+    if report is not None:
+        # the report holds how many units of each group stayed; they are the best ones in the order it was made by
+        selected = {
+            name: score.topk(report["units"][name]["after"]).indices for name, score in path.scores(order).items()
+        }
+    try:
+        save = path.plot(selected=selected, order=order).savefig
+    except ImportError:  # matplotlib is an extra; the card says that the picture is missing
+        return {"support": lines, "picture": None}
+    write_whole(Path(folder) / PICTURE, partial(save, dpi=110))
+    return {"support": lines, "picture": PICTURE}
+
+
+# ---- settings
+
+
+def _recipe(trainer: Any, more: Mapping[str, Any]) -> dict[str, Any]:
+    args = trainer.args
+    group = next(group for group in trainer.optimizer.param_groups if group["penalty"] is not None)
+    of_base = {"momentum": args.momentum, "nesterov": args.nesterov}
+    if args.base == "adamw":
+        of_base = {"betas": group["betas"], "eps": group["eps"]}
+    return {
+        "preset": args.preset,
+        "epochs": args.num_train_epochs,
+        "batch size": args.train_batch_size * args.world_size,
+        "learning rate": args.learning_rate,
+        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "base": args.base,
+        **of_base,
+        "weight decay": args.weight_decay,
+        "seed": args.seed,
+        "kappa": args.kappa,
+        "lam": args.lam,
+        "nu": round(group["nu"], 6),
+        "path_scale": round(group["path_scale"], 6),
+        **more,
+        "processes": args.world_size,
+    }
