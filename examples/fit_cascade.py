@@ -38,7 +38,7 @@ from hf_effdl import (
 )
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.vicl.remote_code.cascade import HEADS
-from hf_effdl.vicl.remote_code.visual_tasks import to_rgb
+from hf_effdl.vicl.remote_code.images import to_rgb
 
 
 SMALL = {**DIGITS, "max_queries": 48}

@@ -39,8 +39,9 @@ from hf_effdl.vicl.auto import ListwiseRanker, ListwiseRankerConfig
 from hf_effdl.vicl.held_out import near_duplicates
 from hf_effdl.vicl.ranking.ranker_trainer import RankerTrainer
 from hf_effdl.vicl.ranking.ranking_lists import RankingLists
+from hf_effdl.vicl.remote_code.images import pixels, to_rgb
 from hf_effdl.vicl.remote_code.ranker_selector import SCHEDULES, RankerSelector
-from hf_effdl.vicl.remote_code.visual_tasks import find_task, pixels, to_rgb
+from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
 TINY = str(Path(__file__).parents[1] / "model_cards" / "tiny-seggpt-digits")

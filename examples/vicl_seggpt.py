@@ -26,7 +26,8 @@ from transformers import HfArgumentParser
 
 from hf_effdl import ExamplePool, VisionEncoder, VisualInContextModel, VisualInContextPipeline, measure_examples
 from hf_effdl.hub.cards import markdown_table
-from hf_effdl.vicl.remote_code.visual_tasks import find_task, to_rgb
+from hf_effdl.vicl.remote_code.images import to_rgb
+from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
 MEASURED = ("static", "transfer")

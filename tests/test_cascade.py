@@ -23,9 +23,10 @@ from hf_effdl.vicl.remote_code.cascade_consensus import MAPS, Consensus
 from hf_effdl.vicl.remote_code.cascade_features import standardised
 from hf_effdl.vicl.remote_code.cascade_lists import MeasuredLists
 from hf_effdl.vicl.remote_code.cascade_rows import RowModel, quarters_of
+from hf_effdl.vicl.remote_code.examples import Examples, Queries
+from hf_effdl.vicl.remote_code.images import pixels
 from hf_effdl.vicl.remote_code.ranker_selector import RankerSelector
-from hf_effdl.vicl.remote_code.strategies import Examples, Queries
-from hf_effdl.vicl.remote_code.visual_tasks import find_task, pixels
+from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:on the pool's own images")

@@ -10,8 +10,10 @@ from scenes import SIZE, TASKS, label_of, make_model, make_pool, rows, scene, ti
 
 from hf_effdl import measure_examples
 from hf_effdl.vicl.remote_code import strategies as example_selectors
-from hf_effdl.vicl.remote_code.strategies import STRATEGIES, Examples, Queries, find_strategy
-from hf_effdl.vicl.remote_code.visual_tasks import find_task, pixels
+from hf_effdl.vicl.remote_code.examples import Examples, Queries
+from hf_effdl.vicl.remote_code.images import pixels
+from hf_effdl.vicl.remote_code.strategies import STRATEGIES, find_strategy
+from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
 COUNT, K = 15, 6

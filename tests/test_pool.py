@@ -23,8 +23,10 @@ from torch.utils.data import DataLoader
 
 from hf_effdl.vicl.pool import index as pool_index
 from hf_effdl.vicl.pool.pool import ExamplePool
-from hf_effdl.vicl.remote_code.pool_reader import PoolReader, exact_search
-from hf_effdl.vicl.remote_code.visual_tasks import Segmentation, find_task, pixels
+from hf_effdl.vicl.remote_code.images import pixels
+from hf_effdl.vicl.remote_code.pool_reader import PoolReader
+from hf_effdl.vicl.remote_code.pool_search import exact_search
+from hf_effdl.vicl.remote_code.visual_tasks import Segmentation, find_task
 
 
 @pytest.fixture

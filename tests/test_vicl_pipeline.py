@@ -18,9 +18,9 @@ from transformers import SegGptConfig, SegGptForImageSegmentation, pipeline
 import hf_effdl
 from hf_effdl import SegGptInContext, VisionEncoder, VisualInContextModel, VisualInContextPipeline, measure_examples
 from hf_effdl.vicl.remote_code.frozen_canvas import CanvasModel, vote
+from hf_effdl.vicl.remote_code.images import pixels
 from hf_effdl.vicl.remote_code.pipeline_picture import CAPTION, GAP, draw_panels
 from hf_effdl.vicl.remote_code.pool_reader import PoolReader
-from hf_effdl.vicl.remote_code.visual_tasks import pixels
 
 
 COUNT = 12

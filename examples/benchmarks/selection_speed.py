@@ -45,11 +45,12 @@ from vicl_arms import append_rows, machine, parser_of, read_rows
 from hf_effdl import ExamplePool, VisionEncoder, VisualInContextModel, aggregate_rankings
 from hf_effdl.vicl.remote_code.cascade import HEADS, CascadeSelector
 from hf_effdl.vicl.remote_code.configuration_listwise_ranker import ListwiseRankerConfig
+from hf_effdl.vicl.remote_code.examples import Examples, Queries
+from hf_effdl.vicl.remote_code.images import pixels
 from hf_effdl.vicl.remote_code.modeling_listwise_ranker import ListwiseRanker
 from hf_effdl.vicl.remote_code.ranker_designs import covering_lists
 from hf_effdl.vicl.remote_code.ranker_selector import RankerSelector
-from hf_effdl.vicl.remote_code.strategies import Examples, Queries
-from hf_effdl.vicl.remote_code.visual_tasks import find_task, pixels
+from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
 PARTS = ("ranker", "cascade", "aggregation")

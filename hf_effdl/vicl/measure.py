@@ -20,11 +20,12 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from hf_effdl.vicl.pool.writer import processes
+from hf_effdl.vicl.remote_code.examples import CHUNK, Examples, Queries
+from hf_effdl.vicl.remote_code.images import pixels
 from hf_effdl.vicl.remote_code.modeling_visual_in_context import VisualInContextModel
 from hf_effdl.vicl.remote_code.pool_reader import PoolReader
-from hf_effdl.vicl.remote_code.strategies import CHUNK, Examples, Queries
 from hf_effdl.vicl.remote_code.vision_encoder import digest_weights
-from hf_effdl.vicl.remote_code.visual_tasks import find_task, pixels
+from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
 logger = get_logger(__name__)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_effdl.vicl.remote_code.pool_reader import exact_search
+from hf_effdl.vicl.remote_code.pool_search import exact_search
 
 
 LEAST_ROWS = 100_000

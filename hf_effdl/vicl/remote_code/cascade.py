@@ -11,7 +11,7 @@ from .cascade_head import ListHeads
 from .cascade_lists import MeasuredLists
 from .cascade_rows import MATCHED, RowModel, quarters_of
 from .cascade_shortlist import Relations, best_together
-from .strategies import Examples, Queries
+from .examples import Examples, Queries
 
 
 FIRST = ("similarity", "quarters", "rank", *MATCHES, *STATISTICS, *RowModel.names, *RowModel.among_names)

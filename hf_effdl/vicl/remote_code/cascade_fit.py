@@ -13,7 +13,7 @@ from .cascade_consensus import small
 from .cascade_features import MATCHES, ridge, standardised
 from .cascade_head import train_heads
 from .cascade_lists import FOLDS, MeasuredLists
-from .strategies import Examples
+from .examples import Examples
 from .visual_tasks import find_task
 
 

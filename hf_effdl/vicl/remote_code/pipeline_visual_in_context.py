@@ -16,14 +16,16 @@ from torch import nn
 from transformers import Pipeline, PreTrainedConfig
 
 from .configuration_visual_in_context import VisualInContextConfig
+from .examples import Examples, Queries
 from .frozen_canvas import vote as count_votes
+from .images import pixels, to_rgb
 from .modeling_visual_in_context import KINDS, VisualInContextModel
 from .pipeline_card import write_model_card
 from .pipeline_loading import check_pool, from_backbone, from_module, is_repository, named_pool, revision_of, save_pool
 from .pipeline_picture import draw_panels
 from .pool_reader import PoolReader
-from .strategies import Examples, Queries, find_strategy
-from .visual_tasks import find_task, pixels, to_rgb
+from .strategies import find_strategy
+from .visual_tasks import find_task
 
 
 TASK = "visual-in-context-learning"

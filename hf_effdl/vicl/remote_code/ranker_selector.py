@@ -1,6 +1,5 @@
 """The strategy of the list-wise ranker: many short lists of a query's candidates, made into one ranking."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_listwise_ranker import ListwiseRankerConfig
+from .examples import Examples, Queries
+from .images import image_seed
 from .modeling_listwise_ranker import ListwiseRanker, label_tokens
 from .pool_reader import PoolReader
 from .ranker_aggregation import METHODS, aggregate_rankings
 from .ranker_designs import covering_lists, knock_out, partitions, random_lists
 from .ranker_reliable import refine
-from .strategies import Examples, Queries, nearest
+from .strategies import nearest
 
 
 # what makes one pass: a design; one partition; as many random lists as a partition has; one tournament
@@ -173,7 +174,7 @@ class RankerSelector(nn.Module):
         rows = self._refined(near, queries, examples)
         sizes = (rows >= 0).sum(1)
         scores = torch.full(rows.shape, -torch.inf)
-        generators = [torch.Generator().manual_seed(_number(cell, self.seed)) for cell in queries.cells]
+        generators = [torch.Generator().manual_seed(image_seed(cell, self.seed, "lists")) for cell in queries.cells]
         for size in sizes.unique().tolist():  # one size, unless some rows are not reliable
             part = (sizes == size).nonzero()[:, 0]
             here = rows[part, :size]
@@ -265,8 +266,3 @@ def _with_the_rest(rows: Tensor, scores: Tensor, near: Tensor) -> tuple[Tensor, 
     rows, scores = torch.cat([rows, rest], 1), nn.functional.pad(scores, (0, rest.shape[1]), value=-torch.inf)
     order = (rows < 0).byte().sort(dim=1, stable=True).indices
     return rows.gather(1, order), scores.gather(1, order)
-
-
-def _number(cell: Tensor, seed: int) -> int:
-    digest = hashlib.sha256(f"lists:{seed}:".encode() + cell.cpu().numpy().tobytes()).digest()
-    return int.from_bytes(digest[:7], "big")

@@ -201,7 +201,7 @@ class VisionEncoder(nn.Module):
         if pixels.dim() != 4 or tuple(pixels.shape[1:]) != (3, *self.image_size):
             raise ValueError(
                 f"pixels of shape {tuple(pixels.shape)}, but the encoder takes (N, 3, {self.image_size[0]}, "
-                f"{self.image_size[1]}): resize with visual_tasks.pixels(images, encoder.image_size, encoder.resample)"
+                f"{self.image_size[1]}): resize with images.pixels(images, encoder.image_size, encoder.resample)"
             )
         if self._own:
             last = grid = self._own[0].features(pixels).float()
