@@ -27,9 +27,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from hf_effdl.version import __version__
-from hf_effdl.vicl.remote_code.images import pixels, to_rgb
+from hf_effdl.vicl.remote_code.images import BICUBIC, pixels, to_rgb
 from hf_effdl.vicl.remote_code.pool_reader import MANIFEST, Shard, content_fingerprint, file_digest, row_digest
-from hf_effdl.vicl.remote_code.vision_encoder import BICUBIC
 from hf_effdl.vicl.remote_code.visual_tasks import Segmentation, find_task
 
 

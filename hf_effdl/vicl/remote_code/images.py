@@ -116,6 +116,20 @@ def pixels(images: Sequence, size: Size, resample: int = BICUBIC) -> Tensor:
     return torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
+def check_pixels(name: str, pixels: Tensor, shape: tuple[int | str, ...]) -> None:
+    """Refuses tensors that are not floating, not of `shape` (a letter is any size from 1), or not within [0, 1]."""
+    if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
+        kind = getattr(pixels, "dtype", type(pixels).__name__)
+        raise TypeError(f"{name} is of {kind}: pass a floating tensor with values in [0, 1]")
+    if pixels.ndim != len(shape) or any(
+        size == 0 or not isinstance(want, str) and size != want for size, want in zip(pixels.shape, shape)
+    ):
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name} is {tuple(pixels.shape)}: it must be ({wanted}) with at least one of each")
+    if not ((pixels >= 0) & (pixels <= 1)).all():  # NaN is neither
+        raise ValueError(f"{name} has values outside [0, 1] or NaN: divide by 255, and clamp after resizing")
+
+
 def image_seed(cell: Tensor, seed: int, use: str = "") -> int:
     """A number from an image's pixels and a seed, so that what is drawn for it does not depend on its batch.
 

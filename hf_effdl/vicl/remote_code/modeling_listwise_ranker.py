@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from .borrowing import borrow
 from .configuration_listwise_ranker import ListwiseRankerConfig
 from .ranker_losses import neural_ndcg_loss, pairwise_margin_loss, ranks
 from .vision_encoder import VisionEncoder
@@ -123,8 +124,7 @@ class ListwiseRanker(PreTrainedModel):
         self.predictor = nn.Sequential(
             nn.Linear(d, config.predictor_size), nn.ReLU(), nn.Linear(config.predictor_size, 1)
         )
-        # in a tuple, so that its weights are neither trained nor saved with these
-        self._encoder: tuple[VisionEncoder, ...] = ()
+        borrow(self, "attached", None)
         self.post_init()
 
     # ---- the encoder
@@ -137,7 +137,7 @@ class ListwiseRanker(PreTrainedModel):
         """
         self.check_tokens(encoder.dim, encoder.fingerprint)
         self.config.encoder, self.config.encoder_fingerprint = encoder.describe(), encoder.fingerprint
-        self._encoder = (encoder.eval().requires_grad_(False),)
+        borrow(self, "attached", encoder.eval().requires_grad_(False))
         return self
 
     @property
@@ -147,7 +147,7 @@ class ListwiseRanker(PreTrainedModel):
         Raises:
             ValueError: where none was attached and the config names none, or another is found under its name.
         """
-        if not self._encoder:
+        if self.attached is None:
             made = self.config.encoder
             if made is None or made["id"] is None:
                 raise ValueError(
@@ -159,7 +159,7 @@ class ListwiseRanker(PreTrainedModel):
                     made["id"], made["revision"], image_size=tuple(made["image_size"]), layer=made["layer"]
                 )
             )
-        return self._encoder[0]
+        return self.attached
 
     def check_tokens(self, width: int, fingerprint: str | None = None) -> None:
         """Raise where tokens of this width, or from the encoder of this fingerprint, are not those of its training.

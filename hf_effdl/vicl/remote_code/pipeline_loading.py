@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import SegGptForImageSegmentation
 
-from .frozen_seggpt import SegGptInContext
-from .modeling_visual_in_context import VisualInContextModel
+from .modeling_visual_in_context import FROZEN, VisualInContextModel, frozen_class
 from .pool_reader import MANIFEST, PoolReader
 from .vision_encoder import VisionEncoder
 
@@ -42,19 +40,22 @@ def save_pool(pool: PoolReader, folder: Path) -> None:
         shutil.copy(Path(pool.folder, MANIFEST), folder)
 
 
-def from_backbone(name: str, kind: str | None, pool: Any, token: str | bool | None) -> VisualInContextModel:
+def from_backbone(name: str, model_type: str | None, pool: Any, token: str | bool | None) -> VisualInContextModel:
     if not hasattr(pool, "encoder"):
         raise ValueError(f"{name} is a backbone and not a VisualInContextModel, which would name its pool: pass pool=")
     made = pool.encoder
-    form = {"image_size": tuple(made["image_size"]), "layer": made["layer"]}
-    if made["id"] == name and kind != "seggpt":  # one encoder for both
-        return VisualInContextModel.from_backbone(name, task=pool.task, revision=made["revision"], token=token, **form)
+    shape = {"image_size": tuple(made["image_size"]), "layer": made["layer"]}
+    if made["id"] == name and set(shape) <= set(frozen_class(model_type).encoder_options):  # one encoder for both
+        return VisualInContextModel.from_backbone(
+            name, task=pool.task, revision=made["revision"], token=token, **shape
+        )
     return VisualInContextModel.from_backbone(name, task=pool.task, encoder=_encoder_of(pool, token), token=token)
 
 
 def from_module(frozen: Any, pool: Any, token: str | bool | None) -> VisualInContextModel:
-    if isinstance(frozen, SegGptForImageSegmentation):
-        frozen = SegGptInContext(frozen)
+    for kind in FROZEN.values():  # what is no frozen model yet, but the inside of one
+        if getattr(getattr(frozen, "config", None), "model_type", None) in kind.model_types:
+            frozen = kind(frozen)
     if not isinstance(frozen, nn.Module) or not hasattr(frozen, "predict"):
         raise TypeError(
             f"model is a {type(frozen).__name__}: pass a VisualInContextModel (from_backbone, from_parts, "
@@ -62,10 +63,10 @@ def from_module(frozen: Any, pool: Any, token: str | bool | None) -> VisualInCon
         )
     if not hasattr(pool, "encoder"):
         raise ValueError(f"a {type(frozen).__name__} does not name its pool: pass pool=")
-    own = getattr(frozen, "encoder", None)
-    if own is None or own.fingerprint != pool.encoder["fingerprint"]:
-        own = _encoder_of(pool, token)
-    return VisualInContextModel.from_parts(frozen, own, task=pool.task)
+    encoder = getattr(frozen, "encoder", None)
+    if encoder is None or encoder.fingerprint != pool.encoder["fingerprint"]:
+        encoder = _encoder_of(pool, token)
+    return VisualInContextModel.from_parts(frozen, encoder, task=pool.task)
 
 
 def _encoder_of(pool: Any, token: str | bool | None) -> Any:
