@@ -146,10 +146,8 @@ class SegGptInContext(FrozenModel):
             )
         check_prompts(queries, images, labels, self.image_size)
         b, m = images.shape[:2]
-        query, example, label = (
-            normalised(self.model, pixels.flatten(0, 1))
-            for pixels in (queries[:, None].expand_as(images), images, labels)
-        )
+        prompts = (queries[:, None].expand_as(images), images, labels)
+        query, example, label = (normalised(self.model, pixels.flatten(0, 1)) for pixels in prompts)
         above, below = (example, query) if arrangement == 0 else (query, example)
         half = 1 - arrangement  # the query's: 0 is the upper one
         if m > 1 and self.ensemble == "upstream":
