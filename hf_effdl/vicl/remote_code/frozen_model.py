@@ -66,7 +66,7 @@ class FrozenModel(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:
-        """From `encode`d `(B, ...)`, `(B, m, ...)` and labels `(B, m, 3, h, w)`: the queries' labels `(B, 3, h, w)`."""
+        """From encoded `(B, ...)`, `(B, m, ...)` and labels `(B, m, 3, h, w)`: the queries' labels `(B, 3, h, w)`."""
 
     def forward(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:
         """The same from pixels: `(B, 3, h, w)`, `(B, m, 3, h, w)` and `(B, m, 3, h, w)` to `(B, 3, h, w)`."""
