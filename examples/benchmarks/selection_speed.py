@@ -43,7 +43,9 @@ from transformers import MobileNetV2Config, MobileNetV2Model, ViTConfig, ViTMode
 from vicl_arms import append_rows, machine, parser_of, read_rows
 
 from hf_effdl import ExamplePool, VisionEncoder, VisualInContextModel, aggregate_rankings
+from hf_effdl.vicl.remote_code import cascade as cascade_module
 from hf_effdl.vicl.remote_code.cascade import HEADS, CascadeSelector
+from hf_effdl.vicl.remote_code.cascade_precedents import Precedents
 from hf_effdl.vicl.remote_code.configuration_listwise_ranker import ListwiseRankerConfig
 from hf_effdl.vicl.remote_code.examples import Examples, Queries
 from hf_effdl.vicl.remote_code.images import pixels
@@ -335,16 +337,16 @@ def measure_cascade(
             selector(part, examples, 1, options.candidates)
         return time.perf_counter() - start
 
-    selector._row_model(examples)  # made once
+    selector.precedents(examples)  # made once
     first = run(parts[:1]) / batch
     run(parts)
     rounds = []
     for _ in range(options.rounds):
         with stopwatches(
             ("search", examples.pool, "search"),
-            ("first", selector, "first_features"),
+            ("first", cascade_module, "first_columns"),
             ("matches", examples, "matches"),
-            ("row model", selector, "transferred"),
+            ("row model", Precedents, "columns"),
             ("grids", examples, "grids"),
             ("handing", examples, "answers"),
         ) as seconds:
