@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_effdl.vicl.pool import index as pool_index
 from hf_effdl.vicl.pool.card import push_pool, write_pool_card
-from hf_effdl.vicl.pool.writer import Rows, build, compacted, processes, write_manifest
+from hf_effdl.vicl.pool.writer import Encoding, Rows, build, compacted, processes, write_manifest
 from hf_effdl.vicl.remote_code.pool_reader import FORMAT, MANIFEST, NAME, PoolReader
 from hf_effdl.vicl.remote_code.vision_encoder import VisionEncoder
 from hf_effdl.vicl.remote_code.visual_tasks import find_task
@@ -117,9 +117,8 @@ class ExamplePool(PoolReader):
         cache_dir = _cache(cache_dir)
         source = Rows(ds, start, encoder, 0)
         folder = cache_dir / f"pool-{source.key(start, on_bad_row)}"
-        build(
-            folder, start | {"shards": [], "seen": 0}, source, encoder, batch_size, num_workers, on_bad_row, progress
-        )
+        encoding = Encoding(encoder, batch_size, num_workers, on_bad_row, progress)
+        build(folder, start | {"shards": [], "seen": 0}, source, encoding)
         pool = cls(folder)
         pool.cache_dir, pool._encoder = cache_dir, encoder
         return pool
@@ -176,7 +175,7 @@ class ExamplePool(PoolReader):
         source = Rows(ds, self.manifest, encoder, self.manifest["seen"])
         if known := set(source.ids) & self._positions.keys():
             raise ValueError(f"{len(known)} ids are in the pool already, such as {min(known)!r}; remove them first")
-        build(self.folder, self.manifest, source, encoder, batch_size, num_workers, on_bad_row, progress)
+        build(self.folder, self.manifest, source, Encoding(encoder, batch_size, num_workers, on_bad_row, progress))
         self._reopen()
         self._encoder = encoder
         return self
