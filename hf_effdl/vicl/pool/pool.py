@@ -229,10 +229,9 @@ class ExamplePool(PoolReader):
         if own:
             self._check_mine()
         if state.is_main_process:
-            (folder / "data").mkdir(parents=True, exist_ok=True)
-            manifest = self.manifest | {"shards": list(compacted(self.manifest, self._shards, folder))}
-            write_manifest(folder, manifest)
-            write_pool_card(folder, json.loads((folder / MANIFEST).read_text()))
+            self.copied_to(folder)
+            manifest = json.loads((folder / MANIFEST).read_text())
+            write_pool_card(folder, manifest)
             names = {entry["name"] for entry in manifest["shards"]}
             for file in (folder / "data").iterdir():
                 if re.fullmatch(NAME, file.stem) and file.stem not in names:
@@ -240,6 +239,12 @@ class ExamplePool(PoolReader):
         state.wait_for_everyone()
         if own:
             self._reopen()
+        return folder
+
+    def copied_to(self, folder: Path) -> Path:
+        """Write shards without removed rows into a folder, and the manifest last. Returns the folder."""
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        write_manifest(folder, self.manifest | {"shards": list(compacted(self.manifest, self._shards, folder))})
         return folder
 
     def push_to_hub(
@@ -290,11 +295,11 @@ class ExamplePool(PoolReader):
             self._open_index()
         if exact or not self._index:
             return super().search(queries, k, exclude)
-        asked, k, exclude = self._asked(queries, k, exclude)
-        similarities, rows = self._index.search(asked, k, exclude)
+        vectors, k, exclude = self._checked(queries, k, exclude)
+        similarities, rows = self._index.search(vectors, k, exclude)
         if len(short := (rows < 0).any(1).nonzero()[:, 0]):  # the lists that were looked into held too few rows
             excluded = None if exclude is None else exclude[short]
-            similarities[short], rows[short] = super().search(asked[short], k, excluded)
+            similarities[short], rows[short] = super().search(vectors[short], k, excluded)
         return similarities.to(queries.device), rows.to(queries.device)
 
     def build_index(self, recall: float = 0.95, progress: bool = True) -> dict[str, Any]:

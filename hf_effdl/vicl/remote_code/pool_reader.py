@@ -68,32 +68,13 @@ class Shard:
     def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
         self.tar, self.index = (folder / "data" / f"{entry['name']}.{kind}" for kind in ("tar", "safetensors"))
         for file, size in ((self.tar, entry["tar_bytes"]), (self.index, entry["index_bytes"])):
-            if not file.is_file():
-                raise FileNotFoundError(f"{file} is missing, which {folder / MANIFEST} names; {AGAIN}")
-            if file.stat().st_size != size:
-                raise ValueError(
-                    f"{file} has {file.stat().st_size:,} bytes and {MANIFEST} says {size:,}, as of a "
-                    f"file that was cut off; {AGAIN}"
-                )
-        try:
-            with safe_open(self.index, "pt") as stored:
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-            self.vectors, self.tokens, self.spans, self.digests = (
-                tensors[name] for name in ("vectors", "tokens", "spans", "digests")
-            )
-            self.grids = tensors.get("grids")
-            ids = json.loads(tensors["ids"].numpy().tobytes())
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{self.index} is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
-        tables = [
-            self.vectors,
-            self.tokens,
-            self.spans,
-            self.digests,
-            ids,
-            *([] if self.grids is None else [self.grids]),
-        ]
-        if {len(table) for table in tables} != {entry["rows"]}:
+            _check_size(file, size, folder)
+        tensors, ids = _index(self.index)
+        self.vectors, self.tokens, self.spans, self.digests = (
+            tensors[name] for name in ("vectors", "tokens", "spans", "digests")
+        )
+        self.grids = tensors.get("grids")
+        if {len(ids), *(len(table) for name, table in tensors.items() if name != "ids")} != {entry["rows"]}:
             raise ValueError(
                 f"{self.index} and {MANIFEST} do not agree on its number of rows ({entry['rows']}); {AGAIN}"
             )
@@ -106,6 +87,28 @@ class Shard:
 
     def of_kept(self, table: Tensor) -> Tensor:
         return table if self.kept is None else table[self.kept]
+
+
+def _check_size(file: Path, size: int, folder: Path) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing, which {folder / MANIFEST} names; {AGAIN}")
+    if file.stat().st_size != size:
+        raise ValueError(
+            f"{file} has {file.stat().st_size:,} bytes and {MANIFEST} says {size:,}, as of a "
+            f"file that was cut off; {AGAIN}"
+        )
+
+
+def _index(file: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of an index, memory-mapped, and the ids in it."""
+    try:
+        with safe_open(file, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        for name in ("vectors", "tokens", "spans", "digests"):
+            tensors[name]
+        return tensors, json.loads(tensors["ids"].numpy().tobytes())
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
 
 
 class PoolReader:
@@ -253,13 +256,13 @@ class PoolReader:
         flat = rows.flatten()
         if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < len(self):
             raise IndexError(f"rows {int(flat.min())}..{int(flat.max())} of a pool of {len(self)}")
-        where = torch.bucketize(flat, self._bounds, right=True)
-        found = torch.empty(len(flat), *getattr(self._shards[0], name).shape[1:])
-        for number in where.unique().tolist():
-            shard, here = self._shards[number], (where == number).nonzero()[:, 0]
-            local = flat[here] - self._starts[number]
-            found[here] = getattr(shard, name)[local if shard.kept is None else shard.kept[local]].float()
-        return found.view(*rows.shape, *found.shape[1:])
+        shard_of = torch.bucketize(flat, self._bounds, right=True)
+        features = torch.empty(len(flat), *getattr(self._shards[0], name).shape[1:])
+        for number in shard_of.unique().tolist():
+            shard, places = self._shards[number], (shard_of == number).nonzero()[:, 0]
+            local = flat[places] - self._starts[number]
+            features[places] = getattr(shard, name)[local if shard.kept is None else shard.kept[local]].float()
+        return features.view(*rows.shape, *features.shape[1:])
 
     def search(self, queries: Tensor, k: int = 50, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The nearest rows of each query by inner product with `vectors`, exactly.
@@ -276,11 +279,12 @@ class PoolReader:
         Raises:
             ValueError: for queries of another width, or that are NaN or infinite.
         """
-        asked, k, exclude = self._asked(queries, k, exclude)
-        found = exact_search([(shard.vectors, shard.kept) for shard in self._shards], asked, k, exclude)
-        return found[0].to(queries.device), found[1].to(queries.device)
+        vectors, k, exclude = self._checked(queries, k, exclude)
+        blocks = [(shard.vectors, shard.kept) for shard in self._shards]
+        similarities, rows = exact_search(blocks, vectors, k, exclude)
+        return similarities.to(queries.device), rows.to(queries.device)
 
-    def _asked(self, queries: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
+    def _checked(self, queries: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
         if queries.dim() != 2 or queries.shape[1] != self.dim:
             raise ValueError(f'queries of shape {tuple(queries.shape)}; pass (B, {self.dim}), the encoder\'s "vector"')
         if k < 1:
@@ -316,7 +320,7 @@ class PoolReader:
         Raises:
             ValueError: where the file was damaged after the pool was opened.
         """
-        return to_rgb(self._read(row)[0])
+        return to_rgb(self.files(row)[0])
 
     def label(self, row: int) -> Image.Image | list[float] | None:
         """The label of a row: a white-on-black mask (PIL L), a box `[x0, y0, x1, y1]` or None.
@@ -324,13 +328,19 @@ class PoolReader:
         None is the label of an image without an object in detection, and of every image in colourisation, where the
         image is its own label.
         """
-        stored = self._read(row)[1]
+        stored = self.files(row)[1]
         if self.task == "segmentation":
             with Image.open(io.BytesIO(stored)) as mask:
                 return mask.convert("L")
         return json.loads(stored).get("box")
 
-    def _read(self, row: int) -> tuple[bytes, bytes]:
+    def files(self, row: int) -> tuple[bytes, bytes]:
+        """The files of a row as they are stored: its image, and its label (a mask as PNG, or JSON).
+
+        Raises:
+            IndexError: for a row that is not in the pool.
+            ValueError: where the file was damaged after the pool was opened.
+        """
         row = int(row)
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a pool of {len(self)}")

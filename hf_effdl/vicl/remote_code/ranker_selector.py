@@ -95,16 +95,7 @@ class RankerSelector(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not isinstance(rankers, Mapping):
-            several = [rankers] if isinstance(rankers, nn.Module) else list(rankers)
-            rankers = {ranker.config.list_length: ranker for ranker in several}
-            if len(rankers) < len(several):
-                raise ValueError(
-                    f"{len(several)} rankers for lists of {list(rankers)}: pass {{length: ranker}} with "
-                    "different lengths"
-                )
-        if not rankers or min(rankers) < 2:
-            raise ValueError(f"rankers for lists of {list(rankers)}: pass one or more, for lists of 2 items or more")
+        rankers = _by_length(rankers)
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule={schedule!r}: choose one of {list(SCHEDULES)}")
         if schedule == "knock-out" and len(rankers) > 1:
@@ -120,17 +111,12 @@ class RankerSelector(nn.Module):
                 f"passes={passes!r}: pass a whole number of at least 1; of partitions at least 2, since "
                 "the lists of one have nothing in common"
             )
-        reliable = None if reliable is None else torch.as_tensor(reliable, device="cpu")
-        if reliable is not None and (reliable.dim() != 1 or not len(reliable) or reliable.dtype == torch.bool):
-            raise ValueError(
-                f"reliable is {reliable.dtype} of shape {tuple(reliable.shape)}: pass rows of the pool, "
-                "(m,), one or more"
-            )
+        reliable = None if reliable is None else _checked_rows(reliable)
         if fill and reliable is None:
             raise ValueError("fill=True fills up what reliable= leaves: pass reliable=reliable_rows(...)")
         self.rankers = nn.ModuleDict({str(length): ranker for length, ranker in rankers.items()})
         self.schedule, self.passes, self.method, self.fill, self.seed = schedule, passes, method, fill, seed
-        self.register_buffer("reliable", None if reliable is None else reliable.long())
+        self.register_buffer("reliable", reliable)
         self._labels: dict[int, Tensor] = {}
         self._pool: str | None = None
 
@@ -177,12 +163,13 @@ class RankerSelector(nn.Module):
         generators = [torch.Generator().manual_seed(image_seed(cell, self.seed, "lists")) for cell in queries.cells]
         for size in sizes.unique().tolist():  # one size, unless some rows are not reliable
             part = (sizes == size).nonzero()[:, 0]
-            here = rows[part, :size]
-            labels = None
-            if any(ranker.config.label_channels is not None for ranker in self.rankers.values()):
-                labels = self._label_tokens(here, examples)
-            tokens = queries.views["tokens"][part.to(queries.views["tokens"].device)], pool.tokens(here)
-            scores[part, :size] = self._ranking(*tokens, labels, [generators[i] for i in part.tolist()])
+            tokens = queries.views["tokens"]
+            scores[part, :size] = self.rank(
+                tokens[part.to(tokens.device)],
+                pool.tokens(rows[part, :size]),
+                self._labels_for(rows[part, :size], examples),
+                [generators[i] for i in part.tolist()],
+            )
         order = scores.sort(dim=1, descending=True, stable=True).indices
         scores, rows = scores.gather(1, order), rows.gather(1, order)
         if count > int(sizes.min()):
@@ -200,27 +187,31 @@ class RankerSelector(nn.Module):
         longer = nearest(queries, examples, max(FILL, near.shape[1]), near.shape[1])[1] if self.fill else None
         return refine(near, self.reliable.cpu(), fill=longer)
 
-    def _ranking(
-        self, query: Tensor, tokens: Tensor, labels: Tensor | None, generators: list[torch.Generator]
-    ) -> Tensor:
-        """`(B, T, d)`, `(B, v, T, d)`: scores `(B, v)` of the candidates, whose lists the generators draw."""
+    def rank(self, query: Tensor, tokens: Tensor, labels: Tensor | None, generators: list[torch.Generator]) -> Tensor:
+        """Global scores `(B, v)` of candidates, from the lists that are drawn of them.
+
+        Args:
+            query: `(B, T, d)` tokens.
+            tokens: `(B, v, T, d)` of the candidates.
+            labels: `(B, v, T, c)` of the candidates, for rankers that look at them.
+            generators: of each query, draw its lists.
+        """
         b, v = tokens.shape[:2]
         if v == 1:
             return torch.zeros(b, 1)
-        found: list[Tensor] = []
+        ranked: list[Tensor] = []
         for number, (length, ranker) in enumerate(zip(self.lengths, self.rankers.values())):
-            # a ranker that looks at labels gets them
-            known = None if ranker.config.label_channels is None else labels
-            rank = _by_score(ranker, query, tokens, known)
+            looks = ranker.config.label_channels is not None
+            rank = _by_score(ranker, query, tokens, labels if looks else None)
             k = min(length, v)
             if self.schedule == "knock-out" or (self.schedule == "random" and not number):
                 # a tournament's lists hang together as a tree: its winner is first in whatever ranking of them alone
-                found.append(knock_out(rank, v, k, batch=b)[1])
+                ranked.append(knock_out(rank, v, k, batch=b)[1])
             if self.schedule != "knock-out":
                 # in the order of similarity, so that of equal scores the nearer one is the better
-                found.append(rank(self._lists(v, k, generators).sort(dim=2).values))
-        widest = max(lists.shape[2] for lists in found)
-        every = torch.cat([nn.functional.pad(lists, (0, widest - lists.shape[2]), value=-1) for lists in found], 1)
+                ranked.append(rank(self._lists(v, k, generators).sort(dim=2).values))
+        widest = max(lists.shape[2] for lists in ranked)
+        every = torch.cat([nn.functional.pad(lists, (0, widest - lists.shape[2]), value=-1) for lists in ranked], 1)
         return aggregate_rankings(every, v, self.method).float()
 
     def _lists(self, v: int, k: int, generators: list[torch.Generator]) -> Tensor:
@@ -234,13 +225,40 @@ class RankerSelector(nn.Module):
             drawn = [random_lists(v, k, self.passes * -(-v // k), one) for one in generators]
         return torch.stack(drawn)
 
-    def _label_tokens(self, rows: Tensor, examples: Examples) -> Tensor:
+    def _labels_for(self, rows: Tensor, examples: Examples) -> Tensor | None:
+        """`label_tokens` of candidates, each drawn once; None where no ranker looks at them."""
+        if all(ranker.config.label_channels is None for ranker in self.rankers.values()):
+            return None
         if self._pool != examples.pool.fingerprint:  # rows have other labels now
             self._labels, self._pool = {}, examples.pool.fingerprint
         wanted = rows.flatten().tolist()
         missing = [row for row in dict.fromkeys(wanted) if row not in self._labels]
         self._labels |= zip(missing, pool_label_tokens(examples.pool, missing, examples.task))
         return torch.stack([self._labels[row] for row in wanted]).unflatten(0, rows.shape)
+
+
+def _by_length(
+    rankers: ListwiseRanker | Sequence[ListwiseRanker] | Mapping[int, ListwiseRanker],
+) -> Mapping[int, ListwiseRanker]:
+    if not isinstance(rankers, Mapping):
+        several = [rankers] if isinstance(rankers, nn.Module) else list(rankers)
+        rankers = {ranker.config.list_length: ranker for ranker in several}
+        if len(rankers) < len(several):
+            raise ValueError(
+                f"{len(several)} rankers for lists of {list(rankers)}: pass {{length: ranker}} with different lengths"
+            )
+    if not rankers or min(rankers) < 2:
+        raise ValueError(f"rankers for lists of {list(rankers)}: pass one or more, for lists of 2 items or more")
+    return rankers
+
+
+def _checked_rows(reliable: Tensor) -> Tensor:
+    reliable = torch.as_tensor(reliable, device="cpu")
+    if reliable.dim() != 1 or not len(reliable) or reliable.dtype == torch.bool:
+        raise ValueError(
+            f"reliable is {reliable.dtype} of shape {tuple(reliable.shape)}: pass rows of the pool, (m,), one or more"
+        )
+    return reliable.long()
 
 
 def _by_score(
