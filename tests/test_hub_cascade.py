@@ -4,7 +4,7 @@ import json
 
 import pytest
 from hub import LoopbackHub
-from test_hub_vicl import MAKE, WITHOUT_US, last_line
+from hub_scripts import MAKE, WITHOUT_US, last_line
 
 from hf_effdl.vicl.remote_code.configuration_visual_in_context import VisualInContextConfig
 from hf_effdl.vicl.remote_code.pipeline_card import write_model_card
@@ -53,7 +53,13 @@ def test_a_kept_selector_chooses_the_same_anywhere(tmp_path):
             config, card = json.loads(tree["config.json"]), tree["README.md"].decode()
             assert config["strategy"] == config["selector"]["kind"] == kind
             assert "## How examples are chosen (the default)" in card
-            assert {"cascade.py", "cascade_fit.py", "row_model.py", "designs.py", "covering_tables.py"} <= tree.keys()
+            assert {
+                "cascade.py",
+                "cascade_fit.py",
+                "cascade_rows.py",
+                "ranker_designs.py",
+                "frozen_matching.py",
+            } <= tree.keys()
             found = json.loads(line)
             assert found[:3] == one[:3] and found[3] == pytest.approx(one[3], abs=1e-5), kind
             assert found[4:7] == [2, 3, True]

@@ -1,57 +1,13 @@
 """A pool and a visual in-context model on a Hub over HTTP: pushed by one process, run by others, also without us."""
 
+import ast
 import json
 
 import pytest
 from hub import LoopbackHub
+from hub_scripts import MAKE, WITHOUT_US, last_line
 
 
-MAKE = """
-import json, sys
-import numpy as np, torch
-from datasets import Dataset, Features, Image, Value
-from PIL import Image as Picture
-from transformers import AutoModel, ViTConfig, ViTModel
-from hf_effdl import ExamplePool, FeatureMatching, VisionEncoder, VisualInContextModel, VisualInContextPipeline
-
-torch.manual_seed(0)
-
-def scene(i):
-    rng = np.random.default_rng(i)
-    image = rng.integers(0, 80, (40, 48, 3), dtype=np.uint8)
-    x, y = rng.integers(0, 28), rng.integers(0, 20)
-    image[y : y + 20, x : x + 20] += np.array([150, 20, 20], dtype=np.uint8)
-    mask = np.zeros((40, 48), np.uint8)
-    mask[y : y + 20, x : x + 20] = 1
-    return Picture.fromarray(image), Picture.fromarray(mask)
-
-pairs = [scene(i) for i in range(12)]
-features = Features({"image": Image(), "mask": Image(), "name": Value("string")})
-rows = {"image": [a for a, _ in pairs], "mask": [b for _, b in pairs], "name": [f"scene {i}" for i in range(12)]}
-dataset = Dataset.from_dict(rows, features=features)
-query = scene(99)[0]
-
-def tiny():
-    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32,
-                       patch_size=8)
-    return ViTModel(config, add_pooling_layer=False)
-
-def plain(out):
-    prediction = out["prediction"]
-    return [prediction.tolist(), str(prediction.dtype), out["example_ids"], out["scores"]]
-"""
-WITHOUT_US = """
-import json, sys
-sys.modules["hf_effdl"] = None  # importing it raises
-from PIL import Image
-from transformers import pipeline
-pipe = pipeline(model={repo!r}, trust_remote_code=True)
-query = Image.open({query!r})
-out = pipe(query)
-batch = pipe([query, query], num_examples=3)
-print(json.dumps([out["prediction"].tolist(), str(out["prediction"].dtype), out["example_ids"], out["scores"],
-                  len(batch), len(batch[1]["example_ids"]), pipe.plot(query).size[1] > 0, pipe.model.config.pool]))
-"""
 WITH_US = """
 import json
 from PIL import Image
@@ -70,10 +26,6 @@ print(json.dumps([out["prediction"].tolist(), str(out["prediction"].dtype), out[
 def hub():
     with LoopbackHub() as server:
         yield server
-
-
-def last_line(output: str) -> list:
-    return json.loads(output.strip().splitlines()[-1])
 
 
 def test_a_model_with_embedded_weights_runs_anywhere(hub, tmp_path):
@@ -100,13 +52,10 @@ print(json.dumps(plain(pipe(query))))
     )
     assert config["strategy"] == "dense"
     assert "_name_or_path" not in config["frozen_model"]["backbone"]["config"]
-    assert b"hf_effdl" not in b"".join(
-        line
-        for name, text in tree.items()
-        if name.endswith(".py")
-        for line in text.splitlines()
-        if line.startswith((b"import", b"from"))
-    )
+    nodes = [node for name, text in tree.items() if name.endswith(".py") for node in ast.walk(ast.parse(text))]
+    imported = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    imported += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    assert imported and not [module for module in imported if module.startswith("hf_effdl")]
     assert "tester/icl-pool" in tree["README.md"].decode()
     found = last_line(hub.run(WITHOUT_US.format(repo="tester/icl", query=query), home=tmp_path / "b"))
     assert found[:3] == expected[:3] and found[3] == pytest.approx(expected[3], abs=1e-6)
