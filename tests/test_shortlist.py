@@ -5,14 +5,10 @@ import math
 
 import pytest
 import torch
-from test_cascade_features import CASES, table
+from tables import CASES, drawn, table
 from torch import Tensor
 
 from hf_effdl.vicl.remote_code.cascade_shortlist import Relations, best_together
-
-
-def drawn(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def covariances(batch: int, size: int, seed: int) -> Tensor:

@@ -60,7 +60,7 @@ def fit(
     known = lists.known
     unit = lists.target[known].square().mean().sqrt()
     temperatures = torch.stack([SOFTNESS * unit, *[2 * SOFTNESS * unit] * TURNS])
-    columns = _columns(examples, lists, precedents)
+    columns = columns_of(examples, lists, precedents)
     first, scores = FirstStage.fit(columns, precedents, lists, seed, tries=passes > 1)
     learnt = len(lists.images[:LEARNT])
     report = {
@@ -85,7 +85,7 @@ def fit(
     return Fitted(first, turns, temperatures, report | _plain_consensus(examples, lists, passes, progress))
 
 
-def _columns(examples: Examples, lists: MeasuredLists, precedents: Precedents) -> Columns:
+def columns_of(examples: Examples, lists: MeasuredLists, precedents: Precedents) -> Columns:
     """What stage 1 knows of all candidates of all lists."""
     parts = torch.arange(len(lists.images)).split(BATCH)
     return joined(
