@@ -428,6 +428,23 @@ def test_two_processes_make_what_one_makes(tmp_path):
     same(two, one)
 
 
+def test_a_run_that_was_cut_off_goes_on_from_its_finished_shards(make):
+    class Breaking(Encoder):
+        def forward(self, pixels):
+            if self.rows >= 12:
+                raise RuntimeError("power cut")
+            return super().forward(pixels)
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        make(rows(37), encoder=Breaking())
+    encoder = Encoder()
+    pool = make(rows(37), encoder=encoder)
+    assert encoder.rows == 37 - 10  # two shards of 5 were whole
+    same(pool, make(rows(37), cache_dir=pool.cache_dir / "whole"))
+    assert not list((pool.folder / "data").glob(".*"))
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_finished_shards(tmp_path):
     whole = ExamplePool.from_dataset(
         rows(37), encoder=Encoder(), cache_dir=tmp_path / "whole", rows_per_shard=5, batch_size=2, progress=False
