@@ -91,7 +91,7 @@ def same(outputs, others) -> None:
         assert np.abs(pair[0] - pair[1]).mean() < 0.01
 
 
-def other_labels(model, pool, change) -> None:
+def other_performance(model, pool, change) -> None:
     """The table again with other performance."""
     candidates, performance = model.measured_candidates.long().clone(), model.measured_performance.clone()
     change(performance)
@@ -118,7 +118,7 @@ def test_what_an_image_measured_does_not_enter_its_own_features(measured, pools,
     def change(performance):
         performance[image] = torch.rand(count, generator=torch.Generator().manual_seed(0)) * 5
 
-    other_labels(model, pool, change)
+    other_performance(model, pool, change)
     after = torch.cat(list(columns_of(*lists_of(model, pool)).values()), 2)
     torch.testing.assert_close(after[place], before[place], atol=1e-4, rtol=1e-4)
     others = torch.arange(len(before)) != place
@@ -139,7 +139,29 @@ def test_the_report_is_what_the_table_says(fitted, measured, pools):
     assert report["best"] == pytest.approx(float(table[1][every].amax(1).mean()))
 
 
-@pytest.mark.parametrize("head", ["ridge", "listwise"])
+@pytest.mark.parametrize("count", [K, COUNT - 1])
+def test_what_a_fold_measured_hardly_matters_to_its_own_scores(measured, pools, count):
+    """Only by the spread of features over all lists: not by what others' features or weights were learnt from."""
+    model, pool = measured(candidates=count), pools["segmentation"]
+
+    def held_out():
+        examples, lists, precedents = lists_of(model, pool)
+        columns = columns_of(examples, lists, precedents)
+        return lists, FirstStage.fit(columns, precedents, lists, None, tries=False)[1]
+
+    lists, before = held_out()
+    own = lists.fold == 2
+
+    def change(performance):
+        drawn = torch.rand(int(own.sum()), count, generator=torch.Generator().manual_seed(0))
+        performance[lists.images[own]] = drawn
+
+    other_performance(model, pool, change)
+    apart = (held_out()[1] - before).abs()
+    assert apart[own].mean() < 0.1 * apart[~own].mean()
+
+
+@pytest.mark.parametrize("head", ["ridge", pytest.param("listwise", marks=pytest.mark.slow)])
 def test_what_cannot_be_learnt_is_not_reported(measured, pools, monkeypatch, head):
     """Performance that has nothing to do with anything: whoever saw an image's own would still find its best."""
     monkeypatch.setattr(cascade_stages, "PENALTY", 1e-2)
@@ -148,7 +170,7 @@ def test_what_cannot_be_learnt_is_not_reported(measured, pools, monkeypatch, hea
     model, pool, reports = measured(), pools["segmentation"], []
     for seed in range(1 if head == "listwise" else 4):
         drawn = torch.rand(COUNT, K, generator=torch.Generator().manual_seed(seed))
-        other_labels(model, pool, lambda performance: performance.copy_(drawn))  # noqa: B023
+        other_performance(model, pool, lambda performance: performance.copy_(drawn))  # noqa: B023
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             reports.append(CascadeSelector(model, passes=PASSES, head=head).fit(pool, progress=False).report)
@@ -449,12 +471,12 @@ def test_a_query_of_the_pool_is_not_shown_itself_nor_what_it_measured(fitted, me
     def change(performance):
         performance[3] = 5 * torch.rand(K, generator=torch.Generator().manual_seed(0))
 
-    other_labels(model, pool, change)
+    other_performance(model, pool, change)
     after = cascade(queries, examples_of(model, pool), 5, K)
     torch.testing.assert_close(after[0][0], before[0][0], atol=1e-4, rtol=1e-3)
     # but a new table counts at once
     drawn = torch.rand(COUNT, K, generator=torch.Generator().manual_seed(0))
-    other_labels(model, pool, lambda performance: performance.copy_(drawn))
+    other_performance(model, pool, lambda performance: performance.copy_(drawn))
     assert (cascade(queries, examples_of(model, pool), 5, K)[0] - before[0]).abs().amax(1).min() > 1e-3
 
 

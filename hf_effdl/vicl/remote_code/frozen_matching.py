@@ -179,6 +179,11 @@ class FeatureMatching(FrozenModel):
             painted = painted + queries[:, cells:].reshape(batch, 1, *size)
         return painted.clamp(0, 1)
 
+    def forward(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:
+        """The same from pixels: `(B, 3, h, w)`, `(B, m, 3, h, w)` and `(B, m, 3, h, w)` to `(B, 3, h, w)`."""
+        encoded = self.encode(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        return self.predict(self.encode(queries), encoded, labels, arrangement)
+
     def _check(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int) -> None:
         fits = labels.dim() == 5 and labels.shape[:2] == images.shape[:2] and len(queries) == len(images)
         if not fits or not images.shape[1]:

@@ -61,7 +61,10 @@ class FrozenModel(nn.Module, ABC):
         return None
 
     def encode(self, images: Tensor) -> Tensor:
-        """What `predict` takes of images, and what is kept of the pool's; here the images themselves."""
+        """What `predict` takes of images, and what is kept of the pool's; here the images themselves.
+
+        One that takes a single batch axis needs a `forward` that knows of it.
+        """
         return images
 
     @abstractmethod
@@ -70,8 +73,7 @@ class FrozenModel(nn.Module, ABC):
 
     def forward(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:
         """The same from pixels: `(B, 3, h, w)`, `(B, m, 3, h, w)` and `(B, m, 3, h, w)` to `(B, 3, h, w)`."""
-        encoded = self.encode(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        return self.predict(self.encode(queries), encoded, labels, arrangement)
+        return self.predict(self.encode(queries), self.encode(images), labels, arrangement)
 
     def train(self, mode: bool = True) -> "FrozenModel":
         """The model is frozen and stays in evaluation mode."""
