@@ -294,6 +294,12 @@ def test_of_examples_that_stand_and_fall_together_it_tries_one_of_each_kind(tmp_
     assert torch.equal(first.doubt, cascade.doubt)
     best = lists.pick(scores.argsort(dim=1, descending=True)[:, :4]).mean_best()
     assert report["best tried"] > best + 0.15
+    # nothing that an image measured itself says what is tried on it
+    tried, leaking = (
+        lists.pick(first.shortlist(precedents.relations, scores, lists.rows, own, 4)).mean_best()
+        for own in (lists.images, None)
+    )
+    assert report["best tried"] == pytest.approx(tried) and abs(leaking - tried) > 1e-3
     # where nothing is shared, or nothing is unsure, the highest scores are tried
     certain = FirstStage(first.scorer, torch.tensor([0.0, 1.0]))
     tried = certain.shortlist(precedents.relations, scores, lists.rows, lists.images, 4)
