@@ -411,6 +411,10 @@ def test_it_is_fitted_from_what_there_is_and_chooses(measured, fitted, pools, mo
         assert torch.equal(value, again.state_dict()[name]), name
     assert cascade.report["best"] >= max(cascade.report[name] for name in ("nearest", "stage 1"))
     assert ("stage 2" in cascade.report) == (cascade.passes > 1)
+    # networks score in stage 1 and in the last turn
+    first, second = cascade.stages()
+    heads = [stage.scorer.heads is not None for stage in (first, *second.turns)]
+    assert heads == ([True, False, True] if cascade.head == "listwise" else [False] * len(heads))
     # one image is as in a batch
     pipe = VisualInContextPipeline(model.set_selector(cascade), pool=pool)
     outputs = pipe(photos(), num_examples=2)
