@@ -208,9 +208,9 @@ def write_splits(file: str | os.PathLike[str], splits: Mapping[str, Split]) -> N
     places = {id: place for place, id in enumerate(ids)}
     table: dict[str, Any] = {}
     for name, split in splits.items():
-        own = {part: [places[id] for id in getattr(split, part)] for part in PARTS}
-        absent = set(places.values()).difference(*own.values())
-        table[name] = {"queries": own["queries"], "dropped": own["dropped"], "absent": sorted(absent)}
+        part_places = {part: [places[id] for id in getattr(split, part)] for part in PARTS}
+        absent = set(places.values()).difference(*part_places.values())
+        table[name] = {"queries": part_places["queries"], "dropped": part_places["dropped"], "absent": sorted(absent)}
     content = {"format": FORMAT, "ids": ids, "splits": table}
     content["sha256"] = _digest(content)
     # a split a line: short, and a change can be seen

@@ -173,8 +173,8 @@ class ExamplePool(PoolReader):
                 f"made with {self.encoder}; their vectors cannot be compared"
             )
         source = Rows(ds, self.manifest, encoder, self.manifest["seen"])
-        if known := set(source.ids) & self._positions.keys():
-            raise ValueError(f"{len(known)} ids are in the pool already, such as {min(known)!r}; remove them first")
+        if shared := set(source.ids) & self._positions.keys():
+            raise ValueError(f"{len(shared)} ids are in the pool already, such as {min(shared)!r}; remove them first")
         build(self.folder, self.manifest, source, Encoding(encoder, batch_size, num_workers, on_bad_row, progress))
         self._reopen()
         self._encoder = encoder

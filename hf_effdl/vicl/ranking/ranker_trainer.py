@@ -30,8 +30,8 @@ def ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:
     scores, metric = prediction.predictions, prediction.label_ids
     pick = np.take_along_axis(metric, scores.argmax(1)[:, None], 1)[:, 0]
     i, j = np.triu_indices(metric.shape[1], 1)
-    order, asked = np.sign(scores[:, i] - scores[:, j]), np.sign(metric[:, i] - metric[:, j])
-    right = (1 + order * asked)[asked != 0] / 2
+    predicted_order, true_order = np.sign(scores[:, i] - scores[:, j]), np.sign(metric[:, i] - metric[:, j])
+    right = (1 + predicted_order * true_order)[true_order != 0] / 2
     return {
         "list_accuracy": float((pick == metric.max(1)).mean()),
         "pair_accuracy": float(right.mean()) if right.size else 1.0,

@@ -51,8 +51,8 @@ def _nearest(blocks: list[Any], queries: Tensor, exclude: Tensor, k: int) -> Ten
         if waiting and (similarities is None or stop - start >= ROWS):
             keys = _flip((torch.cat(waiting, 1) + 0.0).view(torch.int32)).long() << 32  # + 0.0: -0.0 is not below 0.0
             keys |= LAST - torch.arange(start, stop)
-            here = ((exclude >= start) & (exclude < stop)).nonzero()[:, 0]
-            keys[here, exclude[here] - start] = torch.iinfo(torch.long).min
+            excluded_queries = ((exclude >= start) & (exclude < stop)).nonzero()[:, 0]
+            keys[excluded_queries, exclude[excluded_queries] - start] = torch.iinfo(torch.long).min
             keys = torch.cat([best, keys], 1)
             best, waiting, start = keys.topk(min(k, keys.shape[1])).values, [], stop
     return best

@@ -142,16 +142,16 @@ def _check_lists(lists: Tensor, num_items: int) -> None:
         return
     wrong = outside.any(-1) | holes.any(-1) | alone
     entry, row = wrong.nonzero()[0].tolist()
-    found = f"list {row}{_of(entry, len(lists))}, {lists[entry, row].tolist()},"
+    which = f"list {row}{_of(entry, len(lists))}, {lists[entry, row].tolist()},"
     if outside[entry, row].any():
         raise ValueError(
-            f"{found} has an item outside 0..{num_items - 1}: pass num_items larger than every item, and "
+            f"{which} has an item outside 0..{num_items - 1}: pass num_items larger than every item, and "
             "-1 for padding only"
         )
     if holes[entry, row].any():
-        raise ValueError(f"{found} has -1 before an item: padding goes to the end of a list")
+        raise ValueError(f"{which} has -1 before an item: padding goes to the end of a list")
     raise ValueError(
-        f"{found} has one item: it compares nothing; leave it out, or make the last list of a partition longer"
+        f"{which} has one item: it compares nothing; leave it out, or make the last list of a partition longer"
     )
 
 

@@ -34,12 +34,12 @@ def pool_label_tokens(pool: PoolReader, rows: Sequence[int], task: object) -> Te
         rows: of it.
         task: draws them, see `find_task`.
     """
-    found = torch.zeros(len(rows), 5, 3)
+    tokens = torch.zeros(len(rows), 5, 3)
     for start in range(0, len(rows), LABELS_AT_ONCE):
         part = rows[start : start + LABELS_AT_ONCE]
         images, labels = [pool.image(row) for row in part], [pool.label(row) for row in part]
-        found[start : start + len(part)] = label_tokens(task.labels(labels, images, (LABEL_SIZE, LABEL_SIZE)))
-    return found
+        tokens[start : start + len(part)] = label_tokens(task.labels(labels, images, (LABEL_SIZE, LABEL_SIZE)))
+    return tokens
 
 
 class RankerSelector(nn.Module):
