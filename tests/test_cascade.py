@@ -401,6 +401,7 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_it_is_fitted_from_what_there_is_and_chooses(measured, fitted, pools, monkeypatch, tmp_path, setting):
     monkeypatch.setattr(cascade_head, "STEPS", 3)
+    monkeypatch.setattr(cascade_head, "HEADS", 5)
     measuring, options = SETTINGS[setting]
     task = setting if setting in TASKS else "segmentation"
     model, pool = measured(task, **measuring), pools[task]
@@ -643,6 +644,7 @@ def test_a_model_keeps_rankers_too(pools, tmp_path, reliable):
 @pytest.mark.parametrize("kind", ["ridge", "listwise", "ranker"])
 def test_half_precision_chooses_nearly_the_same(fitted, measured, pools, monkeypatch, kind):
     monkeypatch.setattr(cascade_head, "STEPS", 3)
+    monkeypatch.setattr(cascade_head, "HEADS", 5)
     model, pool = measured(), pools["segmentation"]
     model.set_selector(RankerSelector(ranker(3).eval()) if kind == "ranker" else fitted(model=model, head=kind))
     pipe = VisualInContextPipeline(model, pool=pool)

@@ -1,5 +1,7 @@
 """The card of a saved pipeline: what is in it, and what is said of the selector that a model keeps."""
 
+import pytest
+
 from hf_effdl.vicl.remote_code.configuration_visual_in_context import VisualInContextConfig
 from hf_effdl.vicl.remote_code.pipeline_card import write_model_card
 
@@ -98,3 +100,11 @@ def test_the_card_of_a_ranker_and_of_none(tmp_path):
     text = card(tmp_path, None)
     assert "How examples are chosen" not in text and "Nothing was trained for this pool" in text
     assert sum(line.startswith("## ") for line in text.splitlines()) == 2
+
+
+def test_a_card_is_written_whole_or_not_at_all(tmp_path):
+    before = card(tmp_path, None)
+    with pytest.raises(UnicodeEncodeError):
+        card(tmp_path, None, pool="me/\ud800")
+    assert [file.name for file in (tmp_path / "card").iterdir()] == ["README.md"]
+    assert (tmp_path / "card" / "README.md").read_text() == before
