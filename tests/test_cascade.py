@@ -19,7 +19,7 @@ from hf_effdl import CascadeSelector, SegGptInContext, VisualInContextModel, Vis
 from hf_effdl.vicl.auto import ListwiseRanker, ListwiseRankerConfig
 from hf_effdl.vicl.remote_code import cascade_head, cascade_stages
 from hf_effdl.vicl.remote_code.cascade_consensus import Consensus
-from hf_effdl.vicl.remote_code.cascade_fit import columns_of, warn_of
+from hf_effdl.vicl.remote_code.cascade_fit import columns_of, fit, warn_of
 from hf_effdl.vicl.remote_code.cascade_lists import MeasuredLists
 from hf_effdl.vicl.remote_code.cascade_precedents import Precedents
 from hf_effdl.vicl.remote_code.cascade_stages import FIRST, FUSIONS, TURNS, FirstStage, Tried, best_temperature
@@ -349,15 +349,17 @@ def test_a_fusion_is_as_soft_as_was_best_on_the_pool(task):
 
 
 @pytest.mark.parametrize("task", ["segmentation", "colourisation"])
-def test_temperatures_are_in_units_of_the_spread_inside_lists(fitted, measured, task):
+def test_temperatures_are_in_units_of_the_spread_inside_lists(pools, measured, task):
     model = measured(task)
-    cascade = fitted(task, model)
+    cascade = fit(*lists_of(model, pools[task]), passes=PASSES, seed=None, progress=False)
+    # every turn is fitted at the temperature that was best after the one before
+    assert [turn.temperature for turn in cascade.turns] == cascade.temperatures[:TURNS].tolist()
+    assert task != "segmentation" or cascade.temperatures[0] != cascade.temperatures[1]
     apart = model.measured_performance - model.measured_performance.mean(1, keepdim=True)
     unit = float(apart.square().mean().sqrt())
     assert float(cascade.temperatures[0]) == pytest.approx(0.4 * unit, rel=1e-4)
     for temperature in cascade.temperatures[1:].tolist():
         assert min(abs(temperature - softness * unit) for softness in FUSIONS) < 1e-4 * unit
-    assert cascade.temperature == float(cascade.temperatures[-1])
 
 
 def test_every_turn_weighs_the_answers_by_the_scores_of_the_one_before(fitted, measured, pools):
@@ -366,6 +368,7 @@ def test_every_turn_weighs_the_answers_by_the_scores_of_the_one_before(fitted, m
     scores, rows, answers = cascade(queries, examples, PASSES, K)
     (first, second), precedents = cascade.stages(), cascade.precedents(examples)
     assert [turn.temperature for turn in second.turns] == pytest.approx(cascade.temperatures[:TURNS].tolist())
+    assert cascade.temperature == float(cascade.temperatures[-1])
     # the same examples again, in the order in which they were chosen at last
     similarity, near = pool.search(queries.views["vector"], K)
     columns = cascade_stages.first_columns(queries.views, examples, precedents, similarity, near, None)
