@@ -22,31 +22,37 @@ def load_parts(model: Any, pool: Any, token: str | bool | None) -> tuple[VisualI
         model, pool, token: see `VisualInContextPipeline`.
     """
     name = str(pool) if isinstance(pool, (str, os.PathLike)) else None
-    if isinstance(model, (str, os.PathLike)):
-        model = _named_model(str(model), pool, token)
-    elif not hasattr(model, "frozen"):
-        pool = pool if name is None else PoolReader.from_pretrained(name, token=token)
-        model = from_module(model, pool, token)
+    if not isinstance(model, (str, os.PathLike)):
+        if not hasattr(model, "frozen"):
+            pool = _opened(pool, token)
+            model = from_module(model, pool, token)
+    elif (model_type := _model_type(str(model), token)) == VisualInContextConfig.model_type:
+        model = VisualInContextModel.from_pretrained(str(model), token=token)
+    else:  # a backbone's name says nothing of the pool's task and encoder
+        pool = _opened(pool, token)
+        model = from_backbone(str(model), model_type, pool, token)
     if pool is None:
         name = named_pool(model)
     if pool is None or isinstance(pool, (str, os.PathLike)):
         pool = PoolReader.from_pretrained(name, token=token, **revision_of(model, name))
     check_pool(pool, model)
-    config = model.config
+    _name_pool(model.config, pool, name)
+    return model, pool
+
+
+def _model_type(name: str, token: str | bool | None) -> str | None:
+    return PreTrainedConfig.get_config_dict(name, token=token)[0].get("model_type")
+
+
+def _opened(pool: Any, token: str | bool | None) -> Any:
+    return PoolReader.from_pretrained(str(pool), token=token) if isinstance(pool, (str, os.PathLike)) else pool
+
+
+def _name_pool(config: VisualInContextConfig, pool: PoolReader, name: str | None) -> None:
     if name is not None and pool.commit is not None:  # a repository, which is what the model will name
         config.pool, config.pool_revision = name, pool.commit
     elif config.pool == "pool" or config.pool_revision not in (None, pool.commit):
         config.pool, config.pool_revision = None, None  # that was another pool
-    return model, pool
-
-
-def _named_model(name: str, pool: Any, token: str | bool | None) -> VisualInContextModel:
-    values, _ = PreTrainedConfig.get_config_dict(name, token=token)
-    if values.get("model_type") == VisualInContextConfig.model_type:
-        return VisualInContextModel.from_pretrained(name, token=token)
-    # a backbone's name says nothing of the pool's task and encoder
-    pool = PoolReader.from_pretrained(str(pool), token=token) if isinstance(pool, (str, os.PathLike)) else pool
-    return from_backbone(name, values.get("model_type"), pool, token)
 
 
 def is_repository(name: str) -> bool:
