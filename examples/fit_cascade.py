@@ -44,7 +44,7 @@ from vicl_seggpt import load_model, make_pool
 from hf_effdl import CascadeSelector, VisualInContextPipeline, measure_examples
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.vicl.remote_code.cascade import HEADS
-from hf_effdl.vicl.remote_code.visual_tasks import to_rgb
+from hf_effdl.vicl.remote_code.images import to_rgb
 
 
 # of digit scenes; a cascade has no width

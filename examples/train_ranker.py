@@ -60,8 +60,9 @@ from hf_effdl import (
     near_duplicates,
 )
 from hf_effdl.hub.cards import markdown_table
+from hf_effdl.vicl.remote_code.images import pixels, to_rgb
 from hf_effdl.vicl.remote_code.ranker_selector import SCHEDULES
-from hf_effdl.vicl.remote_code.visual_tasks import find_task, pixels, to_rgb
+from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
 TINY = str(Path(__file__).parents[1] / "model_cards" / "tiny-seggpt-digits")

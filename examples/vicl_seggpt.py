@@ -41,7 +41,8 @@ from PIL import Image
 
 from hf_effdl import ExamplePool, VisionEncoder, VisualInContextModel, VisualInContextPipeline, measure_examples
 from hf_effdl.hub.cards import markdown_table
-from hf_effdl.vicl.remote_code.visual_tasks import TASKS, find_task, to_rgb
+from hf_effdl.vicl.remote_code.images import to_rgb
+from hf_effdl.vicl.remote_code.visual_tasks import TASKS, find_task
 
 
 STRATEGIES = ("random", "nearest", "static", "dense", "transfer", "oracle")

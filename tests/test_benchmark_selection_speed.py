@@ -6,11 +6,13 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from hf_effdl import aggregate_rankings
+from hf_effdl.vicl.remote_code import cascade, cascade_stages
 from hf_effdl.vicl.remote_code.cascade_rows import RowModel
 from hf_effdl.vicl.remote_code.ranker_designs import covering_design
 
@@ -93,7 +95,7 @@ def test_the_stages_of_the_cascade(speed, tmp_path, capsys, monkeypatch):
     clock, complete = [0.0], set()
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
-    def takes(seconds: float, kind: type, name: str) -> None:
+    def takes(seconds: float, kind: Any, name: str) -> None:
         call = getattr(kind, name)
 
         def wrapper(self, *given, **named):
@@ -105,12 +107,12 @@ def test_the_stages_of_the_cascade(speed, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(kind, name, wrapper)
 
     takes(1, speed.ExamplePool, "search")
-    takes(2, speed.CascadeSelector, "first_features")
+    takes(2, cascade, "first_columns")
     takes(4, RowModel, "predict")
     takes(8, speed.Examples, "matches")
     takes(16, speed.Examples, "grids")  # inside matches
     takes(32, speed.Examples, "answers")
-    takes(64, speed.CascadeSelector, "second_features")
+    takes(64, cascade_stages, "second_columns")
     speed.main([*arguments(tmp_path, "cascade"), "--heads", "ridge"])
     found = rows(tmp_path)
     assert [(row["labels"], row["answers"], row["batch"]) for row in found] == [

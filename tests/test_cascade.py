@@ -9,23 +9,24 @@ import cascade_run
 import numpy as np
 import pytest
 import torch
+from answers import Mirror, check_contract, photos, tiny_seggpt
 from cascade_run import COUNT, PASSES, K, Painter, asked, painter
 from safetensors.torch import load_file
 from scenes import SIZE, TASKS, make_model, make_pool, rows, scene, tiny_encoder
-from test_vicl_pipeline import Mirror, check_contract, photos, tiny_seggpt
 from torch import nn
 
 from hf_effdl import CascadeSelector, SegGptInContext, VisualInContextModel, VisualInContextPipeline, measure_examples
 from hf_effdl.vicl.auto import ListwiseRanker, ListwiseRankerConfig
-from hf_effdl.vicl.remote_code import cascade_fit, cascade_head
-from hf_effdl.vicl.remote_code.cascade import FIRST, TURNS
-from hf_effdl.vicl.remote_code.cascade_consensus import MAPS, Consensus
-from hf_effdl.vicl.remote_code.cascade_features import standardised
+from hf_effdl.vicl.remote_code import cascade_head, cascade_stages
+from hf_effdl.vicl.remote_code.cascade_consensus import Consensus
+from hf_effdl.vicl.remote_code.cascade_fit import columns_of, fit, warn_of
 from hf_effdl.vicl.remote_code.cascade_lists import MeasuredLists
-from hf_effdl.vicl.remote_code.cascade_rows import RowModel, quarters_of
+from hf_effdl.vicl.remote_code.cascade_precedents import Precedents
+from hf_effdl.vicl.remote_code.cascade_stages import FIRST, FUSIONS, TURNS, FirstStage, Tried, best_temperature
+from hf_effdl.vicl.remote_code.examples import Examples, Queries
+from hf_effdl.vicl.remote_code.images import pixels
 from hf_effdl.vicl.remote_code.ranker_selector import RankerSelector
-from hf_effdl.vicl.remote_code.strategies import Examples, Queries
-from hf_effdl.vicl.remote_code.visual_tasks import find_task, pixels
+from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:on the pool's own images")
@@ -38,13 +39,28 @@ def pools(tmp_path_factory):
     return {task: make_pool(folder, task, COUNT, ENCODER) for task in TASKS}
 
 
+@pytest.fixture(scope="module")
+def tables(pools):
+    """Measured performance by task and settings, each measured once."""
+    known = {}
+
+    def of(task: str, **options):
+        key = task, *options.items()
+        if key not in known:
+            settings = {"candidates": K, "progress": False, **options}
+            known[key] = measure_examples(make_model(task, ENCODER), pools[task], **settings)
+        return known[key]
+
+    return of
+
+
 @pytest.fixture
-def measured(pools):
+def measured(pools, tables):
     """A model of feature matching that was measured on the pool of a task."""
 
     def make(task: str = "segmentation", **options):
         model = make_model(task, ENCODER)
-        measure_examples(model, pools[task], **{"candidates": K, "progress": False, **options})
+        model.set_performance(*tables(task, **options), pools[task].fingerprint)
         return model
 
     return make
@@ -75,7 +91,7 @@ def same(outputs, others) -> None:
         assert np.abs(pair[0] - pair[1]).mean() < 0.01
 
 
-def other_labels(model, pool, change) -> None:
+def other_performance(model, pool, change) -> None:
     """The table again with other performance."""
     candidates, performance = model.measured_candidates.long().clone(), model.measured_performance.clone()
     change(performance)
@@ -85,32 +101,31 @@ def other_labels(model, pool, change) -> None:
 # ---- what fitting looks at
 
 
-def first_stage(selector, model, pool):
-    """What stage 1 was fitted on: lists, their features, and scores from folds without the image."""
-    lists = MeasuredLists.read(pool, model)
-    selector._rows = None
-    return lists, *cascade_fit._fit_first(selector, examples_of(model, pool), lists)
+def lists_of(model, pool) -> tuple[Examples, MeasuredLists, Precedents]:
+    measured = model.measured_candidates, model.measured_performance
+    lists = MeasuredLists.read(pool, measured, model.config.candidates)
+    return examples_of(model, pool), lists, Precedents.of(pool, measured, lists)
 
 
 @pytest.mark.parametrize("count", [K, COUNT - 1])
 def test_what_an_image_measured_does_not_enter_its_own_features(measured, pools, count):
     model, pool = measured(candidates=count), pools["segmentation"]
-    selector = CascadeSelector(model, passes=1)
-    lists, before, _ = first_stage(selector, model, pool)
+    examples, lists, precedents = lists_of(model, pool)
+    before = torch.cat(list(columns_of(examples, lists, precedents).values()), 2)
     place = 5
     image = int(lists.images[place])
 
     def change(performance):
         performance[image] = torch.rand(count, generator=torch.Generator().manual_seed(0)) * 5
 
-    other_labels(model, pool, change)
-    _, after, _ = first_stage(selector, model, pool)
+    other_performance(model, pool, change)
+    after = torch.cat(list(columns_of(*lists_of(model, pool)).values()), 2)
     torch.testing.assert_close(after[place], before[place], atol=1e-4, rtol=1e-4)
     others = torch.arange(len(before)) != place
     assert (after[others] - before[others]).abs().amax() > 0.1
 
 
-def test_the_report_is_what_the_table_says_of_folds_without_the_image(fitted, measured, pools):
+def test_the_report_is_what_the_table_says(fitted, measured, pools):
     model, pool = measured(queries=23), pools["segmentation"]
     report = fitted(model=model).report
     table = model.measured_candidates.long(), model.measured_performance
@@ -122,42 +137,40 @@ def test_the_report_is_what_the_table_says_of_folds_without_the_image(fitted, me
     ]
     assert report["nearest"] == pytest.approx(sum(nearest) / 23)
     assert report["best"] == pytest.approx(float(table[1][every].amax(1).mean()))
-    # stage 1 by hand: the row model of the other folds, weights of their images
-    selector = CascadeSelector(model, passes=1)
-    lists, features, _ = first_stage(selector, model, pool)
-    chosen, spread = torch.zeros(23), standardised(features, lists.known)[1]
-    for one in range(5):
-        train, test = torch.arange(23) % 5 != one, torch.arange(23) % 5 == one
-        fewer = table[0].clone()
-        fewer[lists.images[test]] = -1
-        vectors, quarters = pool.vectors.float(), quarters_of(pool.tokens(torch.arange(COUNT)))
-        rows, own = RowModel(vectors, quarters, fewer, table[1]), torch.where(test, -1, lists.images)
-        matches = features[..., [FIRST.index("forward"), FIRST.index("mutual")]]
-        alike = standardised(matches, lists.known)[0][..., :2]
-        learned = [
-            rows.predict(vectors[lists.images], quarters[lists.images], lists.rows, own),
-            rows.among(alike, lists.rows, own),
-        ]
-        found, _ = standardised(torch.cat([features[..., :-14], *learned], 2), lists.known, spread)
-        held_down = torch.cat([found[train].flatten(0, 1), 300**0.5 * torch.eye(found.shape[2])]).double()
-        target = lists.performance[train] - lists.performance[train].mean(1, keepdim=True)
-        target = torch.cat([target.flatten(), torch.zeros(found.shape[2])]).double()
-        weights = torch.linalg.lstsq(held_down, target[:, None]).solution[:, 0].float()
-        best = (found[test] @ weights).argmax(1, keepdim=True)
-        chosen[test] = lists.performance[test].gather(1, best)[:, 0]
-    assert report["stage 1"] == pytest.approx(float(chosen.mean()), abs=1e-6)
 
 
-@pytest.mark.parametrize("head", ["ridge", "listwise"])
+@pytest.mark.parametrize("count", [K, COUNT - 1])
+def test_what_a_fold_measured_hardly_matters_to_its_own_scores(measured, pools, count):
+    """Only by the spread of features over all lists: not by what others' features or weights were learnt from."""
+    model, pool = measured(candidates=count), pools["segmentation"]
+
+    def held_out():
+        examples, lists, precedents = lists_of(model, pool)
+        columns = columns_of(examples, lists, precedents)
+        return lists, FirstStage.fit(columns, precedents, lists, None, tries=False)[1]
+
+    lists, before = held_out()
+    own = lists.fold == 2
+
+    def change(performance):
+        drawn = torch.rand(int(own.sum()), count, generator=torch.Generator().manual_seed(0))
+        performance[lists.images[own]] = drawn
+
+    other_performance(model, pool, change)
+    apart = (held_out()[1] - before).abs()
+    assert apart[own].mean() < 0.1 * apart[~own].mean()
+
+
+@pytest.mark.parametrize("head", ["ridge", pytest.param("listwise", marks=pytest.mark.slow)])
 def test_what_cannot_be_learnt_is_not_reported(measured, pools, monkeypatch, head):
     """Performance that has nothing to do with anything: whoever saw an image's own would still find its best."""
-    monkeypatch.setattr(cascade_fit, "PENALTY", 1e-2)
+    monkeypatch.setattr(cascade_stages, "PENALTY", 1e-2)
     monkeypatch.setattr(cascade_head, "STEPS", 15)
     monkeypatch.setattr(cascade_head, "RATE", 1e-2)
     model, pool, reports = measured(), pools["segmentation"], []
     for seed in range(1 if head == "listwise" else 4):
         drawn = torch.rand(COUNT, K, generator=torch.Generator().manual_seed(seed))
-        other_labels(model, pool, lambda performance: performance.copy_(drawn))  # noqa: B023
+        other_performance(model, pool, lambda performance: performance.copy_(drawn))  # noqa: B023
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             reports.append(CascadeSelector(model, passes=PASSES, head=head).fit(pool, progress=False).report)
@@ -166,23 +179,25 @@ def test_what_cannot_be_learnt_is_not_reported(measured, pools, monkeypatch, hea
 
 
 def test_an_estimate_is_calibrated_on_images_of_the_other_folds(measured, pools, monkeypatch):
-    sizes, used = [], []
+    learnt_from, used = [], []
 
     def fit_calibration(self, maps, target):
-        sizes.append(len(maps))
-        return torch.full((MAPS,), float(len(sizes) - 1))
+        learnt_from.append(maps)
+        return torch.full((maps.shape[-1],), float(len(learnt_from) - 1))
 
     def calibrate(self, maps, weights):
-        used.append(int(weights[0]))
+        used.append((maps, learnt_from[int(weights[0])]))
         return maps[..., 0].sigmoid()
 
     monkeypatch.setattr(Consensus, "fit_calibration", fit_calibration)
     monkeypatch.setattr(Consensus, "calibrate", calibrate)
     cascade = CascadeSelector(measured(queries=23), passes=PASSES).fit(pools["segmentation"], progress=False)
-    # in each turn one for each fold, and one on all, which is kept
-    assert sizes == [18, 18, 18, 19, 19, 23] * TURNS
-    assert [set(calibration.tolist()) for calibration in cascade.calibration] == [{6.0 * n + 5} for n in range(TURNS)]
-    assert used == [6 * n + place % 5 for n in range(TURNS) for place in range(23)]
+    assert len(used) == 23 * TURNS
+    for maps, others in used:  # an image's pixels are not among those of the images that were learnt from
+        own, pixel = maps.flatten(2, 3)[0, 0], others[:, 0, 0]
+        assert len(others) in (18, 19) and not (own[:, None] == pixel[None]).all(2).any()
+    # what is kept was learnt from all
+    assert [len(learnt_from[int(kept[0])]) for kept in cascade.calibration] == [23] * TURNS
 
 
 def test_only_so_many_of_the_measured_examples_count_as_the_pipeline_looks_at(measured, pools):
@@ -237,16 +252,14 @@ def test_of_a_biased_model_it_says_that_agreement_is_no_good_sign_and_still_lear
     assert report["stage 2"] > report["nearest"] + 0.2
 
 
-def test_a_cascade_that_gains_nothing_says_so():
-    cascade = CascadeSelector(passes=1)
-    for last, gains in ((0.5, False), (0.49, False), (0.51, True)):
-        cascade.report = {"nearest": 0.5, "stage 1": last}
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            cascade_fit._warn(cascade)
-        assert gains == (not seen)
-        if not gains:
-            assert f"{last:g}, no better than the nearest (0.5): measure on more images" in str(seen[0].message)
+@pytest.mark.parametrize(("last", "gains"), [(0.5, False), (0.49, False), (0.51, True)])
+def test_a_cascade_that_gains_nothing_says_so(last, gains):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        warn_of({"nearest": 0.5, "stage 1": last})
+    assert gains == (not seen)
+    if not gains:
+        assert f"{last:g}, no better than the nearest (0.5): measure on more images" in str(seen[0].message)
 
 
 def test_the_temperature_is_in_units_of_the_spread_inside_lists(fitted, measured, pools):
@@ -276,32 +289,33 @@ def test_of_examples_that_stand_and_fall_together_it_tries_one_of_each_kind(tmp_
         report = cascade.fit(pool, progress=False).report
     spread, shared = cascade.doubt.tolist()
     assert shared == 1 and spread > 0.2
-    lists, _, scores = first_stage(cascade, model, pool)
+    examples, lists, precedents = lists_of(model, pool)
+    first, scores = FirstStage.fit(columns_of(examples, lists, precedents), precedents, lists, None, tries=True)
+    assert torch.equal(first.doubt, cascade.doubt)
     best = lists.pick(scores.argsort(dim=1, descending=True)[:, :4]).mean_best()
     assert report["best tried"] > best + 0.15
+    # nothing that an image measured itself says what is tried on it
+    tried, leaking = (
+        lists.pick(first.shortlist(precedents.relations, scores, lists.rows, own, 4)).mean_best()
+        for own in (lists.images, None)
+    )
+    assert report["best tried"] == pytest.approx(tried) and abs(leaking - tried) > 1e-3
     # where nothing is shared, or nothing is unsure, the highest scores are tried
-    cascade.doubt.copy_(torch.tensor([0.0, 1.0]))
-    tried = cascade.shortlist(examples_of(model, pool), scores, lists.rows, lists.images, 4)
+    certain = FirstStage(first.scorer, torch.tensor([0.0, 1.0]))
+    tried = certain.shortlist(precedents.relations, scores, lists.rows, lists.images, 4)
     assert torch.equal(tried, scores.sort(dim=1, descending=True, stable=True).indices[:, :4])
 
 
-def test_what_is_unsure_and_shared_is_learnt_from_what_stage_1_leaves(fitted, measured, pools, monkeypatch):
-    model, pool, asked_for = measured(queries=21), pools["segmentation"], []
-    shortlist = CascadeSelector.shortlist
-    monkeypatch.setattr(
-        CascadeSelector, "shortlist", lambda *given: (asked_for.append(given[-2]), shortlist(*given))[1]
-    )
-    cascade = fitted(model=model)
-    spread, shared = cascade.doubt.tolist()
-    lists, _, scores = first_stage(cascade, model, pool)
-    # nothing that an image measured itself says what is tried on it
-    assert torch.equal(torch.cat(asked_for), lists.images)
-    left = lists.target - scores
-    left = left - left.mean(1, keepdim=True)
-    assert spread == pytest.approx(float(left.square().mean().sqrt()), rel=1e-5)
-    relations, x, y = cascade._relations(examples_of(model, pool)), [], []
-    for row, image, one in zip(lists.rows, lists.images, left, strict=True):
-        related = relations.between(row[None], image[None])[0]
+def test_what_is_unsure_and_shared_is_learnt_from_what_stage_1_leaves(measured, pools):
+    examples, lists, precedents = lists_of(measured(queries=21), pools["segmentation"])
+    first, scores = FirstStage.fit(columns_of(examples, lists, precedents), precedents, lists, None, tries=True)
+    spread, shared = first.doubt.tolist()
+    residual = lists.target - scores
+    residual = residual - residual.mean(1, keepdim=True)
+    assert spread == pytest.approx(float(residual.square().mean().sqrt()), rel=1e-5)
+    x, y = [], []
+    for row, image, one in zip(lists.rows, lists.images, residual, strict=True):
+        related = precedents.relations.between(row[None], image[None])[0]
         for i in range(K):
             for j in range(K):
                 if i != j:
@@ -311,55 +325,66 @@ def test_what_is_unsure_and_shared_is_learnt_from_what_stage_1_leaves(fitted, me
     assert shared == pytest.approx(min(1, max(0, slope)), abs=1e-4)
 
 
-def test_a_fusion_is_as_soft_as_was_best_on_the_pool(measured, pools, monkeypatch):
-    seen = []
-    fit_fusion = cascade_fit._fit_fusion
-    monkeypatch.setattr(cascade_fit, "_fit_fusion", lambda *given: (seen.append(given), fit_fusion(*given)))
-    weighed = {turn: [] for turn in range(TURNS)}
-    consensus = CascadeSelector.consensus
-    monkeypatch.setattr(CascadeSelector, "consensus", lambda *of: (weighed[of[-1]].append(of[3]), consensus(*of))[1])
-    for task in ("segmentation", "colourisation"):
-        model = measured(task)
-        cascade = CascadeSelector(model, passes=PASSES).fit(pools[task], progress=False)
-        # an image's consensus is made twice, for calibration and for features, and the second turn's by the scores of
-        # the first, which did not learn from the image
-        assert torch.equal(torch.cat(weighed[1]), seen[0][4].repeat(2, 1))
-        weighed[1].clear()
-        assert len(seen) == TURNS and cascade.temperature == float(cascade.temperatures[-1])
-        apart = model.measured_performance - model.measured_performance.mean(1, keepdim=True)
-        unit = float(apart.square().mean().sqrt())
-        assert float(cascade.temperatures[0]) == pytest.approx(0.4 * unit, rel=1e-4)
-        for _, examples, painted, truth, scores, known, turn in seen:
-            worth = {}
-            for softness in cascade_fit.FUSIONS:
-                total = 0.0
-                for answers, label, one in zip(painted, truth, scores, strict=True):
-                    weights = (one / (softness * unit)).softmax(0)
-                    mean = sum(w * answer for w, answer in zip(weights, answers)).expand(3, -1, -1)
-                    total += float(examples.task.score(mean[None], label[None])[0])
-                worth[softness] = total if task == "segmentation" else -total
-            best = max(worth, key=worth.get)
-            assert float(cascade.temperatures[turn + 1]) == pytest.approx(best * unit, rel=1e-4)
-            assert known.all() and max(worth.values()) > min(worth.values()) + 1e-6
-        seen.clear()
+@pytest.mark.parametrize("task", ["segmentation", "colourisation"])
+def test_a_fusion_is_as_soft_as_was_best_on_the_pool(task):
+    generator, task, unit = torch.Generator().manual_seed(0), find_task(task), torch.tensor(0.3)
+    truth = torch.rand(6, 3, 8, 8, generator=generator).round()
+    scores = torch.randn(6, 5, generator=generator) / 3
+    # the better an answer scores, the less noise
+    noise = torch.randn(6, 5, 1, 8, 8, generator=generator) * (0.7 - scores)[..., None, None, None].clamp(min=0.1)
+    painted = (truth.mean(1)[:, None, None] + noise).clamp(0, 1)
+    known = torch.ones(6, 5, dtype=torch.bool)
+    known[0, 3:] = False
+    worth = {}
+    for softness in FUSIONS:
+        total = 0.0
+        for answers, label, one, there in zip(painted, truth, scores, known, strict=True):
+            weights = (one[there] / (softness * unit)).softmax(0)
+            mean = sum(w * answer for w, answer in zip(weights, answers[there])).expand(3, -1, -1)
+            total += float(task.score(mean[None], label[None])[0])
+        worth[softness] = total if task.greater_is_better else -total
+    best = max(worth, key=worth.get)
+    assert worth[best] > min(worth.values()) + 1e-6
+    assert best_temperature(task, painted, truth, scores, known, unit) == pytest.approx(best * 0.3)
 
 
-def test_every_turn_weighs_the_answers_by_the_scores_of_the_one_before(fitted, measured, pools, monkeypatch):
-    model, pool, made, given = measured(), pools["segmentation"], [], []
-    cascade = fitted(model=model)
-    init, scored = Consensus.__init__, CascadeSelector.second_scores
+@pytest.mark.parametrize("task", ["segmentation", "colourisation"])
+def test_temperatures_are_in_units_of_the_spread_inside_lists(pools, measured, task):
+    model = measured(task)
+    cascade = fit(*lists_of(model, pools[task]), passes=PASSES, seed=None, progress=False)
+    # every turn is fitted at the temperature that was best after the one before
+    assert [turn.temperature for turn in cascade.turns] == cascade.temperatures[:TURNS].tolist()
+    assert task != "segmentation" or cascade.temperatures[0] != cascade.temperatures[1]
+    apart = model.measured_performance - model.measured_performance.mean(1, keepdim=True)
+    unit = float(apart.square().mean().sqrt())
+    assert float(cascade.temperatures[0]) == pytest.approx(0.4 * unit, rel=1e-4)
+    for temperature in cascade.temperatures[1:].tolist():
+        assert min(abs(temperature - softness * unit) for softness in FUSIONS) < 1e-4 * unit
 
-    def note(self, task, painted, scores, temperature, grid, known):
-        made.append((scores, temperature))
-        init(self, task, painted, scores, temperature, grid, known)
 
-    monkeypatch.setattr(Consensus, "__init__", note)
-    monkeypatch.setattr(CascadeSelector, "second_scores", lambda *all: (given.append(scored(*all)), given[-1])[1])
-    scores, *_ = cascade(asked(model), examples_of(model, pool), PASSES, K)
-    assert len(made) == len(given) == TURNS == 2
-    assert [temperature for _, temperature in made] == pytest.approx(cascade.temperatures[:TURNS].tolist())
-    assert torch.equal(made[1][0], given[0]) and not torch.equal(given[0], given[1])
-    torch.testing.assert_close(scores, given[1].sort(dim=1, descending=True).values)
+def test_every_turn_weighs_the_answers_by_the_scores_of_the_one_before(fitted, measured, pools):
+    model, pool = measured(), pools["segmentation"]
+    cascade, examples, queries = fitted(model=model), examples_of(model, pool), asked(model)
+    scores, rows, answers = cascade(queries, examples, PASSES, K)
+    (first, second), precedents = cascade.stages(), cascade.precedents(examples)
+    assert [turn.temperature for turn in second.turns] == pytest.approx(cascade.temperatures[:TURNS].tolist())
+    assert cascade.temperature == float(cascade.temperatures[-1])
+    # the same examples again, in the order in which they were chosen at last
+    similarity, near = pool.search(queries.views["vector"], K)
+    columns = cascade_stages.first_columns(queries.views, examples, precedents, similarity, near, None)
+    places = (near[:, :, None] == rows[:, None]).int().argmax(1)
+    tried = Tried(
+        examples.task,
+        answers,
+        queries.views["grid"],
+        torch.ones_like(rows, dtype=torch.bool),
+        cascade_stages.gathered(columns, places),
+    )
+    by_turns = [first.scores(columns, near >= 0).gather(1, places)]
+    for turn in second.turns:
+        by_turns.append(turn.scores(tried, by_turns[-1]))
+    assert not torch.allclose(by_turns[1], by_turns[2])
+    torch.testing.assert_close(scores, by_turns[-1], atol=1e-5, rtol=1e-4)
 
 
 # ---- with whatever there is
@@ -379,6 +404,7 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_it_is_fitted_from_what_there_is_and_chooses(measured, fitted, pools, monkeypatch, tmp_path, setting):
     monkeypatch.setattr(cascade_head, "STEPS", 3)
+    monkeypatch.setattr(cascade_head, "HEADS", 5)
     measuring, options = SETTINGS[setting]
     task = setting if setting in TASKS else "segmentation"
     model, pool = measured(task, **measuring), pools[task]
@@ -389,6 +415,10 @@ def test_it_is_fitted_from_what_there_is_and_chooses(measured, fitted, pools, mo
         assert torch.equal(value, again.state_dict()[name]), name
     assert cascade.report["best"] >= max(cascade.report[name] for name in ("nearest", "stage 1"))
     assert ("stage 2" in cascade.report) == (cascade.passes > 1)
+    # networks score in stage 1 and in the last turn
+    first, second = cascade.stages()
+    heads = [stage.scorer.heads is not None for stage in (first, *second.turns)]
+    assert heads == ([True, False, True] if cascade.head == "listwise" else [False] * len(heads))
     # one image is as in a batch
     pipe = VisualInContextPipeline(model.set_selector(cascade), pool=pool)
     outputs = pipe(photos(), num_examples=2)
@@ -411,8 +441,7 @@ def test_lists_may_be_of_different_lengths(measured, fitted, pools):
     for row in range(COUNT):  # some not at all, some shorter than what is tried
         gone = torch.randperm(K, generator=torch.Generator().manual_seed(row))[: row % (K + 1)]
         candidates[row, gone], performance[row, gone] = -1, 0
-    labels = candidates, performance
-    cascade = CascadeSelector(model, passes=PASSES).fit(pool, labels, progress=False)
+    cascade = CascadeSelector(model, passes=PASSES).fit(pool, (candidates, performance), progress=False)
     assert torch.equal(model.measured_candidates.long(), candidates)
     assert all(value.isfinite().all() for value in cascade.state_dict().values())
     assert cascade.report["images"] == int((candidates >= 0).any(1).sum())
@@ -456,12 +485,12 @@ def test_a_query_of_the_pool_is_not_shown_itself_nor_what_it_measured(fitted, me
     def change(performance):
         performance[3] = 5 * torch.rand(K, generator=torch.Generator().manual_seed(0))
 
-    other_labels(model, pool, change)
+    other_performance(model, pool, change)
     after = cascade(queries, examples_of(model, pool), 5, K)
     torch.testing.assert_close(after[0][0], before[0][0], atol=1e-4, rtol=1e-3)
     # but a new table counts at once
     drawn = torch.rand(COUNT, K, generator=torch.Generator().manual_seed(0))
-    other_labels(model, pool, lambda performance: performance.copy_(drawn))
+    other_performance(model, pool, lambda performance: performance.copy_(drawn))
     assert (cascade(queries, examples_of(model, pool), 5, K)[0] - before[0]).abs().amax(1).min() > 1e-3
 
 
@@ -618,6 +647,7 @@ def test_a_model_keeps_rankers_too(pools, tmp_path, reliable):
 @pytest.mark.parametrize("kind", ["ridge", "listwise", "ranker"])
 def test_half_precision_chooses_nearly_the_same(fitted, measured, pools, monkeypatch, kind):
     monkeypatch.setattr(cascade_head, "STEPS", 3)
+    monkeypatch.setattr(cascade_head, "HEADS", 5)
     model, pool = measured(), pools["segmentation"]
     model.set_selector(RankerSelector(ranker(3).eval()) if kind == "ranker" else fitted(model=model, head=kind))
     pipe = VisualInContextPipeline(model, pool=pool)
@@ -691,13 +721,13 @@ def test_another_pool_and_one_that_was_changed_since(fitted, measured, pools, tm
     pool.remove(["scene 4"])
     with pytest.raises(ValueError, match=r"or it was changed since. Run measure_examples and cascade.fit again"):
         pipe(scene(100)[0])
-    with pytest.raises(ValueError, match=r"labels were measured on the pool .* run measure_examples again"):
+    with pytest.raises(ValueError, match=r"performance was measured on the pool .* run measure_examples again"):
         cascade.fit(pool)
     pool.add(rows(2, 50), progress=False)
     with pytest.raises(ValueError, match="or it was changed since"):
         pipe(scene(100)[0])
     measure_examples(model, pool, candidates=8, progress=False)
-    with pytest.raises(ValueError, match="a model keeps a cascade with the labels that it was fitted on"):
+    with pytest.raises(ValueError, match="a model keeps a cascade with the performance that it was fitted on"):
         model.set_selector(cascade)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -745,31 +775,41 @@ def spoilt(candidates, performance, what):
         ("equal", "0.25 everywhere: .* look at the metric"),
         ("few", r"9 pool images were measured on, and a cascade needs 10 .* more queries="),
         ("rows", f"candidates up to {COUNT}, for a pool of {COUNT}: they are of another pool; run measure_examples"),
-        ("images", f"labels of {COUNT - 1} images, .* another pool"),
-        ("nothing", "labels of 0 images, .* another pool"),
+        ("images", f"measured on {COUNT - 1} images, .* another pool"),
+        ("nothing", "measured on 0 images, .* another pool"),
         ("itself", "row 4 of the pool as an example for itself.* set candidates to -1"),
         ("shape", r"must both be \(n, K\), as measure_examples returns them"),
         ("short", f"passes={PASSES}, but at most {PASSES} candidates .* lower passes="),
     ],
 )
-def test_labels_that_nothing_can_be_learnt_from(measured, pools, what, message):
+def test_performance_that_nothing_can_be_learnt_from(measured, pools, what, message):
     model, pool = measured(), pools["segmentation"]
-    labels = spoilt(model.measured_candidates, model.measured_performance, what)
+    spoilt_table = spoilt(model.measured_candidates, model.measured_performance, what)
     before = model.measured_performance.clone()
     with pytest.raises(ValueError, match=message):
-        CascadeSelector(model, passes=PASSES).fit(pool, labels, progress=False)
-    if what not in ("equal", "few", "short"):  # those are fine labels, for others
-        assert torch.equal(model.measured_performance, before)
+        CascadeSelector(model, passes=PASSES).fit(pool, spoilt_table, progress=False)
+    assert torch.equal(model.measured_performance, before)
 
 
-def test_labels_that_are_not_there(pools):
+def test_performance_that_is_not_there(pools):
     model, pool = make_model(encoder=ENCODER), pools["segmentation"]
-    with pytest.raises(ValueError, match=r"there are no labels: pass labels=measure_examples"):
+    with pytest.raises(ValueError, match=r"nothing was measured: pass measured=measure_examples"):
         CascadeSelector(model).fit(pool)
-    with pytest.raises(TypeError, match=r"labels= must be \(candidates, performance\)"):
+    with pytest.raises(TypeError, match=r"measured= must be \(candidates, performance\)"):
         CascadeSelector(model).fit(pool, torch.zeros(3, 4))
-    with pytest.raises(TypeError, match=r"labels= must be \(candidates, performance\)"):
+    with pytest.raises(TypeError, match=r"measured= must be \(candidates, performance\)"):
         CascadeSelector(model).fit(pool, ([1, 2], [3, 4]))
+
+
+def test_the_old_name_of_measured_is_still_taken(measured, pools):
+    model, pool = measured(queries=12), pools["segmentation"]
+    table = model.measured_candidates.long(), model.measured_performance.clone()
+    expected = CascadeSelector(model, passes=1).fit(pool, measured=table, progress=False)
+    other = make_model(encoder=ENCODER)
+    with pytest.warns(FutureWarning, match="labels= is called measured= now") as seen:
+        cascade = CascadeSelector(other, passes=1).fit(pool, labels=table, progress=False)
+    assert seen[0].filename == __file__ and cascade.report == expected.report
+    assert torch.equal(other.measured_performance, table[1])
 
 
 def test_the_list_of_the_pipeline_may_be_no_longer_than_what_is_tried(measured, pools):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tables import CASES, drawn, table
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,27 +24,11 @@ from hf_effdl.vicl.remote_code.cascade_rows import RowModel, quarters_of
 from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
-def drawn(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def unit(*shape: int, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=drawn(seed)), dim=-1)
 
 
 # ---- the row model
-
-
-def table(n: int, labelled: list[int], count: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Measured candidates, in a random order, and performance; of some images, and of all others or of `count`."""
-    generator = drawn(seed)
-    count = n - 1 if count is None else count
-    measured, performance = torch.full((n, count), -1), torch.zeros(n, count)
-    for row in labelled:
-        others = torch.randperm(n, generator=generator)
-        measured[row] = others[others != row][:count]
-        performance[row] = torch.rand(count, generator=generator) + 0.1 * row
-    return measured, performance
 
 
 def by_hand(
@@ -89,14 +74,6 @@ def by_hand(
             pairs = [(w, v) for w, v in pairs if v is not None]
             found.append(sum(w * v for w, v in pairs) / (sum(w for w, _ in pairs) + 0.1))
     return [*found, quality if complete else sum(seen) / (len(seen) + 1)]
-
-
-CASES = {
-    "all pairs": (list(range(14)), None),
-    "all examples on some images": ([1, 3, 4, 7, 8, 12, 13], None),
-    "some examples on all images": (list(range(14)), 6),
-    "some examples on some images": ([0, 2, 5, 6, 9, 11], 5),
-}
 
 
 @pytest.mark.parametrize("case", CASES)

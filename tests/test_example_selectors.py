@@ -9,9 +9,12 @@ import torch
 from scenes import SIZE, TASKS, label_of, make_model, make_pool, rows, scene, tiny_encoder
 
 from hf_effdl import measure_examples
-from hf_effdl.vicl.remote_code import strategies as example_selectors
-from hf_effdl.vicl.remote_code.strategies import STRATEGIES, Examples, Queries, find_strategy
-from hf_effdl.vicl.remote_code.visual_tasks import find_task, pixels
+from hf_effdl.vicl.remote_code import examples as examples_module
+from hf_effdl.vicl.remote_code import strategies
+from hf_effdl.vicl.remote_code.examples import Examples, Queries
+from hf_effdl.vicl.remote_code.images import pixels
+from hf_effdl.vicl.remote_code.strategies import STRATEGIES, find_strategy
+from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
 COUNT, K = 15, 6
@@ -189,12 +192,12 @@ def test_kept_feature_maps_are_those_that_would_be_computed(tmp_path, pools, tas
 @pytest.mark.parametrize("missing", [0, 0.5])
 @pytest.mark.parametrize("neighbours", [3, 40])
 def test_transfer_is_the_formula(examples, monkeypatch, neighbours, missing):
-    monkeypatch.setattr(example_selectors, "NEIGHBOURS", neighbours)
+    monkeypatch.setattr(strategies, "NEIGHBOURS", neighbours)
     table, mean = residuals(*set_table(examples, missing))
     queries = ask(examples, range(100, 104))
     expected = []
     for near in nearest_by_hand(queries, examples.pool):
-        weights = np.exp(np.array([cosine for _, cosine in near[:neighbours]]) / example_selectors.TEMPERATURE)
+        weights = np.exp(np.array([cosine for _, cosine in near[:neighbours]]) / strategies.TEMPERATURE)
         weights /= weights.sum()
         expected.append(
             [(c, sum(w * table.get((j, c), mean.get(c, 0)) for w, (j, _) in zip(weights, near))) for c, _ in near[:K]]
@@ -321,7 +324,7 @@ def test_the_cache_keeps_to_its_limit_and_changes_nothing(pools, monkeypatch):
     expected = [STRATEGIES[name](queries, plain, count, K) for name, count in rounds]
     each = 4 * max(3 * SIZE * SIZE, 16 * 16)  # bytes of the largest thing that is kept
     for limit in (0, each, 5 * each):
-        monkeypatch.setattr(example_selectors, "CACHE_BYTES", limit)
+        monkeypatch.setattr(examples_module, "CACHE_BYTES", limit)
         small = Examples(pool, model, task)
         for (name, count), (scores, chosen) in zip(rounds, expected):
             found = STRATEGIES[name](queries, small, count, K)

@@ -254,7 +254,7 @@ def test_the_names_are_those_of_the_photos(make_splits, data_folder):
 
 def test_the_copies_are_what_the_encoder_finds(make_splits, data_folder, tmp_path):
     from hf_effdl import VisionEncoder
-    from hf_effdl.vicl.remote_code.visual_tasks import pixels
+    from hf_effdl.vicl.remote_code.images import pixels
 
     names = sorted({*ALIKE, *(name for pair in PAIRS for name in pair)})
     encoder = VisionEncoder.from_pretrained(

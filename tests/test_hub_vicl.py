@@ -1,69 +1,14 @@
-"""A pool and a visual in-context model on a Hub over HTTP: pushed by one process, run by others, also without us."""
+"""Pools and visual in-context models on a Hub over HTTP: pushed by one process, run by others, also without us."""
 
+import ast
 import json
 
 import pytest
 from hub import LoopbackHub
+from hub_scripts import MAKE, PUSH, WITH_US, WITHOUT_US
 
 
-MAKE = """
-import json, sys
-import numpy as np, torch
-from datasets import Dataset, Features, Image, Value
-from PIL import Image as Picture
-from transformers import AutoModel, ViTConfig, ViTModel
-from hf_effdl import ExamplePool, FeatureMatching, VisionEncoder, VisualInContextModel, VisualInContextPipeline
-
-torch.manual_seed(0)
-
-def scene(i):
-    rng = np.random.default_rng(i)
-    image = rng.integers(0, 80, (40, 48, 3), dtype=np.uint8)
-    x, y = rng.integers(0, 28), rng.integers(0, 20)
-    image[y : y + 20, x : x + 20] += np.array([150, 20, 20], dtype=np.uint8)
-    mask = np.zeros((40, 48), np.uint8)
-    mask[y : y + 20, x : x + 20] = 1
-    return Picture.fromarray(image), Picture.fromarray(mask)
-
-pairs = [scene(i) for i in range(12)]
-features = Features({"image": Image(), "mask": Image(), "name": Value("string")})
-rows = {"image": [a for a, _ in pairs], "mask": [b for _, b in pairs], "name": [f"scene {i}" for i in range(12)]}
-dataset = Dataset.from_dict(rows, features=features)
-query = scene(99)[0]
-
-def tiny():
-    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32,
-                       patch_size=8)
-    return ViTModel(config, add_pooling_layer=False)
-
-def plain(out):
-    prediction = out["prediction"]
-    return [prediction.tolist(), str(prediction.dtype), out["example_ids"], out["scores"]]
-"""
-WITHOUT_US = """
-import json, sys
-sys.modules["hf_effdl"] = None  # importing it raises
-from PIL import Image
-from transformers import pipeline
-pipe = pipeline(model={repo!r}, trust_remote_code=True)
-query = Image.open({query!r})
-out = pipe(query)
-batch = pipe([query, query], num_examples=3)
-print(json.dumps([out["prediction"].tolist(), str(out["prediction"].dtype), out["example_ids"], out["scores"],
-                  len(batch), len(batch[1]["example_ids"]), pipe.plot(query).size[1] > 0, pipe.model.config.pool]))
-"""
-WITH_US = """
-import json
-from PIL import Image
-from hf_effdl import VisualInContextModel, VisualInContextPipeline
-from transformers import AutoModel
-pipe = VisualInContextPipeline(model={repo!r})
-out = pipe(Image.open({query!r}))
-model = VisualInContextModel.from_pretrained({repo!r})
-auto = AutoModel.from_pretrained({repo!r})  # no trust_remote_code: the class is registered
-assert type(auto) is type(model)
-print(json.dumps([out["prediction"].tolist(), str(out["prediction"].dtype), out["example_ids"], out["scores"]]))
-"""
+KINDS = ("embedded", "named", "cascade", "ranker")
 
 
 @pytest.fixture(scope="module")
@@ -72,107 +17,84 @@ def hub():
         yield server
 
 
-def last_line(output: str) -> list:
-    return json.loads(output.strip().splitlines()[-1])
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hub")
 
 
-def test_a_model_with_embedded_weights_runs_anywhere(hub, tmp_path):
-    query = str(tmp_path / "query.png")
-    pushed = hub.run(
-        MAKE
-        + f"""
-encoder = VisionEncoder(tiny())
-pool = ExamplePool.from_dataset(dataset, label_column="mask", encoder=encoder, id_column="name",
-                                cache_dir={str(tmp_path / "cache")!r}, progress=False)
-pipe = VisualInContextPipeline(VisualInContextModel.from_parts(FeatureMatching(encoder)), "dense", pool)
-query.save({query!r})
-pipe.push_to_hub("tester/icl")
-print(json.dumps(plain(pipe(query))))
-""",
-        home=tmp_path / "a",
-    )
-    expected = last_line(pushed)
-    tree = hub.repos["model", "tester/icl"].head.tree
-    config = json.loads(tree["config.json"])
-    assert (
-        config["pool"] == "tester/icl-pool"
-        and config["pool_revision"] == hub.repos["dataset", "tester/icl-pool"].head.oid
-    )
-    assert config["strategy"] == "dense"
+@pytest.fixture(scope="module")
+def pushed(hub, folder):
+    """What pipelines of each kind answered in the process that pushed them."""
+    code = MAKE + PUSH.format(cache=str(folder / "cache"), query=str(folder / "query.png"))
+    return json.loads(hub.run(code, home=folder / "a").strip().splitlines()[-1])
+
+
+def answers(hub, folder, script, home):
+    code = "\n".join(script.format(repo=f"tester/{kind}", query=str(folder / "query.png")) for kind in KINDS)
+    lines = hub.run(code, home=folder / home).strip().splitlines()[-len(KINDS) :]
+    return dict(zip(KINDS, map(json.loads, lines), strict=True))
+
+
+@pytest.fixture(scope="module")
+def without_us(hub, folder, pushed):
+    return answers(hub, folder, WITHOUT_US, "b")
+
+
+@pytest.fixture(scope="module")
+def with_us(hub, folder, pushed):
+    return answers(hub, folder, WITH_US, "c")
+
+
+def tree_of(hub, kind):
+    tree = hub.repos["model", f"tester/{kind}"].head.tree
+    return tree, json.loads(tree["config.json"]), tree["README.md"].decode()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_pushed_answers_the_same_anywhere(pushed, without_us, with_us, kind):
+    for found in (without_us[kind], with_us[kind]):
+        assert found[:3] == pushed[kind][:3] and found[3] == pytest.approx(pushed[kind][3], abs=1e-5)
+    assert without_us[kind][4:7] == [2, 3, True]
+
+
+def test_a_model_with_embedded_weights_names_its_pool_and_no_folder_of_ours(hub, pushed, without_us):
+    tree, config, card = tree_of(hub, "embedded")
+    head = hub.repos["dataset", "tester/embedded-pool"].head
+    assert (config["pool"], config["pool_revision"]) == ("tester/embedded-pool", head.oid)
+    assert config["strategy"] == "dense" and "tester/embedded-pool" in card
     assert "_name_or_path" not in config["frozen_model"]["backbone"]["config"]
-    assert b"hf_effdl" not in b"".join(
-        line
-        for name, text in tree.items()
-        if name.endswith(".py")
-        for line in text.splitlines()
-        if line.startswith((b"import", b"from"))
-    )
-    assert "tester/icl-pool" in tree["README.md"].decode()
-    found = last_line(hub.run(WITHOUT_US.format(repo="tester/icl", query=query), home=tmp_path / "b"))
-    assert found[:3] == expected[:3] and found[3] == pytest.approx(expected[3], abs=1e-6)
-    assert found[4:] == [2, 3, True, "tester/icl-pool"]
-    found = last_line(hub.run(WITH_US.format(repo="tester/icl", query=query), home=tmp_path / "c"))
-    assert found[:3] == expected[:3] and found[3] == pytest.approx(expected[3], abs=1e-6)
+    assert without_us["embedded"][7] == "tester/embedded-pool"
 
 
-def test_the_commit_that_was_loaded_is_the_one_that_is_named_and_folders_here_are_not(hub, tmp_path):
-    hub.run(
-        MAKE
-        + f"""
-from transformers import SegGptConfig, SegGptForImageSegmentation
-sizes = {{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "decoder_hidden_size": 4}}
-shape = {{"image_size": (64, 32), "patch_size": 8, "pretrain_image_size": 32, "merge_index": 0}}
-config = SegGptConfig(**sizes, **shape, intermediate_hidden_state_indices=[0, 1])
-from huggingface_hub import HfApi
-commits = []
-for _ in range(2):  # two sets of weights
-    SegGptForImageSegmentation(config).push_to_hub("tester/seggpt")
-    commits.insert(0, HfApi().model_info("tester/seggpt").sha)
-model = VisualInContextModel.from_backbone("tester/seggpt", revision=commits[1])
-assert model.config.frozen_model["backbone"] == {{"id": "tester/seggpt", "revision": commits[1]}}
-assert model.encoder.describe()["revision"] == commits[1]
-model.save_pretrained("saved")
-again = VisualInContextModel.from_pretrained("saved")
-assert again.encoder.fingerprint == model.encoder.fingerprint and again.frozen.revision == commits[1]
-assert VisualInContextModel.from_backbone("tester/seggpt").frozen.revision == commits[0]
-
-tiny().save_pretrained("vit")
-pool = ExamplePool.from_dataset(dataset, label_column="mask", encoder="vit", cache_dir={str(tmp_path / "cache")!r},
-                                progress=False)
-assert pool.encoder["id"] == "vit"
-pool.push_to_hub("tester/local")
-again = ExamplePool.from_pretrained("tester/local")
-assert again.encoder["id"] is None and again.fingerprint == pool.fingerprint
-""",
-        home=tmp_path / "a",
-    )
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_code_that_travels_imports_nothing_of_ours(hub, pushed, kind):
+    tree, _, _ = tree_of(hub, kind)
+    nodes = [node for name, text in tree.items() if name.endswith(".py") for node in ast.walk(ast.parse(text))]
+    imported = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    imported += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    assert imported and not [module for module in imported if module.startswith("hf_effdl")]
+    siblings = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level}
+    assert {f"{name}.py" for name in siblings} <= tree.keys()
 
 
-def test_backbones_with_a_repository_are_named_and_not_copied(hub, tmp_path):
-    query = str(tmp_path / "query.png")
-    pushed = hub.run(
-        MAKE
-        + f"""
-tiny().push_to_hub("tester/vit")
-encoder = VisionEncoder.from_pretrained("tester/vit")
-pool = ExamplePool.from_dataset(dataset, label_column="mask", encoder="tester/vit", id_column="name",
-                                cache_dir={str(tmp_path / "cache")!r}, progress=False)
-pool.push_to_hub("tester/scenes")
-pipe = VisualInContextPipeline("tester/vit", pool="tester/scenes")
-query.save({query!r})
-pipe.push_to_hub("tester/named")
-print(json.dumps(plain(pipe(query))))
-""",
-        home=tmp_path / "a",
-    )
-    expected = last_line(pushed)
-    tree = hub.repos["model", "tester/named"].head.tree
-    config = json.loads(tree["config.json"])
-    vit = hub.repos["model", "tester/vit"].head
+def test_backbones_with_a_repository_are_named_and_not_copied(hub, pushed):
+    tree, config, _ = tree_of(hub, "named")
+    vit, pool = hub.repos["model", "tester/vit"].head, hub.repos["dataset", "tester/scenes"].head
     assert config["frozen_model"]["backbone"] == {"id": "tester/vit", "revision": vit.oid}
-    assert (
-        config["pool"] == "tester/scenes" and config["pool_revision"] == hub.repos["dataset", "tester/scenes"].head.oid
-    )
+    assert (config["pool"], config["pool_revision"]) == ("tester/scenes", pool.oid)
     assert len(tree["model.safetensors"]) < 1000 < len(vit.tree["model.safetensors"])
-    found = last_line(hub.run(WITHOUT_US.format(repo="tester/named", query=query), home=tmp_path / "b"))
-    assert found[:3] == expected[:3]
+
+
+@pytest.mark.parametrize("kind", ["cascade", "ranker"])
+def test_a_kept_selector_is_the_default_and_the_card_says_so(hub, pushed, kind):
+    tree, config, card = tree_of(hub, kind)
+    assert config["strategy"] == config["selector"]["kind"] == kind
+    assert "## How examples are chosen (the default)" in card
+    assert {"cascade.py", "cascade_fit.py", "cascade_rows.py", "ranker_designs.py"} <= tree.keys()
+
+
+def test_the_commit_that_was_loaded_is_the_one_that_is_named_and_folders_here_are_not(pushed):
+    named = pushed["commits"]
+    assert named["loaded"] == named["asked"] and named["encoder"] == named["asked"]["revision"]
+    assert named["saved"] == named["encoder"] and named["newest"] != named["encoder"]
+    assert named["folder"] == "vit" and named["pushed folder"] is None and named["same pool"]

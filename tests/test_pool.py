@@ -23,8 +23,10 @@ from torch.utils.data import DataLoader
 
 from hf_effdl.vicl.pool import index as pool_index
 from hf_effdl.vicl.pool.pool import ExamplePool
-from hf_effdl.vicl.remote_code.pool_reader import PoolReader, exact_search
-from hf_effdl.vicl.remote_code.visual_tasks import Segmentation, find_task, pixels
+from hf_effdl.vicl.remote_code.images import pixels
+from hf_effdl.vicl.remote_code.pool_reader import PoolReader
+from hf_effdl.vicl.remote_code.pool_search import exact_search
+from hf_effdl.vicl.remote_code.visual_tasks import Segmentation, find_task
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def same(pool, other) -> None:
     torch.testing.assert_close(pool.vectors, other.vectors)
     torch.testing.assert_close(pool.tokens(range(len(pool))), other.tokens(range(len(pool))), atol=1e-3, rtol=1e-3)
     for row in range(len(pool)):
-        assert pool._read(row) == other._read(row)
+        assert pool.files(row) == other.files(row)
 
 
 # ---- what goes in
@@ -70,7 +72,7 @@ def test_every_row_comes_back_as_it_was(make, task):
     raw = ds.cast_column("image", Image(decode=False))["image"]
     for row in range(13):
         assert pool.position(ds[row]["name"]) == row
-        assert pool._read(row)[0] == raw[row]["bytes"]  # the very file
+        assert pool.files(row)[0] == raw[row]["bytes"]  # the very file
         assert pool.image(row).mode == "RGB" and pool.image(row).size == (20, 14)
         if task == "segmentation":
             mask = np.array(ds[row]["label"])
@@ -106,7 +108,7 @@ def test_files_that_browsers_show_are_kept_and_others_become_png(make):
     }
     ds = Dataset.from_dict({"image": list(contents.values()), "name": list(contents)})
     pool = make(ds, task="colourisation", id_column="name")
-    kept = [id for row, id in enumerate(pool.ids) if pool._read(row)[0] == contents[id]]
+    kept = [id for row, id in enumerate(pool.ids) if pool.files(row)[0] == contents[id]]
     assert kept == ["jpg", "cmyk", "webp", "16 bit", "palette", "turned"]
     assert pool.image(pool.position("turned")).size == (14, 20)
     assert np.array_equal(np.array(pool.image(pool.position("bmp"))), np.array(image))
@@ -426,6 +428,23 @@ def test_two_processes_make_what_one_makes(tmp_path):
     same(two, one)
 
 
+def test_a_run_that_was_cut_off_goes_on_from_its_finished_shards(make):
+    class Breaking(Encoder):
+        def forward(self, pixels):
+            if self.rows >= 12:
+                raise RuntimeError("power cut")
+            return super().forward(pixels)
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        make(rows(37), encoder=Breaking())
+    encoder = Encoder()
+    pool = make(rows(37), encoder=encoder)
+    assert encoder.rows == 37 - 10  # two shards of 5 were whole
+    same(pool, make(rows(37), cache_dir=pool.cache_dir / "whole"))
+    assert not list((pool.folder / "data").glob(".*"))
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_finished_shards(tmp_path):
     whole = ExamplePool.from_dataset(
         rows(37), encoder=Encoder(), cache_dir=tmp_path / "whole", rows_per_shard=5, batch_size=2, progress=False
@@ -515,7 +534,7 @@ def test_adding_and_removing_is_as_good_as_starting_over(make, tmp_path):
     assert pool.ids == [str(i) for i in kept] and torch.equal(pool.vectors, whole.vectors[kept])
     assert torch.equal(pool.tokens(range(12)), whole.tokens(kept))
     for row, i in enumerate(kept):
-        assert pool._read(row) == whole._read(i) and pool.position(i) == row
+        assert pool.files(row) == whole.files(i) and pool.position(i) == row
     wanted = brute_force(whole.vectors[kept], whole.vectors, 12)
     assert torch.equal(pool.search(whole.vectors, 12)[1], wanted[1])
     names = concatenate_datasets([first, second, third]).select(kept).add_column("id", [str(i) for i in kept])

@@ -40,7 +40,7 @@ PUSH = """
     def same(pool, other):
         assert (pool.ids, pool.fingerprint, pool.encoder) == (other.ids, other.fingerprint, other.encoder)
         assert pool.vectors.equal(other.vectors) and pool.tokens([3, 0]).equal(other.tokens([3, 0]))
-        assert [pool._read(row) for row in range(len(pool))] == [other._read(row) for row in range(len(pool))]
+        assert [pool.files(row) for row in range(len(pool))] == [other.files(row) for row in range(len(pool))]
 
     ds = rows(10)
     pool = ExamplePool.from_dataset(ds, id_column="name", keep_grids=True, **options)

@@ -475,13 +475,13 @@ def test_covering_lists_of_two_lengths_make_130_and_30_lists():
     rankers, generators = [known(5), known(10)], [torch.Generator().manual_seed(0)]
     selector = RankerSelector(rankers)
     tokens = torch.randn(1, 50, 5, D)
-    found = selector._ranking(torch.zeros(1, 5, D), tokens, None, generators)
+    found = selector.rank(torch.zeros(1, 5, D), tokens, None, generators)
     counts = [ranker.seen[0][1] for ranker in rankers]
     assert all(bound <= count <= 1.25 * bound + 1 for count, bound in zip(counts, (130, 30)))
     order, truth = found[0].argsort(), tokens[0, :, 0, 0].argsort()
     agreement = torch.corrcoef(torch.stack([order.argsort(), truth.argsort()]).float())[0, 1]
     assert agreement > 0.95
-    RankerSelector(rankers, passes=3)._ranking(torch.zeros(1, 5, D), tokens, None, generators)
+    RankerSelector(rankers, passes=3).rank(torch.zeros(1, 5, D), tokens, None, generators)
     assert [ranker.seen[1][1] for ranker in rankers] == [3 * count for count in counts]
 
 

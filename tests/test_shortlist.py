@@ -5,14 +5,10 @@ import math
 
 import pytest
 import torch
-from test_cascade_features import CASES, table
+from tables import CASES, drawn, table
 from torch import Tensor
 
 from hf_effdl.vicl.remote_code.cascade_shortlist import Relations, best_together
-
-
-def drawn(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def covariances(batch: int, size: int, seed: int) -> Tensor:
@@ -35,11 +31,10 @@ def clark(mean: Tensor, covariance: Tensor, i: int, j: int) -> float:
     )
 
 
-def expected_best(mean: Tensor, covariance: Tensor, chosen) -> float:
-    """By many draws of its own."""
+def draws_of(mean: Tensor, covariance: Tensor) -> Tensor:
+    """Many, of its own."""
     root = torch.linalg.cholesky(covariance.double())
-    draws = mean.double() + torch.randn(20_000, len(mean), generator=drawn(99), dtype=torch.float64) @ root.T
-    return float(draws[:, list(chosen)].amax(1).mean())
+    return mean.double() + torch.randn(20_000, len(mean), generator=drawn(99), dtype=torch.float64) @ root.T
 
 
 def test_the_second_is_the_one_with_which_the_expected_maximum_is_largest():
@@ -63,7 +58,8 @@ def test_few_that_were_chosen_greedily_are_nearly_the_best_few():
     scores, covariance = torch.randn(6, 8, generator=drawn(2)), covariances(6, 8, 3)
     found = best_together(scores, covariance, all_known(scores), 3)
     for one, mean, spread in zip(found.tolist(), scores, covariance, strict=True):
-        worth = {few: expected_best(mean, spread, few) for few in itertools.combinations(range(8), 3)}
+        draws = draws_of(mean, spread)
+        worth = {few: float(draws[:, few].amax(1).mean()) for few in itertools.combinations(range(8), 3)}
         alone, best = float(mean.max()), max(worth.values())
         assert worth[tuple(sorted(one))] - alone > 0.93 * (best - alone)
         top = tuple(sorted(mean.argsort(descending=True)[:3].tolist()))

@@ -9,29 +9,25 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from answers import QUERIES, Mirror, check_contract, photos, plain, tiny_seggpt
 from datasets import Image
 from PIL import Image as Picture
 from scenes import SIZE, TASKS, label_of, make_model, make_pool, rows, scene, tiny_encoder, tiny_vit
 from torch.nn import functional as F
-from transformers import SegGptConfig, SegGptForImageSegmentation, pipeline
+from transformers import pipeline
 
 import hf_effdl
 from hf_effdl import SegGptInContext, VisionEncoder, VisualInContextModel, VisualInContextPipeline, measure_examples
-from hf_effdl.vicl.remote_code.frozen_canvas import CanvasModel, vote
-from hf_effdl.vicl.remote_code.pipeline_picture import CAPTION, GAP, draw_panels
+from hf_effdl.vicl.remote_code import pipeline_visual_in_context as pipeline_module
+from hf_effdl.vicl.remote_code.frozen_canvas import vote
+from hf_effdl.vicl.remote_code.frozen_model import FrozenModel
+from hf_effdl.vicl.remote_code.images import pixels
+from hf_effdl.vicl.remote_code.modeling_visual_in_context import FROZEN
+from hf_effdl.vicl.remote_code.pipeline_picture import CAPTION, GAP, LEGEND, Answer, Shown, draw_panels
 from hf_effdl.vicl.remote_code.pool_reader import PoolReader
-from hf_effdl.vicl.remote_code.visual_tasks import pixels
 
 
 COUNT = 12
-QUERIES = list(range(100, 105))
-
-
-class Mirror(CanvasModel):
-    """Paints the query's mirror image, and some of the example's label, so that every arrangement matters."""
-
-    def paint(self, canvas, mask):
-        return (0.5 * canvas.flip(3) + 0.5 * canvas.flip(2)).clamp(0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -46,54 +42,6 @@ def pipes(pools):
         return VisualInContextPipeline(make_model(task), selector, pool or pools[task], **options)
 
     return make
-
-
-def tiny_seggpt():
-    torch.manual_seed(0)
-    values = {
-        "hidden_size": 16,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "decoder_hidden_size": 8,
-        "image_size": (2 * SIZE, SIZE),
-        "patch_size": 8,
-        "pretrain_image_size": 16,
-        "merge_index": 0,
-        "intermediate_hidden_state_indices": (1, 2),
-        "initializer_range": 0.2,
-    }
-    return SegGptForImageSegmentation(SegGptConfig(**values))
-
-
-def photos(numbers=QUERIES):
-    return [scene(number)[0] for number in numbers]
-
-
-def plain(output):
-    """Something that == compares, for each kind of prediction."""
-    prediction = output["prediction"]
-    if prediction is not None and not isinstance(prediction, list):
-        prediction = np.asarray(prediction).tolist()
-    return prediction, output["example_ids"], output["scores"]
-
-
-def check_contract(task, output, image, m, ids):
-    assert set(output) == {"prediction", "example_ids", "scores"}
-    names, scores, prediction = output["example_ids"], output["scores"], output["prediction"]
-    assert isinstance(names, list) and isinstance(scores, list) and len(names) == len(scores) == m
-    assert all(isinstance(name, str) and name in ids for name in names) and len(set(names)) == m
-    assert all(isinstance(score, float) for score in scores) and scores == sorted(scores, reverse=True)
-    width, height = image.size
-    if task == "segmentation":
-        assert isinstance(prediction, np.ndarray) and prediction.dtype == np.uint8
-        assert prediction.shape == (height, width) and set(np.unique(prediction)) <= {0, 1}
-    elif task == "detection":
-        if prediction is not None:
-            x0, y0, x1, y1 = prediction
-            assert all(type(value) is int for value in prediction)
-            assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
-    else:
-        assert isinstance(prediction, Picture.Image) and prediction.mode == "RGB" and prediction.size == image.size
 
 
 # ---- what comes out
@@ -703,19 +651,19 @@ def test_a_picture_has_a_row_for_each_query(pipes, pools, task, tmp_path):
     outputs = pipe(images)
     for height in (40, 160):
         picture = pipe.plot(images, outputs, height=height, path=tmp_path / "panel.png")
-        assert picture.mode == "RGB" and picture.height == 3 * (height + CAPTION + GAP)
+        assert picture.mode == "RGB" and picture.height == LEGEND + 3 * (height + CAPTION + GAP)
         wide = [
             width_of(
                 [*(pools[task].image(pools[task].position(id)) for id in output["example_ids"]), image, image], height
             )
             for image, output in zip(images, outputs)
         ]
-        assert picture.width == max(wide)
+        assert picture.width == max(wide) or height < 160  # where the legend is wider
         assert np.array_equal(np.array(Picture.open(tmp_path / "panel.png")), np.array(picture))
     run = pipe.plot(images, height=160)
     assert np.array_equal(np.array(run), np.array(picture))
     single = pipe.plot(images[0])
-    assert single.height == 160 + CAPTION + GAP
+    assert single.height == LEGEND + 160 + CAPTION + GAP
     assert np.array_equal(np.array(pipe.plot(images[0], outputs[0])), np.array(single))
     label = label_of(task, QUERIES[0])
     assert pipe.plot(images[0], strategy="oracle", labels=label).height == single.height
@@ -726,8 +674,9 @@ def test_panels_show_examples_then_the_query_then_the_prediction(pipes):
     pipe, image = pipes(), scene(100)[0]
     output = pipe(image) | {"prediction": np.zeros(image.size[::-1], np.uint8)}
     height = image.height  # so that nothing is resized
-    picture = np.array(pipe.plot(image, output, height=height))
-    right = picture.shape[1] - GAP - image.width
+    picture = np.array(pipe.plot(image, output, height=height))[LEGEND:]
+    shown = pipe.pool.image(pipe.pool.position(output["example_ids"][0]))
+    right = width_of([shown, image], height)
     prediction = picture[CAPTION : CAPTION + height, right : right + image.width]
     query = picture[CAPTION : CAPTION + height, right - GAP - image.width : right - GAP]
     assert np.array_equal(query, np.array(image))
@@ -736,10 +685,10 @@ def test_panels_show_examples_then_the_query_then_the_prediction(pipes):
 
 def test_a_picture_of_nothing_found_or_of_odd_shapes(pipes):
     pipe, image = pipes("detection"), scene(100)[0]
-    assert pipe.plot(image, pipe(image) | {"prediction": None}).height == 160 + CAPTION + GAP
+    assert pipe.plot(image, pipe(image) | {"prediction": None}).height == LEGEND + 160 + CAPTION + GAP
     wide, tall = Picture.new("RGB", (300, 2), "red"), Picture.new("RGB", (2, 300), "blue")
     for one in (wide, tall):
-        assert pipe.plot(one, height=50).height == 50 + CAPTION + GAP
+        assert pipe.plot(one, height=50).height == LEGEND + 50 + CAPTION + GAP
     with pytest.raises(ValueError, match="there is nothing to draw"):
         pipe.plot([])
     with pytest.raises(ValueError):
@@ -747,17 +696,115 @@ def test_a_picture_of_nothing_found_or_of_odd_shapes(pipes):
 
 
 def test_captions_do_not_run_into_each_other():
-    output = {"prediction": None, "scores": [0.5, 0.25], "example_ids": ["a", "b"]}
+    green = Picture.new("RGB", (50, 40), "green")
     for name in ("n" * 500, "名前" * 50, "línea\nnueva"):
-        examples = [(name, Picture.new("RGB", (50, 40), "green"), None)] * 2
-        picture = np.array(draw_panels([(Picture.new("RGB", (50, 40), "green"), examples, output)], "detection", 40))
+        answer = Answer("nearest", [(name, green, None)] * 2, [0.5, 0.25], None)
+        picture = np.array(draw_panels([Shown(green, [answer])], "detection", 40))[LEGEND:]
         ink = (picture[:CAPTION] < 128).all(2).any(0)
         assert ink.any()
         for panel in range(5):  # in the gaps before, between and after there is none
             start = panel * (50 + GAP)
             assert not ink[start : start + GAP].any(), name
-        green = (picture[CAPTION:] == [0, 128, 0]).all(2)
-        assert green.sum() == 4 * 50 * 40, name
+        assert (picture[CAPTION:] == [0, 128, 0]).all(2).sum() == 4 * 50 * 40, name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_picture_shows_the_truth_and_what_other_strategies_would_have_shown(pipes, monkeypatch, task):
+    pipe, images, labels = pipes(task), photos()[:2], [label_of(task, number) for number in QUERIES[:2]]
+    drawn = []
+    monkeypatch.setattr(
+        pipeline_module, "draw_panels", lambda rows, *given: (drawn.extend(rows), draw_panels(rows, *given))[1]
+    )
+    picture = pipe.plot(images, labels=labels, beside=("dense", "oracle"))
+    assert picture.height == LEGEND + 2 * (160 + CAPTION + GAP)
+    answers = {name: pipe(images, strategy=name, labels=labels) for name in ("nearest", "dense", "oracle")}
+    for i, row in enumerate(drawn):
+        assert [answer.strategy for answer in row.answers] == list(answers)
+        for answer in row.answers:
+            output = answers[answer.strategy][i]
+            assert [id for id, _, _ in answer.examples] == output["example_ids"]
+            cells = [
+                pipe.visual_task.labels([one], [images[i]], pipe.model.image_size)
+                for one in (output["prediction"], labels[i])
+            ]
+            assert answer.worth == pytest.approx(float(pipe.visual_task.score(*cells)))
+    # the marked truth is another picture than the marked prediction
+    assert np.array_equal(np.array(picture), np.array(draw_panels(drawn, task, 160)))
+    without = [Shown(row.query, row.answers) for row in drawn]
+    assert draw_panels(without, task, 160).width < picture.width
+
+
+# ---- a selector that is set later
+
+
+class Kept(torch.nn.Module):
+    """In the place of a selector that a model keeps."""
+
+    kind = "cascade"
+
+
+def test_a_selector_that_is_set_later_is_not_silently_unused(pipes):
+    pipe = pipes(selector="dense")
+    pipe(scene(100)[0])
+    pipe.model.selector = Kept()
+    message = r"keeps a Kept since set_selector, but selector='dense' of the pipeline chooses.*strategy='cascade'"
+    with pytest.warns(UserWarning, match=message):
+        pipe(scene(100)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe(scene(100)[0])  # it is said once
+        pipes(selector="dense")(scene(100)[0])
+    with pytest.raises(ValueError, match="here selector='dense' of the pipeline chooses: pass strategy='cascade'"):
+        pipe(scene(100)[0], fusion="weighted", num_examples=2)
+    pipe.model.selector = Kept()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe(scene(100)[0], strategy="nearest")  # this call says who chooses
+
+
+# ---- a new kind of frozen model
+
+
+class Mixing(FrozenModel):
+    """Paints the mean of the examples' labels, some of the query and a learned grey."""
+
+    kind, image_size = "mixing", (SIZE, SIZE)
+
+    def __init__(self, share=0.5):
+        super().__init__()
+        self.share, self.grey = share, torch.nn.Parameter(torch.full((3, 1, 1), 0.25))
+
+    def settings(self):
+        return {"share": self.share}
+
+    @classmethod
+    def from_settings(cls, settings, token=None):
+        return cls(settings["share"])
+
+    def predict(self, queries, images, labels, arrangement=0):
+        return (self.share * labels.mean(1) + (1 - self.share) * queries + self.grey.detach()).clamp(0, 1)
+
+
+def test_a_new_frozen_model_is_one_class_and_one_entry(pools, monkeypatch, tmp_path):
+    frozen = Mixing(0.75)
+    with torch.no_grad():
+        frozen.grey += 0.1
+    unknown = VisualInContextModel.from_parts(frozen, tiny_encoder())
+    with pytest.raises(ValueError, match="a Mixing cannot be saved.*SegGptInContext and FeatureMatching can be saved"):
+        unknown.save_pretrained(tmp_path / "unknown")
+    monkeypatch.setitem(FROZEN, "mixing", Mixing)
+    pipe = VisualInContextPipeline(
+        VisualInContextModel.from_parts(frozen, tiny_encoder()), "dense", pools["segmentation"]
+    )
+    expected = pipe(photos(), num_examples=2)
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = VisualInContextPipeline(tmp_path / "saved")
+    assert isinstance(loaded.model.frozen, Mixing) and loaded.model.frozen.share == 0.75
+    assert [plain(one) for one in loaded(photos(), num_examples=2)] == [plain(one) for one in expected]
+    with pytest.raises(ValueError, match="Mixing has no encoder of its own: pass encoder="):
+        VisualInContextModel.from_parts(frozen)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["frozen_model"] == {"kind": "mixing", "backbone": {"config": None}, "share": 0.75}
 
 
 # ---- names

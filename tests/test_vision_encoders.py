@@ -221,7 +221,7 @@ def test_a_pool_takes_a_model_of_transformers_as_encoder(tmp_path):
 
 def test_what_cannot_be_encoded_is_refused():
     encoder = encoder_of("vit")
-    with pytest.raises(ValueError, match=r"takes \(N, 3, 32, 32\).*visual_tasks.pixels"):
+    with pytest.raises(ValueError, match=r"takes \(N, 3, 32, 32\).*images.pixels"):
         encoder(torch.rand(1, 3, 40, 40))
     config = SwinConfig(image_size=64, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4)
     with pytest.raises(ValueError, match="64 tokens, fewer than the 16x16 patches"):

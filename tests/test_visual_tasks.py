@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
+from hf_effdl.vicl.remote_code.images import pixels, to_rgb
 from hf_effdl.vicl.remote_code.visual_tasks import (
     TASKS,
     Colourisation,
@@ -15,8 +16,6 @@ from hf_effdl.vicl.remote_code.visual_tasks import (
     Segmentation,
     find_task,
     largest_boxes,
-    pixels,
-    to_rgb,
 )
 
 

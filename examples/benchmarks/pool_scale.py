@@ -99,7 +99,7 @@ def search(work: Path, options: argparse.Namespace) -> dict:
     import torch
 
     from hf_effdl.vicl.pool.index import open_index, share_found
-    from hf_effdl.vicl.remote_code.pool_reader import exact_search
+    from hf_effdl.vicl.remote_code.pool_search import exact_search
 
     queries = vectors(QUERIES, options.noise, options.seed, FILES)
     start = time.perf_counter()

@@ -57,13 +57,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import MobileNetV2Config, MobileNetV2Model, ViTConfig, ViTModel
 
 from hf_effdl import ExamplePool, VisionEncoder, VisualInContextModel, aggregate_rankings
+from hf_effdl.vicl.remote_code import cascade as cascade_module
 from hf_effdl.vicl.remote_code.cascade import HEADS, CascadeSelector
+from hf_effdl.vicl.remote_code.cascade_precedents import Precedents
 from hf_effdl.vicl.remote_code.configuration_listwise_ranker import ListwiseRankerConfig
+from hf_effdl.vicl.remote_code.examples import Examples, Queries
+from hf_effdl.vicl.remote_code.images import pixels
 from hf_effdl.vicl.remote_code.modeling_listwise_ranker import ListwiseRanker
 from hf_effdl.vicl.remote_code.ranker_designs import covering_lists
 from hf_effdl.vicl.remote_code.ranker_selector import RankerSelector
-from hf_effdl.vicl.remote_code.strategies import Examples, Queries
-from hf_effdl.vicl.remote_code.visual_tasks import find_task, pixels
+from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
 PARTS = ("ranker", "cascade", "aggregation")
@@ -348,16 +351,16 @@ def measure_cascade(
             selector(part, examples, 1, options.candidates)
         return time.perf_counter() - start
 
-    selector._row_model(examples)  # made once
+    selector.precedents(examples)  # made once
     first = run(parts[:1]) / batch
     run(parts)
     rounds = []
     for _ in range(options.rounds):
         with stopwatches(
             ("search", examples.pool, "search"),
-            ("first", selector, "first_features"),
+            ("first", cascade_module, "first_columns"),
             ("matches", examples, "matches"),
-            ("row model", selector, "transferred"),
+            ("row model", Precedents, "columns"),
             ("grids", examples, "grids"),
             ("handing", examples, "answers"),
         ) as seconds:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_effdl import CascadeSelector
-from hf_effdl.vicl.remote_code.strategies import Examples, Queries
+from hf_effdl.vicl.remote_code.examples import Examples, Queries
 from hf_effdl.vicl.remote_code.visual_tasks import find_task, largest_boxes
 
 

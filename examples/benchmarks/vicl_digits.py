@@ -52,7 +52,8 @@ from hf_effdl import (
     VisualInContextPipeline,
     measure_examples,
 )
-from hf_effdl.vicl.remote_code.strategies import STRATEGIES, Examples, Queries
+from hf_effdl.vicl.remote_code.examples import Examples, Queries
+from hf_effdl.vicl.remote_code.strategies import STRATEGIES
 from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 

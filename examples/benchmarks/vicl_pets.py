@@ -65,9 +65,11 @@ from hf_effdl import (
     VisualInContextPipeline,
     read_splits,
 )
+from hf_effdl.vicl.remote_code.examples import Examples, Queries
 from hf_effdl.vicl.remote_code.frozen_matching import GREY
-from hf_effdl.vicl.remote_code.strategies import STRATEGIES, Examples, Queries
-from hf_effdl.vicl.remote_code.visual_tasks import Colourisation, Detection, Segmentation, pixels
+from hf_effdl.vicl.remote_code.images import pixels
+from hf_effdl.vicl.remote_code.strategies import STRATEGIES
+from hf_effdl.vicl.remote_code.visual_tasks import Colourisation, Detection, Segmentation
 
 
 DATA = Path(os.environ.get("HF_EFFDL_DATA", Path(__file__).parents[3] / "shared" / "data"))

@@ -8,7 +8,6 @@ from typing import Any
 from huggingface_hub import CardData, DatasetCard, DatasetCardData, ModelCard
 
 from hf_effdl.files import write_whole
-from hf_effdl.version import __version__
 
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -32,19 +31,3 @@ def write_card(folder: str | os.PathLike[str], template: str, data: CardData, **
     kind = DatasetCard if isinstance(data, DatasetCardData) else ModelCard
     card = kind.from_template(data, template_path=str(TEMPLATES / template), **fields)
     return write_whole(Path(folder) / "README.md", str(card))
-
-
-# ---- selections
-
-
-
-
-
-
-
-
-
-
-
-
-

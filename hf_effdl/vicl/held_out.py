@@ -1,6 +1,5 @@
 """Images of a pool that nothing learns from: drawn once, without near duplicates in the rest, kept in a file."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from hf_effdl.files import digest, write_whole
 
 
 FORMAT = 1
@@ -51,25 +52,31 @@ def near_duplicates(vectors: Tensor, of: Tensor | Sequence[int], threshold: floa
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold}: it is a cosine, in (0, 1]")
     of = torch.as_tensor(of, device=vectors.device)
-    rows = None
-    if of.dim() == 1 and (not len(of) or not (of.is_floating_point() or of.dtype == torch.bool)):
+    rows = _rows_in(of, vectors)
+    duplicate = torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
+    for marks, block in zip(duplicate.split(ROWS), vectors.split(ROWS)):
+        block = _unit(block, "vectors")
+        for part in (of if rows is None else rows).split(OTHERS) if len(of) else ():
+            part = _unit(part if rows is None else vectors[part], "of")
+            marks |= (block @ part.T).amax(1) >= threshold - ROUNDING
+    if rows is not None:
+        duplicate[rows] = False
+    return duplicate.nonzero()[:, 0]
+
+
+def _rows_in(of: Tensor, vectors: Tensor) -> Tensor | None:
+    """Rows of `vectors` that `of` names; None where it holds vectors itself."""
+    names_rows = not of.is_floating_point() and of.dtype != torch.bool
+    if of.dim() == 1 and (names_rows or not len(of)):
         if len(of) and not 0 <= int(of.min()) <= int(of.max()) < len(vectors):
             raise ValueError(f"of holds rows {int(of.min())} to {int(of.max())}: there are {len(vectors)} vectors")
-        rows = of.long()
-    elif of.dim() != 2 or not of.is_floating_point() or of.shape[1] != vectors.shape[1]:
+        return of.long()
+    if of.dim() != 2 or not of.is_floating_point() or of.shape[1] != vectors.shape[1]:
         raise ValueError(
             f"of is {of.dtype} of shape {tuple(of.shape)}: pass rows of `vectors`, as whole numbers, or "
             f"vectors (m, {vectors.shape[1]})"
         )
-    found = torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
-    for own, block in zip(found.split(ROWS), vectors.split(ROWS)):
-        block = _unit(block, "vectors")
-        for part in (of if rows is None else rows).split(OTHERS) if len(of) else ():
-            part = _unit(part if rows is None else vectors[part], "of")
-            own |= (block @ part.T).amax(1) >= threshold - ROUNDING
-    if rows is not None:
-        found[rows] = False
-    return found.nonzero()[:, 0]
+    return None
 
 
 def _unit(vectors: Tensor, name: str) -> Tensor:
@@ -144,31 +151,35 @@ def split_pool(
         Split(queries=('b',), pool=('a', 'd'), dropped=('c',))
     """
     ids = list(ids)
-    places = {id: row for row, id in enumerate(ids)}
-    if len(places) != len(ids):
-        raise ValueError(f"{len(ids) - len(places)} of the ids occur twice: name every image once")
-    if isinstance(queries, Integral):
-        if not 0 < queries < len(ids):
-            raise ValueError(f"queries={queries} of {len(ids)} images: pass at least 1, and fewer than there are")
-        asked = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:queries].tolist()
-    else:
-        queries = [queries] if isinstance(queries, str) else list(queries)
-        if unknown := [id for id in queries if id not in places]:
-            raise ValueError(f"queries holds {unknown[0]!r}, which is not in ids ({len(unknown)} such)")
-        asked = [places[id] for id in queries]
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"{len(ids) - len(set(ids))} of the ids occur twice: name every image once")
+    rows = _query_rows(ids, queries, seed)
     dropped: set[int] = set()
     if vectors is not None:
         if len(vectors) != len(ids):
             raise ValueError(f"{len(vectors)} vectors for {len(ids)} ids: pass one row for each")
-        dropped = set(near_duplicates(vectors, asked, threshold).tolist())
-    taken = dropped.union(asked)
+        dropped = set(near_duplicates(vectors, rows, threshold).tolist())
+    taken = dropped.union(rows)
     rest = [id for row, id in enumerate(ids) if row not in taken]
     if not rest:
         raise ValueError(
-            f"{len(asked)} queries and {len(dropped)} near duplicates are all of the {len(ids)} images: "
+            f"{len(rows)} queries and {len(dropped)} near duplicates are all of the {len(ids)} images: "
             "pass fewer queries or a higher threshold"
         )
-    return Split([ids[row] for row in asked], rest, [ids[row] for row in dropped])
+    return Split([ids[row] for row in rows], rest, [ids[row] for row in dropped])
+
+
+def _query_rows(ids: Sequence[str], queries: int | Iterable[str], seed: int) -> list[int]:
+    """Places of the queries among ids: drawn, or named."""
+    if isinstance(queries, Integral):
+        if not 0 < queries < len(ids):
+            raise ValueError(f"queries={queries} of {len(ids)} images: pass at least 1, and fewer than there are")
+        return torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:queries].tolist()
+    places = {id: row for row, id in enumerate(ids)}
+    queries = [queries] if isinstance(queries, str) else list(queries)
+    if unknown := [id for id in queries if id not in places]:
+        raise ValueError(f"queries holds {unknown[0]!r}, which is not in ids ({len(unknown)} such)")
+    return [places[id] for id in queries]
 
 
 def write_splits(file: str | os.PathLike[str], splits: Mapping[str, Split]) -> None:
@@ -197,20 +208,16 @@ def write_splits(file: str | os.PathLike[str], splits: Mapping[str, Split]) -> N
     places = {id: place for place, id in enumerate(ids)}
     table: dict[str, Any] = {}
     for name, split in splits.items():
-        own = {part: [places[id] for id in getattr(split, part)] for part in PARTS}
-        absent = set(places.values()).difference(*own.values())
-        table[name] = {"queries": own["queries"], "dropped": own["dropped"], "absent": sorted(absent)}
+        part_places = {part: [places[id] for id in getattr(split, part)] for part in PARTS}
+        absent = set(places.values()).difference(*part_places.values())
+        table[name] = {"queries": part_places["queries"], "dropped": part_places["dropped"], "absent": sorted(absent)}
     content = {"format": FORMAT, "ids": ids, "splits": table}
     content["sha256"] = _digest(content)
     # a split a line: short, and a change can be seen
     lines = ",\n".join(f"{json.dumps(name)}: {_compact(split)}" for name, split in table.items())
     head = f'{{"format": {FORMAT}, "sha256": "{content["sha256"]}",\n"ids": {_compact(ids)},\n'
     text = f'{head}"splits": {{\n{lines}\n}}}}\n'
-    target = Path(file)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part_file = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    part_file.write_text(text, encoding="utf-8")
-    os.replace(part_file, target)
+    write_whole(file, text)
 
 
 def read_splits(file: str | os.PathLike[str]) -> dict[str, Split]:
@@ -230,12 +237,13 @@ def read_splits(file: str | os.PathLike[str]) -> dict[str, Split]:
         raise ValueError(f"{file} has format {version} and this version of hf_effdl reads {FORMAT}: upgrade hf_effdl")
     if _digest({"format": version, "ids": ids, "splits": table}) != stored:
         raise ValueError(f"{file} was changed after it was written: its SHA-256 is another; write it again")
-    splits = {}
-    for name, own in table.items():
-        elsewhere = {place for places in own.values() for place in places}
-        rest = [id for place, id in enumerate(ids) if place not in elsewhere]
-        splits[name] = Split([ids[i] for i in own["queries"]], rest, [ids[i] for i in own["dropped"]])
-    return splits
+    return {name: _split_of(ids, places) for name, places in table.items()}
+
+
+def _split_of(ids: Sequence[str], places: Mapping[str, Sequence[int]]) -> Split:
+    elsewhere = {place for part in places.values() for place in part}
+    rest = [id for place, id in enumerate(ids) if place not in elsewhere]
+    return Split([ids[i] for i in places["queries"]], rest, [ids[i] for i in places["dropped"]])
 
 
 def _compact(value: Any) -> str:
@@ -243,4 +251,4 @@ def _compact(value: Any) -> str:
 
 
 def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return digest(json.dumps(content, sort_keys=True))

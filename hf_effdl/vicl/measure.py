@@ -1,4 +1,4 @@
-"""Measure the examples of a pool on each other: the labels that strategies and rankers learn from."""
+"""Measure the examples of a pool on each other: the performance that strategies, cascades and rankers learn from."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,19 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from hf_effdl.files import digest, read_tensors, write_whole
 from hf_effdl.vicl.pool.writer import processes
+from hf_effdl.vicl.remote_code.examples import CHUNK, Examples, Queries
+from hf_effdl.vicl.remote_code.images import pixels
 from hf_effdl.vicl.remote_code.modeling_visual_in_context import VisualInContextModel
 from hf_effdl.vicl.remote_code.pool_reader import PoolReader
-from hf_effdl.vicl.remote_code.strategies import CHUNK, Examples, Queries
 from hf_effdl.vicl.remote_code.vision_encoder import digest_weights
-from hf_effdl.vicl.remote_code.visual_tasks import find_task, pixels
+from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
 logger = get_logger(__name__)
@@ -81,53 +83,63 @@ def measure_examples(
     Example:
         ```python
         split = split_pool(pool.ids, queries=100, vectors=pool.vectors)
-        measure_examples(pipe.model, pool, exclude=split.queries + split.dropped, cache_dir="labels")
+        measure_examples(pipe.model, pool, exclude=split.queries + split.dropped, cache_dir="measured")
         pipe(image, strategy="transfer")
         ```
 
-    Source: the labels of SupPR (arXiv 2301.13670) and Partial2Global (arXiv 2405.15279), which use 50 neighbours.
+    Source: as SupPR (arXiv 2301.13670) and Partial2Global (arXiv 2405.15279) do with 50 neighbours.
     """
-    if candidates is not None and candidates < 1:
-        raise ValueError(f"candidates={candidates}: pass a whole number of at least 1")
     excluded = torch.zeros(len(pool), dtype=torch.bool)
     if exclude is not None:
         excluded[_rows(pool, exclude, "exclude")] = True
-    left = len(pool) - int(excluded.sum())
+    count = _examples_each(model, excluded, candidates)
+    _check_pool(pool, model)
+    query_rows = _query_rows(pool, queries, excluded, seed)
+    folder = None
+    if cache_dir is not None:
+        name = None if metric is None else _name(metric)
+        folder = Path(cache_dir) / f"performance-{_key(model, pool, count, name, greater_is_better, excluded)}"
+        folder.mkdir(parents=True, exist_ok=True)
+    parts, state, home = query_rows.split(PART), processes(), model.device
+    mine = parts[state.process_index :: state.num_processes]
+    task = find_task(model.config.task)
+    work = Work(Examples(pool, model.to(state.device), task, metric, greater_is_better), count, excluded, folder)
+    measured, shown = [], progress and state.is_main_process
+    try:
+        if shown:
+            work.tell_cost(parts, state.num_processes)
+        with tqdm(total=sum(map(len, mine)), desc="measuring", unit=" images", disable=not shown) as bar:
+            for rows in mine:
+                measured.append((rows, *work.part(rows)))
+                bar.update(len(rows))
+    finally:
+        model.to(home)  # where a pipeline expects it
+    table = torch.full((len(pool), count), -1), torch.zeros(len(pool), count)
+    for rows, examples, performance in gather_object(measured):
+        table[0][rows], table[1][rows] = examples.long(), performance
+    model.set_performance(*table, pool.fingerprint)
+    return table
+
+
+def _examples_each(model: VisualInContextModel, excluded: Tensor, candidates: int | None) -> int:
+    """Examples that every image is shown."""
+    if candidates is not None and candidates < 1:
+        raise ValueError(f"candidates={candidates}: pass a whole number of at least 1")
+    left = len(excluded) - int(excluded.sum())
     count = min(candidates or model.config.candidates, left - 1)
     if count < 1:
         among = " that are not excluded" if excluded.any() else ""
         raise ValueError(f"the pool has {left} examples{among}: at least two are needed to measure one on another")
+    return count
+
+
+def _check_pool(pool: PoolReader, model: VisualInContextModel) -> None:
     if pool.task != model.config.task:
         raise ValueError(f"the pool is for task={pool.task!r}, the model for task={model.config.task!r}")
     if pool.encoder["fingerprint"] != model.encoder.fingerprint:
         raise ValueError(
             "the pool was made with another encoder than the model's: make it again with encoder=model.encoder"
         )
-    asked = _asked(pool, queries, excluded, seed)
-    task = find_task(model.config.task)
-    folder = None
-    if cache_dir is not None:
-        name = None if metric is None else _name(metric)
-        folder = Path(cache_dir) / f"performance-{_key(model, pool, count, name, greater_is_better, excluded)}"
-        folder.mkdir(parents=True, exist_ok=True)
-    parts, state, home = asked.split(PART), processes(), model.device
-    mine = parts[state.process_index :: state.num_processes]
-    examples = Examples(pool, model.to(state.device), task, metric, greater_is_better)
-    measured, shown = [], progress and state.is_main_process
-    try:
-        if shown:
-            _tell_cost(examples, parts, count, excluded, folder, state.num_processes)
-        with tqdm(total=sum(map(len, mine)), desc="measuring", unit=" images", disable=not shown) as bar:
-            for rows in mine:
-                measured.append((rows, *_part(examples, rows, count, excluded, folder)))
-                bar.update(len(rows))
-    finally:
-        model.to(home)  # where a pipeline expects it
-    table = torch.full((len(pool), count), -1), torch.zeros(len(pool), count)
-    for rows, found, performance in gather_object(measured):
-        table[0][rows], table[1][rows] = found.long(), performance
-    model.set_performance(*table, pool.fingerprint)
-    return table
 
 
 def _rows(pool: PoolReader, wanted: Any, name: str) -> Tensor:
@@ -151,7 +163,7 @@ def _rows(pool: PoolReader, wanted: Any, name: str) -> Tensor:
     return torch.tensor(rows, dtype=torch.long)
 
 
-def _asked(pool: PoolReader, queries: Any, excluded: Tensor, seed: int) -> Tensor:
+def _query_rows(pool: PoolReader, queries: Any, excluded: Tensor, seed: int) -> Tensor:
     """Rows to measure on. In the order of the draw or the list, so that more queries begin with the same parts."""
     if queries is None or (isinstance(queries, Integral) and not isinstance(queries, bool)):
         drawn = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
@@ -172,90 +184,97 @@ def _asked(pool: PoolReader, queries: Any, excluded: Tensor, seed: int) -> Tenso
     return rows
 
 
-def _tell_cost(
-    examples: Examples, parts: Sequence[Tensor], count: int, excluded: Tensor, folder: Path | None, processes: int
-) -> None:
-    waiting = [[] if (file := _file(folder, rows)) and file.is_file() else rows for rows in parts]
-    images, left = sum(map(len, parts)), sum(map(len, waiting))
-    done = f", {(images - left) * count:,} of them done before" if left < images else ""
-    runs = f"{images * count:,} runs of the frozen model, {count} examples on each of {images:,} images"
-    print(f"measuring: {runs}{done}", file=sys.stderr, flush=True)
-    if not left:
-        return
-    each = _seconds_each(examples, parts[0], count, excluded, left * count)
-    longest = max(sum(map(len, waiting[i::processes])) for i in range(processes)) * count * each
-    amount, unit = next(
-        (longest / size, unit)
-        for size, unit in ((3600, "h"), (60, "min"), (1, "s"))
-        if longest > 2 * size or unit == "s"
-    )
-    among = f", shared by {processes} processes" if processes > 1 else ""
-    print(
-        f"measuring: about {amount:.1f} {unit} at {each:.2g} s a run on {examples.model.device}{among}",
-        file=sys.stderr,
-        flush=True,
-    )
+@dataclass(frozen=True)
+class Work:
+    """What is measured, and where finished parts are kept."""
+
+    examples: Examples
+    count: int  # examples on every image
+    excluded: Tensor
+    folder: Path | None
+
+    def file(self, rows: Tensor) -> Path | None:
+        """Of a part; named by the rows, so that another seed or number of queries shares what it has in common."""
+        name = f"rows-{digest(str(rows.tolist()))[:16]}.safetensors"
+        return None if self.folder is None else self.folder / name
+
+    def is_done(self, rows: Tensor) -> bool:
+        file = self.file(rows)
+        return file is not None and file.is_file()
+
+    def part(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Candidates and performance of some images; from their file where there is one."""
+        file = self.file(rows)
+        if self.is_done(rows):
+            try:
+                part = read_tensors(file)
+                return part["candidates"], part["performance"]
+            except (ValueError, KeyError):
+                logger.warning(f"{file} is damaged and is measured again")
+        queries, candidates = self.questions(rows)
+        performance = self.examples.measure(queries, candidates)
+        if not performance.isfinite().all():
+            row = int(rows[(~performance.isfinite()).any(1)][0])
+            raise ValueError(
+                f"the metric is not finite on pool image {self.examples.pool.ids[row]!r}: a metric has to be defined "
+                "for every prediction, also for an empty one"
+            )
+        if file is not None:
+            tensors = {"candidates": candidates.int(), "performance": performance}
+            write_whole(file, lambda path: save_file(tensors, str(path)))
+        return candidates, performance
+
+    def questions(self, rows: Tensor) -> tuple[Queries, Tensor]:
+        """Images of the pool as queries, and the nearest others of each that are not excluded."""
+        pool, model, task = self.examples.pool, self.examples.model, self.examples.task
+        images = [pool.image(row) for row in rows.tolist()]
+        seen = [task.query(image) for image in images]
+        cells = pixels(seen, model.image_size, model.resample).to(model.device)
+        truth = task.labels([pool.label(row) for row in rows.tolist()], images, model.image_size).to(model.device)
+        vectors = F.normalize(pool.vectors[rows].float(), dim=1)
+        _, nearest = pool.search(vectors, self.count + int(self.excluded.sum()), exclude=rows)
+        order = self.excluded[nearest].int().sort(dim=1, stable=True).indices[:, : self.count]
+        return Queries(cells, {}, truth), nearest.gather(1, order)
+
+    def tell_cost(self, parts: Sequence[Tensor], processes: int) -> None:
+        """Say on stderr how many runs some parts are, how many were done before, and how long the others take."""
+        waiting = [[] if self.is_done(rows) else rows for rows in parts]
+        images, left, count = sum(map(len, parts)), sum(map(len, waiting)), self.count
+        done = f", {(images - left) * count:,} of them done before" if left < images else ""
+        _tell(f"{images * count:,} runs of the frozen model, {count} examples on each of {images:,} images{done}")
+        if not left:
+            return
+        each = self.seconds_each(parts[0], left * count)
+        longest = max(sum(map(len, waiting[i::processes])) for i in range(processes)) * count * each
+        among = f", shared by {processes} processes" if processes > 1 else ""
+        _tell(f"about {_spelt(longest)} at {each:.2g} s a run on {self.examples.model.device}{among}")
+
+    def seconds_each(self, rows: Tensor, runs: int) -> float:
+        """Of one of so many runs to come, in batches as large as they allow: of a slow model one or two are tried."""
+        queries, candidates = self.questions(rows)
+        each = 0.0
+        for size in (1, 8, CHUNK):
+            b, k = max(1, size // self.count), min(size, self.count)
+            some = Queries(queries.cells[:b], {}, queries.truth[:b]), candidates[:b, :k]
+            # the estimate itself is to cost little
+            if size > 1 and (20 * some[1].numel() > runs or each * some[1].numel() > 2):
+                break
+            self.examples.measure(*some)  # encodes the examples, which are kept, and warms up the device
+            start = time.perf_counter()
+            self.examples.measure(*some)
+            each = (time.perf_counter() - start) / some[1].numel()
+        return each
 
 
-def _seconds_each(examples: Examples, rows: Tensor, count: int, excluded: Tensor, runs: int) -> float:
-    """Seconds of one of the runs to come, in batches as large as they allow: of a slow model one or two are tried."""
-    queries, found = _questions(examples, rows, count, excluded)
-    each = 0.0
-    for size in (1, 8, CHUNK):
-        b, k = max(1, size // count), min(size, count)
-        some = Queries(queries.cells[:b], {}, queries.truth[:b]), found[:b, :k]
-        # the estimate itself is to cost little
-        if size > 1 and (20 * some[1].numel() > runs or each * some[1].numel() > 2):
-            break
-        examples.measure(*some)  # encodes the examples, which are kept, and warms up the device
-        start = time.perf_counter()
-        examples.measure(*some)
-        each = (time.perf_counter() - start) / some[1].numel()
-    return each
+def _tell(text: str) -> None:
+    print(f"measuring: {text}", file=sys.stderr, flush=True)
 
 
-def _file(folder: Path | None, rows: Tensor) -> Path | None:
-    # by the rows themselves, so that another seed or number of queries shares what it has in common
-    digest = hashlib.sha256(str(rows.tolist()).encode()).hexdigest()[:16]
-    return None if folder is None else folder / f"rows-{digest}.safetensors"
-
-
-def _questions(examples: Examples, rows: Tensor, count: int, excluded: Tensor) -> tuple[Queries, Tensor]:
-    """Images of the pool as queries, and the nearest others of each that are not excluded."""
-    pool, model, task = examples.pool, examples.model, examples.task
-    images = [pool.image(row) for row in rows.tolist()]
-    seen = [task.query(image) for image in images]
-    cells = pixels(seen, model.image_size, model.resample).to(model.device)
-    truth = task.labels([pool.label(row) for row in rows.tolist()], images, model.image_size).to(model.device)
-    vectors = F.normalize(pool.vectors[rows].float(), dim=1)
-    _, found = pool.search(vectors, count + int(excluded.sum()), exclude=rows)
-    order = excluded[found].int().sort(dim=1, stable=True).indices[:, :count]
-    return Queries(cells, {}, truth), found.gather(1, order)
-
-
-def _part(
-    examples: Examples, rows: Tensor, count: int, excluded: Tensor, folder: Path | None
-) -> tuple[Tensor, Tensor]:
-    pool, file = examples.pool, _file(folder, rows)
-    if file is not None and file.is_file():
-        try:
-            part = load_file(file)
-            return part["candidates"], part["performance"]
-        except (SafetensorError, KeyError):
-            logger.warning(f"{file} is damaged and is measured again")
-    queries, found = _questions(examples, rows, count, excluded)
-    performance = examples.measure(queries, found)
-    if not performance.isfinite().all():
-        row = int(rows[(~performance.isfinite()).any(1)][0])
-        raise ValueError(
-            f"the metric is not finite on pool image {pool.ids[row]!r}: a metric has to be defined for "
-            "every prediction, also for an empty one"
-        )
-    if file is not None:
-        part_file = file.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"candidates": found.int(), "performance": performance}, str(part_file))
-        os.replace(part_file, file)
-    return found, performance
+def _spelt(seconds: float) -> str:
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds > 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _name(metric: Any) -> str:
@@ -282,6 +301,6 @@ def _key(
     ]
     if excluded.any():
         parts.append(excluded.nonzero()[:, 0].tolist())
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    digest_weights(digest, model.frozen)
-    return digest.hexdigest()[:16]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    digest_weights(key, model.frozen)
+    return key.hexdigest()[:16]

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_effdl import CascadeSelector, VisionEncoder, VisualInContextModel, measure_examples
-from hf_effdl.vicl.remote_code.strategies import Examples, Queries
-from hf_effdl.vicl.remote_code.visual_tasks import find_task, pixels
+from hf_effdl.vicl.remote_code.examples import Examples, Queries
+from hf_effdl.vicl.remote_code.images import pixels
+from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
 COUNT, K, PASSES = 30, 10, 4

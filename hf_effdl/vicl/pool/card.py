@@ -13,7 +13,6 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCa
 from hf_effdl.hub.cards import write_card
 from hf_effdl.hub.repos import own_dataset_repo
 from hf_effdl.version import __version__
-from hf_effdl.vicl.pool.writer import compacted, write_manifest
 from hf_effdl.vicl.remote_code.pool_reader import MANIFEST, NAME
 
 
@@ -39,32 +38,47 @@ def write_pool_card(
     """
     folder = Path(folder)
     repo_id = repo_id or folder.name
-    known = DatasetCard.load(folder / "README.md").data.to_dict() if (folder / "README.md").is_file() else {}
-    ours = ["hf_effdl", "visual-in-context-learning", *tags]
-    counted = {"splits": [{"name": "train", "num_examples": manifest["rows"]}]}
-    data = DatasetCardData(
-        **(
-            known
-            | ({"license": license} if license else {})
-            | {
-                "tags": list(dict.fromkeys([*(known.get("tags") or []), *ours])),
-                "task_categories": list(
-                    dict.fromkeys([*(known.get("task_categories") or []), CATEGORIES[manifest["task"]]])
-                ),
-                "configs": CONFIGS,
-                "dataset_info": {"features": _features(manifest)} | counted,
-            }
-        )
+    return write_card(
+        folder,
+        "pool_card.md",
+        _metadata(folder / "README.md", manifest, license, tags),
+        title=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        task=manifest["task"],
+        rows={name: value for name, value in _facts(manifest).items() if value not in (None, "")},
+        encoder=manifest["encoder"].get("id"),
+        formats=_formats(manifest),
+        version=__version__,
     )
-    encoder, settings = manifest["encoder"], manifest["settings"]
-    size = sum(entry["tar_bytes"] + entry["index_bytes"] for entry in manifest["shards"])
-    blank = sum(len(set(entry["blank"]) - set(entry["dropped"])) for entry in manifest["shards"])
-    foreground = settings.get("foreground")
-    rows = {
+
+
+def _metadata(card: Path, manifest: Mapping[str, Any], license: str | None, tags: Iterable[str]) -> DatasetCardData:
+    known = DatasetCard.load(card).data.to_dict() if card.is_file() else {}
+    if license:
+        known["license"] = license
+    joined = {
+        name: list(dict.fromkeys([*(known.get(name) or []), *ours]))
+        for name, ours in (
+            ("tags", ["hf_effdl", "visual-in-context-learning", *tags]),
+            ("task_categories", [CATEGORIES[manifest["task"]]]),
+        )
+    }
+    splits = [{"name": "train", "num_examples": manifest["rows"]}]
+    info = {"features": _features(manifest), "splits": splits}
+    return DatasetCardData(**(known | joined | {"configs": CONFIGS, "dataset_info": info}))
+
+
+def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the card tells of the pool; None or empty where there is nothing to tell."""
+    encoder, shards = manifest["encoder"], manifest["shards"]
+    size = sum(entry["tar_bytes"] + entry["index_bytes"] for entry in shards)
+    blank = sum(len(set(entry["blank"]) - set(entry["dropped"])) for entry in shards)
+    foreground = manifest["settings"].get("foreground")
+    return {
         "task": manifest["task"],
         "rows": f"{manifest['rows']:,}",
         "of them without an object": f"{blank:,}" if blank else None,
-        "rows that could not be used": f"{sum(len(entry['skipped']) for entry in manifest['shards']):,}",
+        "rows that could not be used": f"{sum(len(entry['skipped']) for entry in shards):,}",
         "mask values that are the object": foreground and ", ".join(map(str, foreground)),
         "encoder": f"`{encoder['id']}`" if encoder.get("id") else "not named",
         "its revision": encoder.get("revision"),
@@ -73,22 +87,10 @@ def write_pool_card(
         "its fingerprint": f"`{encoder['fingerprint']}`",
         "width of the features": manifest["dim"],
         "feature maps": " x ".join(map(str, manifest["grid"])) if manifest["grid"] else "not kept",
-        "size": f"{size / 1e6:,.1f} MB in {2 * len(manifest['shards'])} files",
+        "size": f"{size / 1e6:,.1f} MB in {2 * len(shards)} files",
         "fingerprint of the pool": f"`{manifest['fingerprint'][:16]}`",
         "hf_effdl": manifest["hf_effdl"],
     }
-    return write_card(
-        folder,
-        "pool_card.md",
-        data,
-        title=repo_id.split("/")[-1],
-        repo_id=repo_id,
-        task=manifest["task"],
-        rows={name: value for name, value in rows.items() if value not in (None, "")},
-        encoder=encoder.get("id"),
-        formats=_formats(manifest),
-        version=__version__,
-    )
 
 
 def _formats(manifest: Mapping[str, Any]) -> list[str]:
@@ -119,12 +121,9 @@ def push_pool(
     repo_id = head.id
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        source = pool.folder
         if any(entry["dropped"] for entry in pool.manifest["shards"]):
-            (folder / "data").mkdir()
-            source = folder
-            write_manifest(folder, pool.manifest | {"shards": list(compacted(pool.manifest, pool._shards, folder))})
-        else:
-            source = pool.folder
+            source = pool.copied_to(folder)
         if "README.md" in files:
             api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=head.sha, local_dir=folder)
         manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_effdl.vicl.remote_code.pool_reader import exact_search
+from hf_effdl.files import write_whole
+from hf_effdl.vicl.remote_code.pool_search import exact_search
 
 
 LEAST_ROWS = 100_000
@@ -91,16 +91,7 @@ def build_index(
     bar.close()
 
     tried = torch.randperm(rows, generator=generator)[:TRIED]
-    k = min(NEIGHBOURS, rows - 1)
-    queries = _rows_at(blocks, bounds, tried)
-    _, wanted = exact_search(blocks, queries, k, tried)
-    index.nprobe = 1
-    while True:
-        _, found = PoolIndex(index, {}).search(queries, k, tried)
-        reached = share_found(found, wanted)
-        if reached >= recall or index.nprobe >= lists:
-            break
-        index.nprobe = min(2 * index.nprobe, lists)
+    reached = _open_lists(index, _rows_at(blocks, bounds, tried), blocks, tried, recall)
     record = {
         "fingerprint": fingerprint,
         "rows": rows,
@@ -111,14 +102,23 @@ def build_index(
         "seed": seed,
         "faiss": faiss.__version__,
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    faiss.write_index(index, str(part))
-    os.replace(part, file)
+    write_whole(file, lambda part: faiss.write_index(index, str(part)))
     record["seconds"] = time.perf_counter() - begun
-    part.write_text(json.dumps(record))
-    os.replace(part, file.with_suffix(".json"))
+    write_whole(file.with_suffix(".json"), json.dumps(record))
     return PoolIndex(index, record)
+
+
+def _open_lists(index: Any, queries: Tensor, blocks: Blocks, own: Tensor, recall: float) -> float:
+    """Have an index look into so many lists as the recall takes; returns the recall that is reached."""
+    k = min(NEIGHBOURS, index.ntotal - 1)
+    _, wanted = exact_search(blocks, queries, k, own)
+    index.nprobe = 1
+    while True:
+        _, found = PoolIndex(index, {}).search(queries, k, own)
+        reached = share_found(found, wanted)
+        if reached >= recall or index.nprobe >= index.nlist:
+            return reached
+        index.nprobe = min(2 * index.nprobe, index.nlist)
 
 
 def open_index(file: Path, fingerprint: str, rows: int, dim: int) -> PoolIndex | None:

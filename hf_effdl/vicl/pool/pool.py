@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_effdl.vicl.pool import index as pool_index
 from hf_effdl.vicl.pool.card import push_pool, write_pool_card
-from hf_effdl.vicl.pool.writer import Rows, build, compacted, processes, write_manifest
+from hf_effdl.vicl.pool.writer import Encoding, Rows, build, compacted, processes, write_manifest
 from hf_effdl.vicl.remote_code.pool_reader import FORMAT, MANIFEST, NAME, PoolReader
 from hf_effdl.vicl.remote_code.vision_encoder import VisionEncoder
 from hf_effdl.vicl.remote_code.visual_tasks import find_task
@@ -117,9 +117,8 @@ class ExamplePool(PoolReader):
         cache_dir = _cache(cache_dir)
         source = Rows(ds, start, encoder, 0)
         folder = cache_dir / f"pool-{source.key(start, on_bad_row)}"
-        build(
-            folder, start | {"shards": [], "seen": 0}, source, encoder, batch_size, num_workers, on_bad_row, progress
-        )
+        encoding = Encoding(encoder, batch_size, num_workers, on_bad_row, progress)
+        build(folder, start | {"shards": [], "seen": 0}, source, encoding)
         pool = cls(folder)
         pool.cache_dir, pool._encoder = cache_dir, encoder
         return pool
@@ -174,9 +173,9 @@ class ExamplePool(PoolReader):
                 f"made with {self.encoder}; their vectors cannot be compared"
             )
         source = Rows(ds, self.manifest, encoder, self.manifest["seen"])
-        if known := set(source.ids) & self._positions.keys():
-            raise ValueError(f"{len(known)} ids are in the pool already, such as {min(known)!r}; remove them first")
-        build(self.folder, self.manifest, source, encoder, batch_size, num_workers, on_bad_row, progress)
+        if shared := set(source.ids) & self._positions.keys():
+            raise ValueError(f"{len(shared)} ids are in the pool already, such as {min(shared)!r}; remove them first")
+        build(self.folder, self.manifest, source, Encoding(encoder, batch_size, num_workers, on_bad_row, progress))
         self._reopen()
         self._encoder = encoder
         return self
@@ -230,10 +229,9 @@ class ExamplePool(PoolReader):
         if own:
             self._check_mine()
         if state.is_main_process:
-            (folder / "data").mkdir(parents=True, exist_ok=True)
-            manifest = self.manifest | {"shards": list(compacted(self.manifest, self._shards, folder))}
-            write_manifest(folder, manifest)
-            write_pool_card(folder, json.loads((folder / MANIFEST).read_text()))
+            self.copied_to(folder)
+            manifest = json.loads((folder / MANIFEST).read_text())
+            write_pool_card(folder, manifest)
             names = {entry["name"] for entry in manifest["shards"]}
             for file in (folder / "data").iterdir():
                 if re.fullmatch(NAME, file.stem) and file.stem not in names:
@@ -241,6 +239,12 @@ class ExamplePool(PoolReader):
         state.wait_for_everyone()
         if own:
             self._reopen()
+        return folder
+
+    def copied_to(self, folder: Path) -> Path:
+        """Write shards without removed rows into a folder, and the manifest last. Returns the folder."""
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        write_manifest(folder, self.manifest | {"shards": list(compacted(self.manifest, self._shards, folder))})
         return folder
 
     def push_to_hub(
@@ -291,11 +295,11 @@ class ExamplePool(PoolReader):
             self._open_index()
         if exact or not self._index:
             return super().search(queries, k, exclude)
-        asked, k, exclude = self._asked(queries, k, exclude)
-        similarities, rows = self._index.search(asked, k, exclude)
+        vectors, k, exclude = self._checked(queries, k, exclude)
+        similarities, rows = self._index.search(vectors, k, exclude)
         if len(short := (rows < 0).any(1).nonzero()[:, 0]):  # the lists that were looked into held too few rows
             excluded = None if exclude is None else exclude[short]
-            similarities[short], rows[short] = super().search(asked[short], k, excluded)
+            similarities[short], rows[short] = super().search(vectors[short], k, excluded)
         return similarities.to(queries.device), rows.to(queries.device)
 
     def build_index(self, recall: float = 0.95, progress: bool = True) -> dict[str, Any]:

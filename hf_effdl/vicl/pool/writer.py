@@ -1,6 +1,5 @@
 """Writing a pool: rows of a data set become shards, each whole or absent; the manifest comes last."""
 
-import hashlib
 import io
 import json
 import os
@@ -26,10 +25,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from hf_effdl.files import digest, flush, write_whole
 from hf_effdl.version import __version__
-from hf_effdl.vicl.remote_code.pool_reader import MANIFEST, Shard, content_fingerprint, file_digest, row_digest
-from hf_effdl.vicl.remote_code.vision_encoder import BICUBIC
-from hf_effdl.vicl.remote_code.visual_tasks import Segmentation, find_task, pixels, to_rgb
+from hf_effdl.vicl.remote_code.images import BICUBIC, pixels, to_rgb
+from hf_effdl.vicl.remote_code.pool_reader import MANIFEST, Shard, content_fingerprint, row_digest
+from hf_effdl.vicl.remote_code.visual_tasks import Segmentation, find_task
 
 
 # formats whose files go into the pool as they are; MPO is the JPEG of many phones
@@ -66,25 +66,17 @@ class Rows(torch.utils.data.Dataset):
     """
 
     def __init__(self, ds: Dataset, manifest: Mapping[str, Any], encoder: Any, first: int) -> None:
-        if not isinstance(ds, Dataset):
-            raise TypeError(f"got a {type(ds).__name__}; pass a datasets.Dataset, such as one split of a DatasetDict")
-        if not len(ds):
-            raise ValueError("the data set has no rows; a pool needs one or more")
         settings = manifest["settings"]
         self.image, self.label = settings["image_column"], settings["label_column"]
-        columns = [name for name in (self.image, self.label, settings["id_column"]) if name is not None]
-        if missing := [name for name in columns if name not in ds.column_names]:
-            raise ValueError(
-                f"the data set has no column {', '.join(map(repr, missing))}; it has {ds.column_names}: "
-                "set image_column=, label_column= and id_column="
-            )
+        named = [name for name in (self.image, self.label) if name is not None]
+        _check_columns(ds, [*named, settings["id_column"]])
         self.fingerprint, self.first = ds._fingerprint, first
         self.image_size, self.resample = tuple(encoder.image_size), getattr(encoder, "resample", BICUBIC)
         self.task = find_task(manifest["task"])
         if manifest["task"] == "segmentation":
             self.task = Segmentation(settings["foreground"], settings["void"])
         self.ids = _ids(ds, settings["id_column"], first)
-        ds = ds.with_format(None).select_columns([name for name in (self.image, self.label) if name is not None])
+        ds = ds.with_format(None).select_columns(named)
         for name in ds.column_names:
             if isinstance(ds.features[name], datasets.Image):
                 ds = ds.cast_column(name, datasets.Image(decode=False))
@@ -94,7 +86,7 @@ class Rows(torch.utils.data.Dataset):
         """A hash of all that decides the shards of these rows."""
         given = [manifest[name] for name in ("format", "task", "settings", "encoder")]
         given += [self.fingerprint, len(self), self.first, on_bad_row]
-        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
+        return digest(json.dumps(given, sort_keys=True))[:12]
 
     def __len__(self) -> int:
         return len(self.data)
@@ -127,6 +119,18 @@ class Rows(torch.utils.data.Dataset):
             said["box"], row.blank = None if box is None else np.asarray(box).tolist(), box is None
         row.files["json"] = json.dumps(said).encode()
         row.pixels = pixels([self.task.query(image)], self.image_size, self.resample)[0]
+
+
+def _check_columns(ds: Dataset, columns: Sequence[str | None]) -> None:
+    if not isinstance(ds, Dataset):
+        raise TypeError(f"got a {type(ds).__name__}; pass a datasets.Dataset, such as one split of a DatasetDict")
+    if not len(ds):
+        raise ValueError("the data set has no rows; a pool needs one or more")
+    if missing := [name for name in columns if name is not None and name not in ds.column_names]:
+        raise ValueError(
+            f"the data set has no column {', '.join(map(repr, missing))}; it has {ds.column_names}: "
+            "set image_column=, label_column= and id_column="
+        )
 
 
 def _ids(ds: Dataset, column: str | None, first: int) -> list[str]:
@@ -174,7 +178,7 @@ def processes() -> PartialState:
 
 
 class ShardWriter:
-    """Writes a tar and its index under other names, and renames them when both are whole."""
+    """Writes a tar and its index, each whole or not at all; the tar grows under another name."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name, self.tar, self.index = name, folder / f"{name}.tar", folder / f"{name}.safetensors"
@@ -184,15 +188,14 @@ class ShardWriter:
         self.formats: set[str] = set()
 
     def __enter__(self) -> "ShardWriter":
-        self._part = part_of(self.tar)
+        self._part = self.tar.with_name(f".{self.tar.name}.{os.getpid()}")
         self._file = self._part.open("wb")
         self._stored = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._file.close()
-        for target in (self.tar, self.index):
-            part_of(target).unlink(missing_ok=True)
+        self._part.unlink(missing_ok=True)
 
     def add(self, key: str, id: str, files: Mapping[str, bytes]) -> None:
         """Append a row's files: `image.*`, and `label.png` or `json`, which holds its label."""
@@ -218,37 +221,25 @@ class ShardWriter:
             "ids": _bytes(json.dumps(self.ids).encode()),
             "digests": _bytes(b"".join(self.digests)).view(-1, 32),
         }
-        part = part_of(self.index)
-        save_file(tensors, str(part))
+        write_whole(self.index, lambda part: save_file(tensors, str(part)))
+        flush(self._part)
         entry = {
             "name": self.name,
             "rows": len(self.ids),
             "dropped": [],
             "formats": sorted(self.formats),
             "tar_bytes": self._part.stat().st_size,
-            "tar_sha256": file_digest(self._part),
-            "index_bytes": part.stat().st_size,
-            "index_sha256": file_digest(part),
+            "tar_sha256": digest(self._part),
+            "index_bytes": self.index.stat().st_size,
+            "index_sha256": digest(self.index),
         }
         os.replace(self._part, self.tar)
-        os.replace(part, self.index)
+        flush(self.tar.parent)
         return entry
 
 
 def _bytes(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
-
-
-def part_of(target: Path) -> Path:
-    """A name beside the target, to write under until it is whole."""
-    return target.with_name(f".{target.name}.{os.getpid()}")
-
-
-def replace_text(target: Path, text: str) -> None:
-    """Write a file whole."""
-    part = part_of(target)
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, target)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,62 +252,57 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "fingerprint": content_fingerprint(manifest, (shard.of_kept(shard.digests) for shard in shards)),
         "hf_effdl": __version__,
     }
-    replace_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
     return manifest
 
 
-def build(
-    folder: Path,
-    manifest: Mapping[str, Any],
-    source: Rows,
-    encoder: Any,
-    batch_size: int,
-    num_workers: int,
-    on_bad_row: str,
-    progress: bool,
-) -> None:
+@dataclass(frozen=True)
+class Encoding:
+    """How the rows of a data set are encoded.
+
+    Args:
+        encoder: makes the features.
+        batch_size: images encoded at once.
+        num_workers: processes that read and decode images, for each process that encodes.
+        on_bad_row: "raise", or "skip" rows that cannot be used.
+        progress: show a bar on the first process.
+    """
+
+    encoder: Any
+    batch_size: int = 32
+    num_workers: int = 0
+    on_bad_row: str = "raise"
+    progress: bool = True
+
+    def check(self, rows_per_shard: int) -> None:
+        """Refuse what cannot be."""
+        if self.on_bad_row not in ("raise", "skip"):
+            raise ValueError(f"on_bad_row={self.on_bad_row!r}: it must be 'raise' or 'skip'")
+        if rows_per_shard < 1 or self.batch_size < 1:
+            raise ValueError(f"rows_per_shard={rows_per_shard} and batch_size={self.batch_size} must be 1 or more")
+
+
+def build(folder: Path, manifest: Mapping[str, Any], source: Rows, encoding: Encoding) -> None:
     """Write the shards of the source that are not there yet, then the manifest with them appended.
 
     All processes call it. Which shards are finished is written down in `done/`, one file each.
     """
-    if on_bad_row not in ("raise", "skip"):
-        raise ValueError(f"on_bad_row={on_bad_row!r}: it must be 'raise' or 'skip'")
     state, size = processes(), manifest["settings"]["rows_per_shard"]
-    if size < 1 or batch_size < 1:
-        raise ValueError(f"rows_per_shard={size} and batch_size={batch_size} must be 1 or more")
+    encoding.check(size)
     if state.is_main_process:
-        (folder / "data").mkdir(parents=True, exist_ok=True)
-        (folder / "done").mkdir(exist_ok=True)
-        for part in (folder / "data").glob(".pool-*"):  # of killed runs; a younger one may be being written
-            if time.time() - part.stat().st_mtime > LITTER:
-                part.unlink(missing_ok=True)
-    number = 1 + max((int(entry["name"].split("-")[1]) for entry in manifest["shards"]), default=-1)
-    key = source.key(manifest, on_bad_row)
-    names = [f"pool-{number + i:05d}-{key}" for i in range(-(-len(source) // size))]
-    if len({*gather_object([key])}) > 1:
-        raise ValueError("the processes hold different data sets (a shuffle without a seed?) or settings")
+        _make_room(folder)
+    names = _shard_names(manifest, source.key(manifest, encoding.on_bad_row), -(-len(source) // size))
     # the first process tells the others, as what is done changes while they look
     todo = broadcast_object_list([[i for i, name in enumerate(names) if _done(folder, name) is None]])[0]
-    mine = todo[state.process_index :: state.num_processes]
-    places = {i: range(i * size, min((i + 1) * size, len(source))) for i in mine}
-    encoder.to(state.device).eval()
+    mine = {
+        names[i]: range(i * size, min((i + 1) * size, len(source)))
+        for i in todo[state.process_index :: state.num_processes]
+    }
     error = None
-    bar = tqdm(
-        total=sum(map(len, places.values())),
-        desc="encoding",
-        unit=" rows",
-        disable=not (progress and mine and state.is_main_process),
-    )
     try:
-        for i in mine:
-            with ShardWriter(folder / "data", names[i]) as writer:
-                batches = DataLoader(Subset(source, places[i]), batch_size, num_workers=num_workers, collate_fn=list)
-                keep_grids = manifest["settings"]["keep_grids"]
-                entry = _encode(writer, batches, encoder, state.device, keep_grids, on_bad_row, bar)
-            replace_text(folder / "done" / f"{names[i]}.json", json.dumps(entry))
+        _write_shards(folder, mine, source, encoding, manifest["settings"]["keep_grids"])
     except Exception as caught:  # the others are to hear of it, else they would wait for ever
         error = caught
-    bar.close()
     said = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
     if error is not None:
         raise error
@@ -327,46 +313,80 @@ def build(
     state.wait_for_everyone()
 
 
+def _make_room(folder: Path) -> None:
+    """The folders of a pool, without what killed runs left; a younger file may be being written."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    (folder / "done").mkdir(exist_ok=True)
+    for part in (folder / "data").glob(".pool-*"):
+        if time.time() - part.stat().st_mtime > LITTER:
+            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+
+
+def _shard_names(manifest: Mapping[str, Any], key: str, count: int) -> list[str]:
+    """Of the shards to come, numbered on; the same on all processes."""
+    if len({*gather_object([key])}) > 1:
+        raise ValueError("the processes hold different data sets (a shuffle without a seed?) or settings")
+    number = 1 + max((int(entry["name"].split("-")[1]) for entry in manifest["shards"]), default=-1)
+    return [f"pool-{number + i:05d}-{key}" for i in range(count)]
+
+
+def _write_shards(
+    folder: Path, rows_of: Mapping[str, range], source: Rows, encoding: Encoding, keep_grids: bool
+) -> None:
+    """Write this process's shards, by name, and that they are done."""
+    state = processes()
+    encoding.encoder.to(state.device).eval()
+    hidden = not (encoding.progress and rows_of and state.is_main_process)
+    with tqdm(total=sum(map(len, rows_of.values())), desc="encoding", unit=" rows", disable=hidden) as bar:
+        for name, rows in rows_of.items():
+            with ShardWriter(folder / "data", name) as writer:
+                batches = DataLoader(
+                    Subset(source, rows), encoding.batch_size, num_workers=encoding.num_workers, collate_fn=list
+                )
+                entry = _encode(writer, batches, encoding, state.device, keep_grids, bar)
+            write_whole(folder / "done" / f"{name}.json", json.dumps(entry))
+
+
 def _encode(
-    writer: ShardWriter,
-    batches: DataLoader,
-    encoder: Any,
-    device: torch.device,
-    keep_grids: bool,
-    on_bad_row: str,
-    bar: tqdm,
+    writer: ShardWriter, batches: DataLoader, encoding: Encoding, device: torch.device, keep_grids: bool, bar: tqdm
 ) -> dict[str, Any]:
     """One shard; returns what the manifest says of it."""
     skipped: list[list[str]] = []
     blank: list[int] = []
-    views: dict[str, list[Tensor]] = {"vectors": [], "tokens": [], "grids": []}
+    tables: dict[str, list[Tensor]] = {"vectors": [], "tokens": [], "grids": []}
     for batch in batches:
         bar.update(len(batch))
-        for row in batch:
-            if row.error is not None and on_bad_row == "raise":
-                raise ValueError(
-                    f"row {row.number}, id {row.id!r}: {row.error} (correct the row, leave it out, or "
-                    "pass on_bad_row='skip')"
-                )
-        skipped += [[row.id, row.error] for row in batch if row.error is not None]
-        batch = [row for row in batch if row.error is None]
-        if not batch:
+        bad = [row for row in batch if row.error is not None]
+        if bad and encoding.on_bad_row == "raise":
+            raise ValueError(
+                f"row {bad[0].number}, id {bad[0].id!r}: {bad[0].error} (correct the row, leave it out, or "
+                "pass on_bad_row='skip')"
+            )
+        skipped += [[row.id, row.error] for row in bad]
+        good = [row for row in batch if row.error is None]
+        if not good:
             continue
-        with torch.no_grad():
-            found = encoder(torch.stack([row.pixels for row in batch]).to(device))
-        views["vectors"].append(found["vector"].float().cpu())
-        views["tokens"].append(found["tokens"].half().cpu())
-        if keep_grids:
-            views["grids"].append(found["grid"].half().cpu())
-        _check_views({name: parts[-1] for name, parts in views.items() if parts}, batch)
-        for row in batch:
+        for name, values in _views(encoding.encoder, good, device, keep_grids).items():
+            tables[name].append(values)
+        for row in good:
             if row.blank:
                 blank.append(len(writer.ids))
             writer.add(row.key, row.id, row.files)
     entry = {"name": writer.name, "rows": 0}
     if writer.ids:
-        entry = writer.finish({name: torch.cat(parts) for name, parts in views.items() if parts})
+        entry = writer.finish({name: torch.cat(parts) for name, parts in tables.items() if parts})
     return entry | {"blank": blank, "skipped": skipped}
+
+
+@torch.no_grad()
+def _views(encoder: Any, batch: Sequence[Row], device: torch.device, keep_grids: bool) -> dict[str, Tensor]:
+    """Features of some rows, as they are stored."""
+    views = encoder(torch.stack([row.pixels for row in batch]).to(device))
+    stored = {"vectors": views["vector"].float().cpu(), "tokens": views["tokens"].half().cpu()}
+    if keep_grids:
+        stored["grids"] = views["grid"].half().cpu()
+    _check_views(stored, batch)
+    return stored
 
 
 def _check_views(views: Mapping[str, Tensor], batch: Sequence[Row]) -> None:
@@ -407,12 +427,16 @@ def _finish(folder: Path, manifest: Mapping[str, Any], names: Sequence[str], row
         raise ValueError(f"none of the {rows} rows can be used; the first, {skipped[0][0]!r}: {skipped[0][1]}")
     shards = manifest["shards"] + [entry for entry in entries if entry["rows"]]
     write_manifest(folder, manifest | {"shards": shards, "seen": manifest["seen"] + rows})
+    _warn(rows, skipped, blank=sum(len(entry["blank"]) for entry in entries))
+
+
+def _warn(rows: int, skipped: Sequence[Sequence[str]], blank: int) -> None:
     if skipped:
         shown = "; ".join(f"{id!r}: {reason}" for id, reason in skipped[:SHOWN])
-        warnings.warn(f"{len(skipped)} of {rows} rows were skipped: {shown}", stacklevel=4)
-    if blank := sum(len(entry["blank"]) for entry in entries):
+        warnings.warn(f"{len(skipped)} of {rows} rows were skipped: {shown}", stacklevel=5)
+    if blank:
         warnings.warn(
-            f"{blank} of {rows} labels mark nothing; they are kept, as examples without an object", stacklevel=4
+            f"{blank} of {rows} labels mark nothing; they are kept, as examples without an object", stacklevel=5
         )
 
 
@@ -423,23 +447,29 @@ def compacted(manifest: Mapping[str, Any], shards: Sequence[Shard], folder: Path
     """Put the shards into another folder, without the rows that were removed; gives what the manifest says of each."""
     for entry, shard in zip(manifest["shards"], shards, strict=True):
         if shard.kept is None:
-            for file in (shard.tar, shard.index):
-                target = folder / "data" / file.name
-                if target.resolve() != file.resolve():
-                    part = part_of(target)
-                    shutil.copyfile(file, part)
-                    os.replace(part, target)
+            _copied(shard, folder)
             yield entry
         elif shard.ids:
-            digest = hashlib.sha256(json.dumps([entry["name"], entry["dropped"]]).encode()).hexdigest()[:12]
-            with ShardWriter(folder / "data", entry["name"][:-12] + digest) as writer:
-                kept = shard.kept.tolist()
-                for (key, files), id in zip(_members(shard.tar, set(kept)), shard.ids, strict=True):
-                    writer.add(key, id, files)
-                tables = {name: getattr(shard, name) for name in ("vectors", "tokens", "grids")}
-                written = writer.finish({name: table[kept] for name, table in tables.items() if table is not None})
-            blank = set(entry["blank"])
-            yield written | {"blank": [i for i, row in enumerate(kept) if row in blank], "skipped": entry["skipped"]}
+            yield _without_removed(entry, shard, folder)
+
+
+def _copied(shard: Shard, folder: Path) -> None:
+    for file in (shard.tar, shard.index):
+        target = folder / "data" / file.name
+        if target.resolve() != file.resolve():
+            write_whole(target, lambda part, file=file: shutil.copyfile(file, part))
+
+
+def _without_removed(entry: Mapping[str, Any], shard: Shard, folder: Path) -> dict[str, Any]:
+    """Write a shard anew, under a name that says what was dropped."""
+    key = digest(json.dumps([entry["name"], entry["dropped"]]))[:12]
+    kept, blank = shard.kept.tolist(), set(entry["blank"])
+    with ShardWriter(folder / "data", entry["name"][:-12] + key) as writer:
+        for (name, files), id in zip(_members(shard.tar, set(kept)), shard.ids, strict=True):
+            writer.add(name, id, files)
+        tables = {name: getattr(shard, name) for name in ("vectors", "tokens", "grids")}
+        written = writer.finish({name: table[kept] for name, table in tables.items() if table is not None})
+    return written | {"blank": [i for i, row in enumerate(kept) if row in blank], "skipped": entry["skipped"]}
 
 
 def _members(tar: Path, rows: set[int]) -> Iterator[tuple[str, dict[str, bytes]]]:

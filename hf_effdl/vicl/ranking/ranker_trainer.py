@@ -1,12 +1,11 @@
 """`RankerTrainer`: a `Trainer` for list-wise rankers, with the measures that matter for choosing examples."""
 
-from collections.abc import Callable
+from functools import wraps
+from inspect import signature
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import DataCollator, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from hf_effdl.vicl.ranking.ranking_lists import RankingLists
@@ -31,8 +30,8 @@ def ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:
     scores, metric = prediction.predictions, prediction.label_ids
     pick = np.take_along_axis(metric, scores.argmax(1)[:, None], 1)[:, 0]
     i, j = np.triu_indices(metric.shape[1], 1)
-    order, asked = np.sign(scores[:, i] - scores[:, j]), np.sign(metric[:, i] - metric[:, j])
-    right = (1 + order * asked)[asked != 0] / 2
+    predicted_order, true_order = np.sign(scores[:, i] - scores[:, j]), np.sign(metric[:, i] - metric[:, j])
+    right = (1 + predicted_order * true_order)[true_order != 0] / 2
     return {
         "list_accuracy": float((pick == metric.max(1)).mean()),
         "pair_accuracy": float(right.mean()) if right.size else 1.0,
@@ -64,59 +63,35 @@ class RankerTrainer(Trainer):
 
     _tag_names = ["hf_effdl", "listwise-ranker"]
 
-    def __init__(
-        self,
-        model: ListwiseRanker | None = None,
-        args: TrainingArguments | None = None,
-        data_collator: DataCollator | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        model_init: Callable[..., ListwiseRanker] | None = None,
-        compute_loss_func: Callable | None = None,
-        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
-        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> None:
-        if args is None:
-            args = TrainingArguments(
+    @wraps(Trainer.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = signature(Trainer.__init__).bind(self, *args, **kwargs).arguments
+        del given["self"]
+        if given.get("args") is None:
+            given["args"] = TrainingArguments(
                 "trainer_output",
                 per_device_train_batch_size=64,
                 per_device_eval_batch_size=64,
                 lr_scheduler_type="constant",
             )
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            model_init=model_init,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics or ranking_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
+        if given.get("compute_metrics") is None:
+            given["compute_metrics"] = ranking_metrics
+        super().__init__(**given)
         if not isinstance(self.model, ListwiseRanker):
             raise TypeError(f"model is a {type(self.model).__name__}: RankerTrainer trains a ListwiseRanker")
-        if args.label_names is None:
+        if self.args.label_names is None:
             # upstream takes every argument with "label" in its name for a target, and the candidates' labels are not
             self.label_names = ["metric"]
-        sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-        for lists in [*sets, train_dataset]:
+        train, evaluation = given.get("train_dataset"), given.get("eval_dataset")
+        for lists in [*(evaluation.values() if isinstance(evaluation, dict) else [evaluation]), train]:
             if isinstance(lists, RankingLists):
                 self._check(lists)
-        if isinstance(train_dataset, RankingLists):
+        if isinstance(train, RankingLists):
             config = self.model.config
-            config.list_length, config.pool_fingerprint = train_dataset.k, train_dataset.pool_fingerprint
-            config.encoder_fingerprint = train_dataset.encoder_fingerprint
+            config.list_length, config.pool_fingerprint = train.k, train.pool_fingerprint
+            config.encoder_fingerprint = train.encoder_fingerprint
             if config.encoder is None:  # so that pixels find it
-                config.encoder = dict(train_dataset.pool.encoder)
+                config.encoder = dict(train.pool.encoder)
 
     def _check(self, lists: RankingLists) -> None:
         self.model.check_tokens(lists.pool.dim, lists.encoder_fingerprint)

@@ -75,33 +75,33 @@ class RankingLists(Dataset):
     ) -> None:
         candidates, performance = (torch.as_tensor(table).cpu() for table in (candidates, performance))
         _check_table(pool, candidates, performance, k, lists_per_query)
-        known = candidates >= 0
-        out = _rows(exclude, pool, "exclude")
-        if duplicates is not None and len(out):
-            out = torch.cat([out, near_duplicates(pool.vectors, out, threshold=duplicates)])
-        used = torch.ones(len(pool), dtype=torch.bool)
-        used[out] = False
-        known &= used[candidates.clamp(min=0)]
-        asked = used & (candidates >= 0).any(1)
+        measured_mask = candidates >= 0
+        left_out = _rows(exclude, pool, "exclude")
+        if duplicates is not None and len(left_out):
+            left_out = torch.cat([left_out, near_duplicates(pool.vectors, left_out, threshold=duplicates)])
+        usable = torch.ones(len(pool), dtype=torch.bool)
+        usable[left_out] = False
+        measured_mask &= usable[candidates.clamp(min=0)]
+        is_query = usable & (candidates >= 0).any(1)
         if queries is not None:
-            some = torch.zeros(len(pool), dtype=torch.bool)
-            some[_rows(queries, pool, "queries")] = True
-            asked &= some
-        full = known.sum(1) >= k
-        self.skipped = int((asked & ~full).sum())
-        rows = (asked & full).nonzero()[:, 0]
+            wanted = torch.zeros(len(pool), dtype=torch.bool)
+            wanted[_rows(queries, pool, "queries")] = True
+            is_query &= wanted
+        enough = measured_mask.sum(1) >= k
+        self.skipped = int((is_query & ~enough).sum())
+        rows = (is_query & enough).nonzero()[:, 0]
         if not len(rows):
             raise ValueError(
-                f"no list of k={k} is left: of {int(asked.sum())} queries none has k measured candidates outside "
+                f"no list of k={k} is left: of {int(is_query.sum())} queries none has k measured candidates outside "
                 "exclude=; measure more candidates, take a smaller k, or exclude less"
             )
-        values = performance[rows][known[rows]]
+        values = performance[rows][measured_mask[rows]]
         if values.min() == values.max():
             raise ValueError(
                 f"performance is {float(values[0]):g} for every example on every query: there is nothing "
                 "to learn; look at the task's metric and at what the frozen model answers"
             )
-        places = _subsets(known[rows], k, lists_per_query, torch.Generator().manual_seed(seed))
+        places = _subsets(measured_mask[rows], k, lists_per_query, torch.Generator().manual_seed(seed))
         self.pool, self.k = pool, k
         self.queries = rows.repeat_interleave(lists_per_query)
         self.lists = candidates[self.queries].gather(1, places).long()

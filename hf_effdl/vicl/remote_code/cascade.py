@@ -1,23 +1,24 @@
 """The cascade: score the candidates without the frozen model, try a few with it, and let the answers decide."""
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .cascade_consensus import ANSWERS, MAPS, Consensus, small
-from .cascade_features import MATCHES, STATISTICS, label_statistics, standardised
+from .borrowing import borrow
+from .cascade_consensus import ANSWERS, MAPS, small
+from .cascade_fit import Fitted, check_enough, check_measured, check_model, fit, warn_of
 from .cascade_head import ListHeads
 from .cascade_lists import MeasuredLists
-from .cascade_rows import MATCHED, RowModel, quarters_of
-from .cascade_shortlist import Relations, best_together
-from .strategies import Examples, Queries
+from .cascade_precedents import Precedents
+from .cascade_stages import FIRST, TURNS, FirstStage, Scorer, SecondStage, Tried, Turn, first_columns, gathered
+from .examples import Examples, Queries
+from .strategies import best
+from .visual_tasks import find_task
 
 
-FIRST = ("similarity", "quarters", "rank", *MATCHES, *STATISTICS, *RowModel.names, *RowModel.among_names)
 HEADS = ("ridge", "listwise")
-# turns of stage 2
-TURNS = 2
 
 
 class CascadeSelector(nn.Module):
@@ -75,8 +76,8 @@ class CascadeSelector(nn.Module):
         if head not in HEADS:
             raise ValueError(f"head={head!r}: choose one of {HEADS}")
         self.passes, self.head, self.seed = passes, head, seed
-        self._model = (model,)  # not registered: the model keeps the selector, not the other way round
-        self._rows: tuple[Any, RowModel, Relations] | None = None
+        borrow(self, "model", model)  # the model keeps the selector, not the other way round
+        self._known: tuple[Tensor, Precedents] | None = None
         self.pool_fingerprint: str | None = None
         self.report: dict[str, float] = {}
         self.first_heads: ListHeads | None = None
@@ -110,8 +111,9 @@ class CascadeSelector(nn.Module):
     def fit(
         self,
         pool: Any,
-        labels: tuple[Tensor, Tensor] | None = None,
+        measured: tuple[Tensor, Tensor] | None = None,
         *,
+        labels: tuple[Tensor, Tensor] | None = None,
         model: Any = None,
         examples: Examples | None = None,
         progress: bool = True,
@@ -123,8 +125,9 @@ class CascadeSelector(nn.Module):
 
         Args:
             pool: the examples.
-            labels: candidates and performance `(n, K)` as `measure_examples` returns them, which are set on the model;
-                default: what was set there before.
+            measured: candidates and performance `(n, K)` as `measure_examples` returns them, which are set on the
+                model too; default: what was set there before.
+            labels: the name that `measured` had before; will go.
             model: a `VisualInContextModel`; default: the one of the constructor.
             examples: the pool as the model sees it, where there already is one.
             progress: show a bar on the first process.
@@ -135,141 +138,124 @@ class CascadeSelector(nn.Module):
             and of the best candidate.
 
         Raises:
-            ValueError: for labels of another pool, NaN in them, the same performance everywhere, fewer than 10
+            ValueError: for performance on another pool, NaN in it, the same performance everywhere, fewer than 10
                 labelled images, or not more candidates than `passes`.
         """
-        from .cascade_fit import fit
-
-        model = model if model is not None else self._model[0]
+        if labels is not None:
+            warnings.warn("labels= is called measured= now: cascade.fit(pool, measured=...)", FutureWarning, 2)
+            measured = labels
+        model = model if model is not None else self.model
         if model is None:
             raise ValueError("a cascade is fitted for one frozen model: pass model=, here or to the constructor")
-        fit(self, pool, labels, model, examples, progress)
-        return self
+        if measured is None:
+            check_model(model, pool)
+            measured = model.measured_candidates, model.measured_performance
+        else:
+            check_measured(measured, pool)
+        check_enough(measured, model.config.candidates, self.passes)
+        if measured[1] is not model.measured_performance:  # there they are looked up for every prediction
+            model.set_performance(*(part.cpu() for part in measured), pool.fingerprint)
+        examples = examples if examples is not None else Examples(pool, model, find_task(model.config.task))
+        with torch.no_grad():
+            lists = MeasuredLists.read(pool, measured, model.config.candidates)
+            precedents = Precedents.of(pool, tuple(part.cpu() for part in measured), lists)
+            seed = self.seed if self.head == "listwise" else None
+            fitted = fit(examples, lists, precedents, passes=self.passes, seed=seed, progress=progress)
+        self._keep(fitted, colours=examples.task.name == "colourisation")
+        self._known, self.pool_fingerprint = (model.measured_performance, precedents), pool.fingerprint
+        warn_of(self.report)
+        return self.eval()
 
     @torch.no_grad()
     def forward(self, queries: Queries, examples: Examples, count: int, candidates: int) -> tuple[Tensor, ...]:
         """Scores and rows `(B, count)`, best first, and, after stage 2, the answers `(B, count, 3, h, w)` to each."""
-        if self.pool_fingerprint is None:
-            raise ValueError("the cascade was not fitted: measure_examples(model, pool), then cascade.fit(pool)")
-        if examples.pool.fingerprint != self.pool_fingerprint:
-            raise ValueError(
-                f"the cascade was fitted on the pool {self.pool_fingerprint}, but this is "
-                f"{examples.pool.fingerprint}: another one, or it was changed since. Run "
-                "measure_examples and cascade.fit again"
-            )
-        similarity, rows = examples.pool.search(queries.views["vector"].cpu(), candidates, exclude=queries.exclude)
-        known = rows >= 0
-        features = self.first_features(queries.views, examples, similarity, rows, queries.exclude)
-        scores = self.first_scores(features, known)
+        precedents, own = self.precedents(examples), queries.exclude
+        first, second = self.stages()
+        similarity, rows = examples.pool.search(queries.views["vector"].cpu(), candidates, exclude=own)
+        columns = first_columns(queries.views, examples, precedents, similarity, rows, own)
+        scores = first.scores(columns, rows >= 0)
         if self.passes == 1:
-            top = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
-            return scores.gather(1, top), rows.gather(1, top)
-        top = self.shortlist(examples, scores, rows, queries.exclude, max(count, self.passes))
-        rows, scores = rows.gather(1, top), scores.gather(1, top)
-        features = features.gather(1, top[..., None].expand(-1, -1, features.shape[2]))
+            return best(scores, rows, count)
+        top = first.shortlist(precedents.relations, scores, rows, own, max(count, self.passes))
+        rows, scores, columns = rows.gather(1, top), scores.gather(1, top), gathered(columns, top)
         answers = examples.answers(examples.model.frozen.encode(queries.cells), rows)
-        painted, grid, known = small(answers).cpu(), queries.views["grid"].cpu(), rows >= 0
-        for turn, calibration in enumerate(_plain(self.calibration)):
-            consensus = self.consensus(examples, painted, scores, grid, known, turn)
-            calibrated = consensus.calibrate(consensus.maps(), calibration)
-            scores = self.second_scores(self.second_features(consensus, calibrated, features, scores), known, turn)
+        grid = queries.views["grid"].cpu()
+        scores = second.scores(Tried(examples.task, small(answers).cpu(), grid, rows >= 0, columns), scores)
         order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
         answers = answers[torch.arange(len(order))[:, None].to(answers.device), order.to(answers.device)]
         return scores.gather(1, order), rows.gather(1, order), answers
 
-    # ---- the two stages, as fitting sees them
+    # ---- what was learnt
 
-    def first_features(
-        self, views: dict[str, Tensor], examples: Examples, similarity: Tensor, rows: Tensor, own: Tensor | None
-    ) -> Tensor:
-        """What stage 1 knows of each candidate, `(B, K, f)` in the order of `FIRST`; the candidates nearest first."""
-        safe = rows.clamp(min=0)
-        vectors, tokens = views["vector"].float().cpu(), views["tokens"].float().cpu()
-        asked = quarters_of(tokens)
-        quarters = quarters_of(examples.pool.tokens(safe).flatten(0, 1)).unflatten(0, rows.shape)
-        simple = [
-            similarity.nan_to_num(neginf=0.0),
-            (quarters @ asked[..., None])[..., 0],
-            torch.arange(rows.shape[1]).expand(rows.shape).float(),
-        ]
-        matches, statistics = examples.matches(views, safe).cpu(), label_statistics(examples.small_labels(safe)).cpu()
-        learned = self.transferred(self._row_model(examples), (vectors, asked), matches, rows, own)
-        return torch.cat([torch.stack(simple, 2), matches, statistics, learned], 2)
+    def precedents(self, examples: Examples) -> Precedents:
+        """What was measured of the pool that it was fitted on, made once for a table of performance.
 
-    @staticmethod
-    def transferred(
-        model: RowModel, views: tuple[Tensor, Tensor], matches: Tensor, rows: Tensor, own: Tensor | None
-    ) -> Tensor:
-        """What of `first_features` rests on measured performance, the last of them."""
-        alike = matches[..., [MATCHES.index(name) for name in MATCHED]]
-        alike = standardised(alike, rows >= 0)[0][..., : len(MATCHED)]
-        return torch.cat([model.predict(*views, rows, own), model.among(alike, rows, own)], 2)
-
-    def shortlist(self, examples: Examples, scores: Tensor, rows: Tensor, own: Tensor | None, count: int) -> Tensor:
-        """Places `(B, count)` of the candidates to try, the one of the highest score first."""
-        spread, shared = _plain(self.doubt)
-        related = shared * self._relations(examples).between(rows, own)
-        related.diagonal(dim1=1, dim2=2).fill_(1.0)
-        return best_together(scores, spread.double().square() * related, rows >= 0, count)
-
-    def consensus(
-        self, examples: Examples, painted: Tensor, scores: Tensor, grid: Tensor, known: Tensor, turn: int
-    ) -> Consensus:
-        """Of answers (see `small`) that have these scores before a turn of stage 2."""
-        return Consensus(examples.task, painted, scores, float(self.temperatures[turn]), grid, known)
-
-    def second_features(self, consensus: Consensus, calibrated: Tensor, first: Tensor, scores: Tensor) -> Tensor:
-        """What stage 2 knows of each candidate: what stage 1 did, its score, and the answers."""
-        area = first[..., FIRST.index("area")]
-        return torch.cat([first, scores[..., None], consensus.features(calibrated, area)], 2)
-
-    def first_scores(self, features: Tensor, known: Tensor) -> Tensor:
-        """Of stage 1, `(B, K)`; -inf where not known."""
-        features, _ = standardised(features, known, _plain(self.first_spread))
-        return _scores(features, known, self.first_heads, _plain(self.first_weights))
-
-    def second_scores(self, features: Tensor, known: Tensor, turn: int) -> Tensor:
-        """Of a turn of stage 2, `(B, m)`; -inf where not known."""
-        features, _ = standardised(features, known, _plain(self.second_spread[turn]))
-        heads = self.second_heads if turn == TURNS - 1 else None
-        return _scores(features, known, heads, _plain(self.second_weights[turn]))
-
-    def _row_model(self, examples: Examples) -> RowModel:
-        return self._learned(examples)[1]
-
-    def _relations(self, examples: Examples) -> Relations:
-        return self._learned(examples)[2]
-
-    def _learned(self, examples: Examples) -> tuple[Any, RowModel, Relations]:
+        Raises:
+            ValueError: before `fit`; for another pool, one that was changed since, or a model without a table of it.
+        """
         pool, model = examples.pool, examples.model
+        self._check_fitted()
+        if pool.fingerprint != self.pool_fingerprint:
+            raise ValueError(
+                f"the cascade was fitted on the pool {self.pool_fingerprint}, but this is "
+                f"{pool.fingerprint}: another one, or it was changed since. Run "
+                "measure_examples and cascade.fit again"
+            )
         if model.config.performance is None or model.config.pool_fingerprint != pool.fingerprint:
             raise ValueError(
                 "the cascade needs the measured performance that it was fitted on, and the model has "
                 "none of this pool: run measure_examples and cascade.fit again"
             )
         # a table that was measured anew, or moved, is another tensor
-        if self._rows is None or self._rows[0] is not model.measured_performance:
-            table = model.measured_candidates.cpu(), model.measured_performance.cpu()
-            quarters = torch.cat([quarters_of(pool.tokens(rows)) for rows in torch.arange(len(pool)).split(4096)])
-            lists = MeasuredLists.read(pool, model)
-            self._rows = (
-                model.measured_performance,
-                RowModel(pool.vectors.float(), quarters, *table),
-                Relations(lists.images, lists.rows, lists.target, len(pool)),
-            )
-        return self._rows
+        if self._known is None or self._known[0] is not model.measured_performance:
+            measured = model.measured_candidates.cpu(), model.measured_performance.cpu()
+            lists = MeasuredLists.read(pool, measured, model.config.candidates)
+            self._known = model.measured_performance, Precedents.of(pool, measured, lists)
+        return self._known[1]
+
+    def stages(self) -> tuple[FirstStage, SecondStage]:
+        """Both stages, with weights as features are: on the CPU in single precision, of a model in half too."""
+        weights = {name: buffer.float().cpu() for name, buffer in self.named_buffers(recurse=False)}
+        first = Scorer(weights["first_spread"], weights["first_weights"], self.first_heads)
+        turns = []
+        for turn in range(TURNS if self.passes > 1 else 0):
+            heads = self.second_heads if turn == TURNS - 1 else None
+            scorer = Scorer(weights["second_spread"][turn], weights["second_weights"][turn], heads)
+            turns.append(Turn(float(weights["temperatures"][turn]), weights["calibration"][turn], scorer))
+        return FirstStage(first, weights["doubt"]), SecondStage(tuple(turns))
+
+    def _keep(self, fitted: Fitted, colours: bool) -> None:
+        """Put what was fitted where it is saved with a model."""
+        self.make_weights(colours)
+        first = fitted.first
+        for buffer, value in (
+            (self.first_spread, first.scorer.spread),
+            (self.first_weights, first.scorer.weights),
+            (self.doubt, first.doubt),
+            (self.temperatures, fitted.temperatures),
+        ):
+            buffer.copy_(value)
+        for number, turn in enumerate(fitted.turns):
+            self.calibration[number] = turn.calibration
+            self.second_spread[number], self.second_weights[number] = turn.scorer.spread, turn.scorer.weights
+        self.first_heads = first.scorer.heads
+        self.second_heads = fitted.turns[-1].scorer.heads if fitted.turns else None
+        self.report = fitted.report
+
+    def _check_fitted(self) -> None:
+        if self.pool_fingerprint is None:
+            raise ValueError("the cascade was not fitted: measure_examples(model, pool), then cascade.fit(pool)")
 
     # ---- as plain values, for the model's config
 
     def settings(self, config: Any) -> dict[str, Any]:
         """What is needed to make it again for a model of this config, beside the weights."""
-        if self.pool_fingerprint is None:
-            raise ValueError("the cascade was not fitted: measure_examples(model, pool), then cascade.fit(pool)")
+        self._check_fitted()
         if self.pool_fingerprint != config.pool_fingerprint:
             raise ValueError(
                 f"the cascade was fitted on the pool {self.pool_fingerprint}, and the model's measured "
-                f"performance is of {config.pool_fingerprint}: a model keeps a cascade with the labels "
-                "that it was fitted on"
+                f"performance is of {config.pool_fingerprint}: a model keeps a cascade with the "
+                "performance that it was fitted on"
             )
         return {
             "kind": self.kind,
@@ -290,13 +276,3 @@ class CascadeSelector(nn.Module):
             made.first_heads = ListHeads(len(made.first_weights))
             made.second_heads = ListHeads(made.second_weights.shape[1]) if made.passes > 1 else None
         return made.eval()
-
-
-def _plain(weights: Tensor) -> Tensor:
-    """As features are: of a model in half precision too."""
-    return weights.float().cpu()
-
-
-def _scores(features: Tensor, known: Tensor, heads: ListHeads | None, weights: Tensor) -> Tensor:
-    scores = features @ weights if heads is None else heads(features, known)
-    return scores.masked_fill(~known, -torch.inf)

@@ -64,8 +64,8 @@ class Consensus:
         weighted, votes, plain = self.means.values()
         estimates = [weighted, votes, plain, self._mean(self.even, self.rounded), self._mean(self.sharp, self.painted)]
         estimates += [smooth for mean in (weighted, votes) for smooth in self._smooth(mean)]
-        there = self.known[:, :, None, None, None]
-        estimates += [self.painted.masked_fill(~there, 1).amin(1), self.painted.masked_fill(~there, 0).amax(1)]
+        exists = self.known[:, :, None, None, None]
+        estimates += [self.painted.masked_fill(~exists, 1).amin(1), self.painted.masked_fill(~exists, 0).amax(1)]
         if not self.colours:
             estimates = [estimate.clamp(LOWEST, 1 - LOWEST).logit() for estimate in estimates]
         around = 2 * (weighted.shape[-1] // 14) + 1
@@ -97,8 +97,8 @@ class Consensus:
 
     def calibrate(self, maps: Tensor, weights: Tensor) -> Tensor:
         """The estimate of the label, `(B, c, h, w)` in [0, 1]."""
-        found = maps @ weights
-        return found.clamp(0, 1) if self.colours else found.sigmoid()
+        estimate = maps @ weights
+        return estimate.clamp(0, 1) if self.colours else estimate.sigmoid()
 
     def features(self, calibrated: Tensor, areas: Tensor) -> Tensor:
         """What is known of each answer beside the others, `(B, m, f)`.
@@ -114,21 +114,21 @@ class Consensus:
         """
         sign = 1 if self.task.greater_is_better else -1
         area = self.painted.mean((2, 3, 4))
-        found = []
+        columns = []
         for estimate in (*self.means.values(), calibrated):
             each = estimate[:, None].expand_as(self.painted)
             wide = [value.expand(-1, -1, 3, -1, -1) for value in (self.painted, each)]
-            found.append(self.task.score(*wide) * sign)
-            found.append(-(self.painted - each).abs().mean((2, 3, 4)))
+            columns.append(self.task.score(*wide) * sign)
+            columns.append(-(self.painted - each).abs().mean((2, 3, 4)))
             if not self.colours:
-                found.append(_overlap(self.rounded, each))
+                columns.append(_overlap(self.rounded, each))
                 least, most = torch.minimum(self.painted, each), torch.maximum(self.painted, each)
-                found.append(least.sum((2, 3, 4)) / most.sum((2, 3, 4)).clamp(min=1e-6))
+                columns.append(least.sum((2, 3, 4)) / most.sum((2, 3, 4)).clamp(min=1e-6))
             apart = area - each.mean((2, 3, 4))
-            found += [apart, apart.abs()]
+            columns += [apart, apart.abs()]
         alike = self._alike()
-        found += [(alike * self.even[:, None]).sum(2), (alike * self.weights[:, None]).sum(2)]
-        found += [
+        columns += [(alike * self.even[:, None]).sum(2), (alike * self.weights[:, None]).sum(2)]
+        columns += [
             area,
             self.painted.flatten(2).std(2),
             (2 * self.painted - 1).abs().mean((2, 3, 4)),
@@ -136,8 +136,8 @@ class Consensus:
         ]
         if not self.colours:
             chance = self.painted.clamp(1e-4, 1 - 1e-4)
-            found.append(-(chance * chance.log() + (1 - chance) * (1 - chance).log()).mean((2, 3, 4)))
-        return torch.stack(found, 2)
+            columns.append(-(chance * chance.log() + (1 - chance) * (1 - chance).log()).mean((2, 3, 4)))
+        return torch.stack(columns, 2)
 
     def medoid(self) -> Tensor:
         """`(B,)` which answer is most like the plain mean of all, as the task counts."""
@@ -158,11 +158,11 @@ class Consensus:
         coarse = F.adaptive_avg_pool2d(mean, self.grid.shape[1:3]).flatten(2).transpose(1, 2)
         cells = F.normalize(self.grid.flatten(1, 2).float(), dim=2)
         alike = cells @ cells.transpose(1, 2)
-        found = []
+        smoothed = []
         for temperature in AFFINITIES:
             smooth = ((alike / temperature).softmax(2) @ coarse).transpose(1, 2).unflatten(2, self.grid.shape[1:3])
-            found.append(F.interpolate(smooth, size=mean.shape[-2:], mode="bilinear", align_corners=False))
-        return found
+            smoothed.append(F.interpolate(smooth, size=mean.shape[-2:], mode="bilinear", align_corners=False))
+        return smoothed
 
     @staticmethod
     def _mean(weights: Tensor, values: Tensor) -> Tensor:

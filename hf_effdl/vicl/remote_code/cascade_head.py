@@ -95,13 +95,13 @@ def _train(ranker: ListwiseRanker, features: Tensor, target: Tensor, known: Tens
         optimizer = torch.optim.AdamW(ranker.parameters(), lr=RATE, weight_decay=DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
         for step in range(STEPS):
-            some = torch.randint(len(features), (LISTS,))
-            kept = known[some]
+            lists = torch.randint(len(features), (LISTS,))
+            kept = known[lists]
             if step % 2 and features.shape[1] > 3:
                 kept = kept & (torch.rand(kept.shape).argsort(1).argsort(1) < (features.shape[1] + 1) // 2)
                 enough = kept.sum(1) >= 2
-                some, kept = some[enough], kept[enough]
-            loss = _run(ranker, features[some], kept, metric=target[some] / scale).loss
+                lists, kept = lists[enough], kept[enough]
+            loss = _run(ranker, features[lists], kept, metric=target[lists] / scale).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -20,20 +20,20 @@ class MeasuredLists:
     similarity: Tensor  # (L, K)
 
     @classmethod
-    def read(cls, pool: Any, model: Any) -> "MeasuredLists":
-        """From the table of a model, as many candidates as the pipeline looks at."""
-        table = model.measured_candidates.cpu().long(), model.measured_performance.cpu().float()
-        images = (table[0] >= 0).any(1).nonzero()[:, 0]
+    def read(cls, pool: Any, measured: tuple[Tensor, Tensor], most: int) -> "MeasuredLists":
+        """From candidates and performance `(n, K)`, at most `most` candidates of an image."""
+        candidates, performance = measured[0].cpu().long(), measured[1].cpu().float()
+        images = (candidates >= 0).any(1).nonzero()[:, 0]
         # in an order that says nothing of the images, since folds and checks go by it
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
-        rows, performance = table[0][images], table[1][images]
+        rows, performance = candidates[images], performance[images]
         similarity = torch.cat(
             [
                 torch.einsum("lkd,ld->lk", pool.vectors[some.clamp(min=0)].float(), pool.vectors[own].float())
                 for some, own in zip(rows.split(64), images.split(64), strict=True)
             ]
         ).masked_fill(rows < 0, -torch.inf)
-        order = similarity.sort(dim=1, descending=True, stable=True).indices[:, : model.config.candidates]
+        order = similarity.sort(dim=1, descending=True, stable=True).indices[:, :most]
         return cls(images, *(part.gather(1, order) for part in (rows, performance, similarity)))
 
     @property

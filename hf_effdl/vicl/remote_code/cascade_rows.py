@@ -55,26 +55,29 @@ class RowModel:
     def __init__(self, vectors: Tensor, quarters: Tensor, measured: Tensor, performance: Tensor) -> None:
         n = len(vectors)
         self.labelled = (measured >= 0).any(1).nonzero()[:, 0]
-        measured, performance = measured[self.labelled].long(), performance[self.labelled].float()
-        known = measured >= 0
-        mean = (performance * known).sum(1) / known.sum(1)
-        residual = torch.where(known, performance - mean[:, None], 0.0)
+        examples, performance = measured[self.labelled].long(), performance[self.labelled].float()
+        measured_mask = examples >= 0
+        mean = (performance * measured_mask).sum(1) / measured_mask.sum(1)
+        residual = torch.where(measured_mask, performance - mean[:, None], 0.0)
         self.position = torch.full((n,), -1)
         self.position[self.labelled] = torch.arange(len(self.labelled))
         self.views = vectors[self.labelled], quarters[self.labelled]
         self.units = [_unit(view) for view in (vectors, quarters)]
-        self.complete = bool((known.sum(1) == n - 1).all())
+        self.complete = bool((measured_mask.sum(1) == n - 1).all())
         if self.complete:
             # 0 where an image is not measured on itself
-            table = torch.zeros(len(measured), n + 1).scatter_(1, torch.where(known, measured, n), residual)
+            column = torch.where(measured_mask, examples, n)
+            table = torch.zeros(len(examples), n + 1).scatter_(1, column, residual)
             self.table, self.total = table[:, :n], table[:, :n].sum(0)
             self.inverses = self._inverses()
         else:
             # columns of one sparse table: sums of R and counts over the images that an example was measured on
-            place = torch.stack([measured[known], torch.arange(len(measured))[:, None].expand_as(measured)[known]])
-            shape = (n, len(measured))
-            self.residual = torch.sparse_coo_tensor(place, residual[known], shape, check_invariants=False).coalesce()
-            self.count = torch.sparse_coo_tensor(place, known[known].float(), shape, check_invariants=False).coalesce()
+            image = torch.arange(len(examples))[:, None].expand_as(examples)
+            place = torch.stack([examples[measured_mask], image[measured_mask]])
+            self.residual, self.count = (
+                torch.sparse_coo_tensor(place, values, (n, len(examples)), check_invariants=False).coalesce()
+                for values in (residual[measured_mask], measured_mask[measured_mask].float())
+            )
 
     def without(self, rows: Tensor) -> "RowModel":
         """The same as if nothing had been measured on these rows of the pool."""
@@ -111,33 +114,36 @@ class RowModel:
         """
         places = torch.full((len(vectors),), -1) if own is None else self._positions(own)
         itself = (places[:, None] == torch.arange(len(self.labelled))) & (places >= 0)[:, None]
-        alike = [asked @ view.T for asked, view in zip((vectors, quarters), self.views, strict=True)]
+        cosines = [queries @ view.T for queries, view in zip((vectors, quarters), self.views, strict=True)]
         kernels = [
-            _kernel(cosine, width * unit) for cosine, unit in zip(alike, self.units, strict=True) for width in WIDTHS
+            _kernel(cosine, width * unit) for cosine, unit in zip(cosines, self.units, strict=True) for width in WIDTHS
         ]
-        cosine = alike[0].masked_fill(itself, -torch.inf)
-        near = []
-        for count in NEIGHBOURS:
-            top, at = cosine.topk(min(count, cosine.shape[1]), 1)
-            near.append(torch.zeros_like(cosine).scatter_(1, at, (top / TEMPERATURE).softmax(1)))
-        gathered = rows.clamp(min=0)
-        if self.complete:
-            weights = [self._left_out(kernel @ A, A, places) for kernel, A in zip(kernels, self.inverses, strict=True)]
-            weights = torch.stack([*weights, *near]).masked_fill(itself, 0)
-            mean = self._mean(places)
-            # the weight of an image that an example was not measured on, its own, goes to the mean
-            missing = weights[:, :, self.position.clamp(min=0)] * (self.position >= 0)
-            found = weights @ self.table + (1 - weights.sum(2, keepdim=True) + missing) * mean
-            found = list(torch.cat([found, mean[None]]).gather(2, gathered.expand(len(self.names), -1, -1)))
-        else:
-            weights = torch.cat([part.masked_fill(itself, 0) for part in (*kernels, *near, torch.ones_like(cosine))])
-            shape = (len(self.names), len(vectors))
-            sums = torch.sparse.mm(self.residual, weights.T).T.unflatten(0, shape)
-            counts = torch.sparse.mm(self.count, weights.T).T.unflatten(0, shape)
-            # how many images' worth of zero everything is drawn to; softmax weights sum to one
-            prior = torch.tensor([1.0] * 4 + [PRIOR] * 3 + [1.0])[:, None, None]
-            found = list((sums / (counts + prior)).gather(2, gathered.expand(len(self.names), -1, -1)))
-        return torch.stack(found, 2) * (rows >= 0)[..., None]
+        neighbours = [_nearest(cosines[0].masked_fill(itself, -torch.inf), count) for count in NEIGHBOURS]
+        predict = self._of_complete if self.complete else self._of_sparse
+        every = predict(kernels, neighbours, itself, places)
+        predictions = every.gather(2, rows.clamp(min=0).expand(len(self.names), -1, -1))
+        return torch.stack(list(predictions), 2) * (rows >= 0)[..., None]
+
+    def _of_complete(self, kernels: list[Tensor], neighbours: list[Tensor], itself: Tensor, places: Tensor) -> Tensor:
+        """`(8, B, n)` for every example of the pool, where each was measured on all labelled images."""
+        weights = [self._left_out(kernel @ A, A, places) for kernel, A in zip(kernels, self.inverses, strict=True)]
+        weights = torch.stack([*weights, *neighbours]).masked_fill(itself, 0)
+        mean = self._mean(places)
+        # the weight of an image that an example was not measured on, its own, goes to the mean
+        missing = weights[:, :, self.position.clamp(min=0)] * (self.position >= 0)
+        transferred = weights @ self.table + (1 - weights.sum(2, keepdim=True) + missing) * mean
+        return torch.cat([transferred, mean[None]])
+
+    def _of_sparse(self, kernels: list[Tensor], neighbours: list[Tensor], itself: Tensor, places: Tensor) -> Tensor:
+        """The same where each was measured on some."""
+        weights = [*kernels, *neighbours, torch.ones_like(kernels[0])]
+        weights = torch.cat([part.masked_fill(itself, 0) for part in weights])
+        shape = (len(self.names), len(places))
+        sums = torch.sparse.mm(self.residual, weights.T).T.unflatten(0, shape)
+        counts = torch.sparse.mm(self.count, weights.T).T.unflatten(0, shape)
+        # how many images' worth of zero everything is drawn to; softmax weights sum to one
+        prior = torch.tensor([1.0] * 4 + [PRIOR] * 3 + [1.0])[:, None, None]
+        return sums / (counts + prior)
 
     def among(self, alike: Tensor, rows: Tensor, own: Tensor | None = None) -> Tensor:
         """What the candidates of each query did on those other candidates that the query is most like.
@@ -158,19 +164,21 @@ class RowModel:
         labelled = place >= 0
         if own is not None:
             labelled &= rows != torch.as_tensor(own).cpu()[:, None]
-        place, gathered = place.clamp(min=0)[:, None], rows.clamp(min=0)
+        place, candidates = place.clamp(min=0)[:, None], rows.clamp(min=0)
         if self.complete:
-            performance = self.table[place, gathered[:, :, None]]
-            there = gathered[:, :, None] != gathered[:, None]
+            performance = self.table[place, candidates[:, :, None]]
+            measured_mask = candidates[:, :, None] != candidates[:, None]
         else:
-            some, at = gathered.unique(return_inverse=True)
-            performance, there = (
-                part.index_select(0, some).to_dense()[at[:, :, None], place] for part in (self.residual, self.count)
+            examples, at = candidates.unique(return_inverse=True)
+            performance, measured_mask = (
+                part.index_select(0, examples).to_dense()[at[:, :, None], place]
+                for part in (self.residual, self.count)
             )
         weights = torch.stack([part / softness for part in alike.unbind(2) for softness in SOFTNESS], 2)
         weights = weights.masked_fill(~labelled[..., None], -torch.inf).softmax(1).nan_to_num(0)
-        there = there.float()
-        return (performance * there) @ weights / (there @ weights + PRIOR) * (rows >= 0)[..., None]
+        measured_mask = measured_mask.float()
+        transferred = (performance * measured_mask) @ weights / (measured_mask @ weights + PRIOR)
+        return transferred * (rows >= 0)[..., None]
 
     @staticmethod
     def _left_out(weights: Tensor, inverse: Tensor, places: Tensor) -> Tensor:
@@ -203,3 +211,9 @@ def _unit(view: Tensor) -> Tensor:
 
 def _kernel(cosine: Tensor, scale: Tensor) -> Tensor:
     return torch.exp(-(2 - 2 * cosine).clamp(min=0) / scale)
+
+
+def _nearest(cosine: Tensor, count: int) -> Tensor:
+    """Weights `(B, L)` of the `count` most similar images, which sum to one."""
+    top, at = cosine.topk(min(count, cosine.shape[1]), 1)
+    return torch.zeros_like(cosine).scatter_(1, at, (top / TEMPERATURE).softmax(1))

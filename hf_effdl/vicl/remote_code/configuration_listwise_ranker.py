@@ -6,6 +6,16 @@ from transformers import PreTrainedConfig
 
 
 HEADS = ("none", "own", "tied")
+COUNTS = (
+    "hidden_size",
+    "input_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "predictor_size",
+    "head_layers",
+    "label_channels",
+)
 
 
 class ListwiseRankerConfig(PreTrainedConfig):
@@ -65,25 +75,7 @@ class ListwiseRankerConfig(PreTrainedConfig):
         self.intermediate_size = self.hidden_size if self.intermediate_size is None else self.intermediate_size
         if self.legacy:
             self.head, self.role, self.bind, self.label_channels = "tied", False, False, None
-        counts = {
-            name: getattr(self, name)
-            for name in (
-                "hidden_size",
-                "input_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "intermediate_size",
-                "predictor_size",
-                "head_layers",
-            )
-        }
-        if self.label_channels is not None:
-            counts["label_channels"] = self.label_channels
-        for name, value in counts.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: pass a whole number of at least 1")
-        if not isinstance(self.list_length, int) or self.list_length < 2:
-            raise ValueError(f"list_length={self.list_length!r}: a list has two items or more")
+        self._check_counts()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} cannot be divided among num_attention_heads="
@@ -97,6 +89,16 @@ class ListwiseRankerConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size}: make them equal"
             )
         super().__post_init__(**kwargs)
+
+    def _check_counts(self) -> None:
+        for name in COUNTS:
+            value = getattr(self, name)
+            if name == "label_channels" and value is None:
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: pass a whole number of at least 1")
+        if not isinstance(self.list_length, int) or self.list_length < 2:
+            raise ValueError(f"list_length={self.list_length!r}: a list has two items or more")
 
 
 ListwiseRankerConfig.register_for_auto_class()

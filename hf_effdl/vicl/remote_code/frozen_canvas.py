@@ -1,11 +1,12 @@
 """In-painting models as frozen in-context models: a 2x2 canvas per example, eight arrangements of it, and a vote."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .frozen_seggpt import check_pixels, check_prompts
+from .frozen_model import FrozenModel, check_prompts
+from .images import check_pixels
 
 
 # What stands top left, top right, bottom left and bottom right: the example S, its label SM, the query Q and the
@@ -26,7 +27,7 @@ SIDE = 2 * CELL + GUTTER
 PATCHES = 14  # of 16 pixels, along a side
 
 
-class CanvasModel(nn.Module, ABC):
+class CanvasModel(FrozenModel):
     """A frozen in-context model that fills the hidden quarter of a canvas; a subclass says how, in `paint`.
 
     Several examples of a query make one canvas each, and the painted answers are averaged. `paint` is all that an
@@ -60,18 +61,6 @@ class CanvasModel(nn.Module, ABC):
         Returns:
             `(N, 3, 224, 224)` in [0, 1]. Only the hidden cell is read.
         """
-
-    def train(self, mode: bool = True) -> "CanvasModel":
-        """The model is frozen and stays in evaluation mode."""
-        return super().train(False)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """The images themselves."""
-        return images
-
-    def forward(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:
-        """`predict` of encoded queries and images."""
-        return self.predict(self.encode(queries), self.encode(images), labels, arrangement)
 
     @torch.no_grad()
     def predict(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:

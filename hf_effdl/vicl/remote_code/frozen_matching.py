@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
+from .frozen_model import FrozenModel
 from .vision_encoder import VisionEncoder
 
 
@@ -13,7 +15,7 @@ MATCHINGS = ("soft", "nearest", "prototype")
 GREY = (0.299, 0.587, 0.114)
 
 
-class FeatureMatching(nn.Module):
+class FeatureMatching(FrozenModel):
     """A frozen in-context model on any vision encoder: the example's label is carried over by matching features.
 
     With unit features `q` of a query cell and `e_j` of the cells of the examples, whose labels `y_j` are averaged to
@@ -46,7 +48,8 @@ class FeatureMatching(nn.Module):
         1.0
     """
 
-    arrangements = 1
+    kind = "feature-matching"
+    encoder_options = ("image_size", "layer")
 
     def __init__(
         self, encoder: VisionEncoder, matching: str = "soft", temperature: float = 0.05, carry: str = "label"
@@ -76,9 +79,55 @@ class FeatureMatching(nn.Module):
         """How images are resized to a cell, the encoder's."""
         return self.encoder.resample
 
+    # ---- the contract of a frozen model
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The encoder's."""
+        return self.encoder.backbone
+
+    @property
+    def id(self) -> str | None:
+        """Repository or folder that the encoder was loaded from."""
+        return self.encoder.id
+
+    @property
+    def revision(self) -> str | None:
+        """Commit that the encoder was loaded from."""
+        return self.encoder.revision
+
     def settings(self) -> dict[str, Any]:
-        """The arguments beside the encoder, as plain values."""
-        return {"matching": self.matching, "temperature": self.temperature, "carry": self.carry}
+        """The arguments, the encoder's among them, as plain values."""
+        options = {"matching": self.matching, "temperature": self.temperature, "carry": self.carry}
+        return self.encoder.settings() | options
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any], token: str | bool | None = None) -> "FeatureMatching":
+        """Made from `settings` and the source of its backbone."""
+        options = {name: settings[name] for name in ("matching", "temperature", "carry")}
+        return cls(VisionEncoder.from_settings(settings, token), **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id: str,
+        *,
+        task: str = "segmentation",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **settings: Any,
+    ) -> "FeatureMatching":
+        """Made from the encoder in a repository or folder; colours are carried as differences by default."""
+        shape = {name: settings.pop(name) for name in cls.encoder_options if name in settings}
+        if task == "colourisation":
+            settings.setdefault("carry", "difference")
+        return cls(VisionEncoder.from_pretrained(id, revision, token=token, **shape), **settings)
+
+    def own_encoder(self) -> VisionEncoder:
+        """The encoder that it matches features of."""
+        return self.encoder
+
+    # ---- matching
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -114,12 +163,30 @@ class FeatureMatching(nn.Module):
         Raises:
             ValueError: for other shapes, no example, or an arrangement other than 0.
         """
-        if (
-            labels.dim() != 5
-            or labels.shape[:2] != images.shape[:2]
-            or len(queries) != len(images)
-            or not images.shape[1]
-        ):
+        self._check(queries, images, labels, arrangement)
+        gh, gw, d = self._shape(queries.device)
+        (batch, m), size, cells = labels.shape[:2], labels.shape[3:], gh * gw * d
+        carried = labels.flatten(0, 1).float()
+        if self.carry == "difference":
+            carried = carried - images[..., cells:].reshape(batch * m, 1, *size)
+        carried = F.adaptive_avg_pool2d(carried, (gh, gw)).unflatten(0, (batch, m))
+        values = carried.permute(0, 1, 3, 4, 2).reshape(batch, m * gh * gw, 3)
+        example_cells = images[..., :cells].reshape(batch, m * gh * gw, d)
+        query_cells = queries[..., :cells].reshape(batch, gh * gw, d)
+        matched = self._match(query_cells, example_cells, values).transpose(1, 2).unflatten(2, (gh, gw))
+        painted = F.interpolate(matched, size=size, mode="bilinear", align_corners=False)
+        if self.carry == "difference":
+            painted = painted + queries[:, cells:].reshape(batch, 1, *size)
+        return painted.clamp(0, 1)
+
+    def forward(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:
+        """The same from pixels: `(B, 3, h, w)`, `(B, m, 3, h, w)` and `(B, m, 3, h, w)` to `(B, 3, h, w)`."""
+        encoded = self.encode(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        return self.predict(self.encode(queries), encoded, labels, arrangement)
+
+    def _check(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int) -> None:
+        fits = labels.dim() == 5 and labels.shape[:2] == images.shape[:2] and len(queries) == len(images)
+        if not fits or not images.shape[1]:
             raise ValueError(
                 f"queries {tuple(queries.shape)}, images {tuple(images.shape)} and labels "
                 f"{tuple(labels.shape)}: pass (B, ...), (B, m, ...) and (B, m, 3, h, w) with the same B "
@@ -127,40 +194,20 @@ class FeatureMatching(nn.Module):
             )
         if arrangement:
             raise ValueError(f"arrangement={arrangement}: feature matching has no canvas to arrange, only 0")
-        gh, gw, d = self._shape(queries.device)
-        cells = gh * gw * d
-        batch, m = labels.shape[:2]
         if self.carry == "difference" and labels.shape[3:] != self.image_size:
             raise ValueError(
                 f"labels of {tuple(labels.shape[3:])} pixels: a difference is between a label and an "
                 f"image of one size, {self.image_size}"
             )
-        carried = labels.flatten(0, 1).float()
-        if self.carry == "difference":
-            carried = carried - images[..., cells:].reshape(batch * m, 1, *labels.shape[3:])
-        carried = F.adaptive_avg_pool2d(carried, (gh, gw)).unflatten(0, (batch, m))
-        values = carried.permute(0, 1, 3, 4, 2).reshape(batch, m * gh * gw, 3)
-        known = images[..., :cells].reshape(batch, m * gh * gw, d)
-        asked = queries[..., :cells].reshape(batch, gh * gw, d)
-        found = self._match(asked, known, values).transpose(1, 2).unflatten(2, (gh, gw))
-        found = F.interpolate(found, size=labels.shape[3:], mode="bilinear", align_corners=False)
-        if self.carry == "difference":
-            found = found + queries[:, cells:].reshape(batch, 1, *labels.shape[3:])
-        return found.clamp(0, 1)
 
-    def forward(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:
-        """The same from pixels: `(B, 3, h, w)`, `(B, m, 3, h, w)` and `(B, m, 3, h, w)` to `(B, 3, h, w)`."""
-        encoded = self.encode(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        return self.predict(self.encode(queries), encoded, labels, arrangement)
-
-    def _match(self, asked: Tensor, known: Tensor, values: Tensor) -> Tensor:
+    def _match(self, query_cells: Tensor, example_cells: Tensor, values: Tensor) -> Tensor:
         """(B, Q, d), (B, E, d), (B, E, 3) to (B, Q, 3)."""
         if self.matching == "prototype":
             weight = values[..., :1]
-            sides = [F.normalize((known * share).sum(1), dim=1) for share in (weight, 1 - weight)]
-            white, black = (torch.einsum("bqd,bd->bq", asked, side) for side in sides)
+            sides = [F.normalize((example_cells * share).sum(1), dim=1) for share in (weight, 1 - weight)]
+            white, black = (torch.einsum("bqd,bd->bq", query_cells, side) for side in sides)
             return ((white - black) / self.temperature).sigmoid()[..., None].expand(-1, -1, 3)
-        similarity = asked @ known.transpose(1, 2)
+        similarity = query_cells @ example_cells.transpose(1, 2)
         if self.matching == "nearest":
             best = similarity.argmax(2)
             return values.gather(1, best[..., None].expand(-1, -1, 3))

@@ -1,20 +1,23 @@
 """SegGPT as a frozen in-context model: it paints the label of a query after one or several labelled examples."""
 
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import SegGptForImageSegmentation
 
+from .backbones import commit_of, load_backbone
+from .encoder_seggpt import MEAN, STD, SegGptFeatures, cell_of, channels, normalised
+from .frozen_model import FrozenModel, check_prompts
+from .vision_encoder import VisionEncoder
+
 
 EMBEDDING_TYPES = ("instance", "semantic")
 ENSEMBLES = ("original", "upstream")
-# of ImageNet, which SegGPT's images and labels are normalised by
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 
-class SegGptInContext(nn.Module):
+class SegGptInContext(FrozenModel):
     """A `SegGptForImageSegmentation` that takes pixels in [0, 1] and batches of different queries.
 
     SegGPT sees two tall canvases of two halves each, an example over a query:
@@ -57,40 +60,68 @@ class SegGptInContext(nn.Module):
     Source: Wang et al., "SegGPT: Segmenting Everything In Context", arXiv 2304.03284, "Context Ensemble".
     """
 
+    kind = "seggpt"
+    model_types = ("seggpt",)
+
     def __init__(
         self, model: SegGptForImageSegmentation, embedding_type: str = "instance", ensemble: str = "original"
     ) -> None:
         super().__init__()
-        if not isinstance(model, SegGptForImageSegmentation):
-            raise TypeError(f"model is a {type(model).__name__}: pass a SegGptForImageSegmentation, which can paint")
+        self.image_size = cell_of(model)
         if embedding_type not in EMBEDDING_TYPES:
             raise ValueError(f"embedding_type={embedding_type!r}: it must be one of {EMBEDDING_TYPES}")
         if ensemble not in ENSEMBLES:
             raise ValueError(f"ensemble={ensemble!r}: it must be one of {ENSEMBLES}")
-        size, patch = model.config.image_size, model.config.patch_size
-        height, width = (size, size) if isinstance(size, int) else size
-        if height % (2 * patch) or width % patch:
-            raise ValueError(
-                f"image_size={height, width} of the config is no two halves of whole patches of {patch} pixels"
-            )
         self.model = model.eval().requires_grad_(False)
         self.embedding_type, self.ensemble = embedding_type, ensemble
-        self.revision: str | None = None  # the commit the weights are from, where whoever loaded them knows it
-        self.image_size = (height // 2, width)
         # upstream's ensemble averages the lower half wherever the query is
         self.arrangements = 2 if ensemble == "original" else 1
 
-    def train(self, mode: bool = True) -> "SegGptInContext":
-        """The model is frozen and stays in evaluation mode."""
-        return super().train(False)
+    # ---- the contract of a frozen model
 
-    def encode(self, images: Tensor) -> Tensor:
-        """The images themselves: examples and query are seen together from the first block, nothing can be kept."""
-        return images
+    @property
+    def backbone(self) -> SegGptForImageSegmentation:
+        """The SegGPT."""
+        return self.model
 
-    def forward(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:
-        """`predict` of encoded queries and images."""
-        return self.predict(self.encode(queries), self.encode(images), labels, arrangement)
+    @property
+    def id(self) -> str | None:
+        """Repository or folder that the model was loaded from."""
+        return self.model.config.name_or_path or None
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments beside the model, as plain values."""
+        return {"embedding_type": self.embedding_type, "ensemble": self.ensemble}
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any], token: str | bool | None = None) -> "SegGptInContext":
+        """Made from `settings` and the source of its backbone."""
+        source = settings["backbone"]
+        model = load_backbone(source, SegGptForImageSegmentation, token)
+        frozen = cls(model, embedding_type=settings["embedding_type"], ensemble=settings["ensemble"])
+        frozen.revision = source.get("revision")
+        return frozen
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id: str,
+        *,
+        task: str = "segmentation",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **settings: Any,
+    ) -> "SegGptInContext":
+        """Made from the SegGPT in a repository or folder; `settings` are the constructor's."""
+        frozen = cls(load_backbone({"id": id, "revision": revision}, SegGptForImageSegmentation, token), **settings)
+        frozen.revision = commit_of(id, revision, token) or revision
+        return frozen
+
+    def own_encoder(self) -> VisionEncoder:
+        """SegGPT's own features, with these weights."""
+        return VisionEncoder(self.model, id=self.id, revision=self.revision)
+
+    # ---- painting
 
     @torch.no_grad()
     def predict(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:
@@ -115,9 +146,8 @@ class SegGptInContext(nn.Module):
             )
         check_prompts(queries, images, labels, self.image_size)
         b, m = images.shape[:2]
-        query, example, label = (
-            self._normalised(pixels.flatten(0, 1)) for pixels in (queries[:, None].expand_as(images), images, labels)
-        )
+        prompts = (queries[:, None].expand_as(images), images, labels)
+        query, example, label = (normalised(self.model, pixels.flatten(0, 1)) for pixels in prompts)
         above, below = (example, query) if arrangement == 0 else (query, example)
         half = 1 - arrangement  # the query's: 0 is the upper one
         if m > 1 and self.ensemble == "upstream":
@@ -130,30 +160,11 @@ class SegGptInContext(nn.Module):
                         hooks.enter_context(layer.attention.register_forward_hook(_averaging(m, half)))
                 painted = self._paint(above, below, label, half)
         painted = painted.chunk(2, dim=2)[half].to(queries).unflatten(0, (b, m)).mean(1)
-        return (painted * _channels(STD, painted) + _channels(MEAN, painted)).clamp(0, 1)
+        return (painted * channels(STD, painted) + channels(MEAN, painted)).clamp(0, 1)
 
-    @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """SegGPT's own features of images: the last hidden states of each as a query that has itself as example.
-
-        The labels are black.
-
-        Args:
-            images: `(N, 3, h, w)` in [0, 1], of `image_size`.
-
-        Returns:
-            `(N, gh, gw, C)`, one vector a patch, in the images' dtype.
-        """
-        check_pixels("images", images, ("N", 3, *self.image_size))
-        pixels, black = self._normalised(images), self._normalised(torch.zeros_like(images))
-        states = self.model.model(
-            pixel_values=pixels,
-            prompt_pixel_values=pixels,
-            prompt_masks=black,
-            embedding_type=self.embedding_type,
-            return_dict=True,
-        ).last_hidden_state
-        return states.chunk(2, dim=1)[1].to(images)
+        """SegGPT's own features of images, see `SegGptFeatures`."""
+        return SegGptFeatures(self.model, self.embedding_type)(images)
 
     def _paint(self, above: Tensor, below: Tensor, label: Tensor, half: int, feature_ensemble: bool = False) -> Tensor:
         # without labels= the label fills both halves of its canvas, and the mask alone says which is hidden
@@ -168,36 +179,6 @@ class SegGptInContext(nn.Module):
             embedding_type=self.embedding_type,
             return_dict=True,
         ).pred_masks
-
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        # transformers casts images to the model's dtype but not labels
-        pixels = (pixels - _channels(MEAN, pixels)) / _channels(STD, pixels)
-        return pixels.to(self.model.device, self.model.dtype)
-
-
-def check_pixels(name: str, pixels: Tensor, shape: tuple[int | str, ...]) -> None:
-    """Refuses tensors that are not floating, not of `shape` (a letter is any size from 1), or not within [0, 1]."""
-    if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
-        kind = getattr(pixels, "dtype", type(pixels).__name__)
-        raise TypeError(f"{name} is of {kind}: pass a floating tensor with values in [0, 1]")
-    if pixels.ndim != len(shape) or any(
-        size == 0 or not isinstance(want, str) and size != want for size, want in zip(pixels.shape, shape)
-    ):
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"{name} is {tuple(pixels.shape)}: it must be ({wanted}) with at least one of each")
-    if not ((pixels >= 0) & (pixels <= 1)).all():  # NaN is neither
-        raise ValueError(f"{name} has values outside [0, 1] or NaN: divide by 255, and clamp after resizing")
-
-
-def check_prompts(queries: Tensor, images: Tensor, labels: Tensor, image_size: tuple[int, int]) -> None:
-    """Refuses what is not `(B, 3, h, w)` and twice `(B, m, 3, h, w)` of pixels, with m >= 1."""
-    check_pixels("queries", queries, ("B", 3, *image_size))
-    check_pixels("images", images, (len(queries), "m", 3, *image_size))
-    check_pixels("labels", labels, tuple(images.shape))
-
-
-def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return like.new_tensor(values)[:, None, None]
 
 
 def _averaging(m: int, half: int):

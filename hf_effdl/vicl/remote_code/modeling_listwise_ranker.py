@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from .borrowing import borrow
 from .configuration_listwise_ranker import ListwiseRankerConfig
 from .ranker_losses import neural_ndcg_loss, pairwise_margin_loss, ranks
 from .vision_encoder import VisionEncoder
@@ -123,8 +124,7 @@ class ListwiseRanker(PreTrainedModel):
         self.predictor = nn.Sequential(
             nn.Linear(d, config.predictor_size), nn.ReLU(), nn.Linear(config.predictor_size, 1)
         )
-        # in a tuple, so that its weights are neither trained nor saved with these
-        self._encoder: tuple[VisionEncoder, ...] = ()
+        borrow(self, "attached", None)
         self.post_init()
 
     # ---- the encoder
@@ -137,7 +137,7 @@ class ListwiseRanker(PreTrainedModel):
         """
         self.check_tokens(encoder.dim, encoder.fingerprint)
         self.config.encoder, self.config.encoder_fingerprint = encoder.describe(), encoder.fingerprint
-        self._encoder = (encoder.eval().requires_grad_(False),)
+        borrow(self, "attached", encoder.eval().requires_grad_(False))
         return self
 
     @property
@@ -147,7 +147,7 @@ class ListwiseRanker(PreTrainedModel):
         Raises:
             ValueError: where none was attached and the config names none, or another is found under its name.
         """
-        if not self._encoder:
+        if self.attached is None:
             made = self.config.encoder
             if made is None or made["id"] is None:
                 raise ValueError(
@@ -159,7 +159,7 @@ class ListwiseRanker(PreTrainedModel):
                     made["id"], made["revision"], image_size=tuple(made["image_size"]), layer=made["layer"]
                 )
             )
-        return self._encoder[0]
+        return self.attached
 
     def check_tokens(self, width: int, fingerprint: str | None = None) -> None:
         """Raise where tokens of this width, or from the encoder of this fingerprint, are not those of its training.
@@ -168,17 +168,17 @@ class ListwiseRanker(PreTrainedModel):
             ValueError: naming both.
         """
         config = self.config
-        known = config.encoder_fingerprint
-        made = "" if known is None else f" of the encoder {(config.encoder or {}).get('id') or known}"
+        trained_on = config.encoder_fingerprint
+        made = "" if trained_on is None else f" of the encoder {(config.encoder or {}).get('id') or trained_on}"
         if width != config.input_size:
             raise ValueError(
                 f"tokens of width {width}, but this ranker takes width {config.input_size}{made}: pass "
                 "that encoder's tokens, or make a ranker with input_size of these"
             )
-        if known is not None and fingerprint is not None and fingerprint != known:
+        if trained_on is not None and fingerprint is not None and fingerprint != trained_on:
             raise ValueError(
                 f"tokens of the encoder {fingerprint}, but this ranker was trained on those{made}, "
-                f"fingerprint {known}: build the pool with that encoder, or train a ranker for this "
+                f"fingerprint {trained_on}: build the pool with that encoder, or train a ranker for this "
                 "one"
             )
 
@@ -254,10 +254,10 @@ class ListwiseRanker(PreTrainedModel):
         todo = (places >= 0).any(1).nonzero()[:, 0]
         images = candidates.flatten(0, 1)
         for part in todo.split(max(1, TOKENS // (count * (places.shape[1] + 1)))) if len(todo) else ():
-            own, here = owners[part], places[part]
-            mask = None if bool((here >= 0).all()) else (here >= 0).to(self.device)
-            found = images[(own[:, None] * total + here.clamp(min=0)).to(self.device)]
-            scores[part] = self._score(query[own.to(self.device)], found, mask).float().cpu()
+            query_rows, members = owners[part], places[part]
+            mask = None if bool((members >= 0).all()) else (members >= 0).to(self.device)
+            states = images[(query_rows[:, None] * total + members.clamp(min=0)).to(self.device)]
+            scores[part] = self._score(query[query_rows.to(self.device)], states, mask).float().cpu()
         return scores.view(lists.shape).to(lists.device)
 
     def _given(self, name: str, tokens: Tensor | None, pixels: Tensor | None, axes: int) -> Tensor:
@@ -268,8 +268,8 @@ class ListwiseRanker(PreTrainedModel):
                 raise ValueError(
                     f"{name}_pixels of shape {tuple(pixels.shape)}: pass (B, {'k, ' * (axes - 3)}3, h, w)"
                 )
-            found = self.encoder.to(self.device)(pixels.flatten(0, -4))["tokens"]
-            tokens = found.unflatten(0, pixels.shape[:-3])
+            encoded = self.encoder.to(self.device)(pixels.flatten(0, -4))["tokens"]
+            tokens = encoded.unflatten(0, pixels.shape[:-3])
         if tokens.dim() != axes:
             raise ValueError(f"{name}_tokens of shape {tuple(tokens.shape)}: pass (B, {'k, ' * (axes - 3)}T, d)")
         self.check_tokens(tokens.shape[-1])

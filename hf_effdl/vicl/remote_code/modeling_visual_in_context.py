@@ -5,19 +5,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel, SegGptForImageSegmentation
+from transformers import AutoConfig, PreTrainedModel
 
+from .backbones import is_named, source_of
+from .borrowing import borrow
 from .cascade import CascadeSelector
 from .configuration_visual_in_context import VisualInContextConfig
 from .frozen_matching import FeatureMatching
+from .frozen_model import FrozenModel
 from .frozen_seggpt import SegGptInContext
+from .images import BICUBIC
 from .ranker_selector import RankerSelector
-from .vision_encoder import BICUBIC, VisionEncoder, commit_of
+from .vision_encoder import VisionEncoder
 
 
 DEFAULT = "BAAI/seggpt-vit-large"
+# frozen models that can be saved, by the name of their kind
+FROZEN: dict[str, type[FrozenModel]] = {frozen.kind: frozen for frozen in (SegGptInContext, FeatureMatching)}
 # selectors that a model can keep, by the name of the strategy
 KINDS = {selector.kind: selector for selector in (CascadeSelector, RankerSelector)}
+
+
+def frozen_class(model_type: str | None) -> type[FrozenModel]:
+    """What a model of transformers is made into: the kind that takes its type, else feature matching on it."""
+    return next((frozen for frozen in FROZEN.values() if model_type in frozen.model_types), FeatureMatching)
 
 
 class VisualInContextModel(PreTrainedModel):
@@ -47,7 +58,7 @@ class VisualInContextModel(PreTrainedModel):
         super().__init__(config)
         self.frozen: nn.Module | None = None
         self.separate_encoder: VisionEncoder | None = None
-        self._shared: tuple[VisionEncoder, ...] = ()
+        borrow(self, "own_encoder", None)  # of the frozen model, whose weights it shares
         self.register_buffer("format", torch.tensor(1))  # a model of named backbones alone would have an empty file
         self._make_table(config.performance)
         kept = config.selector
@@ -79,21 +90,10 @@ class VisualInContextModel(PreTrainedModel):
             settings: for `SegGptInContext` (`embedding_type`, `ensemble`) or for `FeatureMatching` (`matching`,
                 `temperature`, `carry`) and its encoder (`image_size`, `layer`).
         """
-        kind = AutoConfig.from_pretrained(backbone, revision=revision, token=token)
-        if kind.model_type == "seggpt":
-            # single precision also where a file holds half: the CPU is slow in half, and a GPU user casts with .half()
-            model = SegGptForImageSegmentation.from_pretrained(
-                backbone, revision=revision, token=token, dtype=torch.float32
-            )
-            frozen: nn.Module = SegGptInContext(model, **settings)
-            frozen.revision = commit_of(backbone, revision, token) or revision
-        else:
-            form = {name: settings.pop(name) for name in ("image_size", "layer") if name in settings}
-            if task == "colourisation":
-                settings.setdefault("carry", "difference")
-            frozen = FeatureMatching(
-                VisionEncoder.from_pretrained(backbone, revision, token=token, **form), **settings
-            )
+        config = AutoConfig.from_pretrained(backbone, revision=revision, token=token)
+        frozen = frozen_class(config.model_type).from_pretrained(
+            backbone, task=task, revision=revision, token=token, **settings
+        )
         if isinstance(encoder, str):
             encoder = VisionEncoder.from_pretrained(encoder, token=token)
         return cls.from_parts(frozen, encoder, task=task)
@@ -111,31 +111,29 @@ class VisualInContextModel(PreTrainedModel):
         """A model from modules.
 
         Args:
-            frozen: `SegGptInContext`, `FeatureMatching`, or any module with their `image_size`, `arrangements`,
-                `encode` and `predict`; the last kind works here and now, but cannot be saved.
+            frozen: a `FrozenModel`, such as `SegGptInContext` or `FeatureMatching`, or any module with their
+                `image_size`, `encode` and `predict`; of a kind that `FROZEN` does not hold it works here and now, but
+                cannot be saved.
             encoder: of the pool; default: the frozen model's own.
             task: "segmentation", "detection" or "colourisation".
             embed: True puts all weights into this model's file, False none; default: those without a repository.
             config: further fields of `VisualInContextConfig`.
         """
-        spec = _describe_frozen(frozen, embed)
         own = _own_encoder(frozen)
         if encoder is None and own is None:
             raise ValueError(
                 f"{type(frozen).__name__} has no encoder of its own: pass encoder=VisionEncoder.from_pretrained(...)"
             )
-        separate = encoder is not None and encoder is not own
-        described = None
-        if separate:
-            source = _source(encoder.backbone, encoder.id, encoder.revision, embed)
-            described = {"backbone": source, **_settings(encoder)}
+        separate = None if encoder is own else encoder
         model = cls(VisualInContextConfig(task=task, **config))
-        model.config.frozen_model, model.config.encoder = spec, described
-        model.frozen = frozen
-        if separate:
-            model.separate_encoder = encoder
-        else:
-            model._shared = (own,)
+        if getattr(frozen, "kind", None) in FROZEN:
+            source = source_of(frozen.backbone, frozen.id, frozen.revision, embed)
+            model.config.frozen_model = {"kind": frozen.kind, "backbone": source, **frozen.settings()}
+        if separate is not None:
+            source = source_of(separate.backbone, separate.id, separate.revision, embed)
+            model.config.encoder = {"backbone": source, **separate.settings()}
+        model.frozen, model.separate_encoder = frozen, separate
+        borrow(model, "own_encoder", own)
         return model.eval()
 
     @classmethod
@@ -156,7 +154,7 @@ class VisualInContextModel(PreTrainedModel):
                 "model with from_backbone or from_parts"
             )
         if self.separate_encoder is None:
-            self._shared = (_own_encoder(self.frozen),)
+            borrow(self, "own_encoder", _own_encoder(self.frozen))
         self.eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -164,13 +162,13 @@ class VisualInContextModel(PreTrainedModel):
         if self.config.frozen_model is None:
             raise ValueError(
                 f"a {type(self.frozen).__name__} cannot be saved: how to build it is not known. "
-                "SegGptInContext and FeatureMatching can be saved"
+                f"{' and '.join(kind.__name__ for kind in FROZEN.values())} can be saved"
             )
         state = kwargs.pop("state_dict", None) or self.state_dict()
         named = [
             prefix
             for prefix, spec in (("frozen.", self.config.frozen_model), ("separate_encoder.", self.config.encoder))
-            if spec is not None and "id" in spec["backbone"]
+            if spec is not None and is_named(spec["backbone"])
         ]
         state = {
             # a backbone that both parts share is written for each of them
@@ -185,7 +183,7 @@ class VisualInContextModel(PreTrainedModel):
     @property
     def encoder(self) -> VisionEncoder:
         """The encoder of the pool."""
-        return self.separate_encoder if self.separate_encoder is not None else self._shared[0]
+        return self.separate_encoder if self.separate_encoder is not None else self.own_encoder
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -258,93 +256,23 @@ class VisualInContextModel(PreTrainedModel):
 
     def _build(self, embedded: bool, token: str | bool | None = None) -> None:
         spec = self.config.frozen_model
-        if spec is not None and self.frozen is None and ("config" in spec["backbone"]) == embedded:
+        if spec is not None and self.frozen is None and is_named(spec["backbone"]) != embedded:
             self.frozen = _make_frozen(spec, token)
         spec = self.config.encoder
-        if spec is not None and self.separate_encoder is None and ("config" in spec["backbone"]) == embedded:
-            self.separate_encoder = _make_encoder(spec, token)
-
-
-def _describe_frozen(frozen: nn.Module, embed: bool | None) -> dict[str, Any] | None:
-    if isinstance(frozen, SegGptInContext):
-        config = frozen.model.config
-        source = _source(frozen.model, config.name_or_path or None, frozen.revision, embed)
-        return {
-            "kind": "seggpt",
-            "backbone": source,
-            "embedding_type": frozen.embedding_type,
-            "ensemble": frozen.ensemble,
-        }
-    if isinstance(frozen, FeatureMatching):
-        encoder = frozen.encoder
-        source = _source(encoder.backbone, encoder.id, encoder.revision, embed)
-        return {"kind": "feature-matching", "backbone": source, **_settings(encoder), **frozen.settings()}
-    return None
-
-
-def _settings(encoder: VisionEncoder) -> dict[str, Any]:
-    return {
-        name: encoder.settings()[name] for name in ("layer", "image_size", "mean", "std", "resample", "contrastive")
-    }
-
-
-def _source(backbone: PreTrainedModel, id: str | None, revision: str | None, embed: bool | None) -> dict[str, Any]:
-    """Where the weights of a backbone are: a repository, or this model's file."""
-    if embed is None:
-        embed = id is None or os.path.isdir(id)
-    if embed:
-        # where a backbone was loaded from is nobody's business once its weights are here
-        return {"config": {key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"}}
-    if id is None:
-        raise ValueError(
-            f"embed=False, but it is not known where {type(backbone).__name__} was loaded from: load it "
-            "by its repository's name, or embed its weights"
-        )
-    return {"id": id, "revision": revision or commit_of(id)}
+        if spec is not None and self.separate_encoder is None and is_named(spec["backbone"]) != embedded:
+            self.separate_encoder = VisionEncoder.from_settings(spec, token)
 
 
 def _own_encoder(frozen: nn.Module) -> VisionEncoder | None:
-    if isinstance(frozen, SegGptInContext):
-        return VisionEncoder(frozen.model, id=frozen.model.config.name_or_path or None, revision=frozen.revision)
-    return getattr(frozen, "encoder", None)
+    return frozen.own_encoder() if hasattr(frozen, "own_encoder") else getattr(frozen, "encoder", None)
 
 
-def _make_frozen(spec: dict[str, Any], token: str | bool | None) -> nn.Module:
-    if spec["kind"] == "seggpt":
-        model = _make_backbone(spec["backbone"], token, SegGptForImageSegmentation)
-        frozen = SegGptInContext(model, embedding_type=spec["embedding_type"], ensemble=spec["ensemble"])
-        frozen.revision = spec["backbone"].get("revision")
-        return frozen
-    if spec["kind"] == "feature-matching":
-        settings = {name: spec[name] for name in ("matching", "temperature", "carry")}
-        return FeatureMatching(_make_encoder(spec, token), **settings)
-    raise ValueError(f"config.frozen_model names kind={spec['kind']!r}; known are 'seggpt' and 'feature-matching'")
-
-
-def _make_encoder(spec: dict[str, Any], token: str | bool | None) -> VisionEncoder:
-    backbone = _make_backbone(spec["backbone"], token, AutoModel)
-    encoder = VisionEncoder(
-        backbone,
-        image_size=tuple(spec["image_size"]),
-        layer=spec["layer"],
-        mean=tuple(spec["mean"]),
-        std=tuple(spec["std"]),
-        resample=spec["resample"],
-        id=spec["backbone"].get("id"),
-        revision=spec["backbone"].get("revision"),
-    )
-    encoder.contrastive = spec["contrastive"]  # an embedded tower comes without its other half
-    return encoder
-
-
-def _make_backbone(source: dict[str, Any], token: str | bool | None, kind: Any) -> PreTrainedModel:
-    if "id" in source:
-        return kind.from_pretrained(source["id"], revision=source["revision"], token=token, dtype=torch.float32)
-    values = dict(source["config"])
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    if config.model_type == "seggpt":
-        kind = SegGptForImageSegmentation
-    return kind._from_config(config) if kind is SegGptForImageSegmentation else kind.from_config(config)
+def _make_frozen(spec: dict[str, Any], token: str | bool | None) -> FrozenModel:
+    if spec["kind"] not in FROZEN:
+        raise ValueError(
+            f"config.frozen_model names kind={spec['kind']!r}; known are {' and '.join(map(repr, FROZEN))}"
+        )
+    return FROZEN[spec["kind"]].from_settings(spec, token)
 
 
 VisualInContextModel.register_for_auto_class("AutoModel")

@@ -7,14 +7,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .writing import write_text
+
 
 PIPELINE_TAGS = {
     "segmentation": "image-segmentation",
     "detection": "object-detection",
     "colourisation": "image-to-image",
 }
-# not spelt out in the text below: whoever looks for the imports of this file line by line would find one of ours
-PACKAGE = "hf_effdl"
 WIDTH = 119  # of the text
 CITATION = """@inproceedings{xu2024partial2global,
   title     = {Towards Global Optimal Visual In-Context Learning Prompt Selection},
@@ -23,6 +23,51 @@ CITATION = """@inproceedings{xu2024partial2global,
   year      = {2024},
   url       = {https://arxiv.org/abs/2405.15279}
 }"""
+
+
+TEMPLATE = """---
+{metadata}
+---
+
+# Visual in-context {task}
+
+{introduction}
+
+```python
+from transformers import pipeline
+
+pipe = pipeline(model="{repo_id}", trust_remote_code=True)
+out = pipe("photo.jpg")    # {{"prediction": ..., "example_ids": [...], "scores": [...]}}
+```
+
+With `pip install hf_effdl` no remote code is needed:
+
+```python
+from hf_effdl import VisualInContextPipeline
+
+pipe = VisualInContextPipeline(model="{repo_id}")
+pipe.plot("photo.jpg").show()
+```
+
+| part | what |
+|---|---|
+| task | {task} |
+| frozen model | {kind}, {backbone} |
+| retrieval | {retrieval}, the {candidates} nearest are candidates |
+| strategy | {strategy} |
+| pool | {pool}, {rows:,} examples, fingerprint `{fingerprint}` |
+{selector}
+## Limits
+
+The prediction is the frozen model's, and can be no better than it is with the best example of the pool. The pool's
+images and labels decide what counts as the object; an image unlike all of them is predicted badly and not refused.
+
+## Citation
+
+```bibtex
+{citation}
+```
+"""
 
 
 def write_model_card(folder: str | os.PathLike[str], config: Any, pool: Any, repo_id: str | None = None) -> Path:
@@ -35,73 +80,45 @@ def write_model_card(folder: str | os.PathLike[str], config: Any, pool: Any, rep
         repo_id: named in the snippets; default: the folder's name.
     """
     target = Path(folder) / "README.md"
-    rows, repo_id = len(pool), repo_id or Path(folder).name
-    frozen, encoder = config.frozen_model, config.encoder
-    named = frozen["backbone"].get("id")
+    text = TEMPLATE.format(
+        metadata=_metadata(target, config).to_yaml(),
+        task=config.task,
+        introduction=_introduction(config.selector, len(pool)),
+        repo_id=repo_id or Path(folder).name,
+        kind=config.frozen_model["kind"],
+        candidates=config.candidates,
+        strategy=config.strategy,
+        rows=len(pool),
+        fingerprint=pool.fingerprint,
+        selector=_selector(config),
+        citation=CITATION,
+        **_places(config),
+    )
+    return write_text(target, str(ModelCard(text)))
+
+
+def _metadata(target: Path, config: Any) -> ModelCardData:
     known = ModelCard.load(target).data.to_dict() if target.is_file() else {}
     ours = {
         "library_name": "transformers",
         "pipeline_tag": PIPELINE_TAGS[config.task],
         "tags": list(dict.fromkeys([*(known.get("tags") or []), "hf_effdl", "visual-in-context-learning"])),
-        "base_model": named,
+        "base_model": config.frozen_model["backbone"].get("id"),
         "datasets": config.pool if config.pool != "pool" else None,
     }
-    data = ModelCardData(**(known | ours))
+    return ModelCardData(**(known | ours))
+
+
+def _places(config: Any) -> dict[str, str]:
+    """Where the parts are."""
+    named, encoder = config.frozen_model["backbone"].get("id"), config.encoder
     backbone = f"[{named}](https://huggingface.co/{named})" if named else "embedded here"
-    retrieval = (
-        "the frozen model's own features" if encoder is None else (encoder["backbone"].get("id") or "embedded here")
-    )
-    pool_name = (
-        "in `pool/`" if config.pool == "pool" else f"[{config.pool}](https://huggingface.co/datasets/{config.pool})"
-    )
-    text = f"""---
-{data.to_yaml()}
----
-
-# Visual in-context {config.task}
-
-{_introduction(config.selector, rows)}
-
-```python
-from transformers import pipeline
-
-pipe = pipeline(model="{repo_id}", trust_remote_code=True)
-out = pipe("photo.jpg")    # {{"prediction": ..., "example_ids": [...], "scores": [...]}}
-```
-
-With `pip install hf_effdl` no remote code is needed:
-
-```python
-from {PACKAGE} import VisualInContextPipeline
-
-pipe = VisualInContextPipeline(model="{repo_id}")
-pipe.plot("photo.jpg").show()
-```
-
-| part | what |
-|---|---|
-| task | {config.task} |
-| frozen model | {frozen["kind"]}, {backbone} |
-| retrieval | {retrieval}, the {config.candidates} nearest are candidates |
-| strategy | {config.strategy} |
-| pool | {pool_name}, {rows:,} examples, fingerprint `{pool.fingerprint}` |
-{_selector(config)}
-## Limits
-
-The prediction is the frozen model's, and can be no better than it is with the best example of the pool. The pool's
-images and labels decide what counts as the object; an image unlike all of them is predicted badly and not refused.
-
-## Citation
-
-```bibtex
-{CITATION}
-```
-"""
-    part = target.with_suffix(".tmp")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(str(ModelCard(text)), encoding="utf-8")
-    os.replace(part, target)
-    return target
+    if encoder is None:
+        retrieval = "the frozen model's own features"
+    else:
+        retrieval = encoder["backbone"].get("id") or "embedded here"
+    pool = f"[{config.pool}](https://huggingface.co/datasets/{config.pool})"
+    return {"backbone": backbone, "retrieval": retrieval, "pool": "in `pool/`" if config.pool == "pool" else pool}
 
 
 def _introduction(kept: dict[str, Any] | None, rows: int) -> str:

@@ -7,12 +7,52 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import SegGptForImageSegmentation
+from transformers import PreTrainedConfig
 
-from .frozen_seggpt import SegGptInContext
-from .modeling_visual_in_context import VisualInContextModel
+from .configuration_visual_in_context import VisualInContextConfig
+from .modeling_visual_in_context import FROZEN, VisualInContextModel, frozen_class
 from .pool_reader import MANIFEST, PoolReader
 from .vision_encoder import VisionEncoder
+
+
+def load_parts(model: Any, pool: Any, token: str | bool | None) -> tuple[VisualInContextModel, PoolReader]:
+    """A model and its pool, from whatever the user has of them; the model's config names the pool where that can be.
+
+    Args:
+        model, pool, token: see `VisualInContextPipeline`.
+    """
+    name = str(pool) if isinstance(pool, (str, os.PathLike)) else None
+    if not isinstance(model, (str, os.PathLike)):
+        if not hasattr(model, "frozen"):
+            pool = _opened(pool, token)
+            model = from_module(model, pool, token)
+    elif (model_type := _model_type(str(model), token)) == VisualInContextConfig.model_type:
+        model = VisualInContextModel.from_pretrained(str(model), token=token)
+    else:  # a backbone's name says nothing of the pool's task and encoder
+        pool = _opened(pool, token)
+        model = from_backbone(str(model), model_type, pool, token)
+    if pool is None:
+        name = named_pool(model)
+    if pool is None or isinstance(pool, (str, os.PathLike)):
+        pool = PoolReader.from_pretrained(name, token=token, **revision_of(model, name))
+    check_pool(pool, model)
+    _name_pool(model.config, pool, name)
+    return model, pool
+
+
+def _model_type(name: str, token: str | bool | None) -> str | None:
+    return PreTrainedConfig.get_config_dict(name, token=token)[0].get("model_type")
+
+
+def _opened(pool: Any, token: str | bool | None) -> Any:
+    return PoolReader.from_pretrained(str(pool), token=token) if isinstance(pool, (str, os.PathLike)) else pool
+
+
+def _name_pool(config: VisualInContextConfig, pool: PoolReader, name: str | None) -> None:
+    if name is not None and pool.commit is not None:  # a repository, which is what the model will name
+        config.pool, config.pool_revision = name, pool.commit
+    elif config.pool == "pool" or config.pool_revision not in (None, pool.commit):
+        config.pool, config.pool_revision = None, None  # that was another pool
 
 
 def is_repository(name: str) -> bool:
@@ -42,19 +82,22 @@ def save_pool(pool: PoolReader, folder: Path) -> None:
         shutil.copy(Path(pool.folder, MANIFEST), folder)
 
 
-def from_backbone(name: str, kind: str | None, pool: Any, token: str | bool | None) -> VisualInContextModel:
+def from_backbone(name: str, model_type: str | None, pool: Any, token: str | bool | None) -> VisualInContextModel:
     if not hasattr(pool, "encoder"):
         raise ValueError(f"{name} is a backbone and not a VisualInContextModel, which would name its pool: pass pool=")
     made = pool.encoder
-    form = {"image_size": tuple(made["image_size"]), "layer": made["layer"]}
-    if made["id"] == name and kind != "seggpt":  # one encoder for both
-        return VisualInContextModel.from_backbone(name, task=pool.task, revision=made["revision"], token=token, **form)
+    shape = {"image_size": tuple(made["image_size"]), "layer": made["layer"]}
+    if made["id"] == name and set(shape) <= set(frozen_class(model_type).encoder_options):  # one encoder for both
+        return VisualInContextModel.from_backbone(
+            name, task=pool.task, revision=made["revision"], token=token, **shape
+        )
     return VisualInContextModel.from_backbone(name, task=pool.task, encoder=_encoder_of(pool, token), token=token)
 
 
 def from_module(frozen: Any, pool: Any, token: str | bool | None) -> VisualInContextModel:
-    if isinstance(frozen, SegGptForImageSegmentation):
-        frozen = SegGptInContext(frozen)
+    for kind in FROZEN.values():  # what is no frozen model yet, but the inside of one
+        if getattr(getattr(frozen, "config", None), "model_type", None) in kind.model_types:
+            frozen = kind(frozen)
     if not isinstance(frozen, nn.Module) or not hasattr(frozen, "predict"):
         raise TypeError(
             f"model is a {type(frozen).__name__}: pass a VisualInContextModel (from_backbone, from_parts, "
@@ -62,10 +105,10 @@ def from_module(frozen: Any, pool: Any, token: str | bool | None) -> VisualInCon
         )
     if not hasattr(pool, "encoder"):
         raise ValueError(f"a {type(frozen).__name__} does not name its pool: pass pool=")
-    own = getattr(frozen, "encoder", None)
-    if own is None or own.fingerprint != pool.encoder["fingerprint"]:
-        own = _encoder_of(pool, token)
-    return VisualInContextModel.from_parts(frozen, own, task=pool.task)
+    encoder = getattr(frozen, "encoder", None)
+    if encoder is None or encoder.fingerprint != pool.encoder["fingerprint"]:
+        encoder = _encoder_of(pool, token)
+    return VisualInContextModel.from_parts(frozen, encoder, task=pool.task)
 
 
 def _encoder_of(pool: Any, token: str | bool | None) -> Any:

@@ -1,6 +1,7 @@
 """Pictures of what was shown to the frozen model and what it answered."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,38 +9,107 @@ from PIL import Image, ImageDraw
 
 
 COLOUR = (255, 64, 32)
-GAP, CAPTION = 4, 14
+INK, PALE = (36, 41, 47), (87, 96, 106)
+GAP, LINE = 4, 14
+CAPTION = 2 * LINE  # what a panel is, and its number
+LEGEND = 20
+# what the score of an example is, by the strategy that gives it
+SCORES = {
+    "nearest": "similarity",
+    "dense": "similarity of parts",
+    "random": "draw",
+    "static": "mean gain",
+    "transfer": "expected gain",
+    "cascade": "expected gain",
+    "ranker": "rank score",
+}
+LABELS = {
+    "segmentation": "object as labelled (examples, truth) or predicted; all else is dimmed",
+    "detection": "box as labelled (examples, truth) or predicted",
+    "colourisation": "examples, truth and prediction in colour; the query as the model sees it",
+}
+METRICS = {"segmentation": "IoU", "detection": "IoU", "colourisation": "error"}
+# image and caption, its two lines
+Panel = tuple[Image.Image, tuple[str, str]]
 
 
-def draw_panels(
-    rows: Sequence[tuple[Image.Image, Sequence[tuple[str, Image.Image, Any]], dict[str, Any]]],
-    task: str,
-    height: int = 160,
-) -> Image.Image:
-    """One row for each query: its chosen examples with their labels, then the query, then the prediction.
+@dataclass(frozen=True)
+class Answer:
+    """What was chosen for a query, and what the frozen model made of it.
 
     Args:
-        rows: (query, [(id, example image, its label)], output of the pipeline); a label is a 0/1 mask, a box, or a
-            colour image.
+        strategy: by which it was chosen.
+        examples: id, image and label of each; a label is a 0/1 mask, a box, or a colour image.
+        scores: of each.
+        prediction: a mask, a box, or a colour image.
+        worth: the task's score of the prediction, where the truth is known.
+    """
+
+    strategy: str
+    examples: Sequence[tuple[str, Image.Image, Any]]
+    scores: Sequence[float]
+    prediction: Any
+    worth: float | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A query, one or more answers to it, the first one the pipeline's, and, where it is known, its true label."""
+
+    query: Image.Image
+    answers: Sequence[Answer]
+    truth: tuple[Any, ...] = ()
+
+
+def draw_panels(rows: Sequence[Shown], task: str, height: int = 160) -> Image.Image:
+    """A row for each query: the examples that were chosen, the query, the prediction, the truth, and other answers.
+
+    Args:
+        rows: the queries.
         task: "segmentation", "detection" or "colourisation".
         height: of an image in pixels.
     """
     if not rows:
         raise ValueError("there is nothing to draw: pass at least one image")
-    strips = []
-    for query, examples, output in rows:
-        panels = [
-            (marked(image, label, task), f"{id}  {score:.3f}")
-            for (id, image, label), score in zip(examples, output["scores"], strict=True)
-        ]
-        panels += [(query, "query"), (marked(query, output["prediction"], task), "prediction")]
-        strips.append(_strip(panels, height))
-    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
-    top = 0
+    strips = [_strip(_panels(row, task), height) for row in rows]
+    legend = _legend(task)
+    width = max(legend.width, *(strip.width for strip in strips))
+    sheet = Image.new("RGB", (width, LEGEND + sum(strip.height for strip in strips)), "white")
+    sheet.paste(legend, (0, 0))
+    top = LEGEND
     for strip in strips:
         sheet.paste(strip, (0, top))
         top += strip.height
     return sheet
+
+
+def _panels(row: Shown, task: str) -> list[Panel]:
+    own, *others = row.answers
+    panels = _example_panels(own, task, "")
+    panels += [(row.query, ("query", "")), _prediction_panel(row.query, own, task, "prediction")]
+    panels += [(marked(row.query, label, task), ("truth", "")) for label in row.truth]
+    for other in others:
+        panels += _example_panels(other, task, f"{other.strategy}: ")
+        panels.append(_prediction_panel(row.query, other, task, f"{other.strategy}: prediction"))
+    return panels
+
+
+def _example_panels(answer: Answer, task: str, before: str) -> list[Panel]:
+    measured = answer.strategy == "oracle"
+    what = METRICS[task] if measured else SCORES.get(answer.strategy, "score")
+    sign = -1 if measured and task == "colourisation" else 1  # scores are larger where better, errors are not
+    return [
+        (
+            marked(image, label, task),
+            (f"{before}{f'row {id}' if id.isdecimal() else id}", f"{what} {sign * score:.3f}"),
+        )
+        for (id, image, label), score in zip(answer.examples, answer.scores, strict=True)
+    ]
+
+
+def _prediction_panel(query: Image.Image, answer: Answer, task: str, what: str) -> Panel:
+    worth = "" if answer.worth is None else f"{METRICS[task]} {answer.worth:.3f}"
+    return marked(query, answer.prediction, task), (what, worth)
 
 
 def marked(image: Image.Image, label: Any, task: str) -> Image.Image:
@@ -63,20 +133,38 @@ def marked(image: Image.Image, label: Any, task: str) -> Image.Image:
     return Image.fromarray(tinted.round().astype(np.uint8))
 
 
-def _strip(panels: Sequence[tuple[Image.Image, str]], height: int) -> Image.Image:
+def _legend(task: str) -> Image.Image:
+    """What the colour means."""
+    text, left = LABELS[task], GAP if task == "colourisation" else GAP + LINE + GAP
+    width = round(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(text)) + left + GAP
+    legend = Image.new("RGB", (width, LEGEND), "white")
+    draw = ImageDraw.Draw(legend)
+    if task != "colourisation":
+        swatch = (GAP, 5, GAP + LINE, LEGEND - 5)
+        draw.rectangle(swatch, outline=COLOUR, fill=COLOUR if task == "segmentation" else "white", width=2)
+    draw.text((left, 4), text, fill=PALE)
+    return legend
+
+
+def _strip(panels: Sequence[Panel], height: int) -> Image.Image:
     sized = [
-        (image.convert("RGB").resize((max(1, round(image.width * height / image.height)), height)), text)
-        for image, text in panels
+        (image.convert("RGB").resize((max(1, round(image.width * height / image.height)), height)), lines)
+        for image, lines in panels
     ]
     width = sum(image.width + GAP for image, _ in sized) + GAP
     strip = Image.new("RGB", (width, height + CAPTION + GAP), "white")
     draw, left = ImageDraw.Draw(strip), GAP
-    for image, text in sized:
+    for image, lines in sized:
         strip.paste(image, (left, CAPTION))
-        text = " ".join(text.splitlines())  # of an id
-        # what does not fit under its image would run into the next caption
-        while text and draw.textlength(text) > image.width:
-            text = text[:-1]
-        draw.text((left, 1), text, fill="black")
+        for number, (text, ink) in enumerate(zip(lines, (INK, PALE), strict=True)):
+            draw.text((left, 1 + number * LINE), _fitted(draw, text, image.width), fill=ink)
         left += image.width + GAP
     return strip
+
+
+def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """As much of a text as fits above its image, so that it does not run into the next caption."""
+    text = " ".join(text.splitlines())  # of an id
+    while text and draw.textlength(text) > width:
+        text = text[:-1]
+    return text

@@ -3,7 +3,8 @@
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,47 @@ import numpy as np
 import torch
 from huggingface_hub import HfApi
 from PIL import Image
-from torch import nn
-from transformers import Pipeline, PreTrainedConfig
+from torch import Tensor, nn
+from transformers import Pipeline
 
-from .configuration_visual_in_context import VisualInContextConfig
+from .examples import Examples, Queries
 from .frozen_canvas import vote as count_votes
+from .images import pixels, to_rgb
 from .modeling_visual_in_context import KINDS, VisualInContextModel
 from .pipeline_card import write_model_card
-from .pipeline_loading import check_pool, from_backbone, from_module, is_repository, named_pool, revision_of, save_pool
-from .pipeline_picture import draw_panels
+from .pipeline_loading import is_repository, load_parts, save_pool
+from .pipeline_picture import Answer, Shown, draw_panels
 from .pool_reader import PoolReader
-from .strategies import Examples, Queries, find_strategy
-from .visual_tasks import find_task, pixels, to_rgb
+from .strategies import find_strategy
+from .visual_tasks import find_task
+from .writing import is_first
 
 
 TASK = "visual-in-context-learning"
 FUSIONS = ("mean", "weighted", "model")
-FORWARD = ("strategy", "num_examples", "fusion", "vote", "candidates", "seed")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How queries are answered; see `VisualInContextPipeline`."""
+
+    strategy: Any = None
+    num_examples: int = 1
+    fusion: str = "mean"
+    vote: bool = False
+    candidates: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_examples", "candidates"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: pass a whole number of at least 1")
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"fusion={self.fusion!r}: choose one of {FUSIONS}")
+
+
+FORWARD = tuple(field.name for field in fields(Options))
 
 
 class VisualInContextPipeline(Pipeline):
@@ -106,32 +131,13 @@ class VisualInContextPipeline(Pipeline):
         token: str | bool | None = None,
         **kwargs: Any,
     ) -> None:
-        name = str(pool) if isinstance(pool, (str, os.PathLike)) else None
-        if isinstance(model, (str, os.PathLike)):
-            values, _ = PreTrainedConfig.get_config_dict(str(model), token=token)
-            if values.get("model_type") == VisualInContextConfig.model_type:
-                model = VisualInContextModel.from_pretrained(str(model), token=token)
-            else:  # a backbone's name says nothing of the pool's task and encoder
-                pool = pool if name is None else PoolReader.from_pretrained(name, token=token)
-                model = from_backbone(str(model), values.get("model_type"), pool, token)
-        elif not hasattr(model, "frozen"):
-            pool = pool if name is None else PoolReader.from_pretrained(name, token=token)
-            model = from_module(model, pool, token)
-        if pool is None:
-            name = named_pool(model)
-        if pool is None or isinstance(pool, (str, os.PathLike)):
-            pool = PoolReader.from_pretrained(name, token=token, **revision_of(model, name))
-        check_pool(pool, model)
-        config = model.config
-        if name is not None and pool.commit is not None:  # a repository, which is what the model will name
-            config.pool, config.pool_revision = name, pool.commit
-        elif config.pool == "pool" or config.pool_revision not in (None, pool.commit):
-            config.pool, config.pool_revision = None, None  # that was another pool
+        model, pool = load_parts(model, pool, token)
         kwargs.setdefault("task", TASK)
         self.pool, self.selector = pool, selector
-        self.visual_task = find_task(config.task)
+        self.visual_task = find_task(model.config.task)
         super().__init__(model=model, **kwargs)
         self.examples = Examples(pool, model, self.visual_task, metric, greater_is_better)
+        self._kept = model.selector  # as far as the user of this pipeline has been told
         self._chooser(None)
 
     def __call__(self, images: Any, *, labels: Any = None, batch_size: int | None = None, **kwargs: Any) -> Any:
@@ -142,12 +148,9 @@ class VisualInContextPipeline(Pipeline):
             raise ValueError(f"batch_size={batch_size!r}: pass a whole number of at least 1")
         if _is_image(images):
             return self._run([images], None if labels is None else [labels], 1, kwargs)[0]
-        if labels is not None and not isinstance(labels, Iterable):
-            raise ValueError("labels= must hold one label for each image")
+        _check_labels(labels, images)
         if isinstance(images, Iterator):
             return self._stream(images, labels if labels is None else iter(labels), batch_size, kwargs)
-        if hasattr(labels, "__len__") and hasattr(images, "__len__") and len(labels) != len(images):
-            raise ValueError(f"{len(labels)} labels for {len(images)} images: pass one each")
         return self._run(images, labels, batch_size, kwargs)
 
     def _run(self, images: Any, labels: Any, batch_size: int, options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -158,10 +161,10 @@ class VisualInContextPipeline(Pipeline):
     ) -> Iterator[dict[str, Any]]:
         # a chunk travels through the base class as one input, since strategies and the frozen model take batches
         while chunk := list(islice(images, batch_size)):
-            known = None if labels is None else list(islice(labels, len(chunk)))
-            if known is not None and len(known) != len(chunk):
+            truth = None if labels is None else list(islice(labels, len(chunk)))
+            if truth is not None and len(truth) != len(chunk):
                 raise ValueError("there are fewer labels than images: pass one each")
-            yield from super().__call__({"images": chunk, "labels": known}, **options)
+            yield from super().__call__({"images": chunk, "labels": truth}, **options)
         if labels is not None and list(islice(labels, 1)):
             raise ValueError("there are more labels than images: pass one each")
 
@@ -170,29 +173,38 @@ class VisualInContextPipeline(Pipeline):
         images: Any,
         outputs: Any = None,
         *,
+        labels: Any = None,
+        beside: Sequence[str] = (),
         height: int = 160,
         path: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Image.Image:
-        """Query, chosen examples with their labels, and prediction, side by side; a row for each image.
+        """Chosen examples with their labels, query and prediction, side by side; a row for each image.
 
         Args:
             images: one or a list.
             outputs: what the pipeline gave for them; default: it is run with `options`.
+            labels: labels of the images, as many; then the truth is shown too, and what each prediction is worth.
+            beside: strategies that each choose one example too, such as `("nearest", "oracle")`, of which the oracle
+                needs `labels`.
             height: of every image in pixels.
             path: also write the picture here.
         """
         if _is_image(images):
             images, outputs = [images], None if outputs is None else [outputs]
-            if options.get("labels") is not None:
-                options["labels"] = [options["labels"]]
-        images = list(images)
+            labels = None if labels is None else [labels]
+        images, labels = list(images), None if labels is None else list(labels)
         if outputs is None:
-            outputs = self(images, **options)
-        rows = [
-            (self.visual_task.query(image), [self._example(id) for id in output["example_ids"]], output)
-            for image, output in zip(images, outputs, strict=True)
-        ]
+            outputs = self(images, labels=labels, **options)
+        own = self._strategy(options.get("strategy", self._forward_params.get("strategy")))
+        answers = [(own if isinstance(own, str) else getattr(own, "kind", ""), outputs)]
+        answers += [(name, self(images, labels=labels, strategy=name)) for name in beside]
+        rows = []
+        for i, (image, *of_image) in enumerate(zip(images, *(outputs for _, outputs in answers), strict=True)):
+            truth = () if labels is None else (labels[i],)
+            shown = [self._answer_of(name, one, image, *truth) for (name, _), one in zip(answers, of_image)]
+            drawn = tuple(self._drawn(label, to_rgb(image)) for label in truth)
+            rows.append(Shown(self.visual_task.query(image), shown, drawn))
         picture = draw_panels(rows, self.visual_task.name, height)
         if path is not None:
             picture.save(path)
@@ -206,7 +218,7 @@ class VisualInContextPipeline(Pipeline):
         What stands in the config is kept, with the strategy and the number of candidates that this pipeline was made
         with; the other options of the constructor are not. Of several processes all call it, and the first one writes.
         """
-        config, first = self.model.config, _is_first()
+        config, first = self.model.config, is_first()
         strategy = self._strategy(self._forward_params.get("strategy"))
         if isinstance(strategy, str):
             config.strategy = strategy
@@ -246,7 +258,7 @@ class VisualInContextPipeline(Pipeline):
         Returns:
             URL of the commit; None on other processes than the first.
         """
-        if not _is_first():
+        if not is_first():
             return None
         config = self.model.config
         if pool_repo_id is not None or config.pool is None or not is_repository(config.pool):
@@ -294,51 +306,74 @@ class VisualInContextPipeline(Pipeline):
             batch["truth"] = self.visual_task.labels(inputs["labels"], images, self.model.image_size)
         return batch
 
-    def _forward(
-        self,
-        batch: dict[str, Any],
-        strategy: Any = None,
-        num_examples: int = 1,
-        fusion: str = "mean",
-        vote: bool = False,
-        candidates: int | None = None,
-        seed: int = 0,
-    ) -> dict[str, Any]:
-        candidates = self.model.config.candidates if candidates is None else candidates
-        for name, value in (("num_examples", num_examples), ("candidates", candidates)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: pass a whole number of at least 1")
-        if fusion not in FUSIONS:
-            raise ValueError(f"fusion={fusion!r}: choose one of {FUSIONS}")
-        arrangements = getattr(self.model.frozen, "arrangements", 1)
-        if vote and arrangements == 1:
+    def _forward(self, batch: dict[str, Any], **given: Any) -> dict[str, Any]:
+        options = Options(**{"candidates": self.model.config.candidates} | given)
+        choose = self._chooser(options.strategy)
+        self._check(options, choose)
+        self._tell_unused(options)
+        queries = Queries(batch["cells"], self.model.encoder(batch["views"]), batch.get("truth"), seed=options.seed)
+        longest = max(options.candidates, options.num_examples)
+        scores, rows, *answers = choose(queries, self.examples, options.num_examples, longest)
+        weights = torch.full_like(scores, 1 / scores.shape[1])
+        if options.fusion == "weighted":
+            weights = (scores / choose.temperature).softmax(1)
+        if answers and options.fusion != "model" and not options.vote:  # the frozen model has answered already
+            painted = _fused(answers[0], weights)
+        else:
+            painted = self._painted(batch["cells"], rows, weights, options)
+        return {"painted": painted, "rows": rows, "scores": scores, "sizes": batch["sizes"]}
+
+    def _check(self, options: Options, choose: Any) -> None:
+        frozen = self.model.frozen
+        if options.vote and getattr(frozen, "arrangements", 1) == 1:
             raise ValueError(
-                f"vote=True, but {type(self.model.frozen).__name__} has no canvas whose cells could be "
+                f"vote=True, but {type(frozen).__name__} has no canvas whose cells could be "
                 "arranged in another way: leave vote out"
             )
-        choose = self._chooser(strategy)
-        if fusion == "weighted" and not hasattr(choose, "temperature"):
+        if options.fusion == "weighted" and not hasattr(choose, "temperature"):
             raise ValueError(
                 "fusion='weighted' weighs answers by what is expected of their examples, which a fitted "
-                "CascadeSelector says: fit one, or choose 'mean'"
+                f"CascadeSelector says, but here {self._said(options.strategy)} chooses: {self._remedy()}, or choose "
+                "'mean'"
             )
-        queries = Queries(batch["cells"], self.model.encoder(batch["views"]), batch.get("truth"), seed=seed)
         if not len(self.pool):
             raise ValueError("the pool is empty: add examples to it")
-        scores, rows, *known = choose(queries, self.examples, num_examples, max(candidates, num_examples))
-        weights = torch.full_like(scores, 1 / scores.shape[1])
-        if fusion == "weighted":
-            weights = (scores / choose.temperature).softmax(1)
-        if known and fusion != "model" and not vote:  # the frozen model has answered already
-            answers = _fused(known[0], weights)[None]
-        else:
-            images, labels = self.examples.encoded(rows)
-            asked = self.model.frozen.encode(batch["cells"])
-            layouts = range(arrangements) if vote else (0,)
-            answers = torch.stack([self._answer(asked, images, labels, fusion, weights, at) for at in layouts])
-        # one answer stays soft until it is resized
-        painted = count_votes(answers, self.visual_task.name != "colourisation") if vote else answers[0]
-        return {"painted": painted, "rows": rows, "scores": scores, "sizes": batch["sizes"]}
+
+    def _said(self, given: Any) -> str:
+        """What chooses, and who said so."""
+        strategy = self._strategy(given)
+        name = repr(strategy) if isinstance(strategy, str) else f"a {type(strategy).__name__}"
+        if given is not None:
+            return f"strategy={name}"
+        return f"selector={name} of the pipeline" if self.selector is not None else f"{name} of the model's config"
+
+    def _remedy(self) -> str:
+        if getattr(self.model.selector, "kind", None) == "cascade":
+            return "pass strategy='cascade' for the one that the model keeps"
+        return "fit one"
+
+    def _tell_unused(self, options: Options) -> None:
+        """Say once that a selector which was set on the model since this pipeline was made is not what chooses."""
+        kept, before, own = self.model.selector, self._kept, self._forward_params.get("strategy")
+        if kept is before or options.strategy is not own:  # nothing new, or this call says who chooses
+            return
+        self._kept = kept
+        if kept is not None and self._strategy(own) not in (kept.kind, kept):
+            warnings.warn(
+                f"the model keeps a {type(kept).__name__} since set_selector, but {self._said(own)} chooses, as "
+                f"before: pass strategy={kept.kind!r}, or make the pipeline without selector=",
+                stacklevel=2,
+            )
+
+    def _painted(self, cells: Tensor, rows: Tensor, weights: Tensor, options: Options) -> Tensor:
+        """The frozen model's answers to the queries `cells`, shown the examples `rows`, as one `(B, 3, h, w)`."""
+        images, labels = self.examples.encoded(rows)
+        encoded = self.model.frozen.encode(cells)
+        if not options.vote:  # one answer stays soft until it is resized
+            return self._answer(encoded, images, labels, weights, options, 0)
+        layouts = range(self.model.frozen.arrangements)
+        answers = [self._answer(encoded, images, labels, weights, options, layout) for layout in layouts]
+        return count_votes(torch.stack(answers), self.visual_task.name != "colourisation")
 
     def postprocess(self, outputs: dict[str, Any]) -> list[dict[str, Any]]:
         predictions = self.visual_task.decode(outputs["painted"].float(), outputs["sizes"])
@@ -348,11 +383,13 @@ class VisualInContextPipeline(Pipeline):
             for prediction, rows, scores in zip(predictions, outputs["rows"].tolist(), outputs["scores"].tolist())
         ]
 
-    def _answer(self, asked: Any, images: Any, labels: Any, fusion: str, weights: torch.Tensor, layout: int) -> Any:
+    def _answer(
+        self, encoded: Tensor, images: Tensor, labels: Tensor, weights: Tensor, options: Options, layout: int
+    ) -> Tensor:
         frozen, m = self.model.frozen, labels.shape[1]
-        if fusion == "model" or m == 1:
-            return frozen.predict(asked, images, labels, layout)
-        each = [frozen.predict(asked, images[:, j : j + 1], labels[:, j : j + 1], layout) for j in range(m)]
+        if options.fusion == "model" or m == 1:
+            return frozen.predict(encoded, images, labels, layout)
+        each = [frozen.predict(encoded, images[:, j : j + 1], labels[:, j : j + 1], layout) for j in range(m)]
         return _fused(torch.stack(each, 1), weights)
 
     def _strategy(self, given: Any) -> Any:
@@ -369,13 +406,29 @@ class VisualInContextPipeline(Pipeline):
             )
         return kept
 
-    def _example(self, id: str) -> tuple[str, Image.Image, Any]:
-        row = self.pool.position(id)
-        image = self.pool.image(row)
-        label = self.pool.label(row)
-        if self.visual_task.name == "segmentation":
-            label = np.asarray(self.visual_task.label(label, image))[:, :, 0] // 255
-        return id, self.visual_task.query(image), image if self.visual_task.name == "colourisation" else label
+    def _answer_of(self, strategy: str, output: dict[str, Any], image: Any, *label: Any) -> Answer:
+        """For a picture; with what it is worth where the label is known."""
+        examples = []
+        for id in output["example_ids"]:
+            row = self.pool.position(id)
+            example = self.pool.image(row)
+            drawn = self._drawn(self.pool.label(row), example)
+            examples.append((id, self.visual_task.query(example), drawn))
+        worth = None
+        if label:
+            cells = [
+                self.visual_task.labels([one], [image], self.model.image_size)
+                for one in (output["prediction"], *label)
+            ]
+            worth = float(self.visual_task.score(*cells))
+        return Answer(strategy, examples, output["scores"], output["prediction"], worth)
+
+    def _drawn(self, label: Any, image: Any) -> Any:
+        """A label as a picture marks it: a 0/1 mask, a box, or a colour image."""
+        if self.visual_task.name == "detection":
+            return label
+        drawn = self.visual_task.label(label, image)
+        return drawn if self.visual_task.name == "colourisation" else np.asarray(drawn)[:, :, 0] // 255
 
     @staticmethod
     def _opened(image: Any) -> Image.Image:
@@ -384,16 +437,18 @@ class VisualInContextPipeline(Pipeline):
         return to_rgb(image)
 
 
-def _fused(answers: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def _fused(answers: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean of answers `(B, m, 3, h, w)`."""
     if answers.shape[1] == 1:
         return answers[:, 0]
     return torch.einsum("bm,bmchw->bchw", weights.to(answers), answers)
 
 
-def _is_first() -> bool:
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not several or torch.distributed.get_rank() == 0
+def _check_labels(labels: Any, images: Any) -> None:
+    if labels is not None and not isinstance(labels, Iterable):
+        raise ValueError("labels= must hold one label for each image")
+    if hasattr(labels, "__len__") and hasattr(images, "__len__") and len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels for {len(images)} images: pass one each")
 
 
 def _is_image(images: Any) -> bool:

@@ -18,8 +18,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .visual_tasks import to_rgb
+from .images import to_rgb
+from .pool_search import exact_search
 
 
 FORMAT = 1
@@ -38,69 +39,7 @@ MANIFEST = "pool.json"
 NAME = r"pool-[0-9]{5,}-[0-9a-f]{12}"
 # index files up to this many bytes in all are hashed when a pool is opened
 HASHED = 2**30
-# similarities held at once: queries x rows
-QUERIES, ROWS = 256, 2**14
-LAST = 2**32 - 1
 AGAIN = "download the repository again, copy the folder again, or build the pool anew with ExamplePool.from_dataset"
-
-
-def exact_search(
-    blocks: Iterable[Tensor | tuple[Tensor, Tensor | None]], queries: Tensor, k: int, exclude: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The `k` largest inner products with rows that lie in blocks, without copying them together.
-
-    Similarity and row are packed into one integer, so that the order is total: of equal similarities the lower row
-    comes first, wherever blocks begin.
-
-    Args:
-        blocks: `(n_i, d)` float32 each; or a pair of it and of the positions in it that count (None: all).
-            They are walked through once per 256 queries.
-        queries: `(B, d)`.
-        k: at most the number of rows, less one with `exclude`.
-        exclude: `(B,)` a row that each query must not find, -1 for none.
-
-    Returns:
-        similarities `(B, k)` float32 and rows `(B, k)` int64, best first.
-
-    Example:
-        >>> exact_search([torch.eye(2), torch.ones(1, 2)], torch.tensor([[1.0, 0.0]]), 3)
-        (tensor([[1., 1., 0.]]), tensor([[0, 2, 1]]))
-    """
-    blocks = list(blocks)
-    exclude = torch.full((len(queries),), -1) if exclude is None else exclude
-    found = [_nearest(blocks, *some, k) for some in zip(queries.split(QUERIES), exclude.split(QUERIES), strict=True)]
-    keys = torch.cat(found) if found else torch.empty(0, k, dtype=torch.long)
-    return _flip((keys >> 32).int()).view(torch.float32), LAST - (keys & LAST)
-
-
-def _nearest(blocks: list[Any], queries: Tensor, exclude: Tensor, k: int) -> Tensor:
-    best, waiting, start, stop = torch.empty(len(queries), 0, dtype=torch.long), [], 0, 0
-    for similarities in chain(_similarities(blocks, queries), [None]):
-        if similarities is not None:
-            waiting.append(similarities)
-            stop += similarities.shape[1]
-        if waiting and (similarities is None or stop - start >= ROWS):
-            keys = _flip((torch.cat(waiting, 1) + 0.0).view(torch.int32)).long() << 32  # + 0.0: -0.0 is not below 0.0
-            keys |= LAST - torch.arange(start, stop)
-            here = ((exclude >= start) & (exclude < stop)).nonzero()[:, 0]
-            keys[here, exclude[here] - start] = torch.iinfo(torch.long).min
-            keys = torch.cat([best, keys], 1)
-            best, waiting, start = keys.topk(min(k, keys.shape[1])).values, [], stop
-    return best
-
-
-def _similarities(blocks: list[Any], queries: Tensor) -> Iterator[Tensor]:
-    for block in blocks:
-        vectors, kept = block if isinstance(block, tuple) else (block, None)
-        if kept is not None and len(vectors) > ROWS:
-            vectors, kept = vectors[kept], None
-        for part in vectors.split(ROWS):
-            yield queries @ part.T if kept is None else (queries @ part.T)[:, kept]
-
-
-def _flip(bits: Tensor) -> Tensor:
-    """Integers in the order of the floats whose bits they are; its own inverse."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def file_digest(file: str | os.PathLike[str]) -> str:
@@ -129,32 +68,13 @@ class Shard:
     def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
         self.tar, self.index = (folder / "data" / f"{entry['name']}.{kind}" for kind in ("tar", "safetensors"))
         for file, size in ((self.tar, entry["tar_bytes"]), (self.index, entry["index_bytes"])):
-            if not file.is_file():
-                raise FileNotFoundError(f"{file} is missing, which {folder / MANIFEST} names; {AGAIN}")
-            if file.stat().st_size != size:
-                raise ValueError(
-                    f"{file} has {file.stat().st_size:,} bytes and {MANIFEST} says {size:,}, as of a "
-                    f"file that was cut off; {AGAIN}"
-                )
-        try:
-            with safe_open(self.index, "pt") as stored:
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-            self.vectors, self.tokens, self.spans, self.digests = (
-                tensors[name] for name in ("vectors", "tokens", "spans", "digests")
-            )
-            self.grids = tensors.get("grids")
-            ids = json.loads(tensors["ids"].numpy().tobytes())
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{self.index} is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
-        tables = [
-            self.vectors,
-            self.tokens,
-            self.spans,
-            self.digests,
-            ids,
-            *([] if self.grids is None else [self.grids]),
-        ]
-        if {len(table) for table in tables} != {entry["rows"]}:
+            _check_size(file, size, folder)
+        tensors, ids = _index(self.index)
+        self.vectors, self.tokens, self.spans, self.digests = (
+            tensors[name] for name in ("vectors", "tokens", "spans", "digests")
+        )
+        self.grids = tensors.get("grids")
+        if {len(ids), *(len(table) for name, table in tensors.items() if name != "ids")} != {entry["rows"]}:
             raise ValueError(
                 f"{self.index} and {MANIFEST} do not agree on its number of rows ({entry['rows']}); {AGAIN}"
             )
@@ -167,6 +87,28 @@ class Shard:
 
     def of_kept(self, table: Tensor) -> Tensor:
         return table if self.kept is None else table[self.kept]
+
+
+def _check_size(file: Path, size: int, folder: Path) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing, which {folder / MANIFEST} names; {AGAIN}")
+    if file.stat().st_size != size:
+        raise ValueError(
+            f"{file} has {file.stat().st_size:,} bytes and {MANIFEST} says {size:,}, as of a "
+            f"file that was cut off; {AGAIN}"
+        )
+
+
+def _index(file: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of an index, memory-mapped, and the ids in it."""
+    try:
+        with safe_open(file, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        for name in ("vectors", "tokens", "spans", "digests"):
+            tensors[name]
+        return tensors, json.loads(tensors["ids"].numpy().tobytes())
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
 
 
 class PoolReader:
@@ -314,13 +256,13 @@ class PoolReader:
         flat = rows.flatten()
         if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < len(self):
             raise IndexError(f"rows {int(flat.min())}..{int(flat.max())} of a pool of {len(self)}")
-        where = torch.bucketize(flat, self._bounds, right=True)
-        found = torch.empty(len(flat), *getattr(self._shards[0], name).shape[1:])
-        for number in where.unique().tolist():
-            shard, here = self._shards[number], (where == number).nonzero()[:, 0]
-            local = flat[here] - self._starts[number]
-            found[here] = getattr(shard, name)[local if shard.kept is None else shard.kept[local]].float()
-        return found.view(*rows.shape, *found.shape[1:])
+        shard_of = torch.bucketize(flat, self._bounds, right=True)
+        features = torch.empty(len(flat), *getattr(self._shards[0], name).shape[1:])
+        for number in shard_of.unique().tolist():
+            shard, places = self._shards[number], (shard_of == number).nonzero()[:, 0]
+            local = flat[places] - self._starts[number]
+            features[places] = getattr(shard, name)[local if shard.kept is None else shard.kept[local]].float()
+        return features.view(*rows.shape, *features.shape[1:])
 
     def search(self, queries: Tensor, k: int = 50, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The nearest rows of each query by inner product with `vectors`, exactly.
@@ -337,11 +279,12 @@ class PoolReader:
         Raises:
             ValueError: for queries of another width, or that are NaN or infinite.
         """
-        asked, k, exclude = self._asked(queries, k, exclude)
-        found = exact_search([(shard.vectors, shard.kept) for shard in self._shards], asked, k, exclude)
-        return found[0].to(queries.device), found[1].to(queries.device)
+        vectors, k, exclude = self._checked(queries, k, exclude)
+        blocks = [(shard.vectors, shard.kept) for shard in self._shards]
+        similarities, rows = exact_search(blocks, vectors, k, exclude)
+        return similarities.to(queries.device), rows.to(queries.device)
 
-    def _asked(self, queries: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
+    def _checked(self, queries: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
         if queries.dim() != 2 or queries.shape[1] != self.dim:
             raise ValueError(f'queries of shape {tuple(queries.shape)}; pass (B, {self.dim}), the encoder\'s "vector"')
         if k < 1:
@@ -377,7 +320,7 @@ class PoolReader:
         Raises:
             ValueError: where the file was damaged after the pool was opened.
         """
-        return to_rgb(self._read(row)[0])
+        return to_rgb(self.files(row)[0])
 
     def label(self, row: int) -> Image.Image | list[float] | None:
         """The label of a row: a white-on-black mask (PIL L), a box `[x0, y0, x1, y1]` or None.
@@ -385,13 +328,19 @@ class PoolReader:
         None is the label of an image without an object in detection, and of every image in colourisation, where the
         image is its own label.
         """
-        stored = self._read(row)[1]
+        stored = self.files(row)[1]
         if self.task == "segmentation":
             with Image.open(io.BytesIO(stored)) as mask:
                 return mask.convert("L")
         return json.loads(stored).get("box")
 
-    def _read(self, row: int) -> tuple[bytes, bytes]:
+    def files(self, row: int) -> tuple[bytes, bytes]:
+        """The files of a row as they are stored: its image, and its label (a mask as PNG, or JSON).
+
+        Raises:
+            IndexError: for a row that is not in the pool.
+            ValueError: where the file was damaged after the pool was opened.
+        """
         row = int(row)
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a pool of {len(self)}")

@@ -104,23 +104,7 @@ def comparison_counts(lists: Tensor | Sequence[Sequence[int]], num_items: int) -
 
 def _padded(lists: Tensor | Sequence[Sequence[int]]) -> Tensor:
     if not isinstance(lists, Tensor):
-        try:
-            rows = [torch.as_tensor(row) for row in lists]
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                f"lists of {type(lists).__name__}: pass a LongTensor, or lists of whole numbers"
-            ) from error
-        if not rows:
-            raise ValueError("lists is empty: pass at least one ranked list")
-        if any(row.dim() != 1 or not len(row) for row in rows):
-            raise ValueError(
-                "lists: each list has to be a non-empty sequence of items; pass batches as one tensor "
-                "(B, L, k) padded with -1"
-            )
-        kinds = {row.dtype for row in rows if row.is_floating_point() or row.dtype == torch.bool}
-        if kinds:
-            raise TypeError(f"lists of {kinds.pop()}: pass items as whole numbers, best first, not scores")
-        lists = torch.nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True, padding_value=-1)
+        lists = _joined(lists)
     if lists.is_floating_point() or lists.is_complex() or lists.dtype == torch.bool:
         raise TypeError(f"lists of {lists.dtype}: pass items as whole numbers, best first, not scores")
     if lists.dim() not in (2, 3) or not lists.numel():
@@ -128,6 +112,24 @@ def _padded(lists: Tensor | Sequence[Sequence[int]]) -> Tensor:
             f"lists of shape {tuple(lists.shape)}: pass (L, k), or (B, L, k) for a batch, with at least one list"
         )
     return lists.long()
+
+
+def _joined(lists: Sequence[Sequence[int]]) -> Tensor:
+    """Ragged lists as one tensor, padded with -1."""
+    try:
+        rows = [torch.as_tensor(row) for row in lists]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"lists of {type(lists).__name__}: pass a LongTensor, or lists of whole numbers") from error
+    if not rows:
+        raise ValueError("lists is empty: pass at least one ranked list")
+    if any(row.dim() != 1 or not len(row) for row in rows):
+        raise ValueError(
+            "lists: each list has to be a non-empty sequence of items; pass batches as one tensor "
+            "(B, L, k) padded with -1"
+        )
+    if kinds := {row.dtype for row in rows if row.is_floating_point() or row.dtype == torch.bool}:
+        raise TypeError(f"lists of {kinds.pop()}: pass items as whole numbers, best first, not scores")
+    return torch.nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True, padding_value=-1)
 
 
 def _check_lists(lists: Tensor, num_items: int) -> None:
@@ -140,16 +142,16 @@ def _check_lists(lists: Tensor, num_items: int) -> None:
         return
     wrong = outside.any(-1) | holes.any(-1) | alone
     entry, row = wrong.nonzero()[0].tolist()
-    found = f"list {row}{_of(entry, len(lists))}, {lists[entry, row].tolist()},"
+    which = f"list {row}{_of(entry, len(lists))}, {lists[entry, row].tolist()},"
     if outside[entry, row].any():
         raise ValueError(
-            f"{found} has an item outside 0..{num_items - 1}: pass num_items larger than every item, and "
+            f"{which} has an item outside 0..{num_items - 1}: pass num_items larger than every item, and "
             "-1 for padding only"
         )
     if holes[entry, row].any():
-        raise ValueError(f"{found} has -1 before an item: padding goes to the end of a list")
+        raise ValueError(f"{which} has -1 before an item: padding goes to the end of a list")
     raise ValueError(
-        f"{found} has one item: it compares nothing; leave it out, or make the last list of a partition longer"
+        f"{which} has one item: it compares nothing; leave it out, or make the last list of a partition longer"
     )
 
 

@@ -108,15 +108,15 @@ def reliable_rows(
         )
     known = (candidates >= 0) & (candidates != torch.arange(n, device=candidates.device)[:, None])
     measured = performance[known]
-    found = _conformity(candidates[known], measured, similarity[known], n, method)
+    conformities = _conformity(candidates[known], measured, similarity[known], n, method)
     if not len(measured) or measured.min() == measured.max():
         raise ValueError(
             f"the {len(measured)} measured performances are all equal: nothing can be learned from them; "
             "check the metric, and that the table was measured"
         )
     # a share such as 0.29 of 100 is 29, whatever binary fractions make of it
-    count = min(math.floor(drop * n + 1e-9), int((~found.isnan()).sum()))
-    order = found.nan_to_num(nan=math.inf).argsort(stable=True)
+    count = min(math.floor(drop * n + 1e-9), int((~conformities.isnan()).sum()))
+    order = conformities.nan_to_num(nan=math.inf).argsort(stable=True)
     return order[count:].sort().values
 
 

@@ -1,6 +1,5 @@
 """The strategy of the list-wise ranker: many short lists of a query's candidates, made into one ranking."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_listwise_ranker import ListwiseRankerConfig
+from .examples import Examples, Queries
+from .images import image_seed
 from .modeling_listwise_ranker import ListwiseRanker, label_tokens
 from .pool_reader import PoolReader
 from .ranker_aggregation import METHODS, aggregate_rankings
 from .ranker_designs import covering_lists, knock_out, partitions, random_lists
 from .ranker_reliable import refine
-from .strategies import Examples, Queries, nearest
+from .strategies import nearest
 
 
 # what makes one pass: a design; one partition; as many random lists as a partition has; one tournament
@@ -33,12 +34,12 @@ def pool_label_tokens(pool: PoolReader, rows: Sequence[int], task: object) -> Te
         rows: of it.
         task: draws them, see `find_task`.
     """
-    found = torch.zeros(len(rows), 5, 3)
+    tokens = torch.zeros(len(rows), 5, 3)
     for start in range(0, len(rows), LABELS_AT_ONCE):
         part = rows[start : start + LABELS_AT_ONCE]
         images, labels = [pool.image(row) for row in part], [pool.label(row) for row in part]
-        found[start : start + len(part)] = label_tokens(task.labels(labels, images, (LABEL_SIZE, LABEL_SIZE)))
-    return found
+        tokens[start : start + len(part)] = label_tokens(task.labels(labels, images, (LABEL_SIZE, LABEL_SIZE)))
+    return tokens
 
 
 class RankerSelector(nn.Module):
@@ -94,16 +95,7 @@ class RankerSelector(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not isinstance(rankers, Mapping):
-            several = [rankers] if isinstance(rankers, nn.Module) else list(rankers)
-            rankers = {ranker.config.list_length: ranker for ranker in several}
-            if len(rankers) < len(several):
-                raise ValueError(
-                    f"{len(several)} rankers for lists of {list(rankers)}: pass {{length: ranker}} with "
-                    "different lengths"
-                )
-        if not rankers or min(rankers) < 2:
-            raise ValueError(f"rankers for lists of {list(rankers)}: pass one or more, for lists of 2 items or more")
+        rankers = _by_length(rankers)
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule={schedule!r}: choose one of {list(SCHEDULES)}")
         if schedule == "knock-out" and len(rankers) > 1:
@@ -119,17 +111,12 @@ class RankerSelector(nn.Module):
                 f"passes={passes!r}: pass a whole number of at least 1; of partitions at least 2, since "
                 "the lists of one have nothing in common"
             )
-        reliable = None if reliable is None else torch.as_tensor(reliable, device="cpu")
-        if reliable is not None and (reliable.dim() != 1 or not len(reliable) or reliable.dtype == torch.bool):
-            raise ValueError(
-                f"reliable is {reliable.dtype} of shape {tuple(reliable.shape)}: pass rows of the pool, "
-                "(m,), one or more"
-            )
+        reliable = None if reliable is None else _checked_rows(reliable)
         if fill and reliable is None:
             raise ValueError("fill=True fills up what reliable= leaves: pass reliable=reliable_rows(...)")
         self.rankers = nn.ModuleDict({str(length): ranker for length, ranker in rankers.items()})
         self.schedule, self.passes, self.method, self.fill, self.seed = schedule, passes, method, fill, seed
-        self.register_buffer("reliable", None if reliable is None else reliable.long())
+        self.register_buffer("reliable", reliable)
         self._labels: dict[int, Tensor] = {}
         self._pool: str | None = None
 
@@ -173,15 +160,16 @@ class RankerSelector(nn.Module):
         rows = self._refined(near, queries, examples)
         sizes = (rows >= 0).sum(1)
         scores = torch.full(rows.shape, -torch.inf)
-        generators = [torch.Generator().manual_seed(_number(cell, self.seed)) for cell in queries.cells]
+        generators = [torch.Generator().manual_seed(image_seed(cell, self.seed, "lists")) for cell in queries.cells]
         for size in sizes.unique().tolist():  # one size, unless some rows are not reliable
             part = (sizes == size).nonzero()[:, 0]
-            here = rows[part, :size]
-            labels = None
-            if any(ranker.config.label_channels is not None for ranker in self.rankers.values()):
-                labels = self._label_tokens(here, examples)
-            tokens = queries.views["tokens"][part.to(queries.views["tokens"].device)], pool.tokens(here)
-            scores[part, :size] = self._ranking(*tokens, labels, [generators[i] for i in part.tolist()])
+            tokens = queries.views["tokens"]
+            scores[part, :size] = self.rank(
+                tokens[part.to(tokens.device)],
+                pool.tokens(rows[part, :size]),
+                self._labels_for(rows[part, :size], examples),
+                [generators[i] for i in part.tolist()],
+            )
         order = scores.sort(dim=1, descending=True, stable=True).indices
         scores, rows = scores.gather(1, order), rows.gather(1, order)
         if count > int(sizes.min()):
@@ -199,27 +187,31 @@ class RankerSelector(nn.Module):
         longer = nearest(queries, examples, max(FILL, near.shape[1]), near.shape[1])[1] if self.fill else None
         return refine(near, self.reliable.cpu(), fill=longer)
 
-    def _ranking(
-        self, query: Tensor, tokens: Tensor, labels: Tensor | None, generators: list[torch.Generator]
-    ) -> Tensor:
-        """`(B, T, d)`, `(B, v, T, d)`: scores `(B, v)` of the candidates, whose lists the generators draw."""
+    def rank(self, query: Tensor, tokens: Tensor, labels: Tensor | None, generators: list[torch.Generator]) -> Tensor:
+        """Global scores `(B, v)` of candidates, from the lists that are drawn of them.
+
+        Args:
+            query: `(B, T, d)` tokens.
+            tokens: `(B, v, T, d)` of the candidates.
+            labels: `(B, v, T, c)` of the candidates, for rankers that look at them.
+            generators: of each query, draw its lists.
+        """
         b, v = tokens.shape[:2]
         if v == 1:
             return torch.zeros(b, 1)
-        found: list[Tensor] = []
+        ranked: list[Tensor] = []
         for number, (length, ranker) in enumerate(zip(self.lengths, self.rankers.values())):
-            # a ranker that looks at labels gets them
-            known = None if ranker.config.label_channels is None else labels
-            rank = _by_score(ranker, query, tokens, known)
+            looks = ranker.config.label_channels is not None
+            rank = _by_score(ranker, query, tokens, labels if looks else None)
             k = min(length, v)
             if self.schedule == "knock-out" or (self.schedule == "random" and not number):
                 # a tournament's lists hang together as a tree: its winner is first in whatever ranking of them alone
-                found.append(knock_out(rank, v, k, batch=b)[1])
+                ranked.append(knock_out(rank, v, k, batch=b)[1])
             if self.schedule != "knock-out":
                 # in the order of similarity, so that of equal scores the nearer one is the better
-                found.append(rank(self._lists(v, k, generators).sort(dim=2).values))
-        widest = max(lists.shape[2] for lists in found)
-        every = torch.cat([nn.functional.pad(lists, (0, widest - lists.shape[2]), value=-1) for lists in found], 1)
+                ranked.append(rank(self._lists(v, k, generators).sort(dim=2).values))
+        widest = max(lists.shape[2] for lists in ranked)
+        every = torch.cat([nn.functional.pad(lists, (0, widest - lists.shape[2]), value=-1) for lists in ranked], 1)
         return aggregate_rankings(every, v, self.method).float()
 
     def _lists(self, v: int, k: int, generators: list[torch.Generator]) -> Tensor:
@@ -233,13 +225,40 @@ class RankerSelector(nn.Module):
             drawn = [random_lists(v, k, self.passes * -(-v // k), one) for one in generators]
         return torch.stack(drawn)
 
-    def _label_tokens(self, rows: Tensor, examples: Examples) -> Tensor:
+    def _labels_for(self, rows: Tensor, examples: Examples) -> Tensor | None:
+        """`label_tokens` of candidates, each drawn once; None where no ranker looks at them."""
+        if all(ranker.config.label_channels is None for ranker in self.rankers.values()):
+            return None
         if self._pool != examples.pool.fingerprint:  # rows have other labels now
             self._labels, self._pool = {}, examples.pool.fingerprint
         wanted = rows.flatten().tolist()
         missing = [row for row in dict.fromkeys(wanted) if row not in self._labels]
         self._labels |= zip(missing, pool_label_tokens(examples.pool, missing, examples.task))
         return torch.stack([self._labels[row] for row in wanted]).unflatten(0, rows.shape)
+
+
+def _by_length(
+    rankers: ListwiseRanker | Sequence[ListwiseRanker] | Mapping[int, ListwiseRanker],
+) -> Mapping[int, ListwiseRanker]:
+    if not isinstance(rankers, Mapping):
+        several = [rankers] if isinstance(rankers, nn.Module) else list(rankers)
+        rankers = {ranker.config.list_length: ranker for ranker in several}
+        if len(rankers) < len(several):
+            raise ValueError(
+                f"{len(several)} rankers for lists of {list(rankers)}: pass {{length: ranker}} with different lengths"
+            )
+    if not rankers or min(rankers) < 2:
+        raise ValueError(f"rankers for lists of {list(rankers)}: pass one or more, for lists of 2 items or more")
+    return rankers
+
+
+def _checked_rows(reliable: Tensor) -> Tensor:
+    reliable = torch.as_tensor(reliable, device="cpu")
+    if reliable.dim() != 1 or not len(reliable) or reliable.dtype == torch.bool:
+        raise ValueError(
+            f"reliable is {reliable.dtype} of shape {tuple(reliable.shape)}: pass rows of the pool, (m,), one or more"
+        )
+    return reliable.long()
 
 
 def _by_score(
@@ -265,8 +284,3 @@ def _with_the_rest(rows: Tensor, scores: Tensor, near: Tensor) -> tuple[Tensor, 
     rows, scores = torch.cat([rows, rest], 1), nn.functional.pad(scores, (0, rest.shape[1]), value=-torch.inf)
     order = (rows < 0).byte().sort(dim=1, stable=True).indices
     return rows.gather(1, order), scores.gather(1, order)
-
-
-def _number(cell: Tensor, seed: int) -> int:
-    digest = hashlib.sha256(f"lists:{seed}:".encode() + cell.cpu().numpy().tobytes()).digest()
-    return int.from_bytes(digest[:7], "big")

@@ -2,26 +2,25 @@
 
 import hashlib
 import json
-import os
 from functools import cached_property
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel, SegGptForImageSegmentation
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
-from .frozen_seggpt import SegGptInContext
+from .backbones import commit_of, config_of, load_backbone
+from .encoder_seggpt import SegGptFeatures
+from .images import BICUBIC
 
 
 HALF = (0.5, 0.5, 0.5)
-BICUBIC = 3
 # values taken from every tensor for the fingerprint: enough to tell two sets of weights apart, and quick for a large
 # model
 SAMPLED = 4096
+# how backbones that are no plain encoders say what they know of an image, by the model type of transformers
+READERS = {"seggpt": SegGptFeatures}
 
 
 class VisionEncoder(nn.Module):
@@ -77,14 +76,12 @@ class VisionEncoder(nn.Module):
         self.contrastive = hasattr(backbone, "vision_model") and hasattr(backbone, "text_model")
         self.backbone = backbone.vision_model if self.contrastive else backbone
         self.backbone.eval().requires_grad_(False)
-        pooler = getattr(self.backbone, "pooler", None)
-        if not self.contrastive and isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
-            # not used, and drawn at random where a checkpoint has none, as for many a ViT: two loads would differ
-            self.backbone.pooler = None
-        # in a tuple, so that the weights are not registered a second time
-        self._own = (SegGptInContext(backbone),) if isinstance(backbone, SegGptForImageSegmentation) else ()
-        if self._own:
-            image_size = self._own[0].image_size
+        if not self.contrastive:
+            _drop_unused_pooler(self.backbone)
+        reader = READERS.get(getattr(backbone.config, "model_type", None))
+        self._reader = None if reader is None else reader(backbone)  # no module: the weights are registered once
+        if self._reader is not None:
+            image_size = self._reader.image_size
         if image_size is None:
             image_size = getattr(self.backbone.config, "image_size", None) or 224
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -112,19 +109,12 @@ class VisionEncoder(nn.Module):
             options: for the backbone's `from_pretrained`, e.g. `dtype`.
         """
         config = AutoConfig.from_pretrained(id_or_folder, revision=revision, token=token)
-        kind = SegGptForImageSegmentation if config.model_type == "seggpt" else AutoModel
-        backbone = kind.from_pretrained(
+        backbone = _backbone_class(config.model_type).from_pretrained(
             id_or_folder, revision=revision, token=token, **{"dtype": torch.float32} | options
         )
-        try:
-            processor = AutoImageProcessor.from_pretrained(
-                id_or_folder, revision=revision, token=token, backend="pil"
-            ).to_dict()
-        except OSError:  # weights without a preprocessor_config.json
-            processor = {}
-        size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
-        if image_size is None and size:
-            image_size = (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
+        processor = _processor(id_or_folder, revision, token)
+        if image_size is None:
+            image_size = _size_in(processor)
         revision = commit_of(id_or_folder, revision, token) or revision
         resample = processor.get("resample")
         return cls(
@@ -137,6 +127,23 @@ class VisionEncoder(nn.Module):
             id=str(id_or_folder),
             revision=revision,
         )
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any], token: str | bool | None = None) -> "VisionEncoder":
+        """Made from `settings()` and `settings["backbone"]`, the source of its backbone (see `load_backbone`)."""
+        source = settings["backbone"]
+        encoder = cls(
+            load_backbone(source, _backbone_class(config_of(source, token).model_type), token),
+            image_size=tuple(settings["image_size"]),
+            layer=settings["layer"],
+            mean=tuple(settings["mean"]),
+            std=tuple(settings["std"]),
+            resample=settings["resample"],
+            id=source.get("id"),
+            revision=source.get("revision"),
+        )
+        encoder.contrastive = settings["contrastive"]  # an embedded tower comes without its other half
+        return encoder
 
     @property
     def dim(self) -> int:
@@ -201,10 +208,10 @@ class VisionEncoder(nn.Module):
         if pixels.dim() != 4 or tuple(pixels.shape[1:]) != (3, *self.image_size):
             raise ValueError(
                 f"pixels of shape {tuple(pixels.shape)}, but the encoder takes (N, 3, {self.image_size[0]}, "
-                f"{self.image_size[1]}): resize with visual_tasks.pixels(images, encoder.image_size, encoder.resample)"
+                f"{self.image_size[1]}): resize with images.pixels(images, encoder.image_size, encoder.resample)"
             )
-        if self._own:
-            last = grid = self._own[0].features(pixels).float()
+        if self._reader is not None:
+            last = grid = self._reader(pixels).float()
             pooled = None
         else:
             last, grid, pooled = self._features(pixels)
@@ -263,11 +270,27 @@ def digest_weights(digest: Any, module: nn.Module) -> None:
         digest.update(f"{name}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
 
 
-def commit_of(id: str, revision: str | None = None, token: str | bool | None = None) -> str | None:
-    """The commit that a repository's config was taken from; None for a folder, or where it is not known."""
-    if os.path.isdir(id):
-        return None
+def _backbone_class(model_type: str) -> Any:
+    return READERS[model_type].backbone_class if model_type in READERS else AutoModel
+
+
+def _drop_unused_pooler(backbone: PreTrainedModel) -> None:
+    # drawn at random where a checkpoint has none, as for many a ViT: two loads would differ
+    pooler = getattr(backbone, "pooler", None)
+    if isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
+        backbone.pooler = None
+
+
+def _processor(id: str, revision: str | None, token: str | bool | None) -> dict[str, Any]:
+    """Settings of the image processor; none for weights without a preprocessor_config.json."""
     try:
-        return Path(hf_hub_download(id, "config.json", revision=revision, token=token)).parent.name
-    except (OSError, HfHubHTTPError, HFValidationError):
+        return AutoImageProcessor.from_pretrained(id, revision=revision, token=token, backend="pil").to_dict()
+    except OSError:
+        return {}
+
+
+def _size_in(processor: dict[str, Any]) -> int | tuple[int, int] | None:
+    size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
+    if not size:
         return None
+    return (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")

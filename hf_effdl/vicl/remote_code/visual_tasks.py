@@ -11,107 +11,19 @@ Sources: Bar et al., "Visual Prompting via Image Inpainting", arXiv 2209.00647 (
 "Towards Global Optimal Visual In-Context Learning Prompt Selection" (Partial2Global), arXiv 2405.15279.
 """
 
-import io
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from .images import BICUBIC, NEAREST, Size, opened, pixels, to_rgb
 
-Size = tuple[int, int]
-_BICUBIC, _NEAREST = Image.Resampling.BICUBIC, Image.Resampling.NEAREST
+
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; the mean cancels in a difference
-
-
-def to_rgb(image: Any) -> Image.Image:
-    """Any image as PIL RGB, turned as its EXIF orientation says, transparency over white.
-
-    Args:
-        image: PIL image of any mode; numpy `(H, W)` or `(H, W, 1|3|4)` of bool, uint8, uint16 or floats in [0, 1];
-            path; encoded bytes; `{"bytes", "path"}` of a `datasets.Image(decode=False)` column. PIL modes I and I;16
-            hold 16 bits (scaled by 1 / 257), F holds [0, 1].
-
-    Raises:
-        ValueError: for an empty image, values outside the range (NaN too), another shape, unreadable bytes.
-        TypeError: for anything else, such as a tensor or an int64 array.
-
-    Example:
-        >>> to_rgb(np.array([[0, 65535]], dtype=np.uint16)).getpixel((1, 0))
-        (255, 255, 255)
-    """
-    image = _opened(image)
-    if not isinstance(image, (Image.Image, np.ndarray)):
-        raise TypeError(
-            f"got {type(image).__name__}; pass a PIL image, a numpy array (H, W) or (H, W, 3), a path, "
-            "bytes or a {'bytes', 'path'} dict"
-        )
-    if 0 in (image.size if isinstance(image, Image.Image) else image.shape):
-        raise ValueError("the image is empty: its width or height is 0")
-    if isinstance(image, np.ndarray):
-        image = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
-        if image.ndim != 2 and (image.ndim != 3 or image.shape[2] not in (3, 4)):
-            raise ValueError(f"an image array is (H, W) or (H, W, 1|3|4), channels last; got {image.shape}")
-        image = Image.fromarray(_eight_bits(image))
-    elif image.mode == "F" or image.mode[0] == "I":
-        array = np.asarray(image)
-        if image.mode == "I" and array.min() >= 0 and array.max() <= 65535:
-            array = array.astype(np.uint16)
-        image = Image.fromarray(_eight_bits(array))
-    if image.has_transparency_data:
-        # premultiplied modes have no direct way to RGBA
-        image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _opened(image: Any) -> Any:
-    if isinstance(image, dict):
-        image = image.get("path") if image.get("bytes") is None else image["bytes"]
-    try:
-        if isinstance(image, (bytes, str, os.PathLike)):
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ValueError(f"the image cannot be read: {error}") from error
-
-
-def _eight_bits(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == bool:
-        return array.astype(np.uint8) * 255
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if array.dtype.kind != "f":
-        raise TypeError(
-            f"got {array.dtype} values {array.min()}..{array.max()}; pass uint8, uint16, bool or floats in [0, 1]"
-        )
-    if not (array.min() >= 0 and array.max() <= 1):  # NaN fails both
-        raise ValueError(f"a float image holds values in [0, 1]; got {array.min()}..{array.max()}")
-    return np.floor(array.astype(np.float64) * 255 + 0.5).astype(np.uint8)
-
-
-def pixels(images: Sequence, size: Size, resample: int = _BICUBIC) -> Tensor:
-    """Images (anything `to_rgb` takes) squashed to `size = (h, w)`: `(N, 3, h, w)` float32 in [0, 1].
-
-    Example:
-        >>> pixels([Image.new("L", (640, 480), 255)], (4, 6)).shape
-        torch.Size([1, 3, 4, 6])
-    """
-    if isinstance(images, (Image.Image, np.ndarray, Tensor, str, bytes, dict)):
-        raise TypeError(f"got one {type(images).__name__}; pass a list of images")
-    h, w = size
-    cells = [np.array(to_rgb(image).resize((w, h), resample)) for image in images]
-    if not cells:
-        return torch.zeros(0, 3, h, w)
-    return torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def largest_boxes(masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +102,7 @@ class _Task:
     name: str
     metric: str
     greater_is_better = True
-    _resample = _NEAREST
+    _resample = NEAREST
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{key}={value}' for key, value in vars(self).items())})"
@@ -262,7 +174,7 @@ class Segmentation(_Task):
 
     @staticmethod
     def _class_map(label: Any) -> np.ndarray:
-        label = _opened(label)
+        label = opened(label)
         mask = np.asarray(label)
         if mask.ndim == 3 and (mask.shape[2] == 1 or (mask.shape[2] == 3 and (mask == mask[:, :, :1]).all())):
             mask = mask[:, :, 0]
@@ -329,7 +241,7 @@ class Detection(_Task):
     def labels(self, labels: Sequence, images: Sequence, size: Size) -> Tensor:
         """The boxes drawn at cell size with rounded corners, one pixel at least: `(N, 3, h, w)`."""
         pairs = zip(labels, images, strict=True)
-        return pixels([self._drawn(box, to_rgb(image).size[::-1], size) for box, image in pairs], size, _NEAREST)
+        return pixels([self._drawn(box, to_rgb(image).size[::-1], size) for box, image in pairs], size, NEAREST)
 
     def _decode(self, soft: Tensor, size: Size) -> list[int] | None:
         boxes, found = largest_boxes(_white(soft))
@@ -355,7 +267,7 @@ class Colourisation(_Task):
     """
 
     name, metric, greater_is_better = "colourisation", "colour_mse", False
-    _resample = _BICUBIC
+    _resample = BICUBIC
 
     def query(self, image: Any) -> Image.Image:
         """The grey version of the image, in three channels."""

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from labels_run import COUNT, TIMED, K
+from measure_run import COUNT, TIMED, K
 from safetensors.torch import load_file
 from scenes import TASKS, make_model, make_pool, tiny_encoder
 
 from hf_effdl import VisualInContextPipeline, measure_examples
-from hf_effdl.vicl import measure as labels
+from hf_effdl.vicl import measure
 
 
-SCRIPT = Path(__file__).parent / "support" / "labels_run.py"
+SCRIPT = Path(__file__).parent / "support" / "measure_run.py"
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +30,26 @@ def pools(tmp_path_factory):
 
 
 @pytest.fixture
+def pool(pools):
+    return make_pool(pools, count=COUNT)
+
+
+def work_of(pool, count, folder=None):
+    """Measuring so many examples on every image."""
+    examples = measure.Examples(pool, make_model(), measure.find_task(pool.task))
+    return measure.Work(examples, count, torch.zeros(COUNT, dtype=torch.bool), folder)
+
+
+@pytest.fixture
 def runs(monkeypatch):
     """Numbers of pairs that are measured, call by call."""
-    seen, measure = [], labels.Examples.measure
+    seen, measure_pairs = [], measure.Examples.measure
 
     def counted(self, queries, rows):
         seen.append(int((rows >= 0).sum()))
-        return measure(self, queries, rows)
+        return measure_pairs(self, queries, rows)
 
-    monkeypatch.setattr(labels.Examples, "measure", counted)
+    monkeypatch.setattr(measure.Examples, "measure", counted)
     return seen
 
 
@@ -96,14 +107,14 @@ def test_every_pair_is_measured_as_the_pipeline_would(tmp_path, task):
         assert len(pipe(pool.image(0), strategy=strategy, num_examples=2)["example_ids"]) == 2
 
 
-def test_a_small_pool_gives_all_others(pools, tmp_path, runs):
+def test_a_small_pool_gives_all_others(tmp_path, runs):
     pool = make_pool(tmp_path, count=3)
     candidates, _ = measure_examples(make_model(), pool, progress=False)
     assert [sorted(row) for row in candidates.tolist()] == [[1, 2], [0, 2], [0, 1]] and sum(runs) == 6
 
 
-def test_a_budget_measures_on_that_many_images(pools, expected, runs, tmp_path, capsys):
-    pool, model = make_pool(pools, count=COUNT), make_model()
+def test_a_budget_measures_on_that_many_images(pool, expected, runs, tmp_path, capsys):
+    model = make_model()
     candidates, performance = measure_examples(model, pool, candidates=K, queries=9, seed=3, cache_dir=tmp_path)
     assert "9/9" in capsys.readouterr().err
     rows = (candidates >= 0).all(1)
@@ -116,9 +127,8 @@ def test_a_budget_measures_on_that_many_images(pools, expected, runs, tmp_path, 
     assert VisualInContextPipeline(model, "transfer", pool)(pool.image(0))["example_ids"]
 
 
-def test_a_larger_budget_goes_on_from_a_smaller_one(pools, expected, runs, monkeypatch, tmp_path):
-    monkeypatch.setattr(labels, "PART", 4)
-    pool = make_pool(pools, count=COUNT)
+def test_a_larger_budget_goes_on_from_a_smaller_one(pool, expected, runs, monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "PART", 4)
     options = {"candidates": K, "cache_dir": tmp_path, "progress": False}
     measure_examples(make_model(), pool, queries=8, **options)
     assert runs == [4 * K] * 2
@@ -128,8 +138,8 @@ def test_a_larger_budget_goes_on_from_a_smaller_one(pools, expected, runs, monke
 
 
 @pytest.mark.parametrize("form", [list, torch.tensor, np.array, iter, "ids"])
-def test_named_images_are_measured_on_in_their_order(pools, expected, runs, form):
-    pool, named = make_pool(pools, count=COUNT), [17, 0, 5]
+def test_named_images_are_measured_on_in_their_order(pool, expected, runs, form):
+    named = [17, 0, 5]
     queries = [pool.ids[row] for row in named] if form == "ids" else form(named)
     candidates, performance = measure_examples(make_model(), pool, candidates=K, queries=queries, progress=False)
     assert (candidates >= 0).all(1).nonzero()[:, 0].tolist() == sorted(named) and runs == [3 * K]
@@ -137,17 +147,17 @@ def test_named_images_are_measured_on_in_their_order(pools, expected, runs, form
     torch.testing.assert_close(performance[named], expected[1][named])
 
 
-def test_a_longer_list_goes_on_from_the_one_it_begins_with(pools, runs, monkeypatch, tmp_path):
-    monkeypatch.setattr(labels, "PART", 2)
-    pool, options = make_pool(pools, count=COUNT), {"candidates": K, "cache_dir": tmp_path, "progress": False}
+def test_a_longer_list_goes_on_from_the_one_it_begins_with(pool, runs, monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "PART", 2)
+    options = {"candidates": K, "cache_dir": tmp_path, "progress": False}
     measure_examples(make_model(), pool, queries=[17, 0], **options)
     measure_examples(make_model(), pool, queries=[17, 0, 5, 3], **options)
     assert runs == [2 * K] * 2
 
 
 @pytest.mark.parametrize("queries,count", [(None, COUNT - 4), (7, 7), ([0, 8, 20], 3)])
-def test_excluded_images_are_neither_measured_on_nor_shown(pools, queries, count):
-    pool, excluded = make_pool(pools, count=COUNT), [19, 2, 5, 11, 2]
+def test_excluded_images_are_neither_measured_on_nor_shown(pool, queries, count):
+    excluded = [19, 2, 5, 11, 2]
     options = {"candidates": K, "queries": queries, "seed": 1, "progress": False}
     candidates, performance = measure_examples(make_model(), pool, exclude=excluded, **options)
     rows = (candidates >= 0).all(1).nonzero()[:, 0].tolist()
@@ -164,16 +174,16 @@ def test_excluded_images_are_neither_measured_on_nor_shown(pools, queries, count
     assert [sorted(row) for row in few[:3].tolist()] == [[1, 2], [0, 2], [0, 1]] and (few[3:] == -1).all()
 
 
-def test_nothing_excluded_is_as_if_it_was_not_said(pools, expected, runs, tmp_path):
-    pool, options = make_pool(pools, count=COUNT), {"candidates": K, "cache_dir": tmp_path, "progress": False}
+def test_nothing_excluded_is_as_if_it_was_not_said(pool, expected, runs, tmp_path):
+    options = {"candidates": K, "cache_dir": tmp_path, "progress": False}
     measure_examples(make_model(), pool, **options)
     runs.clear()
     found = measure_examples(make_model(), pool, exclude=[], **options)
     assert not runs and torch.equal(found[0], expected[0])
 
 
-def test_images_that_cannot_be_named_are_refused(pools):
-    pool, model = make_pool(pools, count=COUNT), make_model()
+def test_images_that_cannot_be_named_are_refused(pool):
+    model = make_model()
     for wrong, message in (
         ({"queries": ["scene 1", "scene 77"]}, "queries: id 'scene 77' is not in this pool.*texts are ids"),
         ({"queries": ["1"]}, "id '1' is not in this pool"),
@@ -198,20 +208,20 @@ def test_images_that_cannot_be_named_are_refused(pools):
     assert model.config.performance is None
 
 
-def test_the_cost_is_told_before_it_is_paid(pools, monkeypatch, tmp_path, capsys):
-    pool, model, clock, sizes = make_pool(pools, count=COUNT), make_model(), [0.0], []
+def test_the_cost_is_told_before_it_is_paid(pool, monkeypatch, tmp_path, capsys):
+    model, clock, sizes = make_model(), [0.0], []
     said = []
-    measure = labels.Examples.measure
+    measure_pairs = measure.Examples.measure
 
     def seven_minutes_each(self, queries, rows):
         said.append(capsys.readouterr().err)
         sizes.append(rows.numel())
         clock[0] += 400 * rows.numel() if len(sizes) > 1 else 1e6  # the first one warms up
-        return measure(self, queries, rows)
+        return measure_pairs(self, queries, rows)
 
-    monkeypatch.setattr(labels.Examples, "measure", seven_minutes_each)
-    monkeypatch.setattr(labels.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(labels, "PART", 16)
+    monkeypatch.setattr(measure.Examples, "measure", seven_minutes_each)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measure, "PART", 16)
     options = {"candidates": 10, "cache_dir": tmp_path}
     measure_examples(model, pool, **options)
     assert sizes == [1, 1, 160, 60]  # a slow model is tried with one pair only
@@ -229,36 +239,33 @@ def test_the_cost_is_told_before_it_is_paid(pools, monkeypatch, tmp_path, capsys
 
 
 @pytest.mark.parametrize("seconds,sizes", [(0.01, [1, 1, 5, 5, 60, 60]), (0.1, [1, 1, 5, 5]), (1.0, [1, 1])])
-def test_a_fast_model_is_timed_in_batches(pools, monkeypatch, seconds, sizes):
-    pool, clock, tried = make_pool(pools, count=COUNT), [0.0], []
+def test_a_fast_model_is_timed_in_batches(pool, monkeypatch, seconds, sizes):
+    clock, tried = [0.0], []
 
-    def measure(self, queries, rows):
+    def timed(self, queries, rows):
         tried.append(rows.numel())
         clock[0] += seconds * rows.numel()
 
-    monkeypatch.setattr(labels.Examples, "measure", measure)
-    monkeypatch.setattr(labels.time, "perf_counter", lambda: clock[0])
-    model = make_model()
-    examples = labels.Examples(pool, model, labels.find_task(model.config.task))
-    found = labels._seconds_each(examples, torch.arange(16), 5, torch.zeros(COUNT, dtype=torch.bool), 10**6)
-    assert tried == sizes and found == pytest.approx(seconds)
+    monkeypatch.setattr(measure.Examples, "measure", timed)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    work = work_of(pool, 5)
+    assert work.seconds_each(torch.arange(16), 10**6) == pytest.approx(seconds) and tried == sizes
     tried.clear()
-    labels._seconds_each(examples, torch.arange(16), 5, torch.zeros(COUNT, dtype=torch.bool), 99)
+    work.seconds_each(torch.arange(16), 99)
     assert tried == [1, 1]  # a twentieth of 99 runs is less than 5
 
 
-def test_the_slowest_process_is_waited_for(pools, monkeypatch, tmp_path, capsys):
-    pool, model = make_pool(pools, count=COUNT), make_model()
+def test_the_slowest_process_is_waited_for(pool, monkeypatch, tmp_path, capsys):
     tried = []
-    monkeypatch.setattr(labels, "_seconds_each", lambda *given: tried.append(given[-1]) or 2.0)
-    examples = labels.Examples(pool, model, labels.find_task(model.config.task))
+    monkeypatch.setattr(measure.Work, "seconds_each", lambda self, rows, runs: tried.append(runs) or 2.0)
     parts = torch.arange(COUNT).split(8)  # 8 + 6 and 8
-    labels._tell_cost(examples, parts, 5, torch.zeros(COUNT, dtype=torch.bool), None, 2)
+    work_of(pool, 5).tell_cost(parts, 2)
     assert "about 2.3 min at 2 s a run on cpu, shared by 2 processes" in capsys.readouterr().err
-    labels._tell_cost(examples, parts[:1], 1, torch.zeros(COUNT, dtype=torch.bool), None, 1)
+    work_of(pool, 1).tell_cost(parts[:1], 1)
     assert "about 16.0 s at 2 s a run" in capsys.readouterr().err
-    labels._file(tmp_path, parts[0]).touch()
-    labels._tell_cost(examples, parts, 5, torch.zeros(COUNT, dtype=torch.bool), tmp_path, 2)
+    work = work_of(pool, 5, tmp_path)
+    work.file(parts[0]).touch()
+    work.tell_cost(parts, 2)
     said = capsys.readouterr().err
     assert "110 runs of the frozen model, 5 examples on each of 22 images, 40 of them done before" in said
     assert "about 80.0 s at" in said and tried == [COUNT * 5, 8, 14 * 5]  # 8 and 6
@@ -286,9 +293,9 @@ def test_a_process_without_a_part_gets_the_whole_table(monkeypatch, tmp_path):
         every = torch.tensor([2, 0, 1])  # any order
         return [(every, expected[0][every], expected[1][every])]
 
-    state = labels.processes()
-    monkeypatch.setattr(labels, "processes", lambda: Second(state))
-    monkeypatch.setattr(labels, "gather_object", gather)
+    state = measure.processes()
+    monkeypatch.setattr(measure, "processes", lambda: Second(state))
+    monkeypatch.setattr(measure, "gather_object", gather)
     found = measure_examples(make_model(), pool, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
@@ -300,6 +307,7 @@ class Second:
         self.device = state.device
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_where_it_was(pools, expected, tmp_path):
     cache, out = tmp_path / "cache", tmp_path / "out"
     run = start(pools, cache, out, 0.6)
@@ -321,8 +329,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(pools, expected, tmp_path):
     assert all(file.stat().st_mtime_ns == then for file, then in parts.items())
 
 
-def test_parts_of_something_else_are_not_taken(pools, runs, tmp_path):
-    pool = make_pool(pools, count=COUNT)
+def test_parts_of_something_else_are_not_taken(pool, runs, tmp_path):
     others = make_pool(tmp_path, count=COUNT, first=30)
 
     def share(predictions, references):
@@ -365,9 +372,9 @@ def test_parts_of_something_else_are_not_taken(pools, runs, tmp_path):
     torch.testing.assert_close(tables[5], -tables[7])
 
 
-def test_a_damaged_part_is_measured_again(pools, expected, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(labels, "PART", 8)
-    pool, options = make_pool(pools, count=COUNT), {"candidates": K, "cache_dir": tmp_path, "progress": False}
+def test_a_damaged_part_is_measured_again(pool, expected, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "PART", 8)
+    options = {"candidates": K, "cache_dir": tmp_path, "progress": False}
     measure_examples(make_model(), pool, **options)
     one, other, _ = sorted(tmp_path.glob("*/*.safetensors"), key=lambda file: -file.stat().st_size)
     one.write_bytes(one.read_bytes()[:-7])
@@ -379,8 +386,8 @@ def test_a_damaged_part_is_measured_again(pools, expected, runs, tmp_path, monke
     torch.testing.assert_close(found[1], expected[1])
 
 
-def test_a_metric_has_to_be_a_number_and_to_have_a_name(pools, tmp_path):
-    pool, model = make_pool(pools, count=COUNT), make_model()
+def test_a_metric_has_to_be_a_number_and_to_have_a_name(pool, tmp_path):
+    model = make_model()
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="not finite on pool image 'scene .*' *: a metric has to be defined"):
             measure_examples(model, pool, metric=lambda value=value, **_: value, candidates=2, progress=False)
@@ -390,17 +397,16 @@ def test_a_metric_has_to_be_a_number_and_to_have_a_name(pools, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_model_stays_where_it_was(pools, monkeypatch):
-    pool, model, moves = make_pool(pools, count=COUNT), make_model(), []
+def test_the_model_stays_where_it_was(pool, monkeypatch):
+    model, moves = make_model(), []
     to = model.to
     monkeypatch.setattr(model, "to", lambda device: (moves.append(str(device)), to(device))[1])
     with pytest.raises(ValueError, match="not finite"):
         measure_examples(model, pool, metric=lambda **_: float("nan"), progress=False)
-    assert moves == [str(labels.processes().device), "cpu"]
+    assert moves == [str(measure.processes().device), "cpu"]
 
 
-def test_what_cannot_be_measured_is_refused(pools, tmp_path):
-    pool = make_pool(pools, count=COUNT)
+def test_what_cannot_be_measured_is_refused(pool, tmp_path):
     with pytest.raises(ValueError, match="the pool has 1 examples: at least two"):
         measure_examples(make_model(), make_pool(tmp_path, count=1), progress=False)
     with pytest.raises(ValueError, match="made with another encoder.*encoder=model.encoder"):

@@ -1,65 +1,9 @@
-"""Models that keep a selector, on a Hub over HTTP: the same choice without the package, and a card that says how."""
-
-import json
+"""The card of a saved pipeline: what is in it, and what is said of the selector that a model keeps."""
 
 import pytest
-from hub import LoopbackHub
-from test_hub_vicl import MAKE, WITHOUT_US, last_line
 
 from hf_effdl.vicl.remote_code.configuration_visual_in_context import VisualInContextConfig
 from hf_effdl.vicl.remote_code.pipeline_card import write_model_card
-
-
-FIT = """
-import warnings
-from hf_effdl import CascadeSelector, ListwiseRanker, ListwiseRankerConfig, measure_examples
-from hf_effdl.vicl.remote_code.ranker_selector import RankerSelector
-
-torch.set_num_threads(1)
-encoder = VisionEncoder(tiny())
-pool = ExamplePool.from_dataset(dataset, label_column="mask", encoder=encoder, id_column="name",
-                                cache_dir={cache!r}, progress=False)
-model = VisualInContextModel.from_parts(FeatureMatching(encoder, temperature=0.003))
-query.save({query!r})
-found = []
-"""
-PUSH = """
-measure_examples(model, pool, candidates=8, progress=False)
-from hf_effdl.vicl.remote_code import cascade_head
-cascade_head.STEPS = 3
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    cascade = CascadeSelector(model, passes=3, head="listwise").fit(pool, progress=False)
-pipe = VisualInContextPipeline(model, cascade, pool)
-pipe.push_to_hub("tester/cascade")
-found.append(plain(pipe(query)))
-ranker = ListwiseRanker(ListwiseRankerConfig(hidden_size=16, num_attention_heads=2, list_length=3)).eval()
-pipe = VisualInContextPipeline(model, RankerSelector(ranker, reliable=torch.arange(0, 12, 2)), pool)
-pipe.push_to_hub("tester/ranker")
-found.append(plain(pipe(query)))
-print(json.dumps(found))
-"""
-
-
-def test_a_kept_selector_chooses_the_same_anywhere(tmp_path):
-    query = str(tmp_path / "query.png")
-    with LoopbackHub() as hub:
-        code = MAKE + FIT.format(cache=str(tmp_path / "cache"), query=query) + PUSH
-        expected = dict(zip(("cascade", "ranker"), last_line(hub.run(code, home=tmp_path / "a"))))
-        code = "\n".join(WITHOUT_US.format(repo=f"tester/{kind}", query=query) for kind in expected)
-        lines = hub.run(code, home=tmp_path / "b").strip().splitlines()[-2:]
-        for (kind, one), line in zip(expected.items(), lines):
-            tree = hub.repos["model", f"tester/{kind}"].head.tree
-            config, card = json.loads(tree["config.json"]), tree["README.md"].decode()
-            assert config["strategy"] == config["selector"]["kind"] == kind
-            assert "## How examples are chosen (the default)" in card
-            assert {"cascade.py", "cascade_fit.py", "row_model.py", "designs.py", "covering_tables.py"} <= tree.keys()
-            found = json.loads(line)
-            assert found[:3] == one[:3] and found[3] == pytest.approx(one[3], abs=1e-5), kind
-            assert found[4:7] == [2, 3, True]
-
-
-# ---- the card
 
 
 REPORT = {
@@ -156,3 +100,11 @@ def test_the_card_of_a_ranker_and_of_none(tmp_path):
     text = card(tmp_path, None)
     assert "How examples are chosen" not in text and "Nothing was trained for this pool" in text
     assert sum(line.startswith("## ") for line in text.splitlines()) == 2
+
+
+def test_a_card_is_written_whole_or_not_at_all(tmp_path):
+    before = card(tmp_path, None)
+    with pytest.raises(UnicodeEncodeError):
+        card(tmp_path, None, pool="me/\ud800")
+    assert [file.name for file in (tmp_path / "card").iterdir()] == ["README.md"]
+    assert (tmp_path / "card" / "README.md").read_text() == before

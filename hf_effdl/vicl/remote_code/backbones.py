@@ -1,0 +1,75 @@
+"""Where the weights of a backbone are, and how they are loaded from there.
+
+A source is plain values: `{"id": ..., "revision": ...}` of a repository, or `{"config": {...}}`, whose weights stand
+in the file of the model that uses them.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+
+def source_of(
+    backbone: PreTrainedModel | None, id: str | None, revision: str | None, embed: bool | None = None
+) -> dict[str, Any]:
+    """The source of a backbone.
+
+    Args:
+        backbone: None: there is none, and all weights stand in the model's file.
+        id, revision: where it was loaded from, as far as that is known.
+        embed: see `VisualInContextModel.from_parts`.
+    """
+    if backbone is None:
+        return {"config": None}
+    if embed is None:
+        embed = id is None or os.path.isdir(id)
+    if embed:
+        # where a backbone was loaded from is nobody's business once its weights are here
+        return {"config": {key: value for key, value in backbone.config.to_dict().items() if key != "_name_or_path"}}
+    if id is None:
+        raise ValueError(
+            f"embed=False, but it is not known where {type(backbone).__name__} was loaded from: load it "
+            "by its repository's name, or embed its weights"
+        )
+    return {"id": id, "revision": revision or commit_of(id)}
+
+
+def is_named(source: dict[str, Any]) -> bool:
+    """Whether the weights are in a repository of their own."""
+    return "id" in source
+
+
+def config_of(source: dict[str, Any], token: str | bool | None = None) -> PreTrainedConfig:
+    """The config of the backbone at a source."""
+    if is_named(source):
+        return AutoConfig.from_pretrained(source["id"], revision=source["revision"], token=token)
+    values = dict(source["config"])
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def load_backbone(source: dict[str, Any], kind: Any, token: str | bool | None = None) -> PreTrainedModel:
+    """The backbone at a source; an embedded one comes without its weights, which the caller's file holds.
+
+    Args:
+        kind: `AutoModel`, or the class of transformers whose weights they are.
+    """
+    if is_named(source):
+        # single precision also where a file holds half: the CPU is slow in half, and a GPU user casts with .half()
+        return kind.from_pretrained(source["id"], revision=source["revision"], token=token, dtype=torch.float32)
+    config = config_of(source)
+    return kind.from_config(config) if hasattr(kind, "from_config") else kind._from_config(config)
+
+
+def commit_of(id: str, revision: str | None = None, token: str | bool | None = None) -> str | None:
+    """The commit that a repository's config was taken from; None for a folder, or where it is not known."""
+    if os.path.isdir(id):
+        return None
+    try:
+        return Path(hf_hub_download(id, "config.json", revision=revision, token=token)).parent.name
+    except (OSError, HfHubHTTPError, HFValidationError):
+        return None
