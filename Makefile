@@ -1,4 +1,4 @@
-.PHONY: demo test bench style quality clean
+.PHONY: demo test docs bench style quality clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -19,6 +19,11 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The tables of docs/benchmarks are committed; `python docs/make_benchmarks.py` makes them again from new rows.
+docs: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 bench: $(READY)
 	$(BIN)/python examples/benchmarks/structure_mnist.py --net bn
@@ -52,4 +57,4 @@ quality: $(READY)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info docs/_build docs/reference/generated

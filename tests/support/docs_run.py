@@ -1,0 +1,79 @@
+"""Runs the Python of README and docs, as a script: `python docs_run.py OUT PAGE... < START`, in the folder to work in.
+
+A page's blocks run one after the other, and then every row of a table `| you want | call |` in what the first block
+left. A page of the README's kind (`START` maps it to itself) has blocks that each begin from nothing; another begins
+with what the first block of the page that `START` names left. OUT gets `{page: [[line, seconds, error], ...]}`.
+"""
+
+import json
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+import torch
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+
+NAME = "your-name/"  # what docs call the reader on the Hub; the user of the loopback Hub is tester
+ROW = re.compile(r"^\|[^|]+\|\s*`([^`]+)`")
+
+
+class Page:
+    """The examples of one page, and what its first block left."""
+
+    def __init__(self, path: Path) -> None:
+        self.text = path.read_text(encoding="utf-8").replace(NAME, "tester/")
+        local = Path("pages", *path.parts[-2:])
+        local.parent.mkdir(parents=True, exist_ok=True)
+        local.write_text(self.text, encoding="utf-8")
+        self.document = Sybil(parsers=[PythonCodeBlockParser()]).parse(local)
+        self.first: dict | None = None
+
+    def blocks(self, alone: bool) -> Iterator[tuple[int, object]]:
+        for example in self.document.examples():
+            if alone:
+                self.document.namespace.clear()
+            yield example.line, example.evaluate
+            if self.first is None:
+                self.first = dict(self.document.namespace)
+
+    def rows(self) -> Iterator[tuple[int, object]]:
+        inside = False
+        for number, line in enumerate(self.text.splitlines(), 1):
+            inside = line.startswith("| you want | call |") or (inside and line.startswith("|"))
+            if inside and (call := ROW.match(line)):
+                start = self.document.namespace if self.first is None else self.first
+                yield number, lambda code=call[1], start=start: exec(compile(code, "row", "exec"), dict(start))
+
+
+def outcome(run: object) -> tuple[float, str | None]:
+    start = time.process_time()
+    try:
+        run()
+    except Exception:  # noqa: BLE001 - every example is to be run and reported
+        return time.process_time() - start, traceback.format_exc(limit=-6)
+    return time.process_time() - start, None
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    matplotlib.use("agg")
+    out, *names = sys.argv[1:]
+    starts, pages, results = json.load(sys.stdin), {}, {}
+    for name in names:
+        page, start = Page(Path(name)), starts.get(name)
+        if start not in (None, name):
+            page.document.namespace.update(pages[start].first)
+        pages[name], results[name] = page, []
+        for examples in (page.blocks(alone=start == name), page.rows()):
+            results[name] += [[line, *outcome(run)] for line, run in examples]
+    Path(out).write_text(json.dumps(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
