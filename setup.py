@@ -23,4 +23,5 @@ def index_readme() -> str:
     return LINK.sub(absolute, (ROOT / "README.md").read_text(encoding="utf-8"))
 
 
-setup(long_description=index_readme(), long_description_content_type="text/markdown")
+if __name__ == "__main__":
+    setup(long_description=index_readme(), long_description_content_type="text/markdown")

@@ -22,7 +22,13 @@ author = "The hf_effdl authors"
 copyright = author
 version = release = hf_effdl.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
 templates_path = ["_templates"]
 exclude_patterns = ["_build", "benchmarks/tables"]
 myst_heading_anchors = 3

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Examples?|Note|Warning):$")
 ITEM = re.compile(r"([-*]|\d+\.) ")
-BARE_BAR = re.compile(r"`[^`]*`|(\|)")
+MARKED = re.compile(r"`[^`]*`|\|")
 
 
 def rendered(lines: list[str]) -> list[str]:
@@ -34,17 +34,24 @@ def _fences(lines: list[str]) -> Iterator[str]:
 
 def _formulas(lines: Iterator[str]) -> Iterator[str]:
     """Indented text between paragraphs as a literal block; sections and lists keep their indents, bars are escaped."""
-    kept = literal = False
+    kept, code = False, None  # whether indents mean something already; the indent of a literal block
     for line in lines:
-        if line and not line[0].isspace():
-            if literal:
-                yield ""
-            kept, literal = bool(SECTION.match(line) or ITEM.match(line) or line.startswith("..")), False
-        elif line and not kept and not literal:
+        indent = len(line) - len(line.lstrip())
+        if line and code is not None and indent <= code:
+            yield ""
+            code = None
+        if line and not indent:
+            kept = bool(SECTION.match(line) or ITEM.match(line))
+        elif line and not kept and code is None:
             yield from ("", "::", "")
-            literal = True
-        yield line if literal or ">>>" in line else BARE_BAR.sub(_escaped, line)
+            code = 0
+        yield line if code is not None or ">>>" in line else MARKED.sub(_escaped, line)
+        if ".. code-block::" in line:
+            code = indent
 
 
 def _escaped(found: re.Match[str]) -> str:
-    return "\\|" if found[1] else found[0]
+    """A bar outside backticks is a bar, and a name in backticks may take a plural's s."""
+    if found[0] == "|":
+        return "\\|"
+    return f"{found[0]}\\ " if found.string[found.end() : found.end() + 1].isalpha() else found[0]
