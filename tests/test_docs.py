@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from docs_run import ROW, TABLE, rows
 from hub import LoopbackHub
 from transformers import BertConfig, BertModel, BertTokenizer, BitImageProcessorPil, Dinov2Config, Dinov2Model
 
@@ -27,7 +28,7 @@ def pages() -> list[str]:
     """Every page with Python in it; the quickstart of a folder before the pages that begin where it ends."""
     files = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"), key=lambda file: (file.stem != "quickstart", file))]
     texts = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
-    return [name for name, text in texts.items() if "```python" in text or "| you want | call |" in text]
+    return [name for name, text in texts.items() if "```python" in text or TABLE in text]
 
 
 def start_of(page: str) -> str | None:
@@ -93,6 +94,14 @@ def test_every_block_and_every_row_of_a_page_runs(page, outcomes):
     assert results, f"{page} has Python that was not found"
     failed = [f"{page}:{line}\n{error}" for line, _, error in results if error]
     assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("page", pages())
+def test_every_row_is_one_call_that_can_be_pasted(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = [line for _, line in rows(text)]
+    assert not [line for line in found if not ROW.fullmatch(line)]
+    assert len(found) >= text.count(TABLE)
 
 
 # ---- texts
