@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs-ready
 
 # Everything below starts from a machine with nothing but Python 3.11 or newer. torch is installed first and pinned, so that
 # pip does not draw the CUDA packages of a newer release through another package's dependencies.
@@ -14,6 +15,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
 
@@ -21,8 +26,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 # The tables of docs/benchmarks are committed; `python docs/make_benchmarks.py` makes them again from new rows.
-docs: $(READY)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
+docs: $(DOCS_READY)
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 bench: $(READY)
