@@ -1,4 +1,4 @@
-.PHONY: demo test docs bench style quality clean
+.PHONY: demo test test-all docs bench style quality clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -10,6 +10,7 @@ DOCS_READY := $(VENV)/.docs-ready
 # Everything below starts from a machine with nothing but Python 3.11 or newer. torch is installed first and pinned, so that
 # pip does not draw the CUDA packages of a newer release through another package's dependencies.
 $(READY): pyproject.toml constraints.txt
+	@echo "installing into $(VENV), about 2 GB: some minutes, and silent meanwhile"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
@@ -22,35 +23,44 @@ $(DOCS_READY): $(READY)
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
 
+# One file a worker at a time, as its tests share what they have made; what measures time comes last, alone.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile -m "not slow and not alone"
+	$(BIN)/python -m pytest -m "alone and not slow"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n logical --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 # The tables of docs/benchmarks are committed; `python docs/make_benchmarks.py` makes them again from new rows.
 docs: $(DOCS_READY)
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
+BENCHMARK := $(BIN)/python examples/benchmarks
+
+# Hours; rows that are in runs/benchmarks/ already are not made again.
 bench: $(READY)
-	$(BIN)/python examples/benchmarks/structure_mnist.py --net bn
-	$(BIN)/python examples/benchmarks/structure_mnist.py --net lenet
-	$(BIN)/python examples/benchmarks/structure_mnist.py --net lenet --recipe paper
-	$(BIN)/python examples/benchmarks/structure_mnist.py --table
-	$(BIN)/python examples/benchmarks/structure_cifar10.py --width 16 --classes 2 --rows 2000 --epochs 6 --tune 3 --seeds 1 \
-		--set batch=32 lasso=0.004
-	$(BIN)/python examples/benchmarks/tickets_mnist.py --net lenet
-	$(BIN)/python examples/benchmarks/tickets_mnist.py --net wide
-	$(BIN)/python examples/benchmarks/growth_mnist.py
-	$(BIN)/python examples/benchmarks/optimizer_step.py
-	$(BIN)/python examples/benchmarks/train_overhead.py
-	$(BIN)/python examples/benchmarks/slim_latency.py
-	$(BIN)/python examples/benchmarks/selection_digits.py
-	$(BIN)/python examples/benchmarks/selection_digits.py --few --cells digits-200 large tail mnist mnist-tail
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
-	$(BIN)/python examples/benchmarks/selection_banking77.py
-	$(BIN)/python examples/benchmarks/sampling_scale.py
-	$(BIN)/python examples/benchmarks/vicl_pets.py
-	$(BIN)/python examples/benchmarks/vicl_digits.py
-	$(BIN)/python examples/benchmarks/pool_scale.py
-	$(BIN)/python examples/benchmarks/selection_speed.py
+	$(BENCHMARK)/structure_mnist.py --net bn
+	$(BENCHMARK)/structure_mnist.py --net lenet
+	$(BENCHMARK)/structure_mnist.py --net lenet --recipe paper
+	$(BENCHMARK)/structure_mnist.py --table
+	$(BENCHMARK)/structure_cifar10.py --width 16 --classes 2 --rows 2000 --epochs 6 --tune 3 --seeds 1 \
+		--set batch=32 lasso=0.004
+	$(BENCHMARK)/tickets_mnist.py --net lenet
+	$(BENCHMARK)/tickets_mnist.py --net wide
+	$(BENCHMARK)/growth_mnist.py
+	$(BENCHMARK)/optimizer_step.py
+	$(BENCHMARK)/train_overhead.py
+	$(BENCHMARK)/slim_latency.py
+	$(BENCHMARK)/selection_digits.py
+	$(BENCHMARK)/selection_digits.py --few --cells digits-200 large tail mnist mnist-tail
+	$(BENCHMARK)/selection_banking77.py
+	$(BENCHMARK)/sampling_scale.py
+	$(BENCHMARK)/vicl_pets.py
+	$(BENCHMARK)/vicl_digits.py
+	$(BENCHMARK)/pool_scale.py
+	$(BENCHMARK)/selection_speed.py
 
 style: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,3 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "pillow>=11",
+#     "scikit-learn>=1.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = ".." }
+# ///
+
 """Scenes of handwritten digits for in-context painting: what an example shows is what a model should paint.
 
 A scene is a textured 48 x 48 picture with two or three digits of different classes from scikit-learn's 8 x 8 digits.
@@ -15,10 +27,16 @@ so that a picture alone tells what kind of example would help.
 
     from datasets import Dataset
     pool = Dataset.from_list(make_scenes(300, split="train", task="segmentation", seed=0))
+
+Other examples import this file. Run by itself it draws some scenes of every task with their labels:
+
+    python examples/digit_scenes.py --out scenes.png
 """
 
+import argparse
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -239,3 +257,25 @@ def make_scenes(n: int, split: str = "train", task: str = "segmentation", seed: 
             row["box"] = scene.box
         rows.append(row)
     return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("scenes.png"), help="picture to write")
+    parser.add_argument("--scenes", type=int, default=8, help="scenes of each task")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    side, gap = 2 * SIZE, 4
+    sheet = Image.new("RGB", (options.scenes * (side + gap) + gap, 2 * len(TASKS) * (side + gap) + gap), "white")
+    for line, task in enumerate(TASKS):
+        for column, scene in enumerate(draw_scenes(options.scenes, options.split, task, options.seed)):
+            for half, picture in enumerate(scene.painting(task)):  # what is shown, and what is to be painted
+                tile = to_image(picture).resize((side, side), Image.Resampling.NEAREST)
+                sheet.paste(tile, (gap + column * (side + gap), gap + (2 * line + half) * (side + gap)))
+    sheet.save(options.out)
+    print(f"{', '.join(TASKS)}, each with the labels below: {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,3 +1,19 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "accelerate>=1.12",
+#     "datasets>=5",
+#     "pillow>=11",
+#     "scikit-learn>=1.6",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = ".." }
+# ///
+
 """Fit a cascade that chooses examples for an in-context model, on any image data set and encoder.
 
     python examples/fit_cascade.py                      # scenes of digits and a tiny SegGPT: about a minute, offline
@@ -11,11 +27,8 @@ the query split with the nearest example, two other strategies and the best of a
 these images is neither measured on nor shown while measuring. `output_dir`/model is a whole pipeline:
 
     VisualInContextPipeline("runs/cascade/model")("photo.jpg")
-
-`--config file.yaml` holds any of the arguments as `name: value`, and the command line wins.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass, field
@@ -23,55 +36,36 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
+from command_line import is_given, leave, parse_arguments
 from train_ranker import DIGITS, DataArguments, find_copies, load_rows, score_strategy
-from transformers import HfArgumentParser
+from vicl_seggpt import load_model, make_pool
 
-from hf_effdl import (
-    CascadeSelector,
-    ExamplePool,
-    VisionEncoder,
-    VisualInContextModel,
-    VisualInContextPipeline,
-    measure_examples,
-)
+from hf_effdl import CascadeSelector, VisualInContextPipeline, measure_examples
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.vicl.remote_code.cascade import HEADS
 from hf_effdl.vicl.remote_code.visual_tasks import to_rgb
 
 
-SMALL = {**DIGITS, "max_queries": 48}
+# of digit scenes; a cascade has no width
+SMALL = {name: value for name, value in DIGITS.items() if name != "hidden_size"} | {"max_queries": 48}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Arguments(DataArguments):
     """What the cascade may cost, and where it goes."""
 
     label_budget: int = field(default=100, metadata={"help": "Pool images to measure on; 0: all."})
     passes: int = field(default=10, metadata={"help": "Runs of the frozen model for a prediction."})
-    head: str = field(default="ridge", metadata={"help": f"Of both stages: {' or '.join(HEADS)}."})
+    head: str = field(default="ridge", metadata={"choices": list(HEADS), "help": "Of both stages."})
     fused: int = field(default=10, metadata={"help": "Examples of a weighted fusion."})
     output_dir: str = field(default="runs/cascade", metadata={"help": "Gets pool, labels, model, report, a picture."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Push model and pool to this repository."})
 
 
 def parse(argv: list[str]) -> Arguments:
-    """Arguments from the command line, with defaults from `--config file.yaml` and for the digits."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--config")
-    first.add_argument("--dataset_name")
-    known, _ = first.parse_known_args(argv)
-    parser = HfArgumentParser(Arguments)
-    values = yaml.safe_load(Path(known.config).read_text(encoding="utf-8")) or {} if known.config else {}
-    if unknown := sorted(set(values) - {action.dest for action in parser._actions}):
-        raise ValueError(f"{known.config} sets {unknown}, which this script does not know; see --help")
-    names = {action.dest for action in parser._actions}
-    digits = {name: value for name, value in SMALL.items() if name in names}
-    here = known.dataset_name is None and values.get("dataset_name") is None
-    parser.set_defaults(**(digits if here else {}), **values)
-    rest = [value for i, value in enumerate(argv) if "--config" not in (value, argv[i - 1] if i else "")]
-    return parser.parse_args_into_dataclasses(rest)[0]
+    digits = {} if is_given(argv, "dataset_name") else SMALL
+    return parse_arguments(argv, Arguments, description=__doc__, defaults=digits)[0]
 
 
 def gap_closed(scores: dict[str, list[float]], name: str, better: int) -> tuple[float, float]:
@@ -97,19 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     out = Path(args.output_dir)
     pool_rows, query_rows = load_rows(args)
-    encoder = VisionEncoder.from_pretrained(args.encoder) if args.encoder else None
-    model = VisualInContextModel.from_backbone(args.model, task=args.task, encoder=encoder).to(accelerator.device)
-    model.config.candidates = args.candidates
-    pool = ExamplePool.from_dataset(
-        pool_rows,
-        args.image_column,
-        args.label_column,
-        encoder=model.encoder,
-        task=args.task,
-        foreground=args.foreground,
-        cache_dir=out / "pool",
-        keep_grids=True,
-    )
+    model = load_model(args).to(accelerator.device)
+    pool = make_pool(args, pool_rows, model, out / "pool", keep_grids=True)
     pipe = VisualInContextPipeline(model, pool=pool)
     exclude = find_copies(pipe, query_rows, args)
     budget = min(args.label_budget or len(pool), len(pool) - len(exclude))
@@ -159,4 +142,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # its threads can abort the interpreter's exit
+    leave()

@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "accelerate>=1.12",
+#     "datasets>=5",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = ".." }
+# ///
+
 """Grow an image classifier from a narrow ResNet on any image data set of the Hub, save or push it with its history.
 
     python examples/grow_image_classifier.py --model_name_or_path microsoft/resnet-18 --dataset_name beans \\
@@ -6,42 +20,30 @@
 
 The net begins with new weights, the depths and a quarter of the widths of the dense net named, and grows where its
 support saturates, to at most that share of the dense net's multiply-accumulates (`--max_macs`: an absolute bound).
-`--config file.yaml` holds any of the arguments as `name: value`; the command line wins. All fields of
-`GrowingArguments` (a `TrainingArguments`) are arguments too.
+All fields of `GrowingArguments` (a `TrainingArguments`) are arguments too. Several processes on a machine without a
+GPU need `--use_cpu`.
 """
 
-import argparse
-import gc
 import sys
 from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
-import yaml
-from accelerate import PartialState
-from datasets import ClassLabel, DatasetDict, load_dataset, load_from_disk
-from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, ResNetForImageClassification, set_seed
+from command_line import leave, parse_arguments
+from image_script import ImageArguments, accuracy, as_pixels, labels_of, load_splits
+from transformers import AutoConfig, AutoImageProcessor, ResNetForImageClassification, set_seed
 
-from hf_effdl import GrowingArguments, GrowingTrainer
+from hf_effdl import GrowingArguments, GrowingTrainer, find_groups
 from hf_effdl.hub.cards import markdown_table
-from hf_effdl.structure.groups.find import trace_network
 
 
-@dataclass
-class ScriptArguments:
+@dataclass(kw_only=True)
+class ScriptArguments(ImageArguments):
     """What to grow on what, from which size to which."""
 
     model_name_or_path: str = field(
         metadata={"help": "The dense net, a ResNet on the Hub or a folder: its config and image processor are read."}
     )
-    dataset_name: str = field(
-        metadata={"help": "Data set id on the Hub, a folder of images, or one from save_to_disk."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    image_column: str = field(default="image", metadata={"help": "Column with the images."})
-    label_column: str = field(default="label", metadata={"help": "Column with the class labels."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; default: 10%% of train."})
     seed_widths: list[int] | None = field(
         default=None, metadata={"help": "Widths of the embedding and of every stage; default: a quarter of dense."}
     )
@@ -50,45 +52,10 @@ class ScriptArguments:
 
 
 def parse(argv: list[str]) -> tuple[ScriptArguments, GrowingArguments]:
-    """Arguments from the command line, with defaults from `--config file.yaml`."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--config")
-    known, rest = first.parse_known_args(argv)
-    parser = HfArgumentParser([ScriptArguments, GrowingArguments])
-    if known.config:
-        with open(known.config, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
-        names = {action.dest for action in parser._actions}
-        if unknown := sorted(set(values) - names):
-            raise ValueError(f"{known.config} sets {unknown}, which this script does not know; see --help")
-        for action in parser._actions:
-            action.required = action.required and action.dest not in values
-        parser.set_defaults(**values)
-    script, args = parser.parse_args_into_dataclasses(rest)
+    script, args = parse_arguments(argv, ScriptArguments, GrowingArguments, description=__doc__)
     if not 0 < script.max_macs_share <= 1:
         raise ValueError(f"--max_macs_share {script.max_macs_share}: it is a share of the dense net's MACs, in (0, 1]")
     return script, args
-
-
-def load_splits(script: ScriptArguments, seed: int) -> DatasetDict:
-    """The data set as `{"train", "eval"}`."""
-    try:
-        data = load_from_disk(script.dataset_name)
-    except (FileNotFoundError, OSError):
-        data = load_dataset(script.dataset_name, script.dataset_config)
-    if script.train_split not in data:
-        raise ValueError(f"{script.dataset_name} has splits {list(data)}, not --train_split {script.train_split!r}")
-    train = data[script.train_split]
-    for column in (script.image_column, script.label_column):
-        if column not in train.column_names:
-            raise ValueError(
-                f"{script.dataset_name} has columns {train.column_names}, not {column!r}; set "
-                "--image_column and --label_column"
-            )
-    if script.eval_split:
-        return DatasetDict(train=train, eval=data[script.eval_split])
-    split = train.train_test_split(test_size=0.1, seed=seed)
-    return DatasetDict(train=split["train"], eval=split["test"])
 
 
 def seed_config(dense, widths: list[int] | None, depths: list[int] | None):
@@ -107,31 +74,16 @@ def seed_config(dense, widths: list[int] | None, depths: list[int] | None):
     return config
 
 
-def accuracy(prediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
 def main(argv: list[str] | None = None) -> None:
     script, args = parse(sys.argv[1:] if argv is None else argv)
     set_seed(args.seed)
     data = load_splits(script, args.seed)
-    if not isinstance(data["train"].features[script.label_column], ClassLabel):
-        data = data.class_encode_column(script.label_column)
-    names = data["train"].features[script.label_column].names
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     processor = AutoImageProcessor.from_pretrained(script.model_name_or_path)
-    dense = AutoConfig.from_pretrained(script.model_name_or_path, **labels)
+    dense = AutoConfig.from_pretrained(script.model_name_or_path, dtype=torch.float32, **labels_of(data, script))
     model = ResNetForImageClassification(seed_config(dense, script.seed_widths, script.seed_depths))
-    mode = "L" if dense.num_channels == 1 else "RGB"
-
-    def transform(rows: dict[str, list]) -> dict[str, object]:
-        images = [image.convert(mode) for image in rows[script.image_column]]
-        pixels = processor(images, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels, "labels": torch.tensor(rows[script.label_column])}
-
-    data = data.with_transform(transform)
+    data = data.with_transform(as_pixels(script, processor, dense.num_channels))
     inputs = {"pixel_values": data["train"][0]["pixel_values"][None]}
-    whole, seed = (trace_network(net, inputs).count() for net in (ResNetForImageClassification(dense), model))
+    whole, seed = (find_groups(net, inputs)[0].network.count() for net in (ResNetForImageClassification(dense), model))
     args.max_macs = args.max_macs or int(script.max_macs_share * whole["macs"])
     args.remove_unused_columns = False  # the transform reads columns that the model does not know
     trainer = GrowingTrainer(
@@ -160,5 +112,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    gc.collect()  # a model in DDP holds the process group, whose threads can abort the interpreter's exit
-    PartialState().destroy_process_group()
+    leave()

@@ -1,28 +1,63 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "datasets>=5",
+#     "evaluate>=0.4.6",
+#     "pillow>=11",
+#     "scikit-learn>=1.6",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = ".." }
+# ///
+
 """Train once on scikit-learn's handwritten digits, watch which channels the data asks for, take a smaller model; then
 choose the rows worth training on from a pool with wrong labels, and the examples worth showing to a frozen model; then
 grow the same net from a few channels.
 
-    python examples/quickstart.py            # about a minute on two CPU cores; results under runs/quickstart/
+    python examples/quickstart.py     # about a minute on one free core; then open runs/quickstart/index.html
 
-The data ship with scikit-learn (1,797 scans of 8x8 pixels); nothing is downloaded.
+The data ship with scikit-learn (1,797 scans of 8x8 pixels); nothing is downloaded. Every step says how long it takes
+on one core, and its results stand on the page as soon as they are there.
 """
 
 import argparse
+import shutil
+import sys
+import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Any
 
+
+if __name__ == "__main__" and not {"-h", "--help"} & set(sys.argv):
+    print("loading torch, transformers and datasets, up to half a minute the first time", flush=True)
+
+import datasets
 import evaluate
 import numpy as np
 import torch
+import transformers
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from digit_scenes import make_scenes
 from PIL import Image as Picture
+from PIL import ImageDraw
+from quickstart_page import Page
 from sklearn.datasets import load_digits
+from tqdm.auto import tqdm
 from transformers import (
+    PrinterCallback,
+    ProgressCallback,
     ResNetConfig,
     ResNetForImageClassification,
     SegGptForImageSegmentation,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -56,7 +91,60 @@ SHARED = {
     "dataloader_pin_memory": False,
     "logging_strategy": "epoch",
     "eval_strategy": "epoch",
+    "disable_tqdm": True,  # `Bar` instead
 }
+TEXTS = {"accuracy": "test accuracy", "params": "parameters", "macs": "MACs", "latency_ms": "ms a batch of 32"}
+SHOWN = ("nearest", "dense", "oracle")  # side by side in the picture
+
+
+class Bar(TrainerCallback):
+    """One progress bar for a training, with the last accuracy, instead of a line of numbers per epoch."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.bar = name, None
+
+    def on_train_begin(self, args, state, control, **others) -> None:
+        if self.bar is None:  # growth trains in stages
+            self.bar = tqdm(total=state.max_steps, desc=f"  {self.name}", unit=" steps", mininterval=2, leave=True)
+
+    def on_step_end(self, args, state, control, **others) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_evaluate(self, args, state, control, metrics=None, **others) -> None:
+        if self.bar is not None and "eval_accuracy" in (metrics or {}):
+            self.bar.set_postfix(accuracy=f"{metrics['eval_accuracy']:.3f}")
+
+    def close(self) -> None:
+        self.bar.refresh()
+        self.bar.close()
+        self.bar = None
+
+
+def train_with_bar(trainer: Trainer, name: str) -> None:
+    """What the callbacks print goes to `training.txt` in the trainer's folder."""
+    bar = Bar(name)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(bar)
+    folder = Path(trainer.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "training.txt", "w", encoding="utf-8") as log, redirect_stdout(log):
+        trainer.train()
+    bar.close()
+    trainer.remove_callback(bar)
+
+
+@contextmanager
+def step(number: int, text: str, seconds: int) -> Iterator[None]:
+    """A heading that says how long it takes, and how long it took."""
+    print(f"\n[{number}/7] {text}: about {seconds} s on a free core", flush=True)
+    start = time.monotonic()
+    yield
+    print(f"[{number}/7] took {time.monotonic() - start:.0f} s", flush=True)
+
+
+def show(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    print(f"\n{markdown_table(rows, columns)}\n", flush=True)
 
 
 def digits(seed: int = 0) -> tuple[Dataset, list[dict[str, torch.Tensor]]]:
@@ -109,57 +197,101 @@ def pool_with_wrong_labels(share: float = 0.2, seed: int = 0) -> tuple[Dataset, 
     return pool.select(range(300)), pool.select(range(300, len(pool)))
 
 
-def choose_rows(budget: float, epochs: float, out: Path, test: list) -> dict[str, float]:
-    """Accuracy of the same net trained on as many chosen and random rows of a pool with wrong labels."""
+def choose_rows(budget: float, epochs: float, out: Path, test: list) -> list[dict[str, Any]]:
+    """The same net trained on chosen rows, on as many random rows, and on the whole of a pool with wrong labels."""
     probe_rows, pool = pool_with_wrong_labels()
     probes = LinearProbes.train(None, probe_rows, "labels", input_column="pixels")
     selector = UncertaintySelector(probes, "labels")
     subset = selector.select(pool, budget)
     report = selector.report()
-    report.save(out / "selection")
-    print(report)
+    report.save(out)
+    print("\n\n".join(str(report).split("\n\n")[:3]), flush=True)  # all of it is in the file
     everything = pool.add_column("weight", [1.0] * len(pool))
     sets = {
         "chosen": subset,
         "random": everything.shuffle(seed=0).select(range(len(subset))),
         "the whole pool": everything,
     }
-    accuracies = {}
+    table = []
     for name, rows in sets.items():
         args = TrainingArguments(
-            str(out / "selection" / "run"),
+            str(out / "run"),
             optim="sgd",
             optim_args="momentum=0.9",
             save_strategy="no",
-            num_train_epochs=epochs * len(pool) / len(rows) if rows is not everything else epochs,
+            num_train_epochs=epochs * len(pool) / len(rows),
             **{**SHARED, "learning_rate": 0.05, "eval_strategy": "no", "remove_unused_columns": False},
         )
         trainer = WeightedTrainer(
             new_model(), args, train_dataset=rows.with_transform(augment), eval_dataset=test, compute_metrics=accuracy
         )
-        trainer.train()
-        accuracies[f"{name}, {len(rows)} rows"] = trainer.evaluate()["eval_accuracy"]
-    return accuracies
+        train_with_bar(trainer, name)
+        table.append({"rows": f"{name}, {len(rows)} rows", "accuracy": trainer.evaluate()["eval_accuracy"]})
+    return table
 
 
-def choose_examples(queries: int, pool_rows: int, out: Path) -> dict[str, float]:
+def choose_examples(queries: int, pool_rows: int, out: Path) -> list[dict[str, Any]]:
     """Mean IoU of a frozen tiny SegGPT on scenes of unseen digits, by how the one example it is shown was chosen."""
     frozen = SegGptInContext(SegGptForImageSegmentation.from_pretrained(TINY, dtype=torch.float32))
     model = VisualInContextModel.from_parts(frozen, embed=True)
     examples = Dataset.from_list(make_scenes(pool_rows, split="train", task="segmentation", seed=1))
-    pool = ExamplePool.from_dataset(examples, label_column="mask", encoder=model.encoder, cache_dir=out / "prompts")
-    pipe = VisualInContextPipeline(model, "dense", pool)
     scenes = make_scenes(queries, split="test", task="segmentation", seed=2)
-    images, masks = [scene["image"] for scene in scenes], [scene["mask"] for scene in scenes]
+    images, masks = [scene["image"] for scene in scenes], [np.asarray(scene["mask"]) for scene in scenes]
     iou = evaluate.load(str(Path(metrics.__path__[0]) / "foreground_iou"))
-    scores = {}
-    for strategy in ("random", "nearest", "dense", "oracle"):
-        outputs = pipe(images, strategy=strategy, labels=masks if strategy == "oracle" else None)
-        found = [output["prediction"] for output in outputs]
-        scores[strategy] = iou.compute(predictions=found, references=[np.asarray(mask) for mask in masks])["mean_iou"]
-    pipe.plot(images[:4], num_examples=1, path=out / "prompts" / "prompts.png")
-    pipe.save_pretrained(out / "prompts" / "model")
-    return scores
+    outputs, table = {}, []
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:  # a whole copy goes with the pipeline
+        pool = ExamplePool.from_dataset(examples, label_column="mask", encoder=model.encoder, cache_dir=folder)
+        pipe = VisualInContextPipeline(model, "dense", pool)
+        for strategy in ("random", "nearest", "dense", "oracle"):
+            labels = [scene["mask"] for scene in scenes] if strategy == "oracle" else None
+            outputs[strategy] = pipe(images, strategy=strategy, labels=labels)
+            answers = [output["prediction"] for output in outputs[strategy]]
+            scores = [iou.compute(predictions=[a], references=[m])["mean_iou"] for a, m in zip(answers, masks)]
+            table.append({"strategy": strategy, "iou": float(np.mean(scores)), "scores": scores})
+            print(f"  example chosen by {strategy}: mean IoU {table[-1]['iou']:.3f}", flush=True)
+        scores = {row["strategy"]: row.pop("scores") for row in table}
+        draw_answers(pool, images[:4], masks[:4], outputs, scores).save(out / "prompts.png")
+        pipe.save_pretrained(out / "model")
+    return table
+
+
+def draw_answers(
+    pool: ExamplePool,
+    images: Sequence[Picture.Image],
+    masks: Sequence[np.ndarray],
+    outputs: Mapping[str, list[dict]],
+    scores: Mapping[str, list[float]],
+    side: int = 120,
+) -> Picture.Image:
+    """A line for each query: with its true mask, and for three ways to choose, the example shown and the answer."""
+
+    def painted(image: Picture.Image, mask: Any) -> Picture.Image:
+        """What is not marked in grey and pale, what is marked in its colours with a white edge."""
+        big = image.convert("RGB").resize((side, side), Picture.Resampling.NEAREST)
+        marked = Picture.fromarray(np.uint8(np.asarray(mask) > 0) * 255).resize(big.size, Picture.Resampling.NEAREST)
+        pale = Picture.blend(big.convert("L").convert("RGB"), Picture.new("RGB", big.size, "white"), 0.6)
+        red = Picture.blend(big, Picture.new("RGB", big.size, (214, 39, 40)), 0.65)
+        return Picture.composite(red, pale, marked)
+
+    gap, wide, top, foot = 6, 22, 34, 18
+    columns = ["query", "true mask", *(text for name in SHOWN for text in (f"example: {name}", f"answer: {name}"))]
+    lefts = [gap + (side + gap) * i + wide * (i // 2) for i in range(len(columns))]
+    sheet = Picture.new("RGB", (lefts[-1] + side + gap, top + len(images) * (side + foot) + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for left, text in zip(lefts, columns, strict=True):
+        pen.text((left, 14), text, fill="black")
+    for line, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        tiles = [(image.resize((side, side), Picture.Resampling.NEAREST), ""), (painted(image, mask), "")]
+        for name in SHOWN:
+            output = outputs[name][line]
+            row = pool.ids.index(output["example_ids"][0])
+            tiles.append((painted(pool.image(row), pool.label(row)), f"scene {output['example_ids'][0]} of the pool"))
+            tiles.append((painted(image, output["prediction"]), f"IoU {scores[name][line]:.2f}"))
+        for left, (tile, text) in zip(lefts, tiles, strict=True):
+            sheet.paste(tile, (left, top + line * (side + foot)))
+            pen.text((left, top + line * (side + foot) + side + 2), text, fill="black")
+    return sheet
 
 
 def grow(epochs: float, max_macs: int, out: Path, train: Dataset, test: list) -> GrowingTrainer:
@@ -177,7 +309,7 @@ def grow(epochs: float, max_macs: int, out: Path, train: Dataset, test: list) ->
         **SHARED,
     )
     trainer = GrowingTrainer(new_model(4), args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
-    trainer.train()
+    train_with_bar(trainer, "growing")
     return trainer
 
 
@@ -200,7 +332,7 @@ def accuracy(prediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def plain_sgd(model, epochs: float, out: Path, train: Dataset, test: list, **options) -> list[dict[str, float]]:
+def plain_sgd(name: str, model, epochs: float, out: Path, train: Dataset, test: list, **options) -> list[dict]:
     """Train, and return every evaluation."""
     args = TrainingArguments(
         str(out),
@@ -211,12 +343,12 @@ def plain_sgd(model, epochs: float, out: Path, train: Dataset, test: list, **opt
         **{**SHARED, **options},
     )
     trainer = Trainer(model, args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
-    trainer.train()
+    train_with_bar(trainer, name)
     trainer.evaluate()
     return [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--epochs", type=float, default=15)
@@ -226,37 +358,56 @@ def main() -> None:
     parser.add_argument("--select-epochs", type=float, default=3, help="length of each run, in epochs of the pool")
     parser.add_argument("--queries", type=int, default=40, help="scenes to segment by example")
     parser.add_argument("--scenes", type=int, default=200, help="scenes to choose the example from")
-    options = parser.parse_args()
-    start = time.time()
+    run(parser.parse_args(argv))
+
+
+def run(options: argparse.Namespace) -> None:
+    """All seven steps; each adds its part to the page."""
+    start, out = time.monotonic(), options.out
+    torch.set_num_threads(1)  # in nets this small, threads wait for each other for longer than they work
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    page = Page(
+        out,
+        "hf_effdl quickstart",
+        "A small ResNet on scikit-learn's handwritten digits: 1,437 scans to train on, 360 to test, one run each, no "
+        "seeds repeated. What these numbers show is how the parts work, not how good they are in general.",
+    )
     train, test = digits()
 
-    print("\n[1/7] the same net with plain SGD, for comparison", flush=True)
-    dense = plain_sgd(new_model(), options.epochs, options.out / "sgd", train, test)
+    with step(1, "the same net with plain SGD, for comparison", 10):
+        dense = plain_sgd("plain SGD", new_model(), options.epochs, out / "sgd", train, test)
+    with step(2, "one run with split LBI", 15):
+        args = SplitLBIArguments(str(out / "dense"), num_train_epochs=options.epochs, save_strategy="no", **SHARED)
+        trainer = SplitLBITrainer(new_model(), args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
+        train_with_bar(trainer, "split LBI")
+    with step(3, "the accuracy of smaller models taken from it, without training again", 2):
+        curve = trainer.evaluate_path(shares=(0.9, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1))
+        columns = {"macs": "MACs", "params": "parameters", "accuracy": "accuracy"}
+        show(curve, columns)
+    with step(4, f"the model with {options.macs:.0%} of the MACs, fine-tuned", 5):
+        small = take_smaller(trainer, dense, options, train, test)
+        smaller_part(page, trainer, small, curve)
+    with step(5, f"{options.budget:.0%} of a pool with a fifth of its labels wrong", 10):
+        selection_part(page, choose_rows(options.budget, options.select_epochs, out / "selection", test))
+    with step(6, "which example to show a frozen model: a tiny SegGPT on scenes of digits", 10):
+        prompts_part(page, choose_examples(options.queries, options.scenes, out / "prompts"))
+    with step(7, "growing the same net from a seed of 4 channels", 12):
+        growth_part(page, trainer, dense, options, train, test)
+    print(f"\nall tables and pictures: {page.save()}\n{time.monotonic() - start:.0f} s in all")
 
-    print("\n[2/7] one run with split LBI", flush=True)
-    args = SplitLBIArguments(str(options.out), num_train_epochs=options.epochs, save_strategy="no", **SHARED)
-    trainer = SplitLBITrainer(new_model(), args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
-    trainer.train()
 
-    print("\n[3/7] the accuracy of smaller models taken from it, without training again", flush=True)
-    curve = trainer.evaluate_path(shares=(0.9, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1))
-    print(markdown_table(curve, {"macs": "MACs", "params": "parameters", "accuracy": "accuracy"}))
-
-    print(f"\n[4/7] the model with {options.macs:.0%} of the MACs, fine-tuned", flush=True)
+def take_smaller(
+    trainer: SplitLBITrainer, dense: list[dict], options: argparse.Namespace, train: Dataset, test: list
+) -> ResNetForImageClassification:
+    """The smaller model, fine-tuned and saved; the trainer's results are those of all models so far."""
     small = trainer.slim(macs=options.macs, bn_batches=8)
     cut = trainer.evaluate_model(small)["accuracy"]
-    tuned = plain_sgd(small, options.tune_epochs, options.out / "tune", train, test, learning_rate=0.05)
-
-    print(f"\n[5/7] {options.budget:.0%} of a pool with a fifth of its labels wrong", flush=True)
-    chosen = choose_rows(options.budget, options.select_epochs, options.out, test)
-
-    print("\n[6/7] which example to show a frozen model: a tiny SegGPT on scenes of digits", flush=True)
-    shown = choose_examples(options.queries, options.scenes, options.out)
-
+    tuned = plain_sgd("fine-tuning", small, options.tune_epochs, options.out / "tune", train, test, learning_rate=0.05)
     report = small.config.effdl_report
-    before, after = (
-        {key: report[key][side] for key in ("params", "macs", "latency_ms")} for side in ("before", "after")
-    )
+    sizes = ("params", "macs", "latency_ms")
+    before, after = ({key: report[key][side] for key in sizes} for side in ("before", "after"))
     trainer.results = {
         "dense, plain SGD": {"accuracy": dense[-1]["eval_accuracy"], **before},
         "dense, split LBI": {"accuracy": trainer.evaluate_model(trainer.model)["accuracy"], **before},
@@ -264,55 +415,101 @@ def main() -> None:
         "slim": {"accuracy": cut, **after},
         "slim, fine-tuned": {"accuracy": tuned[-1]["eval_accuracy"], **after},
     }
+    card = {"dataset": "scikit-learn digits", "tasks": "image-classification"}
+    trainer.save_model()
+    trainer.create_model_card(model_name="digits-resnet", **card)
+    trainer.save_slim(small, options.out / "slim", model_name="digits-resnet-slim", **card)
+    return small
 
-    print("\n[7/7] growing the same net from a seed of 4 channels", flush=True)
-    grown = grow(options.epochs, before["macs"] // 2, options.out / "grown", train, test)
-    cost = 3 * before["macs"] * len(train)  # of one epoch of the dense net
+
+def smaller_part(page: Page, trainer: SplitLBITrainer, small: torch.nn.Module, curve: list[dict]) -> None:
+    report = small.config.effdl_report
+    widths = f"{trainer.model.config.hidden_sizes} -> {small.config.hidden_sizes}"
+    text = (
+        f"stage widths {widths}: a stock config, which transformers loads alone; latency x "
+        f"{report['latency_ms']['ratio']:.2f}, MACs x {report['macs']['ratio']:.2f}, parameters x "
+        f"{report['params']['ratio']:.2f}"
+    )
+    rows = [{"model": name, **values} for name, values in trainer.results.items()]
+    show(rows, {"model": "model"} | TEXTS)
+    print(text, flush=True)
+    page.add(
+        "A smaller model",
+        f"One run with split LBI says in which order the data ask for the channels; {text}.",
+        rows,
+        {"model": "model"} | TEXTS,
+        {"When each channel entered, and the accuracy of smaller models, not trained again:": "slim/sparse_path.png"},
+        {"the smaller model and its card": "slim/README.md", "the dense model and its card": "dense/README.md"},
+    )
+    page.add(
+        "Smaller models along the path",
+        "Taken from the same run at several budgets, none trained again; sizes beside the dense net's.",
+        curve,
+        {"macs": "MACs", "params": "parameters", "accuracy": "test accuracy"},
+    )
+
+
+def selection_part(page: Page, table: list[dict]) -> None:
+    columns = {"rows": "trained on (same number of steps)", "accuracy": "test accuracy"}
+    show(table, columns)
+    page.add(
+        "The rows worth training on",
+        "Eight linear probes, trained on 300 other rows, score a pool of 1,137 of which a fifth has a wrong label.",
+        table,
+        columns,
+        {
+            "What was chosen:": "selection/selection.png",
+            "Rows that were chosen, left out, and suspected of a wrong label:": "selection/examples.png",
+        },
+        {"the report": "selection/report.md"},
+    )
+
+
+def prompts_part(page: Page, table: list[dict]) -> None:
+    columns = {"strategy": "the example was chosen by", "iou": "mean IoU"}
+    show(table, columns)
+    page.add(
+        "The examples worth showing",
+        "A frozen tiny SegGPT segments a new scene as one example shows it. Nearest: the most similar scene by one "
+        "vector; dense: by matching the scenes' parts; oracle: the best there is, found with the answer.",
+        table,
+        columns,
+        {"Examples and answers; marked is what is painted red:": "prompts/prompts.png"},
+        {"the pipeline and its card": "prompts/model/README.md"},
+    )
+
+
+def growth_part(
+    page: Page, trainer: SplitLBITrainer, dense: list[dict], options: argparse.Namespace, train: Dataset, test: list
+) -> None:
+    """Grow, draw, and compare with the dense nets."""
+    whole = trainer.results["dense, plain SGD"]["macs"]
+    grown = grow(options.epochs, whole // 2, options.out / "grown", train, test)
+    cost = 3 * whole * len(train)  # of one epoch of the dense net
     grown.dense_curve = [
         {"training_macs": cost * entry["epoch"], "accuracy": entry["eval_accuracy"]} for entry in dense
     ]
-    grown.plot_growth().savefig(options.out / "growth.png", dpi=110)
-
-    trainer.save_model()
-    trainer.create_model_card(model_name="digits-resnet", dataset="scikit-learn digits", tasks="image-classification")
-    folder = trainer.save_slim(
-        small,
-        options.out / "slim",
-        model_name="digits-resnet-slim",
-        dataset="scikit-learn digits",
-        tasks="image-classification",
-    )
-    rows = [{"model": name, **values} for name, values in trainer.results.items()]
-    print(f"\n{markdown_table(rows, {k: k for k in ('model', 'accuracy', 'params', 'macs', 'latency_ms')})}")
-    print(
-        f"\nstage widths {trainer.model.config.hidden_sizes} -> {small.config.hidden_sizes}: a stock config, which "
-        f"transformers loads alone\nlatency x {report['latency_ms']['ratio']:.2f}, "
-        f"MACs x {report['macs']['ratio']:.2f}, parameters x {report['params']['ratio']:.2f}\n"
-        f"picture {folder / 'sparse_path.png'}, card {folder / 'README.md'}, "
-        f"{time.time() - start:.0f} s in all"
-    )
-    columns = {"rows": "trained on (same number of steps)", "accuracy": "test accuracy"}
-    print(f"\n{markdown_table([{'rows': name, 'accuracy': value} for name, value in chosen.items()], columns)}")
-    print(f"\nthe selection's report and pictures are in {options.out / 'selection'}")
-    columns = {"strategy": "the example was chosen by", "iou": "mean IoU"}
-    print(f"\n{markdown_table([{'strategy': name, 'iou': value} for name, value in shown.items()], columns)}")
-    print(f"\nqueries, examples and predictions: {options.out / 'prompts' / 'prompts.png'}")
+    grown.save_model()
+    grown.create_model_card(model_name="digits-grown", dataset="scikit-learn digits", tasks="image-classification")
+    for checkpoint in (options.out / "grown").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
     last, counts = grown.growth_curve[-1], grown.groups[0].network.count()
     rows = [{"model": name, **trainer.results[name], "training": 1.0} for name in list(trainer.results)[:2]]
-    rows += [
-        {
-            "model": "grown",
-            **counts,
-            "accuracy": last["accuracy"],
-            "training": last["training_macs"] / (cost * options.epochs),
-        }
-    ]
-    columns = {k: k for k in ("model", "accuracy", "params", "macs")} | {"training": "training MACs (dense = 1)"}
-    print(f"\n{markdown_table(rows, columns)}")
+    training = last["training_macs"] / (cost * options.epochs)
+    rows.append({"model": "grown", **counts, "accuracy": last["accuracy"], "training": training})
+    columns = {"model": "model", "accuracy": "test accuracy", "params": "parameters", "macs": "MACs"}
+    columns |= {"training": "training MACs (dense = 1)"}
+    show(rows, columns)
     sizes = (new_model(4).config, grown.model.config)
-    print(
-        f"\nstage widths {sizes[0].hidden_sizes} -> {sizes[1].hidden_sizes}, of at most half the dense net's MACs\n"
-        f"widths over the steps and accuracy against training cost: {options.out / 'growth.png'}"
+    text = f"stage widths {sizes[0].hidden_sizes} -> {sizes[1].hidden_sizes}, of at most half the dense net's MACs"
+    print(text, flush=True)
+    page.add(
+        "Growing instead",
+        f"The same net from 4 channels, wider where its support is full: {text}.",
+        rows,
+        columns,
+        {"Widths over the steps, and accuracy against the cost of training:": "grown/growth.png"},
+        {"the grown model and its card": "grown/README.md"},
     )
 
 

@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "accelerate>=1.12",
+#     "datasets>=5",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = ".." }
+# ///
+
 """Choose the rows worth training on, train on them, and see what it bought: any classification data set and model.
 
     python examples/select_then_train.py --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name beans \\
@@ -6,28 +20,25 @@
 
 Images and texts are told apart by the data set's columns. A share of the training rows is set aside for the probes:
 by default linear heads on the model's frozen backbone (`--probes trained` trains whole models). The rest is the pool.
-`--config file.yaml` holds any of the arguments as `name: value`; the command line wins. All fields of
-`TrainingArguments` are arguments too.
+All fields of `TrainingArguments` are arguments too. Several processes on a machine without a GPU need `--use_cpu`.
 """
 
-import argparse
-import gc
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from command_line import leave, parse_arguments
+from datasets import Dataset, DatasetDict, Image
+from image_script import DataArguments, accuracy, labels_of, load_splits
 from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    HfArgumentParser,
     TrainingArguments,
     set_seed,
 )
@@ -35,67 +46,32 @@ from transformers import (
 from hf_effdl import LinearProbes, UncertaintySelector, WeightedTrainer, train_probes
 
 
-@dataclass
-class ScriptArguments:
+@dataclass(kw_only=True)
+class ScriptArguments(DataArguments):
     """What to select from what, with what."""
 
-    model_name_or_path: str = field(metadata={"help": "Model id on the Hub, or a folder."})
-    dataset_name: str = field(metadata={"help": "Data set id on the Hub, a folder, or one from save_to_disk."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     input_column: str | None = field(default=None, metadata={"help": "Images or texts; default: the first such."})
-    label_column: str = field(default="label", metadata={"help": "Column with the class labels."})
-    train_split: str = field(default="train", metadata={"help": "Split to select from."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; default: 10%% of train."})
     budget: float = field(default=0.2, metadata={"help": "Rows to select; up to 1: a share of the pool."})
     probe_share: float = field(default=0.2, metadata={"help": "Share of the training rows that the probes get."})
-    probes: str = field(default="linear", metadata={"help": "'linear' heads on the backbone, or 'trained' models."})
+    probes: str = field(
+        default="linear", metadata={"choices": ["linear", "trained"], "help": "Heads on the backbone, or models."}
+    )
     num_probes: int = field(default=8, metadata={"help": "Number of probes."})
-    preset: str = field(default="default", metadata={"help": "'default' or 'paper'."})
+    preset: str = field(default="default", metadata={"choices": ["default", "paper"], "help": "How rows are chosen."})
     compare: bool = field(default=False, metadata={"help": "Also train on as many random rows."})
     push_selection: str | None = field(default=None, metadata={"help": "Push the selection to this data set repo."})
 
 
 def parse(argv: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
-    """Arguments from the command line, with defaults from `--config file.yaml`."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--config")
-    known, rest = first.parse_known_args(argv)
-    parser = HfArgumentParser([ScriptArguments, TrainingArguments])
-    if known.config:
-        with open(known.config, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
-        if unknown := sorted(set(values) - {action.dest for action in parser._actions}):
-            raise ValueError(f"{known.config} sets {unknown}, which this script does not know; see --help")
-        for action in parser._actions:
-            action.required = action.required and action.dest not in values
-        parser.set_defaults(**values)
-    return parser.parse_args_into_dataclasses(rest)
+    return parse_arguments(argv, ScriptArguments, TrainingArguments, description=__doc__)
 
 
-def load_splits(script: ScriptArguments, seed: int) -> DatasetDict:
-    """The data set as `{"probe", "pool", "eval"}` with a `ClassLabel` column."""
-    try:
-        data = load_from_disk(script.dataset_name)
-    except (FileNotFoundError, OSError):
-        data = load_dataset(script.dataset_name, script.dataset_config)
-    for split in filter(None, (script.train_split, script.eval_split)):
-        if split not in data:
-            raise ValueError(f"{script.dataset_name} has splits {list(data)}, not {split!r}")
-    if script.label_column not in data[script.train_split].column_names:
-        raise ValueError(
-            f"{script.dataset_name} has columns {data[script.train_split].column_names}, not {script.label_column!r}; "
-            "set --label_column"
-        )
-    if not isinstance(data[script.train_split].features[script.label_column], ClassLabel):
-        data = data.class_encode_column(script.label_column)
-    train = data[script.train_split]
-    if script.eval_split is None:
-        split = train.train_test_split(test_size=0.1, seed=seed)
-        train, test = split["train"], split["test"]
-    else:
-        test = data[script.eval_split]
-    parts = train.train_test_split(test_size=script.probe_share, seed=seed, stratify_by_column=script.label_column)
-    return DatasetDict(probe=parts["test"], pool=parts["train"], eval=test)
+def split_off_probes(data: DatasetDict, script: ScriptArguments, seed: int) -> DatasetDict:
+    """The data set as `{"probe", "pool", "eval"}`; every class has its share of the probe rows."""
+    parts = data["train"].train_test_split(
+        test_size=script.probe_share, seed=seed, stratify_by_column=script.label_column
+    )
+    return DatasetDict(probe=parts["test"], pool=parts["train"], eval=data["eval"])
 
 
 def find_input(data: Dataset, script: ScriptArguments) -> tuple[str, bool]:
@@ -128,25 +104,24 @@ def make_collator(processor: Any, column: str, images: bool, labels: str) -> Cal
     return collate
 
 
-def accuracy(prediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
 def main(argv: list[str] | None = None) -> None:
     script, args = parse(sys.argv[1:] if argv is None else argv)
     first = PartialState().is_main_process
     set_seed(args.seed)
     data = load_splits(script, args.seed)
+    labels = labels_of(data, script)
+    data = split_off_probes(data, script, args.seed)
     column, images = find_input(data["pool"], script)
     processor = (AutoImageProcessor if images else AutoTokenizer).from_pretrained(script.model_name_or_path)
-    names = data["pool"].features[script.label_column].names
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     classifier = AutoModelForImageClassification if images else AutoModelForSequenceClassification
     args.remove_unused_columns = False  # the collator reads columns that the model does not know
     collate = make_collator(processor, column, images, script.label_column)
 
     def new_model() -> torch.nn.Module:
-        return classifier.from_pretrained(script.model_name_or_path, ignore_mismatched_sizes=True, **labels)
+        # in single precision whatever the checkpoint has: images come in it, and layers want both alike
+        return classifier.from_pretrained(
+            script.model_name_or_path, ignore_mismatched_sizes=True, dtype=torch.float32, **labels
+        )
 
     def train(rows: Dataset, folder: str) -> dict[str, float]:
         set_seed(args.seed)
@@ -175,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         "input_column": column,
     }
     if script.probes == "linear":
-        backbone = AutoModel.from_pretrained(script.model_name_or_path)
+        backbone = AutoModel.from_pretrained(script.model_name_or_path, dtype=torch.float32)
         probes = LinearProbes.train(backbone, data["probe"], **common)
     else:
         args.output_dir = f"{output_dir}/probes"
@@ -208,5 +183,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    gc.collect()  # a model in DDP holds the process group, whose threads can abort the interpreter's exit
-    PartialState().destroy_process_group()
+    leave()

@@ -1,3 +1,19 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "accelerate>=1.12",
+#     "datasets>=5",
+#     "pillow>=11",
+#     "scikit-learn>=1.6",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = ".." }
+# ///
+
 """Train list-wise rankers that choose examples for an in-context model, on any image data set and encoder.
 
     python examples/train_ranker.py                     # scenes of digits and a tiny SegGPT: some minutes, offline
@@ -8,16 +24,14 @@
 Builds a pool from the training split, measures how its examples do on each other (what is done stays in
 `output_dir`/performance: a run that was cut off goes on), trains one ranker for each list length on random lists, and
 compares them with the nearest example on images of the query split. What looks like one of those is left out of the
-training. Besides its own arguments it takes those of `TrainingArguments`; `--config file.yaml` holds any of them as
-`name: value`, and the command line wins. The rankers are in `output_dir`/ranker-5 and so on:
+training. All fields of `TrainingArguments` are arguments too. Several processes on a machine without a GPU need
+`--use_cpu`. The rankers are in `output_dir`/ranker-5 and so on:
 
     rankers = [ListwiseRanker.from_pretrained(f"runs/ranker/ranker-{k}") for k in (5, 10)]
     VisualInContextPipeline(model, selector=RankerSelector(rankers), pool=pool)
 """
 
-import argparse
 import copy
-import gc
 import json
 import sys
 from dataclasses import dataclass, field
@@ -25,21 +39,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from command_line import is_given, leave, parse_arguments
 from datasets import Dataset
 from digit_scenes import make_scenes
-from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments
-from vicl_seggpt import drawn, load_splits, score_of
+from transformers import EarlyStoppingCallback, TrainingArguments
+from vicl_seggpt import PoolArguments, drawn, load_model, load_splits, make_pool, score_of
 
-from hf_effdl import ExamplePool, VisionEncoder, VisualInContextModel, VisualInContextPipeline, measure_examples
+from hf_effdl import (
+    ExamplePool,
+    ListwiseRanker,
+    ListwiseRankerConfig,
+    RankerSelector,
+    RankerTrainer,
+    RankingLists,
+    VisualInContextModel,
+    VisualInContextPipeline,
+    measure_examples,
+    near_duplicates,
+)
 from hf_effdl.hub.cards import markdown_table
-from hf_effdl.vicl.auto import ListwiseRanker, ListwiseRankerConfig
-from hf_effdl.vicl.held_out import near_duplicates
-from hf_effdl.vicl.ranking.ranker_trainer import RankerTrainer
-from hf_effdl.vicl.ranking.ranking_lists import RankingLists
-from hf_effdl.vicl.remote_code.ranker_selector import SCHEDULES, RankerSelector
+from hf_effdl.vicl.remote_code.ranker_selector import SCHEDULES
 from hf_effdl.vicl.remote_code.visual_tasks import find_task, pixels, to_rgb
 
 
@@ -57,73 +78,45 @@ DIGITS = {
 }
 
 
-@dataclass
-class DataArguments:
-    """What is shown to which model."""
+PAPER = {
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 64,
+    "lr_scheduler_type": "constant",
+    "num_train_epochs": 30,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "list_accuracy",
+    "save_total_limit": 1,
+}
+
+
+@dataclass(kw_only=True)
+class DataArguments(PoolArguments):
+    """What is shown to which model; without a data set, digit scenes to a tiny SegGPT."""
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "Data set id, or a folder; default: digit scenes."}
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    pool_split: str = field(default="train", metadata={"help": "Split that examples are chosen from."})
-    query_split: str | None = field(
-        default=None, metadata={"help": "Split to test on; default: as in vicl_seggpt.py."}
-    )
-    image_column: str = field(default="image", metadata={"help": "Column with the images."})
-    label_column: str = field(default="label", metadata={"help": "Column with masks or boxes."})
-    foreground: list[int] | None = field(default=None, metadata={"help": "Mask values of the object; default: not 0."})
-    task: str = field(default="segmentation", metadata={"help": "segmentation, detection or colourisation."})
-    model: str = field(default="BAAI/seggpt-vit-large", metadata={"help": "SegGPT, or an encoder for matching."})
-    encoder: str | None = field(default=None, metadata={"help": "Of the pool; default: the model's own features."})
-    candidates: int = field(default=50, metadata={"help": "K nearest examples that are measured, and chosen from."})
-    max_pool: int | None = field(default=None, metadata={"help": "Use at most so many examples."})
-    max_queries: int | None = field(default=None, metadata={"help": "Test on at most so many images."})
     duplicates: float = field(default=0.98, metadata={"help": "Cosine from which an image is a copy of another."})
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Arguments(DataArguments):
     """What is learned from, and what the rankers are."""
 
-    label_budget: int | None = field(default=None, metadata={"help": "Pool images to measure on; default: all."})
     lengths: list[int] = field(default_factory=lambda: [5, 10], metadata={"help": "One ranker for each list length."})
     lists_per_query: int = field(default=20, metadata={"help": "Random lists of each pool image."})
     hidden_size: int = field(default=768, metadata={"help": "Width of the rankers."})
     legacy: bool = field(default=False, metadata={"help": "The released network of Partial2Global."})
-    schedule: str = field(default="covering", metadata={"help": f"Lists of a query: {', '.join(SCHEDULES)}."})
+    schedule: str = field(default="covering", metadata={"choices": list(SCHEDULES), "help": "Lists of a query."})
     patience: int = field(default=5, metadata={"help": "Epochs without a better list accuracy before training ends."})
 
 
 def parse(argv: list[str]) -> tuple[Arguments, TrainingArguments]:
-    """Arguments from the command line, with defaults from `--config file.yaml`, the paper, and for the digits."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--config")
-    first.add_argument("--dataset_name")
-    known, _ = first.parse_known_args(argv)
-    parser = HfArgumentParser((Arguments, TrainingArguments))
-    values = yaml.safe_load(Path(known.config).read_text(encoding="utf-8")) or {} if known.config else {}
-    if unknown := sorted(set(values) - {action.dest for action in parser._actions}):
-        raise ValueError(f"{known.config} sets {unknown}, which this script does not know; see --help")
-    digits = DIGITS if (known.dataset_name or values.get("dataset_name")) is None else {}
-    parser.set_defaults(
-        **{
-            "output_dir": "runs/ranker",
-            "per_device_train_batch_size": 64,
-            "per_device_eval_batch_size": 64,
-            "lr_scheduler_type": "constant",
-            "num_train_epochs": 30,
-            "eval_strategy": "epoch",
-            "save_strategy": "epoch",
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "list_accuracy",
-            "save_total_limit": 1,
-            "report_to": "none",
-            **digits,
-            **values,
-        }
-    )
-    rest = [value for i, value in enumerate(argv) if "--config" not in (value, argv[i - 1] if i else "")]
-    return parser.parse_args_into_dataclasses(rest)
+    digits = {} if is_given(argv, "dataset_name") else DIGITS
+    defaults = PAPER | {"output_dir": "runs/ranker", "report_to": "none"} | digits
+    return parse_arguments(argv, Arguments, TrainingArguments, description=__doc__, defaults=defaults)
 
 
 def load_rows(args: Arguments) -> tuple[Dataset, Dataset]:
@@ -200,17 +193,8 @@ def main(argv: list[str] | None = None) -> None:
     args, training = parse(sys.argv[1:] if argv is None else argv)
     out, device = Path(training.output_dir), training.device
     pool_rows, query_rows = load_rows(args)
-    encoder = VisionEncoder.from_pretrained(args.encoder) if args.encoder else None
-    model = VisualInContextModel.from_backbone(args.model, task=args.task, encoder=encoder).to(device)
-    pool = ExamplePool.from_dataset(
-        pool_rows,
-        args.image_column,
-        args.label_column,
-        encoder=model.encoder,
-        task=args.task,
-        foreground=args.foreground,
-        cache_dir=out / "pool",
-    )
+    model = load_model(args).to(device)
+    pool = make_pool(args, pool_rows, model, out / "pool")
     pipe = VisualInContextPipeline(model, pool=pool)
     exclude = find_copies(pipe, query_rows, args)
     budget = min(args.label_budget or len(pool), len(pool) - len(exclude))
@@ -239,5 +223,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    gc.collect()  # a model in DDP holds the process group, whose threads can abort the interpreter's exit
-    PartialState().destroy_process_group()
+    leave()

@@ -1,3 +1,18 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "accelerate>=1.12",
+#     "pillow>=11",
+#     "scikit-learn>=1.6",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = ".." }
+# ///
+
 """Train a tiny SegGPT on scenes of digits: one set of weights that segments, detects and colourises by example.
 
     OMP_NUM_THREADS=1 python examples/train_tiny_seggpt.py --output_dir runs/tiny-seggpt
@@ -9,20 +24,22 @@ the training log and the measured numbers (`metrics.json`), among them what choo
 
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from command_line import ConfigArguments, parse_arguments
 from digit_scenes import SIZE, TASKS, Look, Scene, draw_scene, draw_scenes, make_pair, to_image
 from PIL import Image, ImageDraw
-from transformers import HfArgumentParser, SegGptConfig, SegGptForImageSegmentation, SegGptImageProcessorPil, set_seed
+from transformers import SegGptConfig, SegGptForImageSegmentation, SegGptImageProcessorPil, set_seed
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
-@dataclass
-class Arguments:
+@dataclass(kw_only=True)
+class Arguments(ConfigArguments):
     """How large a model, and how long it trains."""
 
     output_dir: str = field(default="runs/tiny-seggpt", metadata={"help": "Folder for weights, configs and log."})
@@ -330,7 +347,7 @@ def save(model: SegGptForImageSegmentation, processor: SegGptImageProcessorPil, 
 
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    (args,) = parse_arguments(sys.argv[1:] if argv is None else argv, Arguments, description=__doc__)
     folder = Path(args.output_dir)
     set_seed(args.seed)
     model = build_model(args)

@@ -1,3 +1,18 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "accelerate>=1.12",
+#     "datasets>=5",
+#     "pillow>=11",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = ".." }
+# ///
+
 """Predict for new images by example, with any in-context model, encoder and image data set of the Hub.
 
     python examples/vicl_seggpt.py --dataset_name EduardoPacheco/FoodSeg103 --label_column label --foreground 17 \\
@@ -6,82 +21,81 @@
 
 Builds a pool from the training split (once: a second call finds it), chooses examples for each image of the query
 split, and compares strategies where the queries have labels. `--model` is SegGPT by default, or any vision encoder,
-which then matches features. `--config file.yaml` holds any of the arguments as `name: value`; the command line wins.
+which then matches features.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather_object
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from command_line import ConfigArguments, leave, parse_arguments
+from datasets import Dataset, DatasetDict
+from image_script import load_any
 from PIL import Image
-from transformers import HfArgumentParser
 
 from hf_effdl import ExamplePool, VisionEncoder, VisualInContextModel, VisualInContextPipeline, measure_examples
 from hf_effdl.hub.cards import markdown_table
-from hf_effdl.vicl.remote_code.visual_tasks import find_task, to_rgb
+from hf_effdl.vicl.remote_code.visual_tasks import TASKS, find_task, to_rgb
 
 
+STRATEGIES = ("random", "nearest", "static", "dense", "transfer", "oracle")
 MEASURED = ("static", "transfer")
 
 
-@dataclass
-class Arguments:
-    """What is shown to which model, and how examples are chosen."""
+@dataclass(kw_only=True)
+class PoolArguments(ConfigArguments):
+    """What is shown to which model."""
 
-    dataset_name: str = field(metadata={"help": "Data set id on the Hub, a folder, or one from save_to_disk."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set id on the Hub, a folder, or one from save_to_disk."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     pool_split: str = field(default="train", metadata={"help": "Split that examples are chosen from."})
     query_split: str | None = field(
-        default=None, metadata={"help": "Split to predict; default: test, validation, 10%%."}
+        default=None, metadata={"help": "Split of the queries; default: test, validation, or 10%% of the pool's."}
     )
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
     label_column: str = field(default="label", metadata={"help": "Column with masks or boxes."})
     foreground: list[int] | None = field(default=None, metadata={"help": "Mask values of the object; default: not 0."})
-    task: str = field(default="segmentation", metadata={"help": "segmentation, detection or colourisation."})
+    task: str = field(default="segmentation", metadata={"choices": list(TASKS), "help": "What the labels are."})
     model: str = field(default="BAAI/seggpt-vit-large", metadata={"help": "SegGPT, or an encoder for matching."})
-    encoder: str | None = field(default=None, metadata={"help": "For retrieval; default: the model's own features."})
-    strategy: str = field(default="dense", metadata={"help": "random, nearest, static, dense, transfer or oracle."})
-    compare: list[str] = field(default_factory=list, metadata={"help": "Further strategies to measure beside it."})
-    num_examples: int = field(default=1, metadata={"help": "Examples shown for each image."})
+    encoder: str | None = field(default=None, metadata={"help": "Of the pool; default: the model's own features."})
     candidates: int = field(default=50, metadata={"help": "Nearest examples that a strategy ranks."})
     label_budget: int | None = field(default=None, metadata={"help": "Pool images to measure on; default: all."})
     max_pool: int | None = field(default=None, metadata={"help": "Use at most so many examples."})
     max_queries: int | None = field(default=None, metadata={"help": "Predict at most so many images."})
+
+
+@dataclass(kw_only=True)
+class Arguments(PoolArguments):
+    """How examples are chosen, and where the answers go."""
+
+    dataset_name: str = field(metadata={"help": "Data set id on the Hub, a folder, or one from save_to_disk."})
+    strategy: str = field(
+        default="dense", metadata={"choices": list(STRATEGIES), "help": "How examples are chosen; see README."}
+    )
+    compare: list[str] = field(
+        default_factory=list, metadata={"choices": list(STRATEGIES), "help": "Strategies to measure beside it."}
+    )
+    num_examples: int = field(default=1, metadata={"help": "Examples shown for each image."})
     batch_size: int = field(default=8, metadata={"help": "Queries at a time, in each process."})
     output_dir: str = field(default="runs/vicl", metadata={"help": "Gets the pool, the numbers and a picture."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Push model and pool to this repository."})
 
 
 def parse(argv: list[str]) -> Arguments:
-    """Arguments from the command line, with defaults from `--config file.yaml`."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--config")
-    known, rest = first.parse_known_args(argv)
-    parser = HfArgumentParser(Arguments)
-    if known.config:
-        values = yaml.safe_load(Path(known.config).read_text(encoding="utf-8")) or {}
-        if unknown := sorted(set(values) - {action.dest for action in parser._actions}):
-            raise ValueError(f"{known.config} sets {unknown}, which this script does not know; see --help")
-        for action in parser._actions:
-            action.required = action.required and action.dest not in values
-        parser.set_defaults(**values)
-    return parser.parse_args_into_dataclasses(rest)[0]
+    return parse_arguments(argv, Arguments, description=__doc__)[0]
 
 
-def load_splits(args: Arguments) -> tuple[Dataset, Dataset]:
+def load_splits(args: PoolArguments) -> tuple[Dataset, Dataset]:
     """The rows to choose from and the rows to predict."""
-    try:
-        data = load_from_disk(args.dataset_name)
-    except (FileNotFoundError, OSError):
-        data = load_dataset(args.dataset_name, args.dataset_config)
+    data = load_any(args.dataset_name, args.dataset_config)
     data = data if isinstance(data, DatasetDict) else DatasetDict({args.pool_split: data})
     if args.pool_split not in data:
         raise ValueError(f"{args.dataset_name} has splits {list(data)}, not {args.pool_split!r}")
@@ -97,25 +111,38 @@ def load_splits(args: Arguments) -> tuple[Dataset, Dataset]:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(sys.argv[1:] if argv is None else argv)
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    out = Path(args.output_dir)
-    pool_rows, query_rows = load_splits(args)
+def load_model(args: PoolArguments) -> VisualInContextModel:
     encoder = VisionEncoder.from_pretrained(args.encoder) if args.encoder else None
-    model = VisualInContextModel.from_backbone(args.model, task=args.task, encoder=encoder).to(accelerator.device)
-    model.config.candidates, model.config.strategy = args.candidates, args.strategy
-    pool = ExamplePool.from_dataset(
-        pool_rows,
+    model = VisualInContextModel.from_backbone(args.model, task=args.task, encoder=encoder)
+    model.config.candidates = args.candidates
+    return model
+
+
+def make_pool(
+    args: PoolArguments, rows: Dataset, model: VisualInContextModel, folder: Path, **options: Any
+) -> ExamplePool:
+    """A pool of the rows, which a second call finds in the folder."""
+    return ExamplePool.from_dataset(
+        rows,
         args.image_column,
         args.label_column,
         encoder=model.encoder,
         task=args.task,
         foreground=args.foreground,
-        cache_dir=out / "pool",
-        batch_size=args.batch_size,
-        keep_grids="dense" in (args.strategy, *args.compare),
+        cache_dir=folder,
+        **options,
     )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    out = Path(args.output_dir)
+    pool_rows, query_rows = load_splits(args)
+    model = load_model(args).to(accelerator.device)
+    model.config.strategy = args.strategy
+    grids = "dense" in (args.strategy, *args.compare)
+    pool = make_pool(args, pool_rows, model, out / "pool", batch_size=args.batch_size, keep_grids=grids)
     strategies = list(dict.fromkeys([args.strategy, *args.compare]))
     if set(strategies) & set(MEASURED):
         measure_examples(model, pool, queries=args.label_budget, cache_dir=out / "performance")
@@ -191,4 +218,4 @@ def score_of(task, prediction, label, image: Image.Image) -> float:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # its threads can abort the interpreter's exit
+    leave()

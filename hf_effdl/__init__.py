@@ -12,9 +12,11 @@ _PUBLIC = {
     "samples.probes.dynamics_callback": ["DynamicsCallback", "dynamics_scores", "load_dynamics"],
     "samples.probes.linear_probes": ["LinearProbes"],
     "samples.scores.noise": ["fit_label_noise", "noise_rate"],
-    "samples.drawing.plan": ["Plan", "active_plan", "default_plan", "make_plan", "paper_plan"],
+    "samples.drawing.plan": ["Plan", "make_plan"],
+    "samples.drawing.presets": ["active_plan", "default_plan", "paper_plan"],
+    "samples.drawing.probabilities": ["inclusion_probabilities"],
     "samples.probes.probes": ["Probes"],
-    "samples.drawing.draws": ["PrioritySampler", "draw", "inclusion_probabilities", "priority_sample"],
+    "samples.drawing.draws": ["PrioritySampler", "draw", "priority_sample"],
     "samples.selection.selection": ["Selection", "load_selection"],
     "samples.selection.selector": ["UncertaintySelector"],
     "samples.drawing.shards": ["plan_shards"],
@@ -61,8 +63,10 @@ _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
-    from hf_effdl.samples.drawing.draws import PrioritySampler, draw, inclusion_probabilities, priority_sample
-    from hf_effdl.samples.drawing.plan import Plan, active_plan, default_plan, make_plan, paper_plan
+    from hf_effdl.samples.drawing.draws import PrioritySampler, draw, priority_sample
+    from hf_effdl.samples.drawing.plan import Plan, make_plan
+    from hf_effdl.samples.drawing.presets import active_plan, default_plan, paper_plan
+    from hf_effdl.samples.drawing.probabilities import inclusion_probabilities
     from hf_effdl.samples.drawing.shards import plan_shards
     from hf_effdl.samples.probes.dynamics_callback import DynamicsCallback, dynamics_scores, load_dynamics
     from hf_effdl.samples.probes.linear_probes import LinearProbes

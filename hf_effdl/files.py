@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -42,6 +43,20 @@ def write_json(target: str | os.PathLike[str], value: Any) -> Path:
     return write_whole(target, json.dumps(value, indent=2) + "\n")
 
 
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove what writers that were killed left beside their files; none may be writing such files now.
+
+    Args:
+        folder: where the files are.
+        pattern: of their names, as `Path.glob` takes it.
+    """
+    for left in folder.glob(f".{pattern}.*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
 def flush(path: Path) -> None:
     """Have the system write a file, or the names in a folder, to the disk."""
     if path.is_dir() and os.name == "nt":  # Windows opens no folders
@@ -54,7 +69,7 @@ def flush(path: Path) -> None:
 
 
 def digest(content: bytes | str | Path | Iterable[bytes]) -> str:
-    """SHA-256, in hex, of bytes, of a text, of a file, or of several pieces (each with its length, so none can merge)."""
+    """SHA-256, in hex, of bytes, a text, a file, or several pieces (each with its length, so that none can merge)."""
     if isinstance(content, Path):
         with open(content, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -90,9 +105,10 @@ def read_tensors(
     """The tensors of a safetensors file, on the CPU; raises as `read_whole` does, also where it is no such file."""
     content = read_whole(file, sha256, remedy)
     try:
-        return load(content)
+        tensors = load(content)
     except Exception as error:  # safetensors' own errors have no common class
         raise damaged(file, str(error), remedy) from error
+    return {name: tensors[name] for name in sorted(tensors)}  # safetensors hands them out in any order
 
 
 def read_json(file: str | os.PathLike[str], sha256: str | None = None, remedy: str = "make it anew") -> Any:

@@ -1,5 +1,6 @@
 """Set before anything is imported: no network, no progress bars; upstream deprecations fail."""
 
+import gc
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ import torch  # noqa: E402
 
 
 torch.set_num_threads(1)
+collect_ignore = ["fixtures"]  # what earlier versions saved, also code
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("HF_EFFDL_DATA", ROOT.parent / "shared" / "data"))
 
@@ -30,6 +32,13 @@ def data_folder() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no data folder at {DATA}; set HF_EFFDL_DATA")
     return DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported_modules_are_not_collected():
+    """Accelerate collects garbage at every turn, which takes long among all that the tests have imported."""
+    gc.collect()
+    gc.freeze()
 
 
 class _Deprecations(logging.Handler):

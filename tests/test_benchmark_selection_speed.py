@@ -51,6 +51,7 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_ranker_beside_a_bare_forward(speed, tmp_path, capsys):
     speed.main(arguments(tmp_path, "ranker"))
     found, said = rows(tmp_path), capsys.readouterr().out
@@ -85,6 +86,7 @@ def test_scores_of_other_lists_end_the_run(speed, tmp_path, monkeypatch):
         speed.main(arguments(tmp_path, "ranker"))
 
 
+@pytest.mark.slow
 def test_the_stages_of_the_cascade(speed, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(speed, "MEASURED", 8)
     monkeypatch.setattr(speed, "LABELLED", 15)

@@ -1,7 +1,6 @@
 """The CIFAR-10 benchmarks of tickets and of growth: nets, rows that are made once, and what their tables may claim."""
 
 import importlib
-import json
 import statistics
 import sys
 
@@ -65,10 +64,11 @@ def run(scripts, tmp_path, monkeypatch, capsys):
     file = tmp_path / "rows.jsonl"
 
     def run(name: str, *options: str) -> tuple[list[dict], str, int]:
-        before = len(file.read_text().splitlines()) if file.is_file() else 0
+        read_rows = sys.modules["rows"].read_rows
+        before = len(read_rows(file))
         small = ("--net", "vgg16", "--width", "4", "--classes", "4", "--batch", "16", "--seeds", "1")
         scripts[name].main([*small, "--out", str(file), *options])
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = read_rows(file)
         printed = capsys.readouterr().out
         return rows, printed[printed.rindex("\nvgg16, width") :], len(rows) - before
 
@@ -249,6 +249,7 @@ def test_rows_of_different_settings_never_meet_in_a_table(tickets, growth, capsy
 # ---- small runs
 
 
+@pytest.mark.slow
 def test_growth_from_end_to_end_and_rows_that_are_there_are_not_made_again(run, growth):
     arms = ("dense", "grown", "final from scratch", "uniform from scratch")
     options = (
@@ -289,6 +290,7 @@ def test_growth_from_end_to_end_and_rows_that_are_there_are_not_made_again(run, 
     assert run(*options, "--table")[1:] == (run(*options)[1], 0)
 
 
+@pytest.mark.slow
 def test_tickets_from_end_to_end_and_rows_that_are_there_are_not_made_again(run, tickets):
     options = (
         "tickets_cifar10",

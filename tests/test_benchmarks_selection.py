@@ -1,6 +1,6 @@
 """The selection benchmark: rows, skipping and table."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -18,13 +18,10 @@ SMALL = ("--pairs", "1", "--cells", "digits", "--arms", "default", "A uniform by
 
 @pytest.fixture(scope="module")
 def main():
-    spec = importlib.util.spec_from_file_location("selection_digits", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    threads = torch.get_num_threads()
-    sys.modules["selection_digits"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    yield module.main
-    del sys.modules["selection_digits"]
+    before, threads = list(sys.path), torch.get_num_threads()
+    sys.path.insert(0, str(SCRIPT.parent))
+    yield importlib.import_module("selection_digits").main
+    sys.path[:] = before
     torch.set_num_threads(threads)
 
 
@@ -43,6 +40,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_it_writes_a_row_per_cell_arm_and_pair(folder):
     found = rows(folder)[:8]
     cells = [f"digits, {kind}, r={r}" for kind in ("clean", "20% flips") for r in (100, 400)]
@@ -58,6 +56,7 @@ def test_it_writes_a_row_per_cell_arm_and_pair(folder):
         assert "flips" not in cell or default["accuracy"] > of[cell, "A uniform by class"]["accuracy"] + 0.05
 
 
+@pytest.mark.slow
 def test_rows_already_there_are_skipped_and_the_table_has_all_arms(folder, main, capsys):
     out, before = str(folder / "rows.jsonl"), rows(folder)
     main(["--out", out, *SMALL, ENSEMBLE])
@@ -74,6 +73,7 @@ def test_rows_already_there_are_skipped_and_the_table_has_all_arms(folder, main,
     assert capsys.readouterr().out == table
 
 
+@pytest.mark.slow
 def test_long_tails_are_tested_twice(tmp_path, main, capsys):
     main(["--out", str(tmp_path / "rows.jsonl"), "--pairs", "1", "--cells", "tail", "--arms", "uniform", ENSEMBLE])
     assert all(row["accuracy"] != row["accuracy, pool's shares"] for row in rows(tmp_path))

@@ -45,6 +45,7 @@ def runs_twice(main, arguments: list[str], file: Path, capsys) -> tuple[list[dic
     return found, table
 
 
+@pytest.mark.slow
 def test_pets_small(benchmarks, arms, data_folder, tmp_path, capsys, monkeypatch):
     pets = benchmarks("vicl_pets")
     compared = []
@@ -83,6 +84,7 @@ def test_pets_small(benchmarks, arms, data_folder, tmp_path, capsys, monkeypatch
     assert "| soft | cascade |" in table  # and how far it is ahead
 
 
+@pytest.mark.slow
 def test_a_lookup_that_is_not_the_pipeline_is_noticed(benchmarks, data_folder, tmp_path, monkeypatch):
     pets = benchmarks("vicl_pets")
     monkeypatch.setattr(pets, "CHECKED", 1)
@@ -113,6 +115,7 @@ def test_a_lookup_that_is_not_the_pipeline_is_noticed(benchmarks, data_folder, t
         )
 
 
+@pytest.mark.slow
 def test_digits_small(benchmarks, arms, tmp_path, capsys):
     digits = benchmarks("vicl_digits")
     file = tmp_path / "rows.jsonl"
@@ -170,6 +173,7 @@ def test_weighted_means_and_ten_pass_arms_are_what_they_say(arms):
     assert of["medoid of dense 10"] == pytest.approx(float(task.score(painted[best], truth)))
 
 
+@pytest.mark.slow
 def test_rankers_of_the_benchmark_learn_what_images_tell(benchmarks):
     ranker_arms = benchmarks("ranker_arms")
     generator = torch.Generator().manual_seed(0)

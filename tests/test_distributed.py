@@ -4,17 +4,16 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from distributed import optimizer_run, trainer_run
+from forked import Script
 from safetensors.torch import load_file
 from test_examples import check, config  # noqa: F401 - a fixture: pictures and a model on disk
 
@@ -24,31 +23,6 @@ from hf_effdl import SparsePath
 HERE, BIN = Path(__file__).parent / "support", Path(sys.executable).parent
 CONFIGS = HERE.parents[1] / "examples" / "accelerate_configs"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-
-
-def two_processes(*command: object) -> subprocess.Popen:
-    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "-m", *map(str, command)]
-    return subprocess.Popen(
-        torchrun,
-        cwd=HERE,
-        env=ENV,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> None:
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-4000:]
-
-
-def kill(process: subprocess.Popen) -> None:
-    """SIGKILL for torchrun and its workers, which have sessions of their own."""
-    for pid in [process.pid, *(worker.pid for worker in psutil.Process(process.pid).children(recursive=True))]:
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
 
 
 def assert_close(a, b, tolerance: float = 1e-6, where: str = "outcome") -> None:
@@ -76,7 +50,7 @@ def assert_close(a, b, tolerance: float = 1e-6, where: str = "outcome") -> None:
 @pytest.fixture(scope="module")
 def optimizers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("optimizer")
-    finish(two_processes("distributed.optimizer_run", folder))
+    Script("distributed/optimizer_run.py", folder, processes=2, fresh=True).finish()
     return torch.load(folder / "result.pt", weights_only=True)
 
 
@@ -130,18 +104,15 @@ def alone(tmp_path_factory):
 def runs(tmp_path_factory):
     """DDP and FSDP2 runs to their end, the last one killed at a random moment; then all three resumed."""
     folder = tmp_path_factory.mktemp("runs")
-    process = two_processes("distributed.trainer_run", folder, "ddp", "sharded", "full")
-    deadline = time.monotonic() + 240
-    while not list(folder.glob("full/checkpoint-*/trainer_state.json")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-4000:]
-        time.sleep(0.01)
+    script = Script("distributed/trainer_run.py", folder, "ddp", "sharded", "full", processes=2)
+    script.wait_for(lambda: list(folder.glob("full/checkpoint-*/trainer_state.json")))
     time.sleep(delay := random.SystemRandom().uniform(0, 0.5))
-    kill(process)
+    script.kill()
     print(f"killed {delay:.3f} s after the first checkpoint: {sorted(path.name for path in folder.glob('full/*'))}")
     for name in ("ddp", "sharded"):
         (folder / f"{name}.pt").rename(folder / f"{name}-uninterrupted.pt")
         shutil.rmtree(folder / name / "checkpoint-48")
-    finish(two_processes("distributed.trainer_run", folder, "ddp", "sharded", "full", "--resume"))
+    Script("distributed/trainer_run.py", folder, "ddp", "sharded", "full", "--resume", processes=2).finish()
     return folder
 
 

@@ -1,13 +1,9 @@
-import gc
 import logging
 import math
 import os
 import random
-import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,35 +14,20 @@ import pytest
 import tiny_run
 import torch
 from datasets import Dataset
-from dynamics_run import EPOCHS, ROWS, STEPS, Net, Rows
-from safetensors.torch import load_file, save_file
+from dynamics_run import EPOCHS, ROWS, STEPS, Net, Rows, assert_same_tensors, files, names
+from forked import Script
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from hf_effdl import DynamicsCallback, WeightedTrainer, dynamics_scores, load_dynamics
-from hf_effdl.samples.probes.dynamics_callback import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
+from hf_effdl.samples.scores.dynamics import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
 from hf_effdl.structure.training.trainer import last_complete_checkpoint
-
-
-SCRIPT = Path(__file__).parent / "support" / "dynamics_run.py"
-
-
-def files(out) -> dict[str, bytes]:
-    """Everything in the folder of records, byte for byte."""
-    return {file.name: file.read_bytes() for file in sorted((Path(out) / "dynamics").iterdir())}
-
-
-def names(*epochs: int) -> list[str]:
-    return [f"epoch-{epoch:04d}.safetensors" for epoch in epochs]
 
 
 def weights(run: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-
-
-def assert_same_tensors(a, b):
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 class Snapshots(TrainerCallback):
@@ -65,14 +46,6 @@ class Chain(TrainerCallback):
     def __init__(self, **events):
         for name, function in events.items():
             setattr(self, name, lambda args, state, control, _call=function, **kwargs: _call(state, **kwargs))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Every run of Trainer begins with a full garbage collection, which takes longer than these runs do."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def finished_run(folder, noise: bool) -> Trainer:
@@ -260,15 +233,18 @@ def test_a_checkpoint_at_the_end_of_an_epoch_gets_its_record_on_resume(uninterru
         assert files(tmp_path) == files(uninterrupted.args.output_dir)
 
 
-def test_runs_killed_at_any_moment_and_resumed_equal_an_uninterrupted_one(uninterrupted, quiet, tmp_path):
-    command = [sys.executable, str(SCRIPT), str(tmp_path), *dynamics_run.SAVES]
-    script = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+MOMENTS = ["before", "during", "after", "anywhere-0", "anywhere-quiet-0"]
+
+
+@pytest.mark.parametrize(
+    "points", [MOMENTS, pytest.param(sorted({*dynamics_run.SAVES} - {*MOMENTS}), marks=pytest.mark.slow)]
+)
+def test_runs_killed_at_any_moment_and_resumed_equal_an_uninterrupted_one(uninterrupted, quiet, tmp_path, points):
+    script = Script("dynamics_run.py", tmp_path, *points)
     try:
-        for point in dynamics_run.SAVES:
-            out, deadline = tmp_path / point, time.monotonic() + 120
-            while not (out / "held").exists():
-                assert time.monotonic() < deadline and script.poll() is None
-                time.sleep(0.01)
+        for point in points:
+            out = tmp_path / point
+            script.wait_for((out / "held").exists)
             delay = random.SystemRandom().uniform(0, 0.5) if point.startswith("anywhere") else 0
             time.sleep(delay)
             with suppress(ProcessLookupError):  # it may have finished by now
@@ -277,7 +253,8 @@ def test_runs_killed_at_any_moment_and_resumed_equal_an_uninterrupted_one(uninte
             print(f"{point}: killed after {delay:.3f} s, leaving {left}")
             if point in ("before", "during"):
                 assert f"checkpoint-{2 * STEPS if point == 'before' else STEPS}" in left
-                assert "epoch-0002.safetensors" not in left and ("epoch-0002.tmp" in left) == (point == "during")
+                cut_off = [name for name in left if name.startswith(".epoch-0002.safetensors.")]
+                assert "epoch-0002.safetensors" not in left and len(cut_off) == (point == "during")
             same = quiet if "quiet" in point else uninterrupted
             run = dynamics_run.trainer(out, rows=Rows(noise=same is uninterrupted), **dynamics_run.SAVES[point])
             begun = list(out.glob("checkpoint-*/trainer_state.json"))
@@ -286,34 +263,6 @@ def test_runs_killed_at_any_moment_and_resumed_equal_an_uninterrupted_one(uninte
             assert_same_tensors(weights(run), weights(same))
     finally:
         script.kill()
-        script.wait()
-
-
-# ---- several processes
-
-
-def test_two_processes_record_what_one_does(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert list(files(tmp_path / "with")) == names(1, 2, 3, 4)
-    ends = {name: [torch.load(tmp_path / name / f"{rank}.pt") for rank in (0, 1)] for name in ("with", "without")}
-    for rank in (0, 1):  # training is left alone, what differs between the processes included
-        assert_same_tensors(ends["with"][rank], ends["without"][rank])
-    assert not torch.equal(ends["with"][0]["body.1.running_mean"], ends["with"][1]["body.1.running_mean"])
-    for epoch in range(1, EPOCHS + 1):  # one process that continues from a checkpoint records its epoch anew
-        checkpoint = f"checkpoint-{epoch * STEPS}"
-        out = tmp_path / f"one-{epoch}"
-        shutil.copytree(tmp_path / "with" / checkpoint, out / checkpoint)
-        one = dynamics_run.trainer(out, rows=Rows(), max_steps=epoch * STEPS)
-        one.train(resume_from_checkpoint=str(out / checkpoint))
-        name = names(epoch)[0]
-        assert files(out) == {name: files(tmp_path / "with")[name]}
-    net = Net().eval()  # three rows: the second process has none of its own
-    net.load_state_dict(load_file(tmp_path / "few" / f"checkpoint-{STEPS}" / "model.safetensors"))
-    expected = row_dynamics(net(Rows(3).x)["logits"], Rows(3).labels)
-    records = load_dynamics(tmp_path / "few")
-    assert all(torch.allclose(records[name][0], expected[name], atol=1e-6) for name in expected)
 
 
 # ---- what reaches the model
@@ -524,31 +473,37 @@ def test_streams_are_refused(tmp_path, library):
         DynamicsCallback(dataset=stream)
 
 
-def test_rows_without_labels_are_refused_before_the_first_step(tmp_path):
-    class Unlabelled(Rows):
-        def __getitem__(self, i):
-            return {"x": super().__getitem__(i)["x"], "weight": 1.0}
+class Unlabelled(Rows):
+    def __getitem__(self, i):
+        return {"x": super().__getitem__(i)["x"], "weight": 1.0}
 
-    run = dynamics_run.trainer(tmp_path, rows=Unlabelled(), kind=PopsWeight, remove_unused_columns=False)
-    with pytest.raises(ValueError, match=r"the batches have no 'labels', only \['x'\]"):
+
+class Regression(Net):
+    def forward(self, x, labels=None):
+        return {"logits": self.body(x)[:, :1], "loss": self.body(x).sum()}
+
+
+class Embedding(Net):
+    def forward(self, x, labels=None):
+        return {"loss": self.body(x).sum(), "embedding": x}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rows": Unlabelled(), "kind": PopsWeight, "remove_unused_columns": False},
+            r"the batches have no 'labels', only \['x'\]",
+        ),
+        ({"net": Regression}, r"logits have shape \(1, 1\)"),
+        ({"net": Embedding}, r"returns \['embedding', 'loss'\]"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_before_the_first_step(tmp_path, changes, message):
+    run = dynamics_run.trainer(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
         run.train()
     assert run.state.global_step == 0
-
-
-def test_a_model_without_class_logits_is_refused_before_the_first_step(tmp_path):
-    class Regression(Net):
-        def forward(self, x, labels=None):
-            return {"logits": self.body(x)[:, :1], "loss": self.body(x).sum()}
-
-    class Embedding(Net):
-        def forward(self, x, labels=None):
-            return {"loss": self.body(x).sum(), "embedding": x}
-
-    for net, message in ((Regression, r"logits have shape \(1, 1\)"), (Embedding, r"returns \['embedding', 'loss'\]")):
-        run = dynamics_run.trainer(tmp_path, net=net)
-        with pytest.raises(ValueError, match=message):
-            run.train()
-        assert run.state.global_step == 0
 
 
 @pytest.mark.parametrize(
@@ -614,23 +569,30 @@ def test_an_empty_dataset_is_refused():
         DynamicsCallback(dataset=Rows(0))
 
 
-def test_records_that_make_no_score_are_refused():
-    broken = torch.zeros(3, 2)
-    broken[1, 0] = float("nan")
-    for score in (mean_el2n, aum, dyn_unc):
-        with pytest.raises(ValueError, match=r"\[1, 0\] is nan: the recorded run had broken down"):
-            score(broken)
-        with pytest.raises(ValueError, match=r"of shape \(4,\) must have shape \(epochs, rows\)"):
-            score(torch.zeros(4))
-    with pytest.raises(ValueError, match="with 2 epochs or more"):
-        dyn_unc(torch.zeros(1, 4))
-    with pytest.raises(ValueError, match="window=1"):
-        dyn_unc(torch.zeros(4, 4), window=1)
-    with pytest.raises(ValueError, match="with 1 epochs or more"):
-        forgetting(torch.zeros(0, 4))
-    for epochs in ([], [3], [-4]):
-        with pytest.raises(ValueError, match="must be one or more positions in the 3 epochs"):
-            mean_el2n(torch.zeros(3, 2), epochs)
+BROKEN = torch.zeros(3, 2)
+BROKEN[1, 0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("score", "arguments", "message"),
+    [
+        *((s, (BROKEN,), r"\[1, 0\] is nan: the recorded run had broken down") for s in (mean_el2n, aum, dyn_unc)),
+        *(
+            (s, (torch.zeros(4),), r"of shape \(4,\) must have shape \(epochs, rows\)")
+            for s in (mean_el2n, aum, dyn_unc)
+        ),
+        (dyn_unc, (torch.zeros(1, 4),), "with 2 epochs or more"),
+        (dyn_unc, (torch.zeros(4, 4), 1), "window=1"),
+        (forgetting, (torch.zeros(0, 4),), "with 1 epochs or more"),
+        *(
+            (mean_el2n, (torch.zeros(3, 2), epochs), "must be one or more positions in the 3 epochs")
+            for epochs in ([], [3], [-4])
+        ),
+    ],
+)
+def test_records_that_make_no_score_are_refused(score, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        score(*arguments)
 
 
 def test_nothing_is_logged_in_an_ordinary_run(tmp_path, caplog, capsys):

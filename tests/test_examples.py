@@ -1,13 +1,16 @@
-"""The examples run as a user would run them."""
+"""The examples that train classifiers, and the quickstart: each once in this process, and as a user runs them."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from conftest import DATA
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as Picture
@@ -26,6 +29,12 @@ BIN = Path(sys.executable).parent
 # two processes, which may leave no thread of gloo's behind
 TWO = (str(BIN / "torchrun"), "--nproc_per_node", "2", str(ROOT / "tests" / "support" / "threads_left.py"))
 SCRIPT = ROOT / "examples" / "sparsify_image_classifier.py"
+sys.path.insert(0, str(ROOT / "examples"))
+
+import command_line  # noqa: E402
+import quickstart  # noqa: E402
+import select_then_train  # noqa: E402
+import sparsify_image_classifier  # noqa: E402
 
 
 def run(*command: str, cwd: Path) -> str:
@@ -62,6 +71,44 @@ def check(folder: Path) -> None:
     ResNetForImageClassification.from_pretrained(folder / "slim")
 
 
+def test_the_classifier_example_finetunes_what_it_slimmed_of_a_half_precision_checkpoint(config, tmp_path, capsys):
+    model = tmp_path / "half"
+    ResNetForImageClassification.from_pretrained(config.parent / "model").half().save_pretrained(model)
+    ConvNextImageProcessor.from_pretrained(config.parent / "model").save_pretrained(model)
+    command = ["--config", str(config), "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out")]
+    with pytest.warns(UserWarning, match="0.1 for pretrained weights.*--learning_rate 0.01 or less"):
+        sparsify_image_classifier.main([*command, "--max_steps", "2", "--report_to", "none"])
+    printed = capsys.readouterr().out
+    shown = [line for line in printed.splitlines() if line.startswith("accuracy of the model, ")]
+    names = [line.removeprefix("accuracy of the model, ").partition(":")[0] for line in shown]
+    assert names == ["dense, split LBI", "slim, not fine-tuned", "slim, fine-tuned"]
+    assert all(0 <= float(line.rpartition(" ")[2]) <= 1 for line in shown) and "slim model in" in printed
+    check(tmp_path / "out")
+    assert "| slim, fine-tuned |" in (tmp_path / "out" / "slim" / "README.md").read_text()
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for script in (sparsify_image_classifier, select_then_train):
+        with pytest.raises(ValueError, match="2 processes were launched, but this one sees 1 .*pass --use_cpu"):
+            script.parse(["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "out"])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    command_line.refuse_lone_processes()
+
+
+@pytest.mark.slow
+def test_two_processes_without_use_cpu_end_before_they_train(config, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(config.read_text().replace("use_cpu: true", "use_cpu: false"))
+    command = [str(BIN / "torchrun"), "--nproc_per_node", "2", str(SCRIPT), "--config", str(file)]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, "--output_dir", "out"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode != 0 and "without a GPU pass --use_cpu" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_the_classifier_example_runs_under_accelerate_launch(config, tmp_path):
     out = run(
         str(BIN / "accelerate"),
@@ -80,6 +127,7 @@ def test_the_classifier_example_runs_under_accelerate_launch(config, tmp_path):
     check(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_classifier_example_runs_on_two_processes_and_reports_once(config, tmp_path):
     out = run(
         *TWO,
@@ -136,6 +184,12 @@ def check_selection(out: str, folder: Path) -> None:
         BertForSequenceClassification.from_pretrained(folder / name)
 
 
+def test_the_selection_example_selects_and_trains(texts, tmp_path, capsys):
+    select_then_train.main(["--config", str(texts), "--output_dir", str(tmp_path / "out"), "--report_to", "none"])
+    check_selection(capsys.readouterr().out, tmp_path / "out")
+
+
+@pytest.mark.slow
 def test_the_selection_example_runs_under_accelerate_launch(texts, tmp_path):
     out = run(
         str(BIN / "accelerate"),
@@ -151,6 +205,7 @@ def test_the_selection_example_runs_under_accelerate_launch(texts, tmp_path):
     check_selection(out, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_selection_example_trains_probes_on_two_processes(texts, tmp_path):
     out = run(
         *TWO,
@@ -169,58 +224,58 @@ def test_the_selection_example_trains_probes_on_two_processes(texts, tmp_path):
     assert len(list((tmp_path / "out" / "probes").glob("probe-*/probe.safetensors"))) == 2
 
 
-def test_a_yaml_file_with_an_unknown_name_is_refused(config, tmp_path):
-    bad = tmp_path / "bad.yaml"
-    bad.write_text(config.read_text() + "learning_rat: 0.1\n")
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--config", str(bad), "--output_dir", "out"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
+def test_arguments_come_from_the_line_then_the_file_then_the_script(config, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        config.read_text() + "learning_rate: 1e-3\nlr_scheduler_kwargs: {min_lr: 0.01}\neval_strategy: 'no'\n"
+        "eval_split: null\nlr_scheduler_type: cosine_with_min_lr\nlogging_steps: 5\n"
     )
-    assert done.returncode != 0 and "learning_rat" in done.stderr
+    command = ["--config", str(file), "--output-dir", "out", "--macs", "0.7"]
+    script, args = sparsify_image_classifier.parse(command)
+    assert (script.macs, args.learning_rate, args.per_device_train_batch_size, args.logging_steps) == (0.7, 1e-3, 4, 5)
+    assert args.use_cpu is True and args.lr_scheduler_kwargs == {"min_lr": 0.01} and script.eval_split is None
+    assert command_line.is_given(command, "output_dir") and command_line.is_given(command, "learning_rate")
+    assert not command_line.is_given(command, "eval_split") and not command_line.is_given(command, "dataset_config")
+    for line, error in (("learning_rat: 0.1", ValueError), ("widths: fre", SystemExit)):
+        file.write_text(config.read_text() + line)
+        with pytest.raises(error, match="learning_rat" if error is ValueError else None):
+            sparsify_image_classifier.parse(["--config", str(file), "--output_dir", "out"])
 
 
-def test_the_quickstart_runs_and_leaves_its_pictures_and_cards(tmp_path):
-    out = run(
-        sys.executable,
-        str(ROOT / "examples" / "quickstart.py"),
-        "--epochs",
-        "1",
-        "--tune-epochs",
-        "1",
-        "--select-epochs",
-        "1",
-        "--queries",
-        "6",
-        "--scenes",
-        "24",
-        "--out",
-        "quick",
-        cwd=tmp_path,
-    )
+@pytest.fixture
+def quiet_restored():
+    """The quickstart silences transformers, whose log tells of deprecations."""
+    verbosity, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
+    yield
+    transformers.logging.set_verbosity(verbosity)
+    torch.set_num_threads(threads)
+
+
+def test_the_quickstart_runs_and_leaves_a_page_of_its_tables_and_pictures(tmp_path, capsys, quiet_restored):
+    folder = tmp_path / "quick"
+    small = "--epochs 1 --tune-epochs 1 --select-epochs 1 --queries 6 --scenes 24".split()
+    quickstart.main([*small, "--out", str(folder)])
+    out = capsys.readouterr().out
     assert "| slim, fine-tuned |" in out and "a stock config" in out and "| chosen, 227 rows |" in out
-    assert "| grown" in out
+    assert "| grown" in out and "{'" not in out
+    assert all(f"[{number}/7] " in out for number in range(1, 8)) and out.count(" s on a free core") == 7
     scores = {row.split("|")[1].strip(): row.split("|")[2] for row in out.splitlines() if row.startswith("|")}
     assert float(scores["oracle"]) >= max(float(scores[name]) for name in ("random", "nearest", "dense"))
-    for file in (
-        "prompts/prompts.png",
-        "prompts/model/README.md",
-        "prompts/model/model.safetensors",
-        "prompts/model/config.json",
-        "selection/selection.png",
-        "selection/examples.png",
-        "selection/report.json",
-        "slim/README.md",
-        "slim/sparse_path.png",
-        "slim/model.safetensors",
-        "growth.png",
-        "README.md",
-        "sparse_path.safetensors",
-    ):
-        assert (tmp_path / "quick" / file).stat().st_size > 1000, file
+    page = (folder / "index.html").read_text()
+    links = re.findall(r'(?:href|src)="([^"]*)"', page)
+    assert all((folder / link).stat().st_size > 500 for link in links) and not any(":" in link for link in links)
+    pictures = {file.relative_to(folder).as_posix() for file in folder.glob("*/*.png")}
+    pictures -= {"dense/sparse_path.png", "grown/sparse_path.png"}  # in cards
+    assert pictures == {link for link in links if link.endswith(".png")}
+    for name in ("slim, fine-tuned", "the whole pool, 1137 rows", "oracle", "grown"):
+        assert f"<td>{name}</td>" in page
+    for file in ("prompts/model/model.safetensors", "selection/report.json", "slim/model.safetensors"):
+        assert (folder / file).is_file()
+    assert {file.name for file in folder.iterdir() if file.is_file()} == {"index.html"}
+    assert not list(folder.rglob("checkpoint-*")) and not list(folder.glob("prompts/pool*"))
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_a_row_per_arm_and_seed_and_skips_those_it_has(data_folder, tmp_path):
     command = (
         sys.executable,

@@ -39,7 +39,7 @@ def table(printed: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.filterwarnings("ignore:on the pool's own images")
-def test_it_fits_a_cascade_alone_and_on_two_processes(tmp_path, capsys, monkeypatch):
+def test_it_fits_a_cascade(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fit_cascade.main([*SMALL, "--output_dir", "one"])
     found = table(capsys.readouterr().out)
@@ -62,6 +62,14 @@ def test_it_fits_a_cascade_alone_and_on_two_processes(tmp_path, capsys, monkeypa
     scores = [(one & other).sum() / max(1, (one | other).sum()) for one, other in zip(masks, truth)]
     assert scores == pytest.approx(report["scores"]["cascade"], abs=1e-5)
 
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:on the pool's own images")
+def test_two_processes_fit_the_same_cascade(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit_cascade.main([*SMALL, "--output_dir", "one"])
+    found = table(capsys.readouterr().out)
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
     printed = run(*TWO, str(SCRIPT), *SMALL, "--output_dir", "two", cwd=tmp_path)
     assert table(printed) == found and printed.count("| nearest |") == 1
     two = json.loads((tmp_path / "two" / "report.json").read_text())

@@ -58,6 +58,15 @@ def check(out: str, folder: Path) -> None:
         assert text in card, text
 
 
+def test_the_example_grows_a_classifier_of_a_folder_of_images(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import grow_image_classifier
+
+    monkeypatch.chdir(tmp_path)
+    grow_image_classifier.main(["--config", str(config), "--output_dir", "out"])
+    check(capsys.readouterr().out, tmp_path / "out")
+
+
 @pytest.fixture(scope="module")
 def hub():
     with LoopbackHub() as server:
@@ -76,11 +85,9 @@ def pushed(hub, config, tmp_path_factory) -> tuple[str, Path]:
     return done.stdout, home / "out"
 
 
-def test_the_example_grows_a_classifier_of_a_folder_of_images(pushed):
-    check(*pushed)
-
-
+@pytest.mark.slow
 def test_the_grown_model_loads_from_the_hub_where_the_package_cannot_be_imported(hub, pushed, tmp_path):
+    check(*pushed)
     out = hub.run(
         f"""
         import sys; sys.modules["hf_effdl"] = None
@@ -101,6 +108,7 @@ def test_the_grown_model_loads_from_the_hub_where_the_package_cannot_be_imported
     assert "## Growth" in card and 'from_pretrained("tester/grown")' in card and "growing" in card.partition("# ")[0]
 
 
+@pytest.mark.slow
 def test_the_example_runs_under_accelerate_launch(config, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     out = run(
@@ -125,6 +133,7 @@ def test_the_example_runs_under_accelerate_launch(config, tmp_path, monkeypatch)
     check(out, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_example_runs_on_two_processes_and_reports_once(config, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     out = run(

@@ -53,6 +53,7 @@ def check(printed: str, out) -> dict:
     return report
 
 
+@pytest.mark.slow
 def test_it_trains_rankers_alone_and_on_two_processes(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train_ranker.main([*SMALL, "--output_dir", "one"])
@@ -67,7 +68,8 @@ def test_what_looks_like_a_query_is_neither_measured_on_nor_shown(tmp_path, caps
     tables, measure, copies = [], train_ranker.measure_examples, [2, 11]
     monkeypatch.setattr(train_ranker, "find_copies", lambda *given: copies)
     monkeypatch.setattr(train_ranker, "measure_examples", lambda *a, **k: tables.append(measure(*a, **k)) or tables[0])
-    train_ranker.main([*SMALL, "--label_budget", "16", "--lengths", "3", "--output_dir", str(tmp_path / "out")])
+    train_ranker.main([*SMALL, "--label_budget", "16", "--output_dir", str(tmp_path / "out")])
+    check(capsys.readouterr().out, tmp_path / "out")
     candidates, _ = tables[0]
     measured = (candidates >= 0).any(1)
     assert (

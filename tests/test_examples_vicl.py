@@ -1,7 +1,6 @@
 """The visual in-context example runs as a user would run it: alone, under accelerate, on two processes."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from test_examples import BIN, ROOT, TWO, run
 SCRIPT = ROOT / "examples" / "vicl_seggpt.py"
 sys.path.insert(0, str(ROOT / "examples"))
 
+import vicl_seggpt  # noqa: E402
 from digit_scenes import make_scenes  # noqa: E402
 
 
@@ -36,6 +36,20 @@ def scores(printed: str) -> dict[str, float]:
     return {row[1].strip(): float(row[3]) for row in rows[2:]}
 
 
+def test_it_measures_the_pool_and_compares_strategies(config, tmp_path, capsys):
+    out = tmp_path / "out"
+    given = ["--strategy", "transfer", "--num_examples", "2"]
+    vicl_seggpt.main(["--config", str(config), "--output_dir", str(out), *given])
+    of = scores(capsys.readouterr().out)
+    assert set(of) == {"transfer", "random", "oracle"} and of["oracle"] >= of["random"]
+    assert len(list((out / "performance").rglob("*.safetensors"))) == 1  # six images are one part
+    rows = json.loads((out / "examples.json").read_text())
+    assert [row["query"] for row in rows] == list(range(8))
+    assert all(len(row["example_ids"]) == len(row["scores"]) == 2 for row in rows)
+    assert (out / "examples.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
 def test_one_process_and_two_choose_the_same_examples(config, tmp_path):
     arguments = (str(SCRIPT), "--config", str(config), "--strategy", "dense", "--output_dir")
     alone = run(sys.executable, *arguments, "one", cwd=tmp_path)
@@ -49,6 +63,7 @@ def test_one_process_and_two_choose_the_same_examples(config, tmp_path):
     assert (tmp_path / "one" / "examples.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_it_measures_the_pool_under_accelerate_launch(config, tmp_path):
     out = run(
         str(BIN / "accelerate"),
@@ -71,8 +86,9 @@ def test_it_measures_the_pool_under_accelerate_launch(config, tmp_path):
     assert all(len(row["example_ids"]) == len(row["scores"]) == 2 for row in rows)
 
 
-def test_a_split_that_is_not_there_is_named(config, tmp_path):
-    with pytest.raises(AssertionError, match=r"has splits \['train', 'test'\], not 'pool'"):
-        run(sys.executable, str(SCRIPT), "--config", str(config), "--pool_split", "pool", cwd=tmp_path)
-    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--strategy" in done.stdout
+def test_what_is_not_there_is_named(config, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"has splits \['train', 'test'\], not 'pool'"):
+        vicl_seggpt.main(["--config", str(config), "--pool_split", "pool", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        vicl_seggpt.parse(["--config", str(config), "--strategy", "cascade"])
+    assert "invalid choice: 'cascade'" in capsys.readouterr().err

@@ -34,6 +34,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["kept.txt"]
 
 
+def test_sweeping_takes_what_killed_writers_left_and_nothing_else(tmp_path):
+    kept = [files.write_whole(tmp_path / name, b"") for name in ("a-1.bin", ".hidden", ".b-1.bin.x", "a-1.bin.x")]
+    files.write_whole(tmp_path / ".a-1.bin.k3j" / "a-1.bin", b"half")
+    (tmp_path / ".a-2.bin.tmp").write_bytes(b"half")
+    files.sweep(tmp_path, "a-*.bin")
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
 def test_killed_at_any_moment_the_file_is_the_old_one_or_the_new_one(tmp_path):
     code = (
         "import sys; from hf_effdl.files import write_whole\n"
@@ -89,9 +97,12 @@ def test_one_process_is_the_first_and_waits_for_nobody():
     processes.together()
 
 
-def test_a_copy_of_a_prepared_model_is_free_of_accelerates_marks():
+def test_a_copy_of_a_prepared_model_is_free_of_accelerates_marks(monkeypatch):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # else the first Accelerator of the process decides on the precision of all
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     model = torch.nn.Linear(2, 2)
     before = set(vars(model))
     Accelerator(cpu=True, mixed_precision="bf16").prepare(model)

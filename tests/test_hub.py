@@ -107,10 +107,8 @@ def test_hub_client(hub: LoopbackHub, tmp_path: Path) -> None:
 
 
 def test_models(hub: LoopbackHub, tmp_path: Path) -> None:
-    common = """
+    code = """
     import hashlib
-    import json
-    from pathlib import Path
 
     import torch
     from huggingface_hub import PyTorchModelHubMixin
@@ -129,8 +127,8 @@ def test_models(hub: LoopbackHub, tmp_path: Path) -> None:
 
     def digest(model):
         return hashlib.sha256(b"".join(value.numpy().tobytes() for value in model.state_dict().values())).hexdigest()
-    """
-    push = """
+
+
     config = ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic", num_labels=2)
     model = ResNetForImageClassification(config)
     pushed = {"first": [model.push_to_hub("tester/resnet").oid, digest(model)]}
@@ -150,14 +148,10 @@ def test_models(hub: LoopbackHub, tmp_path: Path) -> None:
     pushed["net"] = [net.push_to_hub("tester/net").oid, digest(net)]
     tuned = get_peft_model(model, LoraConfig(target_modules=["convolution"], r=2, init_lora_weights=False))
     pushed["tuned"] = [tuned.push_to_hub("tester/tuned").oid, digest(tuned)]
-    Path("pushed.json").write_text(json.dumps(pushed))
-    """
-    load = """
     def load(repo_id, revision):
         return AutoModelForImageClassification.from_pretrained(repo_id, revision=revision)
 
 
-    pushed = json.loads(Path("../push/pushed.json").read_text())
     assert AutoImageProcessor.from_pretrained("tester/resnet").size["shortest_edge"] == 32
     assert digest(load("tester/resnet", pushed["first"][0])) == pushed["first"][1] != pushed["second"][1]
     assert digest(load("tester/resnet", "main")) == pushed["second"][1]
@@ -171,15 +165,15 @@ def test_models(hub: LoopbackHub, tmp_path: Path) -> None:
     else:
         raise AssertionError("a model that does not exist was loaded")
     """
-    hub.run(common + push, tmp_path / "push")
+    hub.run(code, tmp_path)
     trained = hub.repos["model", "tester/trained"]
     assert {"README.md", "config.json", "model.safetensors", "training_args.bin"} <= trained.head.tree.keys()
-    hub.run(common + load, tmp_path / "load")
 
 
 def test_datasets(hub: LoopbackHub, tmp_path: Path) -> None:
-    push = """
-    from datasets import Dataset, DatasetDict, Features, Image, Value
+    code = """
+    from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset
+    from datasets.exceptions import DatasetNotFoundError
     from PIL import Image as Picture
 
     features = Features({"image": Image(), "label": Value("int64")})
@@ -187,10 +181,6 @@ def test_datasets(hub: LoopbackHub, tmp_path: Path) -> None:
     train = Dataset.from_dict(rows, features)
     train.push_to_hub("tester/data", num_shards=2)
     DatasetDict(train=train, test=train.select(range(3))).push_to_hub("tester/data", "both")
-    """
-    load = """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
 
     train = load_dataset("tester/data", split="train")
     assert train["label"][:] == list(range(20)) and train[7]["image"].getpixel((0, 0)) == (7, 0, 0)
@@ -205,10 +195,9 @@ def test_datasets(hub: LoopbackHub, tmp_path: Path) -> None:
     else:
         raise AssertionError("a dataset that does not exist was loaded")
     """
-    hub.run(push, tmp_path / "push")
+    hub.run(code, tmp_path)
     shards = [path for path in hub.repos["dataset", "tester/data"].head.tree if path.startswith("data/")]
     assert shards == ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]
-    hub.run(load, tmp_path / "load")
 
 
 def test_stray_requests_are_refused(hub: LoopbackHub, tmp_path: Path) -> None:

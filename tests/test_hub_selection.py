@@ -11,7 +11,6 @@ from datasets import ClassLabel, Dataset
 from hub import LoopbackHub
 
 from hf_effdl import LinearProbes, Selection, UncertaintySelector, load_selection, make_plan
-from hf_effdl.hub.cards import write_selection_card
 from hf_effdl.samples.selection.files import records
 from hf_effdl.samples.selection.source import source_of
 
@@ -133,7 +132,7 @@ def test_a_write_that_was_cut_off_is_noticed(selector, pool, tmp_path):
 
 def test_a_failed_save_leaves_no_parts(selector, pool, tmp_path, monkeypatch):
     selector.select(pool, 20)
-    monkeypatch.setattr("hf_effdl.samples.selection.files.os.replace", lambda *args: 1 / 0)
+    monkeypatch.setattr("hf_effdl.files.os.replace", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         selector.selection.save(tmp_path)
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
@@ -169,6 +168,9 @@ def test_another_source_is_refused(selector, pool, tmp_path):
         load_selection(tmp_path, pool.select(range(119)))
     with pytest.raises(ValueError, match="rows have moved or changed"):
         load_selection(tmp_path, pool.shuffle(seed=0))
+    selector.selection.pool = pool.shuffle(seed=0)
+    with pytest.raises(ValueError, match="rows have moved or changed"):
+        selector.selection.apply(selector.selection.pool)
     with pytest.raises(ValueError, match="not loaded from the Hub.*pass source="):
         load_selection(tmp_path)
     named = UncertaintySelector(selector.probes, trial=False, id_column="name")
@@ -188,8 +190,10 @@ def test_a_plan_made_by_hand_is_kept_and_says_that_its_source_is_unknown(pool, t
     with pytest.raises(ValueError, match="not recorded; pass source="):
         load_selection(tmp_path)
     assert load_selection(tmp_path, pool).to_dict() == selection.apply(pool).to_dict()
-    write_selection_card(tmp_path, records(tmp_path))
-    assert "not known: it is not recorded" in (tmp_path / "README.md").read_text()
+    selection.save(tmp_path, card=True)
+    card = (tmp_path / "README.md").read_text()
+    assert "not known: it is not recorded" in card and "](default/selection.png)" in card
+    assert (tmp_path / "default" / "selection.png").is_file()
 
 
 # ---- other budgets from the scores

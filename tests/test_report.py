@@ -9,16 +9,9 @@ from matplotlib.colors import to_hex
 from PIL import Image as Pillow
 
 from hf_effdl import LinearProbes, Plan, Selection, UncertaintySelector, active_plan, default_plan, make_plan
+from hf_effdl.pictures import CHOSEN, OTHER
 from hf_effdl.samples.selection.findings import clip_value, kept_by_filter, suspect_positions
-from hf_effdl.samples.selection.pictures import (
-    CHOSEN,
-    POOL,
-    plot_classes,
-    plot_examples,
-    plot_overview,
-    plot_scores,
-    plot_selection,
-)
+from hf_effdl.samples.selection.pictures import plot_classes, plot_examples, plot_overview, plot_scores, plot_selection
 from hf_effdl.samples.selection.report import SelectionReport
 
 
@@ -371,7 +364,7 @@ def test_the_bars_of_the_scores_are_counts():
     selection = many([20, 20, 20])
     figure = plot_scores(selection)
     [axes] = figure.axes
-    bars = [patch for patch in axes.patches if to_hex(patch.get_facecolor()) == POOL]
+    bars = [patch for patch in axes.patches if to_hex(patch.get_facecolor()) == OTHER]
     u = selection.table["u_x"].numpy()
     edges = [bar.get_x() for bar in bars] + [bars[-1].get_x() + bars[-1].get_width()]
     counts, _ = np.histogram(u.clip(edges[0], edges[-1]), edges)
@@ -400,7 +393,7 @@ def test_the_clip_is_marked_and_wide_scores_are_logarithmic():
 @pytest.mark.parametrize("values", [torch.full((300,), 0.3), torch.zeros(300), torch.linspace(-1, 1, 300)])
 def test_constant_and_negative_scores_have_a_picture(values):
     [axes] = plot_scores(many([20, 20, 20], u_x=values)).axes
-    assert sum(bar.get_height() for bar in axes.patches if to_hex(bar.get_facecolor()) == POOL) == pytest.approx(100)
+    assert sum(bar.get_height() for bar in axes.patches if to_hex(bar.get_facecolor()) == OTHER) == pytest.approx(100)
 
 
 def test_a_few_far_scores_do_not_squeeze_the_others():
@@ -408,7 +401,7 @@ def test_a_few_far_scores_do_not_squeeze_the_others():
     u[0] = 700
     [axes] = plot_scores(many([20, 20, 20], u_x=u)).axes
     assert axes.get_xlim()[1] < 3 and "last bar: above" in axes.get_xlabel()
-    assert sum(bar.get_height() for bar in axes.patches if to_hex(bar.get_facecolor()) == POOL) == pytest.approx(100)
+    assert sum(bar.get_height() for bar in axes.patches if to_hex(bar.get_facecolor()) == OTHER) == pytest.approx(100)
 
 
 def test_the_bars_of_the_classes_are_shares():
@@ -501,7 +494,7 @@ def test_texts_are_shown_without_being_read_as_formulas(tmp_path):
     assert "row 5, u 0.4" in found and "label and vote $\\frac$" in found and "vote $x" in found
     assert not any("short" in text or "unseen" in text for text in found)
     bars = [to_hex(line.get_color()) for line in figure.axes[0].lines]
-    assert bars == [POOL, CHOSEN]
+    assert bars == [OTHER, CHOSEN]
     plot_classes(selection).savefig(tmp_path / "classes.png")
     assert "short" in texts_in(plot_examples(selection, 1, "file"))
 

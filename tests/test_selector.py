@@ -1,18 +1,11 @@
 """From a data set and a budget to the rows: scoring, planning, applying, on images, texts and tables."""
 
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import numpy as np
 import pytest
 import selection_run
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from forked import Script
 from PIL import Image as Picture
 from torch import nn
 from transformers import (
@@ -31,9 +24,7 @@ from hf_effdl import LinearProbes, Probes, UncertaintySelector, WeightedTrainer,
 from hf_effdl.samples.probes import scoring, trained_probes
 from hf_effdl.samples.probes.linear_probes import fit_heads
 from hf_effdl.samples.probes.scoring import SCORES, UNLABELLED, score_rows
-
-
-SCRIPT = Path(__file__).parent / "support" / "selection_run.py"
+from hf_effdl.samples.selection import pool as scored_pool
 
 
 @pytest.fixture(scope="module")
@@ -118,55 +109,25 @@ def test_out_of_bag_predictions_use_only_heads_that_did_not_see_the_row(probes):
         torch.testing.assert_close(found[row], expected, equal_nan=True)
 
 
-def start(folder: Path, *arguments: str, processes: int = 1) -> subprocess.Popen:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher = [
-            str(Path(sys.executable).parent / "torchrun"),
-            "--nproc_per_node",
-            str(processes),
-            "--master_port",
-            str(random.randint(20000, 40000)),
-        ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        [*launcher, str(SCRIPT), *arguments], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(scoring, "PART", selection_run.PART)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plain")
-    run = start(folder, "out.pt")
-    assert run.wait(200) == 0, run.stderr.read().decode()[-2000:]
-    return torch.load(folder / "out.pt", weights_only=True)
-
-
-def same(first: dict, second: dict) -> bool:
-    return first.keys() == second.keys() and all(
-        torch.allclose(first[k].double(), second[k].double(), rtol=1e-5, atol=1e-6) for k in first
-    )
-
-
-def test_two_processes_score_and_choose_the_same(uninterrupted, tmp_path):
-    run = start(tmp_path, "out.pt", processes=2)
-    assert run.wait(200) == 0, run.stderr.read().decode()[-2000:]
-    assert same(torch.load(tmp_path / "out.pt", weights_only=True), uninterrupted)
+@pytest.fixture
+def uninterrupted(small_parts):
+    return selection_run.scored_and_chosen()
 
 
 def test_scoring_that_was_killed_goes_on_where_it_was(uninterrupted, tmp_path):
-    run = start(tmp_path, "out.pt", "cache", "0.01")
-    deadline = time.time() + 100
-    while len(list(tmp_path.glob("cache/*/*.safetensors"))) < 2 and time.time() < deadline:
-        time.sleep(0.005)
-    os.kill(run.pid, signal.SIGKILL)
-    run.wait()
+    run = Script("selection_run.py", "out.pt", "cache", "0.03", cwd=tmp_path)
+    run.wait_for(lambda: len(list(tmp_path.glob("cache/*/*.safetensors"))) >= 2)
+    run.kill()
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("cache/*/*.safetensors")}
     assert 2 <= len(kept) < 6 and not (tmp_path / "out.pt").exists()
-    run = start(tmp_path, "out.pt", "cache")
-    assert run.wait(200) == 0, run.stderr.read().decode()[-2000:]
+    assert selection_run.same(selection_run.scored_and_chosen(str(tmp_path / "cache")), uninterrupted)
     assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
-    assert same(torch.load(tmp_path / "out.pt", weights_only=True), uninterrupted)
+    assert len(list(tmp_path.glob("cache/*/*"))) == 6  # and nothing of the part that was cut off
 
 
 def test_cached_scores_are_not_mistaken_for_those_of_other_probes_or_rows(probes, pool, tmp_path):
@@ -207,6 +168,27 @@ def test_with_an_id_column_the_order_of_the_rows_does_not_matter(probes, pool, p
     assert weights[0].keys() == weights[1].keys()
     assert all(weights[1][name] == pytest.approx(weight, rel=1e-4) for name, weight in weights[0].items())
     assert [name for name in pool.shuffle(seed=3)["name"][:] if name in weights[0]] == shuffled["name"][:]
+
+
+def test_one_select_reads_the_labels_and_compares_the_class_names_once(probes, pool, monkeypatch):
+    reads, conversions, comparisons = [], [], []
+
+    def counted(calls, function):
+        return lambda *args, **options: (calls.append(args), function(*args, **options))[1]
+
+    plain = Dataset.__getitem__
+    monkeypatch.setattr(
+        Dataset, "__getitem__", lambda self, key: (key == "label" and reads.append(key), plain(self, key))[1]
+    )
+    monkeypatch.setattr(scored_pool, "class_tensor", counted(conversions, scored_pool.class_tensor))
+    monkeypatch.setattr(scored_pool, "names_for", counted(comparisons, scored_pool.names_for))
+    UncertaintySelector(probes).select(pool, 30)
+    assert [len(calls) for calls in (reads, conversions, comparisons)] == [1, 1, 1]
+
+
+def test_scores_from_the_cache_are_added_in_the_same_order(probes, pool, tmp_path):
+    first, again = (UncertaintySelector(probes, cache_dir=tmp_path).score(pool) for _ in range(2))
+    assert first.column_names == again.column_names == [*pool.column_names, *SCORES]
 
 
 def test_other_budgets_need_no_second_scoring(probes, pool, monkeypatch):
@@ -362,6 +344,7 @@ def test_images_with_linear_probes_on_a_backbone_then_training_on_the_weights(tm
     probes = LinearProbes.train(ResNetModel(ResNetConfig(**RESNET)), pictures(60, 1), processing_class=PROCESSOR)
     subset = UncertaintySelector(probes).select(pictures(80), 0.5)
     assert len(subset) == 40 and subset[0]["image"].size == (20, 20)
+    assert repr(probes) == "LinearProbes(8 x linear heads on ResNetModel, 3 classes, trained on 60 rows)"
 
     def collate(rows):
         batch = dict(PROCESSOR([row["image"] for row in rows], return_tensors="pt"))
@@ -437,6 +420,7 @@ def test_trained_probes_differ_by_bootstrap_and_are_kept(tmp_path, monkeypatch):
     rows = pictures(40, 1)
     probes = train_probes(resnet, arguments(tmp_path), rows, num_probes=3, processing_class=PROCESSOR)
     assert len(probes) == 3 and probes.names == ["red", "green", "blue"] and probes.describe()["bootstrap"]
+    assert repr(probes) == "TrainedProbes(3 x ResNetForImageClassification, 3 classes, trained on 40 rows)"
     UncertaintySelector(probes, trial=False).select(pictures(50), 12)
     runs = []
     original = WeightedTrainer.train
@@ -454,7 +438,7 @@ def test_trained_probes_differ_by_bootstrap_and_are_kept(tmp_path, monkeypatch):
 
 def test_trained_probes_can_try_a_training_set_out(tmp_path):
     rows = pictures(60, 1)
-    args = arguments(tmp_path, num_train_epochs=8, learning_rate=0.02, optim="adamw_torch")
+    args = arguments(tmp_path, num_train_epochs=4, learning_rate=0.02, optim="adamw_torch")
     probes = train_probes(resnet, args, rows, num_probes=2, processing_class=PROCESSOR)
     pool = pictures(60)
     labels = torch.tensor(pool["label"][:])
@@ -483,10 +467,8 @@ def test_the_paper_preset_trains_ten_probes_on_all_rows(tmp_path, monkeypatch):
 def test_heads_without_bootstrap_agree_and_the_error_points_to_it(pool):
     probes = LinearProbes.train(None, selection_run.rows(90, 1), input_column="x")
     x, labels = probes.standardise(probes.encode(probes.probe_set.rows)), probes.probe_set.labels
-    starts = [
-        fit_heads(x, labels, torch.ones(1, 90), classes=3, seed=m, steps=1000, learning_rate=0.05) for m in range(4)
-    ]
-    probes.heads = torch.cat(starts)
+    # from another start each, to the one minimum of a convex loss
+    probes.heads = fit_heads(x, labels, torch.ones(4, 90), classes=3, steps=1000, learning_rate=0.05)
     with pytest.raises(ValueError, match="agree on all 200 rows.*bootstrap"):
         UncertaintySelector(probes).score(pool)
 
@@ -519,62 +501,82 @@ def test_budgets_out_of_range_are_refused_before_the_long_work(probes, pool, mon
     assert selector.selection is None
 
 
-def test_missing_columns_and_odd_data_sets_are_named(probes, pool):
-    with pytest.raises(ValueError, match=r"no column 'lable'.*near ones \['label'"):
-        UncertaintySelector(probes, label_column="lable").select(pool, 20)
-    with pytest.raises(ValueError, match="no column 'id'"):
-        UncertaintySelector(probes, id_column="id").select(pool, 20)
-    with pytest.raises(ValueError, match="has no rows"):
-        UncertaintySelector(probes).select(pool.select([]), 20)
-    with pytest.raises(TypeError, match="IterableDataset"):
-        UncertaintySelector(probes).select(pool.to_iterable_dataset(), 20)
-    with pytest.raises(TypeError, match="is a list"):
-        UncertaintySelector(probes).select([{"x": 1}], 20)
-    with pytest.raises(ValueError, match=r"columns \['weight'\] already"):
-        UncertaintySelector(probes).select(pool.add_column("weight", [1.0] * 200), 20)
-    scored = UncertaintySelector(probes).score(pool)
-    with pytest.raises(ValueError, match="to score it anew"):
-        UncertaintySelector(probes).score(scored)
-    with pytest.raises(ValueError, match="no score columns"):
-        UncertaintySelector(probes).plan(pool, 20)
-    with pytest.raises(ValueError, match="call select"):
-        UncertaintySelector(probes).report()
-    with pytest.raises(ValueError, match="names some rows alike"):
-        UncertaintySelector(probes, id_column="label").select(pool, 20)
+def labelled(values):
+    return lambda pool: pool.remove_columns("label").add_column("label", values)
 
 
-def test_labels_that_are_no_classes_are_refused(probes, pool):
-    def labelled(values):
-        return pool.remove_columns("label").add_column("label", values)
+@pytest.mark.parametrize(
+    ("options", "change", "error", "message"),
+    [
+        ({"label_column": "lable"}, None, ValueError, r"no column 'lable'.*near ones \['label'"),
+        ({"id_column": "id"}, None, ValueError, "no column 'id'"),
+        ({"id_column": "label"}, None, ValueError, "names some rows alike"),
+        ({}, lambda pool: pool.select([]), ValueError, "has no rows"),
+        ({}, lambda pool: pool.to_iterable_dataset(), TypeError, "IterableDataset"),
+        ({}, lambda pool: [{"x": 1}], TypeError, "is a list"),
+        ({}, lambda pool: pool.add_column("weight", [1.0] * 200), ValueError, r"columns \['weight'\] already"),
+        ({}, lambda pool: pool.add_column("margin", ["wide"] * 200), ValueError, r"columns \['margin'\] already"),
+        # labels that are no classes
+        ({}, labelled([3] * 200), ValueError, "200 labels are outside the 3 classes"),
+        ({}, labelled([-1] + [0, 1, 2, 0] * 49 + [0] * 3), ValueError, "first is -1 at row 0"),
+        ({}, labelled([0.5] * 200), TypeError, "needs one class a row"),
+        ({}, labelled(["red"] * 200), ValueError, "class_encode_column"),
+        ({}, labelled([None] + [1] * 199), ValueError, "1 rows without a label"),
+    ],
+)
+def test_pools_that_nothing_can_be_selected_from_are_refused(probes, pool, options, change, error, message):
+    with pytest.raises(error, match=message):
+        UncertaintySelector(probes, **options).select(change(pool) if change else pool, 20)
 
-    for values, error, message in (
-        ([3] * 200, ValueError, "200 labels are outside the 3 classes"),
-        ([-1] + [0, 1, 2, 0] * 49 + [0] * 3, ValueError, "first is -1 at row 0"),
-        ([0.5] * 200, TypeError, "needs one class a row"),
-        (["red"] * 200, ValueError, "class_encode_column"),
-        ([None] + [1] * 199, ValueError, "1 rows without a label"),
+
+def test_steps_in_another_order_are_refused(probes, pool):
+    selector = UncertaintySelector(probes)
+    scored = selector.score(pool)
+    for step, message in (
+        (lambda: selector.score(scored), "to score it anew"),
+        (lambda: selector.plan(pool, 20), "no score columns"),
+        (lambda: selector.report(), "call select"),
     ):
-        with pytest.raises(error, match=message):
-            UncertaintySelector(probes).select(labelled(values), 20)
+        with pytest.raises(ValueError, match=message):
+            step()
 
 
-def test_probes_that_do_not_fit_together_or_the_data_are_refused(pool):
-    with pytest.raises(ValueError, match=r"1 probe\(s\)"):
-        UncertaintySelector([nn.Linear(6, 3)])
+def linear(classes: int = 3) -> nn.Module:
+    return nn.Linear(6, classes)
+
+
+def swapped() -> nn.Module:
+    return ResNetForImageClassification(ResNetConfig(**RESNET, id2label={0: "green", 1: "red", 2: "blue"}))
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "message"),
+    [
+        ([linear], {}, r"1 probe\(s\)"),
+        ([resnet, swapped], {}, "probe 1 maps classes to labels as"),
+        ([linear] * 2, {"mode": "pool"}, "mode='pool'"),
+        ([linear] * 2, {"preset": "best"}, "preset='best'"),
+        ([linear] * 2, {"label_column": None}, "set label_column"),
+    ],
+)
+def test_probes_that_do_not_fit_together_are_refused(models, options, message):
+    with pytest.raises(ValueError, match=message):
+        UncertaintySelector([model() for model in models], **options)
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "data", "message"),
+    [
+        ([swapped] * 2, {"processing_class": PROCESSOR}, lambda: pictures(30), "in another order"),
+        ([linear, lambda: linear(4)], {"input_column": "x"}, lambda: selection_run.rows(30, 2), "logits of shapes"),
+        ([linear] * 2, {}, lambda: selection_run.rows(30, 2), "cannot tell which of the columns"),
+    ],
+)
+def test_probes_that_do_not_fit_the_data_are_refused(models, options, data, message):
+    with pytest.raises(ValueError, match=message):
+        UncertaintySelector([model() for model in models], **options).select(data(), 9)
+
+
+def test_one_probe_is_not_trained():
     with pytest.raises(ValueError, match="num_probes=1"):
         LinearProbes.train(None, selection_run.rows(30, 0), input_column="x", num_probes=1)
-    swapped = ResNetForImageClassification(ResNetConfig(**RESNET, id2label={0: "green", 1: "red", 2: "blue"}))
-    with pytest.raises(ValueError, match="probe 1 maps classes to labels as"):
-        UncertaintySelector([resnet(), swapped])
-    with pytest.raises(ValueError, match="in another order"):
-        UncertaintySelector([swapped, swapped], processing_class=PROCESSOR).select(pictures(30), 9)
-    with pytest.raises(ValueError, match="logits of shapes"):
-        UncertaintySelector([nn.Linear(6, 3), nn.Linear(6, 4)], input_column="x").select(pool, 20)
-    with pytest.raises(ValueError, match="cannot tell which of the columns"):
-        UncertaintySelector([nn.Linear(6, 3), nn.Linear(6, 3)]).select(pool, 20)
-    with pytest.raises(ValueError, match="mode='pool'"):
-        UncertaintySelector([nn.Linear(6, 3)] * 2, mode="pool")
-    with pytest.raises(ValueError, match="preset='best'"):
-        UncertaintySelector([nn.Linear(6, 3)] * 2, preset="best")
-    with pytest.raises(ValueError, match="set label_column"):
-        UncertaintySelector([nn.Linear(6, 3)] * 2, label_column=None)

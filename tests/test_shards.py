@@ -1,7 +1,6 @@
 """Plans over Parquet shards equal the draw in memory, whatever the cut, the order and the interruptions."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -16,9 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import load_dataset
+from forked import CONTEXT
 
-from hf_effdl.samples.drawing.draws import clip_scores, kish_size, loss_weights, priority_sample
+from hf_effdl.samples.drawing.draws import priority_sample
+from hf_effdl.samples.drawing.probabilities import clip_scores
 from hf_effdl.samples.drawing.shards import MANIFEST, PROGRESS, plan_shards
+from hf_effdl.samples.drawing.weights import kish_size, loss_weights
 
 
 ROOT = Path(__file__).parents[1]
@@ -221,13 +223,10 @@ def test_a_finished_plan_is_kept_and_another_one_starts_over(table, tmp_path):
 def test_a_killed_plan_goes_on_and_ends_as_an_uninterrupted_one(table, tmp_path):
     files, out = cut(table, tmp_path / "in", 16), tmp_path / "out"
     whole = plan_shards(files, tmp_path / "whole", BUDGET, batch_rows=64)
-    # a clean server that has imported everything, so that children are there at once
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["hf_effdl.samples.drawing.shards", "pyarrow.parquet"])
     moments, seen = random.Random(time.time_ns()), [inodes(out)]
     exits = []
     for _ in range(5):
-        child = server.Process(target=plan_shards, args=(files, out, BUDGET), kwargs={"batch_rows": 64, "workers": 1})
+        child = CONTEXT.Process(target=plan_shards, args=(files, out, BUDGET), kwargs={"batch_rows": 64, "workers": 1})
         child.start()
         enough = len(seen[-1]) + moments.randint(0, 2)
         while child.is_alive() and not ((out / PROGRESS).is_file() and len(inodes(out)) >= enough):
@@ -322,6 +321,7 @@ def test_ids_that_occur_twice_at_the_edge_are_refused(table, tmp_path):
 # ---- the benchmark
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_its_checks_hold(tmp_path):
     script, work, out = ROOT / "examples/benchmarks/sampling_scale.py", tmp_path / "work", tmp_path / "rows.jsonl"
     command = [

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, one_hot
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_effdl.samples.drawing.draws import clip_scores, draw, inclusion_probabilities, priority_sample
+from hf_effdl.samples.drawing.draws import draw, priority_sample
+from hf_effdl.samples.drawing.probabilities import clip_scores, inclusion_probabilities
 from hf_effdl.samples.scores import uncertainty as module
 from hf_effdl.samples.scores.uncertainty import (
     LEAST_SPREAD,
@@ -400,7 +401,7 @@ def test_no_other_probabilities_have_a_smaller_excess(regression):
     assert regression.formula(0.9 * inclusion_probabilities(u_xy, 3000) + 0.1 * 3000 / ROWS) > best
 
 
-@pytest.mark.parametrize("budget", [500, 2000])
+@pytest.mark.parametrize("budget", [500, pytest.param(2000, marks=pytest.mark.slow)])
 def test_the_excess_loss_is_the_formula_s_and_weights_matter_where_the_label_was_seen(regression, budget):
     u_xy, u_x = regression.scores
     even = torch.full((ROWS,), budget / ROWS, dtype=torch.float64)
@@ -596,13 +597,6 @@ def test_values_that_are_not_finite_are_refused_with_their_rows(score, bad):
         score(logits, classes(9, 4))
 
 
-@pytest.mark.parametrize("shape", [(5, 1, 3), (5, 1), (5, 1, 1)])
-def test_one_probe_is_refused_for_the_spread_only(shape):
-    with pytest.raises(ValueError, match=r"one probe \(M = 1\).*2 or more"):
-        uncertainty(normal(*shape))
-    assert entropy(normal(*shape)).shape == (5,)
-
-
 @pytest.mark.parametrize("outside,count", [(-1, 4), (4, 4), (2, 1)])
 def test_labels_outside_the_classes_are_refused_with_the_first(outside, count):
     logits, labels = normal(6, 3, count), torch.zeros(6, dtype=torch.long)
@@ -613,39 +607,38 @@ def test_labels_outside_the_classes_are_refused_with_the_first(outside, count):
             score(logits, labels)
 
 
-@pytest.mark.parametrize("shape", [(6, 3, 4, 1), (6,)])
-def test_other_shapes_are_refused_with_the_right_one(shape):
-    with pytest.raises(ValueError, match=r"\(rows, probes, classes\), or \(rows, probes\)"):
-        uncertainty(normal(*shape))
+SIX = normal(6, 3, 4)
+REFUSED = [
+    *((uncertainty, (normal(*shape),), r"one probe \(M = 1\).*2 or more") for shape in [(5, 1, 3), (5, 1), (5, 1, 1)]),
+    *(
+        (uncertainty, (normal(*shape),), r"\(rows, probes, classes\), or \(rows, probes\)")
+        for shape in [(6, 3, 4, 1), (6,)]
+    ),
+    *(
+        (score, (torch.zeros(shape),), "nothing to score")
+        for shape in [(0, 3, 4), (6, 0, 4), (6, 3, 0), (0, 3)]
+        for score in (uncertainty, entropy)
+    ),
+    *(
+        (uncertainty, (SIX, torch.zeros(shape).long()), "labels have shape .* for 6 rows")
+        for shape in [5, (6, 1), 1, ()]
+    ),
+    (uncertainty, (torch.ones(6, 3, 4, dtype=torch.long),), "logits are of type torch.int64.*floating-point"),
+    *(
+        (uncertainty, (SIX, labels), "labels are of type torch.float32.*integer class")
+        for labels in (torch.full((6,), 0.5), torch.tensor([0, 1, 0.5, 1, 2, 3]), torch.full((6,), NAN))
+    ),
+    (uncertainty, (SIX, None, "first"), "gauge='first'.*'invariant', 'drop-first'"),
+    (el2n, (SIX, None), "el2n needs the label.*labels="),
+    (p_label, (SIX, None), "p_label needs the label.*labels="),
+]
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4), (6, 0, 4), (6, 3, 0), (0, 3)])
-def test_nothing_to_score_is_refused(shape):
-    for score in (uncertainty, entropy):
-        with pytest.raises(ValueError, match="nothing to score"):
-            score(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("labels", [torch.zeros(5), torch.zeros(6, 1), torch.zeros(1), torch.tensor(0)])
-def test_labels_of_another_shape_are_refused(labels):
-    with pytest.raises(ValueError, match=r"labels have shape .* for 6 rows"):
-        uncertainty(normal(6, 3, 4), labels.long())
-
-
-def test_other_types_are_refused():
-    with pytest.raises(TypeError, match=r"logits are of type torch.int64.*floating-point"):
-        uncertainty(torch.ones(6, 3, 4, dtype=torch.long))
-    for labels in (torch.full((6,), 0.5), torch.tensor([0, 1, 0.5, 1, 2, 3]), torch.full((6,), NAN)):
-        with pytest.raises(TypeError, match=r"labels are of type torch.float32.*integer class"):
-            uncertainty(normal(6, 3, 4), labels)
-    with pytest.raises(ValueError, match=r"gauge='first'.*'invariant', 'drop-first'"):
-        uncertainty(normal(6, 3, 4), gauge="first")
-
-
-@pytest.mark.parametrize("score", [el2n, p_label])
-def test_scores_of_the_label_say_that_they_need_it(score):
-    with pytest.raises(ValueError, match=f"{score.__name__} needs the label.*labels="):
-        score(normal(6, 3, 4), None)
+def test_what_cannot_be_scored_is_refused():
+    for score, arguments, message in REFUSED:
+        with pytest.raises((ValueError, TypeError), match=message):
+            score(*arguments)
+    assert entropy(normal(5, 1, 3)).shape == (5,)  # of one probe the spread alone is unknown
 
 
 def test_lists_arrays_and_whole_floats_are_taken():

@@ -1,3 +1,13 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Search small covering designs and write them to hf_effdl/vicl/remote_code/ranker_covering_tables.py.
 
     python examples/benchmarks/covering_designs.py                       # what the table has, beside the bound

@@ -12,7 +12,6 @@ Every arm trains in a `Trainer` with the same batch size, learning rate and line
 Growth decides from training data alone; test accuracy is read once per epoch and used for nothing.
 """
 
-import json
 import math
 import statistics
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import RowFile, mean_and_error
 from torch import Tensor, nn
 from trainer_rows import Classifier, Rows, collate
 from transformers import Trainer, TrainingArguments
@@ -175,44 +175,26 @@ def one_row(setting: Setting, arm: str, seed: int, grown: dict[str, Any] | None)
 
 def run(setting: Setting, arms: Sequence[str], seeds: Sequence[int], out: Path) -> list[dict]:
     """All rows that are not there yet, each appended as soon as it is done."""
-    rows = read_rows(out)
-    keys = {"net": setting.net, **setting.config}
-
-    def find(arm: str, seed: int) -> dict | None:
-        wanted = keys | {"arm": arm, "seed": seed}
-        return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
-
-    out.parent.mkdir(parents=True, exist_ok=True)
+    config = {"net": setting.net, **setting.config}
+    file = RowFile(out, ("arm", "seed"), config)
     for seed in seeds:
         for arm in arms:
-            if find(arm, seed) is not None:
+            if (arm, seed) in file:
                 continue
-            grown = find("grown", seed)
+            grown = next((row for row in file.rows if file.is_ours(row) and file.key_of(row) == ("grown", seed)), None)
             if grown is None and arm.endswith("scratch"):
                 print(f"left out: {arm}, seed {seed}: it follows the row of 'grown'", file=sys.stderr)
                 continue
-            row = keys | {"arm": arm, "seed": seed} | one_row(setting, arm, seed, grown)
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            rows.append(row)
-            print(
-                json.dumps({k: v for k, v in row.items() if k not in ("history", "curve")}),
-                file=sys.stderr,
-                flush=True,
-            )
-    return rows
-
-
-def read_rows(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+            row = config | {"arm": arm, "seed": seed} | one_row(setting, arm, seed, grown)
+            file.add(row, hide=("history", "curve"))
+    return file.rows
 
 
 def paired(of: dict, ours: str, other: str, key: str = "accuracy") -> tuple[float, float, int]:
     """How far one arm is ahead of another: mean over the seeds that both have, standard error, seeds."""
     seeds = sorted({seed for arm, seed in of if arm == ours and (other, seed) in of})
     ahead = [of[ours, seed][key] - of[other, seed][key] for seed in seeds]
-    error = statistics.stdev(ahead) / len(ahead) ** 0.5 if len(ahead) > 1 else float("nan")
-    return (statistics.mean(ahead) if ahead else float("nan")), error, len(ahead)
+    return *mean_and_error(ahead), len(ahead)
 
 
 def table(rows: list[dict], title: str) -> None:

@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "pillow>=11",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Growing on CIFAR-10: VGG16-BN and ResNet-18 from 16 filters in every layer, beside the dense net.
 
 The dense nets are those of `structure_cifar10.py`; arms and costs are those of `growth_arms.py`. Batches are cropped
@@ -21,7 +35,8 @@ from pathlib import Path
 import torch
 from growth_arms import ARMS, Setting, paired, run, save_picture
 from growth_arms import table as arms_table
-from structure_cifar10 import SETTINGS, augment, conv_bn, read_rows
+from rows import read_rows
+from structure_cifar10 import SETTINGS, augment, conv_bn
 from structure_cifar10 import Block as EqualBlock
 from tickets_cifar10 import KEYS as SHARED
 from tickets_cifar10 import by_settings, config_of, device_of, load, no_claim, parser_of, said, title_of
@@ -88,12 +103,6 @@ def dense_widths(net: str, width: int) -> list[int]:
 # ---- rows and table
 
 
-def drop_cut_line(file: Path) -> None:
-    """Cut off a line that was not finished when its run was killed."""
-    if file.is_file() and not (text := file.read_bytes()).endswith(b"\n"):
-        file.write_bytes(text[: text.rfind(b"\n") + 1])
-
-
 def verdict(rows: list[dict]) -> list[str]:
     """What rows of equal settings support of the goals, one line each, or none of them."""
     of = {(row["arm"], row["seed"]): row for row in rows}
@@ -129,7 +138,7 @@ def table(rows: list[dict]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = parser_of(__doc__, "growth_cifar10.jsonl")
+    parser = parser_of(__doc__, "growth_cifar10")
     parser.add_argument("--seed-width", type=int, default=SEED_WIDTH, help="filters of every layer to begin with")
     parser.add_argument(
         "--share", type=float, default=Setting.share, help="of the dense net's MACs that growth may reach"
@@ -165,7 +174,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             options.share,
             config,
         )
-        drop_cut_line(options.out)
         rows = run(setting, options.arms, options.seeds, options.out)
     table(rows)
     if options.picture:

@@ -1,3 +1,16 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Growing on MNIST: four conv-BN layers from 8, 12, 16 and 16 channels, beside the net of four times as many.
 
 Arms and costs are those of `growth_arms.py`.
@@ -8,11 +21,12 @@ Arms and costs are those of `growth_arms.py`.
 Rows go to `--out` as one JSON line per finished (arm, seed); rows already there are skipped.
 """
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from growth_arms import ARMS, Setting, read_rows, run, save_picture, table
+from growth_arms import ARMS, Setting, run, save_picture, table
+from rows import parser_of, read_rows
 from structure_mnist import mnist
 from tickets_mnist import WIDTHS, conv_bn_net
 
@@ -20,18 +34,15 @@ from tickets_mnist import WIDTHS, conv_bn_net
 SEED_WIDTHS = tuple(width // 4 for width in WIDTHS)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__, "growth_mnist")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS, metavar="ARM")
     parser.add_argument("--rows", type=int, default=60000)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="of GrowingArguments, for tuning")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/growth_mnist.jsonl"))
     parser.add_argument("--picture", type=Path, default=None, help="also draw the first seed's growth")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="only print the table of the rows so far")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     config = {
         "rows": options.rows,

@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "datasets>=5",
+#     "pillow>=11",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Which photos `vicl_pets.py` asks with, and which it may learn from, as files: `splits/*.json`.
 
     python examples/benchmarks/make_splits.py                 # data folder: HF_EFFDL_DATA

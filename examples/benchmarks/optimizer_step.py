@@ -1,3 +1,14 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """What one optimizer step costs: SplitLBI fused and in plain operations beside torch's AdamW and SGD.
 
 The tensors of an ImageNet ResNet-18 (11.69 M parameters), or a stack of 4096-wide linear layers (1 B, `--size 1b`, for
@@ -12,14 +23,14 @@ One JSON line per finished run goes to `--out`.
 """
 
 import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
 import torch
+from rows import append_rows
 
 from hf_effdl import SplitLBI
 
@@ -147,7 +158,7 @@ def state_bytes(shapes, device: str, dtype: torch.dtype) -> float:
     return extra / sum(4 * p.numel() for p in lifted)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
@@ -156,7 +167,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="the whole measurement, as often")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/optimizer_step.jsonl"))
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
     shapes = resnet18() if options.size == "resnet18" else linear_stack()
@@ -187,9 +198,7 @@ def main() -> None:
     }
     if small:
         row["extra_state"] = state_bytes(shapes, options.device, dtype)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_rows(options.out, [row])
     count = sum(torch.Size(shape).numel() for _, shape in shapes)
     print(f"{count / 1e6:.2f} M parameters, {options.dtype}, {options.device}, {options.threads} threads")
     print("| step | ratio to AdamW(fused=True), median (range) |\n|---|---|")

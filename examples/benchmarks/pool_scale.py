@@ -1,3 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "safetensors>=0.4",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """A million rows in a pool: how fast and how exact the search for 50 neighbours is, by the index and by comparing all.
 
     python examples/benchmarks/pool_scale.py
@@ -25,7 +37,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from rows import append_rows, read_rows
 
 
 # Nothing heavy is imported here: the peak memory of a child begins at that of its parent.
@@ -154,7 +169,7 @@ def table(rows: list[dict]) -> None:
         )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10**6)
     parser.add_argument("--noise", type=float, default=0.7, help="norm of the noise beside a centre of norm 1")
@@ -164,12 +179,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pool_scale.jsonl")
     parser.add_argument("--table", action="store_true", help="only print the table of the runs so far")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.step:
         said = STEPS[options.step](options.work, options)
         return print(json.dumps(said | {f"{options.step}_peak_rss_mib": peak()}))
     if options.table:
-        return table([json.loads(line) for line in options.out.read_text().splitlines()])
+        return table(read_rows(options.out))
     work = Path(tempfile.mkdtemp()) if options.work is None else options.work
     work.mkdir(parents=True, exist_ok=options.work is None)
     row = {
@@ -202,9 +217,7 @@ def main() -> None:
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_rows(options.out, [row])
     table([row])
 
 

@@ -1,3 +1,14 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """A hundred million scores in 16 Parquet shards, a tenth of them drawn: time and memory of `plan_shards`.
 
     python examples/benchmarks/sampling_scale.py
@@ -23,8 +34,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from rows import append_rows, read_rows
 
 
 # Nothing heavy is imported here: the peak memory of a child begins at that of its parent.
@@ -53,7 +66,7 @@ def shards_of(work: Path) -> list[Path]:
 
 
 def plan(work: Path, budget: int) -> Callable[[], dict]:
-    from hf_effdl.samples.drawing.shards import plan_shards
+    from hf_effdl import plan_shards
 
     summary = plan_shards(shards_of(work), work / "plan", budget, seed=SEED)
 
@@ -62,7 +75,7 @@ def plan(work: Path, budget: int) -> Callable[[], dict]:
         import pyarrow.parquet as pq
         import torch
 
-        from hf_effdl.samples.drawing.draws import priority_sample
+        from hf_effdl import priority_sample
 
         # 1 / pi estimates how many rows there are, in all and in each shard; their errors are uncorrelated
         found, variances, errors = 0, [], []
@@ -98,7 +111,7 @@ def in_memory(work: Path, budget: int) -> Callable[[], dict]:
     import pyarrow.parquet as pq
     import torch
 
-    from hf_effdl.samples.drawing.draws import priority_sample
+    from hf_effdl import priority_sample
 
     table = pq.read_table(shards_of(work))
     scores, ids = (torch.tensor(table[name].to_numpy()) for name in ("u_x", "row_id"))
@@ -180,7 +193,7 @@ def table(rows: list[dict], size: int) -> None:
             print(f"| {arm} | {len(mine)} | {' | '.join(cells)} | {speed / 1e6:.1f} | {peak:,.0f} |")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10**8)
     parser.add_argument("--shards", type=int, default=16)
@@ -192,12 +205,12 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the table of the runs so far")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.child == "make":
         return make(options.work, options.rows, options.shards)
     if options.child:
         return child(options.child, options.work, options.budget)
-    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
+    rows = read_rows(options.out)
     if options.table:
         return table(rows, options.rows)
     budget = int(SHARE * options.rows)
@@ -207,7 +220,6 @@ def main() -> None:
     try:
         sizes = ["--rows", str(options.rows), "--shards", str(options.shards)]
         subprocess.run([sys.executable, __file__, "--child", "make", "--work", str(work), *sizes], check=True)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(options.repeats):
             for arm in options.arms:
                 if arm == "plan_shards":
@@ -229,8 +241,7 @@ def main() -> None:
                     "python": platform.python_version(),
                     "date": datetime.date.today().isoformat(),
                 }
-                with options.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_rows(options.out, [row])
                 rows.append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
                 if failed := [name for name, value in said["checks"].items() if value is False]:

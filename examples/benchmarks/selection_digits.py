@@ -1,3 +1,16 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "scikit-learn>=1.6",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Which rows to train on: the default preset beside everything it must beat, on 8 x 8 digits.
 
 Probe set 300, pool 1,000, test 497 rows of scikit-learn's digits; MLP 64-64-10, 200 full-batch steps of AdamW; scores
@@ -18,10 +31,7 @@ Long-tailed cells have a probe set of 160 and a pool of 480 (digits; what 1,797 
 (cell, arm, pair); rows already there are skipped.
 """
 
-import argparse
-import json
 import os
-import statistics
 import sys
 import time
 import warnings
@@ -32,11 +42,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rows import RowFile, parser_of
+from selection_arms import APART, ARMS, DEFAULT, ENSEMBLE, Rows, facts, print_arms, print_default, whole_pool
 from torch import Tensor
 
-from hf_effdl.samples.drawing.draws import loss_weights, without_hardest
-from hf_effdl.samples.drawing.plan import Plan, default_plan, make_plan, paper_plan
-from hf_effdl.samples.probes.dynamics_callback import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
+from hf_effdl.samples.scores.dynamics import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
 from hf_effdl.samples.scores.noise import LabelNoise, confident_disagreement, fit_label_noise
 from hf_effdl.samples.scores.uncertainty import (
     el2n,
@@ -55,7 +65,6 @@ STEPS, LR = 200, 5e-3
 PROBES = 8
 SIDE_BY_SIDE = 16  # nets per batch; their activations then fit the cache
 FALL = 10  # how many times the largest class is the smallest, in long-tailed cells
-Rows = tuple[Tensor, Tensor]  # images and labels
 
 
 @dataclass(frozen=True)
@@ -266,8 +275,13 @@ class Pair:
             self._trials[key] = right[likely].double().mean().item()
         return self._trials[key]
 
+    @property
+    def own_p_label(self) -> Tensor:
+        """Of the probe rows' labels, by the probes that did not train on the row."""
+        return self.out_of_bag.gather(1, self.probe[1][:, None])[:, 0]
+
     @cached_property
-    def moderate(self) -> Tensor:
+    def near_median(self) -> Tensor:
         """How near a row's distance to its class centre, in the probes' hidden layers, is to the median distance.
 
         Source: Xia et al., "Moderate coreset", ICLR 2023.
@@ -276,7 +290,8 @@ class Pair:
         y = self.pool[1]
         centres = torch.stack([h[y == k].mean(0) for k in range(CLASSES)])
         far = (h - centres[y]).norm(dim=1)
-        return -(far - far.median()).abs()
+        near = -(far - far.median()).abs()
+        return near - near.min()
 
     @cached_property
     def dynamics(self) -> dict[str, Tensor]:
@@ -306,94 +321,8 @@ class Pair:
         return {"conf10": round(confident, 4), "mix": round(self.fit.rate, 4)}
 
 
-Select = Callable[[Pair, int, int], Plan]
-
-
-def plan(**options) -> Select:
-    def select(pair: Pair, budget: int, seed: int) -> Plan:
-        table = pair.columns if str(options.get("score", "")).endswith("(pool)") else pair.table
-        return make_plan(table, budget, seed=seed, **options)
-
-    return select
-
-
-def kept(mask: Callable[[dict[str, Tensor]], Tensor], **options) -> Select:
-    return lambda pair, budget, seed: make_plan(
-        pair.table, budget, seed=seed, **({"keep": mask(pair.table), "score": "uniform"} | options)
-    )
-
-
-def default(with_trial: bool = True, **options) -> Select:
-    return lambda pair, budget, seed: default_plan(
-        pair.table, budget, trial=pair.trial if with_trial else None, seed=seed, **options
-    )
-
-
-def paper(gauge: str) -> Select:
-    return lambda pair, budget, seed: paper_plan(
-        pair.table | ({"u_y": pair.table["u_y_drop_first"]} if gauge == "drop-first" else {}), budget, seed=seed
-    )
-
-
-def moderate(pair: Pair, budget: int, seed: int) -> Plan:
-    near = pair.moderate - pair.moderate.min()
-    return make_plan(pair.table | {"near": near}, budget, score="near", sampler="top-k", quotas="none", weights="none")
-
-
-def agree(table: dict[str, Tensor]) -> Tensor:
-    return table["label"] == table["predicted"]
-
-
-def likely(table: dict[str, Tensor]) -> Tensor:
-    return table["p_clean"] >= 0.5
-
-
-def without_doubted(table: dict[str, Tensor]) -> Tensor:
-    return without_hardest(1 - table["p_label"], 0.2)
-
-
-FREE = {"quotas": "none", "weights": "none", "force": True}
-CCS = {"quotas": "strata", "cut_hardest": 0.2, "weights": "none", "force": True}
-POOL = ("EL2N", "AUM", "forgetting", "Dyn-Unc")
-DEFAULT = "default"
-ARMS: dict[str, Select] = {
-    DEFAULT: default(),
-    "default, no trial": default(with_trial=False),
-    "default, no quotas": default(quotas="none"),
-    "AG50: agree, min(u_x, median), p_label": kept(agree, score="u_x", clip_quantile=0.5),
-    "AG: agree, uniform, p_label": kept(agree),
-    "agree, uniform, no weights": kept(agree, weights="none"),
-    "likely, min(u_x, median), p_label": kept(likely, score="u_x", clip_quantile=0.5),
-    "likely, uniform, p_label": kept(likely),
-    "uniform by class, p_label": plan(score="uniform"),
-    "min(u_x, median), p_label": plan(clip_quantile=0.5),
-    "u_x, p_label, no quotas": plan(quotas="none"),
-    "0.8 u_x + 0.2 uniform, p_label, no quotas": plan(quotas="none", uniform_share=0.2),
-    "drop lowest 20 % p_label, uniform": kept(without_doubted, weights="none"),
-    "A uniform by class": plan(score="uniform", weights="none"),
-    "uniform": plan(score="uniform", **FREE),
-    "B uniform by class, damped": plan(score="uniform", weights="damped"),
-    "C min(u_y, .005), no weights": plan(score="u_y", clip=0.005, weights="none", force=True),
-    "D authors' recipe": paper("drop-first"),
-    "D' authors' recipe, invariant": paper("invariant"),
-    "E min(u_y, .005), exact": plan(score="u_y", clip=0.005, weights="exact"),
-    "F u_y, exact": plan(score="u_y", weights="exact"),
-    "G u_x, exact": plan(quotas="none", weights="exact"),
-    "entropy, sampled": plan(score="entropy", **FREE),
-    "entropy, top": plan(score="entropy", sampler="top-k", **FREE),
-    "1 - margin, sampled": plan(score="one_minus_margin", **FREE),
-    "1 - margin, top": plan(score="one_minus_margin", sampler="top-k", **FREE),
-    "least confidence, sampled": plan(score="least_confidence", **FREE),
-    "least confidence, top": plan(score="least_confidence", sampler="top-k", **FREE),
-    "EL2N of probes, top": plan(score="el2n", sampler="top-k", **FREE),
-    "EL2N of probes, CCS": plan(score="el2n", **CCS),
-    "u_y, CCS": plan(score="u_y", **CCS),
-    "u_y, CCS, 20 strata": plan(score="u_y", bins=20, **CCS),
-    "moderate coreset": moderate,
-    **{f"{name}, top (pool)": plan(score=f"{name} (pool)", sampler="top-k", **FREE) for name in POOL},
-    **{f"{name}, CCS (pool)": plan(score=f"{name} (pool)", **CCS) for name in POOL},
-}
-
+# two arms are of the other script alone
+ARMS = {name: arm for name, arm in ARMS.items() if not name.startswith("likely, draw by")}
 # the ones that are near the best somewhere, and the plainest
 FEW = (
     DEFAULT,
@@ -415,33 +344,11 @@ FEW = (
 )
 
 
-# ---- arms apart: they train on more rows than the budget
-
-
-def with_probe_rows(pair: Pair, plan: Plan, weighted: bool) -> tuple[Tensor, Tensor]:
-    """A plan and the probe set, as positions in the pool followed by the probe set, and weights."""
-    rows = len(pair.pool[1])
-    positions = torch.cat([plan.positions, rows + torch.arange(len(pair.probe[1]))])
-    if not weighted:
-        return positions, torch.ones(len(positions))
-    own = pair.out_of_bag.gather(1, pair.probe[1][:, None])[:, 0]
-    return positions, loss_weights("p_label", p_label=torch.cat([pair.table["p_label"], own])[positions])
-
-
-def whole_pool(pair: Pair, weights: str) -> tuple[Tensor, Tensor]:
-    return torch.arange(len(pair.pool[1])), loss_weights(weights, p_label=pair.table["p_label"])
-
-
-Apart = Callable[[Pair, int, int], tuple[Tensor, Tensor]]
-APART: dict[str, Apart] = {
-    "P uniform by class + probe set": lambda pair, r, seed: with_probe_rows(
-        pair, ARMS["A uniform by class"](pair, r, seed), False
-    ),
-    "P default + probe set, p_label": lambda pair, r, seed: with_probe_rows(pair, ARMS[DEFAULT](pair, r, seed), True),
+APART = {
+    **APART,
     "whole pool": lambda pair, r, seed: whole_pool(pair, "none"),
     "whole pool, p_label": lambda pair, r, seed: whole_pool(pair, "p_label"),
 }
-ENSEMBLE = "the probes' mean prediction"
 
 
 def run(pair: Pair, cell: Cell, arms: Sequence[str]) -> list[dict]:
@@ -456,8 +363,7 @@ def run(pair: Pair, cell: Cell, arms: Sequence[str]) -> list[dict]:
             found = ARMS[arm](pair, cell.budget, seed)
             chosen[arm] = found.positions, found.weights
             if arm == DEFAULT:
-                trial = found.settings["trial_accuracy"]
-                rows[arm] |= {"regime": found.settings["regime"], "trial": trial and round(trial, 4)} | pair.noise()
+                rows[arm] |= facts(found, pair.noise())
     data = tuple(torch.cat(both) for both in zip(pair.pool, pair.probe, strict=True))
     # arms with the same plan share a net; nets with about equally many rows train side by side
     same: dict[tuple[bytes, bytes], list[str]] = {}
@@ -500,97 +406,41 @@ def table(rows: list[dict]) -> None:
                 column.setdefault(row["arm"], {})[row["pair"]] = row[name]
     order = {f"{cell}": None for cells in CELLS.values() for cell in cells}
     names = sorted(columns, key=lambda name: [str(cell) in name for cell in order].index(True))
-    best = {}
-    for name in names:
-        full = max(map(len, columns[name].values()))
-        ranked = {
-            arm: statistics.mean(of.values()) for arm, of in columns[name].items() if arm in ARMS and len(of) == full
-        }
-        best[name] = max(ranked, key=ranked.__getitem__)
+    columns = {name: columns[name] for name in names}
     print("Mean accuracy (paired difference to the best arm of the column +- standard error)\n")
-    print(f"| arm | {' | '.join(names)} | worst |")
-    print("|---|" + "---|" * (len(names) + 1))
-    for arm in [*ARMS, None, *APART, ENSEMBLE]:
-        if arm is None:
-            print("| *apart: more rows or labels in training* |" + " |" * (len(names) + 1))
-            continue
-        cells, worst = [], []
-        for name in names:
-            mine, ahead = columns[name].get(arm), columns[name][best[name]]
-            if not mine:
-                cells.append("-")
-                continue
-            difference, error = compare(mine, ahead)
-            worst.append(difference)
-            mean = f"{statistics.mean(mine.values()):.3f}"
-            cells.append(f"**{mean}**" if arm == best[name] else f"{mean} ({difference:+.3f}±{error:.3f})")
-        if worst:
-            print(f"| {arm} | {' | '.join(cells)} | {min(worst):+.3f} |")
-    print("\n| cell | pairs | best arm | default | conf10 | mix | regimes | trial |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name in names:
-        found = [
-            row
-            for row in rows
-            if row["cell"] in name
-            and row["arm"] == DEFAULT
-            and name.removeprefix(row["cell"]) in ("", ", pool's shares")
-        ]
-        if not found:
-            continue
-        regimes = [row["regime"] for row in found]
-        counts = ", ".join(f"{regime} {regimes.count(regime)}" for regime in sorted(set(regimes)))
-        trials = [row["trial"] for row in found if row["trial"] is not None]
-        difference, error = compare(columns[name][DEFAULT], columns[name][best[name]])
-        print(
-            f"| {name} | {len(found)} | {best[name]} | {difference:+.4f}±{error:.4f} | "
-            f"{statistics.mean(row['conf10'] for row in found):.3f} | "
-            f"{statistics.mean(row['mix'] for row in found):.3f} | {counts} | "
-            f"{f'{statistics.mean(trials):.3f}' if trials else '-'} |"
-        )
-
-
-def compare(mine: dict[int, float], other: dict[int, float]) -> tuple[float, float]:
-    """Mean and standard error of the paired difference."""
-    differences = [mine[pair] - other[pair] for pair in mine if pair in other]
-    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
-    return statistics.mean(differences), error
+    print_arms(columns, list(ARMS), [*APART, ENSEMBLE])
+    shares = ("", ", pool's shares")
+    print_default(
+        columns, {name: [row for row in rows if name in {row["cell"] + share for share in shares}] for name in names}
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "selection_digits")
     parser.add_argument("--cells", nargs="+", choices=sorted(CELLS), help="default: digits; of --table: all there are")
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--arms", nargs="*", default=None, help="only these arms")
     parser.add_argument("--few", action="store_true", help="only the arms that are near the best somewhere")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/selection_digits.jsonl"))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="only print the table of the rows so far")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="sampler='top-k' keeps")
-    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
+    file = RowFile(options.out, ("cell", "arm", "pair"))
     cells = [cell for name in options.cells or ["digits"] for cell in CELLS[name]]
     if options.table:
-        return table([row for row in rows if not options.cells or row["cell"] in map(str, cells)])
+        return table([row for row in file.rows if not options.cells or row["cell"] in map(str, cells)])
     names = options.arms or ([*FEW, ENSEMBLE] if options.few else [*ARMS, *APART, ENSEMBLE])
     if unknown := set(names) - {*ARMS, *APART, ENSEMBLE}:
         parser.error(f"no arms {sorted(unknown)}; there are {[*ARMS, *APART, ENSEMBLE]}")
-    done = {(row["cell"], row["arm"], row["pair"]) for row in rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     for number in range(options.pairs):
         pairs: dict[tuple, Pair] = {}  # budgets share the probes
         for cell in cells:
-            if not (arms := [arm for arm in names if (str(cell), arm, number) not in done]):
+            if not (arms := [arm for arm in names if (str(cell), arm, number) not in file]):
                 continue
             start = time.perf_counter()
             pair = pairs.setdefault((cell.data, cell.tail, cell.flips), Pair(cell, number))
-            found = run(pair, cell, arms)
-            with options.out.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in found)
-            rows += found
+            file.add(*run(pair, cell, arms))
             print(f"{cell}, pair {number}: {len(arms)} arms, {time.perf_counter() - start:.1f} s", file=sys.stderr)
-    table(rows)
+    table(file.rows)
 
 
 if __name__ == "__main__":

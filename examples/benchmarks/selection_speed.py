@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "datasets>=5",
+#     "pillow>=11",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """What choosing examples costs beside the frozen model: the ranker, the cascade, the aggregation of rankings.
 
     python examples/benchmarks/selection_speed.py --threads 2
@@ -37,10 +51,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image, ImageDraw
+from rows import append_rows, machine, parser_of, read_rows
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MobileNetV2Config, MobileNetV2Model, ViTConfig, ViTModel
-from vicl_arms import append_rows, machine, parser_of, read_rows
 
 from hf_effdl import ExamplePool, VisionEncoder, VisualInContextModel, aggregate_rankings
 from hf_effdl.vicl.remote_code.cascade import HEADS, CascadeSelector

@@ -1,3 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """What a slim model's latency is: beside its MACs, beside a stock model of its widths, and beside what was asked.
 
 Nets at batch 32 and 1: transformers' ResNet-18 in its stock config (7x7 stem with stride 2, pooling, basic blocks of
@@ -18,15 +30,13 @@ is measured anew after the model was chosen, once for every seed.
 Rows go to `--out` as one JSON line per finished (net, arm, seed); rows already there are skipped.
 """
 
-import argparse
-import json
 import statistics
-import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from rows import RowFile, parser_of
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -177,33 +187,23 @@ def table(rows: list[dict]) -> None:
             print(f"| {arm} | {len(done)} | {' | '.join(cells)} |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__, "slim_latency")
     parser.add_argument("--nets", nargs="*", choices=sorted(IMAGES), default=["resnet18", "lenet"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="*", default=None, help="only these arms")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/slim_latency.jsonl"))
-    parser.add_argument("--table", action="store_true", help="only print the table of the rows so far")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
+    file = RowFile(options.out, ("net", "arm", "seed"))
     if options.table:
-        return table(rows)
-    done = {(row["net"], row["arm"], row["seed"]) for row in rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+        return table(file.rows)
     for seed in range(1, options.seeds + 1):
         for net in options.nets:
             for arm in options.arms or [arm for arm in ARMS if net != "lenet" or "free" in arm]:
-                if (net, arm, seed) in done:
-                    continue
-                row = one_row(net, arm, seed, options.device)
-                with options.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                rows.append(row)
-                print(json.dumps({k: v for k, v in row.items() if k != "units"}), file=sys.stderr, flush=True)
-    table(rows)
+                if (net, arm, seed) not in file:
+                    file.add(one_row(net, arm, seed, options.device), hide=("units",))
+    table(file.rows)
 
 
 if __name__ == "__main__":

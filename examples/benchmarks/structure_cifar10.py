@@ -1,3 +1,16 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "pillow>=11",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Which channels to keep on CIFAR-10: the path beside the baselines, at equal epochs and equal MACs.
 
 ResNet-18 for 32x32 images (11.2 M parameters, 0.56 GMACs) or VGG16-BN with one linear layer on top (14.7 M, 0.31 G).
@@ -25,9 +38,7 @@ label. At WebP quality 98 the pictures are near-lossless; results on them say so
 
 import argparse
 import gzip
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -39,6 +50,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rows import RowFile, parser_of, read_rows
 from structure_mnist import ARMS, BUDGETS, DATA, EARLY, OURS, Task, arms_table, one_row, paired
 from torch import Tensor, nn
 
@@ -174,28 +186,6 @@ def cifar_task(device: torch.device, bf16: bool, width: int, classes: int, batch
 # ---- rows and table
 
 
-def read_rows(file: Path) -> list[dict]:
-    """All rows of a file; a line that was cut when its run was killed is none."""
-    rows = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            print(f"left out: a cut line of {len(line)} characters in {file}", file=sys.stderr)
-    return rows
-
-
-def append_row(file: Path, row: dict) -> None:
-    with file.open("a+b") as out:
-        text = json.dumps(row).encode() + b"\n"
-        if out.tell():
-            out.seek(-1, os.SEEK_END)
-            text = text if out.read() == b"\n" else b"\n" + text  # the line before was cut
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-
-
 def of_seeds(rows: list[dict]) -> tuple[dict, list[int]]:
     of = {(row["arm"], row["seed"]): row for row in rows}
     return of, sorted(seed for arm, seed in of if arm == OURS)
@@ -293,7 +283,7 @@ def print_plan(parser: argparse.ArgumentParser, options: argparse.Namespace, min
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "structure_cifar10")
     parser.add_argument("--net", choices=sorted(NETS), default="resnet18")
     parser.add_argument("--width", type=int, default=WIDTH, help="channels of the first layer")
     parser.add_argument("--seeds", type=int, default=SEEDS)
@@ -305,10 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 on CUDA")
     parser.add_argument("--data", type=Path, default=DATA / "cifar10-travel")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/structure_cifar10.jsonl"))
     parser.add_argument("--cache", type=Path, default=None, help="trained nets (default: cache/ beside --out)")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="only print the table of the rows so far")
     parser.add_argument("--plan", type=float, nargs="?", const=4.0, metavar="SECONDS", help="only print commands")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help=f"change one of {SETTINGS}")
     parser.add_argument("--validate", action="store_true", help="hold out a tenth of the rows, not the test set")
@@ -364,22 +351,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     cache = (options.cache or options.out.parent / "cache") / "-".join(
         str(config[key]).replace(" ", "_").replace("/", "_") or "default" for key in apart
     )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(options.out)
-    done = {tuple(row[key] for key in (*KEYS, "arm", "seed")) for row in rows}
+    file = RowFile(options.out, (*KEYS, "arm", "seed"))
     others = tuple(arm for arm in ARMS if not any(arm in stage for stage in STAGES))
     # seeds inside stages: a run cut short has whole comparisons
     jobs = [(arm, seed) for stage in (*STAGES, others) for seed in range(1, options.seeds + 1) for arm in stage]
     for arm, seed in jobs:
-        if arm not in options.arms or (*(config[key] for key in KEYS), arm, seed) in done:
+        if arm not in options.arms or (*(config[key] for key in KEYS), arm, seed) in file:
             continue
         print(f"{arm}, seed {seed}", file=sys.stderr, flush=True)
         start = time.perf_counter()
         row = config | one_row(options.net, arm, seed, data, test, settings, cache, task)
         row["wall"] = time.perf_counter() - start
-        append_row(options.out, row)
-        rows.append(row)
-    table(rows)
+        file.add(row)
+    table(file.rows)
 
 
 if __name__ == "__main__":

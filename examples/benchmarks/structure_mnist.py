@@ -1,3 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Which channels to keep on MNIST: the path beside the baselines, at equal epochs and equal MACs.
 
 Two nets: LeNet (no batch norm, lr 0.05, tenfold down at one and two thirds, no weight decay; at the 0.1 of the
@@ -14,14 +26,11 @@ new init for as many epochs in all.
 Rows go to `--out` as one JSON line per finished (net, arm, seed); rows already there are skipped.
 """
 
-import argparse
 import gzip
-import json
 import os
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -30,10 +39,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rows import RowFile, mean_and_error, parser_of
 from torch import nn
 
 from hf_effdl import SparsePath, SplitLBI, derive_path, find_groups, param_groups, recalibrate_batch_norm, slim
-from hf_effdl.structure.optim.split_lbi import per_entry, unit_norm
+from hf_effdl.structure.optim.prox import per_entry, unit_norm
 from hf_effdl.structure.slim.slim import measure_latency
 from hf_effdl.structure.training.arguments import LEARNING_RATES
 
@@ -391,13 +401,13 @@ def paper_row(net: str, seed: int, data, test, how: str, cache: Path) -> dict:
 
 def paired(of: dict, arm: str, seeds: list[int], budget: str) -> tuple[float, float]:
     """How much our arm is ahead of another after fine-tuning: mean over the seeds that both have, standard error."""
-    differences = [
-        of[OURS, seed]["budgets"][budget]["after"] - of[arm, seed]["budgets"][budget]["after"]
-        for seed in seeds
-        if (arm, seed) in of
-    ]
-    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
-    return statistics.mean(differences), error
+    return mean_and_error(
+        [
+            of[OURS, seed]["budgets"][budget]["after"] - of[arm, seed]["budgets"][budget]["after"]
+            for seed in seeds
+            if (arm, seed) in of
+        ]
+    )
 
 
 def arms_table(title: str, rows: list[dict]) -> None:
@@ -434,26 +444,22 @@ def table(rows: list[dict]) -> None:
             print(f"{row['arm']}, seed {row['seed']}: {read}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__, "structure_mnist")
     parser.add_argument("--net", choices=sorted(SETTINGS), default="bn")
     parser.add_argument("--recipe", choices=("ours", "paper"), default="ours")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--arms", nargs="*", default=None, help="only these arms")
     parser.add_argument("--rows", type=int, default=20000, help="training rows (the paper recipe takes all)")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/structure_mnist.jsonl"))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="only print the table of the rows so far")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="change a setting, for tuning")
     parser.add_argument("--validate", action="store_true", help="hold out 5000 training rows instead of the test set")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
+    file = RowFile(options.out, ("net", "arm", "seed"))
     if options.table:
-        return table(rows)
+        return table(file.rows)
     settings = SETTINGS[options.net] | {name: float(value) for name, value in (s.split("=") for s in options.set)}
     settings["epochs"], settings["tune"] = int(settings["epochs"]), int(settings["tune"])
-    done = {(row["net"], row["arm"], row["seed"]) for row in rows}
     images, labels = mnist("train")
     if options.recipe == "paper":
         options.rows = len(images)
@@ -461,23 +467,19 @@ def main() -> None:
     if options.validate:
         data, test = (images[: options.rows][:-5000], labels[: options.rows][:-5000]), (images[-5000:], labels[-5000:])
     cache = options.out.parent / "cache" / ("-".join(options.set).replace(" ", "") or "default")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     arms = options.arms or [arm for arm in ARMS if not (arm == "BN weight" and options.net == "lenet")]
     if options.recipe == "paper":
         arms = options.arms or ["paper, 60 epochs", "sgd, 60 epochs"]
     for seed in range(1, options.seeds + 1):
         for arm in arms:
-            if (options.net, arm, seed) in done:
+            if (options.net, arm, seed) in file:
                 continue
             if options.recipe == "paper":
                 row = paper_row(options.net, seed, data, test, arm.partition(",")[0], cache)
             else:
                 row = one_row(options.net, arm, seed, data, test, settings, cache)
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            rows.append(row)
-            print(json.dumps({k: v for k, v in row.items() if k != "budgets"}), file=sys.stderr, flush=True)
-    table(rows)
+            file.add(row, hide=("budgets",))
+    table(file.rows)
 
 
 if __name__ == "__main__":

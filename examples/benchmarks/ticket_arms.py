@@ -12,10 +12,8 @@ of MACs small nets that all train for as many epochs as the dense one, on the sa
 Training MACs are counted in those of the dense net's whole training: search and small net together.
 """
 
-import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from rows import mean_and_error
 from structure_mnist import Task, accuracy, path_of, rates, sgd, train
 from torch import Tensor
 from trainer_rows import Classifier, Rows, collate
@@ -256,8 +255,7 @@ def paired(of: dict, ours: str, arm: str, budget: float, arm_budget: float) -> t
     """How far one arm is ahead of another: mean over the seeds that both have, standard error, seeds."""
     seeds = sorted({seed for a, seed, b in of if (a, b) == (ours, budget) and (arm, seed, arm_budget) in of})
     ahead = [of[ours, seed, budget]["accuracy"] - of[arm, seed, arm_budget]["accuracy"] for seed in seeds]
-    error = statistics.stdev(ahead) / len(ahead) ** 0.5 if len(ahead) > 1 else float("nan")
-    return (statistics.mean(ahead) if ahead else float("nan")), error, len(ahead)
+    return *mean_and_error(ahead), len(ahead)
 
 
 def table(rows: list[dict]) -> None:
@@ -313,10 +311,3 @@ def table(rows: list[dict]) -> None:
             spread = statistics.stdev(values) if len(values) > 1 else float("nan")
             last = "" if arm == "path ticket, late" else f"{ahead:+.2f} ({error:.2f})"
             print(f"| {arm} ({len(values)} seeds) | {statistics.mean(values):.2f} ({spread:.2f}) | {last} |")
-
-
-def append_row(file: Path, row: dict) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as out:
-        out.write(json.dumps(row) + "\n")
-    print(json.dumps(row), file=sys.stderr, flush=True)

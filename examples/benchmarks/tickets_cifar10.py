@@ -1,3 +1,16 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "pillow>=11",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Winning tickets on CIFAR-10: found early by `find_ticket`, beside the baselines of `ticket_arms.py`.
 
 Nets, augmentation, schedule and precision are those of `structure_cifar10.py`: ResNet-18 or VGG16-BN, SGD at rate 0.1,
@@ -23,21 +36,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from structure_cifar10 import (
-    CLASSES,
-    DATA,
-    EPOCHS,
-    NETS,
-    ROWS,
-    SEEDS,
-    SETTINGS,
-    WIDTH,
-    append_row,
-    cifar10,
-    cifar_task,
-    on_device,
-    read_rows,
-)
+from rows import RowFile, read_rows
+from rows import parser_of as rows_parser
+from structure_cifar10 import CLASSES, DATA, EPOCHS, NETS, ROWS, SEEDS, SETTINGS, WIDTH, cifar10, cifar_task, on_device
 from ticket_arms import ARMS, Data, Setting, paired, rows_of_seed, transfer_rows
 from ticket_arms import table as arms_table
 from trainer_rows import Classifier
@@ -52,8 +53,8 @@ TRANSFER_ROWS = 1000
 # ---- what both CIFAR-10 scripts are told
 
 
-def parser_of(description: str | None, out: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None, name: str) -> argparse.ArgumentParser:
+    parser = rows_parser(description, name)
     parser.add_argument("--net", choices=sorted(NETS), default="resnet18")
     parser.add_argument("--width", type=int, default=WIDTH, help="channels of the dense net's first layer")
     parser.add_argument("--classes", type=int, default=CLASSES, help="only the first classes")
@@ -64,9 +65,6 @@ def parser_of(description: str | None, out: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 on CUDA")
     parser.add_argument("--data", type=Path, default=DATA / "cifar10-travel")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks") / out)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="only print the table of the rows so far")
     return parser
 
 
@@ -210,7 +208,7 @@ def transferred(setting: Setting, options: argparse.Namespace, seed: int) -> lis
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = parser_of(__doc__, "tickets_cifar10.jsonl")
+    parser = parser_of(__doc__, "tickets_cifar10")
     parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS), help="shares of the MACs")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS, metavar="ARM")
     parser.add_argument("--transfer-epochs", type=int, default=100, help="of the few rows; 0 leaves transfer out")
@@ -235,10 +233,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         tuple(options.budgets),
         config | {"augment": "crop, flip"},
     )
-    rows = read_rows(options.out)
     same = {"net": options.net, **config}
-    mine = [row for row in rows if all(row.get(key) == same[key] for key in KEYS)]
-    done = {(row["arm"], row["seed"], row["budget"]) for row in mine if not row.get("transfer")}
+    file = RowFile(options.out, ("arm", "seed", "budget", "transfer"), {key: same[key] for key in KEYS})
+    done = {(arm, seed, budget) for arm, seed, budget, transfer in file.done if not transfer}
+    moved = {seed for _, seed, _, transfer in file.done if transfer}
     left_out = {
         (arm, seed, budget)
         for arm in ARMS
@@ -248,7 +246,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     apart = "-".join(str(config[key]).replace(" ", "_").replace("/", "_") for key in KEYS[1:])
     cache = options.out.parent / "cache" / f"tickets_cifar10-{apart}"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     moves = options.transfer_epochs > 0
     if moves and options.classes < 4:
         print(f"left out: transfer, {options.classes} classes are not two tasks", file=sys.stderr)
@@ -256,16 +253,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in options.seeds:
         print(f"{options.net}, seed {seed}", file=sys.stderr, flush=True)
         for row in rows_of_seed(setting, seed, done | left_out, cache):
-            append_row(options.out, row)
-            rows.append(row)
+            file.add(row, hide=())
     for seed in options.seeds if moves else ():
-        if any(row.get("transfer") and row["seed"] == seed for row in mine):
+        if seed in moved:
             continue
         print(f"{options.net}, transfer, seed {seed}", file=sys.stderr, flush=True)
-        for row in transferred(setting, options, seed):
-            append_row(options.out, row)
-            rows.append(row)
-    table(rows)
+        file.add(*transferred(setting, options, seed), hide=())
+    table(file.rows)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Winning tickets on MNIST: found early by `find_ticket`, beside the baselines of `ticket_arms.py`.
 
 Two nets: LeNet (no batch norm) and four conv-BN layers of 32, 48, 64 and 64 channels. Transfer: a ticket found on the
@@ -10,14 +22,13 @@ digits 0 to 4 in grey, trained on 1,000 digits 5 to 9 in random colours.
 Rows go to `--out` as one JSON line per finished (net, arm, budget, seed); rows already there are skipped.
 """
 
-import argparse
-import json
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
+from rows import RowFile, parser_of, read_rows
 from structure_mnist import Task, mnist
 from structure_mnist import build as small_build
-from ticket_arms import Setting, append_row, rows_of_seed, table, transfer_rows
+from ticket_arms import Setting, rows_of_seed, table, transfer_rows
 from torch import Tensor, nn
 from trainer_rows import Classifier
 
@@ -54,20 +65,16 @@ def coloured(images: Tensor, seed: int) -> Tensor:
     return images * (0.3 + 0.7 * colours)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__, "tickets_mnist")
     parser.add_argument("--net", choices=sorted(SETTINGS), default="lenet")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3, 4, 5])
     parser.add_argument("--rows", type=int, default=60000)
     parser.add_argument("--epochs", type=int, default=None)
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/tickets_mnist.jsonl"))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="only print the table of the rows so far")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
     if options.table:
-        return table(rows)
+        return table(read_rows(options.out))
     values = SETTINGS[options.net] | ({"epochs": options.epochs} if options.epochs else {})
     images, labels = mnist("train")
     data, test = (images[: options.rows], labels[: options.rows]), mnist("test")
@@ -75,19 +82,19 @@ def main() -> None:
     setting = Setting(
         options.net, Task(build), data, test, values["epochs"], values["lr"], values["weight_decay"], config=config
     )
-    mine = [row for row in rows if row["net"] == options.net and all(row[name] == config[name] for name in config)]
-    done = {(row["arm"], row["seed"], row["budget"]) for row in mine if not row.get("transfer")}
+    file = RowFile(options.out, ("arm", "seed", "budget", "transfer"), {"net": options.net, **config})
+    done = {(arm, seed, budget) for arm, seed, budget, transfer in file.done if not transfer}
+    transferred = {seed for _, seed, _, transfer in file.done if transfer}
     cache = options.out.parent / "cache" / f"tickets-{options.rows}-{values['epochs']}-{values['lr']}"
     for seed in options.seeds:
         for row in rows_of_seed(setting, seed, done, cache):
-            append_row(options.out, row)
-            rows.append(row)
+            file.add(row, hide=())
     low, high, unseen = data[1] < 5, data[1] >= 5, test[1] >= 5
     source = data[0][low], data[1][low]
     target = coloured(data[0][high][:1000], 1), data[1][high][:1000] - 5
     target_test = coloured(test[0][unseen], 2), test[1][unseen] - 5
     for seed in options.seeds:
-        if any(row.get("transfer") and row["seed"] == seed for row in mine):
+        if seed in transferred:
             continue
         torch.manual_seed(seed)
         model = Classifier(build(options.net, 1, 5))
@@ -96,10 +103,8 @@ def main() -> None:
             torch.manual_seed(500 + seed)
             return Classifier(build(options.net, 3, 5))
 
-        for row in list(transfer_rows(setting, seed, source, model, target, target_test, other, 0.25, steps=800)):
-            append_row(options.out, row)
-            rows.append(row)
-    table(rows)
+        file.add(*transfer_rows(setting, seed, source, model, target, target_test, other, 0.25, steps=800), hide=())
+    table(file.rows)
 
 
 if __name__ == "__main__":

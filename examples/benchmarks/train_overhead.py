@@ -1,3 +1,16 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "pillow>=11",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """What split LBI adds to a whole training step: ResNet-18 on 32x32 images, beside the same step with SGD and AdamW.
 
 Forward, backward and optimizer step of a ResNet-18 for small images (11.2 M parameters, 3x3 stem), batch 64. Arms have
@@ -11,9 +24,9 @@ One JSON line per finished run goes to `--out`.
 """
 
 import argparse
-import json
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from datetime import date
@@ -21,6 +34,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rows import append_rows
 from structure_cifar10 import resnet18
 
 from hf_effdl import SplitLBI, find_groups, param_groups
@@ -68,7 +82,7 @@ def measure(arms, images, labels, rounds: int, autocast: bool, compiled: bool) -
     return times
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast")
@@ -78,7 +92,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/train_overhead.jsonl"))
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = resnet18(options.width, 10)
@@ -101,9 +115,7 @@ def main() -> None:
         "ratio_of_minima": {name: min(values) / min(times["SGD"]) for name, values in times.items()},
         "sgd_ms": 1000 * statistics.median(times["SGD"]),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_rows(options.out, [row])
     print(
         f"ResNet-18, width {options.width}, 32x32, batch {options.batch}, {options.device}, {options.threads} threads"
     )

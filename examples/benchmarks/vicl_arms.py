@@ -1,14 +1,8 @@
-"""What `vicl_pets.py` and `vicl_digits.py` share: the arms, the rows in a file, and the table."""
+"""What `vicl_pets.py` and `vicl_digits.py` share: the arms and the table."""
 
-import argparse
-import datetime
-import json
 import math
-import os
-import platform
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -192,37 +186,6 @@ def places_of(chosen: Tensor, candidates: Tensor) -> Tensor:
     if not here.any(2).all():
         raise ValueError("a strategy chose an example that is not among the candidates")
     return here.long().argmax(2)
-
-
-# ---- rows in a file
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def read_rows(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
-def append_rows(file: Path, rows: Iterable[dict]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def parser_of(description: str, name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(f"runs/benchmarks/{name}.jsonl"))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="only print the table of the rows so far")
-    return parser
 
 
 # ---- the table

@@ -1,3 +1,18 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "datasets>=5",
+#     "pillow>=11",
+#     "scikit-learn>=1.6",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Which example to show a SegGPT: how much of the gap from the nearest to the best of the 50 each strategy closes.
 
 The frozen in-context model is the tiny SegGPT of `model_cards/tiny-seggpt-digits`, which segments, detects and
@@ -24,24 +39,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from rows import RowFile, machine, parser_of
 from torch import Tensor
 from transformers import SegGptForImageSegmentation
-from vicl_arms import (
-    ARMS,
-    CANDIDATES,
-    FEW,
-    FROM,
-    TEN,
-    TO,
-    append_rows,
-    arms_of_query,
-    cascade_arms,
-    machine,
-    parser_of,
-    places_of,
-    print_tables,
-    read_rows,
-)
+from vicl_arms import ARMS, CANDIDATES, FEW, FROM, TEN, TO, arms_of_query, cascade_arms, places_of, print_tables
 
 from hf_effdl import (
     CascadeSelector,
@@ -192,14 +193,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pool", type=int, default=300)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    rows = read_rows(options.out)
+    file = RowFile(options.out, ("task", "queries", "pool", "seed"))
     if not options.table:
         size = {"queries": options.queries, "pool": options.pool}
-        done = {(row["task"], row["queries"], row["pool"], row["seed"]) for row in rows}
         frozen = SegGptInContext(SegGptForImageSegmentation.from_pretrained(WEIGHTS))
         for seed in range(options.seeds):
             for task in options.tasks:
-                if (task, *size.values(), seed) in done:
+                if (task, *size.values(), seed) in file:
                     continue
                 start = time.perf_counter()
                 model = VisualInContextModel.from_parts(frozen, task=task)
@@ -217,10 +217,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     | machine()
                     for arm, values in arms.items()
                 ]
-                append_rows(options.out, added)
-                rows += added
+                file.add(*added)
                 say(f"{task}, seed {seed}: {len(added)} arms, {time.perf_counter() - start:.0f} s")
-    rows = [row for row in rows if row["task"] in options.tasks]
+    rows = [row for row in file.rows if row["task"] in options.tasks]
     print_tables(rows)
     gaps = [
         statistics.mean(row["folds"][0] for row in rows if row["task"] == "segmentation" and row["arm"] == arm)

@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "datasets>=5",
+#     "pillow>=11",
+#     "torch>=2.6",
+#     "transformers>=5.20,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Which example to show: how much of the gap from the nearest to the best of the 50 nearest each strategy closes.
 
 600 photos of pets (Oxford-IIIT Pet, three breeds; data folder: HF_EFFDL_DATA), squashed to 224 x 224. The frozen
@@ -37,22 +51,10 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from ranker_arms import ranker_orders
+from rows import RowFile, machine, parser_of
 from torch import Tensor
 from torch.nn import functional as F
-from vicl_arms import (
-    ARMS,
-    CANDIDATES,
-    FEW,
-    TEN,
-    append_rows,
-    arms_of_query,
-    cascade_arms,
-    machine,
-    parser_of,
-    places_of,
-    print_tables,
-    read_rows,
-)
+from vicl_arms import ARMS, CANDIDATES, FEW, TEN, arms_of_query, cascade_arms, places_of, print_tables
 
 from hf_effdl import (
     CascadeSelector,
@@ -483,17 +485,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks/vicl_pets"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    rows = read_rows(options.out)
+    file = RowFile(options.out, ("task", "frozen", "photos", "seed"))
     if options.table:
-        return print_tables([r for r in rows if r["task"] in options.tasks and r["frozen"] in options.frozen])
+        return print_tables([r for r in file.rows if r["task"] in options.tasks and r["frozen"] in options.frozen])
     options.cache.mkdir(parents=True, exist_ok=True)
-    done = {(row["task"], row["frozen"], row["photos"], row["seed"]) for row in rows}
     encoder = VisionEncoder.from_pretrained(str(DATA / "weights" / "mobilenet_v2_1.0_224"), layer=LAYER)
     for task in options.tasks:
         for matching in (name for name in MATCHINGS[task] if name in options.frozen):
             photos = None
             for seed in range(options.seeds or SEEDS[task]):
-                if (task, matching, options.photos, seed) in done:
+                if (task, matching, options.photos, seed) in file:
                     continue
                 start = time.perf_counter()
                 photos = photos or prepare(task, matching, options.photos, encoder, options.cache)
@@ -518,10 +519,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     | machine()
                     for arm in folds[0]
                 ]
-                append_rows(options.out, found)
-                rows += found
+                file.add(*found)
                 say(f"{task}, {matching}, seed {seed}: {len(found)} arms, {time.perf_counter() - start:.0f} s")
-    print_tables(rows)
+    print_tables(file.rows)
 
 
 if __name__ == "__main__":

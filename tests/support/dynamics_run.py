@@ -3,8 +3,6 @@
 `python dynamics_run.py OUT POINT...` forks one run per point, in OUT/POINT; the imports take far longer than the runs.
 At its point a run stops for good and leaves its process id in OUT/POINT/held, for whoever started the script to kill
 it. With a point "anywhere" it leaves the id at the start and runs on.
-
-`torchrun dynamics_run.py OUT` trains with and without the callback, in OUT/with, OUT/without and OUT/few.
 """
 
 import gc
@@ -16,13 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from leave import leave
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_effdl import DynamicsCallback
-from hf_effdl.samples.probes import dynamics_callback as dynamics
 
 
 ROWS, CLASSES, EPOCHS = 37, 3, 4
@@ -115,13 +111,38 @@ def run_and_hold(out: Path, point: str) -> None:
         replace(part, file)
 
     DynamicsCallback._record = held_record
-    dynamics.os.replace = held_replace
+    os.replace = held_replace
     run = trainer(out, rows=Rows(noise="quiet" not in point, pause=0.001), **SAVES[point])
     if point.startswith("anywhere"):
         out.mkdir(parents=True, exist_ok=True)
         (out / "pid").write_text(str(os.getpid()))
         replace(out / "pid", out / "held")
     run.train()
+
+
+def with_and_without(folder: str) -> None:
+    """Runs of all processes of a launch, in folders of their own, with the weights that each process ends with."""
+    half = {"rows": Rows(), "per_device_train_batch_size": 4, "save_strategy": "epoch"}
+    for name in ("with", "without"):
+        # every process keeps the statistics of its own rows to the end
+        run = trainer(f"{folder}/{name}", callback=name == "with", **half, ddp_broadcast_buffers=False)
+        run.train()
+        torch.save(run.model.state_dict(), f"{folder}/{name}/{run.args.process_index}.pt")
+    few = half | {"num_train_epochs": 1}
+    trainer(f"{folder}/few", callback=DynamicsCallback(dataset=Rows(3)), **few).train()
+
+
+def files(out) -> dict[str, bytes]:
+    """Everything in the folder of records, byte for byte."""
+    return {file.name: file.read_bytes() for file in sorted((Path(out) / "dynamics").iterdir())}
+
+
+def names(*epochs: int) -> list[str]:
+    return [f"epoch-{epoch:04d}.safetensors" for epoch in epochs]
+
+
+def assert_same_tensors(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 if __name__ == "__main__":
@@ -134,13 +155,3 @@ if __name__ == "__main__":
             run_and_hold(Path(folder) / name, name)
             os._exit(0)
         os.waitpid(child, 0)
-    if not points:
-        half = {"rows": Rows(), "per_device_train_batch_size": 4, "save_strategy": "epoch"}
-        for name in ("with", "without"):
-            # every process keeps the statistics of its own rows to the end
-            run = trainer(f"{folder}/{name}", callback=name == "with", **half, ddp_broadcast_buffers=False)
-            run.train()
-            torch.save(run.model.state_dict(), f"{folder}/{name}/{run.args.process_index}.pt")
-        few = half | {"num_train_epochs": 1}
-        trainer(f"{folder}/few", callback=DynamicsCallback(dataset=Rows(3)), **few).train()
-        leave()

@@ -16,6 +16,9 @@ from hf_effdl import LinearProbes, Probes, UncertaintySelector
 from hf_effdl.samples.probes import scoring
 
 
+PART = 40  # rows between two writes of the cache
+
+
 def rows(count: int, seed: int) -> Dataset:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
@@ -33,24 +36,36 @@ class Slow(nn.Module):
         return self.model(x)
 
 
-def main() -> None:
-    out, cache, seconds = [*sys.argv[1:], *[None, "0"][len(sys.argv) - 2 :]]
-    torch.set_num_threads(1)
-    scoring.PART = 40
+def scored_and_chosen(cache: str | None = None, seconds: float = 0.0) -> dict[str, torch.Tensor]:
+    """The score columns, and the places and weights of the chosen rows."""
     trained = LinearProbes.train(None, rows(90, 1), input_column="x", steps=50)
     models = []
     for head in trained.heads:
         layer = nn.Linear(6, 3)
         layer.weight.data, layer.bias.data = head[:-1].T.contiguous(), head[-1].clone()
-        models.append(Slow(layer, float(seconds)))
-    selector = UncertaintySelector(Probes(models, input_column="x"), batch_size=16, cache_dir=cache or None)
+        models.append(Slow(layer, seconds))
+    selector = UncertaintySelector(Probes(models, input_column="x"), batch_size=16, cache_dir=cache)
     scored = selector.score(rows(203, 2))
-    chosen = selector.plan(scored, 30).plan
+    plan = selector.plan(scored, 30).plan
+    columns = {name: torch.tensor(scored[name][:]) for name in scoring.SCORES}
+    return columns | {"chosen": plan.positions, "weights": plan.weights}
+
+
+def write(out: str, cache: str | None = None, seconds: float = 0.0) -> None:
+    """The same in parts of 40 rows, into a file."""
+    scoring.PART = PART
+    result = scored_and_chosen(cache, seconds)
     if PartialState().is_main_process:
-        columns = {name: torch.tensor(scored[name][:]) for name in scoring.SCORES}
-        torch.save(columns | {"chosen": chosen.positions, "weights": chosen.weights}, out)
+        torch.save(result, out)
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.allclose(first[name].double(), second[name].double(), rtol=1e-5, atol=1e-6) for name in first
+    )
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    write(sys.argv[1], *sys.argv[2:3], *map(float, sys.argv[3:]))
     leave()

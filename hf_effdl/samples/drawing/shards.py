@@ -10,7 +10,6 @@
 Holding the keys of a whole budget would save a reading, but memory would grow with the budget; so it hardly does.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +17,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from hf_effdl.samples.drawing.draws import LEAST_SCORE, WEIGHTS, check_rows, loss_weights, priority_keys
-from hf_effdl.samples.drawing.plan import LABEL_DEPENDENT
+from hf_effdl.files import read_json, sweep, write_json, write_whole
+from hf_effdl.samples.drawing.checks import check_choice, check_rows
+from hf_effdl.samples.drawing.draws import priority_keys
+from hf_effdl.samples.drawing.probabilities import LEAST_SCORE
+from hf_effdl.samples.drawing.weights import WEIGHTS, check_bias, loss_weights, weight_column
 
 
 # Readers of Parquet folders pass over names that begin with _ or a dot.
@@ -101,196 +103,124 @@ def plan_shards(
 
     Source: Duffield, Lund and Thorup, "Priority sampling for estimation of arbitrary subset sums", JACM 2007.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights={weights!r}: it must be one of {WEIGHTS}")
-    if score in LABEL_DEPENDENT and weights == "none" and not force:
-        raise ValueError(
-            f"score={score!r} depends on the label, and weights='none' would train on rows chosen for "
-            "their odd labels; set weights='damped', 'p_label' or 'exact', or force=True"
-        )
+    check_choice("weights", weights, WEIGHTS)
+    check_bias(score, weights, force)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip}: a cap must be positive")
     if batch_rows < 1 or (workers is not None and workers < 1):
         raise ValueError(f"batch_rows={batch_rows} and workers={workers} must be 1 or more")
-    files = [os.fspath(file) for file in ([files] if isinstance(files, (str, os.PathLike)) else files)]
-    inputs, id_column, extra = _inspect(files, score, id_column, weights)
-    rows = sum(shard["rows"] for shard in inputs)
-    budget = check_rows(budget, rows)
-    settings = {
-        "budget": budget,
-        "score": score,
-        "id_column": id_column,
-        "weights": weights,
-        "seed": int(seed),
-        "clip": None if clip is None else float(clip),
-        "beta": float(beta),
-    }
-    shards = _Shards(inputs, score, id_column, extra, clip, weights, beta, seed, batch_rows, workers)
+    shards = Shards.open(files, score, id_column, weights, batch_rows, workers)
+    budget = check_rows(budget, shards.rows)
+    sample = _Sample(shards, budget, weights, int(seed), None if clip is None else float(clip), float(beta))
+    folder = _Folder(Path(output_dir), shards)
+    job = {"settings": sample.settings(), "inputs": shards.inputs, "rows": shards.rows}
+    plan = folder.begun()
+    if any(plan.get(key) != value for key, value in job.items()):
+        folder.clear(plan)
+        tau = sample.threshold()
+        names = [{"file": path.name} for path in folder.outputs]
+        plan = job | {"tau": tau} | sample.scale(tau) | {"outputs": names}
+        write_json(folder.path / PROGRESS, plan)
 
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    outputs = [folder / f"plan-{k:05d}-of-{len(files):05d}.parquet" for k in range(len(files))]
-    if clash := {path.resolve() for path in outputs} & {Path(file).resolve() for file in files}:
-        raise ValueError(f"output_dir={str(folder)!r} holds the input {min(clash)}; choose another folder")
-    job = {"settings": settings, "inputs": inputs, "rows": rows}
-    plan = _earlier(folder)
-    if plan is None or any(plan.get(key) != value for key, value in job.items()):
-        earlier = [folder / Path(output["file"]).name for output in (plan or {}).get("outputs", ())]
-        for path in outputs + earlier:
-            path.unlink(missing_ok=True)
-            _temporary(path).unlink(missing_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        tau = shards.threshold(budget, rows)
-        plan = job | {"tau": tau} | shards.scale(budget, tau) | {"outputs": [{"file": path.name} for path in outputs]}
-        _write_json(folder / PROGRESS, plan)
-
-    selected = shards.write(plan["tau"], plan["weight_scale"], outputs)
-    if sum(selected) != budget or any(shard != shard | _stamp(shard["file"]) for shard in inputs):
+    selected = shards.each(lambda k: sample.write(k, plan["tau"], plan["weight_scale"], folder.outputs[k]))
+    if sum(selected) != budget or shards.changed():
         raise RuntimeError(
             f"{sum(selected)} rows were written for a budget of {budget}, or input files changed "
-            f"meanwhile; remove {str(folder)!r} and start again"
+            f"meanwhile; remove {str(folder.path)!r} and start again"
         )
-    counts = [{"file": path.name, "selected": count} for path, count in zip(outputs, selected, strict=True)]
+    counts = [{"file": path.name, "selected": count} for path, count in zip(folder.outputs, selected, strict=True)]
     plan |= {"outputs": counts, "selected": budget}
-    _write_json(folder / MANIFEST, plan)
-    (folder / PROGRESS).unlink(missing_ok=True)
+    write_json(folder.path / MANIFEST, plan)
+    (folder.path / PROGRESS).unlink(missing_ok=True)
     return plan
 
 
+# ---- the input
+
+
 @dataclass(frozen=True)
-class _Shards:
-    """The input, and the four readings of it."""
+class Shards:
+    """Score tables in Parquet files, read batch by batch.
+
+    Attributes:
+        inputs: of each file `file`, `rows`, `size` and `mtime_ns`.
+        score, id_column, weighed_by: columns that are read; the last two may be None.
+        batch_rows, workers: see `plan_shards`.
+    """
 
     inputs: list[dict[str, Any]]
     score: str
     id_column: str | None
-    extra: str | None  # the column that weights are made of
-    clip: float | None
-    weights: str
-    beta: float
-    seed: int
+    weighed_by: str | None
     batch_rows: int
     workers: int | None
 
-    def threshold(self, budget: int, rows: int) -> float:
-        """tau, the key that `budget` keys are above."""
-        if budget == rows:
-            return 0.0
-        counts = sum(self._each(self._histogram))
-        or_above = counts.flip(0).cumsum(0).flip(0)
-        # the last bin that is reached from above with more than the budget
-        tau_bin = int((or_above > budget).sum()) - 1
-        keys = torch.cat(self._each(lambda k: self._keys_in(k, tau_bin)))
-        tau = keys.kthvalue(int(or_above[tau_bin]) - budget).values.item()
-        above = int(or_above[tau_bin] - counts[tau_bin]) + int((keys > tau).sum())
-        if above != budget:
-            raise ValueError(
-                f"{int((keys == tau).sum())} rows have the same key at the edge of the sample, so no "
-                f"{budget} rows come first: rows share their id; give each row another one in column "
-                f"{self.id_column!r}, or set id_column=None"
-            )
-        return tau
+    @classmethod
+    def open(
+        cls,
+        files: Sequence[str | os.PathLike] | str | os.PathLike,
+        score: str,
+        id_column: str | None,
+        weights: str,
+        batch_rows: int,
+        workers: int | None,
+    ) -> Self:
+        """The files, if they have the columns; see `plan_shards` for what is raised."""
+        files = [os.fspath(file) for file in ([files] if isinstance(files, (str, os.PathLike)) else files)]
+        if not files or len({os.path.realpath(file) for file in files}) < len(files):
+            raise ValueError(f"files={files}: pass one file or more, and each of them once")
+        inputs, schemas = zip(*map(_look_into, files), strict=True)
+        if id_column == "row_id" and not any("row_id" in schema.names for schema in schemas):
+            id_column = None
+        weighed_by = weight_column(weights, score, schemas[0].names)
+        columns = {"score": score, "id_column": id_column, "weights": weighed_by}
+        for argument, name in columns.items():
+            for file, schema in zip(files, schemas, strict=True) if name else ():
+                _check_column(file, schema, argument, name)
+        if id_column is not None:
+            _check_one_type(files, [schema.field(id_column).type for schema in schemas], id_column)
+        return cls(list(inputs), score, id_column, weighed_by, batch_rows, workers)
 
-    def scale(self, budget: int, tau: float) -> dict[str, float]:
-        """The factor that gives the selected rows weights of mean 1, and what the weights are then like."""
-        if self.weights == "none":
-            return {"weight_scale": 1.0, "max_weight": 1.0, "kish": float(budget)}
-        sums, squares, largest = zip(*self._each(lambda k: self._weight_sums(k, tau)), strict=True)
-        # fsum, as it does not depend on the order of the shards
-        total = math.fsum(sums)
-        scale = budget / total
-        return {"weight_scale": scale, "max_weight": max(largest) * scale, "kish": total**2 / math.fsum(squares)}
+    @property
+    def rows(self) -> int:
+        return sum(shard["rows"] for shard in self.inputs)
 
-    def write(self, tau: float, scale: float, outputs: list[Path]) -> list[int]:
-        """Writes the outputs that are not there yet; numbers of rows in all of them."""
-        return self._each(lambda k: self._write(k, tau, scale, outputs[k]))
+    def changed(self) -> bool:
+        """Whether a file is another one than when it was opened."""
+        return any(shard != shard | _stamp(shard["file"]) for shard in self.inputs)
 
-    def _histogram(self, k: int) -> Tensor:
-        counts = torch.zeros(BINS, dtype=torch.long)
-        for _, _, keys, _ in self._batches(k):
-            counts += torch.bincount(_bin(keys), minlength=BINS)
-        return counts
-
-    def _keys_in(self, k: int, tau_bin: int) -> Tensor:
-        found = [keys[_bin(keys) == tau_bin] for _, _, keys, _ in self._batches(k)]
-        return torch.cat(found) if found else torch.empty(0, dtype=torch.float64)
-
-    def _weight_sums(self, k: int, tau: float) -> tuple[float, float, float]:
-        total = squares = largest = 0.0
-        for _, _, _, raw in self._selected(k, tau):
-            total, squares = total + raw.sum().item(), squares + raw.square().sum().item()
-            largest = max(largest, raw.max().item())
-        return total, squares, largest
-
-    def _write(self, k: int, tau: float, scale: float, path: Path) -> int:
+    def id_type(self, k: int) -> Any:
+        """The Arrow type of the row ids."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if path.is_file():
-            return pq.read_metadata(path).num_rows
-        id_type = pa.int64()
-        if self.id_column is not None:
-            id_type = pq.read_schema(self.inputs[k]["file"]).field(self.id_column).type
-        schema = pa.schema({"row_id": id_type, "inclusion_probability": pa.float64(), "weight": pa.float64()})
-        waiting: list[pa.RecordBatch] = []
-        rows = 0
-        # numbers that hardly repeat gain nothing from a dictionary
-        with pq.ParquetWriter(_temporary(path), schema, use_dictionary=False) as writer:
-            for ids, inside, chances, raw in self._selected(k, tau):
-                columns = [ids.filter(pa.array(inside.numpy())), chances.numpy(), (raw * scale).numpy()]
-                waiting.append(pa.record_batch(columns, schema=schema))
-                rows += len(chances)
-                if rows >= ROW_GROUP:
-                    writer.write_table(pa.Table.from_batches(waiting))
-                    waiting, rows = [], 0
-            writer.write_table(pa.Table.from_batches(waiting, schema))
-        os.replace(_temporary(path), path)
-        return pq.read_metadata(path).num_rows
+        if self.id_column is None:
+            return pa.int64()
+        return pq.read_schema(self.inputs[k]["file"]).field(self.id_column).type
 
-    def _selected(self, k: int, tau: float) -> Iterator[tuple[Any, Tensor, Tensor, Tensor]]:
-        """Of every batch with rows above tau: ids of all rows, mask, and the probabilities and raw weights inside."""
-        for ids, scores, keys, extra in self._batches(k, weighing=True):
-            inside = keys > tau
-            if inside.any():
-                chances = (scores[inside].double().clamp(min=LEAST_SCORE) / tau).clamp(max=1)
-                given = extra if extra is None else extra[inside]
-                yield (
-                    ids,
-                    inside,
-                    chances,
-                    loss_weights(
-                        self.weights,
-                        probabilities=chances,
-                        uncertainty=given,
-                        p_label=given,
-                        beta=self.beta,
-                        normalise=False,
-                    ),
-                )
-
-    def _batches(self, k: int, weighing: bool = False) -> Iterator[tuple[Any, Tensor, Tensor, Tensor | None]]:
-        """Row ids (an Arrow array), scores, keys and, for weighing, what weights are made of."""
+    def batches(
+        self, k: int, weighing: bool = False
+    ) -> Iterator[tuple[Any, Tensor | list[str], Tensor, Tensor | None]]:
+        """Of every batch: row ids as an Arrow array and as the hash takes them, scores, what weights are made of."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         file, row = self.inputs[k]["file"], 0
         first = sum(shard["rows"] for shard in self.inputs[:k])
-        extra = self.extra if weighing else None
+        extra = self.weighed_by if weighing else None
         columns = list(dict.fromkeys(name for name in (self.score, self.id_column, extra) if name is not None))
         with pq.ParquetFile(file, pre_buffer=False) as reader:
             for batch in reader.iter_batches(self.batch_rows, columns=columns, use_threads=False):
                 scores = _numbers(batch, self.score, file, row)
-                if self.clip is not None:
-                    scores = scores.clamp(max=self.clip)
                 if self.id_column is None:
                     ids = pa.array(torch.arange(first + row, first + row + len(batch)).numpy())
                 else:
                     ids = batch.column(self.id_column)
-                keys = priority_keys(scores, self.seed, _names(ids, self.id_column, file, row))
-                yield ids, scores, keys, None if extra is None else _numbers(batch, extra, file, row)
+                names = _names(ids, self.id_column, file, row)
+                yield ids, names, scores, None if extra is None else _numbers(batch, extra, file, row)
                 row += len(batch)
 
-    def _each(self, reading: Callable[[int], Any]) -> list[Any]:
+    def each(self, reading: Callable[[int], Any]) -> list[Any]:
         """A reading of all shards, in threads, as Arrow and torch release the interpreter's lock."""
         threads = torch.get_num_threads()
         workers = self.workers or min(len(self.inputs), threads)
@@ -308,8 +238,48 @@ class _Shards:
             torch.set_num_threads(threads)
 
 
-def _bin(keys: Tensor) -> Tensor:
-    return keys.view(torch.int64) >> BIN_SHIFT
+def _look_into(file: str) -> tuple[dict[str, Any], Any]:
+    """What a plan remembers of a file, and its Arrow schema."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        stamp = _stamp(file)
+        with pq.ParquetFile(file) as reader:
+            return {"file": file, "rows": reader.metadata.num_rows} | stamp, reader.schema_arrow
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file} is not a Parquet file: {error}") from error
+
+
+def _check_column(file: str, schema: Any, argument: str, name: str) -> None:
+    """Raise where a file lacks the column, or where it holds neither numbers nor, for ids, texts."""
+    from pyarrow import types
+
+    if name not in schema.names:
+        near = get_close_matches(name, schema.names, 3, 0.4)
+        raise ValueError(
+            f"{file} has no column {name!r}; its columns are {schema.names}"
+            + (f", near ones {near}" if near else "")
+            + f"; change {argument}="
+        )
+    kind = schema.field(name).type
+    fits, what = (types.is_integer, types.is_floating), "numbers"
+    if argument == "id_column":
+        fits, what = (types.is_integer, types.is_string, types.is_large_string), "integers or texts"
+    if not any(test(kind) for test in fits):
+        raise TypeError(f"{file}: column {name!r} is of type {kind}; cast it to {what}, or change {argument}=")
+
+
+def _check_one_type(files: list[str], types: list[Any], name: str) -> None:
+    """Raise where a column is of several types."""
+    for file, kind in zip(files, types, strict=True):
+        if kind != types[0]:
+            raise TypeError(f"{file}: column {name!r} is of type {kind}, in {files[0]} of {types[0]}; make them alike")
+
+
+def _stamp(file: str) -> dict[str, int]:
+    stat = os.stat(file)
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _numbers(batch: Any, name: str, file: str, row: int) -> Tensor:
@@ -338,73 +308,152 @@ def _names(ids: Any, name: str | None, file: str, row: int) -> Tensor | list[str
     return torch.tensor(ids.to_numpy()) if pa.types.is_integer(ids.type) else ids.to_pylist()
 
 
-# ---- the files
+# ---- the sample
 
 
-def _inspect(
-    files: list[str], score: str, id_column: str | None, weights: str
-) -> tuple[list[dict[str, Any]], str | None, str | None]:
-    """What the shards are, the id column that they have, and the column that weights are made of."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+@dataclass(frozen=True)
+class _Sample:
+    """The draw from the shards, in four readings of them."""
 
-    if not files or len({os.path.realpath(file) for file in files}) < len(files):
-        raise ValueError(f"files={files}: pass one file or more, and each of them once")
-    inputs, schemas = [], []
-    for file in files:
-        try:
-            stamp = _stamp(file)
-            with pq.ParquetFile(file) as reader:
-                schemas.append(reader.schema_arrow)
-                inputs.append({"file": file, "rows": reader.metadata.num_rows} | stamp)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{file} is not a Parquet file: {error}") from error
-    if id_column == "row_id" and not any("row_id" in schema.names for schema in schemas):
-        id_column = None
-    extra = {"damped": "u_x", "p_label": "p_label"}.get(weights)
-    if weights == "damped" and score != "u_x" and "u_y" in schemas[0].names:
-        extra = "u_y"
-    for argument, name in (("score", score), ("id_column", id_column), ("weights", extra)):
-        for file, schema in zip(files, schemas, strict=True) if name else ():
-            if name not in schema.names:
-                near = get_close_matches(name, schema.names, 3, 0.4)
-                raise ValueError(
-                    f"{file} has no column {name!r}; its columns are {schema.names}"
-                    + (f", near ones {near}" if near else "")
-                    + f"; change {argument}="
-                )
-            kind, first = schema.field(name).type, schemas[0].field(name).type
-            text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-            naming = argument == "id_column"
-            if not (pa.types.is_integer(kind) or (text if naming else pa.types.is_floating(kind))):
-                raise TypeError(
-                    f"{file}: column {name!r} is of type {kind}; cast it to "
-                    f"{'integers or texts' if naming else 'numbers'}, or change {argument}="
-                )
-            if naming and kind != first:
-                raise TypeError(
-                    f"{file}: column {name!r} is of type {kind}, in {files[0]} of {first}; make them alike"
-                )
-    return inputs, id_column, extra
+    shards: Shards
+    budget: int
+    weights: str
+    seed: int
+    clip: float | None
+    beta: float
+
+    def settings(self) -> dict[str, Any]:
+        """All that the rows and their weights follow from, beside the input."""
+        return {
+            "budget": self.budget,
+            "score": self.shards.score,
+            "id_column": self.shards.id_column,
+            "weights": self.weights,
+            "seed": self.seed,
+            "clip": self.clip,
+            "beta": self.beta,
+        }
+
+    def threshold(self) -> float:
+        """tau, the key that `budget` keys are above."""
+        budget = self.budget
+        if budget == self.shards.rows:
+            return 0.0
+        counts = sum(self.shards.each(self._histogram))
+        or_above = counts.flip(0).cumsum(0).flip(0)
+        # the last bin that is reached from above with more than the budget
+        tau_bin = int((or_above > budget).sum()) - 1
+        keys = torch.cat(self.shards.each(lambda k: self._keys_in(k, tau_bin)))
+        tau = keys.kthvalue(int(or_above[tau_bin]) - budget).values.item()
+        above = int(or_above[tau_bin] - counts[tau_bin]) + int((keys > tau).sum())
+        if above != budget:
+            raise ValueError(
+                f"{int((keys == tau).sum())} rows have the same key at the edge of the sample, so no "
+                f"{budget} rows come first: rows share their id; give each row another one in column "
+                f"{self.shards.id_column!r}, or set id_column=None"
+            )
+        return tau
+
+    def scale(self, tau: float) -> dict[str, float]:
+        """The factor that gives the selected rows weights of mean 1, and what the weights are then like."""
+        if self.weights == "none":
+            return {"weight_scale": 1.0, "max_weight": 1.0, "kish": float(self.budget)}
+        sums, squares, largest = zip(*self.shards.each(lambda k: self._weight_sums(k, tau)), strict=True)
+        # fsum, as it does not depend on the order of the shards
+        total = math.fsum(sums)
+        scale = self.budget / total
+        return {"weight_scale": scale, "max_weight": max(largest) * scale, "kish": total**2 / math.fsum(squares)}
+
+    def _histogram(self, k: int) -> Tensor:
+        counts = torch.zeros(BINS, dtype=torch.long)
+        for keys in self._keys(k):
+            counts += torch.bincount(_bin(keys), minlength=BINS)
+        return counts
+
+    def _keys_in(self, k: int, tau_bin: int) -> Tensor:
+        inside = [keys[_bin(keys) == tau_bin] for keys in self._keys(k)]
+        return torch.cat(inside) if inside else torch.empty(0, dtype=torch.float64)
+
+    def _weight_sums(self, k: int, tau: float) -> tuple[float, float, float]:
+        total = squares = largest = 0.0
+        for _, _, _, raw in self._selected(k, tau):
+            total, squares = total + raw.sum().item(), squares + raw.square().sum().item()
+            largest = max(largest, raw.max().item())
+        return total, squares, largest
+
+    def write(self, k: int, tau: float, scale: float, path: Path) -> int:
+        """Write the output of shard k unless it is there; its number of rows."""
+        import pyarrow.parquet as pq
+
+        if not path.is_file():
+            write_whole(path, lambda part: self._write_rows(k, tau, scale, part))
+        return pq.read_metadata(path).num_rows
+
+    def _write_rows(self, k: int, tau: float, scale: float, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        types = {"row_id": self.shards.id_type(k), "inclusion_probability": pa.float64(), "weight": pa.float64()}
+        schema = pa.schema(types)
+        waiting: list[pa.RecordBatch] = []
+        rows = 0
+        # numbers that hardly repeat gain nothing from a dictionary
+        with pq.ParquetWriter(path, schema, use_dictionary=False) as writer:
+            for ids, inside, chances, raw in self._selected(k, tau):
+                columns = [ids.filter(pa.array(inside.numpy())), chances.numpy(), (raw * scale).numpy()]
+                waiting.append(pa.record_batch(columns, schema=schema))
+                rows += len(chances)
+                if rows >= ROW_GROUP:
+                    writer.write_table(pa.Table.from_batches(waiting))
+                    waiting, rows = [], 0
+            writer.write_table(pa.Table.from_batches(waiting, schema))
+
+    def _selected(self, k: int, tau: float) -> Iterator[tuple[Any, Tensor, Tensor, Tensor]]:
+        """Of every batch with rows above tau: ids of all rows, mask, and the probabilities and raw weights inside."""
+        for ids, names, scores, weighed_by in self.shards.batches(k, weighing=True):
+            scores = self._clipped(scores)
+            inside = priority_keys(scores, self.seed, names) > tau
+            if inside.any():
+                chances = (scores[inside].double().clamp(min=LEAST_SCORE) / tau).clamp(max=1)
+                given = None if weighed_by is None else weighed_by[inside]
+                sources = {"probabilities": chances, "uncertainty": given, "p_label": given}
+                yield ids, inside, chances, loss_weights(self.weights, **sources, beta=self.beta, normalise=False)
+
+    def _keys(self, k: int) -> Iterator[Tensor]:
+        for _, names, scores, _ in self.shards.batches(k):
+            yield priority_keys(self._clipped(scores), self.seed, names)
+
+    def _clipped(self, scores: Tensor) -> Tensor:
+        return scores if self.clip is None else scores.clamp(max=self.clip)
 
 
-def _stamp(file: str) -> dict[str, int]:
-    stat = os.stat(file)
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+def _bin(keys: Tensor) -> Tensor:
+    return keys.view(torch.int64) >> BIN_SHIFT
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
+# ---- the output
 
 
-def _earlier(folder: Path) -> dict[str, Any] | None:
-    """The plan that the folder holds, finished or not."""
-    for name in (MANIFEST, PROGRESS):
-        if (folder / name).is_file():
-            return json.loads((folder / name).read_text())
-    return None
+class _Folder:
+    """Where the output goes: a file for each shard, and the plan, finished or not."""
 
+    def __init__(self, path: Path, shards: Shards) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path, count = path, len(shards.inputs)
+        self.outputs = [path / f"plan-{k:05d}-of-{count:05d}.parquet" for k in range(count)]
+        clash = {output.resolve() for output in self.outputs} & {Path(one["file"]).resolve() for one in shards.inputs}
+        if clash:
+            raise ValueError(f"output_dir={str(path)!r} holds the input {min(clash)}; choose another folder")
+        sweep(path, "plan-*.parquet")
+        sweep(path, "_plan*.json")
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    _temporary(path).write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(_temporary(path), path)
+    def begun(self) -> dict[str, Any]:
+        """The plan that the folder holds, finished or not; empty if there is none."""
+        files = [file for file in (self.path / MANIFEST, self.path / PROGRESS) if file.is_file()]
+        return read_json(files[0], remedy=f"remove {str(self.path)!r} and start again") if files else {}
+
+    def clear(self, plan: dict[str, Any]) -> None:
+        """Remove the outputs of this plan and of the one to come."""
+        earlier = [self.path / Path(output["file"]).name for output in plan.get("outputs", ())]
+        for file in (*self.outputs, *earlier, self.path / MANIFEST):
+            file.unlink(missing_ok=True)

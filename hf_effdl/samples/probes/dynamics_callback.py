@@ -1,90 +1,35 @@
-"""Training dynamics: how a model's prediction of each training row moves from epoch to epoch, and scores made of it.
+"""Training dynamics recorded by any Trainer, and the difficulties of a recorded run.
 
-`DynamicsCallback` records a few numbers per row and epoch in any Trainer; `mean_el2n`, `aum`, `forgetting` and
-`dyn_unc` are pure functions of such records, as their papers define them; `dynamics_scores` turns a recorded run into
-difficulties that a sampler can use.
+`DynamicsCallback` keeps a few numbers per row and epoch; `dynamics_scores` turns a recorded run into difficulties that
+a sampler can use, by the formulas of `scores/dynamics.py`.
 """
 
 import logging
 import os
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast, gather, send_to_device
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_effdl.files import read_tensors, sweep, write_whole
+from hf_effdl.processes import together
+from hf_effdl.random_state import random_state_kept
+from hf_effdl.samples.scores.dynamics import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
 
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "dynamics"
 RECORDED = ("p_label", "margin", "el2n")
-
-
-# ---- one epoch
-
-
-def row_dynamics(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """What is kept of one prediction per row: three numbers, whatever the number of classes.
-
-    With `p = softmax(z)` and y the given label
-
-        p_label = p_y        margin = z_y - max_{c != y} z_c        el2n = ||p - onehot(y)||_2
-
-    The prediction is right where `margin > 0`, so that needs no number of its own.
-
-    Args:
-        logits: `(N, C)`, of two classes or more.
-        labels: `(N,)` integers in `0 .. C-1`, right or wrong as they come with the data.
-
-    Returns:
-        `"p_label"`, `"margin"` and `"el2n"`, each `(N,)` float32.
-
-    Raises:
-        ValueError: if these are not logits and labels of a single-label classification.
-
-    Example:
-        >>> row_dynamics(torch.tensor([[0.0, 0.0], [2.0, 5.0]]), torch.tensor([0, 0]))["margin"]
-        tensor([ 0., -3.])
-
-    Source: margin: Pleiss et al. 2020 (arXiv 2001.10528), section 3; el2n: Paul et al. 2021 (arXiv 2107.07075),
-    section 2.
-    """
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(
-            f"the model's logits have shape {tuple(logits.shape)}; training dynamics are defined for one label per "
-            "row, so they must have shape (rows, classes) with two classes or more"
-        )
-    if labels.shape != logits.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}; "
-            "training dynamics need one class index per row"
-        )
-    outside = (labels < 0) | (labels >= logits.shape[1])
-    if outside.any():
-        raise ValueError(
-            f"label {int(labels[outside][0])} is none of the {logits.shape[1]} classes that the model predicts, "
-            f"0 .. {logits.shape[1] - 1}; leave unlabelled rows out of the training set"
-        )
-    logits, index = logits.float(), labels.long()[:, None]
-    p, given = logits.softmax(1), logits.gather(1, index)
-    others = logits.scatter(1, index, float("-inf")).amax(1, keepdim=True)
-    return {
-        "p_label": p.gather(1, index)[:, 0],
-        "margin": (given - others)[:, 0],
-        # subtracting the one-hot vector first keeps the digits of a small error, 1 - 2 p_y + sum p^2 would not
-        "el2n": p.scatter_add(1, index, torch.full_like(given, -1)).norm(dim=1),
-    }
 
 
 class DynamicsCallback(TrainerCallback):
@@ -148,13 +93,14 @@ class DynamicsCallback(TrainerCallback):
         done = int(state.epoch or 0) if state.global_step else 0
         folder = Path(args.output_dir) / FOLDER
         if state.is_world_process_zero:
-            for file in folder.glob("epoch-*.tmp"):  # writing it was cut off
+            sweep(folder, "epoch-*.safetensors")
+            for file in folder.glob("epoch-*.tmp"):  # what older versions left when they were cut off
                 file.unlink()
             for epoch, file in _files(folder).items():
                 if epoch > done:
                     file.unlink()
             _check_rows(folder, len(dataset))
-        PartialState().wait_for_everyone()
+        together()
         with _aside(kwargs["model"], args, seed=args.seed):  # a row that cannot be scored is found before any work
             _score(kwargs["model"], collate([dataset[0]]), args.device)
         if done and done == state.epoch:  # the checkpoint may be older than the record that belongs to its epoch
@@ -201,8 +147,9 @@ class DynamicsCallback(TrainerCallback):
             scores = torch.cat([_score(model, batch, args.device) for batch in loader])
         scores = gather(scores)[:rows].cpu()
         if state.is_world_process_zero:
-            _write(folder / f"epoch-{epoch:04d}.safetensors", dict(zip(RECORDED, scores.T, strict=True)))
-        PartialState().wait_for_everyone()
+            record = {name: column.contiguous() for name, column in zip(RECORDED, scores.T, strict=True)}
+            write_whole(folder / f"epoch-{epoch:04d}.safetensors", save(record))
+        together()
 
 
 def _map_style(dataset: Any) -> Any:
@@ -219,15 +166,18 @@ def _map_style(dataset: Any) -> Any:
 @contextmanager
 def _aside(model: nn.Module, args: TrainingArguments, seed: int) -> Iterator[None]:
     """Evaluation mode without gradient, random numbers that follow from the seed; then all is put back."""
-    states = random.getstate(), np.random.get_state()
+    import random
+
+    import numpy
+
     modes = [(module, module.training) for module in model.modules()]
     # DDP brings batch norm's statistics together only at the next training step, from the first process
     buffers = list(model.buffers()) if args.world_size > 1 else []
     kept = [buffer.clone() for buffer in buffers]
-    with torch.no_grad(), torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
+    with torch.no_grad(), random_state_kept():
         try:
             random.seed(seed)
-            np.random.seed(seed % 2**32)
+            numpy.random.seed(seed % 2**32)
             torch.default_generator.manual_seed(seed)
             model.eval()
             for buffer in buffers:
@@ -238,8 +188,6 @@ def _aside(model: nn.Module, args: TrainingArguments, seed: int) -> Iterator[Non
                 buffer.copy_(old)
             for module, mode in modes:
                 module.training = mode
-            random.setstate(states[0])
-            np.random.set_state(states[1])
 
 
 def _score(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> Tensor:
@@ -255,16 +203,21 @@ def _score(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> 
     given = signature(model.forward).parameters.get("labels")
     if given is None or given.default is not Parameter.empty:
         del inputs["labels"]
-    output = model(**inputs)
+    logits = _logits(model(**inputs), type(model).__name__)
+    return torch.stack(list(row_dynamics(logits, labels).values()), dim=1)
+
+
+def _logits(output: Any, model: str) -> Tensor:
+    """The logits in what a model returned."""
     if isinstance(output, Mapping):
-        logits = output.get("logits")
+        logits, returned = output.get("logits"), sorted(output)
     else:  # of a tuple with the loss, the logits are what has rows and classes
         outputs = output if isinstance(output, (tuple, list)) else [output]
         logits = next((value for value in outputs if isinstance(value, Tensor) and value.ndim == 2), None)
+        returned = type(output).__name__
     if logits is None:
-        found = sorted(output) if isinstance(output, Mapping) else type(output).__name__
-        raise ValueError(f"training dynamics need logits, but {type(model).__name__} returns {found}")
-    return torch.stack(list(row_dynamics(logits, labels).values()), dim=1)
+        raise ValueError(f"training dynamics need logits, but {model} returns {returned}")
+    return logits
 
 
 # ---- files
@@ -275,27 +228,17 @@ def _files(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(file.stem.removeprefix("epoch-")), file) for file in folder.glob("epoch-*.safetensors")))
 
 
-def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".tmp")
-    try:
-        part.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _check_rows(folder: Path, rows: int | None = None) -> None:
     """All records are of the same number of rows, the given one."""
     for file in _files(folder).values():
         with safe_open(file, "pt") as stored:
-            [found] = stored.get_slice(RECORDED[0]).get_shape()
-        if rows is not None and found != rows:
+            [recorded] = stored.get_slice(RECORDED[0]).get_shape()
+        if rows is not None and recorded != rows:
             raise ValueError(
-                f"{file} is a record of {found} rows, but the dataset has {rows} now, and rows are known by their "
+                f"{file} is a record of {recorded} rows, but the dataset has {rows} now, and rows are known by their "
                 "place. Resume with the same data, or train without resume_from_checkpoint, which starts records anew"
             )
-        rows = found
+        rows = recorded
 
 
 def load_dynamics(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -321,111 +264,12 @@ def load_dynamics(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not files:
         raise FileNotFoundError(f"no epoch-*.safetensors in {folder}: a Trainer with DynamicsCallback() writes them")
     _check_rows(folder)
-    records = [load_file(file) for file in files.values()]
+    records = [read_tensors(file, remedy="remove it, or record the run again") for file in files.values()]
     stacked = {name: torch.stack([record[name] for record in records]) for name in RECORDED}
     return {"epoch": torch.tensor(list(files)), **stacked, "correct": stacked["margin"] > 0}
 
 
 # ---- scores
-
-
-def mean_el2n(el2n: Tensor, epochs: Sequence[int] | None = None) -> Tensor:
-    """Mean error norm of a row: `1/|T| sum_{t in T} ||p_t - onehot(y)||_2`. High: hard, or wrongly labelled.
-
-    Args:
-        el2n: `(E, N)`, error norm per epoch and row.
-        epochs: T, positions along the first axis; default: all. The paper takes one early epoch (10 or 20 of 200) of
-            some ten runs and averages over the runs.
-
-    Returns:
-        `(N,)` in [0, sqrt 2].
-
-    Example:
-        >>> mean_el2n(torch.tensor([[1.0, 0.5], [0.5, 0.5], [0.0, 0.0]]), epochs=[0, 1])
-        tensor([0.7500, 0.5000])
-
-    Source: Paul, Ganguli and Dziugaite, "Deep learning on a data diet", arXiv 2107.07075, section 2.
-    """
-    el2n = _checked("el2n", el2n)
-    if epochs is None:
-        return el2n.mean(0)
-    chosen = list(epochs)
-    if not chosen or not all(-len(el2n) <= epoch < len(el2n) for epoch in chosen):
-        raise ValueError(f"epochs={chosen} must be one or more positions in the {len(el2n)} epochs recorded")
-    return el2n[chosen].mean(0)
-
-
-def aum(margins: Tensor) -> Tensor:
-    """Area under the margin: `1/E sum_t (z_{t,y} - max_{c != y} z_{t,c})`. Low: hard; negative: perhaps mislabelled.
-
-    Args:
-        margins: `(E, N)`, margin per epoch and row.
-
-    Returns:
-        `(N,)`, of any sign.
-
-    Example:
-        >>> aum(torch.tensor([[1.0, -2.0], [3.0, 0.0]]))
-        tensor([ 2., -1.])
-
-    Source: Pleiss, Zhang, Elenberg and Weinberger, "Identifying mislabeled data using the area under the margin
-    ranking", arXiv 2001.10528, section 3.
-    """
-    return _checked("margins", margins).mean(0)
-
-
-def forgetting(correct: Tensor) -> Tensor:
-    """How often a row was right at one record and wrong at the next. High: hard.
-
-    `sum_t [correct_{t-1} and not correct_t]`. A row that was never right was never forgotten either; it counts E, more
-    than any other can reach, so that it ranks as the hardest, as in the authors' code.
-
-    Args:
-        correct: `(E, N)` bool, or 0 and 1.
-
-    Returns:
-        `(N,)` int64: `0 .. E // 2`, or E where never right.
-
-    Example:
-        >>> forgetting(torch.tensor([[1, 1, 0], [1, 0, 0], [0, 1, 0], [1, 0, 0]]))
-        tensor([1, 2, 4])
-
-    Source: Toneva et al., "An empirical study of example forgetting during deep neural network learning", arXiv
-    1812.05159, section 3.
-    """
-    correct = _checked("correct", correct).bool()
-    flips = (correct[:-1] & ~correct[1:]).sum(0)
-    return torch.where(correct.any(0), flips, len(correct))
-
-
-def dyn_unc(p_label: Tensor, window: int = 10) -> Tensor:
-    """Dynamic uncertainty: how much the probability of the given label moves. Low: settled, be it right or wrong.
-
-    The unbiased standard deviation within each window of J successive epochs, averaged over all `E - J + 1` windows:
-
-        1/(E-J+1) sum_k sqrt( 1/(J-1) sum_{j<J} (p_{k+j} - mean_k)^2 )
-
-    Args:
-        p_label: `(E, N)`, probability of the given label per epoch and row.
-        window: J; where there are fewer epochs, all of them are one window.
-
-    Returns:
-        `(N,)`, non-negative.
-
-    Raises:
-        ValueError: for fewer than two epochs.
-
-    Example:
-        >>> dyn_unc(torch.tensor([[0.0, 0.9], [1.0, 0.9], [1.0, 0.9]]), window=2)
-        tensor([0.3536, 0.0000])
-
-    Source: He, Yang, Huang and Zhao, "Large-scale dataset pruning with dynamic uncertainty", arXiv 2306.05175, section
-    3. Their released code leaves out the last window and multiplies by ten.
-    """
-    p_label = _checked("p_label", p_label, least=2)
-    if window < 2:
-        raise ValueError(f"window={window}: a standard deviation needs two epochs or more")
-    return p_label.unfold(0, min(window, len(p_label)), 1).std(-1).mean(0)
 
 
 def dynamics_scores(
@@ -463,15 +307,3 @@ def dynamics_scores(
         "forgetting": forgetting(records["correct"]).float(),
         "dyn_unc": dyn_unc(records["p_label"], window),
     }
-
-
-def _checked(name: str, records: Tensor, least: int = 1) -> Tensor:
-    records = torch.as_tensor(records)
-    if records.ndim != 2 or len(records) < least:
-        raise ValueError(
-            f"{name} of shape {tuple(records.shape)} must have shape (epochs, rows) with {least} epochs or more"
-        )
-    if records.is_floating_point() and not records.isfinite().all():
-        epoch, row = (~records.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"{name}[{epoch}, {row}] is {records[epoch, row]}: the recorded run had broken down by then")
-    return records

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Self
 
 import torch
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
@@ -56,31 +56,46 @@ def label_tensor(data: Dataset, column: str, names: Sequence[str] | None = None)
     Raises:
         ValueError, TypeError: for texts outside the names, missing values, or labels that are no classes.
     """
-    values = data.with_format(None)[column][:]
-    if any(value is None for value in values):
+    return class_tensor(label_values(data, column), column, names)
+
+
+def label_values(data: Dataset, column: str) -> list[Any]:
+    """The label column as it is stored."""
+    return data.with_format(None)[column][:]
+
+
+def class_tensor(values: list[Any], column: str, names: Sequence[str] | None = None) -> Tensor:
+    """`label_tensor` of the values of the label column."""
+    missing = sum(value is None for value in values)
+    if missing:
         raise ValueError(
-            f"column {column!r} has {sum(value is None for value in values)} rows without a label; drop "
-            "them, or use mode='active', which needs no labels"
+            f"column {column!r} has {missing} rows without a label; drop them, or use mode='active', which needs no "
+            "labels"
         )
     if isinstance(values[0], str):
-        if names is None:
-            raise ValueError(
-                f"column {column!r} holds texts and the probes have no class names to look them up in; "
-                f"call class_encode_column({column!r}) first"
-            )
-        place = {name: i for i, name in enumerate(names)}
-        if unknown := sorted(set(values) - set(place)):
-            raise ValueError(
-                f"column {column!r} holds {unknown[:3]}, which are none of the probes' {len(place)} "
-                f"classes {list(place)[:10]}"
-            )
-        return torch.tensor([place[value] for value in values])
+        return _looked_up(values, column, names)
     labels = torch.tensor(values)
     if labels.ndim != 1 or labels.is_floating_point():
         raise TypeError(
             f"column {column!r} holds {labels.dtype} of shape {tuple(labels.shape)}; selection needs one class a row"
         )
     return labels.long()
+
+
+def _looked_up(values: list[str], column: str, names: Sequence[str] | None) -> Tensor:
+    """The places of the values among the class names."""
+    if names is None:
+        raise ValueError(
+            f"column {column!r} holds texts and the probes have no class names to look them up in; "
+            f"call class_encode_column({column!r}) first"
+        )
+    place = {name: i for i, name in enumerate(names)}
+    if unknown := sorted(set(values) - set(place)):
+        raise ValueError(
+            f"column {column!r} holds {unknown[:3]}, which are none of the probes' {len(place)} "
+            f"classes {list(place)[:10]}"
+        )
+    return torch.tensor([place[value] for value in values])
 
 
 class Inputs:
@@ -110,7 +125,7 @@ class Inputs:
         self.forward_columns: list[str] = []
         self.mode = "RGB"
 
-    def bind(self, data: Dataset, model: nn.Module | None = None) -> "Inputs":
+    def bind(self, data: Dataset, model: nn.Module | None = None) -> Self:
         """Inputs with the columns found in a data set and the model's signature.
 
         Raises:
@@ -133,45 +148,42 @@ class Inputs:
         return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
     def _find_columns(self, data: Dataset, model: nn.Module | None) -> None:
-        known = set(inspect.signature(model.forward).parameters) if model is not None else set()
+        arguments = set(inspect.signature(model.forward).parameters) if model is not None else set()
         # a transform decides only when a row is read which columns there are
         columns = list(data[0]) if data.format["type"] == "custom" else data.column_names
-        self.forward_columns = [name for name in columns if name in known and name not in self.aside]
+        self.forward_columns = [name for name in columns if name in arguments and name not in self.aside]
         if self.forward_columns:
             return
-        features = data.features
-        wanted = "texts" if isinstance(self.processing_class, PreTrainedTokenizerBase) else "images"
-        found = [
-            name
-            for name, feature in features.items()
-            if name not in self.aside and (isinstance(feature, Image) if wanted == "images" else _is_text(feature))
-        ]
-        if self.processing_class is None or len(found) != 1:
-            why = (
-                "none of them is an argument of the model"
-                if self.processing_class is None
-                else f"{len(found)} of them hold {wanted}"
-            )
+        if self.processing_class is None:
+            candidates, why = [], "none of them is an argument of the model"
+        else:
+            texts = isinstance(self.processing_class, PreTrainedTokenizerBase)
+            fits = is_text if texts else is_image
+            candidates = [name for name, kind in data.features.items() if name not in self.aside and fits(kind)]
+            why = f"{len(candidates)} of them hold {'texts' if texts else 'images'}"
+        if len(candidates) != 1:
             raise ValueError(
                 f"cannot tell which of the columns {columns} to feed to the model: {why}; pass "
                 "input_column=, and for raw images or texts processing_class="
             )
-        self.column = found[0]
+        self.column = candidates[0]
 
     def __call__(self, rows: Rows) -> Mapping[str, Any] | Tensor:
         if self.collator is not None:
-            return self.collator([{k: v for k, v in row.items() if k not in self.aside} for row in rows])
+            return self.collator([{name: row[name] for name in row if name not in self.aside} for row in rows])
         if self.forward_columns:
             return self._pad([{name: row[name] for name in self.forward_columns} for row in rows])
         if not isinstance(self.column, str):
             return torch.tensor([[float(row[name]) for name in self.column] for row in rows])
-        values = [row[self.column] for row in rows]
+        return self._processed([row[self.column] for row in rows])
+
+    def _processed(self, values: list[Any]) -> Mapping[str, Any] | Tensor:
+        if self.processing_class is None:
+            return torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in values])
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             return dict(self.processing_class(values, padding=True, truncation=True, return_tensors="pt"))
-        if self.processing_class is not None:
-            images = [value.convert(self.mode) if hasattr(value, "convert") else value for value in values]
-            return dict(self.processing_class(images, return_tensors="pt"))
-        return torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in values])
+        images = [value.convert(self.mode) if hasattr(value, "convert") else value for value in values]
+        return dict(self.processing_class(images, return_tensors="pt"))
 
     def _pad(self, rows: list[dict[str, Any]]) -> Mapping[str, Any]:
         if isinstance(self.processing_class, PreTrainedTokenizerBase) and "input_ids" in self.forward_columns:
@@ -184,5 +196,11 @@ def run_model(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Any:
     return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
 
 
-def _is_text(feature: Any) -> bool:
+def is_text(feature: Any) -> bool:
+    """Whether a column of a data set holds texts."""
     return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def is_image(feature: Any) -> bool:
+    """Whether a column of a data set holds images."""
+    return isinstance(feature, Image)

@@ -1,7 +1,7 @@
 """Cheap probes: M linear heads on one frozen backbone."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class LinearProbes(Probes):
         weight_decay: float = 0.01,
         batch_size: int = 64,
         seed: int = 0,
-    ) -> "LinearProbes":
+    ) -> Self:
         """Fit M softmax heads on bootstrap samples of labelled rows; on the same rows convex heads would all agree.
 
         Features are the mean of the backbone's last hidden states over the tokens that are there (texts), else its
@@ -116,7 +116,7 @@ class LinearProbes(Probes):
         x = (x - self.mean.to(x)) / self.scale.to(x)
         return torch.cat([x, torch.ones_like(x[:, :1])], 1)
 
-    def to(self, device: torch.device) -> "LinearProbes":
+    def to(self, device: torch.device) -> Self:
         self.backbone.to(device)
         self.heads = self.heads.to(device)
         return self
@@ -151,10 +151,10 @@ class LinearProbes(Probes):
             parts.append(self.features(send_to_device(inputs(rows), device)).cpu())
         return torch.cat(parts)
 
-    def fit(self, rows: Dataset, labels: Tensor, weights: Tensor, seed: int) -> "LinearProbes":
+    def fit(self, rows: Dataset, labels: Tensor, weights: Tensor, seed: int) -> Self:
         x = self.standardise(self.encode(rows))
         heads = fit_heads(x, labels, weights[None].float(), seed=seed, **self.recipe)
-        return LinearProbes(
+        return type(self)(
             self.backbone,
             heads.repeat(2, 1, 1),
             self.mean,
@@ -175,13 +175,10 @@ class LinearProbes(Probes):
             self._fingerprint = weights_hash([self.backbone], self.heads)
         return self._fingerprint
 
-    def describe(self) -> dict[str, Any]:
-        kind = (
-            "linear heads"
-            if isinstance(self.backbone, nn.Identity)
-            else (f"linear heads on {type(self.backbone).__name__}")
-        )
-        return super().describe() | {"kind": kind}
+    @property
+    def kind(self) -> str:
+        bare = isinstance(self.backbone, nn.Identity)
+        return "linear heads" if bare else f"linear heads on {type(self.backbone).__name__}"
 
 
 def fit_heads(
@@ -229,6 +226,6 @@ def _unseen_likelihood(x: Tensor, heads: Tensor, labels: Tensor, counts: Tensor)
     unseen = counts == 0
     p = torch.einsum("nd,mdc->mnc", x, heads).softmax(2)
     given = p.gather(2, labels[None, :, None].expand(len(heads), -1, 1))[..., 0]
-    known = unseen.any(0)
-    mean = (given * unseen).sum(0)[known] / unseen.sum(0)[known]
+    judged = unseen.any(0)
+    mean = (given * unseen).sum(0)[judged] / unseen.sum(0)[judged]
     return mean.clamp(min=1e-6).log().mean().item()

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
 
-from hf_effdl.samples.drawing.plan import Trial
+from hf_effdl.samples.drawing.presets import Trial
 from hf_effdl.samples.probes.inputs import Inputs, run_model
 from hf_effdl.samples.scores.noise import fit_label_noise
 
@@ -79,7 +79,12 @@ class Probes:
     def __len__(self) -> int:
         return len(self.models)
 
-    def to(self, device: torch.device) -> "Probes":
+    def __repr__(self) -> str:
+        classes = "" if self.names is None else f", {len(self.names)} classes"
+        rows = "" if self.probe_set is None else f", trained on {len(self.probe_set.labels):,} rows"
+        return f"{type(self).__name__}({len(self)} x {self.kind}{classes}{rows})"
+
+    def to(self, device: torch.device) -> Self:
         """Move all models."""
         for model in self.models:
             model.to(device)
@@ -106,6 +111,11 @@ class Probes:
         return torch.stack(outputs, 1)
 
     @property
+    def kind(self) -> str:
+        """What one of them is."""
+        return type(self.models[0]).__name__
+
+    @property
     def fingerprint(self) -> str:
         """A hash of all weights: names the probes in a report and in cached scores."""
         if self._fingerprint is None:
@@ -116,7 +126,7 @@ class Probes:
         """Plain values for the report."""
         probe_set = self.probe_set
         return {
-            "kind": type(self.models[0]).__name__,
+            "kind": self.kind,
             "number": len(self),
             "fingerprint": self.fingerprint,
             "training_rows": None if probe_set is None else len(probe_set.labels),
@@ -157,13 +167,10 @@ class Probes:
         if self.probe_set is None or type(self).fit is Probes.fit:
             return None
         p, truth = self.out_of_bag(batch_size), self.probe_set.labels
-        known = ~p[:, 0].isnan()
-        if known.any():
-            noise = fit_label_noise(p[known], truth[known])
-            likely = torch.ones(len(truth), dtype=torch.bool)
-            likely[known] = noise.p_clean(p[known], truth[known]) >= 0.5
-        else:
-            likely = torch.ones(len(truth), dtype=torch.bool)
+        likely, judged = torch.ones(len(truth), dtype=torch.bool), ~p[:, 0].isnan()
+        if judged.any():
+            noise = fit_label_noise(p[judged], truth[judged])
+            likely[judged] = noise.p_clean(p[judged], truth[judged]) >= 0.5
         rows, truth = self.probe_set.rows.select(likely.nonzero().flatten().tolist()), truth[likely]
         seeds = iter(range(1000, 2000))
 

@@ -1,9 +1,9 @@
 """Score every row of a data set with the probes: one pass, on any number of processes, resumable."""
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from hf_effdl.files import digest, read_tensors, sweep, write_whole
+from hf_effdl.processes import is_first, together
 from hf_effdl.samples.probes.inputs import Inputs
 from hf_effdl.samples.probes.probes import Probes
 from hf_effdl.samples.scores.noise import LabelNoise, fit_likelihoods, label_likelihoods
 from hf_effdl.samples.scores.uncertainty import (
     LEAST_SPREAD,
-    _entropy,
-    _uncertainty,
+    batch_uncertainty,
     check_labels,
     check_logits,
+    entropy_of,
     spread_sums,
     two_classes,
 )
@@ -43,18 +45,18 @@ def score_batch(logits: Tensor, labels: Tensor | None, gauge: str = "invariant")
     p = each.mean(1)
     top = p.topk(2, 1)
     table = {
-        "u_x": _uncertainty(logits, None, gauge),
-        "entropy": _entropy(p),
+        "u_x": batch_uncertainty(logits, None, gauge),
+        "entropy": entropy_of(p),
         "margin": top.values[:, 0] - top.values[:, 1],
         "least_confidence": 1 - top.values[:, 0],
-        "bald": (_entropy(p) - _entropy(each).mean(1)).clamp(min=0),
+        "bald": (entropy_of(p) - entropy_of(each).mean(1)).clamp(min=0),
         "confidence": top.values[:, 0],
         "predicted": top.indices[:, 0],
     }
     if labels is not None:
         hot = torch.nn.functional.one_hot(labels, p.shape[1]).to(p.dtype)
         table |= {
-            "u_y": _uncertainty(logits, labels, gauge),
+            "u_y": batch_uncertainty(logits, labels, gauge),
             "p_label": p.gather(1, labels[:, None])[:, 0],
             "el2n": (each - hot[:, None]).norm(dim=2).mean(1),
             "likelihoods": label_likelihoods(p, labels),
@@ -94,70 +96,84 @@ def score_rows(
         ValueError: for NaN or infinite logits, labels outside the classes, or probes that all agree.
     """
     accelerator = Accelerator()
-    inputs = probes.bind(data)
     probes.to(accelerator.device)
-    folder = None if cache_dir is None else _cache(Path(cache_dir), probes, data, labels, gauge, accelerator)
-    bar = tqdm(total=len(data), desc="scoring", unit=" rows", disable=not (progress and accelerator.is_main_process))
-    parts, classes = [], None
-    for start in range(0, len(data), PART):
-        stop = min(start + PART, len(data))
-        file = None if folder is None else folder / f"rows-{start:012d}.safetensors"
-        if file is not None and file.is_file():
-            part = load_file(file)
-        else:
-            part = _score_part(probes, data, range(start, stop), labels, inputs, gauge, batch_size, accelerator, bar)
-            if file is not None and accelerator.is_main_process:
-                save_file(part, str(file.with_suffix(".tmp")))
-                os.replace(file.with_suffix(".tmp"), file)
-        bar.update(stop - bar.n)
-        parts.append(part)
-    bar.close()
-    accelerator.wait_for_everyone()  # no process reads a cache that another one still writes
+    hide = not (progress and accelerator.is_main_process)
+    with tqdm(total=len(data), desc="scoring", unit=" rows", disable=hide) as bar:
+        scoring = _Scoring(probes, probes.bind(data), data, labels, gauge, batch_size, accelerator, bar)
+        folder = None if cache_dir is None else Path(cache_dir) / f"scores-{scoring.key()}"
+        if folder is not None and is_first():
+            sweep(folder, "rows-*.safetensors")
+        parts = []
+        for start in range(0, len(data), PART):
+            places = range(start, min(start + PART, len(data)))
+            parts.append(scoring.part(places) if folder is None else scoring.kept_part(places, folder))
+            bar.update(places.stop - bar.n)
+    together()  # no process reads a cache that another one still writes
     table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     _check_spread(table.pop("between"), table.pop("total"), len(probes))
-    classes = int(table.pop("classes")[0])
-    noise = None
+    classes, noise = int(table.pop("classes")[0]), None
     if labels is not None:
         likelihoods = table.pop("likelihoods")
         noise = fit_likelihoods(likelihoods, classes)
         table["p_clean"] = noise.posterior(likelihoods[:, noise.place])
-    return table, noise
+    return {name: table[name] for name in SCORES if name in table}, noise
 
 
-def _score_part(
-    probes: Probes,
-    data: Dataset,
-    places: range,
-    labels: Tensor | None,
-    inputs: Inputs,
-    gauge: str,
-    batch_size: int,
-    accelerator: Accelerator,
-    bar: Any,
-) -> dict[str, Tensor]:
-    rows = _Numbered(data, places, inputs)
-    loader = accelerator.prepare(DataLoader(rows, batch_size, collate_fn=_Collate(inputs)))
-    table: dict[str, Tensor] = {}
-    for numbers, batch in loader:
+@dataclass(frozen=True)
+class _Scoring:
+    """One pass over a pool."""
+
+    probes: Probes
+    inputs: Inputs
+    data: Dataset
+    labels: Tensor | None
+    gauge: str
+    batch_size: int
+    accelerator: Accelerator
+    bar: tqdm
+
+    def key(self) -> str:
+        """What the scores follow from."""
+        labels = "" if self.labels is None else digest(self.labels.numpy().tobytes())
+        causes = [self.probes.fingerprint, self.data._fingerprint, len(self.data), labels, self.gauge, PART]
+        return digest(json.dumps(causes))[:16]
+
+    def kept_part(self, places: range, folder: Path) -> dict[str, Tensor]:
+        """Some rows' scores, from the folder if they are there, else into it."""
+        file = folder / f"rows-{places.start:012d}.safetensors"
+        if file.is_file():
+            return read_tensors(file, remedy="remove it, and its rows are scored again")
+        table = self.part(places)
+        if is_first():
+            write_whole(file, save(table))
+        return table
+
+    def part(self, places: range) -> dict[str, Tensor]:
+        """The scores of some rows, each process asking the probes about its share of every batch."""
+        rows = _Numbered(self.data, places, self.inputs)
+        loader = self.accelerator.prepare(DataLoader(rows, self.batch_size, collate_fn=_Collate(self.inputs)))
+        table: dict[str, Tensor] = {}
+        for numbers, batch in loader:
+            scores = self._batch(numbers.cpu(), batch, first=not table)
+            scores = {name: value.to(self.accelerator.device) for name, value in scores.items()}
+            gathered = self.accelerator.gather_for_metrics({"numbers": numbers} | scores)
+            where = gathered.pop("numbers").cpu() - places.start
+            for name, value in gathered.items():
+                if name not in table:
+                    table[name] = torch.empty(len(places), *value.shape[1:], dtype=value.dtype)
+                table[name][where] = value.cpu()  # by number: it does not matter in which order processes deliver
+            self.bar.update(len(where))
+        return table
+
+    def _batch(self, numbers: Tensor, batch: Any, first: bool) -> dict[str, Tensor]:
         with torch.no_grad():
-            logits = probes.logits(send_to_device(batch, accelerator.device))
-        numbers_here = numbers.cpu()
+            logits = self.probes.logits(send_to_device(batch, self.accelerator.device))
         given = None
-        if labels is not None:
-            if not table:  # once a part: the whole column, so that the error counts all rows
-                check_labels(labels, max(2, logits.shape[2]), len(labels))
-            given = labels[numbers_here].to(logits.device)
-        found = _checked(logits, given, numbers_here, gauge)
-        gathered = accelerator.gather_for_metrics(
-            {"numbers": numbers} | {name: value.to(accelerator.device) for name, value in found.items()}
-        )
-        where = gathered.pop("numbers").cpu() - places.start
-        for name, value in gathered.items():
-            if name not in table:
-                table[name] = torch.empty(len(places), *value.shape[1:], dtype=value.dtype)
-            table[name][where] = value.cpu()  # by number: it does not matter in which order processes deliver
-        bar.update(len(where))
-    return table
+        if self.labels is not None:
+            if first:  # once a part: the whole column, so that the error counts all rows
+                check_labels(self.labels, max(2, logits.shape[2]), len(self.labels))
+            given = self.labels[numbers].to(logits.device)
+        return _checked(logits, given, numbers, self.gauge)
 
 
 def _checked(logits: Tensor, labels: Tensor | None, places: Tensor, gauge: str) -> dict[str, Tensor]:
@@ -181,19 +197,6 @@ def _check_spread(between: Tensor, total: Tensor, probes: int) -> None:
             "uncertainty to read off. A convex probe, such as a linear head, ends at the same weights from any seed: "
             "train each probe on a bootstrap sample (bootstrap=True, the default of train_probes and LinearProbes)"
         )
-
-
-def _cache(
-    folder: Path, probes: Probes, data: Dataset, labels: Tensor | None, gauge: str, accelerator: Accelerator
-) -> Path:
-    """The folder for exactly this scoring."""
-    given = "" if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest()
-    key = json.dumps([probes.fingerprint, data._fingerprint, len(data), given, gauge, PART])
-    folder = folder / f"scores-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-    return folder
 
 
 class _Numbered(torch.utils.data.Dataset):

@@ -1,23 +1,23 @@
 """Whole models as probes, trained with the Trainer."""
 
-import hashlib
 import inspect
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
+from hf_effdl.files import digest, write_whole
+from hf_effdl.processes import is_first, together
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.samples.probes.inputs import Inputs, check_dataset, label_names, label_tensor
 from hf_effdl.samples.probes.probes import LEAST_PROBES, Probes, ProbeSet, bootstrap_counts, weights_hash
@@ -28,15 +28,59 @@ from hf_effdl.weighting import WeightedTrainer
 PRESETS = {"default": (8, True), "paper": (10, False)}
 
 
+@dataclass(frozen=True)
+class _Recipe:
+    """How one probe is trained."""
+
+    model_init: Callable[[], nn.Module]
+    args: TrainingArguments
+    inputs: Inputs
+
+    def probe(self, m: int, rows: Dataset, labels: Tensor, places: Tensor, seed: int) -> nn.Module:
+        """Probe m, trained on these places of the rows, or loaded where it was before."""
+        with random_state_kept():
+            model = self._fresh(seed)
+            file = Path(self.args.output_dir) / f"probe-{m}" / "probe.safetensors"
+            key = _key(self.args, rows, labels, places, seed, model)
+            if not _load(model, file, key):
+                model = self._trained(model, rows.select(places.tolist()), labels[places], seed, f"probe-{m}")
+                _save(model, file, key)
+        return model.eval()
+
+    def trial(self, rows: Dataset, labels: Tensor, weights: Tensor, seed: int) -> nn.Module:
+        """A model trained on weighted rows, of which nothing is kept on the disk."""
+        with random_state_kept():
+            model = self._trained(self._fresh(seed), rows, labels, seed, "trial", weights)
+        shutil.rmtree(f"{self.args.output_dir}/trial", ignore_errors=True)
+        return model
+
+    def _fresh(self, seed: int) -> nn.Module:
+        set_seed(seed)
+        return self.model_init()
+
+    def _trained(
+        self, model: nn.Module, rows: Dataset, labels: Tensor, seed: int, folder: str, weights: Tensor | None = None
+    ) -> nn.Module:
+        changes = {"output_dir": f"{self.args.output_dir}/{folder}", "seed": seed, "remove_unused_columns": False}
+        trainer = WeightedTrainer(
+            model,
+            _replaced(self.args, **changes),
+            data_collator=_Collator(self.inputs.bind(rows, model), model),
+            train_dataset=_Labelled(rows, labels, torch.ones(len(labels)) if weights is None else weights),
+        )
+        trainer.train()
+        return trainer.accelerator.unwrap_model(trainer.model).eval()
+
+
 class TrainedProbes(Probes):
     """Probes that `train_probes` made; they know how one more is trained."""
 
-    def __init__(self, models: Sequence[nn.Module], try_out: Callable[..., nn.Module], **options: Any) -> None:
+    def __init__(self, models: Sequence[nn.Module], recipe: _Recipe, **options: Any) -> None:
         super().__init__(models, **options)
-        self._try_out = try_out
+        self._recipe = recipe
 
     def fit(self, rows: Dataset, labels: Tensor, weights: Tensor, seed: int) -> nn.Module:
-        return self._try_out(rows, labels, seed, weights)
+        return self._recipe.trial(rows, labels, weights, seed)
 
 
 def train_probes(
@@ -87,44 +131,14 @@ def train_probes(
         raise ValueError(f"num_probes={num_probes}: the spread of one probe is unknown; use 2 or more, better 8")
     labels = label_tensor(rows, label_column, label_names(rows, label_column))
     counts = bootstrap_counts(len(rows), num_probes, seed, bootstrap)
-    inputs = Inputs(processing_class, input_column, data_collator, [label_column])
-
-    def new_model(seed: int) -> nn.Module:
-        set_seed(seed)
-        return model_init()
-
-    def train(
-        model: nn.Module, data: Dataset, labels: Tensor, seed: int, folder: str, weights: Tensor | None = None
-    ) -> nn.Module:
-        options = {"output_dir": f"{args.output_dir}/{folder}", "seed": seed, "remove_unused_columns": False}
-        trainer = WeightedTrainer(
-            model,
-            _replaced(args, **options),
-            data_collator=_Collator(inputs.bind(data, model), model),
-            train_dataset=_Labelled(data, labels, torch.ones(len(labels)) if weights is None else weights),
-        )
-        trainer.train()
-        return trainer.accelerator.unwrap_model(trainer.model).eval()
-
-    def try_out(data: Dataset, labels: Tensor, seed: int, weights: Tensor) -> nn.Module:
-        with random_state_kept():
-            model = train(new_model(seed), data, labels, seed, "trial", weights)
-        shutil.rmtree(f"{args.output_dir}/trial", ignore_errors=True)
-        return model
-
-    models = []
-    for m, seen in enumerate(counts):
-        with random_state_kept():
-            model, places = new_model(seed + m), torch.arange(len(rows)).repeat_interleave(seen)
-            file = Path(args.output_dir) / f"probe-{m}" / "probe.safetensors"
-            key = _key(args, rows, labels, places, seed + m, model)
-            if not _load(model, file, key):
-                model = train(model, rows.select(places.tolist()), labels[places], seed + m, f"probe-{m}")
-                _save(model, file, key)
-        models.append(model.eval())
+    recipe = _Recipe(model_init, args, Inputs(processing_class, input_column, data_collator, [label_column]))
+    models = [
+        recipe.probe(m, rows, labels, torch.arange(len(rows)).repeat_interleave(times_seen), seed + m)
+        for m, times_seen in enumerate(counts)
+    ]
     return TrainedProbes(
         models,
-        try_out,
+        recipe,
         processing_class=processing_class,
         input_column=input_column,
         data_collator=data_collator,
@@ -135,24 +149,20 @@ def train_probes(
 
 def _load(model: nn.Module, file: Path, key: str) -> bool:
     """Load the weights saved under this key; False if there are none."""
-    known = None
+    saved_key = None
     if file.is_file():
         with safe_open(file, "pt") as saved:
-            known = (saved.metadata() or {}).get("key")
-    Accelerator().wait_for_everyone()  # no process writes before all have looked
-    if known == key:
+            saved_key = (saved.metadata() or {}).get("key")
+    together()  # no process writes before all have looked
+    if saved_key == key:
         load_model(model, file)
-    return known == key
+    return saved_key == key
 
 
 def _save(model: nn.Module, file: Path, key: str) -> None:
-    accelerator = Accelerator()
-    if accelerator.is_main_process:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".tmp")
-        save_model(model, str(part), metadata={"key": key})
-        os.replace(part, file)
-    accelerator.wait_for_everyone()
+    if is_first():
+        write_whole(file, lambda part: save_model(model, str(part), metadata={"key": key}))
+    together()
 
 
 # arguments that do not change what is trained
@@ -162,8 +172,8 @@ _ASIDE = ("output_dir", "run_name", "project", "hub_model_id", "hub_token", "dis
 def _key(args: TrainingArguments, rows: Dataset, labels: Tensor, places: Tensor, seed: int, model: nn.Module) -> str:
     """What a probe's weights follow from."""
     settings = {name: value for name, value in args.to_dict().items() if name not in _ASIDE}
-    found = [rows._fingerprint, labels.tolist(), places.tolist(), seed, settings, weights_hash([model])]
-    return hashlib.sha256(json.dumps(found, default=str, sort_keys=True).encode()).hexdigest()[:16]
+    causes = [rows._fingerprint, labels.tolist(), places.tolist(), seed, settings, weights_hash([model])]
+    return digest(json.dumps(causes, default=str, sort_keys=True))[:16]
 
 
 def _replaced(args: Any, **changes: Any) -> Any:

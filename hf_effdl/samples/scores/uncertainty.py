@@ -59,10 +59,10 @@ def uncertainty(logits: Tensor, labels: Tensor | None = None, gauge: str = "inva
             "better 8, probes trained on different bootstrap samples"
         )
     check_spread(logits)
-    return torch.cat([_uncertainty(part, given, gauge) for part, given in _chunks(logits, labels)])
+    return torch.cat([batch_uncertainty(part, given, gauge) for part, given in _chunks(logits, labels)])
 
 
-def _uncertainty(logits: Tensor, labels: Tensor | None, gauge: str = "invariant") -> Tensor:
+def batch_uncertainty(logits: Tensor, labels: Tensor | None, gauge: str = "invariant") -> Tensor:
     single = logits.shape[2] == 1
     logits = two_classes(logits)
     p = mean_probability(logits)
@@ -93,7 +93,7 @@ def mean_probability(logits: Tensor) -> Tensor:
 def entropy(logits: Tensor, labels: Tensor | None = None) -> Tensor:
     """Entropy of the mean prediction, `-sum_k p_k log p_k`, in nats, `(N,)`."""
     logits, _ = check_logits(logits)
-    return _rowwise(lambda z, _: _entropy(mean_probability(z)), logits)
+    return _rowwise(lambda z, _: entropy_of(mean_probability(z)), logits)
 
 
 def margin(logits: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -122,7 +122,7 @@ def bald(logits: Tensor, labels: Tensor | None = None) -> Tensor:
 
     def information(z: Tensor, _: None) -> Tensor:
         each = two_classes(_at_least_float32(z)).softmax(2)
-        return (_entropy(each.mean(1)) - _entropy(each).mean(1)).clamp(min=0)
+        return (entropy_of(each.mean(1)) - entropy_of(each).mean(1)).clamp(min=0)
 
     return _rowwise(information, logits)
 
@@ -230,7 +230,7 @@ def _labelled(labels: Tensor | None, score: str) -> Tensor:
     return labels
 
 
-def _entropy(p: Tensor) -> Tensor:
+def entropy_of(p: Tensor) -> Tensor:
     return torch.special.entr(p).sum(-1)
 
 

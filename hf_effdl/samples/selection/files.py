@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,15 @@ from datasets import Dataset
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from hf_effdl.hub.cards import write_selection_card
+from hf_effdl.files import read_json, write_whole
 from hf_effdl.hub.repos import own_dataset_repo
+from hf_effdl.processes import is_first
 from hf_effdl.samples.drawing.plan import Plan
+from hf_effdl.samples.selection.card import write_selection_card
 from hf_effdl.samples.selection.findings import clip_value, suspect_positions
+from hf_effdl.samples.selection.pictures import plot_overview
 from hf_effdl.samples.selection.report import SelectionReport
+from hf_effdl.samples.selection.rows import SelectedRows
 
 
 FORMAT = 1
@@ -34,15 +38,17 @@ RECORD, CHOSEN, SCORES, PICTURE = "selection.json", "selection.parquet", "scores
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 
 
-def save(selection: Any, folder: str | os.PathLike[str], config_name: str = "default") -> Path:
-    """Write one config into a folder beside those it has; returns the config's folder."""
+def save(
+    selection: SelectedRows, folder: str | os.PathLike[str], config_name: str = "default", card: bool = False
+) -> Path:
+    """Write one config into a folder beside those it has, and their card if asked; returns the config's folder."""
     if not re.fullmatch(NAME, config_name) or re.match(r"scores\b", config_name):
         raise ValueError(
             f"config_name={config_name!r}: use letters, digits and . _ -, and not 'scores', which is the "
             "name of the scores of all rows"
         )
     chosen, scores = selection.to_dataset(), selection.scores_dataset()
-    known = {name: record["scores"] for name, record in records(folder).items()}
+    scores_by_config = {name: record["scores"] for name, record in records(folder).items()}
     record = {
         "format": FORMAT,
         "settings": selection.plan.settings,
@@ -51,17 +57,19 @@ def save(selection: Any, folder: str | os.PathLike[str], config_name: str = "def
         "rows": selection.plan.rows,
         "named_rows": selection.row_ids is not None,
         "digest": digest(chosen),
-        "scores": _place_scores(config_name, digest(scores), known),
+        "scores": _place_scores(config_name, digest(scores), scores_by_config),
         "summary": summary(selection),
     }
     target = Path(folder) / record["scores"]["config"] / SCORES
-    if record["scores"] not in known.values() or not target.is_file():
-        _write(target, scores.to_parquet)
+    if record["scores"] not in scores_by_config.values() or not target.is_file():
+        write_whole(target, scores.to_parquet)
     target = Path(folder) / config_name
-    _write(target / CHOSEN, chosen.to_parquet)
+    write_whole(target / CHOSEN, chosen.to_parquet)
     # last, and with the digests of the other two: a write that was cut off is noticed
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    _write(target / RECORD, lambda part: part.write_text(text, encoding="utf-8"))
+    write_whole(target / RECORD, json.dumps(record, indent=2, ensure_ascii=False))
+    if card:
+        _draw(selection, target / PICTURE)
+        write_selection_card(folder, records(folder))
     return target
 
 
@@ -72,23 +80,8 @@ def load(
     token: str | bool | None = None,
 ) -> dict[str, Any]:
     """The arguments of the `Selection` in a folder or a repository."""
-    folder, commit = Path(where), None
-    if not folder.is_dir():
-        folder = _download(str(where), [f"*/{RECORD}", f"{config_name}/{CHOSEN}"], revision, token)
-        commit = folder.name  # a push between the two downloads does not matter
-    known = sorted(file.parent.name for file in folder.glob(f"*/{RECORD}"))
-    if not known:
-        raise FileNotFoundError(
-            f"{where} holds no selection: there is no <config_name>/{RECORD}; write one with "
-            "Selection.save or Selection.push_to_hub"
-        )
-    if config_name not in known:
-        raise ValueError(f"{where} has no config_name={config_name!r}; it has {known}")
-    record = records(folder, config_name)[config_name]
-    shared = f"{record['scores']['config']}/{SCORES}"
-    if commit is not None:
-        folder = _download(str(where), [shared], commit, token)
-    chosen, scores = _read(folder / config_name / CHOSEN), _read(folder / shared)
+    record, files = _located(where, config_name, revision, token)
+    chosen, scores = (_read(file) for file in files)
     if (digest(chosen), digest(scores)) != (record["digest"], record["scores"]["digest"]):
         raise ValueError(
             f"{where}: the files of config_name={config_name!r} do not belong together, as after a write "
@@ -113,8 +106,31 @@ def load(
     }
 
 
+def _located(
+    where: str | os.PathLike[str], config_name: str, revision: str | None, token: str | bool | None
+) -> tuple[dict[str, Any], list[Path]]:
+    """The record of a config, and the files of its chosen rows and of its scores, downloaded where need be."""
+    folder, commit = Path(where), None
+    if not folder.is_dir():
+        folder = _download(str(where), [f"*/{RECORD}", f"{config_name}/{CHOSEN}"], revision, token)
+        commit = folder.name  # a push between the two downloads does not matter
+    configs = sorted(file.parent.name for file in folder.glob(f"*/{RECORD}"))
+    if not configs:
+        raise FileNotFoundError(
+            f"{where} holds no selection: there is no <config_name>/{RECORD}; write one with "
+            "Selection.save or Selection.push_to_hub"
+        )
+    if config_name not in configs:
+        raise ValueError(f"{where} has no config_name={config_name!r}; it has {configs}")
+    record = records(folder, config_name)[config_name]
+    shared = f"{record['scores']['config']}/{SCORES}"
+    if commit is not None:
+        folder = _download(str(where), [shared], commit, token)
+    return record, [folder / config_name / CHOSEN, folder / shared]
+
+
 def push(
-    selection: Any,
+    selection: SelectedRows,
     repo_id: str,
     config_name: str,
     private: bool | None,
@@ -123,7 +139,7 @@ def push(
     **card: Any,
 ) -> str | None:
     """Save into a copy of the repository's small files, and commit what is new at once."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+    if not is_first():
         return None
     api = HfApi(token=token)
     head, files = own_dataset_repo(api, repo_id, private, lambda name: name.endswith(f"/{RECORD}"), "selection")
@@ -155,13 +171,13 @@ def push(
         )
 
 
-def summary(selection: Any) -> dict[str, Any]:
+def summary(selection: SelectedRows) -> dict[str, Any]:
     """What the card says of a selection, and labels are needed for, which are not stored."""
-    found = SelectionReport.of(selection).to_dict()
+    numbers = SelectionReport.of(selection).to_dict()
     suspects = suspect_positions(selection)
     inside = None if suspects is None else int(torch.isin(suspects, selection.plan.positions).sum())
     # the suspects themselves are rows of the source with their labels
-    return {name: value for name, value in found.items() if name != "suspects"} | {
+    return {name: value for name, value in numbers.items() if name != "suspects"} | {
         "clip": clip_value(selection),
         "suspects_selected": inside,
     }
@@ -169,10 +185,10 @@ def summary(selection: Any) -> dict[str, Any]:
 
 def records(folder: str | os.PathLike[str], only: str = "*") -> dict[str, dict[str, Any]]:
     """The `selection.json` of every config in a folder, by its name."""
-    found = {}
+    by_config = {}
     for file in sorted(Path(folder).glob(f"{only}/{RECORD}")):
         try:
-            record = json.loads(file.read_text(encoding="utf-8"))
+            record = read_json(file)
             newer, scores = record["format"] > FORMAT, record["scores"]["config"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is no record of a selection ({type(error).__name__}: {error})") from error
@@ -183,8 +199,8 @@ def records(folder: str | os.PathLike[str], only: str = "*") -> dict[str, dict[s
             )
         if not re.fullmatch(NAME, scores):  # it becomes a path
             raise ValueError(f"{file} names its scores {scores!r}, which is no folder beside it")
-        found[file.parent.name] = record
-    return found
+        by_config[file.parent.name] = record
+    return by_config
 
 
 def _scores_of(folder: str) -> set[str]:
@@ -193,36 +209,27 @@ def _scores_of(folder: str) -> set[str]:
 
 def digest(data: Dataset) -> str:
     """A hash of the columns' values."""
-    found = hashlib.sha256()
+    whole = hashlib.sha256()
     for name in data.column_names:
         values = json.dumps(data[name][:]).encode() if name == "row_id" else _array(data, name).tobytes()
-        found.update(f"{name} {data.features[name].dtype} {len(values)} ".encode() + values)
-    return found.hexdigest()[:16]
+        whole.update(f"{name} {data.features[name].dtype} {len(values)} ".encode() + values)
+    return whole.hexdigest()[:16]
 
 
-def _place_scores(config_name: str, value: str, known: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+def _place_scores(config_name: str, value: str, by_config: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     """Where scores go: to their equals, else to a name that no other config's scores have."""
-    alike = next((scores["config"] for scores in known.values() if scores["digest"] == value), None)
-    taken = {scores["config"] for name, scores in known.items() if name != config_name}
+    alike = next((scores["config"] for scores in by_config.values() if scores["digest"] == value), None)
+    taken = {scores["config"] for name, scores in by_config.items() if name != config_name}
     return {"config": alike or ("scores" if "scores" not in taken else f"scores-{value[:8]}"), "digest": value}
 
 
-def _write(target: Path, write: Callable[[Path], Any]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as folder:
-        write(Path(folder) / target.name)
-        os.replace(Path(folder) / target.name, target)
-
-
-def _draw(selection: Any, target: Path) -> None:
+def _draw(selection: SelectedRows, target: Path) -> None:
     target.unlink(missing_ok=True)
     try:
-        from hf_effdl.samples.selection.pictures import plot_overview
-
-        figure = plot_overview(selection)
+        picture = plot_overview(selection)
     except ImportError:  # matplotlib is an extra
         return
-    figure.savefig(target, dpi=110)
+    write_whole(target, lambda part: picture.savefig(part, dpi=110))
 
 
 def _read(file: Path) -> Dataset:

@@ -2,14 +2,16 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, Image
 
-from hf_effdl.samples.probes.inputs import NOT_INPUTS, _is_text, check_dataset
+from hf_effdl.pictures import CHOSEN, DARK, LINE, OTHER, bare, figure
+from hf_effdl.samples.probes.inputs import NOT_INPUTS, check_dataset, is_image, is_text
 from hf_effdl.samples.probes.scoring import SCORES
 from hf_effdl.samples.selection.findings import (
+    SHOWN_CLASSES,
     class_counts,
     clip_value,
     describe_row,
@@ -18,14 +20,9 @@ from hf_effdl.samples.selection.findings import (
     suspect_positions,
     uncertainty_column,
 )
-from hf_effdl.samples.selection.report import SHOWN_CLASSES
+from hf_effdl.samples.selection.rows import SelectedRows
 
 
-if TYPE_CHECKING:
-    from hf_effdl.samples.selection.selection import Selection
-
-
-CHOSEN, POOL, LINE, DARK = "#d1495b", "#c9d1d9", "#2b4c7e", "#333333"
 WIDTH, BINS = 13.0, (12, 40)
 # heights in inches: of a line of text, of a title over a row of examples
 LINE_HEIGHT, TITLE_HEIGHT = 0.165, 0.4
@@ -37,7 +34,7 @@ TILES, THUMBNAIL = 6, 256
 LEAST_SIDE, LONGEST_RATIO = 8, 4
 
 
-def plot_scores(selection: "Selection") -> Any:
+def plot_scores(selection: SelectedRows) -> Any:
     """The score that rows were drawn by: how it is spread over the pool and over the selected rows.
 
     Returns:
@@ -47,12 +44,12 @@ def plot_scores(selection: "Selection") -> Any:
         ImportError: without matplotlib.
         ValueError: for a score table without uncertainties.
     """
-    figure = _figure(7.5, 4)
-    _draw_scores(figure.subplots(), selection)
-    return figure
+    sheet = figure(7.5, 4)
+    _draw_scores(sheet.subplots(), selection)
+    return sheet
 
 
-def plot_classes(selection: "Selection") -> Any:
+def plot_classes(selection: SelectedRows) -> Any:
     """Shares of the classes in the pool and among the selected rows; of many classes those that changed most.
 
     Returns:
@@ -62,12 +59,12 @@ def plot_classes(selection: "Selection") -> Any:
         ImportError: without matplotlib.
         ValueError: for a score table without labels and votes.
     """
-    figure = _figure(6, _classes_height(selection))
-    _draw_classes(figure.subplots(), selection)
-    return figure
+    sheet = figure(6, _classes_height(selection))
+    _draw_classes(sheet.subplots(), selection)
+    return sheet
 
 
-def plot_examples(selection: "Selection", count: int = 8, column: str | None = None) -> Any:
+def plot_examples(selection: SelectedRows, count: int = 8, column: str | None = None) -> Any:
     """Rows of the pool: the least certain, the most certain, and the likeliest label errors.
 
     Args:
@@ -84,104 +81,68 @@ def plot_examples(selection: "Selection", count: int = 8, column: str | None = N
         ImportError: without matplotlib.
         ValueError: if the data set is not at hand, is another one, or lacks the column.
     """
-    rows = _Rows(selection, count, column)
-    figure = _figure(WIDTH, rows.height)
-    rows.draw(figure)
-    return figure
+    rows = _examples(selection, count, column)
+    sheet = figure(WIDTH, rows.height)
+    rows.draw(sheet)
+    return sheet
 
 
-def plot_overview(selection: "Selection") -> Any:
+def plot_overview(selection: SelectedRows) -> Any:
     """`plot_scores` and `plot_classes` beside each other, as far as the score table has what they show."""
-    figure = _figure(WIDTH, _classes_height(selection))
-    _draw_overview(figure, selection)
-    return figure
+    sheet = figure(WIDTH, _classes_height(selection))
+    _draw_overview(sheet, selection)
+    return sheet
 
 
-def plot_selection(selection: "Selection", count: int = 8, column: str | None = None) -> Any:
+def plot_selection(selection: SelectedRows, count: int = 8, column: str | None = None) -> Any:
     """Everything in one figure; where the data set is not at hand it says so in place of the examples."""
     top = _classes_height(selection)
     if selection.pool is None:
-        figure = _figure(WIDTH, top + TITLE_HEIGHT)
-        _draw_overview(figure, selection)
-        figure.supxlabel(
+        sheet = figure(WIDTH, top + TITLE_HEIGHT)
+        _draw_overview(sheet, selection)
+        sheet.supxlabel(
             "No examples: the data set is not at hand. Set selection.pool to the data set that was scored.",
             fontsize=9,
             color=DARK,
         )
-        return figure
-    rows = _Rows(selection, count, column)
-    figure = _figure(WIDTH, top + rows.height)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[top, rows.height])
+        return sheet
+    rows = _examples(selection, count, column)
+    sheet = figure(WIDTH, top + rows.height)
+    upper, lower = sheet.subfigures(2, 1, height_ratios=[top, rows.height])
     _draw_overview(upper, selection)
     rows.draw(lower)
-    return figure
+    return sheet
 
 
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('pictures of a selection need matplotlib: pip install "hf_effdl[plot]"') from error
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
-
-
-def _draw_overview(figure: Any, selection: "Selection") -> None:
+def _draw_overview(sheet: Any, selection: SelectedRows) -> None:
     # a table made by hand may lack what one of them shows
     panels = [(_draw_scores, 1.2)] if drawing_score(selection)[0] is not None else []
     panels += [(_draw_classes, 1)] if class_counts(selection) or not panels else []
     widths = [width for _, width in panels]
-    for axes, (draw, _) in zip(
-        figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0], panels, strict=True
-    ):
+    row = sheet.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
+    for axes, (draw, _) in zip(row, panels, strict=True):
         draw(axes, selection)
-
-
-def _bare(axes: Any) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
 
 
 # ---- scores
 
 
-def _draw_scores(axes: Any, selection: "Selection") -> None:
+def _draw_scores(axes: Any, selection: SelectedRows) -> None:
     scores, name = drawing_score(selection)
     if scores is None:
         raise ValueError(f"the score table holds {sorted(selection.table)}, neither the score of the draw nor u_x")
-    values, settings = scores.double().numpy(), selection.plan.settings
+    values, clip = scores.double().numpy(), clip_value(selection)
     edges, log = _edges(values, len(selection))
-    for rows, color, how in (
-        (values, POOL, {"label": f"pool ({len(values):,} rows)"}),
-        (
-            values[selection.plan.positions.numpy()],
-            CHOSEN,
-            {"label": f"selected ({len(selection):,} rows)", "histtype": "step", "lw": 1.8},
-        ),
-    ):
-        # rows beyond the ends stand in the first and last bar
-        rows = rows.clip(edges[0], edges[-1])
-        axes.hist(rows, edges, weights=np.full(len(rows), 100 / len(rows)), color=color, **how)
+    chosen = values[selection.plan.positions.numpy()]
+    _draw_bars(axes, values, edges, color=OTHER, label=f"pool ({len(values):,} rows)")
+    line = {"histtype": "step", "lw": 1.8}
+    _draw_bars(axes, chosen, edges, color=CHOSEN, label=f"selected ({len(selection):,} rows)", **line)
     if log:
         _log_axis(axes, edges)
-    clip = clip_value(selection)
     if clip is not None:
-        axes.axvline(
-            clip,
-            ymax=0.85,
-            color=LINE,
-            ls="--",
-            lw=1.4,
-            label=f"clip {clip:.3g}: {(values >= clip).mean():.0%} of the pool at or above",
-        )
-    drawn = settings.get("score")
-    how = {name: "the draw's score", "uniform": "rows were drawn uniformly"}.get(drawn, "")
-    if settings.get("quotas") == "strata":
-        how = "rows were drawn uniformly in each stratum"
-    axes.set_title(
-        f"{'Uncertainty' if name in ('u_x', 'u_y') else 'Score'} {name}" + (f": {how}" if how else ""),
-        loc="left",
-        fontsize=11,
-    )
+        label = f"clip {clip:.3g}: {(values >= clip).mean():.0%} of the pool at or above"
+        axes.axvline(clip, ymax=0.85, color=LINE, ls="--", lw=1.4, label=label)
+    axes.set_title(_scores_title(name, selection.plan.settings), loc="left", fontsize=11)
     beyond = [f"first bar: below {edges[0]:.3g}"] if values.min() < edges[0] else []
     beyond += [f"last bar: above {edges[-1]:.3g}"] if values.max() > edges[-1] else []
     axes.set_xlabel(name + (f" ({', '.join(beyond)})" if beyond else ""))
@@ -190,7 +151,21 @@ def _draw_scores(axes: Any, selection: "Selection") -> None:
     axes.margins(x=0.01)
     axes.set_ylim(0, axes.get_ylim()[1] * 1.22)
     axes.legend(fontsize=8, loc="upper left", frameon=False, ncols=2 if clip is None else 3, columnspacing=1.2)
-    _bare(axes)
+    bare(axes)
+
+
+def _draw_bars(axes: Any, values: np.ndarray, edges: np.ndarray, **how: Any) -> None:
+    # rows beyond the ends stand in the first and last bar
+    shares = np.full(len(values), 100 / len(values))
+    axes.hist(values.clip(edges[0], edges[-1]), edges, weights=shares, **how)
+
+
+def _scores_title(name: str, settings: Mapping[str, Any]) -> str:
+    title = f"{'Uncertainty' if name in ('u_x', 'u_y') else 'Score'} {name}"
+    if settings.get("quotas") == "strata":
+        return f"{title}: rows were drawn uniformly in each stratum"
+    how = {name: ": the draw's score", "uniform": ": rows were drawn uniformly"}
+    return title + how.get(settings.get("score"), "")
 
 
 def _log_axis(axes: Any, edges: np.ndarray) -> None:
@@ -219,17 +194,17 @@ def _edges(values: np.ndarray, selected: int) -> tuple[np.ndarray, bool]:
 # ---- classes
 
 
-def _classes_height(selection: "Selection") -> float:
+def _classes_height(selection: SelectedRows) -> float:
     return max(3.6, 1.2 + 0.2 * min(len(class_counts(selection)), SHOWN_CLASSES))
 
 
-def _draw_classes(axes: Any, selection: "Selection") -> None:
+def _draw_classes(axes: Any, selection: SelectedRows) -> None:
     classes = class_counts(selection)
     if not classes:
         raise ValueError(f"the score table holds {sorted(selection.table)}, neither labels nor the probes' votes")
     shown = range(len(classes)) if len(classes) <= SHOWN_CLASSES else most_changed(classes, SHOWN_CLASSES)
     places = np.arange(len(shown))
-    for key, color, label, shift in (("pool", POOL, "pool", -0.2), ("selected", CHOSEN, "selected", 0.2)):
+    for key, color, label, shift in (("pool", OTHER, "pool", -0.2), ("selected", CHOSEN, "selected", 0.2)):
         total = sum(row[key] for row in classes)
         axes.barh(places + shift, [100 * classes[c][key] / total for c in shown], 0.4, color=color, label=label)
     axes.set_yticks(places, [_shorten(classes[c]["class"], NAME_CHARACTERS) for c in shown], fontsize=8)
@@ -242,62 +217,55 @@ def _draw_classes(axes: Any, selection: "Selection") -> None:
     some = "" if len(shown) == len(classes) else f": {len(shown)} of {len(classes)}, those that changed most"
     axes.set_title(what + some, loc="left", fontsize=11)
     axes.legend(fontsize=8, loc="upper left", frameon=False, ncols=2)
-    _bare(axes)
+    bare(axes)
 
 
 # ---- rows
 
 
-class _Rows:
-    """Rows to show, read once: what their kinds are, what of them is shown, and how much room that takes."""
+UNSURE, SURE, SUSPECTS = "Least certain", "Most certain", "Suspected label errors"
 
-    def __init__(self, selection: "Selection", count: int, column: str | None) -> None:
-        if selection.pool is None:
-            raise ValueError("the data set is not at hand; set selection.pool to the data set that was scored")
-        pool = check_dataset(selection.pool, [column] if column else [], "selection.pool")
-        if len(pool) != selection.plan.rows:
-            raise ValueError(
-                f"selection.pool has {len(pool)} rows and the selection was made from "
-                f"{selection.plan.rows}; set it to the data set that was scored"
-            )
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"count={count!r}: show one row or more of each kind")
-        self.selection, self.count = selection, count
-        self.kinds = _kinds(selection, count)
-        positions = list(dict.fromkeys(i for found in self.kinds.values() for i in found))
-        values = _read(pool, positions, [column] if column else _columns(selection, pool))
-        self.images = _images(pool, values)
-        texts = self.images or _texts(pool, values, len(positions))
-        if column and not any(shown is not None and len(shown) for shown in texts):
-            raise ValueError(f"column={column!r} holds {pool.features[column]}, neither images nor texts nor numbers")
-        self.show = dict(zip(positions, texts, strict=True))
+
+class _Examples:
+    """Rows to show: what their kinds are, what is shown of them, and, as subclasses know, how much room that takes."""
+
+    height: float
+
+    def __init__(self, selection: SelectedRows, kinds: dict[str, list[int]], shown: dict[int, Any]) -> None:
+        self.selection, self.kinds, self.shown = selection, kinds, shown
         self.chosen = set(selection.plan.positions.tolist())
-        if self.images:
-            self.across = max(TILES, *map(len, self.kinds.values()))
-            self.height = len(self.kinds) * (WIDTH / self.across + TITLE_HEIGHT + 0.5)
-        else:
-            self.lines = {kind: [self._lines(i, kind) for i in found] for kind, found in self.kinds.items()}
-            self.deepest = max(sum(len(lines) + 0.6 for lines in found) for found in self.lines.values())
-            self.height = self.deepest * LINE_HEIGHT + TITLE_HEIGHT + 0.2
 
-    def draw(self, figure: Any) -> None:
-        if self.images:
-            self._draw_images(figure)
-        else:
-            self._draw_texts(figure)
+    def draw(self, sheet: Any) -> None:
+        raise NotImplementedError
 
-    def _draw_images(self, figure: Any) -> None:
-        strips = figure.subfigures(len(self.kinds), 1, squeeze=False)[:, 0]
-        for strip, (kind, found) in zip(strips, self.kinds.items(), strict=True):
+    def describe(self, position: int, kind: str) -> tuple[Mapping[str, Any], str]:
+        """What is known of a row, and the number it is shown for."""
+        row, name = describe_row(self.selection, position), uncertainty_column(self.selection)
+        if kind == SUSPECTS or name is None:
+            return row, f"p(label) {row['p_label']:.2g}"
+        return row, f"u {self.selection.table[name][position].item():.3g}"
+
+
+class _Tiles(_Examples):
+    """Images beside each other, a strip for each kind."""
+
+    def __init__(self, selection: SelectedRows, kinds: dict[str, list[int]], shown: dict[int, Any]) -> None:
+        super().__init__(selection, kinds, shown)
+        self.across = max(TILES, *map(len, kinds.values()))
+        self.height = len(kinds) * (WIDTH / self.across + TITLE_HEIGHT + 0.5)
+
+    def draw(self, sheet: Any) -> None:
+        strips = sheet.subfigures(len(self.kinds), 1, squeeze=False)[:, 0]
+        for strip, (kind, positions) in zip(strips, self.kinds.items(), strict=True):
             strip.suptitle(f"{kind}  (red frame: selected)", x=0.01, ha="left", fontsize=11)
             for place, axes in enumerate(strip.subplots(1, self.across, squeeze=False)[0]):
-                if place >= len(found):
+                if place >= len(positions):
                     axes.set_axis_off()
                     continue
-                self._draw_image(axes, found[place], kind)
+                self._draw_image(axes, positions[place], kind)
 
     def _draw_image(self, axes: Any, position: int, kind: str) -> None:
-        image = self.show[position]
+        image = self.shown[position]
         if image is not None:
             axes.imshow(image, cmap="gray" if image.ndim == 2 else None)
         else:
@@ -308,22 +276,32 @@ class _Rows:
         axes.set_yticks([])
         inside = position in self.chosen
         for spine in axes.spines.values():
-            spine.set(color=CHOSEN if inside else POOL, linewidth=2.5 if inside else 0.8)
-        row, number = self._row(position, kind)
+            spine.set(color=CHOSEN if inside else OTHER, linewidth=2.5 if inside else 0.8)
+        row, number = self.describe(position, kind)
         names = [f"{key} {_shorten(row[key], TILE_CHARACTERS - 6)}" for key in ("label", "vote") if row[key]]
         axes.set_title("\n".join(names), fontsize=8, parse_math=False, pad=4)
         axes.set_xlabel(f"row {_tail(row['row_id'], TILE_CHARACTERS - 6)}\n{number}", fontsize=8, parse_math=False)
 
-    def _draw_texts(self, figure: Any) -> None:
-        for axes, (kind, found) in zip(
-            figure.subplots(1, len(self.kinds), squeeze=False)[0], self.lines.items(), strict=True
+
+class _Texts(_Examples):
+    """Texts below each other, a column for each kind."""
+
+    def __init__(self, selection: SelectedRows, kinds: dict[str, list[int]], shown: dict[int, Any]) -> None:
+        super().__init__(selection, kinds, shown)
+        self.lines = {kind: [self._lines(i, kind) for i in positions] for kind, positions in kinds.items()}
+        self.deepest = max(sum(len(lines) + 0.6 for lines in column) for column in self.lines.values())
+        self.height = self.deepest * LINE_HEIGHT + TITLE_HEIGHT + 0.2
+
+    def draw(self, sheet: Any) -> None:
+        for axes, (kind, column) in zip(
+            sheet.subplots(1, len(self.kinds), squeeze=False)[0], self.lines.items(), strict=True
         ):
             axes.set_title(f"{kind}  (red bar: selected)", loc="left", fontsize=11)
             axes.set_axis_off()
             axes.set(xlim=(0, 1), ylim=(self.deepest, 0))
             top = 0.2
-            for position, lines in zip(self.kinds[kind], found, strict=True):
-                color = CHOSEN if position in self.chosen else POOL
+            for position, lines in zip(self.kinds[kind], column, strict=True):
+                color = CHOSEN if position in self.chosen else OTHER
                 axes.plot([0.006, 0.006], [top, top + len(lines)], color=color, lw=3, solid_capstyle="butt")
                 for place, (line, bold) in enumerate(lines):
                     axes.text(
@@ -341,28 +319,45 @@ class _Rows:
 
     def _lines(self, position: int, kind: str) -> list[tuple[str, bool]]:
         """The lines about a row, and whether they are bold."""
-        row, number = self._row(position, kind)
+        row, number = self.describe(position, kind)
         wide = LINE_CHARACTERS // len(self.kinds)
         names = [f"{key} {_shorten(row[key], wide - 8)}" for key in ("label", "vote") if row[key]]
         if row["label"] is not None and row["label"] == row["vote"]:
             names = [f"label and vote {_shorten(row['label'], wide - 18)}"]
         head = [f"row {_tail(row['row_id'], 36)}, {number}", *names]
-        body = textwrap.wrap(self.show[position], wide, max_lines=3, placeholder=" …")
+        body = textwrap.wrap(self.shown[position], wide, max_lines=3, placeholder=" …")
         return [(line, True) for line in head] + [(line, False) for line in body]
 
-    def _row(self, position: int, kind: str) -> tuple[Mapping[str, Any], str]:
-        """What is known of a row, and the number it is shown for."""
-        row, name = describe_row(self.selection, position), uncertainty_column(self.selection)
-        if kind == SUSPECTS or name is None:
-            return row, f"p(label) {row['p_label']:.2g}"
-        return row, f"u {self.selection.table[name][position].item():.3g}"
+
+def _examples(selection: SelectedRows, count: int, column: str | None) -> _Tiles | _Texts:
+    """The rows at both ends and the likeliest label errors, read once."""
+    pool, kinds = _pool(selection, column), _kinds(selection, count)
+    positions = list(dict.fromkeys(i for of_kind in kinds.values() for i in of_kind))
+    values = _read(pool, positions, [column] if column else _columns(selection, pool))
+    images = _images(pool, values)
+    shown = images or _texts(pool, values, len(positions))
+    if column and not any(value is not None and len(value) for value in shown):
+        raise ValueError(f"column={column!r} holds {pool.features[column]}, neither images nor texts nor numbers")
+    return (_Tiles if images else _Texts)(selection, kinds, dict(zip(positions, shown, strict=True)))
 
 
-UNSURE, SURE, SUSPECTS = "Least certain", "Most certain", "Suspected label errors"
+def _pool(selection: SelectedRows, column: str | None) -> Dataset:
+    """The data set that was selected from, with the column that is to be shown."""
+    if selection.pool is None:
+        raise ValueError("the data set is not at hand; set selection.pool to the data set that was scored")
+    pool = check_dataset(selection.pool, [column] if column else [], "selection.pool")
+    if len(pool) != selection.plan.rows:
+        raise ValueError(
+            f"selection.pool has {len(pool)} rows and the selection was made from "
+            f"{selection.plan.rows}; set it to the data set that was scored"
+        )
+    return pool
 
 
-def _kinds(selection: "Selection", count: int) -> dict[str, list[int]]:
+def _kinds(selection: SelectedRows, count: int) -> dict[str, list[int]]:
     """Positions of the rows of each kind that there is."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"count={count!r}: show one row or more of each kind")
     name = uncertainty_column(selection)
     order = None if name is None else selection.table[name].argsort(stable=True)
     suspects = suspect_positions(selection)
@@ -377,13 +372,13 @@ def _kinds(selection: "Selection", count: int) -> dict[str, list[int]]:
     return kinds
 
 
-def _columns(selection: "Selection", pool: Dataset) -> list[str]:
+def _columns(selection: SelectedRows, pool: Dataset) -> list[str]:
     """What may be shown of a row; sound and films may not, and need decoders that may not be there."""
     ignored = {*SCORES, *NOT_INPUTS, selection.info.get("label_column"), selection.info.get("id_column")}
     return [
         name
         for name, feature in pool.features.items()
-        if name not in ignored and (isinstance(feature, Image) or not hasattr(feature, "decode_example"))
+        if name not in ignored and (is_image(feature) or not hasattr(feature, "decode_example"))
     ]
 
 
@@ -391,7 +386,7 @@ def _read(pool: Dataset, positions: Sequence[int], columns: Sequence[str]) -> di
     """The rows' values as they are stored: transforms are for training."""
     rows = pool.with_format(None).select_columns(list(columns)).select(positions)
     for name, feature in rows.features.items():
-        if isinstance(feature, Image) and not feature.decode:
+        if is_image(feature) and not feature.decode:
             rows = rows.cast_column(name, Image())
     return {name: rows[name][:] for name in columns}
 
@@ -399,7 +394,7 @@ def _read(pool: Dataset, positions: Sequence[int], columns: Sequence[str]) -> di
 def _images(pool: Dataset, values: Mapping[str, Sequence[Any]]) -> list[np.ndarray | None] | None:
     """The first column that holds images, as arrays that matplotlib shows; None if there is none."""
     for name, column in values.items():
-        if isinstance(pool.features[name], Image):
+        if is_image(pool.features[name]):
             return [None if value is None else _from_pil(value) for value in column]
     for column in values.values():
         images = [_from_array(value) for value in column]
@@ -418,37 +413,46 @@ def _from_pil(image: Any) -> np.ndarray:
 
 def _from_array(value: Any) -> np.ndarray | None:
     """An array of shape (H, W), (1 or 3, H, W) or (H, W, 1 or 3) as an image with values in [0, 1]."""
-    if not isinstance(value, (list, np.ndarray)) or not len(value) or not isinstance(value[0], (list, np.ndarray)):
+    nested = isinstance(value, (list, np.ndarray)) and len(value) and isinstance(value[0], (list, np.ndarray))
+    if not nested:
         return None
     try:
-        array = np.asarray(value, dtype=float)
+        array = _channels_last(np.asarray(value, dtype=float))
     except ValueError:  # ragged, or texts
         return None
-    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    sides = array.shape[:2]
-    plain = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
-    if not plain or min(sides) < LEAST_SIDE or max(sides) > LONGEST_RATIO * min(sides):
+    if not _is_picture(array.shape):
         return None
     low, high = np.nanmin(array), np.nanmax(array)
     return (array - low) / (high - low) if high > low else np.zeros_like(array)
 
 
+def _channels_last(array: np.ndarray) -> np.ndarray:
+    """Channels behind, and left out where there is one."""
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
+        array = array.transpose(1, 2, 0)
+    return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+
+
+def _is_picture(shape: tuple[int, ...]) -> bool:
+    channels = shape[2:] in ((), (3,))
+    return channels and min(shape[:2]) >= LEAST_SIDE and max(shape[:2]) <= LONGEST_RATIO * min(shape[:2])
+
+
 def _texts(pool: Dataset, values: Mapping[str, Sequence[Any]], rows: int) -> list[str]:
     """The column with the longest texts; else the row's numbers."""
-    texts = {
-        name: [" ".join(value.split()) if value else "(empty)" for value in column]
+    texts = [
+        [" ".join(value.split()) if value else "(empty)" for value in column]
         for name, column in values.items()
-        if _is_text(pool.features[name])
-    }
+        if is_text(pool.features[name])
+    ]
     if texts:
-        return max(texts.values(), key=lambda column: sum(map(len, column)))
-    numbers = {
-        name: column for name, column in values.items() if all(isinstance(value, (int, float)) for value in column)
-    }
+        return max(texts, key=lambda column: sum(map(len, column)))
+    numbers = {name: column for name, column in values.items() if all(map(_is_number, column))}
     return [", ".join(f"{name} {column[i]:.4g}" for name, column in numbers.items()) for i in range(rows)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _tail(row_id: int | str, characters: int) -> str:

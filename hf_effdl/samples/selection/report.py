@@ -6,35 +6,35 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 
+from hf_effdl.files import write_whole
 from hf_effdl.hub.cards import markdown_table
-from hf_effdl.samples.drawing.draws import _fill
-from hf_effdl.samples.drawing.plan import HARD_ROWS_HELP, NEARLY_SOLVED, table_noise
+from hf_effdl.samples.drawing.presets import HARD_ROWS_HELP, NEARLY_SOLVED
+from hf_effdl.samples.drawing.quotas import even_shares
 from hf_effdl.samples.scores.noise import NOISY
 from hf_effdl.samples.selection.findings import (
     DAMPED,
+    SHOWN_CLASSES,
     SURE,
+    agreement,
+    capped_share,
     class_counts,
-    clip_value,
     describe_rows,
-    drawing_score,
-    kept_by_filter,
     mode_of,
     most_changed,
+    noise_of,
+    refilled_rows,
     spread,
     suspect_positions,
-    uncertainty_column,
 )
+from hf_effdl.samples.selection.pictures import plot_examples, plot_overview, plot_selection
+from hf_effdl.samples.selection.rows import SelectedRows
 
 
-if TYPE_CHECKING:
-    from hf_effdl.samples.selection.selection import Selection
-
-
-SHOWN_SUSPECTS, SHOWN_CLASSES, SHOWN_NAMES = 20, 30, 8
+SHOWN_SUSPECTS, SHOWN_NAMES = 20, 8
 
 
 @dataclass(repr=False)
@@ -90,22 +90,15 @@ class SelectionReport:
     suspect_count: int | None
     suspects: list[dict[str, Any]]
     warnings: list[str] = field(default_factory=list)
-    selection: "Selection | None" = None
+    selection: SelectedRows | None = None
 
     @classmethod
-    def of(cls, selection: "Selection") -> "SelectionReport":
+    def of(cls, selection: SelectedRows) -> Self:
         """The report of a selection; score columns that it lacks leave their attributes None."""
         plan, table, settings = selection.plan, selection.table, selection.plan.settings
-        labelled = "label" in table
-        agree = (table["label"] == table["predicted"]) if labelled and "predicted" in table else None
-        noise = settings.get("noise_rate")
-        if noise is None and agree is not None and {"confidence", "p_clean"} <= set(table):
-            noise = table_noise(table)
-        kept = kept_by_filter(selection)
-        scores, clip = drawing_score(selection)[0], clip_value(selection)
-        column = uncertainty_column(selection)
+        noise, weights = noise_of(selection), plan.weights.double()
         suspects = suspect_positions(selection)
-        weights = plan.weights.double()
+        shown = [] if suspects is None else suspects[:SHOWN_SUSPECTS].tolist()
         report = cls(
             rows=plan.rows,
             selected=len(plan),
@@ -116,18 +109,18 @@ class SelectionReport:
             recipe=_recipe(settings, noise),
             noise_rate=noise,
             trial_accuracy=settings.get("trial_accuracy"),
-            agreement=None if agree is None else agree.double().mean().item(),
+            agreement=agreement(selection),
             mean_confidence=table["confidence"].double().mean().item() if "confidence" in table else None,
             kish=plan.kish,
             kish_share=plan.kish / len(plan),
             max_to_median=(weights.max() / weights.median()).item(),
-            refilled=None if kept is None else int((~kept[plan.positions]).sum()),
+            refilled=refilled_rows(selection),
             counted_by=next((name for name in ("label", "predicted") if name in table), None),
             classes=class_counts(selection),
-            uncertainty=None if column is None else spread(column, table[column]),
-            capped=None if clip is None else (scores >= clip).double().mean().item(),
+            uncertainty=spread(selection),
+            capped=capped_share(selection),
             suspect_count=None if suspects is None else len(suspects),
-            suspects=describe_rows(selection, [] if suspects is None else suspects[:SHOWN_SUSPECTS].tolist()),
+            suspects=describe_rows(selection, shown),
             selection=selection,
         )
         report.warnings = _warnings(report, settings)
@@ -144,7 +137,7 @@ class SelectionReport:
 
     def plot(self, count: int = 8, column: str | None = None) -> Any:
         """See `Selection.plot`."""
-        return self.selection.plot(count, column)
+        return plot_selection(self.selection, count, column)
 
     def save(self, folder: str | os.PathLike[str], examples: bool = True) -> list[Path]:
         """Write `report.md`, `report.json`, `selection.png` and `examples.png`, each atomically.
@@ -158,25 +151,27 @@ class SelectionReport:
         Returns:
             The files written.
         """
-        from hf_effdl.samples.selection.pictures import plot_examples, plot_overview
-
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         written, text = [], str(self)
+        for name, picture in self._pictures(examples).items():
+            written.append(
+                write_whole(folder / name, lambda part, picture=picture: picture.savefig(part, format="png"))
+            )
+            text += f"\n\n![{'rows of the pool' if name == 'examples.png' else 'scores and classes'}]({name})"
+        numbers = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        written.append(write_whole(folder / "report.md", text + "\n"))
+        written.append(write_whole(folder / "report.json", numbers + "\n"))
+        return written
+
+    def _pictures(self, examples: bool) -> dict[str, Any]:
         try:
             pictures = {"selection.png": plot_overview(self.selection)}
             if examples and self.selection.pool is not None:
                 pictures["examples.png"] = plot_examples(self.selection)
         except ImportError as error:
-            warnings.warn(f"the report is saved without pictures: {error}", stacklevel=2)
-            pictures = {}
-        for name, figure in pictures.items():
-            written.append(_write(folder / name, lambda part, figure=figure: figure.savefig(part, format="png")))
-            text += f"\n\n![{'rows of the pool' if name == 'examples.png' else 'scores and classes'}]({name})"
-        lines = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-        for name, content in (("report.md", text), ("report.json", lines)):
-            written.append(_write(folder / name, lambda part, c=content: part.write_text(c + "\n", encoding="utf-8")))
-        return written
+            warnings.warn(f"the report is saved without pictures: {error}", stacklevel=3)
+            return {}
+        return pictures
 
     def __repr__(self) -> str:
         named = "".join(f", {k}={v!r}" for k in ("preset", "regime") if (v := getattr(self, k)) is not None)
@@ -328,77 +323,94 @@ def _reason(settings: Mapping[str, Any], noise: float | None) -> str:
 
 
 def _warnings(report: SelectionReport, settings: Mapping[str, Any]) -> list[str]:
-    found = []
+    warned = _label_warnings(report) + _weight_warnings(report, settings)
+    classes = [row for row in report.classes if row["pool"]]
+    return warned + _class_warnings(report, settings, classes) if classes else warned
+
+
+def _label_warnings(report: SelectionReport) -> list[str]:
+    """Of labels that look wrong, and of probes that are weak."""
+    warned = []
     if report.noise_rate is not None and report.noise_rate > NOISY:
-        found.append(
+        warned.append(
             f"about {_percent(report.noise_rate)} of the labels look wrong (weak probes read high); see the "
             "suspected label errors"
         )
     chance = 1 / max(2, len(report.classes))
     # a third of the way from a blind guess to certainty
     if report.mean_confidence is not None and report.mean_confidence < chance + (1 - chance) / 3:
-        found.append(
+        warned.append(
             f"the probes are weak: their mean confidence is {report.mean_confidence:.2f} with "
             f"{len(report.classes)} classes; their scores say little, train them on more rows or better "
             "features"
         )
     if report.agreement is not None and report.agreement < 0.5:
-        found.append(
+        warned.append(
             f"the probes vote for only {_percent(report.agreement)} of the labels: they are weak, or most "
             "labels are wrong"
         )
+    return warned
+
+
+def _weight_warnings(report: SelectionReport, settings: Mapping[str, Any]) -> list[str]:
+    """Of weights that few rows carry, and of a clip that nearly all rows are above."""
+    warned = []
     if report.kish_share < 0.5:
-        found.append(
+        warned.append(
             f"the weights are worth only {report.kish:,.1f} of {report.selected:,} rows (Kish): few rows "
             "carry the loss; weights='damped' or 'none' spread it"
         )
     if report.max_to_median > 100:
-        found.append(
+        warned.append(
             f"the largest weight is {report.max_to_median:,.0f} times the median"
             + ("; uniform_share=0.1 bounds exact weights" if settings.get("weights") == "exact" else "")
         )
     if report.capped is not None and report.capped > 0.95:
-        found.append(
+        warned.append(
             f"{_percent(report.capped)} of the rows are at or above the clip and drawn alike: the draw is "
             "nearly uniform; raise clip=, or use clip_quantile="
         )
-    return found + _class_warnings(report, settings)
+    return warned
 
 
-def _class_warnings(report: SelectionReport, settings: Mapping[str, Any]) -> list[str]:
-    rows = [row for row in report.classes if row["pool"]]
-    if not rows:
-        return []
-    found, votes = [], "" if report.counted_by == "label" else " (by the probes' vote)"
-    if missing := [row["class"] for row in rows if not row["selected"]]:
-        found.append(f"no row is selected of {len(missing)} of {len(rows)} classes{votes}: {_names(missing)}")
+def _class_warnings(
+    report: SelectionReport, settings: Mapping[str, Any], classes: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Of classes that have rows in the pool, and none or few among the kept or the selected ones."""
+    warned, votes = [], "" if report.counted_by == "label" else " (by the probes' vote)"
+    if missing := [row["class"] for row in classes if not row["selected"]]:
+        warned.append(f"no row is selected of {len(missing)} of {len(classes)} classes{votes}: {_names(missing)}")
     if report.refilled is not None:
-        mean = sum(row["kept"] for row in rows) / report.rows
-        lost = [row for row in rows if row["kept"] / row["pool"] < mean / 2]
-        if lost:
-            found.append(
-                f"the filter keeps {_percent(mean)} of the rows, but less than half of that share of "
-                f"{len(lost)} of {len(rows)} classes: "
-                + _names([f"{row['class']} ({_percent(row['kept'] / row['pool'])})" for row in lost])
-                + "; the probes are bad at them or their labels are wrong"
-            )
-    pool = torch.tensor([row["pool"] for row in rows])
-    if settings.get("quotas") in ("label", "predicted"):
-        fair, how = _fill(pool, report.selected, torch.arange(len(rows))).tolist(), "equal shares"
-    else:
-        fair, how = (pool * report.share).tolist(), "the pool's shares"
+        warned += _filter_warnings(classes, report.rows)
+    how = "equal shares" if settings.get("quotas") in ("label", "predicted") else "the pool's shares"
+    pool = torch.tensor([row["pool"] for row in classes])
+    fair = (pool * report.share).tolist()
+    if how == "equal shares":
+        fair = even_shares(pool, report.selected, torch.arange(len(classes))).tolist()
     # the second condition: a small class may come out short by chance
     short = [
         f"{row['class']} ({row['selected']}, not {due:.0f})"
-        for row, due in zip(rows, fair, strict=True)
+        for row, due in zip(classes, fair, strict=True)
         if 0 < row["selected"] < due / 2 and due - row["selected"] > 2 * due**0.5
     ]
     if short:
-        found.append(
-            f"less than half the rows of {how} are selected of {len(short)} of {len(rows)} classes{votes}: "
+        warned.append(
+            f"less than half the rows of {how} are selected of {len(short)} of {len(classes)} classes{votes}: "
             + _names(short)
         )
-    return found
+    return warned
+
+
+def _filter_warnings(classes: Sequence[Mapping[str, Any]], rows: int) -> list[str]:
+    mean = sum(row["kept"] for row in classes) / rows
+    lost = [row for row in classes if row["kept"] / row["pool"] < mean / 2]
+    if not lost:
+        return []
+    shares = _names([f"{row['class']} ({_percent(row['kept'] / row['pool'])})" for row in lost])
+    return [
+        f"the filter keeps {_percent(mean)} of the rows, but less than half of that share of "
+        f"{len(lost)} of {len(classes)} classes: {shares}; the probes are bad at them or their labels are wrong"
+    ]
 
 
 def _names(names: Sequence[str]) -> str:
@@ -412,10 +424,3 @@ def _percent(share: float) -> str:
 
 def _escape(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _write(target: Path, write: Any) -> Path:
-    part = target.with_name(target.name + ".part")
-    write(part)
-    os.replace(part, target)
-    return target

@@ -1,28 +1,25 @@
 """`Selection`: the rows that were chosen, why, and how to choose them again."""
 
-import hashlib
-import inspect
-import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 
-from hf_effdl.samples.drawing.plan import Plan, _filled, _override, make_plan
-from hf_effdl.samples.probes.inputs import check_dataset, label_names, label_tensor
-from hf_effdl.samples.selection import files as storage
+from hf_effdl.samples.drawing.plan import Plan, PlanSettings, make_plan
+from hf_effdl.samples.drawing.presets import filled_up, overridden
+from hf_effdl.samples.probes.inputs import label_tensor
+from hf_effdl.samples.selection import files
 from hf_effdl.samples.selection.findings import kept_by_filter
+from hf_effdl.samples.selection.pictures import plot_selection
 from hf_effdl.samples.selection.report import SelectionReport
-from hf_effdl.samples.selection.source import load_source, source_of  # noqa: F401  (source_of: the selector takes it from here)
+from hf_effdl.samples.selection.rows import SelectedRows
+from hf_effdl.samples.selection.source import load_source
 
 
-@dataclass
-class Selection:
+class Selection(SelectedRows):
     """A plan for one data set, with the scores it was made from.
 
     Attributes:
@@ -34,88 +31,7 @@ class Selection:
         pool: the scored data set, where it is at hand; only pictures of examples need it.
     """
 
-    plan: Plan
-    table: Mapping[str, Tensor]
-    names: Sequence[str] | None = None
-    row_ids: list[int] | list[str] | None = None
-    info: dict[str, Any] = field(default_factory=dict)
-    pool: Dataset | None = None
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def apply(self, data: Dataset) -> Dataset:
-        """The chosen rows of the data set, with the columns `weight` and `inclusion_probability`.
-
-        Rows are found by the id column, else by their places. Keeps the data set's format; a transform sees the new
-        columns and has to pass `weight` on.
-
-        Raises:
-            ValueError: if this is not the data set that was selected from.
-        """
-        check_dataset(data)
-        positions = self._positions(data, self.plan.positions)
-        clash = [name for name in ("weight", "inclusion_probability") if name in data.column_names]
-        if clash:
-            raise ValueError(f"the data set has the columns {clash} already; remove_columns({clash}) or rename them")
-        columns = {"weight": self.plan.weights, "inclusion_probability": self.plan.probabilities}
-        for name, values in columns.items():
-            # put beside all rows and then selected, no row is copied
-            column = torch.full((len(data),), float("nan"), dtype=torch.float64)
-            column[positions] = values
-            data = data.add_column(name, column.numpy())
-        return data.select(positions.tolist())
-
-    def _positions(self, data: Dataset, rows: Tensor) -> Tensor:
-        """Where rows of the pool stand in a data set."""
-        id_column = self.info.get("id_column")
-        if id_column is not None:
-            check_dataset(data, [id_column])
-            place = {value: i for i, value in enumerate(data.with_format(None)[id_column][:])}
-            wanted = [self.row_ids[i] for i in rows.tolist()]
-            missing = [value for value in wanted if value not in place]
-            if missing:
-                raise ValueError(
-                    f"{len(missing)} selected rows are not in the data set, the first has {id_column}="
-                    f"{missing[0]!r}; apply the selection to the data it was made from"
-                )
-            if len(place) < len(data):
-                raise ValueError(f"column {id_column!r} names some rows alike; row ids must differ")
-            return torch.tensor([place[value] for value in wanted])
-        if len(data) != self.plan.rows:
-            raise ValueError(
-                f"the data set has {len(data)} rows and the selection was made from {self.plan.rows}; "
-                "apply it to the same split and revision, or select with id_column="
-            )
-        column, known = self.info.get("label_column"), self.info.get("labels_hash")
-        if known is not None and column in data.column_names and labels_hash(data, column) != known:
-            raise ValueError(
-                f"column {column!r} differs from the one the selection was made from, so rows have moved "
-                "or changed; apply it to the same split and revision, or select with id_column="
-            )
-        return rows
-
-    def to_dataset(self) -> Dataset:
-        """One row for each chosen row: `row_id`, `weight`, `inclusion_probability` and its scores."""
-        positions = self.plan.positions
-        ids = positions.tolist() if self.row_ids is None else [self.row_ids[i] for i in positions.tolist()]
-        columns = {
-            "row_id": ids,
-            "weight": self.plan.weights.numpy(),
-            "inclusion_probability": self.plan.probabilities.numpy(),
-        }
-        return Dataset.from_dict(columns | {name: column[positions].numpy() for name, column in self.scores().items()})
-
-    def scores_dataset(self) -> Dataset:
-        """One row for each row of the pool: `row_id` and its scores."""
-        ids = list(range(self.plan.rows)) if self.row_ids is None else list(self.row_ids)
-        return Dataset.from_dict({"row_id": ids} | {name: column.numpy() for name, column in self.scores().items()})
-
-    def scores(self) -> dict[str, Tensor]:
-        """The score columns without the labels, which belong to the source."""
-        return {name: column for name, column in self.table.items() if name != "label"}
-
-    def redraw(self, budget: int, data: Dataset | None = None, **overrides: Any) -> "Selection":
+    def redraw(self, budget: int, data: Dataset | None = None, **overrides: Any) -> Self:
         """Another budget by the same settings from the same scores: no probes, no scoring.
 
         The settings are those that were found for this budget; the default preset may find others for a much larger
@@ -129,46 +45,53 @@ class Selection:
         Raises:
             ValueError: if labels are needed and missing, or if a `keep` mask was used, which is not stored.
         """
-        table, settings = dict(self.table), self.plan.settings
-        by_label = settings.get("quotas") == "label" or settings.get("regime") == "agreement"
-        if "label" not in table and data is not None and self.info.get("mode") == "coreset":
-            labels = label_tensor(data, self.info["label_column"], self.names)
-            table["label"] = labels[self._positions(data, torch.arange(self.plan.rows))]
-        elif "label" not in table and by_label:
-            raise ValueError(
-                "the selection was drawn by class and holds no labels; pass data=, the data set it was made from"
-            )
-        options = {name: settings[name] for name in inspect.signature(make_plan).parameters if name in settings}
-        options["row_ids"] = self.row_ids
-        kept = kept_by_filter(replace(self, table=table))
-
-        def draw(**options: Any) -> Plan:
-            if kept is None or "keep" in options:
-                return make_plan(table, **options)
-            keep = _filled(table, kept, table["p_clean"] >= 0.5, *(options[k] for k in ("budget", "quotas", "seed")))
-            plan = make_plan(table, **options, keep=keep)
-            return replace(plan, settings=plan.settings | {"kept_rows": int(keep.sum())})
-
-        if not draw(**options, force=True).positions.equal(self.plan.positions):
+        labelled = replace(self, table=self._table_with_labels(data))
+        settings = asdict(PlanSettings.of(self.plan.settings)) | {"row_ids": self.row_ids}
+        if not labelled._drawn(settings | {"force": True}).positions.equal(self.plan.positions):
             raise ValueError(
                 "the settings do not lead to the rows that were selected, as with a keep= mask, which is "
                 "not stored; plan anew with make_plan"
             )
-        plan = draw(**_override(options | {"budget": budget, "force": not overrides}, overrides))
-        plan = replace(plan, settings=settings | plan.settings)
-        return replace(self, plan=plan, table=table, info=self.info | {"settings": plan.settings})
+        plan = labelled._drawn(overridden(settings | {"budget": budget, "force": not overrides}, overrides))
+        plan = replace(plan, settings=self.plan.settings | plan.settings)
+        return replace(labelled, plan=plan, info=self.info | {"settings": plan.settings})
 
-    def save(self, folder: str | os.PathLike[str], config_name: str = "default") -> Path:
+    def _table_with_labels(self, data: Dataset | None) -> dict[str, torch.Tensor]:
+        """The score table with the labels where they count, read from the data set where they are not at hand."""
+        table, settings = dict(self.table), self.plan.settings
+        if "label" in table:
+            return table
+        if data is not None and self.info.get("mode") == "coreset":
+            labels = label_tensor(data, self.info["label_column"], self.names)
+            table["label"] = labels[self.positions_in(data, torch.arange(self.plan.rows))]
+        elif settings.get("quotas") == "label" or settings.get("regime") == "agreement":
+            raise ValueError(
+                "the selection was drawn by class and holds no labels; pass data=, the data set it was made from"
+            )
+        return table
+
+    def _drawn(self, arguments: dict[str, Any]) -> Plan:
+        """`make_plan` of the scores, on the rows that the regime's filter keeps, filled up as the preset does."""
+        kept = kept_by_filter(self)
+        if kept is None or "keep" in arguments:
+            return make_plan(self.table, **arguments)
+        likely, by = self.table["p_clean"] >= 0.5, [arguments[name] for name in ("budget", "quotas", "seed")]
+        keep = filled_up(self.table, kept, likely, *by)
+        plan = make_plan(self.table, **arguments, keep=keep)
+        return replace(plan, settings=plan.settings | {"kept_rows": int(keep.sum())})
+
+    def save(self, folder: str | os.PathLike[str], config_name: str = "default", *, card: bool = False) -> Path:
         """Write the selection into a folder, beside those of other names; `load` tells a write that was cut off.
 
         Args:
             folder: made if need be.
             config_name: a folder inside; the scores of all rows stand beside it and are shared.
+            card: write the card of all selections in the folder as well, `README.md`, as a push would, with a picture.
 
         Returns:
             The folder of this config.
         """
-        return storage.save(self, folder, config_name)
+        return files.save(self, folder, config_name, card)
 
     @classmethod
     def load(
@@ -178,7 +101,7 @@ class Selection:
         *,
         revision: str | None = None,
         token: str | bool | None = None,
-    ) -> "Selection":
+    ) -> Self:
         """Read a selection from a folder or from the Hub. Nothing is unpickled: Parquet and JSON.
 
         The labels are not stored, so its `table` has no column `label`.
@@ -193,7 +116,7 @@ class Selection:
             FileNotFoundError: if there is no selection there.
             ValueError: for an unknown config, a newer format, or files that do not belong together.
         """
-        return cls(**storage.load(where, config_name, revision, token))
+        return cls(**files.load(where, config_name, revision, token))
 
     def push_to_hub(
         self,
@@ -228,7 +151,7 @@ class Selection:
             >>> selector.selection.push_to_hub("me/pool-selection", config_name="r100")  # doctest: +SKIP
             >>> subset = load_selection("me/pool-selection", config_name="r100")         # doctest: +SKIP
         """
-        return storage.push(self, repo_id, config_name, private, token, commit_message, license=license)
+        return files.push(self, repo_id, config_name, private, token, commit_message, license=license)
 
     def report(self) -> SelectionReport:
         """Class counts, effective size, suspected label errors."""
@@ -244,8 +167,6 @@ class Selection:
         Returns:
             A matplotlib Figure; needs `pip install "hf_effdl[plot]"`. Its panels alone: `selection.pictures`.
         """
-        from hf_effdl.samples.selection.pictures import plot_selection
-
         return plot_selection(self, count, column)
 
 
@@ -279,27 +200,3 @@ def load_selection(
     """
     selection = Selection.load(repo_id, config_name, revision=revision, token=token)
     return selection.apply(load_source(selection.info, token) if source is None else source)
-
-
-def labels_hash(data: Dataset, column: str) -> str:
-    """A hash of the label column: tells whether places still mean the same rows."""
-    return hashlib.sha256(json.dumps(data.with_format(None)[column][:], default=str).encode()).hexdigest()[:16]
-
-
-def names_for(data: Dataset, column: str | None, known: Sequence[str] | None) -> list[str] | None:
-    """Class names of the pool and the probes.
-
-    Raises:
-        ValueError: if both are known and differ.
-    """
-    names = label_names(data, column)
-    if names and known and list(names) != list(known):
-        if sorted(names) == sorted(known):
-            how = f"in another order: {names[:4]} ... and {list(known)[:4]} ..."
-        else:
-            how = f"{sorted(set(names) ^ set(known))[:6]} are known to one of them only"
-        raise ValueError(
-            f"the data set's classes and the probes' differ: {how}; train the probes on labels of the "
-            f"same order, or align_labels_with_mapping the column {column!r}"
-        )
-    return list(names or known) if names or known else None

@@ -2,19 +2,22 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
-import torch
-from accelerate.utils import broadcast_object_list
+from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 
-from hf_effdl.samples.drawing.plan import Trial, active_plan, default_plan, paper_plan
-from hf_effdl.samples.probes.inputs import check_dataset, label_tensor
+from hf_effdl.processes import agreed
+from hf_effdl.samples.drawing.plan import Plan
+from hf_effdl.samples.drawing.presets import Trial, active_plan, default_plan, paper_plan
+from hf_effdl.samples.probes.inputs import check_dataset
 from hf_effdl.samples.probes.probes import Probes
 from hf_effdl.samples.probes.scoring import LABELLED, SCORES, UNLABELLED, score_rows
+from hf_effdl.samples.selection.pool import ScoredPool
 from hf_effdl.samples.selection.report import SelectionReport
-from hf_effdl.samples.selection.selection import Selection, labels_hash, names_for, source_of
+from hf_effdl.samples.selection.selection import Selection
+from hf_effdl.samples.selection.source import source_of
 from hf_effdl.version import __version__
 
 
@@ -46,6 +49,7 @@ class UncertaintySelector:
         ValueError: for unknown modes or presets, fewer than two probes or probes of different classes.
 
     Example:
+        >>> import torch
         >>> from hf_effdl import LinearProbes
         >>> rows = {"features": torch.randn(240, 4).tolist(), "label": [0, 1, 2] * 80}
         >>> data = Dataset.from_dict(rows).train_test_split(60, seed=0)
@@ -105,16 +109,7 @@ class UncertaintySelector:
             ValueError, TypeError: for a data set that is empty, streamed, a `DatasetDict` or without the columns, and
                 what `score_rows` raises.
         """
-        data = self._checked(data)
-        if clash := [name for name in SCORES if name in data.column_names]:
-            raise ValueError(f"the data set has the columns {clash} already; remove_columns({clash}) to score it anew")
-        labels = self._labels(data)
-        table, _ = score_rows(
-            self.probes, data, labels, gauge=self.gauge, batch_size=self.batch_size, cache_dir=self.cache_dir
-        )
-        for name, column in table.items():
-            data = data.add_column(name, column.numpy())
-        return data
+        return self._scored(self._open(data)).data
 
     def plan(self, scored: Dataset, budget: int | float, **overrides: Any) -> Selection:
         """Choose rows of a scored data set.
@@ -128,50 +123,17 @@ class UncertaintySelector:
         Raises:
             ValueError: for missing score columns or a budget out of range.
         """
-        scored = self._checked(scored)
-        rows = rows_of(budget, len(scored))
-        wanted = UNLABELLED + (LABELLED if self.mode == "coreset" else ())
-        if missing := [name for name in wanted if name not in scored.column_names]:
-            raise ValueError(f"the data set has no score columns {missing}; pass what score() returned")
-        columns = [name for name in SCORES if name in scored.column_names]
-        if (own := overrides.get("score", "uniform")) not in (*columns, "uniform"):
-            check_dataset(scored, [own], "the scored data set")
-            columns.append(own)
-        arrays = scored.with_format("numpy")
-        table = {name: torch.from_numpy(arrays[name][:].copy()) for name in columns}
-        labels = self._labels(scored)
-        if labels is not None:
-            table["label"] = labels
-        ids = None if self.id_column is None else scored.with_format(None)[self.id_column][:]
-        if ids is not None and len(set(ids)) < len(ids):
-            raise ValueError(f"column {self.id_column!r} names some rows alike; row ids must differ")
-        options = {"seed": self.seed, "row_ids": ids} | overrides
-        if self.preset == "paper":
-            plan = paper_plan(table, rows, labelled=labels is not None, **options)
-        elif self.mode == "active":
-            plan = active_plan(table, rows, accuracy=self._probe_accuracy(), **options)
-        else:
-            plan = default_plan(table, rows, trial=self._trial(scored, labels), **options)
-        # one process decides: a trial's accuracy may differ in its last digit between processes, the rows must not
-        [plan] = broadcast_object_list([plan])
-        info = {
-            "mode": self.mode,
-            "preset": self.preset,
-            "gauge": self.gauge,
-            "label_column": self.label_column,
-            "id_column": self.id_column,
-            "settings": plan.settings,
-            "probes": self.probes.describe(),
-            "source": source_of(scored)
-            | {name: value for name, value in (("id", self.source), ("revision", self.revision)) if value is not None},
-            "labels_hash": None if labels is None else labels_hash(scored, self.label_column),
-            "hf_effdl": __version__,
-        }
-        names = names_for(scored, self.label_column, self.probes.names)
-        self.selection = Selection(plan, table, names, ids, info, scored)
-        return self.selection
+        return self._planned(self._open(scored).with_columns_read(), budget, overrides)
 
-    def select(self, data: Dataset | DatasetDict, budget: int | float, split: str | None = None, **overrides: Any):
+    @overload
+    def select(self, data: Dataset, budget: int | float, split: str | None = None, **overrides: Any) -> Dataset: ...
+
+    @overload
+    def select(self, data: DatasetDict, budget: int | float, split: str, **overrides: Any) -> DatasetDict: ...
+
+    def select(
+        self, data: Dataset | DatasetDict, budget: int | float, split: str | None = None, **overrides: Any
+    ) -> Dataset | DatasetDict:
         """Score (unless it is done), plan and apply.
 
         Args:
@@ -188,11 +150,11 @@ class UncertaintySelector:
             if split not in data:
                 raise ValueError(f"split={split!r}: the DatasetDict has {list(data)}")
             return DatasetDict({**data, split: self.select(data[split], budget, **overrides)})
-        data = self._checked(data)
-        self._check_budget(rows_of(budget, len(data)), data, overrides)  # before the long work
-        scored = data if set(UNLABELLED) <= set(data.column_names) else self.score(data)
-        selection = self.plan(scored, budget, **overrides)
-        subset = selection.apply(scored)
+        pool = self._open(data)
+        self._check_budget(rows_of(budget, len(pool.data)), pool.labels, overrides)  # before the long work
+        scored = pool.with_columns_read() if set(UNLABELLED) <= set(pool.score_columns) else self._scored(pool)
+        selection = self._planned(scored, budget, overrides)
+        subset = selection.taken_from(scored.data, selection.plan.positions)
         return subset.remove_columns([name for name in SCORES if name in subset.column_names])
 
     def report(self) -> SelectionReport:
@@ -201,17 +163,57 @@ class UncertaintySelector:
             raise ValueError("there is nothing to report yet; call select(data, budget) or plan(scored, budget) first")
         return self.selection.report()
 
-    def _checked(self, data: Dataset) -> Dataset:
-        needed = [self.label_column] if self.mode == "coreset" else []
-        return check_dataset(data, [*needed, *([self.id_column] if self.id_column else [])])
+    def _open(self, data: Dataset) -> ScoredPool:
+        labelled = self.mode == "coreset"
+        columns = [self.label_column if labelled else None, self.id_column]
+        check_dataset(data, [name for name in columns if name is not None])
+        return ScoredPool.open(data, self.label_column, self.probes.names, labelled)
 
-    def _labels(self, data: Dataset) -> Tensor | None:
+    def _scored(self, pool: ScoredPool) -> ScoredPool:
+        """The pool with all scores, by one pass of the probes."""
+        if clash := pool.score_columns:
+            raise ValueError(f"the data set has the columns {clash} already; remove_columns({clash}) to score it anew")
+        options = {"gauge": self.gauge, "batch_size": self.batch_size, "cache_dir": self.cache_dir}
+        return pool.scored(score_rows(self.probes, pool.data, pool.labels, **options)[0])
+
+    def _planned(self, pool: ScoredPool, budget: int | float, overrides: dict[str, Any]) -> Selection:
+        """Choose rows of a scored pool, and keep the choice as `self.selection`."""
+        rows = rows_of(budget, len(pool.data))
+        wanted = UNLABELLED + (LABELLED if self.mode == "coreset" else ())
+        if missing := [name for name in wanted if name not in pool.table]:
+            raise ValueError(f"the data set has no score columns {missing}; pass what score() returned")
+        table, ids = pool.score_table(overrides.get("score", "uniform")), pool.row_ids(self.id_column)
+        PartialState()  # joins the other processes, if there are any
+        # one process decides: a trial's accuracy may differ in its last digit between processes, the rows must not
+        plan = agreed(self._by_preset(pool, table, rows, {"seed": self.seed, "row_ids": ids} | overrides))
+        self.selection = Selection(plan, table, pool.names, ids, self._info(pool, plan), pool.data)
+        return self.selection
+
+    def _by_preset(self, pool: ScoredPool, table: dict[str, Tensor], rows: int, options: dict[str, Any]) -> Plan:
+        if self.preset == "paper":
+            return paper_plan(table, rows, labelled=pool.labels is not None, **options)
         if self.mode == "active":
-            return None
-        return label_tensor(data, self.label_column, names_for(data, self.label_column, self.probes.names))
+            return active_plan(table, rows, accuracy=self._probe_accuracy(), **options)
+        return default_plan(table, rows, trial=self._trial(pool), **options)
 
-    def _check_budget(self, budget: int, data: Dataset, overrides: dict[str, Any]) -> None:
-        labels = self._labels(data)
+    def _info(self, pool: ScoredPool, plan: Plan) -> dict[str, Any]:
+        """All that a selection says of how it was made."""
+        given = {"id": self.source, "revision": self.revision}
+        named = {name: value for name, value in given.items() if value is not None}
+        return {
+            "mode": self.mode,
+            "preset": self.preset,
+            "gauge": self.gauge,
+            "label_column": self.label_column,
+            "id_column": self.id_column,
+            "settings": plan.settings,
+            "probes": self.probes.describe(),
+            "source": source_of(pool.data) | named,
+            "labels_hash": pool.labels_hash,
+            "hf_effdl": __version__,
+        }
+
+    def _check_budget(self, budget: int, labels: Tensor | None, overrides: dict[str, Any]) -> None:
         if labels is None or overrides.get("quotas", "label") != "label":
             return
         if budget < (classes := len(labels.unique())):
@@ -220,18 +222,18 @@ class UncertaintySelector:
                 f"would leave classes out; raise it to {classes} or more, or set quotas='none'"
             )
 
-    def _trial(self, data: Dataset, labels: Tensor | None) -> Trial | None:
+    def _trial(self, pool: ScoredPool) -> Trial | None:
         if self.trial is False or callable(self.trial):
             return self.trial or None
-        return self.probes.trial(data, labels, self.batch_size)
+        return self.probes.trial(pool.data, pool.labels, self.batch_size)
 
     def _probe_accuracy(self) -> float | None:
         """How often the out-of-bag vote is right on the probe set."""
         if self.probes.probe_set is None:
             return None
         p, truth = self.probes.out_of_bag(self.batch_size), self.probes.probe_set.labels
-        known = ~p[:, 0].isnan()
-        return (p[known].argmax(1) == truth[known]).double().mean().item() if known.any() else None
+        judged = ~p[:, 0].isnan()
+        return (p[judged].argmax(1) == truth[judged]).double().mean().item() if judged.any() else None
 
 
 def rows_of(budget: int | float, rows: int) -> int:

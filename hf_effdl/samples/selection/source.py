@@ -17,44 +17,48 @@ def source_of(data: Dataset) -> dict[str, Any]:
         `exact` is True if row i of the data is row i of that split, for sure; else `why` says what speaks against it.
     """
     config, split = data.info.config_name, None if data.split is None else str(data.split)
-    found = {
-        "id": None,
-        "revision": None,
+    files = [Path(file["filename"]) for file in data.cache_files]
+    repository = revision = loaded = None
+    if len({file.parent for file in files}) == 1 and len(files[0].parts) > 5:
+        # load_dataset keeps its files in namespace___name/configuration/version/commit
+        folder, loaded, _, commit, _ = files[0].parts[-5:]
+        repository = _repository(folder, commit)
+        revision = commit if repository else None
+    if repository is None:
+        why = "it was not loaded from the Hub with load_dataset"
+    elif loaded != config:
+        why = "it was loaded with data_files, data_dir or other options"
+    else:
+        why = _why_moved(data, files, split)
+    return {
+        "id": repository,
+        "revision": revision,
         "config": config,
         "split": split,
         "rows": len(data),
         "fingerprint": data._fingerprint,
-        "exact": False,
-        "why": None,
+        "exact": why is None,
+        "why": why,
     }
-    files = [Path(file["filename"]) for file in data.cache_files]
-    loaded = None
-    if len({file.parent for file in files}) == 1 and len(files[0].parts) > 5:
-        # load_dataset keeps its files in namespace___name/configuration/version/commit
-        folder, loaded, _, commit, _ = files[0].parts[-5:]
-        found["id"] = _repository(folder, commit)
-        found["revision"] = commit if found["id"] else None
-    if found["id"] is None:
-        found["why"] = "it was not loaded from the Hub with load_dataset"
-    elif loaded != config:
-        found["why"] = "it was loaded with data_files, data_dir or other options"
-    elif data._indices is not None or any(file.name.startswith("cache-") for file in files):
+
+
+def _why_moved(data: Dataset, files: list[Path], split: str | None) -> str | None:
+    """Why row i may not be row i of the split that was loaded; None if it is, for sure."""
+    if data._indices is not None or any(file.name.startswith("cache-") for file in files):
         # the file that map, cast or flatten_indices wrote may follow a shuffle, so it proves nothing
-        found["why"] = "its rows were mapped, cast, selected, filtered, sorted or shuffled after loading"
-    elif (rows := _rows(data)) is None:
-        found["why"] = f"it is no split of the source but {split!r}" if split else "it was put together from splits"
-    elif len(data) != rows:
-        found["why"] = f"it has {len(data)} rows, and the split {split!r} has {rows}"
-    found["exact"] = found["why"] is None
-    return found
+        return "its rows were mapped, cast, selected, filtered, sorted or shuffled after loading"
+    rows = _rows(data)
+    if rows is None:
+        return f"it is no split of the source but {split!r}" if split else "it was put together from splits"
+    return None if len(data) == rows else f"it has {len(data)} rows, and the split {split!r} has {rows}"
 
 
 def _repository(folder: str, commit: str) -> str | None:
     """The repository with this commit in the Hub's cache; the folder names it too, but in lower case."""
     if not re.fullmatch("[0-9a-f]{40}", commit):
         return None
-    known = [path.parts[-3] for path in Path(constants.HF_HUB_CACHE).glob(f"datasets--*/*/{commit}")]
-    ids = {name.removeprefix("datasets--").replace("--", "/") for name in known}
+    cached = [path.parts[-3] for path in Path(constants.HF_HUB_CACHE).glob(f"datasets--*/*/{commit}")]
+    ids = {name.removeprefix("datasets--").replace("--", "/") for name in cached}
     plain = folder.replace("___", "/").replace("_", "").lower()
     ids = [name for name in ids if name.replace("_", "").lower() == plain]
     return ids[0] if len(ids) == 1 else None

