@@ -1,10 +1,11 @@
-.PHONY: demo test test-all bench style quality clean
+.PHONY: demo test test-all docs bench style quality clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs-ready
 
 # Everything below starts from a machine with nothing but Python 3.11 or newer. torch is installed first and pinned, so that
 # pip does not draw the CUDA packages of a newer release through another package's dependencies.
@@ -13,6 +14,10 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@
 
 demo: $(READY)
@@ -26,6 +31,10 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/python -m pytest -n logical --dist loadfile -m "not alone"
 	$(BIN)/python -m pytest -m alone
+
+# The tables of docs/benchmarks are committed; `python docs/make_benchmarks.py` makes them again from new rows.
+docs: $(DOCS_READY)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 BENCHMARK := $(BIN)/python examples/benchmarks
 
@@ -62,4 +71,4 @@ quality: $(READY)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info docs/_build docs/reference/generated
