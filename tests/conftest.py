@@ -71,13 +71,3 @@ def compiler():
         fused.library()
     except ValueError as error:
         pytest.skip(f"no working C++ compiler: {error}")
-
-
-@pytest.fixture(scope="session")
-def forks():
-    """Runs in processes of their own, to be killed."""
-    from forks import Forks
-
-    runs = Forks()
-    yield runs
-    runs.close()

@@ -1,9 +1,6 @@
 """The cascade as a strategy: what fitting may look at, what it gains, what it costs, and that it survives saving."""
 
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import cascade_run
 import numpy as np
@@ -11,6 +8,7 @@ import pytest
 import torch
 from answers import Mirror, check_contract, photos, tiny_seggpt
 from cascade_run import COUNT, PASSES, K, Painter, asked, painter
+from forked import Script
 from safetensors.torch import load_file
 from scenes import SIZE, TASKS, make_model, make_pool, rows, scene, tiny_encoder
 from torch import nn
@@ -495,10 +493,7 @@ def test_a_query_of_the_pool_is_not_shown_itself_nor_what_it_measured(fitted, me
 
 
 def test_two_processes_fit_as_one_and_share_the_runs(tmp_path):
-    script, torchrun = str(Path(cascade_run.__file__)), str(Path(sys.executable).parent / "torchrun")
-    command = [torchrun, "--nproc_per_node", "2", script, str(tmp_path / "pools"), str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    Script("cascade_run.py", tmp_path / "pools", tmp_path / "two", processes=2).finish()
     expected = cascade_run.fit_and_choose(tmp_path / "pools")
     runs = [load_file(tmp_path / f"two.{rank}")["runs"] for rank in (0, 1)]
     assert sum(runs) == expected.pop("runs") and runs[0] > runs[1] > runs[0] / 4

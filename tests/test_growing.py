@@ -12,11 +12,11 @@ import pytest
 import tiny_run
 import torch
 from distributed import trainer_run
-from forks import wait_for
+from forked import Script
 from models import recount, resnet
 from safetensors.torch import load_file
 from test_controls import conv_bn_net, mnist
-from test_distributed import assert_close, finish, kill, two_processes
+from test_distributed import assert_close
 from test_trainer import assert_same
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -545,14 +545,14 @@ def test_a_checkpoint_without_optimizer_or_weights_cannot_grow(grown, tmp_path):
             growing_run.trainer(tmp_path / name).train(resume_from_checkpoint=str(folder))
 
 
-def test_a_run_killed_at_every_point_of_a_growth_step_and_resumed_equals_an_uninterrupted_one(forks, tmp_path):
+def test_a_run_killed_at_every_point_of_a_growth_step_and_resumed_equals_an_uninterrupted_one(tmp_path):
     whole = growing_run.trainer(tmp_path / "whole", **growing_run.USUAL)
     whole.train()
     flags = []
     for point in growing_run.POINTS:
-        forks.start("growing_run", tmp_path, *flags, "--pause", point)
-        forks.wait_for((tmp_path / "paused").exists)
-        assert forks.kill()
+        run = Script("growing_run.py", tmp_path, *flags, "--pause", point)
+        run.wait_for((tmp_path / "paused").exists)
+        assert run.kill()
         (tmp_path / "paused").unlink()
         folder = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
         there = {path.name for path in folder.iterdir() if path.is_dir()}
@@ -561,15 +561,14 @@ def test_a_run_killed_at_every_point_of_a_growth_step_and_resumed_equals_an_unin
         flags = ["--resume"]
     os.mkfifo(tmp_path / "final.pt")  # which nobody reads, so no run ends before it is killed
     for step in (13, 20):
-        forks.start("growing_run", tmp_path, "--resume")
-        forks.wait_for((tmp_path / f"checkpoint-{step}" / "model.safetensors").exists)
+        run = Script("growing_run.py", tmp_path, "--resume")
+        run.wait_for((tmp_path / f"checkpoint-{step}" / "model.safetensors").exists)
         time.sleep(delay := random.SystemRandom().uniform(0, 0.1))
         print(f"killed {delay:.3f} s after checkpoint-{step} was begun")
-        assert forks.kill()
+        assert run.kill()
         assert step == 20 or not (tmp_path / "checkpoint-32").exists()
     (tmp_path / "final.pt").unlink()
-    forks.start("growing_run", tmp_path, "--resume")
-    assert forks.end() == 0
+    Script("growing_run.py", tmp_path, "--resume").finish()
     assert_same(torch.load(tmp_path / "final.pt", weights_only=True), growing_run.outcome(whole))
 
 
@@ -964,7 +963,7 @@ def card_of_a_plain_run(out: Path) -> str:
 def pair(tmp_path_factory):
     """What an uninterrupted run of two processes left."""
     folder = tmp_path_factory.mktemp("pair")
-    finish(two_processes("growing_run", folder, "--ddp", "whole"))
+    Script("growing_run.py", folder, "--ddp", "whole", processes=2).finish()
     return [torch.load(folder / f"whole-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -980,11 +979,11 @@ def test_two_processes_grow_alike_and_as_one(pair, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_killed_inside_a_growth_step_and_resumed_equal_the_uninterrupted_run(pair, tmp_path):
-    process = two_processes("growing_run", tmp_path, "--ddp", "cut", "--pause", "inside")
-    wait_for(process, (tmp_path / "paused").exists, 200)
-    kill(process)
+    run = Script("growing_run.py", tmp_path, "--ddp", "cut", "--pause", "inside", processes=2)
+    run.wait_for((tmp_path / "paused").exists)
+    assert run.kill()
     assert list((tmp_path / "cut").glob("checkpoint-*/.grown")) and not list((tmp_path / "cut").glob("*/grown"))
-    finish(two_processes("growing_run", tmp_path, "--ddp", "cut", "--resume"))
+    Script("growing_run.py", tmp_path, "--ddp", "cut", "--resume", processes=2).finish()
     for rank in (0, 1):
         assert_same(torch.load(tmp_path / f"cut-{rank}.pt", weights_only=True), pair[rank])
 

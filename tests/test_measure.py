@@ -1,16 +1,11 @@
 """Measured performance of examples: as single calls give it, in one process or two, in one go or after a kill."""
 
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import Script
 from measure_run import COUNT, TIMED, K
 from safetensors.torch import load_file
 from scenes import TASKS, make_model, make_pool, tiny_encoder
@@ -53,26 +48,8 @@ def runs(monkeypatch):
     return seen
 
 
-def start(*arguments: object, processes: int = 1) -> subprocess.Popen:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher = [
-            str(Path(sys.executable).parent / "torchrun"),
-            "--nproc_per_node",
-            str(processes),
-            "--master_port",
-            str(random.randint(20000, 40000)),
-        ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        [*launcher, str(SCRIPT), *map(str, arguments)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def finished(run: subprocess.Popen) -> str:
-    said = run.communicate(timeout=200)[1].decode()
-    assert run.returncode == 0 and "Traceback" not in said, said[-2000:]
-    return said
+def start(*arguments: object, processes: int = 1) -> Script:
+    return Script("measure_run.py", *arguments, processes=processes, env={"ACCELERATE_USE_CPU": "true"})
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +249,7 @@ def test_the_slowest_process_is_waited_for(pool, monkeypatch, tmp_path, capsys):
 
 
 def test_a_run_of_two_processes_is_that_of_one(pools, expected, tmp_path):
-    said = finished(start(pools, "none", tmp_path / "two", processes=2))
+    said = start(pools, "none", tmp_path / "two", processes=2).finish()
     assert said.count(f"measuring: {COUNT * K} runs") == said.count("shared by 2 processes") == 1
     two = [load_file(tmp_path / name) for name in ("two.0", "two.1")]
     for found in two:
@@ -311,16 +288,11 @@ class Second:
 def test_a_run_that_was_killed_goes_on_where_it_was(pools, expected, tmp_path):
     cache, out = tmp_path / "cache", tmp_path / "out"
     run = start(pools, cache, out, 0.6)
-    deadline = time.time() + 100
-    while len(list(cache.glob("*/*.safetensors"))) < 2:
-        assert run.poll() is None and time.time() < deadline
-        time.sleep(0.02)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    run.stdout.close(), run.stderr.close()
+    run.wait_for(lambda: len(list(cache.glob("*/*.safetensors"))) >= 2)
+    assert run.kill()
     parts = {file: file.stat().st_mtime_ns for file in cache.glob("*/*.safetensors")}
     assert 2 <= len(parts) < 6 and not Path(f"{out}.0").exists()
-    said = finished(start(pools, cache, out))
+    said = start(pools, cache, out).finish()
     assert f" images, {4 * len(parts) * K} of them done before" in said
     found = load_file(f"{out}.0")
     assert torch.equal(found["candidates"], expected[0])

@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Image, concatenate_datasets
+from forked import Script
 from PIL import Image as PILImage
 from pool_run import Encoder, encoded, picture, rows
 from safetensors.torch import load_file, save_file
@@ -388,28 +387,8 @@ def test_what_is_pickled_is_small(make):
     same(pickle.loads(content), pool)
 
 
-def run(cache: Path, out: Path, seconds: float = 0, processes: int = 0) -> subprocess.Popen:
-    start = [sys.executable]
-    if processes:
-        start = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(processes),
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "localhost:0",
-        ]
-    command = [*start, str(Path(__file__).parent / "support" / "pool_run.py"), str(cache), str(out), str(seconds)]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def run(cache: Path, out: Path, seconds: float = 0, processes: int = 1) -> Script:
+    return Script("pool_run.py", cache, out, seconds, processes=processes, env={"ACCELERATE_USE_CPU": "true"})
 
 
 def test_two_processes_make_what_one_makes(tmp_path):
@@ -417,8 +396,7 @@ def test_two_processes_make_what_one_makes(tmp_path):
     one = ExamplePool.from_dataset(
         rows(37), encoder=Encoder(), cache_dir=tmp_path / "one", rows_per_shard=5, batch_size=2, progress=False
     )
-    output = both.communicate(timeout=120)[0]
-    assert both.returncode == 0, output
+    both.finish()
     said = [json.loads((tmp_path / f"two.json.{rank}").read_text()) for rank in range(2)]
     assert said[0]["manifest"] == said[1]["manifest"] == one.manifest
     assert [process["encoded"] for process in said] == [20, 17]  # 8 shards of 5 rows, the last of 2
@@ -450,13 +428,9 @@ def test_a_killed_run_goes_on_from_its_finished_shards(tmp_path):
         rows(37), encoder=Encoder(), cache_dir=tmp_path / "whole", rows_per_shard=5, batch_size=2, progress=False
     )
     cut = run(tmp_path / "cut", tmp_path / "cut.json", seconds=0.15)
-    deadline = time.monotonic() + 60
-    while len(list((tmp_path / "cut").glob("pool-*/done/*.json"))) < 2:
-        assert time.monotonic() < deadline and cut.poll() is None, cut.communicate()[0]
-        time.sleep(0.02)
+    cut.wait_for(lambda: len(list((tmp_path / "cut").glob("pool-*/done/*.json"))) >= 2)
     time.sleep(0.1)  # into the next shard
-    cut.send_signal(signal.SIGKILL)
-    cut.communicate()
+    assert cut.kill()
     [folder] = (tmp_path / "cut").iterdir()
     part = folder / "data" / ".pool-00000-abc.tar.1"  # of another kill, long ago
     part.touch()

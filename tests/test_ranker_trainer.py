@@ -1,14 +1,11 @@
 """Lists that a ranker trains on, and its trainer: what it learns and refuses, resumed and on two processes."""
 
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-import ranker_run
 import torch
+from forked import Script
 from ranker_run import COUNT, K, make_ranker, ranking_lists, table, trainer, weights
 from safetensors.torch import load_file
 from scenes import make_model, make_pool, tiny_encoder
@@ -241,10 +238,7 @@ def test_it_can_stop_early_at_its_best(pool, tmp_path):
 
 
 def test_two_processes_train_as_one_and_resume(trained, pools, pool, tmp_path):
-    torchrun = str(Path(sys.executable).parent / "torchrun")
-    command = [torchrun, "--nproc_per_node", "2", ranker_run.__file__, str(pools), str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    Script("ranker_run.py", pools, tmp_path, processes=2).finish()
     whole, rest = ([load_file(tmp_path / f"{name}.{rank}") for rank in range(2)] for name in ("whole", "rest"))
     expected = weights(trained[0])
     for name, value in expected.items():

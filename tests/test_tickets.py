@@ -2,11 +2,8 @@
 
 import json
 import logging
-import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from itertools import combinations
@@ -16,6 +13,7 @@ import pytest
 import ticket_run
 import tiny_run
 import torch
+from forked import Script
 from hub import LoopbackHub
 from models import NETS, build, convnext, lenet, logits, mobilenet, randomise_norms, recount, resnet, vgg
 from safetensors.torch import load_file, save_file
@@ -299,14 +297,14 @@ def test_thresholds_that_are_not_relative_measure_the_path_by_the_schedule(tmp_p
 # ---- resume
 
 
-def test_a_search_killed_at_a_random_moment_and_resumed_finds_the_same_ticket(found, forks, tmp_path):
+def test_a_search_killed_at_a_random_moment_and_resumed_finds_the_same_ticket(found, tmp_path):
     assert found.settled and found.step > 12 and sorted(found.weights) == [0, 3, found.step]
     out = tmp_path / "run"
-    forks.start("ticket_run", out)
-    forks.wait_for(lambda: list(out.glob("checkpoint-*/trainer_state.json")))
+    run = Script("ticket_run.py", out)
+    run.wait_for(lambda: list(out.glob("checkpoint-*/trainer_state.json")))
     delay = random.SystemRandom().uniform(0, 0.3)
     time.sleep(delay)
-    killed = forks.kill()
+    killed = run.kill()
     print(f"killed {delay:.3f} s after the first checkpoint, {sorted(p.name for p in out.iterdir())}")
     assert killed or (out / "found").exists()
     shutil.copytree(out, tmp_path / "copy")
@@ -374,11 +372,7 @@ def test_without_checkpoints_nothing_is_left_on_the_disk(tmp_path):
 
 
 def test_two_processes_find_the_same_ticket_as_one(tmp_path):
-    paths = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    done = subprocess.run([*command, str(tmp_path)], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    Script("ticket_run.py", tmp_path, processes=2).finish()
     first, second = (Ticket.from_pretrained(tmp_path / f"found-{rank}") for rank in range(2))
     assert_same_ticket(first, second)
     alone = ticket_run.distributed_search(tmp_path / "alone", 1)

@@ -8,6 +8,7 @@ import pytest
 import tiny_run
 import torch
 from datasets import Dataset
+from forked import Script
 from torch.utils.data import TensorDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
@@ -203,16 +204,15 @@ def test_the_path_stands_beside_every_checkpoint(trained):
 
 
 @pytest.mark.parametrize("attempt", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_run_killed_at_a_random_moment_and_resumed_equals_an_uninterrupted_one(finished, forks, tmp_path, attempt):
-    forks.start("tiny_run", tmp_path)
-    forks.wait_for(lambda: list(tmp_path.glob("checkpoint-*/trainer_state.json")))
+def test_a_run_killed_at_a_random_moment_and_resumed_equals_an_uninterrupted_one(finished, tmp_path, attempt):
+    run = Script("tiny_run.py", tmp_path)
+    run.wait_for(lambda: list(tmp_path.glob("checkpoint-*/trainer_state.json")))
     delay = random.SystemRandom().uniform(0, 0.6)
     time.sleep(delay)
-    killed = forks.kill()
+    killed = run.kill()
     print(f"killed {delay:.3f} s after the first checkpoint, {sorted(path.name for path in tmp_path.iterdir())}")
     assert killed or (tmp_path / "final.pt").exists()
-    forks.start("tiny_run", tmp_path, "--resume")
-    assert forks.end() == 0
+    Script("tiny_run.py", tmp_path, "--resume").finish()
     assert_same(torch.load(tmp_path / "final.pt", weights_only=True), finished, f"after {delay:.3f} s")
 
 

@@ -1,7 +1,5 @@
 """Training on a `weight` column: which loss, on which data, and what is refused."""
 
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +9,7 @@ import tiny_run
 import torch
 import weighted_run
 from datasets import Dataset, Value
+from forked import Script
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
@@ -299,24 +298,7 @@ def test_four_micro_batches_of_4_equal_one_batch_of_16_also_when_the_last_ones_a
 
 def test_two_processes_equal_one_also_when_their_last_batches_differ_in_size(tmp_path):
     # 22 rows in batches of 4: process 0 gets 4, 4, 4 and process 1 gets 4, 4, 2; two of each make a step
-    done = subprocess.run(
-        [
-            str(BIN / "torchrun"),
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            weighted_run.__file__,
-            str(tmp_path),
-            "22",
-            "4",
-            "2",
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    Script("weighted_run.py", tmp_path, 22, 4, 2, processes=2).finish()
     two = torch.load(tmp_path / "final.pt", weights_only=True)
     assert distance(two, weighted_run.run(str(tmp_path), 22, 16, 1)) < 1e-8
 

@@ -86,7 +86,7 @@ class Script:
             failed = any(codes)  # a process that waits for one that has failed would wait for ever
             if time.monotonic() > deadline or failed:
                 time.sleep(3 if failed else 0)
-                self.kill()
+                self._end()
                 assert failed, f"no end after {timeout} s: {self.output[-6000:]}"
             time.sleep(0.01)
         return codes
@@ -98,8 +98,13 @@ class Script:
             assert self.running and time.monotonic() < deadline, self.output[-6000:]
             time.sleep(0.005)
 
-    def kill(self) -> None:
-        """SIGKILL, for all its processes and what they have started, from outside."""
+    def kill(self) -> bool:
+        """SIGKILL, for all its processes and what they have started, from outside; False if they had ended well."""
+        self._end()
+        assert set(self.codes) <= {0, -signal.SIGKILL}, self.output[-6000:]
+        return any(self.codes)
+
+    def _end(self) -> None:
         for process in self._processes:
             try:
                 family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]

@@ -4,6 +4,7 @@ Leaves everything that a resumed run must have in common with an uninterrupted o
 """
 
 import argparse
+import sys
 
 import torch
 from datasets import Dataset
@@ -108,3 +109,7 @@ def main(arguments: list[str]) -> None:
     run = trainer(options.out)
     run.train(resume_from_checkpoint=options.resume)
     torch.save(outcome(run), f"{options.out}/final.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
