@@ -44,6 +44,7 @@ def split_lbi_update(
     caller because a unit may span several tensors.
 
     Example:
+        >>> import torch
         >>> w, v = torch.ones(2), torch.zeros(2)
         >>> split_lbi_update(w, v, torch.zeros(2), torch.zeros(2), lr=0.1, kappa=1.0, nu=1.0)
         (tensor([0.9000, 0.9000]), tensor([0.1000, 0.1000]))
