@@ -1,9 +1,8 @@
-"""pip's options for a set of versions: python .github/versions.py tested|newest|lowest [torch]
+"""pip's options for a set of versions: python .github/versions.py tested|newest|lowest
 
 tested   the versions of constraints.txt
 newest   whatever pip resolves
 lowest   the lower bounds of pyproject.toml, dependencies and the extras of the tests, as equalities
-torch    only torch's, for a first command that takes it from an index of its own
 """
 
 import re
@@ -24,16 +23,12 @@ def lower_bounds() -> dict[str, str]:
 
 
 def main() -> None:
-    versions, *only = sys.argv[1:]
-    if versions not in ("tested", "newest", "lowest"):
+    if sys.argv[1:] == ["tested"]:
+        print("-c constraints.txt")
+    elif sys.argv[1:] == ["lowest"]:
+        print(*(f"{name}=={version}" for name, version in lower_bounds().items()))
+    elif sys.argv[1:] != ["newest"]:
         raise SystemExit(__doc__)
-    if versions == "tested":
-        print("-c constraints.txt", *only)
-    elif versions == "newest":
-        print(*only)
-    else:
-        bounds = lower_bounds()
-        print(*(f"{name}=={bounds[name]}" for name in only or bounds))
 
 
 if __name__ == "__main__":
