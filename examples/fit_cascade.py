@@ -3,11 +3,11 @@
 # dependencies = [
 #     "hf_effdl[examples]",
 #     "accelerate>=1.12",
-#     "datasets>=5",
+#     "datasets>=5.1",
 #     "pillow>=11",
 #     "scikit-learn>=1.6",
 #     "torch>=2.6",
-#     "transformers>=5.20,<6",
+#     "transformers>=5.23,<6",
 # ]
 #
 # [tool.uv.sources]

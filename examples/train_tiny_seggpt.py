@@ -6,7 +6,7 @@
 #     "pillow>=11",
 #     "scikit-learn>=1.6",
 #     "torch>=2.6",
-#     "transformers>=5.20,<6",
+#     "transformers>=5.23,<6",
 # ]
 #
 # [tool.uv.sources]

@@ -2,10 +2,10 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "hf_effdl[examples]",
-#     "datasets>=5",
+#     "datasets>=5.1",
 #     "pillow>=11",
 #     "torch>=2.6",
-#     "transformers>=5.20,<6",
+#     "transformers>=5.23,<6",
 # ]
 #
 # [tool.uv.sources]

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "hf_effdl[examples]",
-#     "safetensors>=0.4",
+#     "safetensors>=0.8",
 #     "torch>=2.6",
 # ]
 #

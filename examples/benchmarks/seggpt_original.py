@@ -3,7 +3,7 @@
 # dependencies = [
 #     "hf_effdl[examples]",
 #     "torch>=2.6",
-#     "transformers>=5.20,<6",
+#     "transformers>=5.23,<6",
 # ]
 #
 # [tool.uv.sources]

