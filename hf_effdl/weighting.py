@@ -201,6 +201,9 @@ class WeightedLossMixin:
     - `compute_loss_func(outputs, labels, num_items_in_batch)` must return one loss per row, shape (rows,), not yet
       divided by anything; it gets `num_items_in_batch=None`.
     - The row count is always that of all processes, whatever `args.average_tokens_across_devices` says of tokens.
+    - A subclass with a `compute_loss` of its own that takes the weights itself is trained as `Trainer` would train it:
+      what it returns is scaled by Trainer's rules, and its `num_items_in_batch` is Trainer's. Where it calls
+      `super().compute_loss` with the weights in the inputs, the loss is the one above.
     - Under DeepSpeed with 16-bit weights Trainer rounds all floating inputs, so also these weights, to 16 bit.
 
     Weights must be finite, not negative and not all 0, which is checked before training where the data set can be read
@@ -222,6 +225,8 @@ class WeightedLossMixin:
     _checked_dataset: Any = None
     _checked_loss = False
     _weighted = False
+    _said_before: bool | None = None
+    _rows_of_step: Any = None
 
     @wraps(Trainer.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -269,6 +274,11 @@ class WeightedLossMixin:
         if COLUMN not in self._signature_columns:
             self._signature_columns.append(COLUMN)
 
+    @property
+    def _has_own_loss(self) -> bool:
+        """Whether a subclass computes the loss."""
+        return type(self).compute_loss is not WeightedLossMixin.compute_loss
+
     @contextmanager
     def _collating(self, keep: bool) -> Iterator[None]:
         plain = self.data_collator
@@ -285,7 +295,7 @@ class WeightedLossMixin:
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        with self._collating(keep=False):
+        with self._collating(keep=self._has_own_loss):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
@@ -307,10 +317,13 @@ class WeightedLossMixin:
                     "context and sequence parallelism spread a row over processes, so that none has the row's loss to "
                     f"weight; use neither, or remove the column {COLUMN!r}"
                 )
-            # on the instance, so that without weights Trainer decides as ever
-            self._weighted = self.loss_is_scaled_for_ga = True
             rows = sum(len(batch[COLUMN]) for batch in batches)
-            return batches, self.accelerator.gather(torch.tensor(rows, device=device)).sum()
+            self._rows_of_step = self.accelerator.gather(torch.tensor(rows, device=device)).sum()
+            if self._has_own_loss:  # which may not ask us for the loss, and then it is scaled as Trainer scales it
+                self._loss_is_ours(False)
+                return batches, items
+            self._loss_is_ours(True)
+            return batches, self._rows_of_step
         if has_weights(self.train_dataset):
             raise ValueError(
                 f"train_dataset has the column {COLUMN!r}, but its batches have only {sorted(batches[0])}: let its "
@@ -319,10 +332,22 @@ class WeightedLossMixin:
             )
         if self._needs_weights:
             self._refuse_no_weights()
-        if self._weighted:  # the data set was exchanged after a run with weights
-            del self.loss_is_scaled_for_ga
-            self._weighted = False
+        self._loss_is_ours(False)  # the data set may have been exchanged after a run with weights
         return batches, items
+
+    def _loss_is_ours(self, ours: bool) -> None:
+        """Tell Trainer whether the loss of this step is divided by the step's rows already."""
+        if ours == self._weighted:
+            return
+        # on the instance, so that without weights Trainer decides as ever, or as the user said
+        if ours:
+            self._said_before = vars(self).get("loss_is_scaled_for_ga")
+            self.loss_is_scaled_for_ga = True
+        elif self._said_before is None:
+            del self.loss_is_scaled_for_ga
+        else:
+            self.loss_is_scaled_for_ga = self._said_before
+        self._weighted = ours
 
     def compute_loss(
         self,
@@ -332,12 +357,27 @@ class WeightedLossMixin:
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """As in `Trainer`; of a batch with weights, this process's share of the step's weighted loss."""
-        if COLUMN not in inputs:
+        inputs = dict(inputs)
+        weights = inputs.pop(COLUMN, None)
+        if weights is None or (self._has_own_loss and not model.training):  # evaluation is unweighted
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        inputs = dict(inputs)
-        weights = inputs.pop(COLUMN)
+        if self._has_own_loss and self._rows_of_step is not None:
+            num_items_in_batch = self._rows_of_step
+            self._loss_is_ours(True)
+        losses, outputs = self._weighed_losses(model, inputs, weights, return_outputs)
+        loss = (weights.to(losses.device) * losses).sum()  # at least float32, as the weights are
+        if num_items_in_batch is None:
+            loss = loss / len(weights)
+        else:  # the gradients of the processes are averaged, the rows are counted over all of them
+            loss = loss / num_items_in_batch * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _weighed_losses(
+        self, model: nn.Module, inputs: dict[str, Any], weights: Tensor, return_outputs: bool
+    ) -> tuple[Tensor, Any]:
+        """The loss of each row of a batch, (rows,), and what the model returned, if that is wanted."""
         if self.compute_loss_func is not None:
             labels = inputs.pop("labels", None)
             outputs = model(**inputs)
@@ -364,12 +404,7 @@ class WeightedLossMixin:
                     f"the batch has {len(weights)} weights and {len(losses)} rows; data_collator must make one row of "
                     "each row of the data set (no packing)"
                 )
-        loss = (weights.to(losses.device) * losses).sum()  # at least float32, as the weights are
-        if num_items_in_batch is None:
-            loss = loss / len(weights)
-        else:  # the gradients of the processes are averaged, the rows are counted over all of them
-            loss = loss / num_items_in_batch * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        return losses, outputs
 
     def _row_losses(self, model: nn.Module, labels: Tensor, logits: Any, own: Tensor | None, aux: Any) -> Tensor:
         """The mean loss of each row (rows,), once the model's own loss was seen to be their mean."""
@@ -404,7 +439,9 @@ class WeightedLossMixin:
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         # for batches of the caller's own making; ours have none here
-        inputs = {name: value for name, value in inputs.items() if name != COLUMN}
+        labelled = bool(self.label_names) and all(inputs.get(name) is not None for name in self.label_names)
+        if not (self._has_own_loss and labelled):
+            inputs = {name: value for name, value in inputs.items() if name != COLUMN}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
 
 

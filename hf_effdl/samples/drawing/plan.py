@@ -160,7 +160,7 @@ def make_plan(
         seed: of the hash that draws.
         row_ids: see `priority_sample`. With ids no order of the rows changes which are drawn, also among equal scores.
         force: allow a label-dependent score without weights.
-        log_scores: the column `score` holds natural logarithms of scores, as importance weights do that no float holds.
+        log_scores: the column `score` holds logarithms of scores, as of importance weights that no float holds.
 
     Raises:
         ValueError: for missing columns, unknown names, a budget out of range or below the number of classes, exact
