@@ -5,12 +5,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load
+import torch
+from safetensors import safe_open
+from safetensors.torch import load, save
 from torch import Tensor
 
 
@@ -137,6 +139,40 @@ def read_tensors(
     except Exception as error:  # safetensors' own errors have no common class
         raise damaged(file, str(error), remedy) from error
     return {name: tensors[name] for name in sorted(tensors)}  # safetensors hands them out in any order
+
+
+def sealed(tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file that holds the digest of its tensors and notes, which `read_sealed` checks."""
+    notes, tensors = dict(notes or {}), {name: value.contiguous().cpu() for name, value in tensors.items()}
+    return save(tensors, notes | {"sha256": _seal(tensors, notes)})
+
+
+def read_sealed(
+    file: str | os.PathLike[str], remedy: str = "make it anew"
+) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """The tensors and notes of a file that `sealed` made; notes are None in files of earlier versions, without seal.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not what was written, by name.
+    """
+    tensors = read_tensors(file, remedy=remedy)
+    with safe_open(file, "pt") as opened:
+        notes = opened.metadata()
+    if notes is None:
+        return tensors, None
+    seal = notes.pop("sha256", None)
+    if seal != _seal(tensors, notes):
+        raise damaged(file, "its content is not what was written", remedy)
+    return tensors, notes
+
+
+def _seal(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
+    pieces = [json.dumps(sorted(notes.items())).encode()]
+    for name, value in sorted(tensors.items()):
+        pieces += [f"{name} {value.dtype} {tuple(value.shape)}".encode()]
+        pieces += [value.flatten().view(torch.uint8).numpy().tobytes()]
+    return digest(pieces)
 
 
 def read_json(file: str | os.PathLike[str], sha256: str | None = None, remedy: str = "make it anew") -> Any:

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_effdl.processes import check_all_seen
+
 
 COLUMN = "weight"
 IGNORED = -100  # the label that counts nowhere in transformers
@@ -231,6 +233,7 @@ class WeightedLossMixin:
     @wraps(Trainer.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_all_seen()
         self._check_train_dataset()
 
     def _check_train_dataset(self) -> None:

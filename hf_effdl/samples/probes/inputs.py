@@ -121,8 +121,8 @@ def check_classes(labels: Tensor, column: str, names: Sequence[str] | None = Non
     present, largest = len(labels.unique()), int(labels.max())
     if present < 2:
         raise ValueError(
-            f"column {column!r} of the probe set holds one class only, {largest}; probes that never saw another one can "
-            "say nothing. Pass rows of two classes or more"
+            f"column {column!r} of the probe set holds one class only, {largest}; probes that never saw another one "
+            "can say nothing. Pass rows of two classes or more"
         )
     if names is not None and largest >= len(names):
         raise ValueError(
@@ -130,8 +130,8 @@ def check_classes(labels: Tensor, column: str, names: Sequence[str] | None = Non
         )
     if names is None and largest >= 4 * present + 16:
         raise ValueError(
-            f"column {column!r} holds {present} classes with numbers up to {largest}: ids, it seems, where classes are "
-            f"numbered 0..{present - 1}; call class_encode_column({column!r}), or pass class names"
+            f"column {column!r} holds {present} classes with numbers up to {largest}: ids, it seems, where classes "
+            f"are numbered 0..{present - 1}; call class_encode_column({column!r}), or pass class names"
         )
     return max(len(names or []), largest + 1)
 

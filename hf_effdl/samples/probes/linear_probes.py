@@ -241,8 +241,8 @@ def _check_features(x: Tensor, column: Any) -> None:
         )
     if (x == x[0]).all():
         warnings.warn(
-            f"the features of all {len(x)} rows of the probe set are equal{where}, so probes can only guess; feed columns, "
-            "or a backbone, that tell rows apart",
+            f"the features of all {len(x)} rows of the probe set are equal{where}, so probes can only guess; feed "
+            "columns, or a backbone, that tell rows apart",
             stacklevel=3,
         )
 

@@ -147,23 +147,3 @@ def _content(content: bytes | None, path: str | None, times: bool) -> bytes:
     stat = os.stat(path) if path and os.path.isfile(path) else None
     stamp = [] if stat is None else [stat.st_size, stat.st_mtime_ns][: 1 + times]
     return f"{os.path.basename(path or '')} {stamp}".encode()
-
-
-def matched(marks: Tensor, given: Tensor) -> Tensor:
-    """Where each mark stands among the given ones, `(n,)`; -1 where it does not. Equal ones are matched one by one.
-
-    Example:
-        >>> matched(torch.tensor([7, 7, 5]), torch.tensor([5, 7, 9, 7]))
-        tensor([1, 3, 0])
-    """
-    wanted, there = marks.sort(stable=True), given.sort(stable=True)
-    # the first place of a mark, and one more for every earlier equal
-    first = torch.searchsorted(there.values, wanted.values)
-    earlier = torch.arange(len(marks)) - torch.searchsorted(wanted.values, wanted.values)
-    place = first + earlier
-    inside = place < len(given)
-    hit = torch.zeros(len(marks), dtype=torch.bool)
-    hit[inside] = there.values[place[inside]] == wanted.values[inside]
-    places = torch.full((len(marks),), -1, dtype=torch.long)
-    places[wanted.indices[hit]] = there.indices[place[hit]]
-    return places
