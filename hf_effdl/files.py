@@ -16,6 +16,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 
+SEALED = "sealed"
+
+
 def write_whole(target: str | os.PathLike[str], content: bytes | str | Callable[[Path], Any]) -> Path:
     """Write a file at once or not at all, and flush it to the disk before it takes its name.
 
@@ -144,7 +147,8 @@ def read_tensors(
 def sealed(tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> bytes:
     """A safetensors file that holds the digest of its tensors and notes, which `read_sealed` checks."""
     notes, tensors = dict(notes or {}), {name: value.contiguous().cpu() for name, value in tensors.items()}
-    return save(tensors, notes | {"sha256": _seal(tensors, notes)})
+    # one entry: safetensors writes several in any order
+    return save(tensors, {SEALED: json.dumps(notes | {"sha256": _seal(tensors, notes)}, sort_keys=True)})
 
 
 def read_sealed(
@@ -161,8 +165,12 @@ def read_sealed(
         notes = opened.metadata()
     if notes is None:
         return tensors, None
-    seal = notes.pop("sha256", None)
-    if seal != _seal(tensors, notes):
+    try:
+        notes = json.loads(notes[SEALED])
+        whole = notes.pop("sha256") == _seal(tensors, notes)
+    except (KeyError, ValueError, AttributeError):
+        whole = False
+    if not whole:
         raise damaged(file, "its content is not what was written", remedy)
     return tensors, notes
 

@@ -66,8 +66,8 @@ def check_all_seen() -> None:
     if count > 1 and "RANK" in os.environ and not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             f"WORLD_SIZE={count} processes were started, and this one sees no other: without an accelerator say so "
-            "with --use_cpu (TrainingArguments(use_cpu=True), accelerate launch --cpu, or ACCELERATE_USE_CPU=true), or "
-            "start one process"
+            "with --use_cpu (TrainingArguments(use_cpu=True), accelerate launch --cpu, or ACCELERATE_USE_CPU=true), "
+            "or start one process"
         )
 
 

@@ -45,16 +45,8 @@ def _signed(value: int) -> int:
 def hash_ids(row_ids: Tensor | Sequence[int | str]) -> Tensor:
     """Ids as int64: integers as they are, texts hashed."""
     if len(row_ids) and isinstance(row_ids[0], str):
-        if other := next((name for name in row_ids if not isinstance(name, str)), None):
-            raise TypeError(f"row_ids are texts but for {other!r}; pass one integer or text a row, all alike")
-        # surrogates: texts that were read from broken files have some
-        digests = b"".join(
-            hashlib.blake2b(str(name).encode(errors="surrogatepass"), digest_size=8).digest() for name in row_ids
-        )
-        return (
-            torch.frombuffer(bytearray(digests), dtype=torch.int64) if digests else torch.empty(0, dtype=torch.int64)
-        )
-    if not isinstance(row_ids, Tensor) and hasattr(row_ids, "dtype") and str(row_ids.dtype) == "uint64":
+        return _hash_texts(row_ids)
+    if not isinstance(row_ids, Tensor) and str(getattr(row_ids, "dtype", "")) == "uint64":
         row_ids = row_ids.view("int64")  # of NumPy; the hash takes the bits
     try:
         ids = torch.as_tensor(row_ids)
@@ -63,6 +55,15 @@ def hash_ids(row_ids: Tensor | Sequence[int | str]) -> Tensor:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.ndim != 1:
         raise TypeError(f"row_ids are {ids.dtype} of shape {tuple(ids.shape)}; pass one integer or text a row")
     return ids.detach().cpu().long()
+
+
+def _hash_texts(names: Sequence[str]) -> Tensor:
+    if any(not isinstance(name, str) for name in names):
+        other = next(name for name in names if not isinstance(name, str))
+        raise TypeError(f"row_ids are texts but for {other!r}; pass one integer or text a row, all alike")
+    # surrogates: texts that were read from broken files have some
+    digests = (hashlib.blake2b(str(name).encode(errors="surrogatepass"), digest_size=8).digest() for name in names)
+    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64)
 
 
 def ranked(scores: Tensor, seed: int, row_ids: Tensor | Sequence[int | str] | None) -> Tensor:

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_effdl.files import damaged, digest, read_sealed, sealed, sweep, write_whole
+from hf_effdl.files import damaged, read_sealed, sealed, sweep, write_whole
 from hf_effdl.processes import check_all_seen, same_fate, together
 from hf_effdl.random_state import random_state_kept
-from hf_effdl.samples.probes.row_marks import row_marks
 from hf_effdl.samples.scores.dynamics import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
 
 
@@ -87,7 +86,6 @@ class DynamicsCallback(TrainerCallback):
         self.batch_size = batch_size
         self.dataset = None if dataset is None else _map_style(dataset)
         self.data_collator = data_collator
-        self._rows_mark = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,7 +96,6 @@ class DynamicsCallback(TrainerCallback):
         folder = Path(args.output_dir) / FOLDER
         with same_fate():
             _check_labels(dataset)
-            self._rows_mark = _rows_mark(dataset)
             if state.is_world_process_zero:
                 self._tidy(folder, done, len(dataset))
         with _aside(kwargs["model"], args, seed=args.seed):  # a row that cannot be scored is found before any work
@@ -115,7 +112,7 @@ class DynamicsCallback(TrainerCallback):
             for epoch, file in _files(folder).items():
                 if epoch > done:
                     file.unlink()
-        _check_rows(folder, rows, self._rows_mark)
+        _check_rows(folder, rows)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -162,7 +159,7 @@ class DynamicsCallback(TrainerCallback):
             if len(bad := scores.isnan().any(1).nonzero().flatten()):
                 logger.warning("%d rows have no class or no numbers to record, the first is row %d", len(bad), bad[0])
             record = dict(zip(RECORDED, scores.T, strict=True))
-            write_whole(folder / f"epoch-{epoch:04d}.safetensors", sealed(record, {"rows": self._rows_mark}))
+            write_whole(folder / f"epoch-{epoch:04d}.safetensors", sealed(record))
         together()
 
 
@@ -246,13 +243,6 @@ def _files(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(file.stem.removeprefix("epoch-")), file) for file in folder.glob("epoch-*.safetensors")))
 
 
-def _rows_mark(dataset: Any) -> str:
-    """What tells a data set from others with as many rows; empty where nothing cheap does."""
-    if not isinstance(dataset, Dataset):
-        return ""
-    return digest(row_marks(dataset, dataset.column_names).numpy().tobytes())
-
-
 def _check_labels(dataset: Any) -> None:
     """Raise a `ValueError` for rows that have no class, where the data set has a column of labels to look into."""
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
@@ -270,21 +260,14 @@ def _check_labels(dataset: Any) -> None:
         )
 
 
-def _check_rows(folder: Path, rows: int | None = None, mark: str = "") -> None:
-    """All records are of the same number of rows, the given one, and of the same data set, where that is known."""
+def _check_rows(folder: Path, rows: int | None = None) -> None:
+    """All records are of the same number of rows, the given one."""
     for file in _files(folder).values():
         try:
             with safe_open(file, "pt") as stored:
                 [recorded] = stored.get_slice(RECORDED[0]).get_shape()
-                of = (stored.metadata() or {}).get("rows", "")
         except (SafetensorError, ValueError) as error:
             raise damaged(file, str(error), REMEDY) from error
-        if mark and of and of != mark:
-            raise ValueError(
-                f"{file} is a record of another data set with {recorded} rows, or of one that was changed since, and rows "
-                "are known by their place. Resume with the same data, or train without resume_from_checkpoint, which "
-                "starts records anew"
-            )
         if rows is not None and recorded != rows:
             raise ValueError(
                 f"{file} is a record of {recorded} rows, but the dataset has {rows} now, and rows are known by their "

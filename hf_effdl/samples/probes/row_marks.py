@@ -8,6 +8,7 @@ the data set holds only a path.
 import hashlib
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -72,23 +73,28 @@ def _values(array: pa.Array, times: bool) -> np.ndarray:
         array = array.storage
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    kind = array.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if _is(array, "list", "large_list", "fixed_size_list"):
         marks = _lists(array, times)
-    elif pa.types.is_struct(kind):
+    elif _is(array, "struct"):
         marks = _structs(array, times)
-    elif pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
+    elif _is(array, "boolean", "integer", "floating"):
         marks = _numbers(array)
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        texts = (b"" if value is None else value.encode(errors="surrogatepass") for value in array.to_pylist())
-        marks = np.fromiter(map(_text, texts), np.uint64, len(array))
-    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        marks = np.fromiter((_text(value or b"") for value in array.to_pylist()), np.uint64, len(array))
-    else:  # dates, decimals and the like
-        marks = np.fromiter((_text(repr(value).encode()) for value in array.to_pylist()), np.uint64, len(array))
+    else:
+        marks = np.fromiter((_text(_bytes(value)) for value in array.to_pylist()), np.uint64, len(array))
     if array.null_count:
         marks = np.where(array.is_null().to_numpy(zero_copy_only=False), _NULL, marks)
     return marks
+
+
+def _is(array: pa.Array, *kinds: str) -> bool:
+    return any(getattr(pa.types, f"is_{kind}")(array.type) for kind in kinds)
+
+
+def _bytes(value: Any) -> bytes:
+    """Of texts and binary values; of dates, decimals and the like what they print as."""
+    if isinstance(value, bytes):
+        return value
+    return (value if isinstance(value, str) else repr(value)).encode(errors="surrogatepass")
 
 
 def _numbers(array: pa.Array) -> np.ndarray:

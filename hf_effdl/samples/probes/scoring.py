@@ -269,8 +269,8 @@ def _check_fed(batch: Any, places: Tensor, inputs: Inputs) -> None:
         if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
             bad = (~value.flatten(1).isfinite()).any(1).nonzero().flatten()
             raise ValueError(
-                f"column {name!r} is NaN or infinite in row {places[bad[0]].item()} ({len(bad)} rows of its batch); fill "
-                "missing values in, or leave such rows out"
+                f"column {name!r} is NaN or infinite in row {places[bad[0]].item()} ({len(bad)} rows of its batch); "
+                "fill missing values in, or leave such rows out"
             )
 
 

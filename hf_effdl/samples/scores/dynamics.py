@@ -171,7 +171,7 @@ def _checked(name: str, records: Tensor, least: int = 1) -> Tensor:
     if records.is_floating_point() and not records.isfinite().all():
         epoch, row = (~records.isfinite()).nonzero()[0].tolist()
         raise ValueError(
-            f"{name}[{epoch}, {row}] is {records[epoch, row]}: the recorded run had broken down by then, or the row had "
-            "no label"
+            f"{name}[{epoch}, {row}] is {records[epoch, row]}: the recorded run had broken down by then, or the row "
+            "had no label"
         )
     return records

@@ -90,8 +90,8 @@ class ScoredPool:
             )
         others = int((difference != difference.mode().values).sum())
         raise ValueError(
-            f"{others} of {len(stored)} rows are not what they were when they were scored: columns that the probes read, "
-            f"or labels, have changed, or columns came in; {again}"
+            f"{others} of {len(stored)} rows are not what they were when they were scored: columns that the probes "
+            f"read, or labels, have changed, or columns came in; {again}"
         )
 
     def scored(self, table: Mapping[str, Tensor], keys: Tensor) -> Self:

@@ -45,8 +45,8 @@ class SelectedRows:
     def apply(self, data: Dataset) -> Dataset:
         """The chosen rows of the data set, with the columns `weight` and `inclusion_probability`.
 
-        Rows are found by the id column, else by their places, where their content must be what it was. Keeps the data set's format; a transform sees the new
-        columns and has to pass `weight` on.
+        Rows are found by the id column, else by their places, where their content must be what it was. Keeps the data
+        set's format; a transform sees the new columns and has to pass `weight` on.
 
         Raises:
             ValueError: if this is not the data set that was selected from.
@@ -99,16 +99,16 @@ class SelectedRows:
             return self._found_by_place(data, rows)
         if missing := [name for name in columns if name not in data.column_names]:
             raise ValueError(
-                f"the data set lacks the columns {missing} that the selection's rows are known by; keep them, or rename "
-                "them back, or select with id_column="
+                f"the data set lacks the columns {missing} that the selection's rows are known by; keep them, or "
+                "rename them back, or select with id_column="
             )
         if len(data) == len(marks):
             there = row_marks(data, columns)
             if others := (there != marks).nonzero().flatten().tolist():
                 raise ValueError(
-                    f"{len(others)} of {len(marks)} rows have other content in {columns} than those that the selection "
-                    f"was made from, the first is row {others[0]}, so rows have moved or changed; apply it to the "
-                    "same split and revision, or select with id_column="
+                    f"{len(others)} of {len(marks)} rows have other content in {columns} than those that the "
+                    f"selection was made from, the first is row {others[0]}, so rows have moved or changed; apply it "
+                    "to the same split and revision, or select with id_column="
                 )
         return self._found_by_place(data, rows)
 

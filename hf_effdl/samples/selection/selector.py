@@ -230,7 +230,7 @@ class UncertaintySelector:
             warnings.warn(
                 f"no probe was trained on a row of {len(unseen)} classes of the pool: {list(unseen)[:8]} "
                 f"({sum(unseen.values())} rows). What probes say of such labels is no evidence, so these rows are "
-                "weighted as the median row and none counts as mislabelled; better train probes on rows of all classes",
+                "weighted as the median row and none counts as mislabelled; train probes on rows of all classes",
                 stacklevel=4,
             )
         return pool, unseen
