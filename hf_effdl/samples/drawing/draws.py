@@ -7,9 +7,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from hf_effdl.samples.drawing.checks import as_numbers, check_rows, check_scores, check_seed
+from hf_effdl.samples.drawing.checks import check_rows, check_scores, check_seed
 from hf_effdl.samples.drawing.hashing import check_once, hashed_uniform, integer_ids, ranked
 from hf_effdl.samples.drawing.probabilities import ROOM, read_scores, relative
+from hf_effdl.samples.scores.numbers import as_numbers
 
 
 def draw(

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from hf_effdl.samples.drawing.checks import as_numbers, check_budget, check_scores
+from hf_effdl.samples.drawing.checks import check_budget, check_scores
+from hf_effdl.samples.scores.numbers import as_numbers
 
 
 # Between the largest score and the largest float there must be room for a score over a uniform number, and for a sum

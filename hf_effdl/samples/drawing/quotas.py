@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_effdl.samples.drawing.checks import as_numbers, check_rows, check_scores
+from hf_effdl.samples.drawing.checks import check_rows, check_scores
 from hf_effdl.samples.drawing.hashing import hashed_uniform, ranked
+from hf_effdl.samples.scores.numbers import as_numbers
 
 
 def class_quotas(counts: Tensor, budget: int, *, seed: int = 0) -> Tensor:

@@ -5,7 +5,8 @@ from collections.abc import Container
 import torch
 from torch import Tensor
 
-from hf_effdl.samples.drawing.checks import ROUNDED_ONE, as_numbers, check_choice
+from hf_effdl.samples.drawing.checks import ROUNDED_ONE, check_choice
+from hf_effdl.samples.scores.numbers import as_numbers
 
 
 WEIGHTS = ("p_label", "damped", "exact", "none")
@@ -78,6 +79,10 @@ def kish_size(weights: Tensor) -> float:
         2.0
     """
     weights = as_numbers(weights, "weights").double()
+    if weights.ndim != 1 or not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
+        raise ValueError(
+            f"weights of shape {tuple(weights.shape)} must be one number a row, finite, not negative and not all zero"
+        )
     largest = weights.max()
     if largest > 1e150:  # its square is infinite
         weights = weights / largest

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hf_effdl.samples.scores.numbers import as_numbers
+
 
 def row_dynamics(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """What is kept of one prediction per row: three numbers, whatever the number of classes.
@@ -163,7 +165,7 @@ def dyn_unc(p_label: Tensor, window: int = 10) -> Tensor:
 
 
 def _checked(name: str, records: Tensor, least: int = 1) -> Tensor:
-    records = torch.as_tensor(records)
+    records = as_numbers(records, name)
     if records.ndim != 2 or len(records) < least:
         raise ValueError(
             f"{name} of shape {tuple(records.shape)} must have shape (epochs, rows) with {least} epochs or more"
