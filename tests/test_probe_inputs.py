@@ -62,7 +62,9 @@ def language(tmp_path_factory):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(40))]
     (folder / "vocab.txt").write_text("\n".join(words))
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    return BertTokenizer.from_pretrained(folder), BertModel(BertConfig(vocab_size=45, max_position_embeddings=32, **sizes)).eval()
+    return BertTokenizer.from_pretrained(folder), BertModel(
+        BertConfig(vocab_size=45, max_position_embeddings=32, **sizes)
+    ).eval()
 
 
 def texts(count: int) -> list[str]:
