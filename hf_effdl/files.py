@@ -5,12 +5,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load
+import torch
+from safetensors import safe_open
+from safetensors.torch import load, save
 from torch import Tensor
+
+
+SEALED = "sealed"
 
 
 def write_whole(target: str | os.PathLike[str], content: bytes | str | Callable[[Path], Any]) -> Path:
@@ -55,6 +61,33 @@ def sweep(folder: Path, pattern: str) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator[None]:
+    """Have a folder to oneself: others, threads and processes, that ask for it wait until the block is left.
+
+    The system gives the lock back when a process dies. Asking twice in one thread would wait for ever.
+
+    Args:
+        folder: made if need be; the lock is an empty file in it, which goes with the last who waits.
+        name: of the file.
+    """
+    from filelock import FileLock
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = Path(folder) / name
+    while True:
+        with file.open("ab") as ours, FileLock(file):
+            # a file that was removed while we waited for it keeps no one out: it must still be the one we opened first
+            if not file.is_file() or not os.path.samestat(os.fstat(ours.fileno()), file.stat()):
+                continue
+            try:
+                yield
+            finally:
+                if os.name != "nt":  # Windows removes no open file
+                    file.unlink(missing_ok=True)
+            return
 
 
 def flush(path: Path) -> None:
@@ -109,6 +142,45 @@ def read_tensors(
     except Exception as error:  # safetensors' own errors have no common class
         raise damaged(file, str(error), remedy) from error
     return {name: tensors[name] for name in sorted(tensors)}  # safetensors hands them out in any order
+
+
+def sealed(tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file that holds the digest of its tensors and notes, which `read_sealed` checks."""
+    notes, tensors = dict(notes or {}), {name: value.contiguous().cpu() for name, value in tensors.items()}
+    # one entry: safetensors writes several in any order
+    return save(tensors, {SEALED: json.dumps(notes | {"sha256": _seal(tensors, notes)}, sort_keys=True)})
+
+
+def read_sealed(
+    file: str | os.PathLike[str], remedy: str = "make it anew"
+) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """The tensors and notes of a file that `sealed` made; notes are None in files of earlier versions, without seal.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not what was written, by name.
+    """
+    tensors = read_tensors(file, remedy=remedy)
+    with safe_open(file, "pt") as opened:
+        notes = opened.metadata()
+    if notes is None:
+        return tensors, None
+    try:
+        notes = json.loads(notes[SEALED])
+        whole = notes.pop("sha256") == _seal(tensors, notes)
+    except (KeyError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise damaged(file, "its content is not what was written", remedy)
+    return tensors, notes
+
+
+def _seal(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
+    pieces = [json.dumps(sorted(notes.items())).encode()]
+    for name, value in sorted(tensors.items()):
+        pieces += [f"{name} {value.dtype} {tuple(value.shape)}".encode()]
+        pieces += [value.flatten().view(torch.uint8).numpy().tobytes()]
+    return digest(pieces)
 
 
 def read_json(file: str | os.PathLike[str], sha256: str | None = None, remedy: str = "make it anew") -> Any:

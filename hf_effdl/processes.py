@@ -1,6 +1,8 @@
-"""Several processes: who comes first, waiting for all, and what Accelerate leaves on a model."""
+"""Several processes: who comes first, waiting for all, errors of one, and what Accelerate leaves on a model."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -41,6 +43,49 @@ def decided(decide: Callable[[], Any]) -> Any:
     if isinstance(answer, Exception):
         raise answer
     return answer
+
+
+@contextmanager
+def same_fate() -> Iterator[None]:
+    """All processes leave the block in order, or all by an error: its own, or one that names the process that failed.
+
+    Inside it no process may wait for others, as in a gather, since one of them may have left.
+
+    Raises:
+        RuntimeError: on the processes that did not fail themselves.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if _several():
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, failure and f"{type(failure).__name__}: {failure}")
+        if failure is None:
+            for rank, text in enumerate(told):
+                if text is not None:
+                    raise RuntimeError(f"process {rank} failed: {text}")
+    if failure is not None:
+        raise failure
+
+
+def check_all_seen() -> None:
+    """Refuse to run where a launcher started several processes and none of them sees the others.
+
+    They would all do the whole work, into one folder. Call it once the process group may be there: after `Accelerator`
+    or `TrainingArguments.device`.
+
+    Raises:
+        RuntimeError: as `torchrun` on a machine without accelerators does, where Accelerate must be told.
+    """
+    count = int(os.environ.get("WORLD_SIZE") or 1)
+    if count > 1 and "RANK" in os.environ and not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"WORLD_SIZE={count} processes were started, and this one sees no other: without an accelerator say so "
+            "with --use_cpu (TrainingArguments(use_cpu=True), accelerate launch --cpu, or ACCELERATE_USE_CPU=true), "
+            "or start one process"
+        )
 
 
 def forget_accelerate(model: nn.Module) -> bool:

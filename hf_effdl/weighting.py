@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_effdl.processes import is_first
+from hf_effdl.processes import check_all_seen, is_first
 
 
 COLUMN = "weight"
@@ -212,6 +212,9 @@ class WeightedLossMixin:
     - `compute_loss_func(outputs, labels, num_items_in_batch)` must return one loss per row, shape (rows,), not yet
       divided by anything; it gets `num_items_in_batch=None`.
     - The row count is always that of all processes, whatever `args.average_tokens_across_devices` says of tokens.
+    - A subclass with a `compute_loss` of its own that takes the weights itself is trained as `Trainer` would train it:
+      what it returns is scaled by Trainer's rules, and its `num_items_in_batch` is Trainer's. Where it calls
+      `super().compute_loss` with the weights in the inputs, the loss is the one above.
     - Under DeepSpeed with 16-bit weights Trainer rounds all floating inputs, so also these weights, to 16 bit.
 
     Weights must be finite, not negative and not all 0, which is checked before training where the data set can be read
@@ -233,10 +236,13 @@ class WeightedLossMixin:
     _checked_dataset: Any = None
     _checked_loss = False
     _weighted = False
+    _said_before: bool | None = None
+    _rows_of_step: Any = None
 
     @wraps(Trainer.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_all_seen()
         self._check_train_dataset()
 
     def _check_train_dataset(self) -> None:
@@ -285,6 +291,11 @@ class WeightedLossMixin:
         if COLUMN not in self._signature_columns:
             self._signature_columns.append(COLUMN)
 
+    @property
+    def _has_own_loss(self) -> bool:
+        """Whether a subclass computes the loss."""
+        return type(self).compute_loss is not WeightedLossMixin.compute_loss
+
     @contextmanager
     def _collating(self, keep: bool) -> Iterator[None]:
         plain = self.data_collator
@@ -301,7 +312,7 @@ class WeightedLossMixin:
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        with self._collating(keep=False):
+        with self._collating(keep=self._has_own_loss):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
@@ -323,10 +334,13 @@ class WeightedLossMixin:
                     "context and sequence parallelism spread a row over processes, so that none has the row's loss to "
                     f"weight; use neither, or remove the column {COLUMN!r}"
                 )
-            # on the instance, so that without weights Trainer decides as ever
-            self._weighted = self.loss_is_scaled_for_ga = True
             rows = sum(len(batch[COLUMN]) for batch in batches)
-            return batches, self.accelerator.gather(torch.tensor(rows, device=device)).sum()
+            self._rows_of_step = self.accelerator.gather(torch.tensor(rows, device=device)).sum()
+            if self._has_own_loss:  # which may not ask us for the loss, and then it is scaled as Trainer scales it
+                self._loss_is_ours(False)
+                return batches, items
+            self._loss_is_ours(True)
+            return batches, self._rows_of_step
         if has_weights(self.train_dataset):
             raise ValueError(
                 f"train_dataset has the column {COLUMN!r}, but its batches have only {sorted(batches[0])}: let its "
@@ -335,10 +349,22 @@ class WeightedLossMixin:
             )
         if self._needs_weights:
             self._refuse_no_weights()
-        if self._weighted:  # the data set was exchanged after a run with weights
-            del self.loss_is_scaled_for_ga
-            self._weighted = False
+        self._loss_is_ours(False)  # the data set may have been exchanged after a run with weights
         return batches, items
+
+    def _loss_is_ours(self, ours: bool) -> None:
+        """Tell Trainer whether the loss of this step is divided by the step's rows already."""
+        if ours == self._weighted:
+            return
+        # on the instance, so that without weights Trainer decides as ever, or as the user said
+        if ours:
+            self._said_before = vars(self).get("loss_is_scaled_for_ga")
+            self.loss_is_scaled_for_ga = True
+        elif self._said_before is None:
+            del self.loss_is_scaled_for_ga
+        else:
+            self.loss_is_scaled_for_ga = self._said_before
+        self._weighted = ours
 
     def compute_loss(
         self,
@@ -348,12 +374,15 @@ class WeightedLossMixin:
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """As in `Trainer`; of a batch with weights, this process's share of the step's weighted loss."""
-        if COLUMN not in inputs:
+        inputs = dict(inputs)
+        weights = inputs.pop(COLUMN, None)
+        if weights is None or (self._has_own_loss and not model.training):  # evaluation is unweighted
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        inputs = dict(inputs)
-        weights = inputs.pop(COLUMN)
+        if self._has_own_loss and self._rows_of_step is not None:
+            num_items_in_batch = self._rows_of_step
+            self._loss_is_ours(True)
         if self.compute_loss_func is not None:
             outputs, losses = self._own_losses(model, inputs, weights)
         else:
@@ -435,7 +464,9 @@ class WeightedLossMixin:
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         # for batches of the caller's own making; ours have none here
-        inputs = {name: value for name, value in inputs.items() if name != COLUMN}
+        labelled = bool(self.label_names) and all(inputs.get(name) is not None for name in self.label_names)
+        if not (self._has_own_loss and labelled):
+            inputs = {name: value for name, value in inputs.items() if name != COLUMN}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
 
 

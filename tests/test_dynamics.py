@@ -599,3 +599,43 @@ def test_nothing_is_logged_in_an_ordinary_run(tmp_path, caplog, capsys):
     with caplog.at_level(logging.DEBUG, logger="hf_effdl"):
         dynamics_run.trainer(tmp_path, num_train_epochs=1).train()
     assert not [record for record in caplog.records if record.name.startswith("hf_effdl")]
+
+
+# ---- rows without a class, damage
+
+
+def test_rows_without_a_class_are_found_before_training_or_do_not_end_it(tmp_path, caplog):
+    plain = Rows()
+    labels = plain.labels.clone()
+    labels[7] = -100
+    table = Dataset.from_dict({"x": plain.x.numpy(), "labels": labels.numpy()}).with_format("torch")
+    run = dynamics_run.trainer(tmp_path / "table", rows=table, num_train_epochs=1)
+    with pytest.raises(ValueError, match=r"column 'labels' is -100 at row 7 \(1 rows have no class\)"):
+        run.train()
+    assert run.state.global_step == 0
+    plain.labels = labels  # no table, whose rows are only seen when they come
+    run = dynamics_run.trainer(tmp_path / "plain", rows=plain, num_train_epochs=2)
+    run.train()
+    margin = load_dynamics(tmp_path / "plain")["margin"]
+    assert margin[:, 7].isnan().all() and margin.isfinite().all(0).sum() == ROWS - 1
+    with pytest.raises(ValueError, match=r"\[0, 7\] is nan: .*or the row had no label"):
+        dynamics_scores(tmp_path / "plain")
+
+
+def test_flipped_bits_of_a_record_are_noticed(tmp_path):
+    dynamics_run.trainer(tmp_path, num_train_epochs=1).train()
+    [file] = (tmp_path / "dynamics").iterdir()
+    whole, right, rng = file.read_bytes(), load_dynamics(tmp_path), np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        content = bytearray(whole)
+        content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+        file.write_bytes(content)
+        try:
+            got = load_dynamics(tmp_path)
+        except ValueError as error:
+            assert str(file) in str(error)
+            refused += 1
+        else:
+            assert all(got[name].equal(right[name]) for name in right)
+    assert refused > 50

@@ -2,13 +2,15 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from hf_effdl import files, processes
 
@@ -110,3 +112,48 @@ def test_a_copy_of_a_prepared_model_is_free_of_accelerates_marks(monkeypatch):
     assert processes.forget_accelerate(model)
     assert set(vars(model)) == before and model(torch.ones(1, 2)).dtype == torch.float32
     assert not processes.forget_accelerate(model)
+
+
+# ---- locks and seals
+
+
+def count_up(folder, times):
+    for _ in range(times):
+        with files.locked(folder):
+            number = int((folder / "number").read_text())
+            (folder / "number").write_text(str(number + 1))
+
+
+def test_a_locked_folder_belongs_to_one_at_a_time(tmp_path):
+    (tmp_path / "number").write_text("0")
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(count_up, tmp_path, 25) for _ in range(4)]:
+            done.result()
+    assert (tmp_path / "number").read_text() == "100" and [path.name for path in tmp_path.iterdir()] == ["number"]
+
+
+def test_a_lock_goes_with_an_error(tmp_path):
+    with pytest.raises(KeyError), files.locked(tmp_path / "new"):
+        raise KeyError
+    with files.locked(tmp_path / "new"):
+        assert (tmp_path / "new").is_dir()
+
+
+def test_every_flipped_bit_of_a_sealed_file_is_noticed_or_without_effect(tmp_path):
+    tensors = {"b": torch.rand(7), "a": torch.arange(5), "none": torch.zeros(0, 3), "one": torch.tensor(2.0)}
+    whole, file = files.sealed(tensors, {"note": "x"}), tmp_path / "x.safetensors"
+    assert whole == files.sealed(dict(reversed(tensors.items())), {"note": "x"})
+    rng = random.Random(0)
+    for _ in range(150):
+        content = bytearray(whole)
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
+        try:
+            found, notes = files.read_sealed(file)
+        except ValueError as error:
+            assert str(error).startswith(f"{file} is damaged")
+        else:
+            assert notes == {"note": "x"} and {*found} == {*tensors}
+            assert all(found[name].equal(tensors[name]) for name in tensors)
+    save_file({"a": torch.ones(2)}, file)
+    assert files.read_sealed(file)[1] is None  # of an earlier version

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from datasets import load_dataset
 from forked import CONTEXT
 
+from hf_effdl.samples.drawing import shards as module
 from hf_effdl.samples.drawing.draws import priority_sample
 from hf_effdl.samples.drawing.probabilities import clip_scores
 from hf_effdl.samples.drawing.shards import MANIFEST, PROGRESS, plan_shards
@@ -348,3 +350,57 @@ def test_the_benchmark_runs_and_its_checks_hold(tmp_path):
     assert len(rows) == 2 and all(row["peak_rss_mib"] > 10 and row["seconds"] > 0 for row in rows)
     assert all(row["checks"]["exact number of rows"] for row in rows) and len(rows[0]["checks"]) == 5
     assert not work.exists()
+
+
+# ---- two writers, ids that repeat, damage
+
+
+def test_two_calls_for_one_folder_follow_each_other(table, tmp_path):
+    files = cut(table, tmp_path / "in", 3)
+    budgets = [400, 700]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            told = list(pool.map(lambda budget: plan_shards(files, tmp_path / "out", budget, workers=1), budgets))
+            assert [summary["selected"] for summary in told] == budgets
+            last = json.loads((tmp_path / "out" / MANIFEST).read_text())
+            tables = [pq.read_table(tmp_path / "out" / one["file"]) for one in last["outputs"]]
+            assert sum(len(part) for part in tables) == last["settings"]["budget"]
+            assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("names", [int, str])
+def test_ids_that_are_counted_anew_in_each_file_are_refused(names, tmp_path):
+    part = pa.table({"row_id": [names(i) for i in range(500)], "u_x": torch.rand(500).numpy()})
+    pq.write_table(part, tmp_path / "a.parquet")
+    pq.write_table(part, tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="500 of 1000 rows share their id with another row.*set id_column=None"):
+        plan_shards([tmp_path / "a.parquet", tmp_path / "b.parquet"], tmp_path / "out", 100)
+
+
+def test_many_rows_are_compared_in_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "COMPARED_IDS", 200)
+    part = pa.table({"row_id": range(2000), "u_x": torch.rand(2000).numpy()})
+    pq.write_table(part, tmp_path / "a.parquet")
+    pq.write_table(part, tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="of [12]..? rows share their id with another row"):
+        plan_shards([tmp_path / "a.parquet", tmp_path / "b.parquet"], tmp_path / "out", 100)
+
+
+def test_a_finished_shard_that_was_damaged_is_written_again(table, tmp_path):
+    files = cut(table, tmp_path / "in", 2)
+    first = plan_shards(files, tmp_path / "out", 500)
+    file = tmp_path / "out" / first["outputs"][1]["file"]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100] + bytes([whole[100] ^ 4]) + whole[101:])
+    assert plan_shards(files, tmp_path / "out", 500) == first and file.read_bytes() == whole
+
+
+def test_scores_far_from_one_are_drawn_as_their_ratios_say(table, tmp_path):
+    small = table.slice(0, 2000)
+    drawn = []
+    for k, factor in enumerate((1.0, 2.0**-900, 2.0**900)):
+        scores = torch.tensor(small["u_x"].to_numpy().copy()).double() * factor
+        scaled = small.set_column(1, "u_x", pa.array(scores.numpy()))
+        plan = plan_shards(cut(scaled, tmp_path / str(k), 2), tmp_path / f"out{k}", 300)
+        drawn.append(pa.concat_tables(pq.read_table(tmp_path / f"out{k}" / one["file"]) for one in plan["outputs"]))
+    assert drawn[0].equals(drawn[1]) and drawn[0].equals(drawn[2])

@@ -4,6 +4,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_run
 import torch
@@ -37,6 +38,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
+    TrainingArguments,
     default_data_collator,
     set_seed,
 )
@@ -732,3 +734,72 @@ def test_a_collator_that_reads_the_weights_itself_is_served():
     assert batch["x"].tolist() == [3.0, 1.0] and batch["weight"].tolist() == [3.0, 0.5]
     with pytest.raises(KeyError, match="other"):
         WeightCollator(lambda rows: [row["other"] for row in rows], keep=True)([{"x": 1.0, "weight": 3.0}])
+
+
+# ---- a subclass that computes the loss itself
+
+
+def own_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    """The usual recipe for weights: the mean over a micro batch."""
+    weights, labels = inputs.pop("weight"), inputs.pop("labels")
+    outputs = model(**inputs)
+    losses = torch.nn.functional.cross_entropy(outputs["logits"], labels, reduction="none")
+    loss = (weights.to(losses) * losses).mean()
+    return (loss, outputs) if return_outputs else loss
+
+
+def doubled_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    """Plain Trainer has no weighted loss, so its own is called without the weights."""
+    inputs = {name: value for name, value in inputs.items() if name != "weight"}
+    loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+    return (2 * loss, outputs) if return_outputs else 2 * loss
+
+
+class Linear3(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(4, 3)
+
+    def forward(self, x, labels=None):
+        z = self.linear(x)
+        loss = {} if labels is None else {"loss": torch.nn.functional.cross_entropy(z, labels)}
+        return {**loss, "logits": z}
+
+
+class Counting3(Linear3):
+    def forward(self, x, labels=None, num_items_in_batch=None, **kwargs):
+        z = self.linear(x)
+        loss = {} if labels is None else {"loss": torch.nn.functional.cross_entropy(z, labels, reduction="sum")}
+        if loss:
+            loss["loss"] = loss["loss"] / (len(x) if num_items_in_batch is None else num_items_in_batch)
+        return {**loss, "logits": z}
+
+
+@pytest.mark.parametrize("net", [Linear3, Counting3])
+@pytest.mark.parametrize("loss", [own_loss, doubled_loss])
+@pytest.mark.parametrize("accumulated", [1, 6])
+def test_a_loss_of_the_users_own_is_scaled_as_trainer_scales_it(net, loss, accumulated, tmp_path):
+    rng = np.random.default_rng(0)
+    columns = {"x": rng.normal(size=(24, 4)).astype("float32"), "labels": rng.integers(0, 3, 24)}
+    rows = Dataset.from_dict(columns | {"weight": np.tile([0.5, 1.5], 12)}).with_format("torch")
+    ends = []
+    for kind in (Trainer, WeightedTrainer):
+        args = TrainingArguments(
+            tmp_path,
+            max_steps=2,
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=24,
+            gradient_accumulation_steps=accumulated,
+            optim="sgd",
+            learning_rate=0.5,
+            remove_unused_columns=False,
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to=[],
+            save_strategy="no",
+        )
+        trainer = type("Own", (kind,), {"compute_loss": loss})(net(), args, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        ends.append((trainer.model.linear.weight.detach().clone(), trainer.evaluate()["eval_loss"]))
+    assert torch.allclose(ends[0][0], ends[1][0], atol=1e-6) and ends[0][1] == pytest.approx(ends[1][1], rel=1e-5)

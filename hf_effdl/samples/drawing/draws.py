@@ -1,14 +1,16 @@
 """Drawing rows with unequal probabilities: which rows, and with which probability. All functions are pure."""
 
+import math
 from collections.abc import Sequence
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from hf_effdl.samples.drawing.checks import check_rows, check_scores
-from hf_effdl.samples.drawing.hashing import hashed_uniform, integer_ids
-from hf_effdl.samples.drawing.probabilities import LEAST_SCORE
+from hf_effdl.samples.drawing.checks import check_rows, check_scores, check_seed
+from hf_effdl.samples.drawing.hashing import check_once, hashed_uniform, integer_ids, ranked
+from hf_effdl.samples.drawing.probabilities import ROOM, read_scores, relative
+from hf_effdl.samples.scores.numbers import as_numbers
 
 
 def draw(
@@ -29,7 +31,7 @@ def draw(
         >>> draw(torch.tensor([1.0, 0.0, 1.0]))
         (tensor([0, 2]), tensor([1., 1.], dtype=torch.float64))
     """
-    probabilities = torch.as_tensor(probabilities).double()
+    probabilities = as_numbers(probabilities, "probabilities").double()
     if probabilities.ndim != 1 or not ((probabilities >= 0) & (probabilities <= 1)).all():
         raise ValueError(
             f"probabilities of shape {tuple(probabilities.shape)} are not one number in [0, 1] a row; "
@@ -41,7 +43,12 @@ def draw(
 
 
 def priority_sample(
-    scores: Tensor, budget: int, *, seed: int = 0, row_ids: Tensor | Sequence[int | str] | None = None
+    scores: Tensor,
+    budget: int,
+    *,
+    seed: int = 0,
+    row_ids: Tensor | Sequence[int | str] | None = None,
+    log_scores: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Exactly `budget` rows: those with the largest keys `s_i / U_i`, `U = hash(seed, id)`.
 
@@ -49,10 +56,11 @@ def priority_sample(
     budget gives a superset. `PrioritySampler` does the same over shards.
 
     Args:
-        scores: `(N,)` non-negative.
+        scores: `(N,)` non-negative; only ratios matter, whatever their size.
         budget: number of rows, `1 <= budget <= N`.
         seed: of the hash.
-        row_ids: `(N,)` integers or texts that name the rows; default: their positions.
+        row_ids: `(N,)` integers or texts that name the rows, each another; default: their positions.
+        log_scores: `scores` are natural logarithms, as of importance weights that no float holds.
 
     Returns:
         positions, ascending, and weights `1 / pi` (all one if `budget` is N).
@@ -64,7 +72,7 @@ def priority_sample(
 
     Source: Duffield, Lund and Thorup, "Priority sampling for estimation of arbitrary subset sums", JACM 2007.
     """
-    scores = check_scores(scores)
+    scores = read_scores(scores, log_scores)
     ids = integer_ids(row_ids, len(scores))
     budget = check_rows(budget, len(scores))
     if budget == len(scores):
@@ -72,12 +80,20 @@ def priority_sample(
     keys = priority_keys(scores, seed, ids)
     top = keys.topk(budget + 1)
     positions = top.indices[:budget].sort().values
-    return positions, 1 / (scores[positions].double().clamp(min=LEAST_SCORE) / top.values[budget]).clamp(max=1)
+    return positions, 1 / priority_chances(scores[positions], top.values[budget].item())
 
 
-def priority_keys(scores: Tensor, seed: int, row_ids: Tensor) -> Tensor:
-    """`s_i / U_i`, float64; a zero score counts as a tiny one."""
-    return scores.double().clamp(min=LEAST_SCORE) / hashed_uniform(seed, row_ids)
+def priority_keys(scores: Tensor, seed: int, row_ids: Tensor | Sequence[int | str]) -> Tensor:
+    """`s_i / U_i` of `relative` scores, float64; `-U_i` for a score of zero, which is below all others."""
+    uniform = hashed_uniform(seed, row_ids)
+    return torch.where(scores > 0, (relative(scores) / uniform).clamp(max=torch.finfo(torch.float64).max), -uniform)
+
+
+def priority_chances(scores: Tensor, tau: float) -> Tensor:
+    """Inclusion probabilities of the rows whose `priority_keys` are above tau."""
+    if tau < 0:  # all rows with a score are in; of those without, the ones whose uniform number is below -tau
+        return torch.where(scores > 0, 1.0, min(1.0, -tau)).double()
+    return (relative(scores) / tau).clamp(max=1)
 
 
 class PrioritySampler:
@@ -97,9 +113,9 @@ class PrioritySampler:
     """
 
     def __init__(self, budget: int, seed: int = 0) -> None:
-        self.budget, self.seed, self.rows = check_rows(budget), seed, 0
+        self.budget, self.seed, self.rows = check_rows(budget), check_seed(seed), 0
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._least = 0.0  # keys not above it cannot be in the sample
+        self._least = -math.inf  # keys not above it cannot be in the sample
 
     def add(self, scores: Tensor, row_ids: Tensor | Sequence[int]) -> None:
         """Offer rows; their order does not matter, and there may be none."""
@@ -124,20 +140,28 @@ class PrioritySampler:
         return self
 
     def threshold(self) -> float:
-        """tau, the largest key left out; 0 if every row is in."""
+        """tau, the largest key `s_i / U_i` left out; 0 if every row is in."""
+        return max(0.0, self._threshold()) / ROOM
+
+    def _threshold(self) -> float:
         self._compact()
         keys = torch.cat([part[0] for part in self._parts]) if self._parts else torch.empty(0)
-        return 0.0 if len(keys) <= self.budget else keys.min().item()
+        return -math.inf if len(keys) <= self.budget else keys.min().item()
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Row ids, ascending, and their inclusion probabilities."""
+        """Row ids, ascending, and their inclusion probabilities.
+
+        Raises:
+            ValueError: for fewer rows than the budget, or an id that came twice.
+        """
         check_rows(self.budget, self.rows)
-        tau = self.threshold()
+        tau = self._threshold()
         keys, ids, scores = (torch.cat(column) for column in zip(*self._parts, strict=True))
+        check_once(ids.sort().values, "row_ids of all parts")
         inside = keys > tau
-        ids, scores = ids[inside], scores[inside].double().clamp(min=LEAST_SCORE)
+        ids, scores = ids[inside], scores[inside]
         order = ids.argsort()
-        return ids[order], (scores[order] / tau).clamp(max=1)
+        return ids[order], priority_chances(scores[order], tau)
 
     def _keep(self, keys: Tensor, ids: Tensor, scores: Tensor) -> None:
         inside = keys > self._least
@@ -173,12 +197,18 @@ def sequential_draw(
     """
     scores = check_scores(scores)
     ids = integer_ids(row_ids, len(scores))
-    times = -hashed_uniform(seed, ids).log() / scores.double().clamp(min=LEAST_SCORE)
+    # the logarithm of -log(U) / s, which is infinite for tiny scores
+    times = (-hashed_uniform(seed, ids).log()).log() - relative(scores).log()
     return times.topk(check_rows(budget, len(scores)), largest=False).indices.sort().values
 
 
-def top_k(scores: Tensor, budget: int) -> Tensor:
-    """Positions of the `budget` largest scores, ascending; among equal scores the first rows."""
+def top_k(
+    scores: Tensor, budget: int, *, seed: int = 0, row_ids: Tensor | Sequence[int | str] | None = None
+) -> Tensor:
+    """Positions of the `budget` largest scores, ascending.
+
+    Equal scores come in the order of `hash(seed, id)`, so that no order of the rows matters; without `row_ids` the
+    first rows come first.
+    """
     scores = check_scores(scores)
-    order = scores.sort(descending=True, stable=True).indices
-    return order[: check_rows(budget, len(scores))].sort().values
+    return ranked(scores, seed, row_ids)[: check_rows(budget, len(scores))].sort().values

@@ -19,11 +19,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from hf_effdl.samples.drawing.checks import check_choice, check_rows, read_column, row_count
+from hf_effdl.samples.drawing.checks import (
+    check_choice,
+    check_rows,
+    check_seed,
+    read_column,
+    read_probabilities,
+    row_count,
+)
 from hf_effdl.samples.drawing.draws import draw, priority_sample, sequential_draw, top_k
-from hf_effdl.samples.drawing.hashing import hashed_uniform, integer_ids
-from hf_effdl.samples.drawing.probabilities import clip_scores, inclusion_probabilities, mix_uniform
-from hf_effdl.samples.drawing.quotas import class_quotas, even_shares, strata, without_hardest
+from hf_effdl.samples.drawing.hashing import integer_ids
+from hf_effdl.samples.drawing.probabilities import clip_scores, inclusion_probabilities, mix_uniform, read_scores
+from hf_effdl.samples.drawing.quotas import check_quotas, class_turns, even_shares, strata, without_hardest
 from hf_effdl.samples.drawing.weights import WEIGHTS, check_bias, kish_size, loss_weights, weight_column
 
 
@@ -82,8 +89,10 @@ class PlanSettings:
     weights: str = "p_label"
     beta: float = 0.1
     seed: int = 0
+    log_scores: bool = False
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("quotas", self.quotas, QUOTAS)
         check_choice("weights", self.weights, WEIGHTS)
@@ -95,6 +104,9 @@ class PlanSettings:
             "sampler='priority'": self.quotas == "strata" and self.sampler == "top-k",
             f"uniform_share={self.uniform_share} has no effect on sampler={self.sampler!r}; use 'priority' or "
             "'poisson'": self.uniform_share and without_probabilities,
+            f"clip={self.clip} is a value of the score, and log_scores=True gives logarithms; use clip_quantile=": (
+                self.log_scores and self.clip is not None
+            ),
             f"cut_hardest={self.cut_hardest} needs a score that tells the hardest rows, and score='uniform' does "
             "not; pass keep=without_hardest(scores, share)": self.cut_hardest and self.score == "uniform",
         }
@@ -126,6 +138,7 @@ def make_plan(
     seed: int = 0,
     row_ids: Tensor | Sequence[int | str] | None = None,
     force: bool = False,
+    log_scores: bool = False,
 ) -> Plan:
     """Choose `budget` rows by one score.
 
@@ -145,8 +158,9 @@ def make_plan(
         weights: see `loss_weights`.
         beta: see `loss_weights`.
         seed: of the hash that draws.
-        row_ids: see `priority_sample`.
+        row_ids: see `priority_sample`. With ids no order of the rows changes which are drawn, also among equal scores.
         force: allow a label-dependent score without weights.
+        log_scores: the column `score` holds logarithms of scores, as of importance weights that no float holds.
 
     Raises:
         ValueError: for missing columns, unknown names, a budget out of range or below the number of classes, exact
@@ -159,7 +173,19 @@ def make_plan(
     """
     budget = check_rows(budget, rows := row_count(table))
     settings = PlanSettings(
-        budget, score, sampler, clip, clip_quantile, uniform_share, quotas, bins, cut_hardest, weights, beta, seed
+        budget=budget,
+        score=score,
+        sampler=sampler,
+        clip=clip,
+        clip_quantile=clip_quantile,
+        uniform_share=uniform_share,
+        quotas=quotas,
+        bins=bins,
+        cut_hardest=cut_hardest,
+        weights=weights,
+        beta=beta,
+        seed=seed,
+        log_scores=log_scores,
     )
     check_bias(score, weights, force)
     if sampler == "top-k" and budget < 0.3 * rows:
@@ -171,7 +197,8 @@ def make_plan(
         )
     positions, probabilities = _Urn.of(table, settings, keep, row_ids).draw()
     name = weight_column(weights, score, table)
-    given = None if name is None else read_column(table, name)[positions]
+    read = read_probabilities if weights == "p_label" else read_column
+    given = None if name is None else read(table, name)[positions]
     shares = loss_weights(weights, probabilities=probabilities, uncertainty=given, p_label=given, beta=beta)
     return Plan(positions, probabilities, shares, rows, asdict(settings))
 
@@ -185,6 +212,7 @@ class _Urn:
     kept: Tensor
     groups: Tensor | None
     ids: Tensor
+    named: bool
 
     @classmethod
     def of(
@@ -195,12 +223,15 @@ class _Urn:
         row_ids: Tensor | Sequence[int | str] | None,
     ) -> Self:
         rows = row_count(table)
-        scores = torch.ones(rows) if settings.score == "uniform" else read_column(table, settings.score).float()
+        scores = torch.ones(rows)
+        if settings.score != "uniform":
+            scores = read_column(table, settings.score)
+            scores = read_scores(scores, log_scores=True) if settings.log_scores else scores
         kept = torch.ones(rows, dtype=torch.bool) if keep is None else torch.as_tensor(keep).clone()
         if kept.dtype != torch.bool or kept.shape != (rows,):
             raise ValueError(f"keep is {kept.dtype} of shape {tuple(kept.shape)}; pass a boolean mask of {rows} rows")
         if settings.cut_hardest:
-            kept &= without_hardest(scores, settings.cut_hardest)
+            kept &= without_hardest(scores, settings.cut_hardest, seed=settings.seed, row_ids=row_ids)
         groups = None
         if settings.quotas == "strata":
             groups = _strata(scores, kept, settings.bins)
@@ -210,7 +241,7 @@ class _Urn:
             scores = clip_scores(scores, settings.clip, settings.clip_quantile)
         if settings.quotas == "strata":
             scores = torch.ones(rows)
-        return cls(settings, scores, kept, groups, integer_ids(row_ids, rows))
+        return cls(settings, scores, kept, groups, integer_ids(row_ids, rows), row_ids is not None)
 
     def draw(self) -> tuple[Tensor, Tensor]:
         """Positions, ascending, and their probabilities: kept rows, and others where these do not suffice."""
@@ -219,7 +250,8 @@ class _Urn:
         for part, wanted in ((self.kept, first), (~self.kept, budget - first)):
             if wanted:
                 # strata, or the classes of the few rows that the kept ones leave open, may be more than rows
-                some_left_out = self.settings.quotas == "strata" or bool(parts)
+                # and a round of labelling asks about fewer rows than there are classes
+                some_left_out = self.settings.quotas in ("strata", "predicted") or bool(parts)
                 parts.append(self._by_group(part.nonzero().flatten(), wanted, some_left_out))
         positions, probabilities = (torch.cat(column) for column in zip(*parts, strict=True))
         if len(positions) == 0:
@@ -232,12 +264,11 @@ class _Urn:
     def _by_group(self, rows: Tensor, budget: int, some_left_out: bool) -> tuple[Tensor, Tensor]:
         if self.groups is None:
             return self._from(rows, budget)
-        groups, seed = self.groups[rows], self.settings.seed
-        counts = torch.bincount(groups)
-        if some_left_out:
-            quotas = even_shares(counts, budget, hashed_uniform(seed, torch.arange(len(counts)), salt=1))
-        else:
-            quotas = class_quotas(counts, budget, seed=seed)
+        # the classes that there are, as their numbers may be anything
+        classes, groups, counts = self.groups[rows].unique(return_inverse=True, return_counts=True)
+        if not some_left_out:
+            check_quotas(counts, budget)
+        quotas = even_shares(counts, budget, class_turns(self.settings.seed, classes))
         parts = [self._from(rows[groups == g], quota) for g, quota in enumerate(quotas.tolist()) if quota]
         positions, probabilities = zip(*parts, strict=True)
         return torch.cat(positions), torch.cat(probabilities)
@@ -247,7 +278,8 @@ class _Urn:
         scores, how = self.scores[rows], self.settings
         chance = {"seed": how.seed, "row_ids": self.ids[rows]}
         if how.sampler == "top-k":
-            return rows[top_k(scores, budget)], torch.ones(budget, dtype=torch.float64)
+            ties = chance if self.named else {}
+            return rows[top_k(scores, budget, **ties)], torch.ones(budget, dtype=torch.float64)
         if how.sampler == "sequential":
             likely = 1.0 if budget == len(rows) else float("nan")
             return rows[sequential_draw(scores, budget, **chance)], torch.full((budget,), likely, dtype=torch.float64)
@@ -273,7 +305,10 @@ def class_groups(table: Mapping[str, Tensor], name: str) -> Tensor:
     Raises:
         ValueError: where some are negative.
     """
-    groups = read_column(table, name).long()
+    values = read_column(table, name)
+    groups = values.long()
+    if (groups != values).any():
+        raise ValueError(f"column {name!r} holds {values.dtype} that are no whole numbers; pass one class a row")
     if (groups < 0).any():
         raise ValueError(
             f"column {name!r} holds {int((groups < 0).sum())} negative classes; leave rows without a "

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_effdl.samples.drawing.checks import check_rows, read_column, row_count
+from hf_effdl.samples.drawing.checks import check_rows, read_column, read_probabilities, row_count
+from hf_effdl.samples.drawing.hashing import ranked
 from hf_effdl.samples.drawing.plan import Plan, class_groups, make_plan
-from hf_effdl.samples.drawing.quotas import class_quotas
+from hf_effdl.samples.drawing.quotas import check_quotas, class_turns, even_shares
 from hf_effdl.samples.scores.noise import NOISY
 
 
@@ -17,6 +18,8 @@ from hf_effdl.samples.scores.noise import NOISY
 # digits, banking77 and CIFAR-10 features.
 HARD_ROWS_HELP = 0.86
 NEARLY_SOLVED = 0.945
+# Probabilities of a label that differ by less are equal: the last digits depend on a row's neighbours in its batch.
+EQUALLY_LIKELY = 2.0**-12
 # Rows of a class from which a draw in proportion to uncertainty beats a uniform one.
 ENOUGH_ROWS = 20
 
@@ -67,7 +70,7 @@ def default_plan(
     """
     budget = check_rows(budget, row_count(table))
     noise = table_noise(table)
-    likely = read_column(table, "p_clean") >= 0.5
+    likely = read_probabilities(table, "p_clean") >= 0.5
     shared = {"seed": seed, "row_ids": row_ids}
     accuracy = None
     if noise <= NOISY and trial is not None:
@@ -83,7 +86,8 @@ def default_plan(
         options = {"score": "uniform"}
     arguments = overridden(shared | {"keep": keep} | options, overrides)
     if "keep" not in overrides:
-        arguments["keep"] = filled_up(table, keep, likely, budget, arguments.get("quotas", "label"), seed)
+        quotas = arguments.get("quotas", "label")
+        arguments["keep"] = filled_up(table, keep, likely, budget, quotas, arguments["seed"], arguments["row_ids"])
     plan, kept = make_plan(table, budget, **arguments), arguments["keep"]
     readings = {
         "preset": "default",
@@ -113,7 +117,13 @@ def _tried_out(table: Mapping[str, Tensor], budget: int, trial: Trial, trials: i
 
 
 def filled_up(
-    table: Mapping[str, Tensor], keep: Tensor, likely: Tensor, budget: int, quotas: str, seed: int
+    table: Mapping[str, Tensor],
+    keep: Tensor,
+    likely: Tensor,
+    budget: int,
+    quotas: str,
+    seed: int,
+    row_ids: Tensor | Sequence[int | str] | None = None,
 ) -> Tensor:
     """The rows kept, and for classes that have fewer than their quota the surest of their other rows.
 
@@ -128,10 +138,16 @@ def filled_up(
     fits = keep | likely
     if int(fits.sum()) < budget:
         fits = torch.ones_like(fits)
-    shares = class_quotas(torch.bincount(groups[fits], minlength=int(groups.max()) + 1), budget, seed=seed)
-    surest = (read_column(table, "p_label") + 2 * keep + 2 * fits).argsort(descending=True, stable=True)
+    classes, groups, counts = groups.unique(return_inverse=True, return_counts=True)
+    fitting = torch.bincount(groups[fits], minlength=len(classes))
+    if quotas != "predicted":
+        check_quotas(fitting, budget)
+    shares = even_shares(fitting, budget, class_turns(seed, classes))
+    p_label = read_probabilities(table, "p_label").double()
+    if row_ids is not None:
+        p_label = (p_label / EQUALLY_LIKELY).round() * EQUALLY_LIKELY
+    surest = ranked(p_label + 2 * keep + 2 * fits, seed, row_ids)
     order = surest[groups[surest].argsort(stable=True)]
-    counts = torch.bincount(groups)
     place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[groups[order]]
     filled = keep.clone()
     filled[order[place < shares[groups[order]]]] = True
@@ -205,10 +221,13 @@ def table_noise(table: Mapping[str, Tensor], share: float = 0.1, least: int = 10
     The fitted rate is the mean posterior of a random label, times `(C - 1) / C`.
     """
     label, predicted = read_column(table, "label"), read_column(table, "predicted")
-    surest = read_column(table, "confidence").topk(min(len(label), max(least, round(share * len(label))))).indices
+    confidence = read_probabilities(table, "confidence")
+    surest = confidence >= confidence.topk(min(len(label), max(least, round(share * len(label))))).values[-1]
     confident = (label[surest] != predicted[surest]).double().mean().item()
     classes = int(torch.maximum(label.max(), predicted.max())) + 1
-    return max(confident, (1 - read_column(table, "p_clean").double()).mean().item() * (classes - 1) / classes)
+    # sorted, as a sum depends on the order in its last digit
+    random = (1 - read_column(table, "p_clean").double()).sort().values.mean().item()
+    return max(confident, random * (classes - 1) / classes)
 
 
 def overridden(options: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

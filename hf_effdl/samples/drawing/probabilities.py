@@ -4,10 +4,41 @@ import torch
 from torch import Tensor
 
 from hf_effdl.samples.drawing.checks import check_budget, check_scores
+from hf_effdl.samples.scores.numbers import as_numbers
 
 
-# A score of zero counts as this much: such a row is drawn only when nothing else is left, then uniformly.
-LEAST_SCORE = torch.finfo(torch.float32).tiny
+# Between the largest score and the largest float there must be room for a score over a uniform number, and for a sum
+# of scores. A power of two, so that no digit of a score changes.
+ROOM = 2.0**-27
+
+
+def relative(scores: Tensor) -> Tensor:
+    """Scores in float64, times a constant that leaves room above; zero as the least number above zero.
+
+    Only ratios of scores count, from 1e-300 to 1e300. A row of score zero is drawn only when nothing else is left,
+    then uniformly.
+    """
+    return (scores.double() * ROOM).clamp(min=5e-324)
+
+
+def read_scores(scores: Tensor, log_scores: bool = False) -> Tensor:
+    """Scores as `check_scores` takes them, or from their natural logarithms, the largest as e^600.
+
+    Args:
+        scores: `(N,)`; `-inf` is a log score of zero.
+        log_scores: whether these are logarithms.
+
+    Example:
+        >>> read_scores(torch.tensor([-2000.0, -2001.0]), log_scores=True).log().diff()
+        tensor([-1.], dtype=torch.float64)
+    """
+    if not log_scores:
+        return check_scores(scores)
+    logs = as_numbers(scores, "log scores").double()
+    zero = logs == float("-inf")
+    logs = check_scores(logs.masked_fill(zero, 0.0), signed=True)
+    largest = logs.masked_fill(zero, float("-inf")).max()
+    return torch.ones_like(logs) if zero.all() else (logs - largest + 600).exp().masked_fill(zero, 0.0)
 
 
 def clip_scores(scores: Tensor, value: float | None = None, quantile: float | None = None) -> Tensor:
@@ -38,15 +69,16 @@ def _quantile(values: Tensor, q: float) -> float:
     return low + (place - int(place)) * (high - low)
 
 
-def inclusion_probabilities(scores: Tensor, budget: float) -> Tensor:
+def inclusion_probabilities(scores: Tensor, budget: float, *, log_scores: bool = False) -> Tensor:
     """Probabilities in proportion to the scores that add up to the budget, capped at one.
 
     `pi_i = min(1, s_i / t)` with the `t` for which `sum pi = budget`: what the capped rows cannot take is spread over
     the others (water-filling).
 
     Args:
-        scores: `(N,)` non-negative; only ratios matter.
+        scores: `(N,)` non-negative; only ratios matter, whatever their size.
         budget: expected number of rows, `0 < budget <= N`.
+        log_scores: `scores` are natural logarithms, as of importance weights that no float holds.
 
     Returns:
         `(N,)` float64 in (0, 1].
@@ -60,7 +92,7 @@ def inclusion_probabilities(scores: Tensor, budget: float) -> Tensor:
 
     Source: arXiv 2309.02476, the minimiser of the excess loss under `sum pi = r`.
     """
-    scores = check_scores(scores).double().clamp(min=LEAST_SCORE)
+    scores = relative(read_scores(scores, log_scores))
     budget = check_budget(budget, len(scores))
     ordered = scores.sort(descending=True).values
     # with the k largest at one, the rest share budget - k; k is the first that leaves no one above one
@@ -69,7 +101,8 @@ def inclusion_probabilities(scores: Tensor, budget: float) -> Tensor:
     full = int((ordered * left > rest).sum()) if budget < len(ordered) else len(ordered)
     if full == len(ordered):
         return torch.ones_like(scores)
-    return (scores * (left[full] / rest[full])).clamp(max=1.0)
+    # the share of the rest first: a budget over a sum of tiny scores would be infinite
+    return (scores / rest[full] * left[full]).clamp(min=torch.finfo(torch.float64).tiny, max=1.0)
 
 
 def mix_uniform(probabilities: Tensor, share: float) -> Tensor:
@@ -81,5 +114,5 @@ def mix_uniform(probabilities: Tensor, share: float) -> Tensor:
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share={share}: the uniform part must be in [0, 1]")
-    probabilities = probabilities.double()
+    probabilities = as_numbers(probabilities, "probabilities").double()
     return (1 - share) * probabilities + share * probabilities.mean()

@@ -22,18 +22,23 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from hf_effdl.files import read_json, sweep, write_json, write_whole
-from hf_effdl.samples.drawing.checks import check_choice, check_rows
-from hf_effdl.samples.drawing.draws import priority_keys
-from hf_effdl.samples.drawing.probabilities import LEAST_SCORE
+from hf_effdl.files import digest, locked, read_json, sweep, write_json, write_whole
+from hf_effdl.samples.drawing.checks import check_choice, check_rows, check_seed
+from hf_effdl.samples.drawing.draws import priority_chances, priority_keys
+from hf_effdl.samples.drawing.hashing import hash_ids, hashed_uniform
+from hf_effdl.samples.drawing.probabilities import ROOM
 from hf_effdl.samples.drawing.weights import WEIGHTS, check_bias, loss_weights, weight_column
 
 
 # Readers of Parquet folders pass over names that begin with _ or a dot.
 MANIFEST, PROGRESS = "_plan.json", "_plan.progress.json"
-# Positive floats are ordered as their bits are. The first 16 below the sign, 11 of the exponent and 5 of the mantissa,
-# make bins that span a factor of 33 / 32 at most, whatever the scores: a 32nd of a budget is expected in each.
-BINS, BIN_SHIFT = 2**16, 47
+# Floats are ordered as their bits are, negative ones the other way round. The sign, the exponent's 11 bits and the
+# mantissa's first 5 make bins that span a factor of 33 / 32 at most, whatever the scores: a 32nd of a budget is
+# expected in each.
+BINS, BIN_SHIFT = 2**17, 47
+# Of this many rows, taken by a hash of their ids, the ids are compared: all of a small table, and of a large one
+# enough to see ids that are counted anew in each file, or a file that comes twice.
+COMPARED_IDS = 2**20
 ROW_GROUP = 2**20
 
 
@@ -63,7 +68,8 @@ def plan_shards(
         weight                  float64, mean 1 over all shards
 
     Every file comes into being whole, by a rename, and `_plan.json` comes last. After a kill, the same call goes on
-    from the finished shards; if settings or input files (size, time of change) are others, it starts over.
+    from the finished shards; if settings or input files (size, time of change) are others, it starts over. Of two
+    calls for one folder the second waits for the first; a finished shard that was damaged since is written again.
 
     Args:
         files: Parquet files with the same columns; their order is that of the output.
@@ -82,12 +88,14 @@ def plan_shards(
         force: allow a label-dependent score without weights.
 
     Returns:
-        what `_plan.json` holds: `settings`, `inputs` (file, size, mtime_ns, rows), `outputs` (file, selected), `rows`,
-        `selected`, `tau` (0 if all rows are in), `weight_scale` (weight over raw weight), `max_weight` and `kish`.
+        what `_plan.json` holds: `settings`, `inputs` (file, size, mtime_ns, rows), `outputs` (file, selected, sha256),
+        `rows`, `selected`, `tau` (0 if all rows are in), `least_key` (how it is compared), `weight_scale` (weight over
+        raw weight), `max_weight` and `kish`.
 
     Raises:
         ValueError: for no files, missing columns, scores that are NaN, infinite, negative or missing (with file and
-            row), a budget out of range, or row ids that occur twice at the edge of the sample.
+            row), a budget out of range, or row ids that occur twice: in up to 2^20 rows wherever they are, in more
+            where it is no rare exception, or at the edge of the sample.
         TypeError: for scores that are no numbers, or ids that are not all integers or all texts.
         RuntimeError: if the input files change while they are read.
 
@@ -111,25 +119,37 @@ def plan_shards(
         raise ValueError(f"batch_rows={batch_rows} and workers={workers} must be 1 or more")
     shards = Shards.open(files, score, id_column, weights, batch_rows, workers)
     budget = check_rows(budget, shards.rows)
-    sample = _Sample(shards, budget, weights, int(seed), None if clip is None else float(clip), float(beta))
-    folder = _Folder(Path(output_dir), shards)
+    sample = _Sample(shards, budget, weights, check_seed(seed), None if clip is None else float(clip), float(beta))
+    with locked(output_dir):
+        return _planned(sample, _Folder(Path(output_dir), shards))
+
+
+def _planned(sample: "_Sample", folder: "_Folder") -> dict[str, Any]:
+    """The plan in the folder, gone on with where it was begun; no one else may be writing there."""
+    shards = sample.shards
     job = {"settings": sample.settings(), "inputs": shards.inputs, "rows": shards.rows}
     plan = folder.begun()
-    if any(plan.get(key) != value for key, value in job.items()):
+    if "least_key" not in plan or any(plan.get(key) != value for key, value in job.items()):
         folder.clear(plan)
         tau = sample.threshold()
         names = [{"file": path.name} for path in folder.outputs]
-        plan = job | {"tau": tau} | sample.scale(tau) | {"outputs": names}
+        keys = {"tau": max(0.0, tau) / ROOM, "least_key": None if tau == -math.inf else tau}
+        plan = job | keys | sample.scale(tau) | {"outputs": names}
         write_json(folder.path / PROGRESS, plan)
 
-    selected = shards.each(lambda k: sample.write(k, plan["tau"], plan["weight_scale"], folder.outputs[k]))
-    if sum(selected) != budget or shards.changed():
+    folder.drop_damaged(plan)
+    tau = -math.inf if plan["least_key"] is None else plan["least_key"]
+    selected = shards.each(lambda k: sample.write(k, tau, plan["weight_scale"], folder.outputs[k]))
+    if sum(selected) != sample.budget or shards.changed():
         raise RuntimeError(
-            f"{sum(selected)} rows were written for a budget of {budget}, or input files changed "
+            f"{sum(selected)} rows were written for a budget of {sample.budget}, or input files changed "
             f"meanwhile; remove {str(folder.path)!r} and start again"
         )
-    counts = [{"file": path.name, "selected": count} for path, count in zip(folder.outputs, selected, strict=True)]
-    plan |= {"outputs": counts, "selected": budget}
+    outputs = [
+        {"file": path.name, "selected": count, "sha256": digest(path)}
+        for path, count in zip(folder.outputs, selected, strict=True)
+    ]
+    plan |= {"outputs": outputs, "selected": sample.budget}
     write_json(folder.path / MANIFEST, plan)
     (folder.path / PROGRESS).unlink(missing_ok=True)
     return plan
@@ -337,9 +357,11 @@ class _Sample:
     def threshold(self) -> float:
         """tau, the key that `budget` keys are above."""
         budget = self.budget
+        counts, compared = zip(*self.shards.each(self._histogram), strict=True)
         if budget == self.shards.rows:
-            return 0.0
-        counts = sum(self.shards.each(self._histogram))
+            self._check_once(compared)
+            return -math.inf
+        counts = sum(counts)
         or_above = counts.flip(0).cumsum(0).flip(0)
         # the last bin that is reached from above with more than the budget
         tau_bin = int((or_above > budget).sum()) - 1
@@ -352,7 +374,19 @@ class _Sample:
                 f"{budget} rows come first: rows share their id; give each row another one in column "
                 f"{self.shards.id_column!r}, or set id_column=None"
             )
+        self._check_once(compared)
         return tau
+
+    def _check_once(self, compared: Sequence[Tensor]) -> None:
+        """Raise where an id occurs twice among those of all shards that are compared."""
+        if self.shards.id_column is None:
+            return
+        ids = torch.cat(list(compared)).sort().values
+        if twice := int((ids[1:] == ids[:-1]).sum()):
+            raise ValueError(
+                f"{twice} of {len(ids)} rows share their id with another row, in a file or across files; give each "
+                f"row another one in column {self.shards.id_column!r}, or set id_column=None"
+            )
 
     def scale(self, tau: float) -> dict[str, float]:
         """The factor that gives the selected rows weights of mean 1, and what the weights are then like."""
@@ -364,11 +398,17 @@ class _Sample:
         scale = self.budget / total
         return {"weight_scale": scale, "max_weight": max(largest) * scale, "kish": total**2 / math.fsum(squares)}
 
-    def _histogram(self, k: int) -> Tensor:
-        counts = torch.zeros(BINS, dtype=torch.long)
-        for keys in self._keys(k):
+    def _histogram(self, k: int) -> tuple[Tensor, Tensor]:
+        """How many keys fall into each bin, and the ids that are compared with those of the other shards."""
+        counts, compared = torch.zeros(BINS, dtype=torch.long), [torch.empty(0, dtype=torch.long)]
+        share = min(1.0, COMPARED_IDS / self.shards.rows)
+        for _, names, scores, _ in self.shards.batches(k):
+            keys = priority_keys(self._clipped(scores), self.seed, names)
             counts += torch.bincount(_bin(keys), minlength=BINS)
-        return counts
+            if self.shards.id_column is not None:
+                ids = hash_ids(names)
+                compared.append(ids if share == 1 else ids[hashed_uniform(0, ids, salt=4) < share])
+        return counts, torch.cat(compared)
 
     def _keys_in(self, k: int, tau_bin: int) -> Tensor:
         inside = [keys[_bin(keys) == tau_bin] for keys in self._keys(k)]
@@ -414,7 +454,7 @@ class _Sample:
             scores = self._clipped(scores)
             inside = priority_keys(scores, self.seed, names) > tau
             if inside.any():
-                chances = (scores[inside].double().clamp(min=LEAST_SCORE) / tau).clamp(max=1)
+                chances = priority_chances(scores[inside], tau)
                 given = None if weighed_by is None else weighed_by[inside]
                 sources = {"probabilities": chances, "uncertainty": given, "p_label": given}
                 yield ids, inside, chances, loss_weights(self.weights, **sources, beta=self.beta, normalise=False)
@@ -428,7 +468,8 @@ class _Sample:
 
 
 def _bin(keys: Tensor) -> Tensor:
-    return keys.view(torch.int64) >> BIN_SHIFT
+    bits = keys.view(torch.int64)
+    return (torch.where(bits < 0, bits ^ (2**63 - 1), bits) >> BIN_SHIFT) + BINS // 2
 
 
 # ---- the output
@@ -451,6 +492,12 @@ class _Folder:
         """The plan that the folder holds, finished or not; empty if there is none."""
         files = [file for file in (self.path / MANIFEST, self.path / PROGRESS) if file.is_file()]
         return read_json(files[0], remedy=f"remove {str(self.path)!r} and start again") if files else {}
+
+    def drop_damaged(self, plan: dict[str, Any]) -> None:
+        """Remove finished outputs that are not what was written, so that they are written again."""
+        for output, path in zip(plan["outputs"], self.outputs, strict=True):
+            if "sha256" in output and path.is_file() and digest(path) != output["sha256"]:
+                path.unlink()
 
     def clear(self, plan: dict[str, Any]) -> None:
         """Remove the outputs of this plan and of the one to come."""

@@ -5,7 +5,8 @@ from collections.abc import Container
 import torch
 from torch import Tensor
 
-from hf_effdl.samples.drawing.checks import check_choice
+from hf_effdl.samples.drawing.checks import ROUNDED_ONE, check_choice
+from hf_effdl.samples.scores.numbers import as_numbers
 
 
 WEIGHTS = ("p_label", "damped", "exact", "none")
@@ -51,7 +52,11 @@ def loss_weights(
         return torch.ones(len(values), dtype=torch.float64)
     if (values := given[needed]) is None:
         raise ValueError(f"weights={kind!r} needs {needed}=; score the rows with labels, or choose other weights")
-    values = values.double()
+    values = as_numbers(values, needed).double()
+    if values.ndim != 1:
+        raise ValueError(f"{needed} has shape {tuple(values.shape)}; pass one number a row")
+    if kind == "exact" and (values > ROUNDED_ONE).any():
+        raise ValueError(f"{needed} holds {values.max().item()}; inclusion probabilities are at most 1")
     raw = {"exact": lambda v: 1 / v, "damped": lambda v: 1 / v.clamp(min=beta), "p_label": lambda v: v + floor}
     weights = raw[kind](values)
     if not (weights.isfinite() & (weights >= 0)).all() or not weights.sum() > 0:
@@ -59,7 +64,11 @@ def loss_weights(
             f"weights={kind!r} come out infinite, NaN, negative or all zero; check {needed}=, and that "
             f"beta={beta} and floor={floor} are above zero"
         )
-    return weights / weights.mean() if normalise else weights
+    if not normalise:
+        return weights
+    mean = weights.mean()
+    # a sum of weights may be larger than the largest float
+    return weights / mean if mean.isfinite() else (weights / weights.max()) / (weights / weights.max()).mean()
 
 
 def kish_size(weights: Tensor) -> float:
@@ -69,7 +78,14 @@ def kish_size(weights: Tensor) -> float:
         >>> kish_size(torch.tensor([1.0, 1.0, 0.0]))
         2.0
     """
-    weights = weights.double()
+    weights = as_numbers(weights, "weights").double()
+    if weights.ndim != 1 or not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
+        raise ValueError(
+            f"weights of shape {tuple(weights.shape)} must be one number a row, finite, not negative and not all zero"
+        )
+    largest = weights.max()
+    if largest > 1e150:  # its square is infinite
+        weights = weights / largest
     return (weights.sum().square() / weights.square().sum()).item()
 
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast, gather, send_to_device
-from safetensors import safe_open
-from safetensors.torch import save
+from datasets import Dataset
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_effdl.files import read_tensors, sweep, write_whole
-from hf_effdl.processes import together
+from hf_effdl.files import damaged, read_sealed, sealed, sweep, write_whole
+from hf_effdl.processes import check_all_seen, same_fate, together
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.samples.scores.dynamics import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
 
@@ -29,6 +29,7 @@ from hf_effdl.samples.scores.dynamics import aum, dyn_unc, forgetting, mean_el2n
 logger = logging.getLogger(__name__)
 
 FOLDER = "dynamics"
+REMEDY = "remove it, or record the run again"
 RECORDED = ("p_label", "margin", "el2n")
 
 
@@ -89,22 +90,29 @@ class DynamicsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        check_all_seen()
         dataset, collate = self._rows(kwargs["train_dataloader"])
         done = int(state.epoch or 0) if state.global_step else 0
         folder = Path(args.output_dir) / FOLDER
-        if state.is_world_process_zero:
+        with same_fate():
+            _check_labels(dataset)
+            if state.is_world_process_zero:
+                self._tidy(folder, done, len(dataset))
+        with _aside(kwargs["model"], args, seed=args.seed):  # a row that cannot be scored is found before any work
+            _score(kwargs["model"], collate([dataset[0]]), args.device)
+        if done and done == state.epoch:  # the checkpoint may be older than the record that belongs to its epoch
+            self._record(args, state, done, kwargs["model"], kwargs["train_dataloader"])
+
+    def _tidy(self, folder: Path, done: int, rows: int) -> None:
+        """Leave the records of the epochs that are done, if they are of these rows."""
+        if folder.is_dir():
             sweep(folder, "epoch-*.safetensors")
             for file in folder.glob("epoch-*.tmp"):  # what older versions left when they were cut off
                 file.unlink()
             for epoch, file in _files(folder).items():
                 if epoch > done:
                     file.unlink()
-            _check_rows(folder, len(dataset))
-        together()
-        with _aside(kwargs["model"], args, seed=args.seed):  # a row that cannot be scored is found before any work
-            _score(kwargs["model"], collate([dataset[0]]), args.device)
-        if done and done == state.epoch:  # the checkpoint may be older than the record that belongs to its epoch
-            self._record(args, state, done, kwargs["model"], kwargs["train_dataloader"])
+        _check_rows(folder, rows)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -133,8 +141,9 @@ class DynamicsCallback(TrainerCallback):
             return
         dataset, collate = self._rows(dataloader)
         folder, rows = Path(args.output_dir) / FOLDER, len(dataset)
-        if state.is_world_process_zero:
-            _check_rows(folder, rows)
+        with same_fate():
+            if state.is_world_process_zero:
+                _check_rows(folder, rows)
         size = self.batch_size or args.per_device_eval_batch_size
         # Each process takes the same number of whole batches, the last row repeated where there are no more. So every
         # row has the same neighbours in its batch on any number of processes, and none waits in a collective call.
@@ -144,11 +153,13 @@ class DynamicsCallback(TrainerCallback):
             loader = DataLoader(
                 dataset, size, sampler=part, collate_fn=collate, num_workers=args.dataloader_num_workers
             )
-            scores = torch.cat([_score(model, batch, args.device) for batch in loader])
+            scores = torch.cat([_score(model, batch, args.device, all_rows=False) for batch in loader])
         scores = gather(scores)[:rows].cpu()
         if state.is_world_process_zero:
-            record = {name: column.contiguous() for name, column in zip(RECORDED, scores.T, strict=True)}
-            write_whole(folder / f"epoch-{epoch:04d}.safetensors", save(record))
+            if len(bad := scores.isnan().any(1).nonzero().flatten()):
+                logger.warning("%d rows have no class or no numbers to record, the first is row %d", len(bad), bad[0])
+            record = dict(zip(RECORDED, scores.T, strict=True))
+            write_whole(folder / f"epoch-{epoch:04d}.safetensors", sealed(record))
         together()
 
 
@@ -190,8 +201,8 @@ def _aside(model: nn.Module, args: TrainingArguments, seed: int) -> Iterator[Non
                 module.training = mode
 
 
-def _score(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> Tensor:
-    """The recorded numbers of a batch, `(rows, 3)`."""
+def _score(model: nn.Module, batch: Mapping[str, Any], device: torch.device, all_rows: bool = True) -> Tensor:
+    """The recorded numbers of a batch, `(rows, 3)`; NaN for rows without a class, unless all rows must have one."""
     inputs = send_to_device({name: value for name, value in batch.items() if name != "weight"}, device)
     if "labels" not in inputs:
         raise ValueError(
@@ -204,7 +215,11 @@ def _score(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> 
     if given is None or given.default is not Parameter.empty:
         del inputs["labels"]
     logits = _logits(model(**inputs), type(model).__name__)
-    return torch.stack(list(row_dynamics(logits, labels).values()), dim=1)
+    if all_rows or logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        return torch.stack(list(row_dynamics(logits, labels).values()), dim=1)
+    outside = (labels < 0) | (labels >= logits.shape[1])  # no reason to end a run in its middle
+    recorded = torch.stack(list(row_dynamics(logits, labels.masked_fill(outside, 0)).values()), dim=1)
+    return recorded.masked_fill(outside[:, None], float("nan"))
 
 
 def _logits(output: Any, model: str) -> Tensor:
@@ -228,11 +243,31 @@ def _files(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(file.stem.removeprefix("epoch-")), file) for file in folder.glob("epoch-*.safetensors")))
 
 
+def _check_labels(dataset: Any) -> None:
+    """Raise a `ValueError` for rows that have no class, where the data set has a column of labels to look into."""
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        return
+    column = next((name for name in ("labels", "label") if name in dataset.column_names), None)
+    if column is None or getattr(dataset.features[column], "dtype", "")[:3] not in ("int", "uin"):
+        return
+    labels = torch.tensor([-1 if value is None else value for value in dataset.with_format(None)[column][:]])
+    bad = (labels < 0).nonzero().flatten()  # one that is too large only the model can tell
+    if len(bad):
+        raise ValueError(
+            f"column {column!r} is {labels[bad[0]].item()} at row {bad[0].item()} ({len(bad)} rows have no class): "
+            "training dynamics need the label of every row; leave these rows out, or pass those with labels as "
+            "DynamicsCallback(dataset=...)"
+        )
+
+
 def _check_rows(folder: Path, rows: int | None = None) -> None:
     """All records are of the same number of rows, the given one."""
     for file in _files(folder).values():
-        with safe_open(file, "pt") as stored:
-            [recorded] = stored.get_slice(RECORDED[0]).get_shape()
+        try:
+            with safe_open(file, "pt") as stored:
+                [recorded] = stored.get_slice(RECORDED[0]).get_shape()
+        except (SafetensorError, ValueError) as error:
+            raise damaged(file, str(error), REMEDY) from error
         if rows is not None and recorded != rows:
             raise ValueError(
                 f"{file} is a record of {recorded} rows, but the dataset has {rows} now, and rows are known by their "
@@ -264,7 +299,10 @@ def load_dynamics(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not files:
         raise FileNotFoundError(f"no epoch-*.safetensors in {folder}: a Trainer with DynamicsCallback() writes them")
     _check_rows(folder)
-    records = [read_tensors(file, remedy="remove it, or record the run again") for file in files.values()]
+    records = [read_sealed(file, REMEDY)[0] for file in files.values()]
+    for file, record in zip(files.values(), records, strict=True):
+        if missing := sorted(set(RECORDED) - set(record)):
+            raise damaged(file, f"it lacks {missing}", REMEDY)
     stacked = {name: torch.stack([record[name] for record in records]) for name in RECORDED}
     return {"epoch": torch.tensor(list(files)), **stacked, "correct": stacked["margin"] > 0}
 

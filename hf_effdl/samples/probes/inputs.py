@@ -1,14 +1,20 @@
 """How rows of a data set become the inputs of a model."""
 
 import inspect
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Self
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
+from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, default_data_collator
+
+from hf_effdl.files import digest
 
 
 Rows = Sequence[Mapping[str, Any]]
@@ -74,7 +80,13 @@ def class_tensor(values: list[Any], column: str, names: Sequence[str] | None = N
         )
     if isinstance(values[0], str):
         return _looked_up(values, column, names)
-    labels = torch.tensor(values)
+    try:
+        labels = torch.tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"column {column!r} holds {values[0]!r}, which is no class ({error}); selection needs one class a row, a "
+            "number or a text, and has none for several labels a row"
+        ) from error
     if labels.ndim != 1 or labels.is_floating_point():
         raise TypeError(
             f"column {column!r} holds {labels.dtype} of shape {tuple(labels.shape)}; selection needs one class a row"
@@ -90,12 +102,38 @@ def _looked_up(values: list[str], column: str, names: Sequence[str] | None) -> T
             f"call class_encode_column({column!r}) first"
         )
     place = {name: i for i, name in enumerate(names)}
-    if unknown := sorted(set(values) - set(place)):
+    if unknown := sorted(map(str, set(values) - set(place))):
         raise ValueError(
             f"column {column!r} holds {unknown[:3]}, which are none of the probes' {len(place)} "
             f"classes {list(place)[:10]}"
         )
     return torch.tensor([place[value] for value in values])
+
+
+def check_classes(labels: Tensor, column: str, names: Sequence[str] | None = None) -> int:
+    """How many classes the labels of a probe set stand for.
+
+    Raises:
+        ValueError: for negative labels, a single class, or numbers that are ids and no classes 0, 1, 2 and so on.
+    """
+    if (labels < 0).any():
+        raise ValueError(f"{int((labels < 0).sum())} rows of the probe set have a negative label; leave them out")
+    present, largest = len(labels.unique()), int(labels.max())
+    if present < 2:
+        raise ValueError(
+            f"column {column!r} of the probe set holds one class only, {largest}; probes that never saw another one "
+            "can say nothing. Pass rows of two classes or more"
+        )
+    if names is not None and largest >= len(names):
+        raise ValueError(
+            f"column {column!r} holds class {largest}, and there are {len(names)} class names; pass names="
+        )
+    if names is None and largest >= 4 * present + 16:
+        raise ValueError(
+            f"column {column!r} holds {present} classes with numbers up to {largest}: ids, it seems, where classes "
+            f"are numbered 0..{present - 1}; call class_encode_column({column!r}), or pass class names"
+        )
+    return max(len(names or []), largest + 1)
 
 
 class Inputs:
@@ -124,6 +162,7 @@ class Inputs:
         self.aside = {*NOT_INPUTS, *aside}
         self.forward_columns: list[str] = []
         self.mode = "RGB"
+        self.longest: int | None = None  # tokens that the model takes
 
     def bind(self, data: Dataset, model: nn.Module | None = None) -> Self:
         """Inputs with the columns found in a data set and the model's signature.
@@ -133,17 +172,38 @@ class Inputs:
         """
         bound = Inputs(self.processing_class, self.column, self.collator, self.aside)
         bound.mode = "L" if getattr(getattr(model, "config", None), "num_channels", 3) == 1 else "RGB"
+        bound.longest = _longest(model)
         if self.column is not None:
             check_dataset(data, [self.column] if isinstance(self.column, str) else self.column)
         elif self.collator is None:
             bound._find_columns(data, model)
         return bound
 
+    def fed_columns(self, data: Dataset) -> list[str] | None:
+        """The columns that decide what is fed; None where that is not known, and all may."""
+        if self.collator is not None or data.format["type"] == "custom":
+            return None
+        return self.forward_columns or ([self.column] if isinstance(self.column, str) else list(self.column or []))
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides what a row becomes, plain values."""
+        return {
+            "column": self.column,
+            "forward_columns": self.forward_columns,
+            "mode": self.mode,
+            "longest": self.longest,
+            "aside": sorted(self.aside) if self.collator is not None else None,
+            "processing_class": identity(self.processing_class),
+            "collator": identity(self.collator),
+        }
+
     def read(self, data: Dataset, places: Sequence[int]) -> list[dict[str, Any]]:
         """Rows of the data set, with no more columns than are fed."""
-        needed = self.forward_columns or ([self.column] if isinstance(self.column, str) else list(self.column or []))
-        if needed and data.format["type"] != "custom":  # a transform may need columns that it does not return
+        needed = self.fed_columns(data)
+        if needed:  # a transform may need columns that it does not return
             data = data.select_columns(needed)
+        if data.format["type"] not in (None, "numpy", "torch", "custom"):
+            data = data.with_format(None)  # tables of other libraries, whose batches are no dicts of lists
         batch = data[list(places)]
         return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
@@ -173,22 +233,133 @@ class Inputs:
             return self.collator([{name: row[name] for name in row if name not in self.aside} for row in rows])
         if self.forward_columns:
             return self._pad([{name: row[name] for name in self.forward_columns} for row in rows])
-        if not isinstance(self.column, str):
-            return torch.tensor([[float(row[name]) for name in self.column] for row in rows])
-        return self._processed([row[self.column] for row in rows])
+        if isinstance(self.column, str):
+            return self._processed([row[self.column] for row in rows])
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):
+            return self._tokens(*([row[name] for row in rows] for name in self.column))
+        return torch.tensor([[_number(row[name], name) for name in self.column] for row in rows])
 
     def _processed(self, values: list[Any]) -> Mapping[str, Any] | Tensor:
         if self.processing_class is None:
-            return torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in values])
+            return torch.stack([_vector(value, self.column) for value in values])
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
-            return dict(self.processing_class(values, padding=True, truncation=True, return_tensors="pt"))
-        images = [value.convert(self.mode) if hasattr(value, "convert") else value for value in values]
-        return dict(self.processing_class(images, return_tensors="pt"))
+            return self._tokens(values)
+        return dict(self.processing_class([_image(value, self.mode) for value in values], return_tensors="pt"))
+
+    def _tokens(self, *texts: list[Any]) -> Mapping[str, Any]:
+        """Texts, or pairs of texts, as a tokenizer gives them, no longer than tokenizer and model take."""
+        if len(texts) > 2:
+            raise ValueError(
+                f"input_column={list(self.column)}: a tokenizer takes one text, or a pair of texts, not {len(texts)}; "
+                "join columns, or pass data_collator="
+            )
+        for name, column in zip([self.column] if isinstance(self.column, str) else self.column, texts, strict=True):
+            if (bad := next((text for text in column if not isinstance(text, str | list)), 0)) != 0:
+                raise TypeError(f"column {name!r} holds {bad!r} among texts; fill it in, or leave such rows out")
+        limit = min(self.longest or 10**9, self.processing_class.model_max_length)
+        length = {} if limit >= 10**9 else {"max_length": limit}
+        return dict(self.processing_class(*texts, padding=True, truncation=True, return_tensors="pt", **length))
 
     def _pad(self, rows: list[dict[str, Any]]) -> Mapping[str, Any]:
+        lengths = [len(row["input_ids"]) for row in rows if hasattr(row.get("input_ids"), "__len__")]
+        if self.longest is not None and max(lengths, default=0) > self.longest:
+            raise ValueError(
+                f"a row has {max(lengths)} tokens in 'input_ids', and the model takes {self.longest}; tokenize with "
+                f"truncation=True and max_length={self.longest}"
+            )
         if isinstance(self.processing_class, PreTrainedTokenizerBase) and "input_ids" in self.forward_columns:
             return dict(self.processing_class.pad(rows, return_tensors="pt"))
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"rows have from {min(lengths)} to {max(lengths)} tokens in 'input_ids', which make no batch; pass "
+                "processing_class=tokenizer, which pads them, or data_collator="
+            )
         return default_data_collator(rows)
+
+
+def _number(value: Any, column: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"column {column!r} holds {value!r} among numbers; fill missing values in, and encode texts and "
+            "categories as numbers, or leave the column out of input_column="
+        ) from error
+
+
+def _vector(value: Any, column: str) -> Tensor:
+    try:
+        return torch.as_tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shown = repr(value)
+        raise TypeError(
+            f"column {column!r} holds {shown[:60]}, which is no vector of numbers; for texts or images pass "
+            "processing_class=, for other rows data_collator="
+        ) from error
+
+
+def _image(value: Any, mode: str) -> Any:
+    """An image in the mode of the model's channels; what is no image as it is."""
+    if isinstance(value, np.ndarray) and value.dtype == np.uint16:
+        return _eight_bits(value)
+    if not hasattr(value, "convert"):
+        return value
+    if value.mode.startswith("I"):  # 16-bit greys, which convert would cut off at 255
+        values = np.asarray(value)
+        if values.min() < 0 or values.max() > 2**16 - 1:
+            raise ValueError(
+                f"an image of mode {value.mode!r} holds values from {values.min()} to {values.max()}, whose white is "
+                "not known; scale it to 8 or 16 bits in a transform of the data set"
+            )
+        return _picture(_eight_bits(values)).convert(mode)
+    if value.mode == "F":
+        raise ValueError(
+            "an image of mode 'F' holds floating-point numbers, whose white is not known; scale it to 8 bits in a "
+            "transform of the data set"
+        )
+    return value.convert(mode)
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _picture(values: np.ndarray) -> Any:
+    from PIL import Image as Picture
+
+    return Picture.fromarray(values)
+
+
+def _longest(model: nn.Module | None) -> int | None:
+    """The most tokens that a model has places for; None if it does not say."""
+    places = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(places, int) or places < 1:
+        return None
+    for module in model.modules():  # RoBERTa and its kin count from the place behind the padding's
+        if isinstance(module, nn.Embedding) and module.num_embeddings == places and module.padding_idx is not None:
+            return places - module.padding_idx - 1
+    return places
+
+
+def identity(value: Any) -> Any:
+    """Plain values that differ where objects do: settings of tokenizers and processors, code and state of others."""
+    if value is None:
+        return None
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, PreTrainedTokenizerBase):
+        sides = [value.padding_side, value.truncation_side, value.model_max_length, str(value.special_tokens_map)]
+        backend = getattr(value, "backend_tokenizer", None)
+        if backend is None:
+            return [kind, *sides, digest(json.dumps([sorted(value.get_vocab().items()), str(value.init_kwargs)]))]
+        settings = json.loads(backend.to_str())
+        # what the last call left
+        return [kind, *sides, digest(json.dumps({**settings, "padding": None, "truncation": None}))]
+    if hasattr(value, "to_json_string"):
+        return [kind, value.to_json_string()]
+    try:
+        return [kind, Hasher.hash(value)]
+    except Exception:  # what cannot be pickled is never the same again
+        return [kind, os.urandom(16).hex()]
 
 
 def run_model(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Any:

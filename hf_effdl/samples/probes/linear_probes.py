@@ -1,6 +1,7 @@
 """Cheap probes: M linear heads on one frozen backbone."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -10,8 +11,10 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
 
-from hf_effdl.samples.probes.inputs import Inputs, check_dataset, label_names, label_tensor, run_model
+from hf_effdl.samples.drawing.checks import check_seed
+from hf_effdl.samples.probes.inputs import Inputs, check_classes, check_dataset, label_names, label_tensor, run_model
 from hf_effdl.samples.probes.probes import LEAST_PROBES, Probes, ProbeSet, bootstrap_counts, weights_hash
+from hf_effdl.samples.probes.row_marks import row_marks
 
 
 # the lengths of training to choose from
@@ -41,6 +44,7 @@ class LinearProbes(Probes):
         super().__init__([self.backbone] * len(heads), names=names or [], probe_set=probe_set)
         self.names = list(names) if names else None
         self.inputs, self.recipe = inputs, recipe
+        self._known: dict[str, tuple[Tensor, Tensor]] = {}
         self.heads, self.mean, self.scale = heads, mean, scale  # (M, d + 1, C): the last row is the bias
 
     @classmethod
@@ -86,9 +90,7 @@ class LinearProbes(Probes):
         check_dataset(rows, [label_column], "the probe set")
         names = names or label_names(rows, label_column)
         labels = label_tensor(rows, label_column, names)
-        if (labels < 0).any():
-            raise ValueError(f"{int((labels < 0).sum())} rows of the probe set have a negative label; leave them out")
-        classes = max(len(names or []), int(labels.max()) + 1)
+        classes = check_classes(labels, label_column, names)
         counts = bootstrap_counts(len(rows), num_probes, seed)
         recipe = {"steps": steps, "learning_rate": learning_rate, "weight_decay": weight_decay, "classes": classes}
         inputs = Inputs(processing_class, input_column, data_collator, [label_column])
@@ -99,6 +101,8 @@ class LinearProbes(Probes):
         if num_probes < LEAST_PROBES:
             raise ValueError(f"num_probes={num_probes}: the spread of one probe is unknown; use 2 or more, better 8")
         x = probes.encode(rows, batch_size)
+        _check_features(x, input_column)
+        probes._keep("probe set", rows, x)
         spread = x.std(0)
         # a feature that hardly moves in the probe set must not blow up where it does in the pool
         floor = 0.1 * spread.square().mean().sqrt().clamp(min=1e-6)
@@ -125,8 +129,14 @@ class LinearProbes(Probes):
     def features(self, inputs: Any) -> Tensor:
         """`(B, d)` features of one batch of inputs."""
         output = run_model(self.backbone, inputs)
+        output = output[0] if isinstance(output, (tuple, list)) and isinstance(output[0], Tensor) else output
         if isinstance(output, Tensor):
             return output.flatten(1).float()
+        if output.get("last_hidden_state") is None and output.get("pooler_output") is None:
+            raise ValueError(
+                f"the backbone {type(self.backbone).__name__} returns {sorted(output)} and no last_hidden_state; pass "
+                "the encoder without its head, as AutoModel loads it, or model.base_model"
+            )
         # of texts the pooler is often untrained, so their tokens are averaged
         mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
         hidden = output.get("last_hidden_state")
@@ -138,11 +148,49 @@ class LinearProbes(Probes):
         return hidden.float().mean((2, 3) if hidden.ndim == 4 else 1)  # (B, d, height, width) or (B, places, d)
 
     def logits(self, inputs: Any) -> Tensor:
-        x = self.standardise(self.features(inputs))
+        return self.judged(self.features(inputs))
+
+    def judged(self, features: Tensor) -> Tensor:
+        """`(B, M, C)` logits of features."""
+        x = self.standardise(features)
         return torch.einsum("bd,mdc->bmc", x, self.heads.to(x.device))
 
+    def answer(self, inputs: Any) -> dict[str, Tensor]:
+        features = self.features(inputs)
+        return {"logits": self.judged(features), "features": features}
+
+    def remember(self, marks: Tensor, answers: dict[str, Tensor]) -> None:
+        ordered = marks.sort()
+        self._known["pool"] = ordered.values, answers["features"][ordered.indices]
+
+    def _keep(self, what: str, data: Dataset, x: Tensor) -> None:
+        columns = self.bind(data).fed_columns(data)
+        if columns:
+            ordered = row_marks(data, columns).sort()
+            self._known[what] = ordered.values, x[ordered.indices]
+
+    def batches(self, data: Dataset, batch_size: int) -> Iterator[Tensor]:
+        """Logits of a data set on this process alone, batch by batch, on the CPU."""
+        for x in self.encode(data, batch_size).split(batch_size):
+            yield self.judged(x)
+
     def encode(self, data: Dataset, batch_size: int = 64) -> Tensor:
-        """`(n, d)` features of a data set, on the CPU."""
+        """`(n, d)` features of a data set, on the CPU; of rows that were scored or trained on as they were then."""
+        columns = self.bind(data).fed_columns(data)
+        if not columns or not self._known:
+            return self._encoded(data, batch_size)
+        marks, x = row_marks(data, columns), None
+        missing = torch.ones(len(marks), dtype=torch.bool)
+        for ordered, features in self._known.values():
+            place = torch.searchsorted(ordered, marks).clamp(max=len(ordered) - 1)
+            hit = (ordered[place] == marks) & missing
+            x = torch.zeros(len(marks), features.shape[1]) if x is None else x
+            x[hit], missing[hit] = features[place[hit]], False
+        if missing.any():
+            x[missing] = self._encoded(data.select(missing.nonzero().flatten().tolist()), batch_size)
+        return x
+
+    def _encoded(self, data: Dataset, batch_size: int) -> Tensor:
         inputs, device = self.bind(data), Accelerator().device
         self.backbone.to(device)
         parts = []
@@ -154,7 +202,7 @@ class LinearProbes(Probes):
     def fit(self, rows: Dataset, labels: Tensor, weights: Tensor, seed: int) -> Self:
         x = self.standardise(self.encode(rows))
         heads = fit_heads(x, labels, weights[None].float(), seed=seed, **self.recipe)
-        return type(self)(
+        model = type(self)(
             self.backbone,
             heads.repeat(2, 1, 1),
             self.mean,
@@ -164,6 +212,8 @@ class LinearProbes(Probes):
             self.probe_set,
             self.recipe,
         )
+        model._known = self._known
+        return model
 
     def _accuracy(self, model: Any, rows: Dataset, truth: Tensor, batch_size: int) -> float:
         predicted = torch.cat([z[:, 0].argmax(1) for z in model.batches(rows, batch_size)])
@@ -172,13 +222,29 @@ class LinearProbes(Probes):
     @property
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            self._fingerprint = weights_hash([self.backbone], self.heads)
+            self._fingerprint = weights_hash([self.backbone], self.heads, self.mean, self.scale)
         return self._fingerprint
 
     @property
     def kind(self) -> str:
         bare = isinstance(self.backbone, nn.Identity)
         return "linear heads" if bare else f"linear heads on {type(self.backbone).__name__}"
+
+
+def _check_features(x: Tensor, column: Any) -> None:
+    """Raise a `ValueError` for features of a probe set that are no numbers; warn of those that tell nothing."""
+    where = "" if column is None else f", from input_column={column!r}"
+    if len(bad := (~x.isfinite().all(1)).nonzero().flatten()):
+        raise ValueError(
+            f"the features of {len(bad)} rows of the probe set are NaN or infinite, the first at row {bad[0]}{where}; "
+            "fill missing values in, or leave these rows out"
+        )
+    if (x == x[0]).all():
+        warnings.warn(
+            f"the features of all {len(x)} rows of the probe set are equal{where}, so probes can only guess; feed "
+            "columns, or a backbone, that tell rows apart",
+            stacklevel=3,
+        )
 
 
 def fit_heads(
@@ -204,7 +270,7 @@ def fit_heads(
     """
     counts = counts.to(x)
     shares = counts / counts.sum(1, keepdim=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed) % 2**63)
     start = torch.randn(len(counts), x.shape[1], classes, generator=generator) * 0.01
     heads = nn.Parameter(start.to(x))
     optimizer = torch.optim.AdamW([heads], lr=learning_rate, weight_decay=weight_decay)

@@ -1,6 +1,8 @@
 """The models that are asked how sure they are of each row."""
 
 import hashlib
+import inspect
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -11,6 +13,7 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
 
+from hf_effdl.samples.drawing.checks import check_seed
 from hf_effdl.samples.drawing.presets import Trial
 from hf_effdl.samples.probes.inputs import Inputs, run_model
 from hf_effdl.samples.scores.noise import fit_label_noise
@@ -110,6 +113,13 @@ class Probes:
             )
         return torch.stack(outputs, 1)
 
+    def answer(self, inputs: Any) -> dict[str, Tensor]:
+        """`logits` of one batch, and what else is worth keeping of its rows."""
+        return {"logits": self.logits(inputs)}
+
+    def remember(self, marks: Tensor, answers: dict[str, Tensor]) -> None:
+        """Keep what `answer` gave of rows beside their logits, by their `row_marks`."""
+
     @property
     def kind(self) -> str:
         """What one of them is."""
@@ -117,7 +127,7 @@ class Probes:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all weights: names the probes in a report and in cached scores."""
+        """A hash of all weights and of what is done with them: names the probes in a report and in cached scores."""
         if self._fingerprint is None:
             self._fingerprint = weights_hash(self.models)
         return self._fingerprint
@@ -213,15 +223,32 @@ def _short(names: dict[int, str]) -> str:
 
 
 def weights_hash(models: Sequence[nn.Module], *tensors: Tensor) -> str:
-    """A short hash of all parameters and buffers."""
+    """A short hash of all parameters and buffers, the architectures and their code."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(_bytes(tensor))
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + _bytes(tensor))
     for model in models:
+        digest.update(_architecture(model).encode())
         for name, tensor in sorted(model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(_bytes(tensor))
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + _bytes(tensor))
     return digest.hexdigest()[:16]
+
+
+# Entries of a config that say where a model comes from, or what the last training left.
+_NO_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "problem_type", "dtype", "use_cache")
+
+
+def _architecture(model: nn.Module) -> str:
+    """What a model does with its weights: its modules, its settings, and its code where that is at hand."""
+    try:
+        code = inspect.getsource(type(model))
+    except (OSError, TypeError):
+        code = type(model).__qualname__
+    config = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else config
+    if isinstance(settings, dict):
+        settings = {name: value for name, value in settings.items() if name not in _NO_SETTINGS}
+    return f"{model!r}\n{json.dumps(settings, default=str, sort_keys=True)}\n{code}"
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -235,10 +262,13 @@ def bootstrap_counts(rows: int, probes: int, seed: int = 0, bootstrap: bool = Tr
         >>> bootstrap_counts(5, 2).sum(1)
         tensor([5, 5])
     """
+    seed = check_seed(seed)
     if not bootstrap:
         return torch.ones(probes, rows, dtype=torch.long)
     draws = [
-        torch.randint(rows, (rows,), generator=torch.Generator().manual_seed(seed * 1000 + m)).bincount(minlength=rows)
+        torch.randint(rows, (rows,), generator=torch.Generator().manual_seed((seed * 1000 + m) % 2**63)).bincount(
+            minlength=rows
+        )
         for m in range(probes)
     ]
     return torch.stack(draws)

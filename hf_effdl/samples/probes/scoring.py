@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from datasets import Dataset
-from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_effdl.files import digest, read_tensors, sweep, write_whole
-from hf_effdl.processes import is_first, together
-from hf_effdl.samples.probes.inputs import Inputs
+from hf_effdl.files import digest, locked, read_sealed, sealed, sweep, write_whole
+from hf_effdl.processes import agreed, check_all_seen, is_first, same_fate, together
+from hf_effdl.samples.probes.inputs import NOT_INPUTS, Inputs, identity
 from hf_effdl.samples.probes.probes import Probes
+from hf_effdl.samples.probes.row_marks import row_marks
 from hf_effdl.samples.scores.noise import LabelNoise, fit_likelihoods, label_likelihoods
 from hf_effdl.samples.scores.uncertainty import (
     LEAST_SPREAD,
@@ -34,9 +35,13 @@ from hf_effdl.samples.scores.uncertainty import (
 
 UNLABELLED = ("u_x", "entropy", "margin", "least_confidence", "bald", "confidence", "predicted")
 LABELLED = ("u_y", "p_label", "el2n", "p_clean")
-SCORES = UNLABELLED + LABELLED
+# beside the scores of a row: its mark, XOR a number for the probes and settings that scored it
+SCORE_KEY = "score_key"
+SCORES = (*UNLABELLED, *LABELLED, SCORE_KEY)
 # rows between two writes of the cache
 PART = 16_384
+# bytes of features that may be kept for the trials of a plan
+KEPT = 2**30
 
 
 def score_batch(logits: Tensor, labels: Tensor | None, gauge: str = "invariant") -> dict[str, Tensor]:
@@ -86,7 +91,7 @@ def score_rows(
         gauge: see `uncertainty`.
         batch_size: rows a process and step.
         cache_dir: keeps finished parts of 16,384 rows, so that a run that was cut off goes on; parts of other probes,
-            data or settings are not mistaken for them.
+            data or settings are not mistaken for them, and damaged ones are scored again.
         progress: show a bar on the first process.
 
     Returns:
@@ -94,15 +99,21 @@ def score_rows(
 
     Raises:
         ValueError: for NaN or infinite logits, labels outside the classes, or probes that all agree.
+        RuntimeError: on the other processes, where one raises; or where processes do not see each other.
     """
     accelerator = Accelerator()
+    check_all_seen()
     probes.to(accelerator.device)
     hide = not (progress and accelerator.is_main_process)
     with tqdm(total=len(data), desc="scoring", unit=" rows", disable=hide) as bar:
-        scoring = _Scoring(probes, probes.bind(data), data, labels, gauge, batch_size, accelerator, bar)
-        folder = None if cache_dir is None else Path(cache_dir) / f"scores-{scoring.key()}"
-        if folder is not None and is_first():
-            sweep(folder, "rows-*.safetensors")
+        with same_fate():
+            scoring = _Scoring(probes, probes.bind(data), data, labels, gauge, batch_size, accelerator, bar)
+            key = None if cache_dir is None else scoring.key()
+        # the first process's, as an object that no text can be made of has another key on each
+        folder = None if cache_dir is None else Path(cache_dir) / f"scores-{agreed(key)}"
+        if folder is not None and is_first() and folder.is_dir():
+            with locked(folder):
+                sweep(folder, "rows-*.safetensors")
         parts = []
         for start in range(0, len(data), PART):
             places = range(start, min(start + PART, len(data)))
@@ -111,6 +122,8 @@ def score_rows(
     together()  # no process reads a cache that another one still writes
     table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     _check_spread(table.pop("between"), table.pop("total"), len(probes))
+    if "features" in table:
+        probes.remember(scoring.marks, {"features": table.pop("features")})
     classes, noise = int(table.pop("classes")[0]), None
     if labels is not None:
         likelihoods = table.pop("likelihoods")
@@ -132,20 +145,30 @@ class _Scoring:
     accelerator: Accelerator
     bar: tqdm
 
+    @cached_property
+    def marks(self) -> Tensor:
+        """Of the rows, over all that is fed of them."""
+        return fed_marks(self.inputs, self.data, times=True)
+
     def key(self) -> str:
         """What the scores follow from."""
-        labels = "" if self.labels is None else digest(self.labels.numpy().tobytes())
-        causes = [self.probes.fingerprint, self.data._fingerprint, len(self.data), labels, self.gauge, PART]
-        return digest(json.dumps(causes))[:16]
+        causes = score_causes(self.probes, self.inputs, self.data, self.gauge) | {
+            "rows": digest(self.marks.numpy().tobytes()),
+            "labels": None if self.labels is None else digest(self.labels.long().numpy().tobytes()),
+            "batch_size": self.batch_size,  # neighbours in a batch change last digits, and padding
+            "part": PART,
+        }
+        return digest(json.dumps(causes, sort_keys=True))[:16]
 
     def kept_part(self, places: range, folder: Path) -> dict[str, Tensor]:
         """Some rows' scores, from the folder if they are there, else into it."""
         file = folder / f"rows-{places.start:012d}.safetensors"
-        if file.is_file():
-            return read_tensors(file, remedy="remove it, and its rows are scored again")
-        table = self.part(places)
-        if is_first():
-            write_whole(file, save(table))
+        table = agreed(_read_part(file, len(places)) if is_first() else None)
+        if table is None:
+            table = self.part(places)
+            if is_first():
+                with locked(folder):
+                    write_whole(file, sealed(table))
         return table
 
     def part(self, places: range) -> dict[str, Tensor]:
@@ -153,8 +176,7 @@ class _Scoring:
         rows = _Numbered(self.data, places, self.inputs)
         loader = self.accelerator.prepare(DataLoader(rows, self.batch_size, collate_fn=_Collate(self.inputs)))
         table: dict[str, Tensor] = {}
-        for numbers, batch in loader:
-            scores = self._batch(numbers.cpu(), batch, first=not table)
+        for numbers, scores in self._batches(loader):
             scores = {name: value.to(self.accelerator.device) for name, value in scores.items()}
             gathered = self.accelerator.gather_for_metrics({"numbers": numbers} | scores)
             where = gathered.pop("numbers").cpu() - places.start
@@ -165,15 +187,91 @@ class _Scoring:
             self.bar.update(len(where))
         return table
 
+    def _batches(self, loader: DataLoader) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """This process's rows and their scores, batch by batch; a batch that fails, fails on all processes."""
+        batches, first = iter(loader), True
+        while True:
+            batch = scores = None
+            with same_fate():
+                batch = next(batches, None)
+                if batch is not None:
+                    scores = self._batch(batch[0].cpu(), batch[1], first)
+            if batch is None:
+                return
+            first = False
+            yield batch[0], scores
+
     def _batch(self, numbers: Tensor, batch: Any, first: bool) -> dict[str, Tensor]:
         with torch.no_grad():
-            logits = self.probes.logits(send_to_device(batch, self.accelerator.device))
-        given = None
+            answer = self.probes.answer(send_to_device(batch, self.accelerator.device))
+        logits, given = answer.pop("logits"), None
         if self.labels is not None:
             if first:  # once a part: the whole column, so that the error counts all rows
                 check_labels(self.labels, max(2, logits.shape[2]), len(self.labels))
             given = self.labels[numbers].to(logits.device)
-        return _checked(logits, given, numbers, self.gauge)
+        if not logits.isfinite().all():
+            _check_fed(batch, numbers, self.inputs)
+        kept = {name: x for name, x in answer.items() if 4 * len(self.data) * x.shape[1] <= KEPT}
+        if self.inputs.fed_columns(self.data) is None:  # augmented rows are others the next time
+            kept = {}
+        return _checked(logits, given, numbers, self.gauge) | kept
+
+
+def fed_marks(inputs: Inputs, data: Dataset, times: bool = False) -> Tensor:
+    """`row_marks` over the columns that decide what is fed."""
+    return row_marks(data, _fed_columns(inputs, data), times)
+
+
+def _fed_columns(inputs: Inputs, data: Dataset) -> list[str]:
+    """The columns that decide what is fed; all but labels and scores where that is not known."""
+    columns = inputs.fed_columns(data)
+    if columns is None:
+        columns = [name for name in data.column_names if name not in {*NOT_INPUTS, *SCORES, *inputs.aside}]
+    return columns
+
+
+def score_keys(probes: Probes, data: Dataset, gauge: str, label_column: str | None) -> Tensor:
+    """The column `score_key`, `(N,)` int64: another one for other probes, settings, rows or labels."""
+    inputs = probes.bind(data)
+    columns = {*_fed_columns(inputs, data), *([] if label_column is None else [label_column])}
+    causes = score_causes(probes, inputs, data, gauge) | {"labelled": label_column is not None}
+    number = int(digest(json.dumps(causes, sort_keys=True))[:15], 16)
+    return row_marks(data, columns) ^ number
+
+
+def score_causes(probes: Probes, inputs: Inputs, data: Dataset, gauge: str) -> dict[str, Any]:
+    """All beside the rows that scores follow from, plain values: of the cache's key, and of `SCORE_KEY`."""
+    transform = data.format["format_kwargs"].get("transform") if data.format["type"] == "custom" else None
+    return {
+        "probes": probes.fingerprint,
+        "number": len(probes),
+        "inputs": inputs.describe(),
+        "transform": identity(transform),
+        "gauge": gauge,
+    }
+
+
+def _read_part(file: Path, rows: int) -> dict[str, Tensor] | None:
+    """A kept part; None where there is none, or it is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        table, notes = read_sealed(file)
+    except ValueError:
+        return None
+    fits = notes is not None and {len(column) for column in table.values()} == {rows}
+    return table if fits else None
+
+
+def _check_fed(batch: Any, places: Tensor, inputs: Inputs) -> None:
+    """Raise a `ValueError` for rows that are NaN or infinite themselves, before probes are blamed."""
+    for name, value in batch.items() if hasattr(batch, "items") else [(inputs.column, batch)]:
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+            bad = (~value.flatten(1).isfinite()).any(1).nonzero().flatten()
+            raise ValueError(
+                f"column {name!r} is NaN or infinite in row {places[bad[0]].item()} ({len(bad)} rows of its batch); "
+                "fill missing values in, or leave such rows out"
+            )
 
 
 def _checked(logits: Tensor, labels: Tensor | None, places: Tensor, gauge: str) -> dict[str, Tensor]:

@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors import safe_open
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
-from hf_effdl.files import digest, write_whole
-from hf_effdl.processes import is_first, together
+from hf_effdl.files import digest, read_sealed, sealed, write_whole
+from hf_effdl.processes import agreed, check_all_seen, is_first, together
 from hf_effdl.random_state import random_state_kept
-from hf_effdl.samples.probes.inputs import Inputs, check_dataset, label_names, label_tensor
+from hf_effdl.samples.probes.inputs import Inputs, check_classes, check_dataset, identity, label_names, label_tensor
 from hf_effdl.samples.probes.probes import LEAST_PROBES, Probes, ProbeSet, bootstrap_counts, weights_hash
+from hf_effdl.samples.probes.scoring import fed_marks
 from hf_effdl.weighting import WeightedTrainer
 
 
@@ -41,7 +40,7 @@ class _Recipe:
         with random_state_kept():
             model = self._fresh(seed)
             file = Path(self.args.output_dir) / f"probe-{m}" / "probe.safetensors"
-            key = _key(self.args, rows, labels, places, seed, model)
+            key = _key(self, rows, labels, places, seed, model)
             if not _load(model, file, key):
                 model = self._trained(model, rows.select(places.tolist()), labels[places], seed, f"probe-{m}")
                 _save(model, file, key)
@@ -129,7 +128,11 @@ def train_probes(
     check_dataset(rows, [label_column], "the probe set")
     if num_probes < LEAST_PROBES:
         raise ValueError(f"num_probes={num_probes}: the spread of one probe is unknown; use 2 or more, better 8")
-    labels = label_tensor(rows, label_column, label_names(rows, label_column))
+    args.device  # joins the other processes, if there are any
+    check_all_seen()
+    names = label_names(rows, label_column)
+    labels = label_tensor(rows, label_column, names)
+    check_classes(labels, label_column, names)
     counts = bootstrap_counts(len(rows), num_probes, seed, bootstrap)
     recipe = _Recipe(model_init, args, Inputs(processing_class, input_column, data_collator, [label_column]))
     models = [
@@ -148,32 +151,57 @@ def train_probes(
 
 
 def _load(model: nn.Module, file: Path, key: str) -> bool:
-    """Load the weights saved under this key; False if there are none."""
-    saved_key = None
-    if file.is_file():
-        with safe_open(file, "pt") as saved:
-            saved_key = (saved.metadata() or {}).get("key")
-    together()  # no process writes before all have looked
-    if saved_key == key:
-        load_model(model, file)
-    return saved_key == key
+    """Load the weights saved under this key; False if there are none, or they are damaged."""
+    weights = None
+    if is_first() and file.is_file():
+        try:
+            weights, notes = read_sealed(file)
+        except ValueError:
+            notes = None
+        weights = weights if notes is not None and notes.get("key") == key else None
+    weights = agreed(weights)  # also, no process writes before all have looked
+    if weights is not None:
+        # tied weights are kept once
+        model.load_state_dict({name: weights[other] for name, other in _homes(model).items()})
+    return weights is not None
 
 
 def _save(model: nn.Module, file: Path, key: str) -> None:
     if is_first():
-        write_whole(file, lambda part: save_model(model, str(part), metadata={"key": key}))
+        state, homes = model.state_dict(), _homes(model)
+        write_whole(file, sealed({name: state[name] for name in set(homes.values())}, {"key": key}))
     together()
+
+
+def _homes(model: nn.Module) -> dict[str, str]:
+    """For each entry of the state the one that it is kept under: the first of those that are one tensor."""
+    first: dict[Any, str] = {}
+    return {
+        name: first.setdefault((value.data_ptr(), value.stride(), value.shape), name)
+        for name, value in model.state_dict().items()
+    }
 
 
 # arguments that do not change what is trained
 _ASIDE = ("output_dir", "run_name", "project", "hub_model_id", "hub_token", "disable_tqdm", "report_to", "log_level")
 
 
-def _key(args: TrainingArguments, rows: Dataset, labels: Tensor, places: Tensor, seed: int, model: nn.Module) -> str:
+def _key(recipe: _Recipe, rows: Dataset, labels: Tensor, places: Tensor, seed: int, model: nn.Module) -> str:
     """What a probe's weights follow from."""
-    settings = {name: value for name, value in args.to_dict().items() if name not in _ASIDE}
-    causes = [rows._fingerprint, labels.tolist(), places.tolist(), seed, settings, weights_hash([model])]
-    return digest(json.dumps(causes, default=str, sort_keys=True))[:16]
+    inputs = recipe.inputs.bind(rows, model)
+    transform = rows.format["format_kwargs"].get("transform") if rows.format["type"] == "custom" else None
+    causes = {
+        "rows": digest(fed_marks(inputs, rows, times=True).numpy().tobytes()),
+        "labels": labels.tolist(),
+        "places": places.tolist(),
+        "seed": seed,
+        "settings": {name: value for name, value in recipe.args.to_dict().items() if name not in _ASIDE},
+        "processes": recipe.args.world_size,  # of which each step takes a batch
+        "fresh": weights_hash([model]),
+        "inputs": inputs.describe(),
+        "transform": identity(transform),
+    }
+    return agreed(digest(json.dumps(causes, default=str, sort_keys=True))[:16])
 
 
 def _replaced(args: Any, **changes: Any) -> Any:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hf_effdl.samples.scores.numbers import as_numbers
+
 
 def row_dynamics(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """What is kept of one prediction per row: three numbers, whatever the number of classes.
@@ -163,12 +165,15 @@ def dyn_unc(p_label: Tensor, window: int = 10) -> Tensor:
 
 
 def _checked(name: str, records: Tensor, least: int = 1) -> Tensor:
-    records = torch.as_tensor(records)
+    records = as_numbers(records, name)
     if records.ndim != 2 or len(records) < least:
         raise ValueError(
             f"{name} of shape {tuple(records.shape)} must have shape (epochs, rows) with {least} epochs or more"
         )
     if records.is_floating_point() and not records.isfinite().all():
         epoch, row = (~records.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"{name}[{epoch}, {row}] is {records[epoch, row]}: the recorded run had broken down by then")
+        raise ValueError(
+            f"{name}[{epoch}, {row}] is {records[epoch, row]}: the recorded run had broken down by then, or the row "
+            "had no label"
+        )
     return records

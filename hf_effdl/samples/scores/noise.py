@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_effdl.samples.scores.numbers import as_numbers
 from hf_effdl.samples.scores.uncertainty import check_labels
 
 
@@ -28,7 +29,7 @@ def agreement(p: Tensor, labels: Tensor) -> Tensor:
         >>> agreement(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1]))
         tensor([ True, False])
     """
-    labels = _check(p, labels)
+    p, labels = _check(p, labels)
     return p.argmax(1) == labels
 
 
@@ -42,9 +43,10 @@ def confident_disagreement(p: Tensor, labels: Tensor, share: float = 0.1, least:
         >>> confident_disagreement(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1]), least=1)
         0.0
     """
-    labels = _check(p, labels)
+    p, labels = _check(p, labels)
     rows = min(len(p), max(least, round(share * len(p))))
-    surest = p.amax(1).topk(rows).indices
+    confidence = p.amax(1)
+    surest = confidence >= confidence.topk(rows).values[-1]  # with its equals, so that no order of rows matters
     return 1 - agreement(p[surest], labels[surest]).double().mean().item()
 
 
@@ -75,7 +77,7 @@ class LabelNoise:
     def p_clean(self, p: Tensor, labels: Tensor) -> Tensor:
         """Posterior that the label was not drawn at random, `(N,)` float32."""
         temperature = torch.tensor([self.temperature], dtype=torch.float64)
-        return self.posterior(_tempered(p, _check(p, labels), temperature)[0])
+        return self.posterior(_tempered(*_check(p, labels), temperature)[0])
 
     def posterior(self, likely: Tensor) -> Tensor:
         """`p_clean` from `p^(T)` at the label."""
@@ -87,7 +89,7 @@ def fit_label_noise(p: Tensor, labels: Tensor) -> LabelNoise:
     """The maximum-likelihood `LabelNoise` over T in [0.25, 3] and contamination in [0, 0.6].
 
     Knows random flips best; human confusions look like honest uncertainty to it and are read low. Pools above 20,000
-    rows are fitted on 20,000 rows taken at random.
+    rows are fitted on 20,000 rows that are spread over all likelihoods.
 
     Example:
         >>> p = torch.eye(10)[torch.arange(1000) % 10] * 0.89 + 0.01
@@ -96,8 +98,8 @@ def fit_label_noise(p: Tensor, labels: Tensor) -> LabelNoise:
         >>> 0.19 < fit_label_noise(p, labels).rate < 0.21
         True
     """
-    labels = _check(p, labels)
-    rows = _fit_rows(len(p))
+    p, labels = _check(p, labels)
+    rows = _fit_rows(_tempered(p, labels, TEMPERATURES[-1:])[0])
     return fit_likelihoods(label_likelihoods(p[rows], labels[rows]), p.shape[1])
 
 
@@ -108,7 +110,7 @@ def label_likelihoods(p: Tensor, labels: Tensor) -> Tensor:
 
 def fit_likelihoods(likelihoods: Tensor, classes: int) -> LabelNoise:
     """`fit_label_noise` from `label_likelihoods`."""
-    likely = likelihoods[_fit_rows(len(likelihoods))].double().T
+    likely = likelihoods[_fit_rows(likelihoods[:, -1])].double().T
     lowest = torch.zeros(len(likely), dtype=torch.float64)
     highest = torch.full_like(lowest, 0.6)
     # the likelihood is concave in the contamination: bisect its slope, for all temperatures at once
@@ -127,20 +129,22 @@ def noise_rate(p: Tensor, labels: Tensor) -> float:
     return max(confident_disagreement(p, labels), fit_label_noise(p, labels).rate)
 
 
-def _fit_rows(rows: int) -> Tensor | slice:
-    if rows <= _FIT_ROWS:
-        return slice(None)
-    # at random: every k-th row may be of one of several sources that were interleaved
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(0))[:_FIT_ROWS]
+def _fit_rows(likely: Tensor) -> Tensor:
+    """Which rows are fitted: of many, evenly spread ones in the order of a likelihood, whatever their own order is."""
+    order = likely.float().argsort(stable=True)
+    if len(order) <= _FIT_ROWS:
+        return order
+    return order[((torch.arange(_FIT_ROWS) + 0.5) * (len(order) / _FIT_ROWS)).long()]
 
 
-def _check(p: Tensor, labels: Tensor) -> Tensor:
+def _check(p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    p = p if isinstance(p, Tensor) else as_numbers(p, "p")
     if p.ndim != 2 or len(p) == 0 or not ((p >= 0) & (p <= 1.01)).all():  # 1.01: half precision
         raise ValueError(
             f"p has shape {tuple(p.shape)} or values outside [0, 1]; pass the probes' mean probabilities "
             "(rows, classes), not logits"
         )
-    return check_labels(labels, p.shape[1], len(p))
+    return p, check_labels(labels, p.shape[1], len(p))
 
 
 def _tempered(p: Tensor, labels: Tensor, temperatures: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hf_effdl.samples.scores.numbers import as_numbers
+
 
 GAUGES = ("invariant", "drop-first")
 # Probes whose logits differ by less than this share of the logits' own spread differ by rounding and by where their
@@ -154,7 +156,7 @@ def check_logits(logits: Tensor, labels: Tensor | None = None) -> tuple[Tensor, 
     Raises:
         ValueError, TypeError: for other shapes, no rows, NaN or infinite values, or labels outside the classes.
     """
-    logits = torch.as_tensor(logits)
+    logits = logits if isinstance(logits, Tensor) else as_numbers(logits, "logits")  # on the device they are on
     if not logits.is_floating_point():
         raise TypeError(f"logits are of type {logits.dtype}; pass raw floating-point logits")
     if logits.ndim not in (2, 3):
@@ -179,7 +181,7 @@ def check_logits(logits: Tensor, labels: Tensor | None = None) -> tuple[Tensor, 
 
 def check_labels(labels: Tensor, classes: int, rows: int) -> Tensor:
     """Labels as an int64 tensor of `rows` entries in `[0, classes)`."""
-    labels = torch.as_tensor(labels)
+    labels = labels if isinstance(labels, Tensor) else as_numbers(labels, "labels")
     if labels.is_floating_point() and not (labels == labels.round()).all():
         raise TypeError(f"labels are of type {labels.dtype}; pass one integer class a row")
     if labels.shape != (rows,):

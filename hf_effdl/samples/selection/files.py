@@ -22,7 +22,7 @@ from datasets import Dataset
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from hf_effdl.files import read_json, write_whole
+from hf_effdl.files import locked, read_json, write_whole
 from hf_effdl.hub.repos import own_dataset_repo
 from hf_effdl.processes import is_first
 from hf_effdl.samples.drawing.plan import Plan
@@ -34,6 +34,7 @@ from hf_effdl.samples.selection.rows import SelectedRows
 
 
 FORMAT = 1
+MARK = "row_mark"
 RECORD, CHOSEN, SCORES, PICTURE = "selection.json", "selection.parquet", "scores.parquet", "selection.png"
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 
@@ -48,6 +49,21 @@ def save(
             "name of the scores of all rows"
         )
     chosen, scores = selection.to_dataset(), selection.scores_dataset()
+    if selection.row_ids is None and (marked := selection.row_marks()) is not None:
+        scores = scores.add_column(MARK, marked[0].numpy())
+    with locked(folder):
+        return _write(selection, folder, config_name, card, chosen, scores)
+
+
+def _write(
+    selection: SelectedRows,
+    folder: str | os.PathLike[str],
+    config_name: str,
+    card: bool,
+    chosen: Dataset,
+    scores: Dataset,
+) -> Path:
+    """Write one config's files; no one else may be writing into the folder."""
     scores_by_config = {name: record["scores"] for name, record in records(folder).items()}
     record = {
         "format": FORMAT,
@@ -88,22 +104,43 @@ def load(
             "that was cut off; save or push the selection again"
         )
     ids = scores["row_id"][:]
-    place = {value: i for i, value in enumerate(ids)}
-    plan = Plan(
-        torch.tensor([place[value] for value in chosen["row_id"][:]]),
-        torch.tensor(_array(chosen, "inclusion_probability")),
-        torch.tensor(_array(chosen, "weight")),
-        record["rows"],
-        record["settings"],
-    )
+    plan = _read_plan(where, record, chosen, ids)
     table = {name: torch.tensor(_array(scores, name)) for name in scores.column_names if name != "row_id"}
     return {
+        "marks": table.pop(MARK, None),
         "plan": plan,
         "table": table,
         "names": record["names"],
         "info": record["info"] | {"settings": record["settings"]},
         "row_ids": ids if record["named_rows"] else None,
     }
+
+
+def _read_plan(where: Any, record: Mapping[str, Any], chosen: Dataset, ids: list[Any]) -> Plan:
+    """The plan in a selection's files, if it can be one: they may be a stranger's.
+
+    Raises:
+        ValueError: for rows that are not in the pool or occur twice, and weights or probabilities that are none.
+    """
+    place = {value: i for i, value in enumerate(ids)}
+    rows, names = record["rows"], chosen["row_id"][:]
+    weights, likely = (torch.tensor(_array(chosen, name)) for name in ("weight", "inclusion_probability"))
+    not_one = ~((likely > 0) & (likely <= 1) | likely.isnan())  # NaN: no closed form
+    wrong = {
+        f"{len(ids)} scores are for {rows!r} rows": rows != len(ids) or isinstance(rows, bool),
+        "the rows of the pool share ids": len(place) < len(ids),
+        "no row is selected": not names,
+        "rows are selected twice": len(set(names)) < len(names),
+        "selected rows are none of the pool's": not set(names) <= set(place),
+        "weights are NaN, infinite or negative": not (weights.isfinite() & (weights >= 0)).all(),
+        "weights are all zero": not (weights > 0).any(),
+        "inclusion probabilities are outside (0, 1]": bool(not_one.any()),
+        "settings and info are no dicts": not all(isinstance(record[key], dict) for key in ("settings", "info")),
+    }
+    for why, is_so in wrong.items():
+        if is_so:
+            raise ValueError(f"{where}: the selection is damaged ({why}); save or push it again")
+    return Plan(torch.tensor([place[value] for value in names]), likely, weights, rows, record["settings"])
 
 
 def _located(

@@ -1,5 +1,6 @@
 """`ScoredPool`: the rows to choose from, with what a selection needs of them, read once."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -9,8 +10,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_effdl.samples.probes.inputs import check_dataset, class_tensor, label_names, label_values
-from hf_effdl.samples.probes.scoring import SCORES
-from hf_effdl.samples.selection.rows import labels_hash
+from hf_effdl.samples.probes.scoring import SCORE_KEY, SCORES
+from hf_effdl.samples.selection.rows import labels_hash, read_ids
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,46 @@ class ScoredPool:
 
     def with_columns_read(self) -> Self:
         """The pool with the scores that stand in the data set."""
-        return replace(self, table={name: _numbers(self.data, name) for name in self.score_columns})
+        names = [name for name in self.score_columns if name != SCORE_KEY]
+        return replace(self, table={name: _numbers(self.data, name) for name in names})
 
-    def scored(self, table: Mapping[str, Tensor]) -> Self:
-        """The pool with the score columns added."""
+    def check_scored_by(self, *keys: Tensor) -> None:
+        """Refuse score columns of other probes, settings or rows.
+
+        Args:
+            keys: `score_keys` as they must be; one of them is enough.
+
+        Raises:
+            ValueError: if they are others.
+        """
+        columns = self.score_columns
+        if SCORE_KEY not in columns:
+            warnings.warn(
+                f"the score columns do not say which probes made them, as there is no column {SCORE_KEY!r}; they are "
+                f"taken for the scores of these probes. If they are not, remove_columns({columns})",
+                stacklevel=4,
+            )
+            return
+        stored = _numbers(self.data, SCORE_KEY)
+        if any(stored.equal(key) for key in keys):
+            return
+        again = f"remove_columns({columns}) to score anew"
+        difference = stored ^ keys[0]
+        if (difference == difference[0]).all():
+            raise ValueError(
+                "the score columns were made by other probes, or with other settings, than those of this selector; "
+                + again
+            )
+        others = int((difference != difference.mode().values).sum())
+        raise ValueError(
+            f"{others} of {len(stored)} rows are not what they were when they were scored: columns that the probes "
+            f"read, or labels, have changed, or columns came in; {again}"
+        )
+
+    def scored(self, table: Mapping[str, Tensor], keys: Tensor) -> Self:
+        """The pool with the score columns added, and `keys` that say what made them."""
         data = self.data
-        for name, column in table.items():
+        for name, column in (dict(table) | {SCORE_KEY: keys}).items():
             data = data.add_column(name, column.numpy())
         single = {name: table[name].float() if table[name].is_floating_point() else table[name] for name in table}
         return replace(self, data=data, table={name: single[name] for name in SCORES if name in single})
@@ -79,18 +114,45 @@ class ScoredPool:
         """The id column's values; None if there is none.
 
         Raises:
-            ValueError: if two rows have the same.
+            ValueError: if two rows have the same, or one has none.
+            TypeError: for ids that are neither integers nor texts.
         """
-        if id_column is None:
-            return None
-        ids = self.data.with_format(None)[id_column][:]
-        if len(set(ids)) < len(ids):
-            raise ValueError(f"column {id_column!r} names some rows alike; row ids must differ")
-        return ids
+        return None if id_column is None else read_ids(self.data, id_column)
+
+    def without_unseen(self, seen: Tensor) -> tuple[Self, dict[str, int]]:
+        """The pool whose rows of classes that no probe was trained on do not count as doubted.
+
+        What the probes say of such a label is no evidence: they never give it a probability. So these rows get the
+        median `p_label` of the others and `p_clean` 1, and they are not among the surest that noise is read off.
+
+        Args:
+            seen: the classes that the probes were trained on.
+
+        Returns:
+            The pool, and the rows of each unseen class by its name.
+        """
+        if self.labels is None or "p_label" not in self.table:
+            return self, {}
+        unseen = ~torch.isin(self.labels, seen)
+        if not unseen.any() or unseen.all():
+            return self, {}
+        table = dict(self.table)
+        for name, value in (("p_label", "median"), ("p_clean", None), ("confidence", "min")):
+            if name in table:
+                given = table[name][~unseen]
+                table[name] = table[name].masked_fill(unseen, 1.0 if value is None else getattr(given, value)().item())
+        classes, counts = self.labels[unseen].unique(return_counts=True)
+        pairs = zip(classes.tolist(), counts.tolist(), strict=True)
+        return replace(self, table=table), {self.names[c] if self.names else str(c): count for c, count in pairs}
 
 
 def _numbers(data: Dataset, name: str) -> Tensor:
-    return torch.from_numpy(data.with_format("numpy")[name][:].copy())
+    column = data.with_format("arrow")[:][name]
+    try:  # with_format("numpy") would round float64 to float32
+        values = torch.from_numpy(column.to_numpy().copy())
+    except TypeError as error:
+        raise TypeError(f"column {name!r} holds {column.type}; selection draws by one number a row") from error
+    return values.float() if values.is_floating_point() and name in SCORES else values
 
 
 def names_for(data: Dataset, column: str | None, of_probes: Sequence[str] | None) -> list[str] | None:

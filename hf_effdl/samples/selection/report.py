@@ -331,6 +331,12 @@ def _warnings(report: SelectionReport, settings: Mapping[str, Any]) -> list[str]
 def _label_warnings(report: SelectionReport) -> list[str]:
     """Of labels that look wrong, and of probes that are weak."""
     warned = []
+    if unseen := report.selection.info.get("unseen_classes"):
+        classes = _names([f"{name} ({count} rows)" for name, count in unseen.items()])
+        warned.append(
+            f"no probe was trained on a row of {classes}: "
+            "the probes cannot judge these labels, so their rows have the median weight and none is suspected"
+        )
     if report.noise_rate is not None and report.noise_rate > NOISY:
         warned.append(
             f"about {_percent(report.noise_rate)} of the labels look wrong (weak probes read high); see the "

@@ -1,21 +1,29 @@
 """`UncertaintySelector`: from a data set and a budget to the rows worth having."""
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any, overload
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 
-from hf_effdl.processes import agreed
-from hf_effdl.samples.drawing.plan import Plan
+from hf_effdl.processes import agreed, same_fate
+from hf_effdl.samples.drawing.checks import check_seed
+from hf_effdl.samples.drawing.hashing import hashed_uniform
+from hf_effdl.samples.drawing.plan import Plan, PlanSettings, make_plan
 from hf_effdl.samples.drawing.presets import Trial, active_plan, default_plan, paper_plan
+from hf_effdl.samples.drawing.weights import check_bias
 from hf_effdl.samples.probes.inputs import check_dataset
 from hf_effdl.samples.probes.probes import Probes
-from hf_effdl.samples.probes.scoring import LABELLED, SCORES, UNLABELLED, score_rows
+from hf_effdl.samples.probes.scoring import LABELLED, SCORES, UNLABELLED, score_keys, score_rows
 from hf_effdl.samples.selection.pool import ScoredPool
 from hf_effdl.samples.selection.report import SelectionReport
+from hf_effdl.samples.selection.rows import check_no_weights
 from hf_effdl.samples.selection.selection import Selection
 from hf_effdl.samples.selection.source import source_of
 from hf_effdl.version import __version__
@@ -102,8 +110,9 @@ class UncertaintySelector:
     def score(self, data: Dataset) -> Dataset:
         """The data set with the score columns added.
 
-        `u_x`, `entropy`, `margin`, `least_confidence`, `bald`, `confidence`, `predicted`, and in coreset mode `u_y`,
-        `p_label`, `el2n`, `p_clean`.
+        `u_x`, `entropy`, `margin`, `least_confidence`, `bald`, `confidence`, `predicted`, in coreset mode `u_y`,
+        `p_label`, `el2n`, `p_clean`, and `score_key`, by which `plan` and `select` know the scores of other probes,
+        settings, rows or labels, and refuse them.
 
         Raises:
             ValueError, TypeError: for a data set that is empty, streamed, a `DatasetDict` or without the columns, and
@@ -123,7 +132,9 @@ class UncertaintySelector:
         Raises:
             ValueError: for missing score columns or a budget out of range.
         """
-        return self._planned(self._open(scored).with_columns_read(), budget, overrides)
+        pool = self._open(scored)
+        self._check_plan(pool, budget, overrides)
+        return self._planned(self._read(pool), budget, overrides)
 
     @overload
     def select(self, data: Dataset, budget: int | float, split: str | None = None, **overrides: Any) -> Dataset: ...
@@ -151,8 +162,9 @@ class UncertaintySelector:
                 raise ValueError(f"split={split!r}: the DatasetDict has {list(data)}")
             return DatasetDict({**data, split: self.select(data[split], budget, **overrides)})
         pool = self._open(data)
-        self._check_budget(rows_of(budget, len(pool.data)), pool.labels, overrides)  # before the long work
-        scored = pool.with_columns_read() if set(UNLABELLED) <= set(pool.score_columns) else self._scored(pool)
+        self._check_plan(pool, budget, overrides)  # before the long work
+        check_no_weights(pool.data)
+        scored = self._read(pool) if set(UNLABELLED) <= set(pool.score_columns) else self._scored(pool)
         selection = self._planned(scored, budget, overrides)
         subset = selection.taken_from(scored.data, selection.plan.positions)
         return subset.remove_columns([name for name in SCORES if name in subset.column_names])
@@ -174,7 +186,24 @@ class UncertaintySelector:
         if clash := pool.score_columns:
             raise ValueError(f"the data set has the columns {clash} already; remove_columns({clash}) to score it anew")
         options = {"gauge": self.gauge, "batch_size": self.batch_size, "cache_dir": self.cache_dir}
-        return pool.scored(score_rows(self.probes, pool.data, pool.labels, **options)[0])
+        keys = score_keys(self.probes, pool.data, self.gauge, self.label_column if self.mode == "coreset" else None)
+        return pool.scored(score_rows(self.probes, pool.data, pool.labels, **options)[0], keys)
+
+    def _read(self, pool: ScoredPool) -> ScoredPool:
+        """The pool with the scores in its columns, if these are what the probes would say of it now."""
+        by_label = [self.label_column] if self.label_column in pool.data.column_names else []
+        if not pool.score_columns:
+            return pool  # which planning refuses
+        columns = by_label if self.mode == "coreset" else [None, *by_label]  # scores with labels serve without, too
+        try:
+            keys = [score_keys(self.probes, pool.data, self.gauge, column) for column in columns]
+        except ValueError as error:
+            warnings.warn(
+                f"whether these are the scores of this data set's rows cannot be seen: {error}", stacklevel=3
+            )
+        else:
+            pool.check_scored_by(*keys)
+        return pool.with_columns_read()
 
     def _planned(self, pool: ScoredPool, budget: int | float, overrides: dict[str, Any]) -> Selection:
         """Choose rows of a scored pool, and keep the choice as `self.selection`."""
@@ -182,19 +211,36 @@ class UncertaintySelector:
         wanted = UNLABELLED + (LABELLED if self.mode == "coreset" else ())
         if missing := [name for name in wanted if name not in pool.table]:
             raise ValueError(f"the data set has no score columns {missing}; pass what score() returned")
+        pool, unseen = self._without_unseen(pool)
         table, ids = pool.score_table(overrides.get("score", "uniform")), pool.row_ids(self.id_column)
         PartialState()  # joins the other processes, if there are any
         # one process decides: a trial's accuracy may differ in its last digit between processes, the rows must not
-        plan = agreed(self._by_preset(pool, table, rows, {"seed": self.seed, "row_ids": ids} | overrides))
-        self.selection = Selection(plan, table, pool.names, ids, self._info(pool, plan), pool.data)
+        with same_fate():
+            plan = self._by_preset(pool, table, rows, {"seed": self.seed, "row_ids": ids} | overrides)
+        plan = agreed(plan)
+        info = self._info(pool, plan) | ({"unseen_classes": unseen} if unseen else {})
+        self.selection = Selection(plan, table, pool.names, ids, info, pool.data)
         return self.selection
+
+    def _without_unseen(self, pool: ScoredPool) -> tuple[ScoredPool, dict[str, int]]:
+        if self.probes.probe_set is None or pool.labels is None:
+            return pool, {}
+        pool, unseen = pool.without_unseen(self.probes.probe_set.labels)
+        if unseen:
+            warnings.warn(
+                f"no probe was trained on a row of {len(unseen)} classes of the pool: {list(unseen)[:8]} "
+                f"({sum(unseen.values())} rows). What probes say of such labels is no evidence, so these rows are "
+                "weighted as the median row and none counts as mislabelled; train probes on rows of all classes",
+                stacklevel=4,
+            )
+        return pool, unseen
 
     def _by_preset(self, pool: ScoredPool, table: dict[str, Tensor], rows: int, options: dict[str, Any]) -> Plan:
         if self.preset == "paper":
             return paper_plan(table, rows, labelled=pool.labels is not None, **options)
         if self.mode == "active":
             return active_plan(table, rows, accuracy=self._probe_accuracy(), **options)
-        return default_plan(table, rows, trial=self._trial(pool), **options)
+        return default_plan(table, rows, trial=self._trial(pool, options["row_ids"]), **options)
 
     def _info(self, pool: ScoredPool, plan: Plan) -> dict[str, Any]:
         """All that a selection says of how it was made."""
@@ -213,6 +259,28 @@ class UncertaintySelector:
             "hf_effdl": __version__,
         }
 
+    def _check_plan(self, pool: ScoredPool, budget: int | float, overrides: dict[str, Any]) -> None:
+        """Refuse what cannot be planned, whatever the scores are."""
+        rows = rows_of(budget, len(pool.data))
+        known = {*signature(make_plan).parameters, *signature(default_plan).parameters} - {
+            "table",
+            "budget",
+            "overrides",
+        }
+        if unknown := sorted(set(overrides) - known):
+            near = get_close_matches(unknown[0], known, 3, 0.5)
+            raise TypeError(f"{unknown} are no arguments of make_plan" + (f"; did you mean {near}?" if near else ""))
+        weights = "damped" if self.preset == "paper" else "p_label" if self.mode == "coreset" else "none"
+        names = {one.name for one in fields(PlanSettings)}
+        options = {"weights": weights} | ({"sampler": "sequential"} if self.preset == "paper" else {})
+        settings = PlanSettings(rows, **(options | {name: overrides[name] for name in names & set(overrides)}))
+        check_bias(settings.score, settings.weights, overrides.get("force", False))
+        check_seed(self.seed)
+        if settings.score not in (*SCORES, "uniform", "label", "predicted"):
+            check_dataset(pool.data, [settings.score], "the data set")
+        pool.row_ids(self.id_column)
+        self._check_budget(rows, pool.labels, overrides)
+
     def _check_budget(self, budget: int, labels: Tensor | None, overrides: dict[str, Any]) -> None:
         if labels is None or overrides.get("quotas", "label") != "label":
             return
@@ -222,10 +290,19 @@ class UncertaintySelector:
                 f"would leave classes out; raise it to {classes} or more, or set quotas='none'"
             )
 
-    def _trial(self, pool: ScoredPool) -> Trial | None:
-        if self.trial is False or callable(self.trial):
-            return self.trial or None
-        return self.probes.trial(pool.data, pool.labels, self.batch_size)
+    def _trial(self, pool: ScoredPool, ids: list[int] | list[str] | None) -> Trial | None:
+        trial = self.trial
+        if trial is None or trial is True:
+            trial = self.probes.trial(pool.data, pool.labels, self.batch_size)
+        if not callable(trial) or ids is None:
+            return trial or None
+
+        def by_id(positions: Tensor, weights: Tensor) -> float:
+            # training may depend on the order of its rows, which no order of the pool is to change
+            turns = hashed_uniform(0, [ids[place] for place in positions.tolist()], salt=3).argsort()
+            return trial(positions[turns], weights[turns])
+
+        return by_id
 
     def _probe_accuracy(self) -> float | None:
         """How often the out-of-bag vote is right on the probe set."""

@@ -1,0 +1,155 @@
+"""Row marks: a number of 64 bits for the content of every row, by which a row is known wherever it stands.
+
+Rows of equal content have equal marks, in whatever order, format or file they are; a changed value changes the mark.
+Numbers count as numbers (an int32 3 is an int64 3), images and other files by their bytes, or by name and size where
+the data set holds only a path.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+
+BATCH = 4096
+# Of longer texts and files the length, both ends and the middle are read.
+WHOLE, PIECE = 2**16, 2**14
+_NULL, _EMPTY = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1B54A32D192ED03)
+
+
+def row_marks(data: Dataset, columns: Iterable[str], times: bool = False) -> Tensor:
+    """The mark of every row, over some columns and their names, `(N,)` int64.
+
+    Args:
+        data: whose rows.
+        columns: of the data set, in any order.
+        times: let the time of change of files that the data set holds paths to count, too.
+
+    Example:
+        >>> data = Dataset.from_dict({"text": ["a", "b", "a"], "note": [1, 2, 3]})
+        >>> marks = row_marks(data, ["text"])
+        >>> marks[0] == marks[2], marks[0] == marks[1]
+        (tensor(True), tensor(False))
+    """
+    columns = sorted(columns)
+    total = np.zeros(len(data), dtype=np.uint64)
+    if not columns:
+        return torch.from_numpy(total.view(np.int64))
+    plain = data.select_columns(columns).with_format("arrow")
+    for start in range(0, len(data), BATCH):
+        table = plain[start : start + BATCH]
+        for name in columns:
+            column = table.column(name).combine_chunks()
+            parts = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+            values = np.concatenate([_values(part, times) for part in parts])
+            total[start : start + len(values)] += _mixed(values ^ _text(name.encode()))
+    return torch.from_numpy(_mixed(total).view(np.int64))
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    # the finaliser of splitmix64, see drawing/hashing.py
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _text(content: bytes) -> np.uint64:
+    if len(content) > WHOLE:
+        middle = len(content) // 2
+        ends = content[:PIECE] + content[middle : middle + PIECE] + content[-PIECE:]
+        content = str(len(content)).encode() + ends
+    return np.uint64(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
+
+
+def _values(array: pa.Array, times: bool) -> np.ndarray:
+    """A number of 64 bits for each value of an Arrow array."""
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if _is(array, "list", "large_list", "fixed_size_list"):
+        marks = _lists(array, times)
+    elif _is(array, "struct"):
+        marks = _structs(array, times)
+    elif _is(array, "boolean", "integer", "floating"):
+        marks = _numbers(array)
+    else:
+        marks = np.fromiter((_text(_bytes(value)) for value in array.to_pylist()), np.uint64, len(array))
+    if array.null_count:
+        marks = np.where(array.is_null().to_numpy(zero_copy_only=False), _NULL, marks)
+    return marks
+
+
+def _is(array: pa.Array, *kinds: str) -> bool:
+    return any(getattr(pa.types, f"is_{kind}")(array.type) for kind in kinds)
+
+
+def _bytes(value: Any) -> bytes:
+    """Of texts and binary values; of dates, decimals and the like what they print as."""
+    if isinstance(value, bytes):
+        return value
+    return (value if isinstance(value, str) else repr(value)).encode(errors="surrogatepass")
+
+
+def _numbers(array: pa.Array) -> np.ndarray:
+    """The bits of the numbers, the same for every width."""
+    if array.null_count:
+        array = array.fill_null(False if pa.types.is_boolean(array.type) else 0)
+    values = array.to_numpy(zero_copy_only=False)
+    if values.dtype.kind == "f":
+        values = values.astype(np.float64) + 0.0  # -0 is 0
+        values[np.isnan(values)] = np.nan
+        bits = values.view(np.uint64)
+    else:
+        bits = values.astype(np.uint64 if values.dtype.kind == "u" else np.int64).view(np.uint64)
+    return bits ^ (bits >> np.uint64(32))  # the low bits of short floats are all zero
+
+
+def _lists(array: pa.Array, times: bool) -> np.ndarray:
+    """Of every list its values, each times an odd number for its place, and the length."""
+    if pa.types.is_fixed_size_list(array.type):
+        lengths = np.full(len(array), array.type.list_size, dtype=np.int64)
+        inside = array.values.slice(array.offset * array.type.list_size, len(array) * array.type.list_size)
+    else:
+        offsets = array.offsets.to_numpy().astype(np.int64)
+        lengths, inside = np.diff(offsets), array.values.slice(offsets[0], offsets[-1] - offsets[0])
+    values = _values(inside, times)
+    starts = np.cumsum(lengths) - lengths
+    if len(lengths) and (lengths == lengths[0]).all():
+        sums = (values.reshape(len(lengths), lengths[0]) * _odd(lengths[0])).sum(1, dtype=np.uint64)
+    else:
+        places = np.arange(len(values)) - np.repeat(starts, lengths)
+        running = np.concatenate([[np.uint64(0)], np.cumsum(values * _odd(lengths.max(initial=0))[places])])
+        sums = running[starts + lengths] - running[starts]  # all modulo 2^64
+    return _mixed(sums.astype(np.uint64) + lengths.astype(np.uint64) * _EMPTY + _EMPTY)
+
+
+def _odd(count: int) -> np.ndarray:
+    """Random odd numbers, one for each place in a list."""
+    return _mixed((np.arange(count, dtype=np.uint64) + np.uint64(1)) * _NULL) | np.uint64(1)
+
+
+def _structs(array: pa.Array, times: bool) -> np.ndarray:
+    names = [field.name for field in array.type]
+    if set(names) == {"bytes", "path"}:
+        pairs = zip(array.field("bytes").to_pylist(), array.field("path").to_pylist(), strict=True)
+        return np.fromiter((_text(_content(*pair, times)) for pair in pairs), np.uint64, len(array))
+    total = np.zeros(len(array), dtype=np.uint64)
+    for name in names:
+        total += _mixed(_values(array.field(name), times) ^ _text(name.encode()))
+    return _mixed(total)
+
+
+def _content(content: bytes | None, path: str | None, times: bool) -> bytes:
+    """What stands for a file: its bytes, or its name and size, as its folder may be another one elsewhere."""
+    if content is not None:
+        return content
+    stat = os.stat(path) if path and os.path.isfile(path) else None
+    stamp = [] if stat is None else [stat.st_size, stat.st_mtime_ns][: 1 + times]
+    return f"{os.path.basename(path or '')} {stamp}".encode()

@@ -1,0 +1,284 @@
+"""Rows known by their content: the marks, and what selections, score columns and caches make of them."""
+
+import os
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from datasets import Array2D, ClassLabel, Dataset, Features, Image, List, Value, concatenate_datasets
+from PIL import Image as Picture
+from torch import nn
+
+from hf_effdl import LinearProbes, UncertaintySelector, load_selection
+from hf_effdl.samples.probes import scoring
+from hf_effdl.samples.probes.probes import Probes
+from hf_effdl.samples.probes.row_marks import row_marks
+from hf_effdl.samples.selection.selection import Selection
+
+
+def rows(count: int, seed: int = 0) -> Dataset:
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 3, count)
+    x = rng.normal(size=(count, 5)).astype("float32")
+    x[np.arange(count), label] += 2
+    table = {"x": x, "other": x[:, ::-1].copy(), "text": [f"row {i}" for i in range(count)], "label": label}
+    return Dataset.from_dict(table)
+
+
+@pytest.fixture(scope="module")
+def probes():
+    return LinearProbes.train(None, rows(90, 1), input_column="x", steps=20)
+
+
+# ---- marks
+
+
+def test_marks_follow_the_content_wherever_a_row_stands():
+    data = rows(3000)
+    marks, order = row_marks(data, data.column_names), torch.randperm(3000)
+    assert len(marks.unique()) == 3000
+    assert row_marks(data.select(order.tolist()), data.column_names).equal(marks[order])
+    for view in (data.with_format("torch"), data.cast_column("x", List(Value("float64")))):
+        assert row_marks(view, data.column_names).equal(marks)
+    assert (
+        row_marks(data.rename_columns({"x": "other", "other": "x"}), ["x", "other"])
+        .ne(row_marks(data, ["x", "other"]))
+        .all()
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, 2, 3, -1, 2**62, None],
+        [0.5, 0.25, float("nan"), float("inf"), 1e-300, None],
+        ["", "a", "b", "ab", "\u00e9\U0001f600", None],
+        [b"", b"\x00", b"\x00\x00", b"a", None],
+        [[], [0], [0, 0], [1, 0], [0, 1], None],
+        [[[0], [1]], [[0, 1]], [[], [0, 1]], [[1], [0]], None],
+        [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}, {"a": 1, "b": "y"}, {"a": None, "b": "x"}],
+        [True, False, None],
+    ],
+)
+def test_values_that_differ_have_marks_that_differ(values):
+    data = Dataset.from_dict({"value": [*values, *values]})
+    marks = row_marks(data, ["value"])
+    assert len(marks.unique()) == len(values) and marks[: len(values)].equal(marks[len(values) :])
+
+
+def test_small_numbers_and_grids_do_not_collide():
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 2, size=(20_000, 24)).astype("float32") / 16
+    assert len(row_marks(Dataset.from_dict({"x": x}), ["x"]).unique()) == len(np.unique(x, axis=0))
+    grid = Dataset.from_dict({"x": x[:50].reshape(50, 4, 6)}, features=Features({"x": Array2D((4, 6), "float32")}))
+    assert len(row_marks(grid, ["x"]).unique()) == len(np.unique(x[:50], axis=0))
+
+
+def test_images_are_known_by_their_bytes_and_files_by_name_size_and_time(tmp_path):
+    pictures = [Picture.fromarray(np.full((4, 4, 3), value, dtype=np.uint8)) for value in (0, 1)]
+    inside = row_marks(Dataset.from_dict({"image": pictures}), ["image"])
+    assert inside[0] != inside[1]
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        pictures[0].save(tmp_path / folder / "one.png")
+    files = [
+        Dataset.from_dict({"image": [str(tmp_path / folder / "one.png")]}).cast_column("image", Image())
+        for folder in ("a", "b")
+    ]
+    assert row_marks(files[0], ["image"]).equal(row_marks(files[1], ["image"]))  # another machine, another folder
+    before = row_marks(files[0], ["image"], times=True)
+    os.utime(tmp_path / "a" / "one.png", ns=(1, 1))
+    assert row_marks(files[0], ["image"], times=True).ne(before).all()
+
+
+# ---- selections
+
+
+VIEWS = {
+    "as it was": (lambda pool: pool, None),
+    "in another format": (lambda pool: pool.with_format("torch"), None),
+    "a column more": (lambda pool: pool.map(lambda row: {"length": len(row["text"])}), None),
+    "another type of numbers": (lambda pool: pool.cast_column("x", List(Value("float64"))), None),
+    "labels under another name": (lambda pool: pool.rename_column("label", "y"), None),
+    "shuffled": (lambda pool: pool.shuffle(seed=1), "have moved or changed"),
+    "moved within classes, labels under another name": (
+        lambda pool: pool.rename_column("label", "y").shuffle(seed=2).sort("y"),
+        "have moved or changed",
+    ),
+    "mapped": (lambda pool: pool.map(lambda row: {"text": row["text"].upper()}), "have moved or changed"),
+    "filtered": (lambda pool: pool.filter(lambda row: row["label"] < 2), "rows and the selection was made from 200"),
+    "relabelled": (
+        lambda pool: pool.map(lambda row: {"label": (row["label"] + 1) % 3}),
+        "column 'label' differs from the one",
+    ),
+    "twice": (lambda pool: concatenate_datasets([pool, pool]), "400 rows and the selection was made from 200"),
+    "a column less": (lambda pool: pool.remove_columns("text"), r"lacks the columns \['text'\].*id_column="),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_of_a_pool_give_the_selected_rows_or_are_refused(view, probes, tmp_path):
+    change, refusal = VIEWS[view]
+    pool = rows(200)
+    selector = UncertaintySelector(probes, trial=False)
+    right = selector.select(pool, 30)["text"]
+    selector.selection.save(tmp_path)
+    if refusal is None:
+        assert load_selection(tmp_path, change(pool))["text"] == right
+        assert selector.selection.apply(change(pool))["text"] == right
+    else:
+        for apply in (lambda data: load_selection(tmp_path, data), selector.selection.apply):
+            with pytest.raises(ValueError, match=refusal):
+                apply(change(pool))
+
+
+def test_rows_that_moved_are_refused_where_no_labels_are_looked_at(probes):
+    pool = rows(200)
+    selector = UncertaintySelector(probes, mode="active")
+    right = selector.select(pool, 30)["text"]
+    assert selector.selection.apply(pool.remove_columns("label"))["text"] == right
+    with pytest.raises(ValueError, match="rows have other content in .*, so rows have moved or changed"):
+        selector.selection.apply(pool.shuffle(seed=1))
+
+
+def test_no_order_of_rows_changes_which_are_drawn(probes):
+    pool = rows(120)
+    pool = concatenate_datasets([pool] * 3)  # equal rows, each with an id of its own
+    pool = pool.add_column("id", [f"n{i}" for i in range(360)])
+    for options in ({}, {"mode": "active"}, {"preset": "paper"}):
+        drawn = [
+            sorted(UncertaintySelector(probes, trial=False, id_column="id", **options).select(view, 300)["id"])
+            for view in (pool, pool.shuffle(seed=3), pool.sort("text"))
+        ]
+        assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_a_selection_of_an_earlier_version_is_taken_with_a_warning(probes, tmp_path):
+    pool = rows(200)
+    selector = UncertaintySelector(probes, trial=False)
+    right = selector.select(pool, 30)["text"]
+    selector.selection.save(tmp_path)
+    earlier = Selection.load(tmp_path)
+    earlier.marks = None
+    with pytest.warns(UserWarning, match="no marks of its rows' content"):
+        assert earlier.apply(pool)["text"] == right
+
+
+# ---- score columns
+
+
+def test_scores_of_other_probes_settings_or_rows_are_refused(probes):
+    pool = rows(200)
+    scored = UncertaintySelector(probes, trial=False).score(pool)
+    other = LinearProbes.train(None, rows(60, 2), input_column="x", steps=20)
+    with pytest.raises(ValueError, match="made by other probes, or with other settings"):
+        UncertaintySelector(other, trial=False).select(scored, 30)
+    with pytest.raises(ValueError, match="made by other probes, or with other settings"):
+        UncertaintySelector(probes, preset="paper").plan(scored, 30)
+    changed = scored.map(lambda row: {"label": (row["label"] + 1) % 3 if row["text"] == "row 7" else row["label"]})
+    with pytest.raises(ValueError, match="1 of 200 rows are not what they were when they were scored"):
+        UncertaintySelector(probes, trial=False).select(changed, 30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for view in (scored, scored.shuffle(seed=0), scored.select(range(100)), scored.add_column("more", [0] * 200)):
+            assert len(UncertaintySelector(probes, trial=False).select(view, 30)) == 30
+        assert len(UncertaintySelector(probes, mode="active").select(scored, 30)) == 30
+    with pytest.warns(UserWarning, match="do not say which probes made them"):
+        UncertaintySelector(probes, trial=False).select(scored.remove_columns("score_key"), 30)
+
+
+# ---- the cache
+
+
+class Net(nn.Linear):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(5, 3)
+        generator = torch.Generator().manual_seed(seed)
+        self.weight.data, self.bias.data = torch.randn(3, 5, generator=generator), torch.zeros(3)
+
+
+class Bent(Net):
+    def forward(self, x):
+        return super().forward(x).sinh()
+
+
+def collate(rows):
+    return torch.tensor([row["x"] for row in rows])
+
+
+def doubled(rows):
+    return torch.tensor([row["x"] for row in rows]) * 2
+
+
+def models(kind=Net, first: int = 0, count: int = 4) -> list[nn.Module]:
+    return [kind(seed) for seed in range(first, first + count)]
+
+
+EDITS = {
+    "weights": {"probes": lambda: Probes(models(first=9), input_column="x")},
+    "what is done with the weights": {"probes": lambda: Probes(models(Bent), input_column="x")},
+    "number of probes": {"probes": lambda: Probes(models(count=3), input_column="x")},
+    "column": {"probes": lambda: Probes(models(), input_column="other")},
+    "collator": {"probes": lambda: Probes(models(), data_collator=collate)},
+    "another collator": {"probes": lambda: Probes(models(), data_collator=doubled)},
+    "rows": {"data": lambda: rows(50, 3)},
+    "one value": {"data": lambda: rows(50).map(lambda row: {"x": [9.0] * 5 if row["text"] == "row 3" else row["x"]})},
+    "order of rows": {"data": lambda: rows(50).shuffle(seed=0)},
+    "transform": {"data": lambda: rows(50).with_transform(lambda batch: {"x": [row[::-1] for row in batch["x"]]})},
+    "labels": {"labels": lambda: (torch.tensor(rows(50)["label"][:]) + 1) % 3},
+    "no labels": {"labels": lambda: None},
+    "gauge": {"gauge": lambda: "drop-first"},
+    "batch_size": {"batch_size": lambda: 7},
+}
+KEPT = {"progress": {"progress": lambda: False}, "another format": {"data": lambda: rows(50).with_format("torch")}}
+
+
+def keys(folder, edit) -> set[str]:
+    given = {
+        "probes": lambda: Probes(models(), input_column="x"),
+        "data": lambda: rows(50),
+        "labels": lambda: torch.tensor(rows(50)["label"][:]),
+    }
+    arguments = {name: make() for name, make in (given | edit).items()}
+    scoring.score_rows(**({"progress": False} | arguments), cache_dir=folder)
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("edit", [*EDITS, *KEPT])
+def test_whatever_decides_the_scores_is_in_the_key_of_their_cache(edit, tmp_path):
+    first = keys(tmp_path, {})
+    both = keys(tmp_path, (EDITS | KEPT)[edit])
+    assert len(first) == 1 and len(both) == (2 if edit in EDITS else 1)
+
+
+def test_standardisation_and_heads_name_linear_probes(probes):
+    names = {probes.fingerprint}
+    for name in ("heads", "mean", "scale"):
+        kept = getattr(probes, name)
+        setattr(probes, name, kept * 2)
+        probes._fingerprint = None
+        names.add(probes.fingerprint)
+        setattr(probes, name, kept)
+    probes._fingerprint = None
+    assert len(names) == 4
+
+
+def test_damaged_parts_of_the_cache_are_scored_again(tmp_path):
+    probes, pool = Probes(models(), input_column="x"), rows(50)
+    right, _ = scoring.score_rows(probes, pool, cache_dir=tmp_path, progress=False)
+    [file] = tmp_path.glob("scores-*/*.safetensors")
+    whole, rng = file.read_bytes(), np.random.default_rng(0)
+    for _ in range(25):
+        content = bytearray(whole)
+        content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+        file.write_bytes(content)
+        again, _ = scoring.score_rows(probes, pool, cache_dir=tmp_path, progress=False)
+        assert all(again[name].equal(right[name]) for name in right)
+    assert file.read_bytes() == whole
+
+
+def test_class_labels_read_as_their_numbers():
+    data = rows(50)
+    named = data.cast_column("label", ClassLabel(names=["a", "b", "c"]))
+    assert row_marks(data, ["label"]).equal(row_marks(named, ["label"]))
