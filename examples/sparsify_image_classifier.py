@@ -60,7 +60,10 @@ class ScriptArguments(ImageArguments):
 
 
 def parse(argv: list[str]) -> tuple[ScriptArguments, SplitLBIArguments]:
-    return parse_arguments(argv, ScriptArguments, SplitLBIArguments, description=__doc__)
+    script, args = parse_arguments(argv, ScriptArguments, SplitLBIArguments, description=__doc__)
+    if not 0 < script.macs <= 1:
+        raise ValueError(f"--macs {script.macs}: it must be a share of the whole model, in (0, 1]")
+    return script, args
 
 
 def load_model(script: ScriptArguments, labels: dict[str, dict]) -> torch.nn.Module:

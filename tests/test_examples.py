@@ -87,6 +87,13 @@ def test_the_classifier_example_finetunes_what_it_slimmed_of_a_half_precision_ch
     assert "| slim, fine-tuned |" in (tmp_path / "out" / "slim" / "README.md").read_text()
 
 
+def test_a_budget_that_slim_would_refuse_is_refused_before_training():
+    with pytest.raises(ValueError, match="--macs 50.0: it must be a share"):
+        sparsify_image_classifier.parse(
+            ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "out", "--macs", "50"]
+        )
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for script in (sparsify_image_classifier, select_then_train):
