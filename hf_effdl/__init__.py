@@ -1,4 +1,13 @@
-"""Smaller models, less data and better prompts on the Hugging Face stack."""
+"""Smaller models, less data and better prompts on the Hugging Face stack.
+
+structure/    smaller models: which units a model needs, from one training run
+samples/      less data: which rows are worth labelling and training on
+vicl/         better prompts: which labelled example a frozen vision model should be shown
+metrics/      metrics for `evaluate.load`
+hub/          what cards and repositories of all three share
+weighting     `WeightedTrainer`, which trains on a column of weights
+files, processes, pictures, checks, random_state, version    one place each for what all of them need
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

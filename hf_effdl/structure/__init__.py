@@ -1,4 +1,4 @@
-"""Structure selection: which filters, neurons, heads and ranks a model needs. Floors, lowest first:
+"""Structure selection: which filters and neurons a model needs. Floors, lowest first:
 
 groups    the noun: n deletable units and the tensor slices that go together; found, silenced, removed
 optim     `SplitLBI`: SGD or AdamW that also traces the regularisation path of its lifted parameters
