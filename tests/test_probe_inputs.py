@@ -138,6 +138,13 @@ def test_probe_sets_that_nothing_can_be_learned_from_are_refused_by_name(case):
         LinearProbes.train(None, Dataset.from_dict({"label": Y} | table), **({"input_column": "a"} | options))
 
 
+def test_rows_of_other_features_than_the_probe_sets_are_refused():
+    probes = LinearProbes.train(None, Dataset.from_dict({"a": np.eye(60), "label": Y}), input_column="a", steps=2)
+    narrow = Dataset.from_dict({"a": np.eye(60)[:, :50], "label": Y})
+    with pytest.raises(ValueError, match="rows have 50 features and the probes were trained on 60"):
+        UncertaintySelector(probes).select(narrow, 10)
+
+
 def test_a_backbone_with_a_head_is_refused_and_equal_features_are_said():
     data = Dataset.from_dict({"input_ids": [[1, 2]] * 60, "label": Y})
     with pytest.raises(ValueError, match=r"backbone Headed returns \['logits'\] and no last_hidden_state"):
