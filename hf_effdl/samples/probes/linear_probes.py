@@ -119,8 +119,8 @@ class LinearProbes(Probes):
         """Features with mean 0 and deviation 1 over the probe set, and a constant 1 for the bias."""
         if x.shape[1] != len(self.mean):
             raise ValueError(
-                f"the rows have {x.shape[1]} features and the probes were trained on {len(self.mean)}; pass rows made as "
-                "the probe set's were, or train the probes again"
+                f"the rows have {x.shape[1]} features and the probes were trained on {len(self.mean)}; pass rows made "
+                "as the probe set's were, or train the probes again"
             )
         x = (x - self.mean.to(x)) / self.scale.to(x)
         return torch.cat([x, torch.ones_like(x[:, :1])], 1)
