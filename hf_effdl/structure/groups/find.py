@@ -1,17 +1,17 @@
 """Finding the groups of a model by tracing one forward pass."""
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.group import BATCH_NORMS, CONVS, Group, Groups, Network
-from hf_effdl.structure.groups.inputs import call, describe, fill_zeros, guess_inputs, logger, one_row
+from hf_effdl.structure.groups.inputs import call, copy_of, describe, fill_zeros, guess_inputs, labels_of, logger, one_row
 from hf_effdl.structure.groups.trace import trace
-from hf_effdl.structure.groups.trial import in_double, keep_removable
+from hf_effdl.structure.groups.trial import keep_removable, settings_for
 
 
 UNITS = ("default", "row", "paper")
@@ -54,14 +54,13 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
         raise TypeError(f"find_groups needs a torch.nn.Module, not {type(model).__name__}")
     if unit not in UNITS:
         raise ValueError(f"unit={unit!r}: it must be one of {UNITS}")
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[device.index for device in devices]):
+    with random_state_kept():
         copy = _traceable_copy(model)
         inputs = one_row(example_inputs, copy) if example_inputs is not None else guess_inputs(copy)
         network = Network({name: tuple(p.shape) for name, p in copy.named_parameters()}, _count_uses(copy, inputs))
         _even_out(copy, inputs)
         traced, skipped = trace(copy, inputs, network)
-        groups = keep_removable(*in_double(copy, inputs), traced, skipped)
+        groups = keep_removable(settings_for(copy, inputs, labels_of(example_inputs, copy)), traced, skipped)
     _report_skipped(groups, skipped, model)
     return _lift(groups, model, unit)
 
@@ -82,7 +81,7 @@ def trace_network(model: nn.Module, inputs: Any) -> Network:
 
 
 def _traceable_copy(model: nn.Module) -> nn.Module:
-    copy = deepcopy(model).float().eval()
+    copy = copy_of(model).float().eval()
     copy.requires_grad_(True)
     with torch.no_grad():
         for p in copy.parameters():
