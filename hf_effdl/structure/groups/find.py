@@ -8,8 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from hf_effdl.random_state import random_state_kept
-from hf_effdl.structure.groups.group import BATCH_NORMS, CONVS, Group, Groups, Network
-from hf_effdl.structure.groups.inputs import call, copy_of, describe, fill_zeros, guess_inputs, labels_of, logger, one_row
+from hf_effdl.structure.groups.counting import network_of
+from hf_effdl.structure.groups.group import BATCH_NORMS, CONVS, Group, Groups
+from hf_effdl.structure.groups.inputs import (
+    call,
+    copy_of,
+    describe,
+    fill_zeros,
+    guess_inputs,
+    labels_of,
+    logger,
+    one_row,
+)
 from hf_effdl.structure.groups.trace import trace
 from hf_effdl.structure.groups.trial import keep_removable, settings_for
 
@@ -57,7 +67,7 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
     with random_state_kept():
         copy = _traceable_copy(model)
         inputs = one_row(example_inputs, copy) if example_inputs is not None else guess_inputs(copy)
-        network = Network({name: tuple(p.shape) for name, p in copy.named_parameters()}, _count_uses(copy, inputs))
+        network = network_of(copy, inputs)
         _even_out(copy, inputs)
         traced, skipped = trace(copy, inputs, network)
         groups = keep_removable(settings_for(copy, inputs, labels_of(example_inputs, copy)), traced, skipped)
@@ -71,13 +81,6 @@ def _report_skipped(groups: Sequence[Group], skipped: Mapping[str, str], model: 
     if not groups:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(f"no group found in {describe(model)}{'; left out: ' if reasons else ''}{reasons}")
-
-
-def trace_network(model: nn.Module, inputs: Any) -> Network:
-    """Shapes of a model's parameters and how often one input row uses each, from one forward pass of a copy."""
-    copy = _traceable_copy(model)
-    shapes = {name: tuple(p.shape) for name, p in copy.named_parameters()}
-    return Network(shapes, _count_uses(copy, one_row(inputs, copy)))
 
 
 def _traceable_copy(model: nn.Module) -> nn.Module:
@@ -120,32 +123,6 @@ def _even_out(model: nn.Module, inputs: Any) -> None:
     finally:
         for handle in hooks:
             handle.remove()
-
-
-def _count_uses(model: nn.Module, inputs: Any) -> dict[str, int]:
-    """Multiply-accumulates per weight entry: output positions of every convolution and linear layer."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    uses: dict[str, int] = {}
-
-    def hook(module: nn.Module, _: Any, output: Tensor) -> None:
-        positions = output.numel() // module.weight.shape[0]
-        name = names.get(id(module.weight))  # a parametrised weight is no parameter
-        if name is not None:
-            uses[name] = uses.get(name, 0) + positions
-
-    hooks = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, (*CONVS, nn.Linear))]
-    try:
-        with torch.no_grad():
-            call(model, inputs)
-    except Exception as error:
-        raise ValueError(
-            f"{describe(model)} does not run on the example inputs ({type(error).__name__}: {error}); pass "
-            "example_inputs= that model(example_inputs) accepts"
-        ) from error
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return uses
 
 
 def _lift(groups: Sequence[Group], model: nn.Module, unit: str) -> Groups:

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -55,9 +55,14 @@ def each_tensor(change: Callable[[Tensor], Tensor], inputs: Any) -> Any:
     return deep(inputs)
 
 
-def copy_of(model: nn.Module) -> nn.Module:
-    """A copy of a model; results of an earlier forward pass that it holds on to come without their graph."""
-    memo: dict[int, Any] = {}
+def copy_of(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """A copy of a model; results of an earlier forward pass that it holds on to come without their graph.
+
+    Args:
+        model: left as it is.
+        shared: parameters that the copy has in common with it.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
 
     def detach(tensor: Tensor) -> Tensor:
         if tensor.grad_fn is not None:  # such a tensor cannot be copied
@@ -65,8 +70,9 @@ def copy_of(model: nn.Module) -> nn.Module:
         return tensor
 
     for module in model.modules():
-        for value in vars(module).values():
-            each_tensor(detach, _if_plain(value))
+        for name, value in vars(module).items():
+            if not name.startswith("_"):
+                each_tensor(detach, _if_plain(value))
     return deepcopy(model, memo)
 
 
@@ -178,7 +184,7 @@ def with_labels(model: nn.Module, inputs: Any, labels: Any = None) -> list[dict[
     for candidate in [labels] if labels is not None else _likely_labels(inputs):
         labelled = {**inputs, "labels": candidate}
         try:
-            call(copy_of(model), labelled)
+            call(model, labelled)
         except Exception:  # noqa: BLE001 - labels of another kind may break it in any way
             continue
         return [labelled]

@@ -5,7 +5,8 @@ Every trial takes random units of its own out of every group, so that units that
 runs in train mode or with labels, a norm that does nothing to small signals.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_effdl.random_state import seed_all
-from hf_effdl.structure.groups.group import BATCH_NORMS, Group
+from hf_effdl.structure.groups.group import BATCH_NORMS, PRODUCERS, Group
 from hf_effdl.structure.groups.inputs import (
     all_values,
     call,
@@ -113,7 +114,7 @@ def _training(model: nn.Module) -> nn.Module:
 def _that_runs(model: nn.Module, candidates: Sequence[Any], words: str) -> Setting | None:
     for inputs in candidates:
         try:
-            call(copy_of(model), inputs)
+            call(model, inputs)
         except Exception:  # noqa: BLE001 - a model's own reasons
             continue
         return Setting(model, inputs, words)
@@ -187,13 +188,26 @@ def _random_units(groups: Sequence[Group], seed: int) -> dict[str, Tensor]:
 
 
 def _alike(setting: Setting, groups: Sequence[Group], kept: dict[str, Tensor], seed: int) -> bool:
-    model = mask(copy_of(setting.model), groups, kept)
-    silent = _answer(model, setting.inputs, seed)
+    small = cut(copy_of(setting.model, shared=setting.model.parameters()), groups, kept)  # puts new tensors there
+    with _masked(setting.model, groups, kept) as silent_model:
+        silent = _answer(silent_model, setting.inputs, seed)
     try:
-        small = _answer(cut(copy_of(model), groups, kept), setting.inputs, seed)
+        answer = _answer(small, setting.inputs, seed)
     except Exception:  # noqa: BLE001 - a size written into the forward pass may break it in any way
         return False
-    return len(silent) == len(small) > 0 and all(map(_equal, silent, small))
+    return len(silent) == len(answer) > 0 and all(map(_equal, silent, answer))
+
+
+@contextmanager
+def _masked(model: nn.Module, groups: Sequence[Group], kept: dict[str, Tensor]) -> Iterator[nn.Module]:
+    """A model whose other units are silent for the length of a `with` block."""
+    producers = {part.tensor for group in groups for part in group.slices if part.role in PRODUCERS}
+    saved = {name: model.get_parameter(name).detach().clone() for name in producers}
+    try:
+        yield mask(model, groups, kept)
+    finally:
+        for name, tensor in saved.items():
+            model.get_parameter(name).copy_(tensor)
 
 
 def _answer(model: nn.Module, inputs: Any, seed: int) -> list[Tensor]:
