@@ -1,10 +1,25 @@
 """Several processes: who comes first, waiting for all, and what Accelerate leaves on a model."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+
+
+def refuse_lone_processes() -> None:
+    """Refuse one of several processes that does not see the others.
+
+    Raises:
+        ValueError: the launcher started several processes, and this one would do all the work alone, as would they.
+    """
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started.isdecimal() and int(started) > 1 and not _several():
+        raise ValueError(
+            f"{started} processes were started, but each sees only itself and would do the whole work, into one "
+            "folder: on a machine without a GPU pass --use_cpu (use_cpu=True in the arguments), or start one process"
+        )
 
 
 def is_first() -> bool:

@@ -133,12 +133,27 @@ def _lift(groups: Sequence[Group], model: nn.Module, unit: str) -> Groups:
     else:
         claims.rows(groups, convolutions_only=unit == "paper")
     parameters = dict(model.named_parameters())
+    _report_frozen([group for group in groups if group.name not in claims.lifted], parameters)
     result = Groups()
     for group in groups:
         names = claims.lifted.get(group.name, ())
         tensors = {name: parameters[name] for name in names}
         result.append(replace(group, lifted=names, tensors=tensors, equalise=unit != "paper"))
     return result
+
+
+def _report_frozen(groups: Sequence[Group], parameters: Mapping[str, nn.Parameter]) -> None:
+    names = []
+    for group in groups:
+        seen = [part.tensor for part in group.slices if part.role in ("row", "scale", "input")]
+        if any(not parameters[tensor].requires_grad for tensor in seen):
+            names.append(group.name)
+    if names:
+        logger.warning(
+            "frozen parameters (requires_grad=False) show no signal: the units of %s are not lifted and stay as many "
+            "as they are",
+            ", ".join(names),
+        )
 
 
 class _Claims:
@@ -165,9 +180,9 @@ class _Claims:
 
     def _claim(self, group: Group, *roles: str) -> bool:
         names = [part.tensor for part in group.slices if part.role in roles]
-        names = [
-            name for name in names if self.model.get_parameter(name).detach().any()
-        ]  # e.g. zero-initialised norms
+        tensors = {name: self.model.get_parameter(name) for name in names}
+        # zero-initialised norms have no size to start from, and what is frozen shows no signal
+        names = [name for name, p in tensors.items() if p.requires_grad and p.detach().any()]
         if not names or self.taken.intersection(names):
             return False
         self.lifted[group.name] = tuple(names)

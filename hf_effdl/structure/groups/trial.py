@@ -15,16 +15,7 @@ from torch import Tensor, nn
 
 from hf_effdl.random_state import seed_all
 from hf_effdl.structure.groups.group import BATCH_NORMS, PRODUCERS, Group
-from hf_effdl.structure.groups.inputs import (
-    all_values,
-    call,
-    copy_of,
-    each_tensor,
-    logger,
-    output_tensors,
-    twice,
-    with_labels,
-)
+from hf_effdl.structure.groups.inputs import all_values, call, copy_of, each_tensor, output_tensors, twice, with_labels
 from hf_effdl.structure.groups.surgery import cut, mask
 
 

@@ -81,6 +81,7 @@ class SplitLBIArguments(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.base]
         super().__post_init__()
+        _check_schedule(self)
         self._check_numbers()
         for name, choices in (("preset", PRESETS), ("lam_scale", (None, *LAM_SCALES))):
             if getattr(self, name) not in choices:
@@ -136,8 +137,19 @@ class SplitLBIArguments(TrainingArguments):
         return param_groups(model, groups, weight_decay=self.weight_decay, decay=decay, l1=l1)
 
 
+def _check_schedule(args: TrainingArguments) -> None:
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    if schedule in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError(
+            f"lr_scheduler_type={schedule!r} sets the learning rate by what the run finds, and the path's length "
+            "follows from the learning rates of the whole run: take one that is known beforehand, such as 'cosine' or "
+            "'linear'"
+        )
+
+
 def scheduled_rates(args: TrainingArguments, steps: int) -> list[float]:
     """The learning rate of each of `steps` optimizer steps, as the arguments schedule it."""
+    _check_schedule(args)
     dummy = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=args.learning_rate)
     scheduler = get_scheduler(
         args.lr_scheduler_type, dummy, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs

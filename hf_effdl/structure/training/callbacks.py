@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 
-from hf_effdl.processes import is_first
+from hf_effdl.processes import is_first, refuse_lone_processes
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.group import Group, Groups
@@ -22,7 +22,7 @@ from hf_effdl.structure.optim.sharding import is_sharded, whole
 from hf_effdl.structure.optim.split_lbi import SplitLBI, unwrap
 from hf_effdl.structure.path.path import FILE_NAME, SparsePath
 from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
-from hf_effdl.structure.training.arguments import scheduled_rates
+from hf_effdl.structure.training.arguments import LEARNING_RATES, scheduled_rates
 from hf_effdl.structure.training.evaluation import evaluator, example_row, loop_metrics, projected, training_inputs
 
 
@@ -85,6 +85,7 @@ class SplitLBICallback(TrainerCallback):
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         self.groups = groups
+        self._finds = groups is None
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self.evaluate: Callable[[Any], dict[str, Any]] | None = None  # of a trainer that evaluates by itself
         self.is_training = False
@@ -95,15 +96,17 @@ class SplitLBICallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        refuse_lone_processes()
         model, optimizer = kwargs["model"], unwrap(kwargs["optimizer"])
         check_split_lbi(model, optimizer, "SplitLBICallback needs")
+        _warn_if_pretrained(model, optimizer, args.learning_rate)
         lifted = [group for group in optimizer.param_groups if group["penalty"] is not None]
         if not lifted:
             raise ValueError(
                 "no param group of SplitLBI has a penalty, so nothing would be selected; pass "
                 "params=param_groups(model, find_groups(model))"
             )
-        if self.groups is None:
+        if self.groups is None or (self.evaluate is None and self._finds):  # another model, in a run after the first
             if any(is_sharded(p) for p in model.parameters()):
                 raise ValueError(
                     f"{type(model).__name__} is sharded by now, and groups are found in a whole model: call "
@@ -121,6 +124,12 @@ class SplitLBICallback(TrainerCallback):
             )
         if is_first():
             print(f"{Groups(self.groups)}\n{outlook}", flush=True)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            _warn_without_signal(unwrap(kwargs["optimizer"]))
 
     def on_log(
         self,
@@ -200,6 +209,32 @@ class SplitLBICallback(TrainerCallback):
         except Exception as error:  # noqa: BLE001 - the run itself is fine, and not to be lost over this
             logger.warning("the projected model was not evaluated: %s: %s", type(error).__name__, error)
             return {}
+
+
+def _warn_if_pretrained(model: nn.Module, optimizer: SplitLBI, rate: float) -> None:
+    """Say what a learning rate for fresh weights does to trained ones."""
+    source = getattr(getattr(model, "config", None), "name_or_path", "")
+    base = optimizer.param_groups[0]["base"]
+    if source and is_first() and rate > LEARNING_RATES[base] / 5:
+        logger.warning(
+            "the model has weights from %s, and learning_rate=%g is for fresh ones: the path starts with an empty "
+            "support, the ridge pulls on every trained unit, and within some dozen steps what was learned can be "
+            "gone. Start from %g or less, and see the page on pretrained models in the documentation",
+            source,
+            rate,
+            LEARNING_RATES[base] / 10,
+        )
+
+
+def _warn_without_signal(optimizer: SplitLBI) -> None:
+    lifted = [group for group in optimizer.param_groups if group["penalty"] is not None]
+    silent = [group["name"] for group in lifted if all(p.grad is None for p in group["params"])]
+    if silent and is_first():
+        logger.warning(
+            "no gradient reaches %s: the loss does not use them, so their units would be taken for unneeded; freeze "
+            "them before find_groups, or leave them out of groups=",
+            ", ".join(silent),
+        )
 
 
 def _optimizer_then(optimizer: SplitLBI, folder: Path) -> SplitLBI:

@@ -103,19 +103,18 @@ def loop_metrics(trainer: Trainer, dataloader: Any, **options: Any) -> dict[str,
     if trainer.compute_metrics is not None or trainer.args.prediction_loss_only:
         loss_only = True if trainer.compute_metrics is None else None
         return _without_prefix(trainer.evaluation_loop(dataloader, prediction_loss_only=loss_only, **options).metrics)
-    plain = trainer.preprocess_logits_for_metrics, trainer.args.include_for_metrics, trainer.args.batch_eval_metrics
+    args, preprocess = trainer.args, trainer.preprocess_logits_for_metrics
+    include, by_batch = args.include_for_metrics, args.batch_eval_metrics
     trainer.compute_metrics, trainer.preprocess_logits_for_metrics = _accuracy, _is_right
-    trainer.args.include_for_metrics, trainer.args.batch_eval_metrics = [], False
+    args.include_for_metrics, args.batch_eval_metrics = [], False
     try:
         metrics = trainer.evaluation_loop(dataloader, **options).metrics
     except Exception:  # noqa: BLE001 - outputs or labels that cannot be put together: Trainer takes the loss alone
         trainer.compute_metrics = None
         metrics = trainer.evaluation_loop(dataloader, prediction_loss_only=True, **options).metrics
     finally:
-        trainer.compute_metrics = None
-        trainer.preprocess_logits_for_metrics, trainer.args.include_for_metrics, trainer.args.batch_eval_metrics = (
-            plain
-        )
+        trainer.compute_metrics, trainer.preprocess_logits_for_metrics = None, preprocess
+        args.include_for_metrics, args.batch_eval_metrics = include, by_batch
     return _without_prefix(metrics)
 
 
@@ -162,7 +161,7 @@ def evaluator(
             args = TrainingArguments(folder, report_to=[], use_cpu=next(model.parameters()).device.type == "cpu")
         args = copy(args)
         args.output_dir, args.push_to_hub, args.report_to, args.disable_tqdm = folder, False, [], True
-        args.load_best_model_at_end = False
+        args.load_best_model_at_end, args.eval_strategy = False, "no"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer = Trainer(

@@ -17,14 +17,14 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from hf_effdl.files import read_json
-from hf_effdl.processes import decided, forget_accelerate, is_first
+from hf_effdl.processes import decided, forget_accelerate, is_first, refuse_lone_processes
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.group import Group, Groups
 from hf_effdl.structure.groups.inputs import evaluating
 from hf_effdl.structure.groups.ties import stock_builds
 from hf_effdl.structure.optim.sharding import is_sharded
-from hf_effdl.structure.optim.split_lbi import SplitLBI, unwrap
+from hf_effdl.structure.optim.split_lbi import SplitLBI
 from hf_effdl.structure.path.path import SparsePath
 from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.slim.latency import measure_latency
@@ -78,6 +78,7 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         super().__init__(model, args, *others, **kwargs)
         self._check_set_up()
         self._groups = groups
+        self._found = groups is None
         self._path: SparsePath | None = None
         self._skeleton: nn.Module | None = None
         self.results: dict[str, dict[str, float]] = {}
@@ -89,6 +90,7 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         self.callback_handler.callbacks.insert(0, self.callback)
 
     def _check_set_up(self) -> None:
+        refuse_lone_processes()
         if self.optimizer_cls_and_kwargs is not None:
             raise ValueError(
                 "SplitLBITrainer makes its own optimizer, so optimizer_cls_and_kwargs has no use here; "
@@ -112,16 +114,27 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         """The groups of the model; found at first use."""
         if self._groups is None:
             unit = "paper" if self.args.preset == "paper" else "default"
-            self._groups = self.callback.groups = find_groups(self.model, self.example(), unit=unit)
+            row = example_row(self._rows(), labels=True)
+            self._groups = self.callback.groups = find_groups(self.model, row, unit=unit)
         return self._groups
 
     def example(self) -> dict[str, Any]:
         """One training (or evaluation) row as the model receives it."""
+        return example_row(self._rows(), self.model)
+
+    def _rows(self) -> Any:
         if self.train_dataset is not None:
-            return example_row(self.get_train_dataloader())
+            return self.get_train_dataloader()
         if self.eval_dataset is None:
             raise ValueError("SplitLBITrainer has neither train_dataset nor eval_dataset to take an example row from")
-        return example_row(self.get_eval_dataloader())
+        if isinstance(self.eval_dataset, Mapping):
+            return self.get_eval_dataloader(next(iter(self.eval_dataset.values())))
+        return self.get_eval_dataloader()
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        if getattr(self, "_found", False):  # the groups of the model that was made before
+            self._groups = self.callback.groups = None
+        return super().call_model_init(trial)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
