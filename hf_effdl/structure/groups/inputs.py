@@ -97,8 +97,9 @@ def all_values(output: Any) -> list[Tensor]:
         return [output]
     if isinstance(output, (bool, int, float)):
         return [torch.tensor(output)]
-    if hasattr(output, "__array__") and getattr(output, "dtype", None) != object:
-        return [torch.as_tensor(output.__array__())] if output.dtype.kind in "biuf" else []
+    if hasattr(output, "__array__"):
+        array = output.__array__()
+        return [torch.as_tensor(array)] if array.dtype.kind in "biuf" else []
     if isinstance(output, Mapping):
         output = list(output.values())
     elif dataclasses.is_dataclass(output):

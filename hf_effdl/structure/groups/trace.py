@@ -111,8 +111,8 @@ def _unknown_layers(model: nn.Module) -> str:
         return ""
     listed = ", ".join(f"{kind} ({name})" for kind, name in kinds.items())
     return (
-        f"a network with layers of these kinds, which have weights that cannot be followed: {listed}. Groups are found "
-        "in convolutional networks, of convolutions, linear layers and norms. This is a "
+        f"a network with layers of these kinds, which have weights that cannot be followed: {listed}. Groups are "
+        "found in convolutional networks, of convolutions, linear layers and norms. This is a "
     )
 
 

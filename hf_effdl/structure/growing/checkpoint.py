@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, TrainerState
 
 from hf_effdl.files import digest, read_json, write_json, write_whole
 from hf_effdl.structure.groups.group import Group, regroup, shared_names
+from hf_effdl.structure.groups.record import named
 from hf_effdl.structure.groups.ties import config_ties
 from hf_effdl.structure.growing.arguments import GrowingArguments
-from hf_effdl.structure.growing.history import Row, metrics_at, training_macs
+from hf_effdl.structure.growing.history import Row, checked_history, metrics_at, training_macs
 from hf_effdl.structure.growing.optimizer_state import grow_optimizer, optimizer_names, release, saved_support
 from hf_effdl.structure.growing.plan import growth_is_over, growth_ties, plan_growth
 from hf_effdl.structure.growing.widen import widen_groups
@@ -38,13 +39,15 @@ CALLBACK = "GrowthCallback"  # under this name the history stands in the trainer
 
 def saved_history(folder: str | os.PathLike[str]) -> list[Row]:
     """The growth history in a checkpoint of a `GrowingTrainer`."""
-    state = TrainerState.load_from_json(str(Path(folder) / STATE))
-    if CALLBACK not in state.stateful_callbacks:
+    stored = named(read_json(Path(folder) / STATE, remedy="go on from an earlier checkpoint"), STATE)
+    callbacks = named(stored.get("stateful_callbacks", {}), "stateful_callbacks")
+    if CALLBACK not in callbacks:
         raise ValueError(
             f"{folder} has no growth history: it is a checkpoint of another trainer. Resume it with that one, or "
             "start from its weights without resume_from_checkpoint"
         )
-    return list(state.stateful_callbacks[CALLBACK]["attributes"]["history"])
+    attributes = named(named(callbacks[CALLBACK], CALLBACK).get("attributes"), "attributes")
+    return checked_history(attributes.get("history"), folder)
 
 
 def grown_folder(folder: str | os.PathLike[str]) -> Path | None:

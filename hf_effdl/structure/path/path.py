@@ -1,6 +1,5 @@
 """The sparse path of one training run: when each unit entered the support, and which units a budget keeps."""
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from hf_effdl.files import write_whole
-from hf_effdl.structure.groups.group import Group, Network
+from hf_effdl.structure.groups.group import Group
+from hf_effdl.structure.groups.record import groups_record
 from hf_effdl.structure.groups.ties import Tie, complete_ties
 from hf_effdl.structure.optim.prox import unit_norm
 from hf_effdl.structure.optim.split_lbi import unwrap
 from hf_effdl.structure.path.budget import Limit, largest_share, largest_within, one_budget
+from hf_effdl.structure.path.file import pack_path, unpack_path
 from hf_effdl.structure.path.picture import plot_path
 
 
@@ -202,9 +201,7 @@ class SparsePath:
         meta = {
             "step": self.step,
             "curve": self.curve,
-            "groups": [group.to_dict() for group in self.groups],
-            "shapes": self.groups[0].network.shapes,
-            "uses": self.groups[0].network.uses,
+            **groups_record(self.groups),
             "ties": [[tie.steps, dict(tie.shares), dict(tie.fields)] for tie in self.ties],
         }
         tensors = {
@@ -212,26 +209,20 @@ class SparsePath:
             for name, unit in self.units.items()
             for key, value in unit.items()
         }
-        content = save(tensors, metadata={"sparse_path": json.dumps(meta)})
-        return write_whole(Path(folder) / FILE_NAME, content)
+        return write_whole(Path(folder) / FILE_NAME, pack_path(meta, tensors))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "SparsePath":
-        """Read the path that `save` wrote into a folder (a checkpoint, or what was pulled from the Hub)."""
+        """Read the path that `save` wrote into a folder (a checkpoint, or what was pulled from the Hub).
+
+        Raises:
+            FileNotFoundError: for a folder without a path.
+            ValueError: for a file that is not what was written, or says what no path can be.
+        """
         file = Path(folder) / FILE_NAME
         if not file.is_file():
             raise FileNotFoundError(f"no {FILE_NAME} in {folder}: it stands beside each checkpoint of a SplitLBI run")
-        units: dict[str, dict[str, Tensor]] = {}
-        with safe_open(file, "pt") as stored:
-            meta = json.loads(stored.metadata()["sparse_path"])
-            for key in stored.keys():
-                name, _, value = key.rpartition("|")
-                tensor = stored.get_tensor(key)
-                units.setdefault(name, {})[value] = tensor.long() if tensor.dtype == torch.int32 else tensor
-        network = Network({name: tuple(shape) for name, shape in meta["shapes"].items()}, meta["uses"])
-        groups = [Group.from_dict(values, network) for values in meta["groups"]]
-        units = {group.name: units[group.name] for group in groups if group.name in units}
-        return cls(groups, units, meta["step"], [Tie(*tie) for tie in meta["ties"]], meta["curve"])
+        return cls(**unpack_path(file))
 
     # ---- picture
 
