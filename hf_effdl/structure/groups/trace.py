@@ -52,7 +52,8 @@ class _Reader:
                 )
             self.traced = list(self.graph.get_all_groups(root_module_types=[*CONVS, nn.Linear]))
         except Exception as error:
-            raise ValueError(f"cannot trace {_unknown_layers(model) or _reason(error)}{describe(model)}") from error
+            why = _unknown_layers(model) or f"{type(error).__name__}: {error}"
+            raise ValueError(f"cannot trace {type(model).__name__}: {why}; it is a {describe(model)}") from error
         self.order = {module: i for i, module in enumerate(model.modules())}
         self.names = {module: name for name, module in model.named_modules()}
 
@@ -111,14 +112,9 @@ def _unknown_layers(model: nn.Module) -> str:
         return ""
     listed = ", ".join(f"{kind} ({name})" for kind, name in kinds.items())
     return (
-        f"a network with layers of these kinds, which have weights that cannot be followed: {listed}. Groups are "
-        "found in convolutional networks, of convolutions, linear layers and norms. This is a "
+        f"it has layers with weights that cannot be followed: {listed}. Groups are found in convolutional networks, "
+        "of convolutions, linear layers and norms"
     )
-
-
-def _reason(error: Exception) -> str:
-    """What a message says of an error of the model's own or of the tracer."""
-    return f"the network ({type(error).__name__}: {error}): "
 
 
 def _layer(item: Any) -> Any:

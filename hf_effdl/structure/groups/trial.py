@@ -84,14 +84,12 @@ def settings_for(model: nn.Module, inputs: Any, labels: Any = None) -> list[Sett
     settings = [Setting(model, inputs).doubled()]
     large = each_tensor(lambda tensor: tensor * PIXELS if tensor.is_floating_point() else tensor, inputs)
     settings.append(Setting(model, large, " at the scale of pixels"))
-    training = _training(model)
-    settings.append(_that_runs(training, [inputs, twice(inputs)], " in train mode"))
-    labelled = with_labels(model, inputs, labels)
-    if labelled:
-        settings.append(Setting(model, labelled[0], " with labels"))
-        in_turn = [*labelled, *map(twice, labelled)]
-        settings.append(_that_runs(training, in_turn, " in train mode with labels"))
-    return [setting for setting in settings if setting is not None]
+    training, labelled = _training(model), with_labels(model, inputs, labels)
+    heads = [_that_runs(training, [*labelled, *map(twice, labelled)], " in train mode with labels")]
+    if heads == [None]:  # otherwise what runs without labels runs with them too
+        heads = [_that_runs(training, [inputs, twice(inputs)], " in train mode")]
+        heads += [Setting(model, with_them, " with labels") for with_them in labelled]
+    return [*settings, *(head for head in heads if head is not None)]
 
 
 def _training(model: nn.Module) -> nn.Module:
@@ -121,8 +119,15 @@ def keep_removable(settings: Sequence[Setting], groups: Sequence[Group], skipped
     while len(left) != before:  # what is left was tried out together, in every setting
         before = len(left)
         for number, setting in enumerate(settings):
-            left = _removable(setting, left, skipped, seed=1000 * len(left) + number)
+            for draw in range(_draws(setting)):
+                left = _removable(setting, left, skipped, seed=1000 * len(left) + 10 * number + draw)
     return left
+
+
+def _draws(setting: Setting) -> int:
+    """How often units are drawn: of a few units there are some whose absence does not show."""
+    small = sum(p.numel() for p in setting.model.parameters()) < 1_000_000
+    return 2 if small and " train " not in setting.words else 1
 
 
 def _removable(setting: Setting, groups: list[Group], skipped: dict[str, str], seed: int) -> list[Group]:
@@ -171,11 +176,19 @@ def _random_units(groups: Sequence[Group], seed: int) -> dict[str, Tensor]:
     kept = {}
     for number, group in enumerate(groups):
         if group.units == 2:  # any two groups differ in one of a few trials
-            kept[group.name] = torch.tensor([number >> seed % 8 & 1])
+            kept[group.name] = torch.tensor([number >> seed % 5 & 1])
         elif group.units > 2:
-            count = int(torch.randint((group.units + 1) // 2, group.units, (), generator=generator))
-            kept[group.name] = torch.randperm(group.units, generator=generator)[:count].sort().values
+            kept[group.name] = _drawn(group.units, generator, with_gap=seed % 2 == 1)
     return kept
+
+
+def _drawn(units: int, generator: torch.Generator, with_gap: bool) -> Tensor:
+    """Ascending indices of some units; with a gap, neighbours are no longer neighbours."""
+    while True:
+        count = int(torch.randint((units + 1) // 2, units, (), generator=generator))
+        index = torch.randperm(units, generator=generator)[:count].sort().values
+        if not with_gap or int(index[-1] - index[0]) >= count:
+            return index
 
 
 def _alike(setting: Setting, groups: Sequence[Group], kept: dict[str, Tensor], seed: int) -> bool:
