@@ -113,7 +113,9 @@ def test_a_net_without_couplings_keeps_all_its_groups():
 
 def test_the_warning_says_in_which_setting_units_are_needed(caplog):
     with caplog.at_level(logging.WARNING):
-        find_groups(Hidden("pixels", 42), torch.rand(1, 3, 8, 8))
+        norm = nn.LocalResponseNorm(3, alpha=1e-7)
+        net = nn.Sequential(block(3, 8), norm, block(8, 8), nn.Flatten(), nn.Linear(512, 2))
+        find_groups(net, torch.rand(1, 3, 8, 8))
         find_groups(Hidden("labels", 1), torch.rand(1, 3, 8, 8))
     for words in ("at the scale of pixels", "in train mode with labels"):
         assert f"is not the model in which those are silent {words}" in caplog.text
