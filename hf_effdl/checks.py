@@ -1,6 +1,14 @@
 """Numbers that settings may have, refused by name."""
 
+from collections.abc import Sequence
 from typing import Any
+
+
+def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """One of some choices, as it came; raises ValueError for anything else, of any type."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{name}={value!r}: it must be one of {tuple(choices)}")
+    return value
 
 
 def whole_number(name: str, value: Any, least: int) -> int:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_effdl.checks import one_of
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.counting import network_of
-from hf_effdl.structure.groups.group import BATCH_NORMS, CONVS, Group, Groups
+from hf_effdl.structure.groups.group import BATCH_NORMS, CONVS, Group, Groups, check_module
 from hf_effdl.structure.groups.inputs import (
     call,
     copy_of,
@@ -60,10 +61,8 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
         >>> [(group.name, group.units) for group in find_groups(net, torch.zeros(1, 1, 8, 8))]
         [('0', 4)]
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"find_groups needs a torch.nn.Module, not {type(model).__name__}")
-    if unit not in UNITS:
-        raise ValueError(f"unit={unit!r}: it must be one of {UNITS}")
+    check_module(model, "find_groups")
+    one_of("unit", unit, UNITS)
     with random_state_kept():
         copy = _traceable_copy(model)
         inputs = one_row(example_inputs, copy) if example_inputs is not None else guess_inputs(copy)

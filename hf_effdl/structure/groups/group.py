@@ -217,6 +217,12 @@ def regroup(groups: Sequence[Group], model: nn.Module) -> Groups:
     return result
 
 
+def check_module(model: Any, function: str) -> None:
+    """Refuse what is no module, by the name of the function that was given it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function} needs a torch.nn.Module, not {type(model).__name__}")
+
+
 def check_same_network(groups: Sequence[Group], model: nn.Module) -> None:
     """Refuse groups that were found in a model with other parameters or shapes."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -132,7 +132,7 @@ def one_row(inputs: Any, model: nn.Module) -> Any:
     def first(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        value = value[:1].detach().to(device)
+        value = (value[:1] if value.ndim else value).detach().to(device)
         return fill_zeros(value.float().clone()) if value.is_floating_point() else value
 
     if isinstance(inputs, Mapping):

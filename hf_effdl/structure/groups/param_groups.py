@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_effdl.structure.groups.group import Group
+from hf_effdl.structure.groups.group import Group, check_module
 
 
 def param_groups(
@@ -27,6 +27,7 @@ def param_groups(
         decay: names of the parameters with weight decay; default: all with two or more axes.
         l1: names of parameters to lift one weight at a time.
     """
+    check_module(model, "param_groups")
     lifted = [group for group in groups if group.lifted]
     _check_not_frozen(lifted, model)
     result = [{**group.param_group(model), "weight_decay": 0.0} for group in lifted]

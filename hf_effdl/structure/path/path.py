@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_effdl.checks import one_of, whole_number
 from hf_effdl.files import write_whole
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.record import groups_record
@@ -107,8 +108,7 @@ class SparsePath:
                 units that never did on one scale. `"entry"`: rank by (entry step, -||W||) inside the group, as in the
                 authors' code, so that every group gives up the same share.
         """
-        if order not in ORDERS:
-            raise ValueError(f"order={order!r}: it must be one of {ORDERS}")
+        one_of("order", order, ORDERS)
         result = {}
         for name, unit in self.units.items():
             if order == "dual":
@@ -163,13 +163,13 @@ class SparsePath:
         Raises:
             ValueError: for a budget outside (0, 1] or below what one unit per group costs.
         """
-        if widths not in WIDTHS:
-            raise ValueError(f"widths={widths!r}: it must be 'stock' or 'free'")
+        one_of("widths", widths, WIDTHS)
         budget, share = one_budget(keep=keep, params=params, macs=macs, latency=latency)
         if round_to is None and budget != "latency":
             round_to = 1
-        if least < 1 or (round_to is not None and round_to < 1):
-            raise ValueError(f"round_to={round_to} and least={least} must be at least 1")
+        whole_number("least", least, 1)
+        if round_to is not None:
+            whole_number("round_to", round_to, 1)
         units = {group.name: group.units for group in self.groups if group.name in self.units}
         ties = complete_ties(self.ties if widths == "stock" else (), units)
         scores = self.scores(order)
