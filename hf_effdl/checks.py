@@ -11,6 +11,16 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
     return value
 
 
+def real_number(name: str, value: Any) -> float:
+    """A number of Python, NumPy or a tensor of one entry, as a float; raises ValueError for anything else."""
+    try:
+        if isinstance(value, str | bytes | bool):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{name}={value!r}: it must be a number") from None
+
+
 def whole_number(name: str, value: Any, least: int) -> int:
     """A whole number of at least `least`, as it came.
 

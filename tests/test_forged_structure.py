@@ -13,7 +13,23 @@ from safetensors.torch import save, save_file
 from torch import nn
 from transformers import AutoConfig, ResNetConfig, ResNetForImageClassification
 
-from hf_effdl import SparsePath, SplitLBI, Ticket, find_groups, param_groups, recalibrate_batch_norm, slim
+from hf_effdl import (
+    EarlyTicketCallback,
+    SparsePath,
+    SplitLBI,
+    SplitLBIArguments,
+    Ticket,
+    deepen,
+    derive_path,
+    find_groups,
+    find_ticket,
+    param_groups,
+    recalibrate_batch_norm,
+    rewind,
+    slim,
+    transfer,
+    widen,
+)
 from hf_effdl.structure.groups.slim_config import SlimConfig
 from hf_effdl.structure.growing.checkpoint import saved_history
 from hf_effdl.structure.tickets.settling import unpack
@@ -312,10 +328,47 @@ def test_the_optimizer_takes_anything_or_says_what_is_wrong(groups, value, name)
 
 
 @FEW
+@given(value=ANYTHING, name=st.sampled_from(["lam", "kappa", "path_length", "ridge_length", "base", "total_lr"]))
+def test_the_schedule_takes_anything_or_says_what_is_wrong(value, name):
+    only_ours(lambda: derive_path(**{"total_lr": 1.0, name: value}))
+
+
+EARLY = "macs every threshold window patience min_path within at_step at_epoch order widths".split()
+
+
+@FEW
+@given(value=ANYTHING, early=st.sampled_from(EARLY))
+def test_tickets_take_anything_or_say_what_is_wrong(groups, value, early):
+    whole = Ticket(groups, {group.name: torch.arange(3) for group in groups}, 4, weights={4: net().state_dict()})
+    only_ours(lambda: EarlyTicketCallback(groups, **{early: value}))
+    only_ours(lambda: Ticket(groups, value, 4))
+    only_ours(lambda: Ticket(groups, {"0": value}, 4))
+    only_ours(lambda: rewind(net(), value))
+    only_ours(lambda: rewind(net(), whole, value))
+    only_ours(lambda: transfer(whole, value))
+    only_ours(lambda: transfer(whole, net(), to=value))
+    only_ours(lambda: find_ticket(value))
+    only_ours(lambda: SparsePath.from_optimizer(value, groups))
+
+
+SETTINGS = "preset kappa nu path_scale lam lam_scale base momentum path_length path_share learning_rate".split()
+
+
+@FEW
+@given(value=ANYTHING, name=st.sampled_from(SETTINGS))
+def test_arguments_take_anything_or_say_what_is_wrong(value, name):
+    only_ours(lambda: SplitLBIArguments("out", use_cpu=True, report_to=[], **{name: value}))
+
+
+@FEW
 @given(model=ANYTHING, inputs=ANYTHING)
 def test_what_takes_a_model_takes_anything_or_says_what_is_wrong(groups, model, inputs):
     only_ours(lambda: find_groups(model, inputs))
     only_ours(lambda: find_groups(net(), inputs))
     only_ours(lambda: slim(model, groups, 0.5))
+    only_ours(lambda: slim(net(), inputs, 0.5))
+    only_ours(lambda: param_groups(net(), inputs))
+    only_ours(lambda: widen(model, groups, {"0": 1}))
+    only_ours(lambda: deepen(model, 1))
     only_ours(lambda: param_groups(model, groups))
     only_ours(lambda: recalibrate_batch_norm(model, []))

@@ -223,6 +223,12 @@ def check_module(model: Any, function: str) -> None:
         raise TypeError(f"{function} needs a torch.nn.Module, not {type(model).__name__}")
 
 
+def check_groups(groups: Any, function: str) -> None:
+    """Refuse what is no list of groups, by the name of the function that was given it."""
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Group) for group in groups):
+        raise TypeError(f"{function} needs the list of groups that find_groups returns, not {type(groups).__name__}")
+
+
 def check_same_network(groups: Sequence[Group], model: nn.Module) -> None:
     """Refuse groups that were found in a model with other parameters or shapes."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

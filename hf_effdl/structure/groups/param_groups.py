@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_effdl.structure.groups.group import Group, check_module
+from hf_effdl.structure.groups.group import Group, check_groups, check_module
 
 
 def param_groups(
@@ -28,6 +28,7 @@ def param_groups(
         l1: names of parameters to lift one weight at a time.
     """
     check_module(model, "param_groups")
+    check_groups(groups, "param_groups")
     lifted = [group for group in groups if group.lifted]
     _check_not_frozen(lifted, model)
     result = [{**group.param_group(model), "weight_decay": 0.0} for group in lifted]

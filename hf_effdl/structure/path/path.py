@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_effdl.checks import one_of, whole_number
+from hf_effdl.checks import one_of
 from hf_effdl.files import write_whole
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.record import groups_record
 from hf_effdl.structure.groups.ties import Tie, complete_ties
 from hf_effdl.structure.optim.prox import unit_norm
-from hf_effdl.structure.optim.split_lbi import unwrap
+from hf_effdl.structure.optim.split_lbi import SplitLBI, unwrap
 from hf_effdl.structure.path.budget import Limit, largest_share, largest_within, one_budget
 from hf_effdl.structure.path.file import pack_path, unpack_path
 from hf_effdl.structure.path.picture import plot_path
@@ -58,6 +58,8 @@ class SparsePath:
     ) -> "SparsePath":
         """Read the path from a `SplitLBI` (or a wrapper around it) that was given `groups`."""
         optimizer = unwrap(optimizer)
+        if not isinstance(optimizer, SplitLBI):
+            raise TypeError(f"a path is read from a SplitLBI optimizer, not {type(optimizer).__name__}")
         units, step = {}, 0
         for group in optimizer.param_groups:
             if group["penalty"] != "group":
@@ -163,13 +165,13 @@ class SparsePath:
         Raises:
             ValueError: for a budget outside (0, 1] or below what one unit per group costs.
         """
-        one_of("widths", widths, WIDTHS)
+        if type(widths) is not str or widths not in WIDTHS:
+            raise ValueError(f"widths={widths!r}: it must be 'stock' or 'free'")
         budget, share = one_budget(keep=keep, params=params, macs=macs, latency=latency)
         if round_to is None and budget != "latency":
             round_to = 1
-        whole_number("least", least, 1)
-        if round_to is not None:
-            whole_number("round_to", round_to, 1)
+        if not all(type(size) is int and size >= 1 for size in (least, 1 if round_to is None else round_to)):
+            raise ValueError(f"round_to={round_to} and least={least} must be at least 1")
         units = {group.name: group.units for group in self.groups if group.name in self.units}
         ties = complete_ties(self.ties if widths == "stock" else (), units)
         scores = self.scores(order)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_effdl.checks import whole_number
-from hf_effdl.structure.groups.group import Group, check_module, check_same_network
+from hf_effdl.structure.groups.group import Group, check_groups, check_module, check_same_network
 from hf_effdl.structure.groups.surgery import cut, share_config
 from hf_effdl.structure.groups.ties import Tie, complete_ties, config_ties, sizes_for_share, stock_config
 from hf_effdl.structure.path.budget import one_budget
@@ -52,6 +52,7 @@ def slim(
         Conv2d(1, 2, kernel_size=(3, 3), stride=(1, 1))
     """
     check_module(model, "slim")
+    check_groups(groups, "slim")
     if not groups:
         raise ValueError("slim got no groups; find_groups(model) returns them")
     whole_number("round_to", round_to, 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_effdl.checks import whole_number
+from hf_effdl.checks import one_of, real_number, whole_number
 from hf_effdl.files import read_tensors, write_whole
 from hf_effdl.processes import agreed
 from hf_effdl.structure.groups.find import find_groups
@@ -428,8 +428,10 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     if any(share is not None for share in budgets.values()):
         one_budget(**budgets)
     for name, choices in (("order", ORDERS), ("widths", WIDTHS)):
-        if settings[name] not in choices:
-            raise ValueError(f"{name}={settings[name]!r}: it must be one of {choices}")
+        one_of(name, settings[name], choices)
+    for name in ("threshold", "within", "min_path", "at_epoch"):
+        if name != "at_epoch" or settings[name] is not None:
+            real_number(name, settings[name])
     for name in ("threshold", "within"):
         if not 0 < settings[name] <= 1:
             raise ValueError(f"{name}={settings[name]}: it is a share, in (0, 1]")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
+from hf_effdl.checks import real_number
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.param_groups import param_groups
 from hf_effdl.structure.optim.checks import BASES, LAM_SCALES
@@ -95,8 +96,11 @@ class SplitLBIArguments(TrainingArguments):
     def _check_numbers(self) -> None:
         for name in ("learning_rate", "kappa", "nu", "path_scale", "lam", "path_length", "ridge_length"):
             value = getattr(self, name)
+            if value is not None:
+                real_number(name, value)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value}: it must be a positive finite number")
+        real_number("path_share", self.path_share), real_number("momentum", self.momentum)
         if not 0 < self.path_share <= 1:
             raise ValueError(f"path_share={self.path_share}: it is a share of the run, in (0, 1]")
         if not 0 <= self.momentum < 1:

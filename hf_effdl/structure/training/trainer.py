@@ -166,7 +166,7 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         """As in `Trainer`; `resume_from_checkpoint=True` skips a checkpoint whose saving was cut off."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, self.args.world_size)
-        self._path = None
+        self._path, self.curve = None, []  # what was measured before is of another moment
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         # here all processes are together; cards and slim models are saved by one
         self._path = SparsePath.from_optimizer(self.optimizer, self.groups, self.callback.ties)
