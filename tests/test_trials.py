@@ -220,6 +220,22 @@ def test_attention_and_recurrent_layers_count_their_weights():
     assert products(lstm, torch.rand(1, 5, 3)) == 5 * (16 * 3 + 16 * 4)
 
 
+def test_products_that_no_layer_makes_are_counted():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix, self.filters = nn.Parameter(torch.rand(6, 3)), nn.Parameter(torch.rand(5, 3, 3, 3))
+            self.layer = nn.Linear(5, 2)
+
+        def forward(self, x):
+            maps = F.conv2d(x, self.filters)
+            rows = x.flatten(2).transpose(1, 2)
+            sides = rows @ self.matrix.t(), self.matrix @ x.flatten(2)
+            return maps, sides, F.linear(maps.mean((2, 3)), self.layer.weight)
+
+    assert products(Own(), torch.rand(1, 3, 8, 8)) == 36 * 5 * 27 + 2 * 64 * 18 + 10
+
+
 def test_layers_that_are_not_counted_are_named(caplog):
     class Own(nn.Module):
         def __init__(self):
@@ -227,7 +243,7 @@ def test_layers_that_are_not_counted_are_named(caplog):
             self.matrix = nn.Parameter(torch.rand(4, 4))
 
         def forward(self, x):
-            return x @ self.matrix
+            return x @ (2 * self.matrix)
 
     with caplog.at_level(logging.WARNING):
         products(nn.Sequential(nn.Linear(4, 4), Own()), torch.rand(1, 4))

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hf_effdl.structure.groups.group import CONVS, Network
 from hf_effdl.structure.groups.inputs import call, copy_of, describe, logger, one_row
@@ -11,6 +12,8 @@ from hf_effdl.structure.groups.inputs import call, copy_of, describe, logger, on
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (*CONVS, *TRANSPOSED, nn.Linear)
+LAYER_FUNCTIONS = ("linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
+MATRIX_FUNCTIONS = ("matmul", "mm")
 LOOKUPS = (nn.Embedding, nn.EmbeddingBag)  # no products
 
 
@@ -23,6 +26,34 @@ def trace_network(model: nn.Module, inputs: Any) -> Network:
     """The same from a copy of a model in any mode and precision, and inputs of any number of rows."""
     copy = copy_of(model).float().eval()
     return network_of(copy, one_row(inputs, copy))
+
+
+class _Products(TorchFunctionMode):
+    """Multiply-accumulates per weight entry of products that a forward pass makes itself, with no layer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.places = {p.untyped_storage().data_ptr(): (name, p) for name, p in model.named_parameters() if p.ndim > 1}
+        self.uses: dict[str, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        kind = getattr(func, "__name__", "").strip("_")
+        if kind in (*LAYER_FUNCTIONS, *MATRIX_FUNCTIONS) and len(args) > 1:
+            first, second = args[:2]
+            if kind in MATRIX_FUNCTIONS:
+                self._add(first, result.numel() * first.shape[-1])
+                self._add(second, result.numel() * first.shape[-1])
+            else:
+                outer = first if "transpose" in kind else result
+                self._add(second, outer.numel() * second[0].numel())
+        return result
+
+    def _add(self, weight: Any, products: int) -> None:
+        found = self.places.get(weight.untyped_storage().data_ptr()) if isinstance(weight, Tensor) else None
+        if found is not None:
+            name, p = found
+            self.uses[name] = self.uses.get(name, 0) + products // max(p.numel(), 1)
 
 
 class _Uses:
@@ -41,8 +72,10 @@ class _Uses:
     @torch.no_grad()
     def of(self, inputs: Any) -> dict[str, int]:
         hooks = [m.register_forward_hook(self._note, with_kwargs=True) for m in self.model.modules()]
+        functions = _Products(self.model)
         try:
-            call(self.model, inputs)
+            with functions:
+                call(self.model, inputs)
         except Exception as error:
             raise ValueError(
                 f"{describe(self.model)} does not run on the example inputs ({type(error).__name__}: {error}); pass "
@@ -51,6 +84,7 @@ class _Uses:
         finally:
             for handle in hooks:
                 handle.remove()
+        self.uses |= {name: count for name, count in functions.uses.items() if name not in self.uses}
         self._name_what_is_not_counted()
         return self.uses
 

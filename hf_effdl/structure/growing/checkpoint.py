@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState
 
-from hf_effdl.files import digest, read_json, write_json, write_whole
+from hf_effdl.files import damaged, digest, read_json, read_tensors, write_json, write_whole
 from hf_effdl.structure.groups.group import Group, regroup, shared_names
 from hf_effdl.structure.groups.record import named
 from hf_effdl.structure.groups.ties import config_ties
@@ -138,7 +138,12 @@ def _load_optimizer(folder: Path) -> dict[str, Any]:
     for name in (WEIGHTS, OPTIMIZER):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}, so it cannot be grown; go on from an earlier checkpoint")
-    return torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    except Exception as error:  # of pickle, zip files and torch, with no common class
+        raise damaged(
+            folder / OPTIMIZER, f"{type(error).__name__}: {error}"[:200], "go on from an earlier one"
+        ) from error
 
 
 def _write_grown(
@@ -215,7 +220,8 @@ def _rows(
 def load_weights(model: nn.Module, folder: Path) -> None:
     """The weights and buffers in a checkpoint, into a model of its sizes."""
     try:
-        result = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+        tensors = read_tensors(folder / WEIGHTS, remedy="go on from an earlier checkpoint")
+        result = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise ValueError(f"the weights in {folder} are not those of this model: {error}") from error
     shared = shared_names(model)  # saved under one of their names
