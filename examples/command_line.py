@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 import yaml
 from accelerate import PartialState
 from transformers import HfArgumentParser, TrainingArguments
+
+from hf_effdl.processes import refuse_lone_processes
 
 
 @dataclass(kw_only=True)
@@ -84,20 +85,6 @@ def as_arguments(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"--{name}"
         for part in value if isinstance(value, list) else [value]:
             yield part if isinstance(part, str) else json.dumps(part)
-
-
-def refuse_lone_processes() -> None:
-    """Several processes, of which each sees itself alone, would all do the whole work, in one folder.
-
-    To be called when the state of the processes is known: `TrainingArguments` and `Accelerator` set it.
-    """
-    launched, state = int(os.environ.get("WORLD_SIZE", 1)), PartialState()
-    if launched > state.num_processes:
-        raise ValueError(
-            f"{launched} processes were launched, but this one sees {state.num_processes} on device {state.device}: "
-            "each would train alone and write into the same folder; on a machine without a GPU pass --use_cpu, with "
-            "which they train together, or launch one process"
-        )
 
 
 def leave() -> None:

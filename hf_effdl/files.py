@@ -188,7 +188,7 @@ def read_json(file: str | os.PathLike[str], sha256: str | None = None, remedy: s
     content = read_whole(file, sha256, remedy)
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter where it is nested without end
         raise damaged(file, str(error), remedy) from error
 
 

@@ -70,21 +70,22 @@ def same_fate() -> Iterator[None]:
         raise failure
 
 
-def check_all_seen() -> None:
+def refuse_lone_processes() -> None:
     """Refuse to run where a launcher started several processes and none of them sees the others.
 
     They would all do the whole work, into one folder. Call it once the process group may be there: after `Accelerator`
     or `TrainingArguments.device`.
 
     Raises:
-        RuntimeError: as `torchrun` on a machine without accelerators does, where Accelerate must be told.
+        ValueError: as under `torchrun` on a machine without accelerators, where Accelerate must be told.
     """
     count = int(os.environ.get("WORLD_SIZE") or 1)
-    if count > 1 and "RANK" in os.environ and not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            f"WORLD_SIZE={count} processes were started, and this one sees no other: without an accelerator say so "
-            "with --use_cpu (TrainingArguments(use_cpu=True), accelerate launch --cpu, or ACCELERATE_USE_CPU=true), "
-            "or start one process"
+    launched = count > 1 and "RANK" in os.environ  # a scheduler may set the first without launching anything
+    if launched and not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            f"{count} processes were started, but each sees only itself and would do the whole work, into one folder: "
+            "on a machine without a GPU pass --use_cpu (TrainingArguments(use_cpu=True), accelerate launch --cpu, or "
+            "ACCELERATE_USE_CPU=true), or start one process"
         )
 
 

@@ -21,3 +21,14 @@ def random_state_kept() -> Iterator[None]:
         finally:
             random.setstate(states[0])
             numpy.random.set_state(states[1])
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy and torch on all devices; for use within `random_state_kept`."""
+    import random
+
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)

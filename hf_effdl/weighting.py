@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_effdl.processes import check_all_seen, is_first
+from hf_effdl.processes import is_first, refuse_lone_processes
 
 
 COLUMN = "weight"
@@ -242,7 +242,7 @@ class WeightedLossMixin:
     @wraps(Trainer.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_all_seen()
+        refuse_lone_processes()
         self._check_train_dataset()
 
     def _check_train_dataset(self) -> None:

@@ -644,7 +644,7 @@ def test_the_file_is_read_without_unpickling(tmp_path):
     raw = random_path("resnet", 0).save(tmp_path).read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     meta = json.loads(header["__metadata__"]["sparse_path"])
-    assert {"groups", "shapes", "uses", "ties", "step", "curve"} == set(meta)
+    assert {"groups", "shapes", "uses", "ties", "step", "curve", "format"} == set(meta)
     assert f"{STAGE}.0.layers.0.layer.0.convolution|entered" in header
 
 

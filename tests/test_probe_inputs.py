@@ -15,7 +15,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from hf_effdl import LinearProbes, UncertaintySelector
-from hf_effdl.processes import check_all_seen, same_fate
+from hf_effdl.processes import refuse_lone_processes, same_fate
 from hf_effdl.samples.probes.inputs import Inputs
 from hf_effdl.samples.selection.selection import Selection
 
@@ -261,12 +261,12 @@ def test_forged_selections_are_refused_as_damaged(case, tmp_path):
 
 
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
-    check_all_seen()
+    refuse_lone_processes()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    check_all_seen()  # set by a scheduler, without a launcher
+    refuse_lone_processes()  # set by a scheduler, without a launcher
     monkeypatch.setenv("RANK", "0")
-    for call in (check_all_seen, lambda: UncertaintySelector(trained()).score(rows(40))):
-        with pytest.raises(RuntimeError, match="WORLD_SIZE=2 processes were started.*--use_cpu"):
+    for call in (refuse_lone_processes, lambda: UncertaintySelector(trained()).score(rows(40))):
+        with pytest.raises(ValueError, match="2 processes were started, but each sees only itself.*--use_cpu"):
             call()
 
 

@@ -29,7 +29,7 @@ from trainer_rows import Classifier, Rows, collate
 from transformers import Trainer, TrainingArguments
 
 from hf_effdl import GrowingArguments, GrowingTrainer
-from hf_effdl.structure.groups.find import trace_network
+from hf_effdl.structure.groups.counting import trace_network
 
 
 ARMS = (

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_effdl.files import damaged, read_sealed, sealed, sweep, write_whole
-from hf_effdl.processes import check_all_seen, same_fate, together
+from hf_effdl.processes import refuse_lone_processes, same_fate, together
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.samples.scores.dynamics import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
 
@@ -90,7 +90,7 @@ class DynamicsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        check_all_seen()
+        refuse_lone_processes()
         dataset, collate = self._rows(kwargs["train_dataloader"])
         done = int(state.epoch or 0) if state.global_step else 0
         folder = Path(args.output_dir) / FOLDER

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_effdl.files import digest, locked, read_sealed, sealed, sweep, write_whole
-from hf_effdl.processes import agreed, check_all_seen, is_first, same_fate, together
+from hf_effdl.processes import agreed, is_first, refuse_lone_processes, same_fate, together
 from hf_effdl.samples.probes.inputs import NOT_INPUTS, Inputs, identity
 from hf_effdl.samples.probes.probes import Probes
 from hf_effdl.samples.probes.row_marks import row_marks
@@ -102,7 +102,7 @@ def score_rows(
         RuntimeError: on the other processes, where one raises; or where processes do not see each other.
     """
     accelerator = Accelerator()
-    check_all_seen()
+    refuse_lone_processes()
     probes.to(accelerator.device)
     hide = not (progress and accelerator.is_main_process)
     with tqdm(total=len(data), desc="scoring", unit=" rows", disable=hide) as bar:

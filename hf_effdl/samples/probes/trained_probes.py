@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
 from hf_effdl.files import digest, read_sealed, sealed, write_whole
-from hf_effdl.processes import agreed, check_all_seen, is_first, together
+from hf_effdl.processes import agreed, is_first, refuse_lone_processes, together
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.samples.probes.inputs import Inputs, check_classes, check_dataset, identity, label_names, label_tensor
 from hf_effdl.samples.probes.probes import LEAST_PROBES, Probes, ProbeSet, bootstrap_counts, weights_hash
@@ -129,7 +129,7 @@ def train_probes(
     if num_probes < LEAST_PROBES:
         raise ValueError(f"num_probes={num_probes}: the spread of one probe is unknown; use 2 or more, better 8")
     args.device  # joins the other processes, if there are any
-    check_all_seen()
+    refuse_lone_processes()
     names = label_names(rows, label_column)
     labels = label_tensor(rows, label_column, names)
     check_classes(labels, label_column, names)

@@ -2,7 +2,9 @@
 
 group.py         the noun: `Group`, its slices, and the `Network` it was found in
 find.py          `find_groups`: trace (trace.py) on example inputs (inputs.py), then try each group out (trial.py)
+counting.py      multiply-accumulates of every weight
 surgery.py       silencing and removing units in place, and the sizes that layers report
+record.py        groups as plain values in files, checked when they are read
 ties.py          which config numbers size which groups; slim_config.py: loading sizes that no config can say
 param_groups.py  groups as torch param groups, for `SplitLBI`
 """

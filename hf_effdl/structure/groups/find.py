@@ -1,17 +1,28 @@
 """Finding the groups of a model by tracing one forward pass."""
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_effdl.structure.groups.group import BATCH_NORMS, CONVS, Group, Groups, Network
-from hf_effdl.structure.groups.inputs import call, describe, fill_zeros, guess_inputs, logger, one_row
+from hf_effdl.checks import one_of
+from hf_effdl.random_state import random_state_kept
+from hf_effdl.structure.groups.counting import network_of
+from hf_effdl.structure.groups.group import BATCH_NORMS, CONVS, Group, Groups, check_module
+from hf_effdl.structure.groups.inputs import (
+    call,
+    copy_of,
+    describe,
+    fill_zeros,
+    guess_inputs,
+    labels_of,
+    logger,
+    one_row,
+)
 from hf_effdl.structure.groups.trace import trace
-from hf_effdl.structure.groups.trial import in_double, keep_removable
+from hf_effdl.structure.groups.trial import keep_removable, settings_for
 
 
 UNITS = ("default", "row", "paper")
@@ -21,18 +32,19 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
     """Find the units of a model that can be removed, each with all its tensor slices.
 
     A copy of the model is traced with Torch-Pruning's dependency graph, so module and model names play no part and the
-    model itself stays as it is. Every group found is tried out: taking a unit out of the copy must give the same
-    output as silencing it; groups that fail are left out with a warning, and so are those that hold layers other than
+    model itself stays as it is. Every group found is tried out: taking random units out of the copy must give the same
+    output as silencing them, in eval and in train mode, with labels where the model takes them, on inputs as they are
+    and as large as pixels. Groups that fail are left out with a warning, and so are those that hold layers other than
     plain and depthwise convolutions, linear layers and batch norms (subclasses included), or that a concatenation
     joins. A depthwise convolution belongs to the units that it filters. Inputs and outputs of the model are never
-    groups.
+    groups. What is frozen (`requires_grad=False`) shows no signal and is not lifted.
 
     Args:
         model: any module, of transformers, timm or your own; convolutional networks are what this release is tested
             on.
         example_inputs: a tensor, a tuple of positional or a dict of keyword tensors with a batch axis. Default: made
             from the config of a transformers vision model, else guessed from the first layer (with a warning, since
-            MACs depend on it).
+            MACs depend on it). `labels` in a dict serve the trial alone; without them some are made up.
         unit: which tensors of a group the penalty sees. `"default"`: with batch norm, its weight and the next layers'
             input slices (a row in front of batch norm is scale-free); without, the producer rows, unless another group
             has them already, then the input slices. `"row"`: the producer rows. `"paper"`: the rows of convolutions,
@@ -50,18 +62,15 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
         >>> [(group.name, group.units) for group in find_groups(net, torch.zeros(1, 1, 8, 8))]
         [('0', 4)]
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"find_groups needs a torch.nn.Module, not {type(model).__name__}")
-    if unit not in UNITS:
-        raise ValueError(f"unit={unit!r}: it must be one of {UNITS}")
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[device.index for device in devices]):
+    check_module(model, "find_groups")
+    one_of("unit", unit, UNITS)
+    with random_state_kept():
         copy = _traceable_copy(model)
         inputs = one_row(example_inputs, copy) if example_inputs is not None else guess_inputs(copy)
-        network = Network({name: tuple(p.shape) for name, p in copy.named_parameters()}, _count_uses(copy, inputs))
+        network = network_of(copy, inputs)
         _even_out(copy, inputs)
         traced, skipped = trace(copy, inputs, network)
-        groups = keep_removable(*in_double(copy, inputs), traced, skipped)
+        groups = keep_removable(settings_for(copy, inputs, labels_of(example_inputs, copy)), traced, skipped)
     _report_skipped(groups, skipped, model)
     return _lift(groups, model, unit)
 
@@ -74,15 +83,8 @@ def _report_skipped(groups: Sequence[Group], skipped: Mapping[str, str], model: 
         raise ValueError(f"no group found in {describe(model)}{'; left out: ' if reasons else ''}{reasons}")
 
 
-def trace_network(model: nn.Module, inputs: Any) -> Network:
-    """Shapes of a model's parameters and how often one input row uses each, from one forward pass of a copy."""
-    copy = _traceable_copy(model)
-    shapes = {name: tuple(p.shape) for name, p in copy.named_parameters()}
-    return Network(shapes, _count_uses(copy, one_row(inputs, copy)))
-
-
 def _traceable_copy(model: nn.Module) -> nn.Module:
-    copy = deepcopy(model).float().eval()
+    copy = copy_of(model).float().eval()
     copy.requires_grad_(True)
     with torch.no_grad():
         for p in copy.parameters():
@@ -123,32 +125,6 @@ def _even_out(model: nn.Module, inputs: Any) -> None:
             handle.remove()
 
 
-def _count_uses(model: nn.Module, inputs: Any) -> dict[str, int]:
-    """Multiply-accumulates per weight entry: output positions of every convolution and linear layer."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    uses: dict[str, int] = {}
-
-    def hook(module: nn.Module, _: Any, output: Tensor) -> None:
-        positions = output.numel() // module.weight.shape[0]
-        name = names.get(id(module.weight))  # a parametrised weight is no parameter
-        if name is not None:
-            uses[name] = uses.get(name, 0) + positions
-
-    hooks = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, (*CONVS, nn.Linear))]
-    try:
-        with torch.no_grad():
-            call(model, inputs)
-    except Exception as error:
-        raise ValueError(
-            f"{describe(model)} does not run on the example inputs ({type(error).__name__}: {error}); pass "
-            "example_inputs= that model(example_inputs) accepts"
-        ) from error
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return uses
-
-
 def _lift(groups: Sequence[Group], model: nn.Module, unit: str) -> Groups:
     """Choose the tensors of every group that the penalty sees; each tensor goes to one group at most."""
     claims = _Claims(model)
@@ -157,12 +133,27 @@ def _lift(groups: Sequence[Group], model: nn.Module, unit: str) -> Groups:
     else:
         claims.rows(groups, convolutions_only=unit == "paper")
     parameters = dict(model.named_parameters())
+    _report_frozen([group for group in groups if group.name not in claims.lifted], parameters)
     result = Groups()
     for group in groups:
         names = claims.lifted.get(group.name, ())
         tensors = {name: parameters[name] for name in names}
         result.append(replace(group, lifted=names, tensors=tensors, equalise=unit != "paper"))
     return result
+
+
+def _report_frozen(groups: Sequence[Group], parameters: Mapping[str, nn.Parameter]) -> None:
+    names = []
+    for group in groups:
+        seen = [part.tensor for part in group.slices if part.role in ("row", "scale", "input")]
+        if any(not parameters[tensor].requires_grad for tensor in seen):
+            names.append(group.name)
+    if names:
+        logger.warning(
+            "frozen parameters (requires_grad=False) show no signal: the units of %s are not lifted and stay as many "
+            "as they are",
+            ", ".join(names),
+        )
 
 
 class _Claims:
@@ -189,9 +180,9 @@ class _Claims:
 
     def _claim(self, group: Group, *roles: str) -> bool:
         names = [part.tensor for part in group.slices if part.role in roles]
-        names = [
-            name for name in names if self.model.get_parameter(name).detach().any()
-        ]  # e.g. zero-initialised norms
+        tensors = {name: self.model.get_parameter(name) for name in names}
+        # zero-initialised norms have no size to start from, and what is frozen shows no signal
+        names = [name for name, p in tensors.items() if p.requires_grad and p.detach().any()]
         if not names or self.taken.intersection(names):
             return False
         self.lifted[group.name] = tuple(names)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 PRODUCERS = ("row", "bias", "scale", "shift")
 # Layers that have units.
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,18 @@ def regroup(groups: Sequence[Group], model: nn.Module) -> Groups:
         tensors = {name: parameters[name] for name in group.lifted}
         result.append(replace(group, units=units, network=network, tensors=tensors))
     return result
+
+
+def check_module(model: Any, function: str) -> None:
+    """Refuse what is no module, by the name of the function that was given it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function} needs a torch.nn.Module, not {type(model).__name__}")
+
+
+def check_groups(groups: Any, function: str) -> None:
+    """Refuse what is no list of groups, by the name of the function that was given it."""
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Group) for group in groups):
+        raise TypeError(f"{function} needs the list of groups that find_groups returns, not {type(groups).__name__}")
 
 
 def check_same_network(groups: Sequence[Group], model: nn.Module) -> None:

@@ -1,8 +1,11 @@
 """Example inputs of a model: made, guessed, cut to one row; and what a model says to them."""
 
+import dataclasses
+import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -41,6 +44,42 @@ def each_input(change: Callable[[Any], Any], inputs: Any) -> Any:
     return type(inputs)(map(change, inputs)) if isinstance(inputs, (tuple, list)) else change(inputs)
 
 
+def each_tensor(change: Callable[[Tensor], Tensor], inputs: Any) -> Any:
+    """The same inputs, with every tensor changed, also those inside lists and dicts of theirs."""
+
+    def deep(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        return each_input(deep, value) if isinstance(value, (Mapping, tuple, list)) else value
+
+    return deep(inputs)
+
+
+def copy_of(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """A copy of a model; results of an earlier forward pass that it holds on to come without their graph.
+
+    Args:
+        model: left as it is.
+        shared: parameters that the copy has in common with it.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
+
+    def detach(tensor: Tensor) -> Tensor:
+        if tensor.grad_fn is not None:  # such a tensor cannot be copied
+            memo[id(tensor)] = tensor.detach()
+        return tensor
+
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if not name.startswith("_"):
+                each_tensor(detach, _if_plain(value))
+    return deepcopy(model, memo)
+
+
+def _if_plain(value: Any) -> Any:
+    return value if isinstance(value, (Tensor, tuple, list)) or type(value) is dict else None
+
+
 def output_tensors(output: Any) -> list[Tensor]:
     """All floating point tensors in a model's output, in order."""
     if isinstance(output, Tensor):
@@ -49,6 +88,26 @@ def output_tensors(output: Any) -> list[Tensor]:
         output = list(output.values())
     if isinstance(output, (tuple, list)):
         return [tensor for item in output for tensor in output_tensors(item)]
+    return []
+
+
+def all_values(output: Any) -> list[Tensor]:
+    """Everything in a model's output that can be compared, in order: tensors of all types, arrays, numbers."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, (bool, int, float)):
+        return [torch.tensor(output)]
+    if hasattr(output, "__array__"):
+        array = output.__array__()
+        return [torch.as_tensor(array)] if array.dtype.kind in "biuf" else []
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    elif dataclasses.is_dataclass(output):
+        output = [getattr(output, field.name) for field in dataclasses.fields(output)]
+    elif type(output).__module__ not in ("builtins", "collections") and hasattr(output, "__dict__"):
+        output = [value for value in vars(output).values() if not callable(value)]
+    if isinstance(output, (tuple, list)):
+        return [tensor for item in output for tensor in all_values(item)]
     return []
 
 
@@ -73,13 +132,86 @@ def one_row(inputs: Any, model: nn.Module) -> Any:
     def first(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        value = value[:1].detach().to(device)
+        value = (value[:1] if value.ndim else value).detach().to(device)
         return fill_zeros(value.float().clone()) if value.is_floating_point() else value
 
     if isinstance(inputs, Mapping):
         # a loss would be one more output, and labels are no input of the network
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
     return each_input(first, inputs)
+
+
+def twice(inputs: Any) -> Any:
+    """Inputs of one row as two equal ones."""
+
+    def double(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.cat([value, value]) if value.ndim and len(value) == 1 else value
+        return value * 2 if isinstance(value, list) and len(value) == 1 else value
+
+    return each_input(double, inputs)
+
+
+# ---- labels
+
+
+def labels_of(inputs: Any, model: nn.Module) -> Any:
+    """The first row of the labels among some inputs, on the model's device; None where there are none."""
+    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+    if labels is None:
+        return None
+    device = _device(model)
+    return each_tensor(lambda tensor: tensor.detach().to(device), labels[:1] if len(labels) else labels)
+
+
+@torch.no_grad()
+def with_labels(model: nn.Module, inputs: Any, labels: Any = None) -> list[dict[str, Any]]:
+    """Inputs of one row together with labels, one for each kind of labels that the model runs on; at most one here.
+
+    Args:
+        model: of any kind; one that takes no `labels` runs on none.
+        inputs: without labels.
+        labels: of that row; None: made up, of the usual shapes.
+    """
+    try:
+        signature = inspect.signature(model.forward)
+        if "labels" not in signature.parameters:
+            return []
+        if not isinstance(inputs, Mapping):
+            rows = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+            inputs = signature.bind(*rows).arguments
+    except (TypeError, ValueError):
+        return []
+    for candidate in [labels] if labels is not None else _likely_labels(inputs):
+        labelled = {**inputs, "labels": candidate}
+        try:
+            call(model, labelled)
+        except Exception:  # noqa: BLE001 - labels of another kind may break it in any way
+            continue
+        return [labelled]
+    logger.warning(
+        "%s takes labels, but its groups were tried out without: none that it runs on are known; pass example_inputs= "
+        "with labels",
+        type(model).__name__,
+    )
+    return []
+
+
+def _likely_labels(inputs: Mapping[str, Any]) -> Iterator[Tensor]:
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.ndim]
+    if not tensors:
+        return
+    rows, device = len(tensors[0]), tensors[0].device
+    if "input_ids" in inputs:
+        yield inputs["input_ids"]
+    yield torch.zeros(rows, dtype=torch.int64, device=device)
+    for image in (tensor for tensor in tensors if tensor.ndim == 4):
+        yield torch.zeros(rows, *image.shape[2:], dtype=torch.int64, device=device)
+        yield torch.zeros_like(image)
+    yield torch.zeros(rows, device=device)
+
+
+# ---- guesses
 
 
 def guess_inputs(model: nn.Module) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_effdl.structure.groups.group import Group
+from hf_effdl.structure.groups.group import Group, check_groups, check_module
 
 
 def param_groups(
@@ -27,7 +27,10 @@ def param_groups(
         decay: names of the parameters with weight decay; default: all with two or more axes.
         l1: names of parameters to lift one weight at a time.
     """
+    check_module(model, "param_groups")
+    check_groups(groups, "param_groups")
     lifted = [group for group in groups if group.lifted]
+    _check_not_frozen(lifted, model)
     result = [{**group.param_group(model), "weight_decay": 0.0} for group in lifted]
     result += [
         {"params": [model.get_parameter(name)], "penalty": "l1", "name": name, "weight_decay": 0.0} for name in l1
@@ -37,6 +40,17 @@ def param_groups(
     if decay is None:
         decay = [name for name, p in rest.items() if p.ndim > 1]
     return [*result, *_by_decay(rest, set(decay), weight_decay)]
+
+
+def _check_not_frozen(groups: Iterable[Group], model: nn.Module) -> None:
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    for group in groups:
+        name = next((name for name in group.lifted if name in frozen), None)
+        if name is not None:
+            raise ValueError(
+                f"group {group.name!r} lifts {name}, which is frozen (requires_grad=False) by now: it shows no "
+                "signal, and its units would be taken for unneeded. Freeze first, then call find_groups"
+            )
 
 
 def _by_decay(rest: Mapping[str, nn.Parameter], decay: set[str], weight_decay: float) -> list[dict[str, Any]]:

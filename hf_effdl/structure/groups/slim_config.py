@@ -4,6 +4,7 @@
 the layers get their sizes. Nothing is quantised.
 """
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_effdl.structure.groups.record import LARGEST, listed, named, require, whole
 from hf_effdl.structure.groups.surgery import set_sizes
 
 
@@ -35,8 +37,13 @@ class SlimConfig(QuantizationConfigMixin):
 
     def __init__(self, layers: dict[str, list[int | None]], count: int, **_: Any) -> None:
         self.quant_method = QUANT_METHOD
-        self.layers = {str(number): list(sizes) for number, sizes in layers.items()}
-        self.count = count
+        self.count = whole(count, "count", 0, LARGEST)
+        self.layers = {}
+        for number, sizes in dict(layers if isinstance(layers, Mapping) else named(layers, "layers")).items():
+            at = str(number)
+            require(at.isdecimal() and len(at) < 9 and int(at) < count, "layers", f"numbers a layer {at[:20]!r}")
+            require(len(listed(sizes, f"layer {at}")) in (1, 2), f"layer {at}", "is no list of one or two sizes")
+            self.layers[at] = [None if size is None else whole(size, f"layer {at}", 1, LARGEST) for size in sizes]
 
     @classmethod
     def of(cls, model: nn.Module) -> "SlimConfig":

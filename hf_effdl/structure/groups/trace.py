@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from hf_effdl.structure.groups.counting import LAYERS, LOOKUPS
 from hf_effdl.structure.groups.group import BATCH_NORMS, CONVS, Group, Network, Slice, shared_names
 from hf_effdl.structure.groups.inputs import call, describe, output_tensors
 from hf_effdl.structure.groups.surgery import is_depthwise
@@ -51,7 +52,8 @@ class _Reader:
                 )
             self.traced = list(self.graph.get_all_groups(root_module_types=[*CONVS, nn.Linear]))
         except Exception as error:
-            raise ValueError(f"cannot trace {describe(model)}: {type(error).__name__}: {error}") from error
+            why = _unknown_layers(model) or f"{type(error).__name__}: {error}"
+            raise ValueError(f"cannot trace {type(model).__name__}: {why}; it is a {describe(model)}") from error
         self.order = {module: i for i, module in enumerate(model.modules())}
         self.names = {module: name for name, module in model.named_modules()}
 
@@ -95,6 +97,24 @@ class _Reader:
         if "_ConcatOp" in operations:
             return f"a concatenation sets them beside other channels in {name}"
         return f"they are spread over {name} in an order other than one run per unit"
+
+
+_KNOWN = (*LAYERS, *LOOKUPS, nn.LayerNorm, nn.RMSNorm)
+
+
+def _unknown_layers(model: nn.Module) -> str:
+    """What a message says of the layers with parameters that the tracer cannot follow; empty without any."""
+    kinds = {}
+    for name, module in model.named_modules():
+        if any(p.ndim > 1 for p in module.parameters(recurse=False)) and not isinstance(module, _KNOWN):
+            kinds.setdefault(type(module).__name__, name or "the model itself")
+    if not kinds:
+        return ""
+    listed = ", ".join(f"{kind} ({name})" for kind, name in kinds.items())
+    return (
+        f"it has layers with weights that cannot be followed: {listed}. Groups are found in convolutional networks, "
+        "of convolutions, linear layers and norms"
+    )
 
 
 def _layer(item: Any) -> Any:

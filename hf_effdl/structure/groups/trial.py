@@ -1,26 +1,63 @@
-"""Trying groups out: a model without some units must compute what the model with those units silent does."""
+"""Trying groups out: a model without some units must compute what the model with those units silent does.
 
-from collections.abc import Sequence
-from copy import deepcopy
+Every trial takes random units of its own out of every group, so that units that meet out of the tracer's sight (behind
+`detach`, in numpy, under `no_grad`) no longer fit. What shows in one setting alone is looked for there: a head that
+runs in train mode or with labels, a norm that does nothing to small signals.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_effdl.structure.groups.group import Group
-from hf_effdl.structure.groups.inputs import call, each_input, output_tensors
+from hf_effdl.random_state import seed_all
+from hf_effdl.structure.groups.group import BATCH_NORMS, PRODUCERS, Group
+from hf_effdl.structure.groups.inputs import all_values, call, copy_of, each_tensor, output_tensors, twice, with_labels
 from hf_effdl.structure.groups.surgery import cut, mask
+
+
+PIXELS = 255.0  # the scale of images that nobody has rescaled
+# what is random, or cannot work on one row, in train mode
+AS_IN_EVAL = (
+    *BATCH_NORMS,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and its inputs as groups are tried out on them.
+
+    Args:
+        model: copied for every trial.
+        inputs: that it runs on.
+        words: which setting this is, for messages.
+        exact: in double precision already, or in what the model insists on: a failure needs no second look.
+    """
+
+    model: nn.Module
+    inputs: Any
+    words: str = ""
+    exact: bool = False
+
+    def doubled(self) -> "Setting":
+        """The same in double precision, where the model runs in that."""
+        return Setting(*in_double(self.model, self.inputs), self.words, exact=True)
 
 
 @torch.no_grad()
 def in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
     """A model and its inputs in double precision, where it runs in that: what a few units change shows up better."""
-
-    def wide(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
     try:
-        double, doubled = deepcopy(model).double(), each_input(wide, inputs)
+        double, doubled = copy_of(model).double(), each_tensor(_double, inputs)
         if all(tensor.dtype == torch.float64 for tensor in output_tensors(call(double, doubled))):
             return double, doubled
     except Exception:  # noqa: BLE001 - a dtype written into the forward pass, a device without double precision
@@ -28,31 +65,192 @@ def in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
     return model, inputs
 
 
-def keep_removable(model: nn.Module, inputs: Any, groups: Sequence[Group], skipped: dict[str, str]) -> list[Group]:
-    """Only the groups whose units can be taken out; the rest goes to `skipped`."""
-    if not groups or _is_removable(model, inputs, groups):  # the common case costs two forward passes in all
-        return list(groups)
-    if len(groups) == 1:
-        skipped[groups[0].name] = "a model without some of them is not the model in which those are silent"
-        return []
-    middle = len(groups) // 2
-    halves = (groups[:middle], groups[middle:])
-    return [group for half in halves for group in keep_removable(model, inputs, half, skipped)]
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+# ---- settings
 
 
 @torch.no_grad()
-def _is_removable(model: nn.Module, inputs: Any, groups: Sequence[Group]) -> bool:
-    # several at once, so that means and norms over the units change visibly; few, so that the signal stays
-    kept = {group.name: torch.arange(group.units) for group in groups if group.units > 1}
-    kept = {name: index[index % 8 > 0] for name, index in kept.items()}
-    silent = output_tensors(call(mask(deepcopy(model), groups, kept), inputs))
+def settings_for(model: nn.Module, inputs: Any, labels: Any = None) -> list[Setting]:
+    """The settings in which the groups of a model are tried out.
+
+    Args:
+        model: in eval mode, its signals about one in size.
+        inputs: one row.
+        labels: of that row; None: made up, where the model takes some.
+    """
+    settings = [Setting(model, inputs).doubled()]
+    large = each_tensor(lambda tensor: tensor * PIXELS if tensor.is_floating_point() else tensor, inputs)
+    settings.append(Setting(model, large, " at the scale of pixels"))
+    training, labelled = _training(model), with_labels(model, inputs, labels)
+    heads = [_that_runs(training, [*labelled, *map(twice, labelled)], " in train mode with labels")]
+    if heads == [None]:  # otherwise what runs without labels runs with them too
+        heads = [_that_runs(training, [inputs, twice(inputs)], " in train mode")]
+        heads += [Setting(model, with_them, " with labels") for with_them in labelled]
+    return [*settings, *(head for head in heads if head is not None)]
+
+
+def _training(model: nn.Module) -> nn.Module:
+    training = copy_of(model).train()
+    for module in training.modules():
+        if isinstance(module, AS_IN_EVAL):
+            module.eval()
+    return training
+
+
+def _that_runs(model: nn.Module, candidates: Sequence[Any], words: str) -> Setting | None:
+    for inputs in candidates:
+        try:
+            call(model, inputs)
+        except Exception:  # noqa: BLE001 - a model's own reasons
+            continue
+        return Setting(model, inputs, words)
+    return None
+
+
+# ---- trials
+
+
+def keep_removable(settings: Sequence[Setting], groups: Sequence[Group], skipped: dict[str, str]) -> list[Group]:
+    """Only the groups whose units can be taken out in every setting; the rest goes to `skipped`."""
+    left, before = list(groups), -1
+    while len(left) != before:  # what is left was tried out together, in every setting
+        before = len(left)
+        for number, setting in enumerate(settings):
+            for draw in range(_draws(setting)):
+                left = _removable(setting, left, skipped, seed=1000 * len(left) + 10 * number + draw)
+    return left
+
+
+def _draws(setting: Setting) -> int:
+    """How often units are drawn: of a few units there are some whose absence does not show."""
+    small = sum(p.numel() for p in setting.model.parameters()) < 1_000_000
+    return 2 if small and " train " not in setting.words else 1
+
+
+def _removable(setting: Setting, groups: list[Group], skipped: dict[str, str], seed: int) -> list[Group]:
+    if not groups or is_removable(setting, groups, seed):  # the common case costs two forward passes in all
+        return groups
+    if len(groups) == 1:
+        skipped[groups[0].name] = "a model without some of them is not the model in which those are silent"
+        skipped[groups[0].name] += setting.words
+        return []
+    middle = len(groups) // 2
+    left = [_removable(setting, half, skipped, seed) for half in (groups[:middle], groups[middle:])]
+    if not all(left) or is_removable(setting, [*left[0], *left[1]], seed):
+        return [*left[0], *left[1]]
+    return _one_by_one(setting, [*left[0], *left[1]], skipped, seed)
+
+
+def _one_by_one(setting: Setting, groups: list[Group], skipped: dict[str, str], seed: int) -> list[Group]:
+    """As many of some groups that can go alone, but not all at once, as go together."""
+    together: list[Group] = []
+    for group in groups:
+        if is_removable(setting, [*together, group], seed):
+            together.append(group)
+        else:
+            skipped[group.name] = (
+                f"without some of them, and of {together[-1].name if together else 'others'}, a model is not the one "
+                f"in which those are silent{setting.words}"
+            )
+    return together
+
+
+@torch.no_grad()
+def is_removable(setting: Setting, groups: Sequence[Group], seed: int) -> bool:
+    """Whether random units of all groups can be taken out at once."""
+    kept = _random_units(groups, seed)
+    if _alike(setting, groups, kept, seed):
+        return True
+    exact = setting if setting.exact else setting.doubled()
+    if exact is not setting and exact.model is not setting.model and _alike(exact, groups, kept, seed):
+        return True
+    return _says_nothing(exact, groups, kept, seed)
+
+
+def _random_units(groups: Sequence[Group], seed: int) -> dict[str, Tensor]:
+    """Ascending indices by group: half of its units or more, so that the signal stays, but never all."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = {}
+    for number, group in enumerate(groups):
+        if group.units == 2:  # any two groups differ in one of a few trials
+            kept[group.name] = torch.tensor([number >> seed % 5 & 1])
+        elif group.units > 2:
+            kept[group.name] = _drawn(group.units, generator, with_gap=seed % 2 == 1)
+    return kept
+
+
+def _drawn(units: int, generator: torch.Generator, with_gap: bool) -> Tensor:
+    """Ascending indices of some units; with a gap, neighbours are no longer neighbours."""
+    while True:
+        count = int(torch.randint((units + 1) // 2, units, (), generator=generator))
+        index = torch.randperm(units, generator=generator)[:count].sort().values
+        if not with_gap or int(index[-1] - index[0]) >= count:
+            return index
+
+
+def _alike(setting: Setting, groups: Sequence[Group], kept: dict[str, Tensor], seed: int) -> bool:
+    small = cut(copy_of(setting.model, shared=setting.model.parameters()), groups, kept)  # puts new tensors there
+    with _masked(setting.model, groups, kept) as silent_model:
+        silent = _answer(silent_model, setting.inputs, seed)
     try:
-        small = output_tensors(call(cut(deepcopy(model), groups, kept), inputs))
+        answer = _answer(small, setting.inputs, seed)
     except Exception:  # noqa: BLE001 - a size written into the forward pass may break it in any way
         return False
-    return len(silent) == len(small) and all(map(_equal, silent, small))
+    return len(silent) == len(answer) > 0 and all(map(_equal, silent, answer))
+
+
+@contextmanager
+def _masked(model: nn.Module, groups: Sequence[Group], kept: dict[str, Tensor]) -> Iterator[nn.Module]:
+    """A model whose other units are silent for the length of a `with` block."""
+    producers = {part.tensor for group in groups for part in group.slices if part.role in PRODUCERS}
+    saved = {name: model.get_parameter(name).detach().clone() for name in producers}
+    try:
+        yield mask(model, groups, kept)
+    finally:
+        for name, tensor in saved.items():
+            model.get_parameter(name).copy_(tensor)
+
+
+def _answer(model: nn.Module, inputs: Any, seed: int) -> list[Tensor]:
+    seed_all(seed)
+    answer = all_values(call(model, inputs))
+    return answer + [value for module in model.modules() for value in _scalars_left_on(module)]
+
+
+def _scalars_left_on(module: nn.Module) -> list[Tensor]:
+    """Numbers that a forward pass left on a module: an auxiliary loss, say."""
+    own = [value for name, value in sorted(vars(module).items()) if not name.startswith("_")]
+    return [value for value in own if isinstance(value, Tensor) and value.numel() == 1]
+
+
+def _says_nothing(setting: Setting, groups: Sequence[Group], kept: dict[str, Tensor], seed: int) -> bool:
+    """Whether answers of this setting cannot be compared: they overflow, or are random in train mode."""
+    if not setting.words:
+        return False
+    whole = _answer(copy_of(setting.model), setting.inputs, seed)
+    if not all(value.isfinite().all() for value in whole):
+        return "pixels" in setting.words
+    again = _answer(copy_of(setting.model), setting.inputs, seed + 1)
+    if all(map(_equal, whole, again)):
+        return False
+    try:
+        small = _answer(cut(copy_of(setting.model), groups, kept), setting.inputs, seed)
+    except Exception:  # noqa: BLE001 - as above
+        return False
+    return [value.shape for value in whole] == [value.shape for value in small]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.numel() or not a.is_floating_point():
+        return torch.equal(a, b)
+    finite = a.isfinite() & b.isfinite()
+    if not torch.equal(a[~finite], b[~finite]):  # infinities alike; NaN is like nothing
+        return False
+    a, b = a[finite], b[finite]
     tolerance = 1e-6 if a.dtype == torch.float64 else 1e-4
-    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * (1 + a.abs().max()))
+    return not a.numel() or bool((a - b).abs().max() <= tolerance * (1 + a.abs().max()))

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState
 
-from hf_effdl.files import digest, read_json, write_json, write_whole
+from hf_effdl.files import damaged, digest, read_json, read_tensors, write_json, write_whole
 from hf_effdl.structure.groups.group import Group, regroup, shared_names
+from hf_effdl.structure.groups.record import named
 from hf_effdl.structure.groups.ties import config_ties
 from hf_effdl.structure.growing.arguments import GrowingArguments
-from hf_effdl.structure.growing.history import Row, metrics_at, training_macs
+from hf_effdl.structure.growing.history import Row, checked_history, metrics_at, training_macs
 from hf_effdl.structure.growing.optimizer_state import grow_optimizer, optimizer_names, release, saved_support
 from hf_effdl.structure.growing.plan import growth_is_over, growth_ties, plan_growth
 from hf_effdl.structure.growing.widen import widen_groups
@@ -38,13 +39,15 @@ CALLBACK = "GrowthCallback"  # under this name the history stands in the trainer
 
 def saved_history(folder: str | os.PathLike[str]) -> list[Row]:
     """The growth history in a checkpoint of a `GrowingTrainer`."""
-    state = TrainerState.load_from_json(str(Path(folder) / STATE))
-    if CALLBACK not in state.stateful_callbacks:
+    stored = named(read_json(Path(folder) / STATE, remedy="go on from an earlier checkpoint"), STATE)
+    callbacks = named(stored.get("stateful_callbacks", {}), "stateful_callbacks")
+    if CALLBACK not in callbacks:
         raise ValueError(
             f"{folder} has no growth history: it is a checkpoint of another trainer. Resume it with that one, or "
             "start from its weights without resume_from_checkpoint"
         )
-    return list(state.stateful_callbacks[CALLBACK]["attributes"]["history"])
+    attributes = named(named(callbacks[CALLBACK], CALLBACK).get("attributes"), "attributes")
+    return checked_history(attributes.get("history"), folder)
 
 
 def grown_folder(folder: str | os.PathLike[str]) -> Path | None:
@@ -135,7 +138,12 @@ def _load_optimizer(folder: Path) -> dict[str, Any]:
     for name in (WEIGHTS, OPTIMIZER):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}, so it cannot be grown; go on from an earlier checkpoint")
-    return torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    except Exception as error:  # of pickle, zip files and torch, with no common class
+        raise damaged(
+            folder / OPTIMIZER, f"{type(error).__name__}: {error}"[:200], "go on from an earlier one"
+        ) from error
 
 
 def _write_grown(
@@ -212,7 +220,8 @@ def _rows(
 def load_weights(model: nn.Module, folder: Path) -> None:
     """The weights and buffers in a checkpoint, into a model of its sizes."""
     try:
-        result = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+        tensors = read_tensors(folder / WEIGHTS, remedy="go on from an earlier checkpoint")
+        result = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise ValueError(f"the weights in {folder} are not those of this model: {error}") from error
     shared = shared_names(model)  # saved under one of their names

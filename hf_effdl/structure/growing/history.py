@@ -3,12 +3,39 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from hf_effdl.structure.groups.record import LARGEST, listed, named, number, plain_values, require, text, whole
+
 
 CLOCKS = ("runtime", "per_second", "preparation_time")
 BACKWARD = 3  # a training step costs about three forward passes
 NOT_METRICS = ("round", "step", "group", "from", "to", "support", "macs", "params", "training_macs")
 
 Row = dict[str, Any]
+
+
+def checked_history(rows: Any, where: Any) -> list[Row]:
+    """The rows of a history that a file holds.
+
+    Raises:
+        ValueError: they are no history; names the file and the entry.
+    """
+    try:
+        for row in listed(rows, "history"):
+            _check_row(named(row, "history"))
+    except (KeyError, ValueError) as error:
+        why = str(error) if isinstance(error, ValueError) else f"a row has no entry {error}"
+        raise ValueError(f"the growth history in {where} is damaged ({why}); go on from an earlier one") from error
+    return [dict(row) for row in rows]
+
+
+def _check_row(row: Mapping[str, Any]) -> None:
+    text(row["group"], "group")
+    for name in ("round", "step", "macs", "params", "training_macs"):
+        whole(row[name], name, 0, 2**100)
+    require(whole(row["from"], "from", 1, LARGEST) <= whole(row["to"], "to", 1, LARGEST), "to", "is below from")
+    if row["support"] is not None:
+        require(0 <= number(row["support"], "support") <= 1, "support", "is no share")
+    plain_values(row, "history")
 
 
 def by_round(history: Iterable[Row]) -> list[list[Row]]:

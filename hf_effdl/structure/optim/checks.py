@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_effdl.checks import real_number
 from hf_effdl.structure.optim.prox import unit_norm
 from hf_effdl.structure.optim.sharding import local, on_any_process, whole
 
@@ -78,6 +79,8 @@ def _check_initial_sizes(group: Mapping[str, Any], name: str) -> None:
 def check_numbers(group: Mapping[str, Any], positive: Sequence[str]) -> None:
     """Refuse numbers of a param group that are out of range."""
     name = group["name"]
+    for key in (*positive, "lr", "weight_decay", "eps", "momentum"):
+        real_number(key, group[key])
     for key in positive:
         if not 0 < float(group[key]) < float("inf"):
             raise ValueError(
@@ -94,6 +97,10 @@ def check_numbers(group: Mapping[str, Any], positive: Sequence[str]) -> None:
 def _check_momentum(group: Mapping[str, Any], name: str) -> None:
     if not 0 <= group["momentum"] < 1:
         raise ValueError(f"momentum={group['momentum']} in group {name!r}: it must be in [0, 1)")
+    if not isinstance(group["betas"], (tuple, list)):
+        raise ValueError(f"betas={group['betas']!r} in group {name!r}: they must be two numbers in [0, 1)")
+    for beta in group["betas"]:
+        real_number("betas", beta)
     if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas={group['betas']} in group {name!r}: they must be two numbers in [0, 1)")
     if group["nesterov"] and (group["base"] != "sgd" or not group["momentum"]):

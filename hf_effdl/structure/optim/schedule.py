@@ -2,6 +2,8 @@
 
 import math
 
+from hf_effdl.checks import one_of, real_number
+
 
 # Below this the ridge outweighs the loss gradient (of SGD with momentum 0.9) and the net does not train.
 LEAST_NU = 5.0
@@ -44,6 +46,9 @@ def derive_path(
         >>> derive_path(total_lr=37.0)
         {'nu': 10.0, 'path_scale': 0.6756756756756757}
     """
+    one_of("base", base, ("sgd", "adamw"))
+    total_lr, lam, kappa = real_number("total_lr", total_lr), real_number("lam", lam), real_number("kappa", kappa)
+    path_length, ridge_length = real_number("path_length", path_length), real_number("ridge_length", ridge_length)
     if not total_lr > 0 or not ridge_length > 0:
         raise ValueError(f"total_lr={total_lr} and ridge_length={ridge_length} must be positive")
     if not path_length > 1:

@@ -1,5 +1,6 @@
 """`SplitLBI`: the optimizer that loops over the split linearised Bregman update (`update.py`)."""
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,8 @@ from hf_effdl.structure.optim.plain import PlainStep, unit_factor
 from hf_effdl.structure.optim.prox import per_entry, soft_threshold
 from hf_effdl.structure.optim.sharding import local, sharded_like
 
+
+logger = logging.getLogger(__name__)
 
 # Counters that live on the CPU, so that reading them never waits for a GPU.
 COUNTERS = ("step", "updates")
@@ -190,6 +193,12 @@ class SplitLBI(torch.optim.Optimizer):
                 loss = closure()
         check_unchanged(self.param_groups, self._before)
         check_dense_gradients(self.param_groups)
+        if self._before is None and not any(group["penalty"] for group in self.param_groups):
+            logger.warning(
+                "no param group of SplitLBI has a penalty, so this is plain %s and there is no path; pass "
+                "params=param_groups(model, find_groups(model))",
+                self.param_groups[0]["base"],
+            )
         kernel = self._kernel_for_now()
         if not kernel.finite():
             check_finite_gradients(self.param_groups)

@@ -45,10 +45,10 @@ class Limit:
 
     def __init__(self, name: str, limit: float, measure: Callable[[Sizes], float], looks: int = 1) -> None:
         self.name, self.limit, self.measure, self.looks = name, limit, measure, looks
-        self.seen: dict[tuple[int, ...], list[float]] = {}
+        self.seen: dict[frozenset[tuple[str, int]], list[float]] = {}
 
     def cost(self, sizes: Sizes) -> float:
-        seen = self.seen.setdefault(tuple(sizes.values()), [])
+        seen = self.seen.setdefault(frozenset(sizes.items()), [])
         while len(seen) < self._enough(seen):
             seen.append(self.measure(sizes))
         return statistics.median(seen)
@@ -63,7 +63,7 @@ class Limit:
     def holds_again(self, sizes: Sizes) -> bool:
         """The same, by new measurements alone."""
         if self.looks > 1:
-            self.seen.pop(tuple(sizes.values()), None)
+            self.seen.pop(frozenset(sizes.items()), None)
         return self.holds(sizes)
 
     def _enough(self, seen: Sequence[float]) -> int:

@@ -1,6 +1,5 @@
 """The sparse path of one training run: when each unit entered the support, and which units a budget keeps."""
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from hf_effdl.checks import one_of
 from hf_effdl.files import write_whole
-from hf_effdl.structure.groups.group import Group, Network
+from hf_effdl.structure.groups.group import Group
+from hf_effdl.structure.groups.record import groups_record
 from hf_effdl.structure.groups.ties import Tie, complete_ties
 from hf_effdl.structure.optim.prox import unit_norm
-from hf_effdl.structure.optim.split_lbi import unwrap
+from hf_effdl.structure.optim.split_lbi import SplitLBI, unwrap
 from hf_effdl.structure.path.budget import Limit, largest_share, largest_within, one_budget
+from hf_effdl.structure.path.file import pack_path, unpack_path
 from hf_effdl.structure.path.picture import plot_path
 
 
@@ -58,6 +58,8 @@ class SparsePath:
     ) -> "SparsePath":
         """Read the path from a `SplitLBI` (or a wrapper around it) that was given `groups`."""
         optimizer = unwrap(optimizer)
+        if not isinstance(optimizer, SplitLBI):
+            raise TypeError(f"a path is read from a SplitLBI optimizer, not {type(optimizer).__name__}")
         units, step = {}, 0
         for group in optimizer.param_groups:
             if group["penalty"] != "group":
@@ -108,8 +110,7 @@ class SparsePath:
                 units that never did on one scale. `"entry"`: rank by (entry step, -||W||) inside the group, as in the
                 authors' code, so that every group gives up the same share.
         """
-        if order not in ORDERS:
-            raise ValueError(f"order={order!r}: it must be one of {ORDERS}")
+        one_of("order", order, ORDERS)
         result = {}
         for name, unit in self.units.items():
             if order == "dual":
@@ -164,12 +165,12 @@ class SparsePath:
         Raises:
             ValueError: for a budget outside (0, 1] or below what one unit per group costs.
         """
-        if widths not in WIDTHS:
+        if type(widths) is not str or widths not in WIDTHS:
             raise ValueError(f"widths={widths!r}: it must be 'stock' or 'free'")
         budget, share = one_budget(keep=keep, params=params, macs=macs, latency=latency)
         if round_to is None and budget != "latency":
             round_to = 1
-        if least < 1 or (round_to is not None and round_to < 1):
+        if not all(type(size) is int and size >= 1 for size in (least, 1 if round_to is None else round_to)):
             raise ValueError(f"round_to={round_to} and least={least} must be at least 1")
         units = {group.name: group.units for group in self.groups if group.name in self.units}
         ties = complete_ties(self.ties if widths == "stock" else (), units)
@@ -202,9 +203,7 @@ class SparsePath:
         meta = {
             "step": self.step,
             "curve": self.curve,
-            "groups": [group.to_dict() for group in self.groups],
-            "shapes": self.groups[0].network.shapes,
-            "uses": self.groups[0].network.uses,
+            **groups_record(self.groups),
             "ties": [[tie.steps, dict(tie.shares), dict(tie.fields)] for tie in self.ties],
         }
         tensors = {
@@ -212,26 +211,20 @@ class SparsePath:
             for name, unit in self.units.items()
             for key, value in unit.items()
         }
-        content = save(tensors, metadata={"sparse_path": json.dumps(meta)})
-        return write_whole(Path(folder) / FILE_NAME, content)
+        return write_whole(Path(folder) / FILE_NAME, pack_path(meta, tensors))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "SparsePath":
-        """Read the path that `save` wrote into a folder (a checkpoint, or what was pulled from the Hub)."""
+        """Read the path that `save` wrote into a folder (a checkpoint, or what was pulled from the Hub).
+
+        Raises:
+            FileNotFoundError: for a folder without a path.
+            ValueError: for a file that is not what was written, or says what no path can be.
+        """
         file = Path(folder) / FILE_NAME
         if not file.is_file():
             raise FileNotFoundError(f"no {FILE_NAME} in {folder}: it stands beside each checkpoint of a SplitLBI run")
-        units: dict[str, dict[str, Tensor]] = {}
-        with safe_open(file, "pt") as stored:
-            meta = json.loads(stored.metadata()["sparse_path"])
-            for key in stored.keys():
-                name, _, value = key.rpartition("|")
-                tensor = stored.get_tensor(key)
-                units.setdefault(name, {})[value] = tensor.long() if tensor.dtype == torch.int32 else tensor
-        network = Network({name: tuple(shape) for name, shape in meta["shapes"].items()}, meta["uses"])
-        groups = [Group.from_dict(values, network) for values in meta["groups"]]
-        units = {group.name: units[group.name] for group in groups if group.name in units}
-        return cls(groups, units, meta["step"], [Tie(*tie) for tie in meta["ties"]], meta["curve"])
+        return cls(**unpack_path(file))
 
     # ---- picture
 

@@ -1,12 +1,13 @@
 """Batch statistics for a model that has changed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
+from hf_effdl.structure.groups.group import check_module
 from hf_effdl.structure.groups.inputs import call, evaluating
 
 
@@ -24,6 +25,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
     Raises:
         ValueError: for no batches; the statistics are then as they were.
     """
+    check_module(model, "recalibrate_batch_norm")
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return model
@@ -41,6 +43,8 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
             norm.train()
         try:
             for batch in chain([first], batches):
+                if not isinstance(batch, (torch.Tensor, Mapping, tuple, list)):
+                    raise TypeError(f"a batch must be a tensor, tuple or dict, not {type(batch).__name__}")
                 call(model, batch)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_effdl.structure.groups.find import trace_network
+from hf_effdl.structure.groups.counting import trace_network
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.slim.latency import measure_latency
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_effdl.structure.groups.group import Group, check_same_network
+from hf_effdl.checks import whole_number
+from hf_effdl.structure.groups.group import Group, check_groups, check_module, check_same_network
 from hf_effdl.structure.groups.surgery import cut, share_config
 from hf_effdl.structure.groups.ties import Tie, complete_ties, config_ties, sizes_for_share, stock_config
 from hf_effdl.structure.path.budget import one_budget
@@ -50,10 +51,11 @@ def slim(
         >>> slim(net, find_groups(net, torch.zeros(1, 1, 8, 8)), keep=0.5)[0]
         Conv2d(1, 2, kernel_size=(3, 3), stride=(1, 1))
     """
+    check_module(model, "slim")
+    check_groups(groups, "slim")
     if not groups:
         raise ValueError("slim got no groups; find_groups(model) returns them")
-    if round_to < 1:
-        raise ValueError(f"round_to={round_to}: it must be at least 1")
+    whole_number("round_to", round_to, 1)
     check_same_network(groups, model)
     ties = config_ties(model, groups)
     units = {group.name: group.units for group in groups}

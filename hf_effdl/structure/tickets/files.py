@@ -5,6 +5,7 @@ every group; `weights-<step>.safetensors`: state dicts; `README.md`: the card.
 """
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -17,8 +18,8 @@ from huggingface_hub.errors import HFValidationError
 from safetensors.torch import save
 from torch import Tensor
 
-from hf_effdl.files import digest, read_json, read_tensors, write_json, write_whole
-from hf_effdl.structure.groups.group import Group, Groups, Network
+from hf_effdl.files import damaged, digest, read_json, read_tensors, write_json, write_whole
+from hf_effdl.structure.groups.record import groups_of, groups_record, listed, named, plain_values, require, whole
 from hf_effdl.structure.tickets.card import CARD, write_ticket_card
 
 
@@ -48,19 +49,22 @@ def save_ticket(ticket: Any, folder: str | os.PathLike[str], weights: bool = Tru
 
 
 def _record(ticket: Any, steps: list[int], digests: Mapping[str, str]) -> dict[str, Any]:
-    network = ticket.groups[0].network
-    return {
+    record = {
         "format": FORMAT,
         "step": ticket.step,
         "settled": ticket.settled,
         "distances": ticket.distances,
         "init": ticket.init,
-        "groups": [group.to_dict() for group in ticket.groups],
-        "shapes": network.shapes,
-        "uses": network.uses,
+        **groups_record(ticket.groups),
         "weights": steps,
         "sha256": dict(digests),
     }
+    return record | {"sha256_of_this": _record_digest(record)}
+
+
+def _record_digest(record: Mapping[str, Any]) -> str:
+    """Of all entries but the digest itself."""
+    return digest(json.dumps({k: v for k, v in record.items() if k != "sha256_of_this"}, sort_keys=True))
 
 
 def load_ticket(
@@ -87,21 +91,44 @@ def load_ticket(
 
 def _read(folder: Path) -> dict[str, Any]:
     record = read_json(folder / RECORD, remedy=REMEDY)
-    if record["format"] > FORMAT:
+    named(record, RECORD)
+    if whole(record["format"], "format", 1) > FORMAT:
         raise ValueError(
             f"it has format {record['format']}, and this version of hf_effdl reads {FORMAT}; install a newer one"
         )
-    network = Network({name: tuple(shape) for name, shape in record["shapes"].items()}, record["uses"])
-    groups = Groups(Group.from_dict(values, network) for values in record["groups"])
-    files = {KEPT: KEPT} | {int(step): WEIGHTS.format(int(step)) for step in record["weights"]}
+    if record.get("sha256_of_this", _record_digest(record)) != _record_digest(record):  # 0.1.0 wrote none
+        raise damaged(folder / RECORD, "its content is not what was written", REMEDY)
+    groups = groups_of(record)
+    steps = [whole(step, "weights", 0) for step in listed(record["weights"], "weights")]
+    files = {KEPT: KEPT} | {step: WEIGHTS.format(step) for step in steps}
     for name in files.values():
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing; {REMEDY}")
-    tensors = {key: read_tensors(folder / name, record["sha256"][name], REMEDY) for key, name in files.items()}
+    digests = named(record["sha256"], "sha256")
+    tensors = {key: read_tensors(folder / name, digests[name], REMEDY) for key, name in files.items()}
     kept = tensors.pop(KEPT)
-    return {"groups": groups, "kept": kept, "weights": tensors} | {
-        name: record[name] for name in ("step", "settled", "distances", "init")
+    for step, state in tensors.items():
+        _check_weights(state, groups[0].network.shapes, WEIGHTS.format(step))
+    require(isinstance(record["settled"], bool), "settled", "is neither true nor false")
+    return {
+        "groups": groups,
+        "kept": kept,
+        "weights": tensors,
+        "step": whole(record["step"], "step", 0),
+        "settled": record["settled"],
+        "distances": [plain_values(named(row, "distances"), "distances") for row in listed(record["distances"], "it")],
+        "init": plain_values(named(record["init"], "init"), "init"),
     }
+
+
+def _check_weights(state: State, shapes: Mapping[str, tuple[int, ...]], file: str) -> None:
+    for name, shape in shapes.items():
+        there = tuple(state[name].shape) if name in state else None
+        if there != shape:
+            raise ValueError(f"{file} has {name} {'of shape ' + str(there) if there else 'not at all'}, not {shape}")
+    bad = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
+    if bad is not None:
+        raise ValueError(f"{bad} in {file} holds NaN or infinities")
 
 
 def push_ticket(

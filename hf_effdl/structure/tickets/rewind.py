@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_effdl.structure.groups.group import Group, regroup
+from hf_effdl.structure.groups.group import Group, check_module, regroup
 from hf_effdl.structure.slim.report import count, set_report
 from hf_effdl.structure.slim.slim import slim
 from hf_effdl.structure.tickets.files import state_digest
@@ -54,6 +54,7 @@ def rewind(
     Source: Frankle and Carbin (https://arxiv.org/abs/1803.03635); to a later step: Frankle et al.
     (https://arxiv.org/abs/1912.05671).
     """
+    _check_ticket(ticket)
     if to != "init" and (isinstance(to, bool) or not isinstance(to, int) or to < 0):
         raise ValueError(f"to={to!r}: it must be 'init' or a step")
     step = 0 if to == "init" else to
@@ -119,6 +120,10 @@ def transfer(
         >>> other = AutoModelForImageClassification.from_config(config_with_100_labels)  # doctest: +SKIP
         >>> small = transfer(ticket, other)                                              # doctest: +SKIP
     """
+    _check_ticket(ticket)
+    check_module(other_model, "transfer")
+    if to is not None and to != "init" and type(to) is not int:
+        raise ValueError(f"to={to!r}: it must be 'init' or a step")
     step = {None: ticket.step, "init": 0}.get(to, to)
     if step not in ticket.weights or isinstance(step, bool):
         raise ValueError(f"to={to!r}: the ticket has the weights of steps {sorted(ticket.weights)}; take one of those")
@@ -138,6 +143,11 @@ def transfer(
             raise _mismatch(name, old, new)
     model.load_state_dict(state)
     return _small(model, regroup(ticket.groups, model), ticket, step)
+
+
+def _check_ticket(ticket: Any) -> None:
+    if not isinstance(ticket, Ticket):
+        raise TypeError(f"this needs a Ticket, of find_ticket or Ticket.from_pretrained, not {type(ticket).__name__}")
 
 
 def _head(model: nn.Module, name: str | None) -> str:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_effdl.checks import whole_number
+from hf_effdl.checks import one_of, real_number, whole_number
 from hf_effdl.files import read_tensors, write_whole
 from hf_effdl.processes import agreed
 from hf_effdl.structure.groups.find import find_groups
-from hf_effdl.structure.groups.group import Group, Groups, Network
+from hf_effdl.structure.groups.group import Group
+from hf_effdl.structure.groups.record import groups_of, groups_record
 from hf_effdl.structure.groups.ties import Tie, config_ties
 from hf_effdl.structure.optim.sharding import is_sharded
 from hf_effdl.structure.optim.split_lbi import SplitLBI, unwrap
@@ -226,7 +227,6 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
     # ---- what a checkpoint holds
 
     def state(self) -> dict[str, Any]:
-        network = self.groups[0].network if self.groups else None
         saved = {
             "looks": self.settling.looks,
             "recent": self.settling.recent,
@@ -234,12 +234,7 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
             "init": self.init,
             "weights": sorted(self.weights),
             "found": self._ticket and [self._ticket.step, self._ticket.settled],
-            "groups": network
-            and {
-                "groups": [group.to_dict() for group in self.groups],
-                "shapes": {name: list(shape) for name, shape in network.shapes.items()},
-                "uses": network.uses,
-            },
+            "groups": groups_record(self.groups) if self.groups else None,
         }
         return {"args": self.settings, "attributes": {"saved": saved}}
 
@@ -247,9 +242,7 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
         self.settling.looks, self.settling.recent = list(saved["looks"]), list(saved["recent"])
         self.travelled, self.init = saved["travelled"], saved["init"]
         if self.groups is None:  # this object is one that transformers made of the state
-            stored = saved["groups"]
-            network = Network({name: tuple(shape) for name, shape in stored["shapes"].items()}, stored["uses"])
-            self.groups = Groups(Group.from_dict(values, network) for values in stored["groups"])
+            self.groups = groups_of(saved["groups"])
         for step in saved["weights"]:
             file = folder / WEIGHTS.format(step)
             if not file.is_file():
@@ -273,7 +266,7 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
         if state.global_step:
             self._continue(saved, Path(args.output_dir) / FOLDER)
         if self.groups is None:
-            self.groups = find_groups(model, example_row(kwargs["train_dataloader"]))
+            self.groups = find_groups(model, example_row(kwargs["train_dataloader"], labels=True))
         self.ties = config_ties(model, self.groups)
         self.one_path = _one_path(args, optimizer, state.max_steps)
         self.every = self.settings["every"] or max(1, round(state.max_steps / 50))
@@ -435,8 +428,10 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     if any(share is not None for share in budgets.values()):
         one_budget(**budgets)
     for name, choices in (("order", ORDERS), ("widths", WIDTHS)):
-        if settings[name] not in choices:
-            raise ValueError(f"{name}={settings[name]!r}: it must be one of {choices}")
+        one_of(name, settings[name], choices)
+    for name in ("threshold", "within", "min_path", "at_epoch"):
+        if name != "at_epoch" or settings[name] is not None:
+            real_number(name, settings[name])
     for name in ("threshold", "within"):
         if not 0 < settings[name] <= 1:
             raise ValueError(f"{name}={settings[name]}: it is a share, in (0, 1]")

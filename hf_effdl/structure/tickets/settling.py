@@ -67,4 +67,6 @@ def pack(inside: Tensor) -> str:
 def unpack(text: str) -> numpy.ndarray:
     """The boolean vector in a text of `pack`."""
     count, _, bits = text.partition(":")
+    if not count.isdecimal() or len(bits) != 2 * -(-int(count) // 8):
+        raise ValueError(f"{text[:40]!r} is no packed selection: the checkpoint is damaged, go on from an earlier one")
     return numpy.unpackbits(numpy.frombuffer(bytes.fromhex(bits), numpy.uint8), count=int(count)).astype(bool)

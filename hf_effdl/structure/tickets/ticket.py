@@ -1,7 +1,7 @@
 """A ticket: the units that a run had settled on early, and the smaller networks that start again from them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,13 @@ class Ticket:
 
     def __post_init__(self) -> None:
         units = {group.name: group.units for group in self.groups}
+        if not isinstance(self.kept, Mapping):
+            raise TypeError(f"kept must hold indices by group name, not {type(self.kept).__name__}")
         for name, index in self.kept.items():
             if name not in units:
                 raise ValueError(f"kept names group {name!r}, which is not among the ticket's groups {list(units)}")
+            if not isinstance(index, Tensor):
+                raise TypeError(f"kept[{name!r}] must be a tensor of indices, not {type(index).__name__}")
             inside = index.ndim == 1 and len(index) > 0 and index.dtype == torch.int64
             if not (inside and 0 <= index.min() and index.max() < units[name] and bool((index.diff() > 0).all())):
                 raise ValueError(

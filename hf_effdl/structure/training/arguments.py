@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
+from hf_effdl.checks import real_number
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.param_groups import param_groups
 from hf_effdl.structure.optim.checks import BASES, LAM_SCALES
@@ -81,6 +82,7 @@ class SplitLBIArguments(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.base]
         super().__post_init__()
+        _check_schedule(self)
         self._check_numbers()
         for name, choices in (("preset", PRESETS), ("lam_scale", (None, *LAM_SCALES))):
             if getattr(self, name) not in choices:
@@ -94,8 +96,11 @@ class SplitLBIArguments(TrainingArguments):
     def _check_numbers(self) -> None:
         for name in ("learning_rate", "kappa", "nu", "path_scale", "lam", "path_length", "ridge_length"):
             value = getattr(self, name)
+            if value is not None:
+                real_number(name, value)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value}: it must be a positive finite number")
+        real_number("path_share", self.path_share), real_number("momentum", self.momentum)
         if not 0 < self.path_share <= 1:
             raise ValueError(f"path_share={self.path_share}: it is a share of the run, in (0, 1]")
         if not 0 <= self.momentum < 1:
@@ -136,8 +141,19 @@ class SplitLBIArguments(TrainingArguments):
         return param_groups(model, groups, weight_decay=self.weight_decay, decay=decay, l1=l1)
 
 
+def _check_schedule(args: TrainingArguments) -> None:
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    if schedule in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError(
+            f"lr_scheduler_type={schedule!r} sets the learning rate by what the run finds, and the path's length "
+            "follows from the learning rates of the whole run: take one that is known beforehand, such as 'cosine' or "
+            "'linear'"
+        )
+
+
 def scheduled_rates(args: TrainingArguments, steps: int) -> list[float]:
     """The learning rate of each of `steps` optimizer steps, as the arguments schedule it."""
+    _check_schedule(args)
     dummy = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=args.learning_rate)
     scheduler = get_scheduler(
         args.lr_scheduler_type, dummy, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs

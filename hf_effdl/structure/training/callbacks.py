@@ -1,16 +1,18 @@
 """Watching the path from inside any transformers Trainer whose optimizer is `SplitLBI`."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 
-from hf_effdl.processes import is_first
+from hf_effdl.processes import is_first, refuse_lone_processes
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.group import Group, Groups
@@ -18,10 +20,10 @@ from hf_effdl.structure.groups.ties import Tie, config_ties
 from hf_effdl.structure.optim.schedule import entry_of_noise, entry_share
 from hf_effdl.structure.optim.sharding import is_sharded, whole
 from hf_effdl.structure.optim.split_lbi import SplitLBI, unwrap
-from hf_effdl.structure.path.path import SparsePath
+from hf_effdl.structure.path.path import FILE_NAME, SparsePath
 from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
-from hf_effdl.structure.training.arguments import scheduled_rates
-from hf_effdl.structure.training.evaluation import evaluate_model, example_row, projected, training_inputs
+from hf_effdl.structure.training.arguments import LEARNING_RATES, scheduled_rates
+from hf_effdl.structure.training.evaluation import evaluator, example_row, loop_metrics, projected, training_inputs
 
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,10 @@ class SplitLBICallback(TrainerCallback):
         groups: the groups in the optimizer; default: found with a row of the training data as example.
         compute_metrics: as in `Trainer`, for the projected model.
         bn_batches: training batches that the projected model's batch norms are re-estimated on.
+        preprocess_logits_for_metrics: as in `Trainer`, for the projected model.
+
+    The projected model is evaluated by Trainer's own loop. Should that fail, a warning says why and the run goes on.
+    After `load_best_model_at_end` everything is of the best checkpoint: weights, path and support.
 
     Raises:
         ValueError: at the start of training, if the optimizer is not a `SplitLBI`, lifts nothing, its path is too
@@ -76,8 +82,13 @@ class SplitLBICallback(TrainerCallback):
         groups: Sequence[Group] | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         bn_batches: int = 8,
+        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         self.groups = groups
+        self._finds = groups is None
+        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
+        self.evaluate: Callable[[Any], dict[str, Any]] | None = None  # of a trainer that evaluates by itself
+        self.is_training = False
         self.compute_metrics = compute_metrics
         self.bn_batches = bn_batches
         self.ties: Sequence[Tie] = ()
@@ -85,21 +96,24 @@ class SplitLBICallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        refuse_lone_processes()
         model, optimizer = kwargs["model"], unwrap(kwargs["optimizer"])
         check_split_lbi(model, optimizer, "SplitLBICallback needs")
+        _warn_if_pretrained(model, optimizer, args.learning_rate)
         lifted = [group for group in optimizer.param_groups if group["penalty"] is not None]
         if not lifted:
             raise ValueError(
                 "no param group of SplitLBI has a penalty, so nothing would be selected; pass "
                 "params=param_groups(model, find_groups(model))"
             )
-        if self.groups is None:
+        if self.groups is None or (self.evaluate is None and self._finds):  # another model, in a run after the first
             if any(is_sharded(p) for p in model.parameters()):
                 raise ValueError(
                     f"{type(model).__name__} is sharded by now, and groups are found in a whole model: call "
                     "find_groups(model, example) before the Trainer starts and pass SplitLBICallback(groups)"
                 )
-            self.groups = find_groups(model, example_row(kwargs["train_dataloader"]))
+            self.groups = find_groups(model, example_row(kwargs["train_dataloader"], labels=True))
+        self.is_training = True
         self.ties = config_ties(model, self.groups)
         epochs = state.max_steps / _steps_per_epoch(args, kwargs["train_dataloader"], state)
         outlook = _describe_path(scheduled_rates(args, state.max_steps), epochs, lifted[0])
@@ -110,6 +124,12 @@ class SplitLBICallback(TrainerCallback):
             )
         if is_first():
             print(f"{Groups(self.groups)}\n{outlook}", flush=True)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            _warn_without_signal(unwrap(kwargs["optimizer"]))
 
     def on_log(
         self,
@@ -123,10 +143,8 @@ class SplitLBICallback(TrainerCallback):
             return
         optimizer = unwrap(kwargs["optimizer"])
         extra = _support_logs(optimizer) if "loss" in logs else {}
-        for prefix in [key.removesuffix("_loss") for key in logs if key.startswith("eval") and key.endswith("_loss")]:
-            metrics = self._evaluate_projected(
-                kwargs["model"], optimizer, kwargs["train_dataloader"], kwargs["eval_dataloader"]
-            )
+        for prefix in _evaluations(logs):
+            metrics = self._evaluate_projected(args, state, **kwargs)
             sparse = prefix.replace("eval", "eval_sparse", 1)
             extra |= {f"{sparse}_{name}": value for name, value in metrics.items()}
         logs |= extra  # what evaluate() returns and what trackers behind this callback see
@@ -141,7 +159,8 @@ class SplitLBICallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        path = self.path(kwargs["optimizer"])
+        self.is_training = False
+        path = self.path_of_model(args, state, kwargs["optimizer"])
         if not is_first():
             return
         if args.should_save:
@@ -154,16 +173,91 @@ class SplitLBICallback(TrainerCallback):
         """The path as the optimizer has it now. With FSDP2 every process must ask."""
         return SparsePath.from_optimizer(optimizer, self.groups, self.ties)
 
-    def _evaluate_projected(
-        self, model: nn.Module, optimizer: SplitLBI, train_dataloader: Any, eval_dataloader: Any
-    ) -> dict[str, float]:
-        with random_state_kept(), projected(model, optimizer, self.groups):
-            recalibrate_batch_norm(model, training_inputs(train_dataloader, self.bn_batches, model))
-            try:
-                return evaluate_model(model, eval_dataloader, self.compute_metrics)
-            except ValueError as error:  # the run itself is fine, and not to be lost over this
-                logger.warning("the projected model was not evaluated: %s", error)
-                return {}
+    def path_of_model(self, args: TrainingArguments, state: TrainerState, optimizer: Any) -> SparsePath:
+        """The path at the moment that the model's weights are of: now, or that of the best checkpoint once loaded."""
+        return SparsePath.load(best) if (best := self.best(args, state)) else self.path(optimizer)
+
+    def best(self, args: TrainingArguments, state: TrainerState) -> Path | None:
+        """The checkpoint that the model's weights are from, after `load_best_model_at_end`."""
+        if self.is_training or not args.load_best_model_at_end or not state.best_model_checkpoint:
+            return None
+        folder = Path(state.best_model_checkpoint)
+        return folder if (folder / FILE_NAME).is_file() else None
+
+    @contextmanager
+    def projection(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any
+    ) -> Iterator[nn.Module]:
+        """The model projected on the support, both of one moment, for the length of a `with` block."""
+        optimizer, best = unwrap(optimizer), self.best(args, state)
+        support = None
+        if best is not None:
+            support = SparsePath.load(best).support
+            optimizer = _optimizer_then(optimizer, best)
+        with projected(model, optimizer, self.groups, support):
+            yield model
+
+    def _evaluate_projected(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> dict[str, Any]:
+        model, rows, loader = kwargs["model"], kwargs["train_dataloader"], kwargs["eval_dataloader"]
+        try:
+            with random_state_kept(), self.projection(args, state, model, kwargs["optimizer"]):
+                recalibrate_batch_norm(model, training_inputs(rows, self.bn_batches, model))
+                if self.evaluate is not None:
+                    return self.evaluate(loader)
+                with evaluator(model, args, self.compute_metrics, self.preprocess_logits_for_metrics) as trainer:
+                    return loop_metrics(trainer, loader)
+        except Exception as error:  # noqa: BLE001 - the run itself is fine, and not to be lost over this
+            logger.warning("the projected model was not evaluated: %s: %s", type(error).__name__, error)
+            return {}
+
+
+def _warn_if_pretrained(model: nn.Module, optimizer: SplitLBI, rate: float) -> None:
+    """Say what a learning rate for fresh weights does to trained ones."""
+    source = getattr(getattr(model, "config", None), "name_or_path", "")
+    base = optimizer.param_groups[0]["base"]
+    if source and is_first() and rate > LEARNING_RATES[base] / 5:
+        logger.warning(
+            "the model has weights from %s, and learning_rate=%g is for fresh ones: the path starts with an empty "
+            "support, the ridge pulls on every trained unit, and within some dozen steps what was learned can be "
+            "gone. Start from %g or less, and see the page on pretrained models in the documentation",
+            source,
+            rate,
+            LEARNING_RATES[base] / 10,
+        )
+
+
+def _warn_without_signal(optimizer: SplitLBI) -> None:
+    lifted = [group for group in optimizer.param_groups if group["penalty"] is not None]
+    silent = [group["name"] for group in lifted if all(p.grad is None for p in group["params"])]
+    if silent and is_first():
+        logger.warning(
+            "no gradient reaches %s: the loss does not use them, so their units would be taken for unneeded; freeze "
+            "them before find_groups, or leave them out of groups=",
+            ", ".join(silent),
+        )
+
+
+def _optimizer_then(optimizer: SplitLBI, folder: Path) -> SplitLBI:
+    """The optimizer as a checkpoint holds it, over the same parameters; needed for weights lifted one at a time."""
+    if not any(group["penalty"] == "l1" for group in optimizer.param_groups):
+        return optimizer
+    file = folder / "optimizer.pt"
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} has no optimizer.pt, so which single weights were zero then is not known; train without "
+            "save_only_model"
+        )
+    then = SplitLBI([dict(group, lam_scale="none") for group in optimizer.param_groups], lr=1.0)
+    for group, now in zip(then.param_groups, optimizer.param_groups, strict=True):
+        group["lam_scale"] = now["lam_scale"]
+    then.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    return then
+
+
+def _evaluations(logs: Mapping[str, Any]) -> list[str]:
+    """The prefixes of the evaluations that some logs are of."""
+    prefixes = [key.removesuffix("_runtime") for key in logs if key.startswith("eval") and key.endswith("_runtime")]
+    return [prefix for prefix in prefixes if f"{prefix}_samples_per_second" in logs]
 
 
 def _describe_path(rates: Sequence[float], epochs: float, group: Mapping[str, Any]) -> str:

@@ -1,16 +1,21 @@
 """Evaluating the models that a path contains: the one projected on the support, and slim ones."""
 
+import inspect
 import re
+import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from itertools import islice
 from typing import Any
 
+import numpy
 import torch
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from hf_effdl.random_state import random_state_kept
@@ -27,11 +32,19 @@ NOT_MODEL_INPUTS = ("labels", "label", "weight")
 
 
 @contextmanager
-def projected(model: nn.Module, optimizer: SplitLBI, groups: Iterable[Group]) -> Iterator[nn.Module]:
+def projected(
+    model: nn.Module, optimizer: SplitLBI, groups: Iterable[Group], support: Mapping[str, Tensor] | None = None
+) -> Iterator[nn.Module]:
     """The model projected on the support, in place and for the length of a `with` block.
 
     Units outside the support are silent; weights lifted one at a time are zero where Gamma is. Parameters and buffers
     are put back afterwards. Of parameters that FSDP2 shards, every process changes its own part.
+
+    Args:
+        model: with the weights of the moment that the support is of.
+        optimizer: a `SplitLBI` of that moment.
+        groups: all groups of the model.
+        support: of another moment than the optimizer's, see `SparsePath.support`.
     """
     # taking the state of an FSDP2 module also frees the whole tensors that its last forward pass left: what comes next
     # gathers the changed parts, in the block and again after it
@@ -40,6 +53,8 @@ def projected(model: nn.Module, optimizer: SplitLBI, groups: Iterable[Group]) ->
         with torch.no_grad():
             _zero_single_weights(optimizer)
             outside = _units_outside(optimizer)
+            if support is not None:
+                outside = {name: ~support[name].to(units.device) for name, units in outside.items()}
             named = {WRAPPERS.sub("", name): p for name, p in model.named_parameters()}
             for group in groups:
                 for part in group.slices if group.name in outside else ():
@@ -71,7 +86,96 @@ def _units_outside(optimizer: SplitLBI) -> dict[str, Tensor]:
     return outside
 
 
-@torch.no_grad()
+# ---- Trainer's own evaluation
+
+
+def loop_metrics(trainer: Trainer, dataloader: Any, **options: Any) -> dict[str, Any]:
+    """Loss and metrics of a trainer's model by its own `evaluation_loop`, under their names without a prefix.
+
+    Without `compute_metrics` the accuracy of a classifier is computed too.
+
+    Args:
+        trainer: any `Trainer`.
+        dataloader: of `trainer.get_eval_dataloader`.
+        options: `ignore_keys`, see `Trainer.evaluate`.
+    """
+    options = {"description": "Evaluation", "metric_key_prefix": "eval", **options}
+    if trainer.compute_metrics is not None or trainer.args.prediction_loss_only:
+        loss_only = True if trainer.compute_metrics is None else None
+        return _without_prefix(trainer.evaluation_loop(dataloader, prediction_loss_only=loss_only, **options).metrics)
+    args, preprocess = trainer.args, trainer.preprocess_logits_for_metrics
+    include, by_batch = args.include_for_metrics, args.batch_eval_metrics
+    trainer.compute_metrics, trainer.preprocess_logits_for_metrics = _accuracy, _is_right
+    args.include_for_metrics, args.batch_eval_metrics = [], False
+    try:
+        metrics = trainer.evaluation_loop(dataloader, **options).metrics
+    except Exception:  # noqa: BLE001 - outputs or labels that cannot be put together: Trainer takes the loss alone
+        trainer.compute_metrics = None
+        metrics = trainer.evaluation_loop(dataloader, prediction_loss_only=True, **options).metrics
+    finally:
+        trainer.compute_metrics, trainer.preprocess_logits_for_metrics = None, preprocess
+        args.include_for_metrics, args.batch_eval_metrics = include, by_batch
+    return _without_prefix(metrics)
+
+
+def _without_prefix(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    values = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    values.pop("model_preparation_time", None)
+    return {name: values.pop(name) for name in ("loss",) if name in values} | values
+
+
+def _is_right(logits: Any, labels: Any) -> Tensor:
+    """Whether the class of each row is right; NaN where there are no classes."""
+    logits = logits[0] if isinstance(logits, (tuple, list)) and len(logits) == 1 else logits
+    if isinstance(logits, Tensor) and isinstance(labels, Tensor) and logits.ndim == 2 and labels.ndim == 1:
+        if len(logits) == len(labels) and not labels.is_floating_point():
+            return (logits.argmax(1) == labels).double()
+    return torch.full((1,), float("nan"), dtype=torch.float64, device=_device_of(labels))
+
+
+def _device_of(value: Any) -> torch.device | None:
+    return value.device if isinstance(value, Tensor) else None
+
+
+def _accuracy(answers: EvalPrediction) -> dict[str, float]:
+    right = answers.predictions
+    return {} if right.size == 0 or numpy.isnan(right).any() else {"accuracy": float(right.mean())}
+
+
+@contextmanager
+def evaluator(
+    model: nn.Module,
+    args: TrainingArguments | None = None,
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+    preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+) -> Iterator[Trainer]:
+    """A `Trainer` that only evaluates, for a model that another one may be training.
+
+    Args:
+        model: as the other one has prepared it.
+        args: of the other one; default: plain ones on the model's device.
+        compute_metrics, preprocess_logits_for_metrics: as in `Trainer`.
+    """
+    with tempfile.TemporaryDirectory() as folder, random_state_kept():
+        if args is None:
+            args = TrainingArguments(folder, report_to=[], use_cpu=next(model.parameters()).device.type == "cpu")
+        args = copy(args)
+        args.output_dir, args.push_to_hub, args.report_to, args.disable_tqdm = folder, False, [], True
+        args.load_best_model_at_end, args.eval_strategy = False, "no"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = Trainer(
+                model,
+                args,
+                compute_metrics=compute_metrics,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            )
+        trainer.pop_callback(PrinterCallback)
+        trainer.is_in_train = True  # so that the model keeps its precision
+        trainer.accelerator.prepare_model = lambda model, **_: model  # it is prepared as far as it is to be
+        yield trainer
+
+
 def evaluate_model(
     model: nn.Module,
     dataloader: Iterable[Mapping[str, Any]],
@@ -81,42 +185,12 @@ def evaluate_model(
 
     Returns:
         `{"loss": ..., **compute_metrics(...)}`; without `compute_metrics` and with class logits also `"accuracy"`.
-
-    Raises:
-        ValueError: if the batches have no `labels`, or the model's output no `loss` and `logits`.
     """
-    device, accelerator = next(model.parameters()).device, Accelerator()
-    losses, logits, labels = [], [], []
-    with evaluating(model):
-        for batch in dataloader:
-            batch = send_to_device(dict(batch), device)
-            batch.pop("weight", None)  # evaluation counts every row alike
-            gathered = accelerator.gather_for_metrics(_answers(model, batch))
-            for store, value in zip((losses, logits, labels), gathered, strict=True):
-                store.append(value.cpu())
-    metrics = {"loss": torch.cat(losses).mean().item()}
-    return metrics | _scores(torch.cat(logits), torch.cat(labels), compute_metrics)
+    with evaluating(model), evaluator(model, None, compute_metrics) as trainer:
+        return loop_metrics(trainer, dataloader)
 
 
-def _answers(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss by row, logits and labels of a batch."""
-    if "labels" not in batch:
-        raise ValueError(f"evaluating a model needs batches with 'labels'; these have {sorted(batch)}")
-    output = model(**batch)
-    if not isinstance(output, Mapping) or not {"loss", "logits"} <= output.keys():
-        raise ValueError(f"{type(model).__name__} does not return 'loss' and 'logits', as transformers models do")
-    return output["loss"].float().repeat(len(batch["labels"])), output["logits"], batch["labels"]
-
-
-def _scores(
-    logits: Tensor, labels: Tensor, compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None
-) -> dict[str, float]:
-    if compute_metrics is not None:
-        scores = compute_metrics(EvalPrediction(predictions=logits.float().numpy(), label_ids=labels.numpy()))
-        return {name: float(value) for name, value in scores.items()}
-    if logits.ndim == 2 and labels.ndim == 1 and not labels.is_floating_point():
-        return {"accuracy": (logits.argmax(1) == labels).double().mean().item()}
-    return {}
+# ---- rows for a model
 
 
 def training_inputs(dataloader: Any, batches: int, model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -127,15 +201,50 @@ def training_inputs(dataloader: Any, batches: int, model: nn.Module) -> Iterator
     else:
         count = min(len(dataset), batches * size)
         rows = Subset(dataset, [i * len(dataset) // count for i in range(count)])
-    device = next(model.parameters()).device
+    device, unused = next(model.parameters()).device, _not_inputs(model)
     for batch in DataLoader(rows, batch_size=size, collate_fn=dataloader.collate_fn):
-        yield send_to_device({k: v for k, v in batch.items() if k not in NOT_MODEL_INPUTS}, device)
+        yield send_to_device({k: v for k, v in batch.items() if k not in unused}, device)
 
 
-def example_row(dataloader: Any) -> dict[str, Any]:
-    """One training row as the model receives it, without its label."""
+def _not_inputs(model: nn.Module | None) -> set[str]:
+    """Columns that a model is to go without; labels that it cannot do without are none of them."""
+    needed: set[str] = set()
+    if model is not None:
+        parameters = inspect.signature(model.forward).parameters.items()
+        needed = {name for name, p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    return set(NOT_MODEL_INPUTS) - needed
+
+
+def example_row(dataloader: Any, model: nn.Module | None = None, labels: bool = False) -> dict[str, Any]:
+    """One training row as the model receives it.
+
+    Args:
+        dataloader: of training.
+        model: labels that it cannot do without stay in the row.
+        labels: whether all labels stay, for `find_groups`, which tries groups out with them.
+    """
     dataset = dataloader.dataset
     with random_state_kept():  # the row may be augmented at random
-        row = next(iter(dataset)) if isinstance(dataset, IterableDataset) else dataset[0]
-        batch = dataloader.collate_fn([row])
-    return {k: v for k, v in batch.items() if k not in NOT_MODEL_INPUTS}
+        rows = iter(dataset) if isinstance(dataset, IterableDataset) else (dataset[i] for i in range(len(dataset)))
+        batch = _collated(dataloader.collate_fn, rows)
+    unused = {"weight"} if labels else _not_inputs(model)
+    return {name: _first(value) for name, value in batch.items() if name not in unused}
+
+
+def _collated(collate: Callable[[list], Any], rows: Iterator[Any]) -> Any:
+    """A batch of one row; of two where a collator needs an even number."""
+    first = [next(rows)]
+    try:
+        return collate(first)
+    except Exception as error:  # noqa: BLE001 - a collator's own reasons
+        try:
+            return collate([*first, *islice(rows, 1)])
+        except Exception:  # noqa: BLE001 - as above; the first error is the one to read
+            raise ValueError(
+                f"the data collator takes neither one row nor two ({type(error).__name__}: {error}), and an example "
+                "row is needed to find groups; pass groups=find_groups(model, example)"
+            ) from error
+
+
+def _first(value: Any) -> Any:
+    return value[:1] if isinstance(value, Tensor) and value.ndim else value

@@ -14,17 +14,18 @@ from accelerate.utils import broadcast
 from huggingface_hub import create_repo, upload_folder
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from hf_effdl.files import read_json
-from hf_effdl.processes import decided, forget_accelerate, is_first
+from hf_effdl.processes import decided, forget_accelerate, is_first, refuse_lone_processes
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.group import Group, Groups
+from hf_effdl.structure.groups.inputs import evaluating
 from hf_effdl.structure.groups.ties import stock_builds
 from hf_effdl.structure.optim.sharding import is_sharded
-from hf_effdl.structure.optim.split_lbi import SplitLBI, unwrap
-from hf_effdl.structure.path.path import FILE_NAME, SparsePath
+from hf_effdl.structure.optim.split_lbi import SplitLBI
+from hf_effdl.structure.path.path import SparsePath
 from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.slim.latency import measure_latency
 from hf_effdl.structure.slim.report import effdl_report, get_report, set_report
@@ -32,7 +33,7 @@ from hf_effdl.structure.slim.slim import cut_copy, slim
 from hf_effdl.structure.training.arguments import SplitLBIArguments
 from hf_effdl.structure.training.callbacks import FSDP1, SplitLBICallback
 from hf_effdl.structure.training.card import write_structure_card
-from hf_effdl.structure.training.evaluation import evaluate_model, example_row, projected, training_inputs
+from hf_effdl.structure.training.evaluation import example_row, loop_metrics, training_inputs
 from hf_effdl.weighting import WeightedLossMixin
 
 
@@ -77,15 +78,19 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         super().__init__(model, args, *others, **kwargs)
         self._check_set_up()
         self._groups = groups
+        self._found = groups is None
         self._path: SparsePath | None = None
         self._skeleton: nn.Module | None = None
         self.results: dict[str, dict[str, float]] = {}
         self.curve: list[dict[str, float]] = []
         self.callback = SplitLBICallback(groups, self.compute_metrics, args.bn_batches)
+        self.callback.evaluate = self._evaluate_again
+        self._ignore_keys: list[str] | None = None
         # in front of the trackers, so that they see what it adds to the logs
         self.callback_handler.callbacks.insert(0, self.callback)
 
     def _check_set_up(self) -> None:
+        refuse_lone_processes()
         if self.optimizer_cls_and_kwargs is not None:
             raise ValueError(
                 "SplitLBITrainer makes its own optimizer, so optimizer_cls_and_kwargs has no use here; "
@@ -109,16 +114,27 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         """The groups of the model; found at first use."""
         if self._groups is None:
             unit = "paper" if self.args.preset == "paper" else "default"
-            self._groups = self.callback.groups = find_groups(self.model, self.example(), unit=unit)
+            row = example_row(self._rows(), labels=True)
+            self._groups = self.callback.groups = find_groups(self.model, row, unit=unit)
         return self._groups
 
     def example(self) -> dict[str, Any]:
         """One training (or evaluation) row as the model receives it."""
+        return example_row(self._rows(), self.model)
+
+    def _rows(self) -> Any:
         if self.train_dataset is not None:
-            return example_row(self.get_train_dataloader())
+            return self.get_train_dataloader()
         if self.eval_dataset is None:
             raise ValueError("SplitLBITrainer has neither train_dataset nor eval_dataset to take an example row from")
-        return example_row(self.get_eval_dataloader())
+        if isinstance(self.eval_dataset, Mapping):
+            return self.get_eval_dataloader(next(iter(self.eval_dataset.values())))
+        return self.get_eval_dataloader()
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        if getattr(self, "_found", False):  # the groups of the model that was made before
+            self._groups = self.callback.groups = None
+        return super().call_model_init(trial)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -150,7 +166,7 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         """As in `Trainer`; `resume_from_checkpoint=True` skips a checkpoint whose saving was cut off."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, self.args.world_size)
-        self._path = None
+        self._path, self.curve = None, []  # what was measured before is of another moment
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         # here all processes are together; cards and slim models are saved by one
         self._path = SparsePath.from_optimizer(self.optimizer, self.groups, self.callback.ties)
@@ -162,8 +178,8 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
 
         During a run with FSDP2 every process must ask.
         """
-        best = self.state.best_model_checkpoint
-        if self.args.load_best_model_at_end and not self.is_in_train and best and (Path(best) / FILE_NAME).is_file():
+        best = None if self.is_in_train else self.callback.best(self.args, self.state)
+        if best is not None:
             path = SparsePath.load(best)
         elif self._path is not None:
             path = self._path
@@ -264,10 +280,37 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
             for name, value in example.items()
         }
 
-    @torch.no_grad()
-    def evaluate_model(self, model: nn.Module, eval_dataset: Any = None) -> dict[str, float]:
-        """Loss and metrics of any model (a slim one, say) on the evaluation set."""
-        return evaluate_model(model, self.get_eval_dataloader(eval_dataset), self.compute_metrics)
+    def evaluation_loop(self, *args: Any, ignore_keys: list[str] | None = None, **kwargs: Any) -> EvalLoopOutput:
+        self._ignore_keys = ignore_keys  # the projected model is evaluated in the same way
+        return super().evaluation_loop(*args, ignore_keys=ignore_keys, **kwargs)
+
+    def _evaluate_again(self, dataloader: Any) -> dict[str, Any]:
+        return loop_metrics(self, dataloader, ignore_keys=self._ignore_keys)
+
+    def evaluate_model(self, model: nn.Module, eval_dataset: Any = None) -> dict[str, Any]:
+        """Loss and metrics of any model (a slim one, say) on the evaluation set, by `evaluation_loop` of this trainer.
+
+        Of a dict of evaluation sets every name has the set's in front.
+        """
+        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(datasets, Mapping):
+            return {
+                f"{name}_{key}": value
+                for name in datasets
+                for key, value in self.evaluate_model(model, datasets[name]).items()
+            }
+        if self.args.fp16_full_eval or self.args.bf16_full_eval:
+            model = deepcopy(model)  # the loop casts it
+        prepared = "_is_accelerate_prepared" in vars(model)
+        mine = self.model, self.model_wrapped
+        self.model = self.model_wrapped = model
+        try:
+            with evaluating(model):
+                return loop_metrics(self, self.get_eval_dataloader(eval_dataset))
+        finally:
+            self.model, self.model_wrapped = mine
+            if not prepared:
+                forget_accelerate(model)
 
     def evaluate_path(
         self, shares: Sequence[float] = (0.75, 0.5, 0.25, 0.1), budget: str = "macs", bn_batches: int = 8
@@ -276,6 +319,7 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
 
         Budgets that the model cannot be slimmed to are left out. The points also stand in `trainer.path.curve`.
         """
+        self._check_trained("evaluate_path")
         curve = []
         for share in shares:
             try:
@@ -293,10 +337,15 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
 
     def evaluate_masked(self, bn_batches: int = 8) -> dict[str, float]:
         """Loss and metrics of the model projected on the support as it is now."""
+        self._check_trained("evaluate_masked")
         model = self.accelerator.unwrap_model(self.model)
-        with random_state_kept(), projected(model, unwrap(self.optimizer), self.groups):
+        with random_state_kept(), self.callback.projection(self.args, self.state, model, self.optimizer):
             recalibrate_batch_norm(model, training_inputs(self.get_train_dataloader(), bn_batches, model))
             return self.evaluate_model(model)
+
+    def _check_trained(self, method: str) -> None:
+        if self.optimizer is None:
+            raise ValueError(f"{method}() needs a trained model: call train() first")
 
     # ---- Hub
 

@@ -1,0 +1,157 @@
+"""Groups as plain values in files, and how what a file says of them is checked before it is believed."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_effdl.structure.groups.group import PRODUCERS, Group, Groups, Network
+from hf_effdl.structure.groups.ties import Tie
+
+
+ROLES = (*PRODUCERS, "mean", "var", "input")
+LARGEST = 2**24  # units or entries along one axis
+MOST = 2**62  # products of one weight entry
+
+
+def groups_record(groups: Sequence[Group]) -> dict[str, Any]:
+    """Groups and their network as plain values."""
+    network = groups[0].network
+    return {
+        "groups": [group.to_dict() for group in groups],
+        "shapes": {name: list(shape) for name, shape in network.shapes.items()},
+        "uses": network.uses,
+    }
+
+
+def groups_of(record: Any) -> Groups:
+    """The groups in a record of `groups_record`.
+
+    Raises:
+        ValueError: what it holds cannot be groups: names the entry.
+    """
+    network = _network(record)
+    entries = listed(_entry(record, "groups"), "groups")
+    require(bool(entries), "groups", "is empty")
+    groups = Groups(_group(values, network) for values in entries)
+    require(len({group.name for group in groups}) == len(groups), "groups", "has a name twice")
+    return groups
+
+
+def ties_of(values: Any, groups: Sequence[Group]) -> list[Tie]:
+    """The ties in a record, `[[steps, shares, fields], ...]`, of these groups; raises as `groups_of` does."""
+    units = {group.name: group.units for group in groups}
+    ties = []
+    for tie in listed(values, "ties"):
+        require(len(listed(tie, "ties")) == 3, "ties", f"has {len(tie)} values where there are 3")
+        steps, shares, fields = whole(tie[0], "ties", 1, LARGEST), named(tie[1], "ties"), named(tie[2], "ties")
+        for name, share in shares.items():
+            size = whole(share, "ties", 1, LARGEST) * steps
+            require(units.get(name) == size, "ties", f"gives {size} units to {name!r}, which has {units.get(name)}")
+        for value in fields.values():
+            whole(value, "ties", 1, LARGEST)
+        ties.append(Tie(steps, shares, fields))
+    return ties
+
+
+def _network(record: Any) -> Network:
+    shapes = {}
+    for name, shape in named(_entry(record, "shapes"), "shapes").items():
+        sizes = listed(shape, f"shapes of {name}")
+        require(len(sizes) <= 8, f"shapes of {name}", f"has {len(sizes)} axes")
+        shapes[name] = tuple(whole(size, f"shapes of {name}", 0, LARGEST) for size in sizes)
+        require(math.prod(shapes[name]) < 2**40, f"shapes of {name}", f"is {shapes[name]}")
+    uses = named(_entry(record, "uses"), "uses")
+    for name, count in uses.items():
+        require(name in shapes, "uses", f"names {name!r}, which has no shape")
+        whole(count, f"uses of {name}", 0, MOST)
+    return Network(shapes, dict(uses))
+
+
+def _group(values: Any, network: Network) -> Group:
+    name = text(_entry(values, "name"), "name")
+    units = whole(_entry(values, "units"), f"units of {name}", 1, LARGEST)
+    lifted = [text(tensor, f"lifted of {name}") for tensor in listed(_entry(values, "lifted"), f"lifted of {name}")]
+    parts = listed(_entry(values, "slices"), f"slices of {name}")
+    require(bool(parts), f"slices of {name}", "is empty")
+    for part in parts:
+        _check_slice(part, name, units, network)
+    group = Group.from_dict({"name": name, "units": units, "slices": parts, "lifted": lifted}, network)
+    try:
+        for part in group.lifted_slices:
+            require(part.tensor in network.shapes, f"lifted of {name}", f"names {part.tensor!r}, which has no shape")
+    except KeyError as error:
+        raise wrong(f"lifted of {name}", f"names {error.args[0]!r}, which is no part of its units") from error
+    return group
+
+
+def _check_slice(part: Any, group: str, units: int, network: Network) -> None:
+    where = f"slices of {group}"
+    require(len(listed(part, where)) == 4, where, f"has {len(part)} values where there are 4")
+    tensor, axis, block = text(part[0], where), whole(part[1], where, 0, 7), whole(part[2], where, 1, LARGEST)
+    require(part[3] in ROLES, where, f"has the role {part[3]!r}")
+    shape = network.shapes.get(tensor)  # a buffer has none
+    if shape is None:
+        require(part[3] in ("mean", "var"), where, f"names {tensor!r}, which has no shape")
+    else:
+        fits = axis < len(shape) and shape[axis] == units * block
+        require(fits, where, f"says {units} times {block} along axis {axis} of {tensor}, which has shape {shape}")
+
+
+# ---- plain values
+
+
+def wrong(where: str, why: str) -> ValueError:
+    return ValueError(f"its entry {where} {why[:200]}")
+
+
+def require(condition: bool, where: str, why: str) -> None:
+    if not condition:
+        raise wrong(where, why)
+
+
+def _entry(record: Any, name: str) -> Any:
+    require(name in named(record, "the record"), name, "is missing")
+    return record[name]
+
+
+def whole(value: Any, where: str, least: int, most: int = MOST) -> int:
+    """A whole number within bounds."""
+    require(type(value) is int and least <= value <= most, where, f"holds {_short(value)}, no number it can be")
+    return value
+
+
+def text(value: Any, where: str) -> str:
+    require(isinstance(value, str), where, f"holds {_short(value)}, no text")
+    return value
+
+
+def listed(value: Any, where: str) -> Sequence[Any]:
+    require(isinstance(value, list | tuple), where, f"is {_short(value)}, no list")
+    return value
+
+
+def named(value: Any, where: str) -> Mapping[str, Any]:
+    """A mapping whose keys are texts."""
+    require(isinstance(value, Mapping) and all(isinstance(key, str) for key in value), where, "is no mapping of names")
+    return value
+
+
+def number(value: Any, where: str) -> float:
+    """A finite number."""
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    require(fits, where, f"holds {_short(value)}, no finite number")
+    return value
+
+
+def plain_values(value: Any, where: str, depth: int = 4) -> Any:
+    """Text, finite numbers, None, and lists and mappings of them, not nested any deeper than that."""
+    require(depth > 0, where, "is nested too deep")
+    if isinstance(value, Mapping):
+        return {key: plain_values(inner, where, depth - 1) for key, inner in named(value, where).items()}
+    if isinstance(value, list | tuple):
+        return [plain_values(inner, where, depth - 1) for inner in value]
+    return value if value is None or isinstance(value, str | bool) else number(value, where)
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80] if not isinstance(value, list | Mapping) else f"a {type(value).__name__}"

@@ -1,0 +1,250 @@
+"""Groups are tried out: what the tracer cannot see must not let units through that other units need."""
+
+import copy
+import logging
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hf_effdl.structure.groups.counting import network_of
+from hf_effdl.structure.groups.find import find_groups
+from hf_effdl.structure.groups.inputs import all_values
+from hf_effdl.structure.groups.surgery import cut, mask
+
+
+def block(inputs, outputs):
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Hidden(nn.Module):
+    """Two branches of equal width, a body on one of them, and somewhere a coupling that no gradient shows."""
+
+    def __init__(self, kind: str, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        draw = random.Random(seed)
+        width, inner = draw.choice([4, 6, 8] if kind == "pixels" else [2, 4, 6, 8]), draw.choice([3, 5, 8])
+        self.kind = kind
+        self.a, self.b = block(3, width), block(3, width)
+        self.body = nn.Sequential(block(width, inner), *([block(inner, inner)] if draw.random() < 0.5 else []))
+        self.head_a, self.head_b = nn.Linear(inner, 4), nn.Linear(width, 4)
+        self.early = nn.Linear(width, 4)
+
+    def forward(self, x, labels=None):
+        a, b = self.a(x), self.b(x)
+        out = None
+        if self.kind == "detach":
+            a = a * b.detach()
+        elif self.kind == "no_grad":
+            with torch.no_grad():
+                gate = (b - a).sigmoid()
+            a = a * gate
+        elif self.kind == "numpy":
+            a = a * torch.from_numpy(b.detach().cpu().numpy().copy()).to(a)
+        elif self.kind == "norm":
+            a = a / a.detach().square().mean(1, keepdim=True).add(1e-4).sqrt()
+        elif self.kind == "pixels":
+            a = F.local_response_norm(a, 3, alpha=1e-4, beta=0.75, k=1.0)
+        elif self.kind == "strongest":
+            out = a.detach().argmax(1).float().mean((1, 2))
+        elif self.kind == "side":
+            out = (a.detach() * b.detach()).mean((1, 2, 3)).cpu().numpy()
+        elif self.kind == "training" and self.training:
+            out = self.early(a.detach().mean((2, 3)))
+        elif self.kind == "training product" and self.training:
+            out = {"inner": [(a.detach() * b.detach()).mean()]}
+        elif self.kind == "labels" and labels is not None:
+            out = F.cross_entropy(self.early(a.detach().mean((2, 3))), labels)
+        return self.head_a(self.body(a).mean((2, 3))) + self.head_b(b.mean((2, 3))), out
+
+
+KINDS = "detach no_grad numpy norm pixels strongest side training labels".split() + ["training product"]
+
+
+def answers(net, x, training, labels):
+    net = net.train(training)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    with torch.no_grad():
+        return [value.double() for value in all_values(net(x, labels))]
+
+
+def assert_removable(net, groups, seed):
+    generator = torch.Generator().manual_seed(seed)
+    kept = {}
+    for group in groups:
+        count = int(torch.randint(1, group.units + 1, (), generator=generator))
+        kept[group.name] = torch.randperm(group.units, generator=generator)[:count].sort().values
+    silent, small = mask(copy.deepcopy(net), groups, kept), cut(copy.deepcopy(net), groups, kept)
+    for scale in (1, 255):
+        x = scale * torch.rand(2, 3, 8, 8, generator=generator)
+        for training in (False, True):
+            for labels in (None, torch.tensor([0, 1])):
+                pairs = zip(*(answers(m, x, training, labels) for m in (silent, small)), strict=True)
+                for a, b in pairs:
+                    assert a.shape == b.shape and (a - b).abs().max() <= 2e-4 * (1 + a.abs().max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forty_random_nets_with_hidden_couplings_lose_only_units_that_nothing_else_needs(kind):
+    for number in range(4):
+        net = Hidden(kind, 10 * KINDS.index(kind) + number).eval()
+        for name, p in net.named_parameters():
+            if p.ndim == 1:
+                nn.init.uniform_(p, 0.2, 1.0)
+        try:
+            groups = find_groups(net, torch.rand(2, 3, 8, 8))
+        except ValueError as error:
+            assert "left out: " in str(error)
+            continue
+        assert "a.0" not in [group.name for group in groups]
+        for seed in range(5):
+            assert_removable(net, groups, seed)
+
+
+def test_a_net_without_couplings_keeps_all_its_groups():
+    net = Hidden("none", 0)
+    assert {"a.0", "b.0", "body.0.0"} <= {group.name for group in find_groups(net, torch.rand(1, 3, 8, 8))}
+
+
+def test_the_warning_says_in_which_setting_units_are_needed(caplog):
+    with caplog.at_level(logging.WARNING):
+        norm = nn.LocalResponseNorm(3, alpha=1e-7)
+        net = nn.Sequential(block(3, 8), norm, block(8, 8), nn.Flatten(), nn.Linear(512, 2))
+        find_groups(net, torch.rand(1, 3, 8, 8))
+        find_groups(Hidden("labels", 1), torch.rand(1, 3, 8, 8))
+    for words in ("at the scale of pixels", "in train mode with labels"):
+        assert f"is not the model in which those are silent {words}" in caplog.text
+
+
+def test_a_dropout_in_train_mode_hides_no_group():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = block(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(F.dropout(self.body(x).mean((2, 3)), 0.5, self.training))
+
+    assert [group.name for group in find_groups(Noisy(), torch.rand(1, 3, 8, 8))] == ["body.0"]
+
+
+def test_an_output_without_entries_and_one_of_another_kind_are_compared():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Sequential(block(3, 8), block(8, 8)), nn.Conv2d(8, 5, 1)
+
+        def forward(self, x):
+            out = self.head(self.body(x)).flatten(2)[0].T
+            found = out[:, 0].sigmoid() > 2
+            return {"raw": out, "boxes": out[found, 1:], "count": int(found.sum()), "name": "detector"}
+
+    assert [group.name for group in find_groups(Detector(), torch.randn(1, 3, 16, 16))] == ["body.0.0", "body.1.0"]
+
+
+def test_batch_norms_that_are_synchronised_are_batch_norms():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+    x = torch.randn(1, 3, 8, 8)
+    plain, synchronised = (find_groups(m, x) for m in (net, nn.SyncBatchNorm.convert_sync_batchnorm(net)))
+    assert [(g.name, g.slices) for g in plain] == [(g.name, g.slices) for g in synchronised]
+
+
+def test_a_network_of_unknown_layers_is_refused_by_their_kind():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    net = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match=r"weights that cannot be followed: Conv1D \(transformer\.h\.0") as caught:
+        find_groups(net, {"input_ids": torch.randint(0, 20, (1, 6))})
+    assert "NoneType" not in str(caught.value)
+
+
+# ---- what is frozen
+
+
+def test_frozen_units_are_not_lifted_and_it_is_said(caplog):
+    net = nn.Sequential(block(3, 4), block(4, 6), nn.Flatten(), nn.Linear(384, 2))
+    net[0].requires_grad_(False)
+    net[1].requires_grad_(False)
+    with caplog.at_level(logging.WARNING):
+        first, second = find_groups(net, torch.rand(1, 3, 8, 8))
+    assert first.lifted == () and second.lifted == ("3.weight",)
+    assert "the units of 0.0 are not lifted and stay as many as they are" in caplog.text
+
+
+def test_what_is_frozen_after_groups_were_found_is_refused():
+    from hf_effdl import param_groups
+
+    net = nn.Sequential(block(3, 4), nn.Flatten(), nn.Linear(256, 2))
+    groups = find_groups(net, torch.rand(1, 3, 8, 8))
+    net.requires_grad_(False)
+    with pytest.raises(ValueError, match="is frozen .* by now.*Freeze first, then call find_groups"):
+        param_groups(net, groups)
+
+
+# ---- counting
+
+
+def products(net, x):
+    with torch.no_grad():
+        return network_of(net.eval(), x).count()["macs"]
+
+
+def test_transposed_convolutions_count_every_product():
+    # every input entry meets every weight of its channel: 8 x 8 places, 4 x 6 channels, 4 x 4 taps
+    assert products(nn.Sequential(nn.ConvTranspose2d(4, 6, 4, 2, 1)), torch.rand(1, 4, 8, 8)) == 64 * 24 * 16
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_parametrised_weights_count_as_plain_ones(wrap):
+    x = torch.rand(1, 3, 8, 8)
+    plain, wrapped = nn.Conv2d(3, 5, 3), wrap(nn.Conv2d(3, 5, 3))
+    assert products(nn.Sequential(wrapped), x) == products(nn.Sequential(plain), x) == 36 * 5 * 27
+
+
+def test_attention_and_recurrent_layers_count_their_weights():
+    class Attends(nn.Module):
+        def __init__(self, **kwargs):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **kwargs)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    assert products(Attends(), torch.rand(1, 5, 8)) == 5 * 4 * 64  # query, key, value and output
+    lstm = nn.LSTM(3, 4, batch_first=True)
+    assert products(lstm, torch.rand(1, 5, 3)) == 5 * (16 * 3 + 16 * 4)
+
+
+def test_products_that_no_layer_makes_are_counted():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix, self.filters = nn.Parameter(torch.rand(6, 3)), nn.Parameter(torch.rand(5, 3, 3, 3))
+            self.layer = nn.Linear(5, 2)
+
+        def forward(self, x):
+            maps = F.conv2d(x, self.filters)
+            rows = x.flatten(2).transpose(1, 2)
+            sides = rows @ self.matrix.t(), self.matrix @ x.flatten(2)
+            return maps, sides, F.linear(maps.mean((2, 3)), self.layer.weight)
+
+    assert products(Own(), torch.rand(1, 3, 8, 8)) == 36 * 5 * 27 + 2 * 64 * 18 + 10
+
+
+def test_layers_that_are_not_counted_are_named(caplog):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix = nn.Parameter(torch.rand(4, 4))
+
+        def forward(self, x):
+            return x @ (2 * self.matrix)
+
+    with caplog.at_level(logging.WARNING):
+        products(nn.Sequential(nn.Linear(4, 4), Own()), torch.rand(1, 4))
+    assert "multiply-accumulates of 1 (Own) are not known and not counted" in caplog.text
