@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,33 @@ def sweep(folder: Path, pattern: str) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator[None]:
+    """Have a folder to oneself: others, threads and processes, that ask for it wait until the block is left.
+
+    The system gives the lock back when a process dies. Asking twice in one thread would wait for ever.
+
+    Args:
+        folder: made if need be; the lock is an empty file in it, which goes with the last who waits.
+        name: of the file.
+    """
+    from filelock import FileLock
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = Path(folder) / name
+    while True:
+        with file.open("ab") as ours, FileLock(file):
+            # a file that was removed while we waited for it keeps no one out: it must still be the one we opened first
+            if not file.is_file() or not os.path.samestat(os.fstat(ours.fileno()), file.stat()):
+                continue
+            try:
+                yield
+            finally:
+                if os.name != "nt":  # Windows removes no open file
+                    file.unlink(missing_ok=True)
+            return
 
 
 def flush(path: Path) -> None:

@@ -27,7 +27,7 @@ PUSH = """
     from hf_effdl.vicl.remote_code.pool_reader import PoolReader
 
     api, out = HfApi(), {"errors": []}
-    options = {"encoder": Encoder(), "cache_dir": "cache", "rows_per_shard": 4, "progress": False}
+    options = {"encoder": Encoder(), "foreground": "any", "cache_dir": "cache", "rows_per_shard": 4, "progress": False}
 
     def refused(call):
         try:

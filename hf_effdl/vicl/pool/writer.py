@@ -1,14 +1,17 @@
 """Writing a pool: rows of a data set become shards, each whole or absent; the manifest comes last."""
 
+import hashlib
 import io
 import json
 import os
 import shutil
+import sys
 import tarfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,13 +31,16 @@ from tqdm.auto import tqdm
 from hf_effdl.files import digest, flush, write_whole
 from hf_effdl.version import __version__
 from hf_effdl.vicl.remote_code.images import BICUBIC, pixels, to_rgb
+from hf_effdl.vicl.remote_code.masks import Reading, added, check_one_meaning, tally, told
 from hf_effdl.vicl.remote_code.pool_reader import MANIFEST, Shard, content_fingerprint, row_digest
-from hf_effdl.vicl.remote_code.visual_tasks import Segmentation, find_task
+from hf_effdl.vicl.remote_code.visual_tasks import task_of
 
 
 # formats whose files go into the pool as they are; MPO is the JPEG of many phones
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 SHOWN = 5
+# of the way labels are read: raised where the same file comes to mean something else
+READING = 2
 # seconds after which a file that was not finished is removed
 LITTER = 86_400
 
@@ -52,6 +58,7 @@ class Row:
     error: str | None = None
     files: dict[str, bytes] = field(default_factory=dict)
     blank: bool = False
+    mask: Reading | None = None
     pixels: Tensor | None = None
 
 
@@ -72,9 +79,7 @@ class Rows(torch.utils.data.Dataset):
         _check_columns(ds, [*named, settings["id_column"]])
         self.fingerprint, self.first = ds._fingerprint, first
         self.image_size, self.resample = tuple(encoder.image_size), getattr(encoder, "resample", BICUBIC)
-        self.task = find_task(manifest["task"])
-        if manifest["task"] == "segmentation":
-            self.task = Segmentation(settings["foreground"], settings["void"])
+        self.task = task_of(manifest["task"], settings)
         self.ids = _ids(ds, settings["id_column"], first)
         ds = ds.with_format(None).select_columns(named)
         for name in ds.column_names:
@@ -85,7 +90,7 @@ class Rows(torch.utils.data.Dataset):
     def key(self, manifest: Mapping[str, Any], on_bad_row: str) -> str:
         """A hash of all that decides the shards of these rows."""
         given = [manifest[name] for name in ("format", "task", "settings", "encoder")]
-        given += [self.fingerprint, len(self), self.first, on_bad_row]
+        given += [self.fingerprint, len(self), self.first, on_bad_row, READING, _state_of_files(self.data)]
         return digest(json.dumps(given, sort_keys=True))[:12]
 
     def __len__(self) -> int:
@@ -111,11 +116,11 @@ class Rows(torch.utils.data.Dataset):
         if self.task.name == "segmentation":
             if values[self.label] is None:
                 raise ValueError("it has no mask; draw one that is all 0 where there is no object")
-            mask = self.task.label(values[self.label], image).convert("L")
-            row.files["label.png"], row.blank = _png(mask), not mask.getextrema()[1]
+            row.mask = self.task.read(values[self.label], image)
+            row.files["label.png"], row.blank = _png(row.mask.picture()), not row.mask.white.any()
         elif self.task.name == "detection":
-            box = values[self.label]
-            self.task.label(box, image)  # for its checks
+            self.task.label(values[self.label], image)  # for its checks
+            box = self.task.corners(values[self.label])
             said["box"], row.blank = None if box is None else np.asarray(box).tolist(), box is None
         row.files["json"] = json.dumps(said).encode()
         row.pixels = pixels([self.task.query(image)], self.image_size, self.resample)[0]
@@ -149,6 +154,30 @@ def _ids(ds: Dataset, column: str | None, first: int) -> list[str]:
                 f"id_column={column!r}: rows {seen[id]} and {row} are both named {id!r}; ids must be unique"
             )
     return ids
+
+
+def _state_of_files(ds: Dataset) -> str:
+    """A digest of the size and time of every file that rows only name: what is in it is not the data set's."""
+    states = hashlib.sha256()
+    for name in ds.column_names:
+        # texts, or images of which some may be in the table and some behind a path
+        if not isinstance(ds.features[name], datasets.Image) and getattr(ds.features[name], "dtype", "") != "string":
+            continue
+        for table in ds.with_format("arrow").select_columns([name]).iter(batch_size=1000):
+            column = table[name].combine_chunks()
+            if isinstance(ds.features[name], datasets.Image):
+                column = column.field("path").filter(column.field("bytes").is_null())
+            for path in column.to_pylist():
+                states.update(f"{path}{_state_of(path)}\n".encode())
+    return states.hexdigest()
+
+
+def _state_of(path: str | None) -> tuple[int, int] | None:
+    try:
+        stat = os.stat(path or "")
+    except (OSError, ValueError):  # no file: a text, or one that will be missed when it is read
+        return None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _content(value: Any) -> bytes:
@@ -353,6 +382,7 @@ def _encode(
     """One shard; returns what the manifest says of it."""
     skipped: list[list[str]] = []
     blank: list[int] = []
+    masks = tally(())
     tables: dict[str, list[Tensor]] = {"vectors": [], "tokens": [], "grids": []}
     for batch in batches:
         bar.update(len(batch))
@@ -372,10 +402,12 @@ def _encode(
             if row.blank:
                 blank.append(len(writer.ids))
             writer.add(row.key, row.id, row.files)
+        masks = added(masks, tally(row.mask for row in good if row.mask is not None))
+        check_one_meaning(masks)
     entry = {"name": writer.name, "rows": 0}
     if writer.ids:
         entry = writer.finish({name: torch.cat(parts) for name, parts in tables.items() if parts})
-    return entry | {"blank": blank, "skipped": skipped}
+    return entry | {"blank": blank, "skipped": skipped} | ({"masks": masks} if masks["masks"] else {})
 
 
 @torch.no_grad()
@@ -426,17 +458,32 @@ def _finish(folder: Path, manifest: Mapping[str, Any], names: Sequence[str], row
     if len(skipped) == rows:
         raise ValueError(f"none of the {rows} rows can be used; the first, {skipped[0][0]!r}: {skipped[0][1]}")
     shards = manifest["shards"] + [entry for entry in entries if entry["rows"]]
+    masks = masks_of(shards)
+    check_one_meaning(masks)
     write_manifest(folder, manifest | {"shards": shards, "seen": manifest["seen"] + rows})
-    _warn(rows, skipped, blank=sum(len(entry["blank"]) for entry in entries))
+    if masks["masks"]:
+        print(f"masks: {told(masks)}", file=sys.stderr, flush=True)
+    _warn(rows, skipped, blank=sum(len(entry["blank"]) for entry in entries), full=masks_of(entries)["full"])
 
 
-def _warn(rows: int, skipped: Sequence[Sequence[str]], blank: int) -> None:
+def masks_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the masks of some shards were taken for."""
+    return reduce(added, [entry["masks"] for entry in entries if entry.get("masks")], tally(()))
+
+
+def _warn(rows: int, skipped: Sequence[Sequence[str]], blank: int, full: int) -> None:
     if skipped:
         shown = "; ".join(f"{id!r}: {reason}" for id, reason in skipped[:SHOWN])
         warnings.warn(f"{len(skipped)} of {rows} rows were skipped: {shown}", stacklevel=5)
     if blank:
         warnings.warn(
             f"{blank} of {rows} labels mark nothing; they are kept, as examples without an object", stacklevel=5
+        )
+    if full:
+        warnings.warn(
+            f"{full} of {rows} labels mark every pixel; they are kept, but look whether foreground= names the "
+            "background too",
+            stacklevel=5,
         )
 
 

@@ -347,7 +347,9 @@ def check_one_meaning(total: dict[str, Any]) -> None:
     values = sorted(map(int, total["values"]))
     if len(values) > 1:
         shown = ", ".join(map(str, values[:SHOWN])) + (", ..." if len(values) > SHOWN else "")
-        raise ValueError(f"some masks mark their object by other values than others ({shown}): are they classes? {NAME}")
+        raise ValueError(
+            f"some masks mark their object by other values than others ({shown}): are they classes? {NAME}"
+        )
 
 
 def told(total: dict[str, Any]) -> str:
