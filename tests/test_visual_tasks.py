@@ -257,7 +257,7 @@ def test_masks_by_class_black_and_white_void_and_named_values():
         (np.full((5, 7), -1), "no negative values; got -1"),
         (photo(), "one class number a pixel; got PIL mode RGB"),
         (photo().convert("RGBA"), "got PIL mode RGBA"),
-        (np.zeros((1, 5, 7)), "one class number a pixel"),
+        (np.zeros((2, 5, 7)), "one class number a pixel"),
         (None, "one class number a pixel"),
         ("/dev/null", "cannot be read"),
     ],

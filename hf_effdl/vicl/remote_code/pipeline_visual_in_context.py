@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 from torch import Tensor, nn
 from transformers import Pipeline
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from .examples import Examples, Queries
 from .frozen_canvas import vote as count_votes
@@ -26,7 +27,7 @@ from .pipeline_picture import Answer, Shown, draw_panels
 from .pool_reader import PoolReader
 from .strategies import find_strategy
 from .visual_tasks import find_task
-from .writing import is_first
+from .writing import copy_file, is_first
 
 
 TASK = "visual-in-context-learning"
@@ -131,7 +132,8 @@ class VisualInContextPipeline(Pipeline):
         token: str | bool | None = None,
         **kwargs: Any,
     ) -> None:
-        model, pool = load_parts(model, pool, token)
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        model, pool = load_parts(model, pool, token, dtype)
         kwargs.setdefault("task", TASK)
         self.pool, self.selector = pool, selector
         self.visual_task = find_task(model.config.task)
@@ -237,6 +239,10 @@ class VisualInContextPipeline(Pipeline):
             config.pool, config.pool_revision = "pool", None
         if first:
             super().save_pretrained(save_directory, **kwargs)
+            # of a pipeline whose code came from the Hub upstream copies the model's files alone
+            for file in (__file__, *get_relative_import_files(__file__)):
+                if Path(file).resolve() != Path(save_directory, Path(file).name).resolve():
+                    copy_file(Path(file), Path(save_directory, Path(file).name))
             write_model_card(save_directory, config, self.pool, repo_id)
 
     def push_to_hub(
