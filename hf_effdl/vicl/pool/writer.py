@@ -516,7 +516,9 @@ def _without_removed(entry: Mapping[str, Any], shard: Shard, folder: Path) -> di
             writer.add(name, id, files)
         tables = {name: getattr(shard, name) for name in ("vectors", "tokens", "grids")}
         written = writer.finish({name: table[kept] for name, table in tables.items() if table is not None})
-    return written | {"blank": [i for i, row in enumerate(kept) if row in blank], "skipped": entry["skipped"]}
+    blank = [i for i, row in enumerate(kept) if row in blank]
+    said = {"masks": entry["masks"]} if "masks" in entry else {}
+    return written | {"blank": blank, "skipped": entry["skipped"]} | said
 
 
 def _members(tar: Path, rows: set[int]) -> Iterator[tuple[str, dict[str, bytes]]]:

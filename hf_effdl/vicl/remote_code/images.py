@@ -83,6 +83,8 @@ def opened(image: Any, formats: Sequence[str] | None = None) -> Any:
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     try:
         if isinstance(image, (bytes, str, os.PathLike)):
+            if formats is not None:
+                Image.init()  # Pillow loads the readers that it is asked for by name only then
             image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=formats)
         if not isinstance(image, Image.Image):
             return image

@@ -143,8 +143,8 @@ class VisualInContextModel(PreTrainedModel):
         """Load a saved model, and the backbones that its config names.
 
         Args:
-            pretrained_model_name_or_path, args, kwargs: as for any model of transformers. `dtype` is that of the frozen
-                model and the encoder; what was measured and learnt stays in single precision. With
+            pretrained_model_name_or_path, args, kwargs: as for any model of transformers. `dtype` is that of the
+                frozen model and the encoder; what was measured and learnt stays in single precision. With
                 `trust_remote_code=True` backbones that the config names may run code of theirs, which is refused
                 otherwise.
 

@@ -35,8 +35,8 @@ class VisionEncoder(nn.Module):
       reading order: the input of the list-wise ranker (Partial2Global, arXiv 2405.15279).
     - `grid` `(N, gh, gw, d')`: the feature map of `layer`, for dense similarity and feature matching.
 
-    Register tokens are dropped. Images are squashed to `image_size`, and nothing is cropped where patches divide it (else
-    a warning says so): a grid cell and the same cell of a mask show the same place.
+    Register tokens are dropped. Images are squashed to `image_size`, and nothing is cropped where patches divide it
+    (else a warning says so): a grid cell and the same cell of a mask show the same place.
 
     Args:
         backbone: a transformers vision model with a class token (ViT, DINOv2), without (SigLIP) or convolutional
