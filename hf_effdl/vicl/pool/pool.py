@@ -63,6 +63,8 @@ class ExamplePool(PoolReader):
         encoder: Any,
         task: Any = "segmentation",
         id_column: str | None = None,
+        group_column: str | None = None,
+        class_column: str | None = None,
         foreground: int | Iterable[int] | str | None = None,
         keep_grids: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -91,6 +93,9 @@ class ExamplePool(PoolReader):
             encoder: a `VisionEncoder`, a vision model of transformers, or the id or folder of one.
             task: "segmentation", "detection", "colourisation", or an instance such as `Segmentation(void=None)`.
             id_column: unique texts or integers that name the rows; default: their numbers, from 0.
+            group_column: what rows belong to (a video, a patient, a photo), texts or integers: no image is shown an
+                example of its own group, see `VisualInContextPipeline`.
+            class_column: what a row's object is, so that one pool can hold many classes.
             foreground: mask values that are the object, or "any"; see `Segmentation`, which says what is understood
                 without it. Masks are stored white on black; what they were taken for is told on stderr, and in the
                 card.
@@ -116,6 +121,8 @@ class ExamplePool(PoolReader):
             "keep_grids": bool(keep_grids),
             "rows_per_shard": int(rows_per_shard),
         }
+        said = {"group_column": group_column, "class_column": class_column}
+        settings |= {name: column for name, column in said.items() if column is not None}
         if task.name == "segmentation":
             named = task.foreground
             settings |= {"foreground": list(named) if isinstance(named, tuple) else named, "void": task.void}

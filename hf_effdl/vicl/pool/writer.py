@@ -59,6 +59,7 @@ class Row:
     files: dict[str, bytes] = field(default_factory=dict)
     blank: bool = False
     mask: Reading | None = None
+    columns: dict[str, str | None] = field(default_factory=dict)
     pixels: Tensor | None = None
 
 
@@ -76,7 +77,9 @@ class Rows(torch.utils.data.Dataset):
         settings = manifest["settings"]
         self.image, self.label = settings["image_column"], settings["label_column"]
         named = [name for name in (self.image, self.label) if name is not None]
-        _check_columns(ds, [*named, settings["id_column"]])
+        said = {name: settings.get(f"{name}_column") for name in ("group", "class")}
+        _check_columns(ds, [*named, settings["id_column"], *said.values()])
+        self.columns = {name: _texts(ds, column) for name, column in said.items() if column is not None}
         self.fingerprint, self.first = ds._fingerprint, first
         self.image_size, self.resample = tuple(encoder.image_size), getattr(encoder, "resample", BICUBIC)
         self.task = task_of(manifest["task"], settings)
@@ -98,6 +101,7 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, number: int) -> Row:
         row = Row(number, f"{self.first + number:08d}", self.ids[number])
+        row.columns = {name: values[number] for name, values in self.columns.items()}
         try:
             self._read(row)
         except Exception as error:  # decoders raise errors of many kinds on damaged files
@@ -154,6 +158,16 @@ def _ids(ds: Dataset, column: str | None, first: int) -> list[str]:
                 f"id_column={column!r}: rows {seen[id]} and {row} are both named {id!r}; ids must be unique"
             )
     return ids
+
+
+def _texts(ds: Dataset, column: str) -> list[str | None]:
+    """Values of a column as texts; of a `ClassLabel` the names."""
+    feature, values = ds.features[column], ds.with_format(None)[column][:]
+    if isinstance(feature, datasets.ClassLabel):
+        return [None if value is None else feature.int2str(value) for value in values]
+    if wrong := next((value for value in values if value is not None and not isinstance(value, str | int)), None):
+        raise TypeError(f"column {column!r} holds {wrong!r}: pass texts, whole numbers or None")
+    return [None if value is None else str(value) for value in values]
 
 
 def _state_of_files(ds: Dataset) -> str:
@@ -214,6 +228,7 @@ class ShardWriter:
         self.spans: list[list[tuple[int, int]]] = []
         self.digests: list[bytes] = []
         self.ids: list[str] = []
+        self.columns: dict[str, list[str | None]] = {}
         self.formats: set[str] = set()
 
     def __enter__(self) -> "ShardWriter":
@@ -226,8 +241,8 @@ class ShardWriter:
         self._file.close()
         self._part.unlink(missing_ok=True)
 
-    def add(self, key: str, id: str, files: Mapping[str, bytes]) -> None:
-        """Append a row's files: `image.*`, and `label.png` or `json`, which holds its label."""
+    def add(self, key: str, id: str, files: Mapping[str, bytes], columns: Mapping[str, str | None]) -> None:
+        """Append a row's files: `image.*`, and `label.png` or `json`, which holds its label; and what else is said."""
         spans = {}
         for name, content in files.items():
             info = tarfile.TarInfo(f"{key}.{name}")  # time 0, owner 0: equal rows give equal files
@@ -239,6 +254,8 @@ class ShardWriter:
         self.spans.append([spans[image], spans[label]])
         self.digests.append(row_digest(id, files[image], files[label]))
         self.ids.append(id)
+        for name, value in columns.items():
+            self.columns.setdefault(name, []).append(value)
         self.formats.add(image.partition(".")[2])
 
     def finish(self, tables: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -250,6 +267,8 @@ class ShardWriter:
             "ids": _bytes(json.dumps(self.ids).encode()),
             "digests": _bytes(b"".join(self.digests)).view(-1, 32),
         }
+        if self.columns:
+            tensors["columns"] = _bytes(json.dumps(self.columns).encode())
         write_whole(self.index, lambda part: save_file(tensors, str(part)))
         flush(self._part)
         entry = {
@@ -401,7 +420,7 @@ def _encode(
         for row in good:
             if row.blank:
                 blank.append(len(writer.ids))
-            writer.add(row.key, row.id, row.files)
+            writer.add(row.key, row.id, row.files, row.columns)
         masks = added(masks, tally(row.mask for row in good if row.mask is not None))
         check_one_meaning(masks)
     entry = {"name": writer.name, "rows": 0}
@@ -512,8 +531,8 @@ def _without_removed(entry: Mapping[str, Any], shard: Shard, folder: Path) -> di
     key = digest(json.dumps([entry["name"], entry["dropped"]]))[:12]
     kept, blank = shard.kept.tolist(), set(entry["blank"])
     with ShardWriter(folder / "data", entry["name"][:-12] + key) as writer:
-        for (name, files), id in zip(_members(shard.tar, set(kept)), shard.ids, strict=True):
-            writer.add(name, id, files)
+        for place, (name, files), id in zip(kept, _members(shard.tar, set(kept)), shard.ids, strict=True):
+            writer.add(name, id, files, {column: values[place] for column, values in shard.columns.items()})
         tables = {name: getattr(shard, name) for name in ("vectors", "tokens", "grids")}
         written = writer.finish({name: table[kept] for name, table in tables.items() if table is not None})
     blank = [i for i, row in enumerate(kept) if row in blank]

@@ -215,6 +215,8 @@ def _one_channel(mask: np.ndarray) -> np.ndarray:
     """Of equal channels, last or first, one; the array itself where they are not equal."""
     if mask.shape[2] not in (1, 2, 3, 4) and mask.shape[0] in (1, 3):
         mask = mask.transpose(1, 2, 0)
+    if mask.shape[2] not in (1, 2, 3, 4):
+        return mask
     if mask.shape[2] in (2, 4):
         if (mask[:, :, -1] != (255 if mask.dtype == np.uint8 else mask[:, :, -1].max())).any():
             raise ValueError("the mask is transparent in places: pass the one channel that is the mask")

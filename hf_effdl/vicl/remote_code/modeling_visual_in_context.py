@@ -319,7 +319,7 @@ def _make_frozen(spec: dict[str, Any], token: str | bool | None, trust: bool) ->
         raise ValueError(
             f"config.frozen_model names kind={spec['kind']!r}; known are {' and '.join(map(repr, FROZEN))}"
         )
-    return FROZEN[spec["kind"]].from_settings(spec, token, trust)
+    return FROZEN[spec["kind"]].from_settings(spec, token, **({"trust": True} if trust else {}))
 
 
 VisualInContextModel.register_for_auto_class("AutoModel")

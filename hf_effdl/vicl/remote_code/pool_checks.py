@@ -1,5 +1,6 @@
 """What a pool's files must be like: they may come from anybody, so every value is looked at when they are opened."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,8 +12,8 @@ from torch import Tensor
 FORMAT = 1
 NAME = r"pool-[0-9]{5,}-[0-9a-f]{12}"
 TASKS = ("segmentation", "detection", "colourisation")
-# file formats of images, as Pillow names them, that pools hold
-IMAGES, MASKS = ("JPEG", "MPO", "PNG", "WEBP"), ("PNG",)
+# readers of Pillow for the files that pools hold; that of JPEG takes the MPO of many phones too
+IMAGES, MASKS = ("JPEG", "PNG", "WEBP"), ("PNG",)
 MANIFEST_BYTES, WIDEST, LARGEST_SIDE = 2**28, 2**16, 2**14
 # how far a vector's norm may be from 1, which it was within in float32
 OFF = 2e-3
@@ -56,7 +57,7 @@ Fields = dict[str, Callable[[Any], bool]]
 MANIFEST_FIELDS: Fields = {
     "format": lambda value: _whole(value, 1),
     "task": lambda value: value in TASKS,
-    "fingerprint": lambda value: _text(value, HEX),
+    "fingerprint": _text,
     "encoder": lambda value: isinstance(value, dict),
     "shards": lambda value: isinstance(value, list) and len(value) > 0,
     "settings": lambda value: isinstance(value, dict),
@@ -179,3 +180,18 @@ def check_box(box: Any) -> list[float] | None:
     if not numbers or not all(isinstance(one, int | float) and abs(one) < 1e9 for one in box):  # NaN is not below
         raise ValueError(f"its box is {str(box)[:80]}")
     return box
+
+
+def read_columns(stored: Tensor | None, rows: int) -> dict[str, list[str | None]]:
+    """What else an index says of its rows.
+
+    Raises:
+        ValueError: for what is not a text or None for each row.
+    """
+    columns = {} if stored is None else json.loads(stored.numpy().tobytes())
+    if not isinstance(columns, dict) or not columns.keys() <= {"group", "class"}:
+        raise ValueError("its columns are none of a pool")
+    for name, values in columns.items():
+        if not isinstance(values, list) or len(values) != rows or not all(map(_named, values)):
+            raise ValueError(f"its column {name!r} is not {rows} texts")
+    return columns

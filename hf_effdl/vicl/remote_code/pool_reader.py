@@ -8,6 +8,7 @@
         grids (n, gh, gw, d) float16 only where the pool keeps them
         spans (n, 2, 2) int64        first byte and number of bytes of the image and of the label, in the tar
         digests (n, 32) uint8        SHA-256 of each row's id, image and label
+        columns uint8                JSON {"group": [...], "class": [...]}, where there are such
         ids uint8                    JSON list
 
 Tensors are memory-mapped and images are read by their place in the tar, so a pool costs hardly any memory.
@@ -39,6 +40,7 @@ from .pool_checks import (
     check_index,
     check_manifest,
     check_values,
+    read_columns,
 )
 from .pool_search import exact_search
 
@@ -84,6 +86,7 @@ class Shard:
             tensors[name] for name in ("vectors", "tokens", "spans", "digests")
         )
         self.grids = tensors.get("grids")
+        self.columns = read_columns(tensors.get("columns"), entry["rows"])
         self.kept = None
         if entry["dropped"]:
             keep = torch.ones(entry["rows"], dtype=torch.bool)
@@ -115,6 +118,7 @@ def _index(file: Path, entry: dict[str, Any], width: int | None) -> tuple[dict[s
             raise ValueError(f"it and {MANIFEST} do not agree on its number of rows ({entry['rows']})")
         width = tensors["vectors"].shape[-1] if width is None else width
         check_index(tensors, ids, entry["rows"], width, entry["tar_bytes"])
+        read_columns(tensors.get("columns"), entry["rows"])
         return tensors, ids
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
@@ -245,6 +249,25 @@ class PoolReader:
             parts = [shard.of_kept(shard.vectors) for shard in self._shards]
             self._vectors = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._vectors
+
+    @property
+    def groups(self) -> list[str | None] | None:
+        """What each row belongs to (a video, a patient, a photo), None for nothing; None where the pool keeps none."""
+        return self._column("group")
+
+    @property
+    def classes(self) -> list[str | None] | None:
+        """The class of each row's object; None where the pool keeps none."""
+        return self._column("class")
+
+    def _column(self, name: str) -> list[str | None] | None:
+        if not any(name in shard.columns for shard in self._shards):
+            return None
+        values: list[str | None] = []
+        for shard in self._shards:
+            column = shard.columns.get(name, [None] * len(shard.digests))
+            values += column if shard.kept is None else [column[i] for i in shard.kept.tolist()]
+        return values
 
     def tokens(self, rows: Tensor | Sequence[int]) -> Tensor:
         """Five tokens of each row for the ranker: `(len, 5, d)` float32; `rows (B, k)` give `(B, k, 5, d)`."""
