@@ -82,7 +82,8 @@ PUSH = """
     # two formats, no labels
     image = picture(np.random.default_rng(0))
     mixed = Dataset.from_dict({"image": [encoded(image, kind) for kind in ("PNG", "JPEG", "PNG", "WEBP")]})
-    ExamplePool.from_dataset(mixed, task="colourisation", **(options | {"foreground": None})).push_to_hub("tester/mixed", private=True)
+    options["foreground"] = None
+    ExamplePool.from_dataset(mixed, task="colourisation", **options).push_to_hub("tester/mixed", private=True)
     found = load_dataset("tester/mixed", split="train")
     kinds = ("image.jpg", "image.png", "image.webp")
     out["mixed"] = [[kind for kind in kinds if row[kind] is not None] for row in found]
@@ -91,7 +92,7 @@ PUSH = """
     # boxes, one absent
     boxes = [[0, 0, 9, 9], None, [1, 2, 3.5, 4], [1, 2, 3, 4]]
     labelled = ds.select(range(4)).remove_columns("box").add_column("box", boxes)
-    found = ExamplePool.from_dataset(labelled, label_column="box", task="detection", **(options | {"foreground": None}))
+    found = ExamplePool.from_dataset(labelled, label_column="box", task="detection", **options)
     found.push_to_hub("tester/boxes")
     found = load_dataset("tester/boxes", split="train")["json"][:]
     assert [row["box"] for row in found] == boxes, found

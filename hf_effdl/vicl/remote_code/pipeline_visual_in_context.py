@@ -171,7 +171,7 @@ class VisualInContextPipeline(Pipeline):
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """See the class. One image gives a dict, a list gives a list; what has no length, a stream, a generator."""
+        """See the class. One image gives a dict, a list gives a list, a generator is answered by a generator."""
         if batch_size is None:
             batch_size = self._batch_size or 8
         if not isinstance(batch_size, int) or batch_size < 1:
@@ -188,7 +188,7 @@ class VisualInContextPipeline(Pipeline):
         answers = self._stream(images, given, candidates_where, batch_size, kwargs)
         if alone:
             return next(iter(list(answers)))
-        return list(answers) if hasattr(images, "__len__") else answers
+        return answers if isinstance(images, Iterator) else list(answers)
 
     def _stream(
         self,
@@ -350,7 +350,7 @@ class VisualInContextPipeline(Pipeline):
             "cells": pixels(seen, model.image_size, model.resample),
             "views": pixels(seen, encoder.image_size, encoder.resample),
         }
-        if "labels" in inputs:
+        if inputs.get("labels") is not None:
             batch["truth"] = self.label_task.labels(inputs["labels"], images, self.model.image_size)
         of_query = {name: inputs[name] for name in ("exclude", "groups", "classes") if name in inputs}
         if of_query or inputs.get("where") is not None:
