@@ -108,17 +108,18 @@ def measure_examples(
     _check_pool(pool, model)
     query_rows = _query_rows(pool, queries, rows, excluded, seed)
     groups = _groups(pool, groups)
-    folder = None
+    folder = old = None
     if cache_dir is not None:
         name = None if metric is None else _name(metric)
         decided = {"metric": name, "greater_is_better": greater_is_better, "excluded": excluded, "groups": groups}
         folder = Path(cache_dir) / f"performance-{measured_key(model, pool, count, **decided)}"
         folder.mkdir(parents=True, exist_ok=True)
+        old = _old_folder(Path(cache_dir), model, pool, count, **decided)
     parts, state, home = query_rows.split(PART), processes(), model.device
     mine = parts[state.process_index :: state.num_processes]
     task = find_task(model.config.task)
     examples = Examples(pool, model.to(state.device), task, metric, greater_is_better)
-    work = Work(examples, count, excluded, groups, folder)
+    work = Work(examples, count, excluded, groups, folder, old)
     measured, shown = [], progress and state.is_main_process
     try:
         if shown:
@@ -199,11 +200,14 @@ class Work:
     excluded: Tensor
     groups: list[str | None] | None
     folder: Path | None
+    old: Path | None = None  # of version 0.1
 
     def file(self, rows: Tensor) -> Path | None:
         """Of a part; named by the rows, so that another seed or number of queries shares what it has in common."""
+        if self.folder is None:
+            return None
         name = f"rows-{digest(str(rows.tolist()))[:16]}.safetensors"
-        return None if self.folder is None else self.folder / name
+        return self.old / name if self.old is not None and (self.old / name).is_file() else self.folder / name
 
     def is_done(self, rows: Tensor) -> bool:
         file = self.file(rows)
@@ -239,10 +243,15 @@ class Work:
         """
         part = read_tensors(file)
         candidates, performance = part["candidates"], part["performance"]
+        if file.parent == self.old:  # parts had no digest then
+            part["sha256"] = _sum_of({"candidates": candidates, "performance": performance})
         if not torch.equal(_sum_of({"candidates": candidates, "performance": performance}), part["sha256"]):
             raise damaged(file, "its content is not what was written")
         if candidates.shape != performance.shape or len(candidates) != len(rows):
             raise damaged(file, f"it is of {tuple(candidates.shape)} runs")
+        outside = (candidates < -1).any() or (candidates >= len(self.examples.pool)).any()
+        if outside or not performance.isfinite().all():
+            raise damaged(file, "it holds what was never measured")
         return candidates, performance
 
     def questions(self, rows: Tensor) -> tuple[Queries, Tensor]:
@@ -372,6 +381,29 @@ def measured_key(
     key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     digest_weights(key, frozen)
     return key.hexdigest()[:16]
+
+
+def _old_folder(
+    cache_dir: Path,
+    model: VisualInContextModel,
+    pool: PoolReader,
+    count: int,
+    *,
+    metric: str | None,
+    greater_is_better: bool,
+    excluded: Tensor,
+    groups: Any,
+) -> Path | None:
+    """Where version 0.1 kept the same parts; None where its key left out what decides them now."""
+    single = all(weight.dtype == torch.float32 for weight in model.frozen.parameters())
+    if metric is not None or groups is not None or not single:
+        return None
+    parts = [type(model.frozen).__qualname__, model.config.frozen_model, model.config.task, pool.fingerprint, count]
+    parts += [None, greater_is_better] + ([excluded.nonzero()[:, 0].tolist()] if excluded.any() else [])
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    digest_weights(key, model.frozen)
+    folder = cache_dir / f"performance-{key.hexdigest()[:16]}"
+    return folder if folder.is_dir() else None
 
 
 def _sum_of(tensors: dict[str, Tensor]) -> Tensor:

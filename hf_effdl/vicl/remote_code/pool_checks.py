@@ -59,7 +59,7 @@ MANIFEST_FIELDS: Fields = {
     "task": lambda value: value in TASKS,
     "fingerprint": _text,
     "encoder": lambda value: isinstance(value, dict),
-    "shards": lambda value: isinstance(value, list) and len(value) > 0,
+    "shards": lambda value: isinstance(value, list),
     "settings": lambda value: isinstance(value, dict),
     "seen": _whole,
     "dim": lambda value: _whole(value, 1, WIDEST),
@@ -113,6 +113,8 @@ def check_manifest(manifest: Any) -> None:
             f"its format is {manifest['format']} and this version of hf_effdl reads {FORMAT}; install a newer one"
         )
     _check("it", manifest, MANIFEST_FIELDS)
+    if not manifest["shards"]:
+        raise ValueError("it names no shards")
     _check("its encoder", manifest["encoder"], ENCODER_FIELDS)
     _check("its encoder", manifest["encoder"], ENCODER_OPTIONS, optional=True)
     _check("its settings", manifest["settings"], SETTINGS, optional=True)
