@@ -12,9 +12,13 @@ ANY = "any"
 # two values that are so far apart are black and white, and not two classes
 APART = 64
 # of a mask's pixels, how many are black or white at least where there is more between
-DOMINANT = 0.75
-# distinct values from which a mask is taken for a grey picture, whose black and white may be off by some
-MANY, NOISE = 9, 8
+DOMINANT = 0.6
+# distinct values from which a mask may be a grey picture, whose black and white are off by some; in a JPEG by more
+MANY, NOISE, LOSSY_NOISE = 5, 8, 24
+# how unequal that is between black and white: edges ring to both sides, classes have numbers on one side only
+UNEQUAL, LOSSY_UNEQUAL = 5, 15
+# where there are few values, those so near to black or white are no grey of an edge
+NEAR = 32
 # a soft edge has black and white within so many pixels; where there are many values it may be a blurred one
 EDGE, BLURRED = 4, 8
 # of the smaller of black and white: stray pixels; and of all: those inside areas of one other value, as classes have
@@ -78,7 +82,7 @@ def read_mask(
     values, counts = _histogram(mask)
     if foreground == ANY:
         return Reading(_marked(mask, values, void), "every value but 0 and void")
-    if len(values) > 2 and (soft := _soft(mask, values, counts)) is not None:
+    if len(values) > 2 and (soft := _soft(mask, values, counts, lossy)) is not None:
         low, high, threshold = soft
         if foreground is None or (high in foreground and low not in foreground):
             return _thresholded(mask, low, high, threshold)
@@ -124,7 +128,7 @@ def _unnamed(mask: np.ndarray, values: np.ndarray, void: int | None) -> Reading:
 # ---- soft edges
 
 
-def _soft(mask: np.ndarray, values: np.ndarray, counts: np.ndarray) -> tuple[int, int, int] | None:
+def _soft(mask: np.ndarray, values: np.ndarray, counts: np.ndarray, lossy: bool) -> tuple[int, int, int] | None:
     """Black, white and the middle of a mask with soft edges; None for one that is none."""
     low, high = int(values[0]), int(values[-1])
     middle = (low + high + 1) // 2
@@ -132,15 +136,18 @@ def _soft(mask: np.ndarray, values: np.ndarray, counts: np.ndarray) -> tuple[int
     if high - low < APART or not dark.any():
         return None
     black, white = (int(values[some][counts[some].argmax()]) for some in (dark, ~dark))
-    around, edge = (NOISE * (high - low) // 255, BLURRED) if len(values) >= MANY else (0, EDGE)
+    noise_of, unequal = (LOSSY_NOISE, LOSSY_UNEQUAL) if lossy else (NOISE, UNEQUAL)
+    around, edge = (0, EDGE) if len(values) < MANY else (noise_of * (high - low) // 255, BLURRED)
     near_black, near_white = mask <= black + around, mask >= white - around
     of_black, of_white = int(near_black.sum()), int(near_white.sum())
-    # noise is rarer than what it surrounds
-    exact = int(counts[values == black][0]), int(counts[values == white][0])
-    if of_black + of_white < DOMINANT * mask.size or 2 * exact[0] < of_black or 2 * exact[1] < of_white:
+    noise = sorted((of_black - int((mask == black).sum()), of_white - int((mask == white).sum())))
+    if of_black + of_white < DOMINANT * mask.size or noise[1] > unequal * noise[0] + STRAY * min(of_black, of_white):
         return None
     between = ~(near_black | near_white)
     stray = between & ~(_spread(near_black, edge) & _spread(near_white, edge))
+    if not around:
+        near = NEAR * (high - low) // 255
+        stray |= between & ((mask <= black + near) | (mask >= white - near))
     grey = (mask != black) & (mask != white)
     if stray.sum() > STRAY * min(of_black, of_white) or _flat(mask, grey) > FLAT * mask.size:
         return None

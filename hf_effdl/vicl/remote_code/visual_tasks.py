@@ -182,6 +182,8 @@ class Segmentation(_Task):
         file = opened(label)
         mask = value_map(file, file)
         _check_sizes("mask", mask.shape[::-1], size)
+        if mask.dtype == bool:  # no class numbers, whatever was named
+            return read_mask(mask)
         return read_mask(mask, self.foreground, self.void, getattr(file, "source_format", None) in LOSSY)
 
     def _decode(self, soft: Tensor, size: Size) -> np.ndarray:
