@@ -369,7 +369,9 @@ class PoolReader:
         """
         stored = self.files(row)[1]
         if self.task == "segmentation":
-            return opened(stored, MASKS).convert("L")
+            mask = opened(stored, MASKS).convert("L")
+            mask.white_on_black = True  # not the class numbers of the data set that the pool was made from
+            return mask
         try:
             return check_box(json.loads(stored).get("box"))
         except (ValueError, AttributeError, RecursionError) as error:

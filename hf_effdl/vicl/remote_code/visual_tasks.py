@@ -11,6 +11,7 @@ Sources: Bar et al., "Visual Prompting via Image Inpainting", arXiv 2209.00647 (
 "Towards Global Optimal Visual In-Context Learning Prompt Selection" (Partial2Global), arXiv 2405.15279.
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from .masks import ANY, LOSSY, Reading, coco_mask, is_coco, read_mask, value_map
 
 
 BOXES = ("xyxy", "xywh")
+# share of an image that is void where there is no object of the class, beyond which it is one that was drawn white
+VOID_AT_MOST = 0.02
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; the mean cancels in a difference
 
 
@@ -90,6 +93,11 @@ def _rescaled(box: Sequence[float], old: Size, new: Size) -> list[int]:
     low = np.floor(np.array(box[:2]) * after / before + 0.5).clip(0, after - 1)
     high = np.floor(np.array(box[2:]) * after / before + 0.5).clip(low + 1, after)
     return [int(value) for value in (*low, *high)]
+
+
+def _is_drawn(mask: np.ndarray) -> bool:
+    """Whether a mask looks black and white: of nothing but 0 and 255, as much of it as an object has."""
+    return bool(((mask == 0) | (mask == 255)).all() and (mask == 255).mean() > VOID_AT_MOST)
 
 
 def _check_sizes(what: str, size: Size, image: Size) -> None:
@@ -182,8 +190,14 @@ class Segmentation(_Task):
         file = opened(label)
         mask = value_map(file, file)
         _check_sizes("mask", mask.shape[::-1], size)
-        if mask.dtype == bool:  # no class numbers, whatever was named
+        if mask.dtype == bool or getattr(label, "white_on_black", False):  # no class numbers, whatever was named
             return read_mask(mask)
+        if isinstance(self.foreground, tuple) and 255 not in self.foreground and _is_drawn(mask):
+            warnings.warn(
+                f"a mask holds nothing but 0 and 255, and foreground={self.foreground} names neither: it is read as "
+                "one without the object; of a black-and-white mask pass mask > 0",
+                stacklevel=2,
+            )
         return read_mask(mask, self.foreground, self.void, getattr(file, "source_format", None) in LOSSY)
 
     def _decode(self, soft: Tensor, size: Size) -> np.ndarray:
