@@ -22,7 +22,6 @@ from hf_effdl import (
     measure_examples,
 )
 from hf_effdl.vicl.remote_code.confidence import certainty, expected_performance, learn_confidence
-from hf_effdl.vicl.remote_code.visual_tasks import Detection
 
 
 COUNT = 12
@@ -189,8 +188,10 @@ def test_boxes_of_coco_are_stored_as_corners_and_asked_with_as_they_were(tmp_pat
     boxes = [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in data["box"]]
     other = data.remove_columns("box").add_column("box", boxes)
     options = {"encoder": tiny_encoder(), "cache_dir": tmp_path, "progress": False}
-    pool = ExamplePool.from_dataset(other, "image", "box", task=Detection("xywh"), **options)
+    pool = ExamplePool.from_dataset(other, "image", "box", task="detection", boxes="xywh", **options)
     assert [pool.label(row) for row in range(COUNT)] == data["box"][:]
+    with pytest.raises(ValueError, match="boxes= goes with task='detection'"):
+        ExamplePool.from_dataset(other, "image", "mask", boxes="xywh", **options)
     pipe = VisualInContextPipeline(make_model("detection"), "oracle", pool)
     plain_pool = ExamplePool.from_dataset(data, "image", "box", task="detection", **options)
     same = VisualInContextPipeline(make_model("detection"), "oracle", plain_pool)

@@ -66,6 +66,7 @@ class ExamplePool(PoolReader):
         group_column: str | None = None,
         class_column: str | None = None,
         foreground: int | Iterable[int] | str | None = None,
+        boxes: str | None = None,
         keep_grids: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
         batch_size: int = 32,
@@ -88,8 +89,7 @@ class ExamplePool(PoolReader):
             ds: images that are JPEG, PNG or WebP files go into the pool as they are, others as PNG.
             image_column: a `datasets.Image` column, or one of paths or file contents.
             label_column: masks for segmentation, also as COCO's polygons or runs; boxes `[x0, y0, x1, y1]` or None
-                for detection, COCO's `[x, y, width, height]` with `task=Detection("xywh")`; not read for
-                colourisation.
+                for detection, see `boxes`; not read for colourisation.
             encoder: a `VisionEncoder`, a vision model of transformers, or the id or folder of one.
             task: "segmentation", "detection", "colourisation", or an instance such as `Segmentation(void=None)`.
             id_column: unique texts or integers that name the rows; default: their numbers, from 0.
@@ -99,6 +99,7 @@ class ExamplePool(PoolReader):
             foreground: mask values that are the object, or "any"; see `Segmentation`, which says what is understood
                 without it. Masks are stored white on black; what they were taken for is told on stderr, and in the
                 card.
+            boxes: for detection, "xyxy" (default) or "xywh", COCO's `[x, y, width, height]`; they are kept as corners.
             keep_grids: keep feature maps too, for dense similarity: `gh * gw * d * 2` bytes a row.
             cache_dir: where pools are made; default: `hf_effdl/pools` in the Hugging Face cache.
             batch_size: images encoded at once.
@@ -113,7 +114,7 @@ class ExamplePool(PoolReader):
             TypeError: for another kind of data set, column or id.
         """
         encoder = _loaded(encoder)
-        task = find_task(task, foreground)
+        task = find_task(task, foreground, boxes)
         settings = {
             "image_column": image_column,
             "label_column": None if task.name == "colourisation" else label_column,

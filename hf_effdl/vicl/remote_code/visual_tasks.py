@@ -324,12 +324,15 @@ class Colourisation(_Task):
 TASKS = {task.name: task for task in (Segmentation(), Detection(), Colourisation())}
 
 
-def find_task(task: str | _Task, foreground: int | Iterable[int] | str | None = None) -> _Task:
+def find_task(
+    task: str | _Task, foreground: int | Iterable[int] | str | None = None, boxes: str | None = None
+) -> _Task:
     """A task by name, with its defaults, or the given task itself.
 
     Args:
         task: "segmentation", "detection", "colourisation", or an instance such as `Segmentation(foreground=[1])`.
         foreground: for "segmentation" by name: the mask values that are the object.
+        boxes: for "detection" by name: how boxes are given.
 
     Example:
         >>> find_task("segmentation", foreground=[15])
@@ -337,6 +340,10 @@ def find_task(task: str | _Task, foreground: int | Iterable[int] | str | None = 
     """
     if not isinstance(task, _Task) and task not in TASKS:
         raise ValueError(f"task={task!r}: it must be one of {list(TASKS)} or an instance of theirs")
+    if boxes is not None:
+        if task != "detection":
+            raise ValueError(f"boxes= goes with task='detection'; got task={task!r} beside it")
+        task = Detection(boxes)
     if foreground is None:
         return task if isinstance(task, _Task) else TASKS[task]
     if task != "segmentation":
