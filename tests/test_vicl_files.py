@@ -300,6 +300,19 @@ def test_a_mask_that_was_corrected_on_disk_makes_another_pool(tmp_path):
     assert folders[0] != folders[1] == folders[2]
 
 
+def test_the_same_call_heals_a_damaged_index_and_a_damaged_note(tmp_path):
+    pool = make(tmp_path)
+    [index] = (pool.folder / "data").glob("*.safetensors")
+    [note] = (pool.folder / "done").glob("*.json")
+    for file, place in ((index, -7), (index, 40), (note, 5), (note, -9)):
+        content = bytearray(file.read_bytes())
+        content[place] ^= 1
+        file.write_bytes(content)
+        again = make(tmp_path)
+        assert again.fingerprint == pool.fingerprint
+        again.verify()
+
+
 def test_a_saved_pool_does_not_name_a_folder_of_this_machine(tmp_path):
     tiny_vit().save_pretrained(tmp_path / "alice" / "secret")
     pool = make(tmp_path / "pools", encoder=str(tmp_path / "alice" / "secret"))

@@ -32,6 +32,7 @@ from hf_effdl.files import digest, flush, write_whole
 from hf_effdl.version import __version__
 from hf_effdl.vicl.remote_code.images import BICUBIC, pixels, to_rgb
 from hf_effdl.vicl.remote_code.masks import Reading, added, check_one_meaning, tally, told
+from hf_effdl.vicl.remote_code.pool_checks import check_entry
 from hf_effdl.vicl.remote_code.pool_reader import MANIFEST, Shard, content_fingerprint, row_digest
 from hf_effdl.vicl.remote_code.visual_tasks import task_of
 
@@ -392,7 +393,8 @@ def _write_shards(
                     Subset(source, rows), encoding.batch_size, num_workers=encoding.num_workers, collate_fn=list
                 )
                 entry = _encode(writer, batches, encoding, state.device, keep_grids, bar)
-            write_whole(folder / "done" / f"{name}.json", json.dumps(entry))
+            note = {"entry": entry, "sha256": digest(json.dumps(entry))}
+            write_whole(folder / "done" / f"{name}.json", json.dumps(note))
 
 
 def _encode(
@@ -455,15 +457,22 @@ def _check_views(views: Mapping[str, Tensor], batch: Sequence[Row]) -> None:
 
 
 def _done(folder: Path, name: str) -> dict[str, Any] | None:
-    """What was written down of a finished shard whose files are there."""
+    """What was written down of a finished shard whose files are there, and whose index is what was written."""
     try:
-        entry = json.loads((folder / "done" / f"{name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    for kind, size in (("tar", "tar_bytes"), ("safetensors", "index_bytes")):
-        file = folder / "data" / f"{name}.{kind}"
-        if entry["rows"] and not (file.is_file() and file.stat().st_size == entry[size]):
+        note = json.loads((folder / "done" / f"{name}.json").read_text(encoding="utf-8"))
+        entry = note["entry"]
+        if note["sha256"] != digest(json.dumps(entry)):
             return None
+        if entry["rows"]:
+            check_entry(entry)
+        for kind, size in (("tar", "tar_bytes"), ("safetensors", "index_bytes")):
+            file = folder / "data" / f"{name}.{kind}"
+            if entry["rows"] and not (file.is_file() and file.stat().st_size == entry[size]):
+                return None
+        if entry["rows"] and (entry["name"] != name or digest(file) != entry["index_sha256"]):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: written again
+        return None
     return entry
 
 

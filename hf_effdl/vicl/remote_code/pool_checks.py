@@ -90,6 +90,20 @@ SHARD_FIELDS: Fields = {
 }
 
 
+def _counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_text, value)) and all(map(_whole, value.values()))
+
+
+MASK_FIELDS: Fields = {
+    "kinds": _counts,
+    "values": lambda value: _counts(value) and all(key.isdigit() for key in value),
+    "soft": lambda value: isinstance(value, int | float) and 0 <= value < 2**62,
+    "thresholds": lambda value: isinstance(value, list) and all(map(_whole, value)),
+    "masks": _whole,
+    "full": _whole,
+}
+
+
 def _check(what: str, values: Any, fields: Fields, optional: bool = False) -> None:
     if not isinstance(values, dict):
         raise ValueError(f"{what} is a {type(values).__name__}")
@@ -119,13 +133,24 @@ def check_manifest(manifest: Any) -> None:
     _check("its encoder", manifest["encoder"], ENCODER_OPTIONS, optional=True)
     _check("its settings", manifest["settings"], SETTINGS, optional=True)
     for entry in manifest["shards"]:
-        _check("a shard", entry, SHARD_FIELDS)
-        for name in ("dropped", "blank"):
-            if not _places(entry[name], entry["rows"]):
-                raise ValueError(f"the shard {entry['name']} has {name}={str(entry[name])[:80]}")
+        check_entry(entry)
     names = [entry["name"] for entry in manifest["shards"]]
     if len(set(names)) < len(names):
         raise ValueError("it names a shard twice")
+
+
+def check_entry(entry: Any) -> None:
+    """Refuse what a manifest cannot say of a shard.
+
+    Raises:
+        ValueError: saying which value it is.
+    """
+    _check("a shard", entry, SHARD_FIELDS)
+    if "masks" in entry:
+        _check(f"the shard {entry['name']}, of its masks,", entry["masks"], MASK_FIELDS)
+    for name in ("dropped", "blank"):
+        if not _places(entry[name], entry["rows"]):
+            raise ValueError(f"the shard {entry['name']} has {name}={str(entry[name])[:80]}")
 
 
 def check_index(tensors: dict[str, Tensor], ids: Any, rows: int, width: int, tar_bytes: int) -> None:
