@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     pipe = VisualInContextPipeline(model, pool=pool)
     exclude = find_copies(pipe, query_rows, args)
     budget = min(args.label_budget or len(pool), len(pool) - len(exclude))
-    measure_examples(model, pool, queries=budget, exclude=exclude, cache_dir=out / "performance")
+    measure_examples(model, pool, queries=budget, exclude_rows=exclude, cache_dir=out / "performance")
     cascade = CascadeSelector(model, passes=args.passes, head=args.head).fit(pool)
     model.set_selector(cascade)
 

@@ -158,8 +158,8 @@ def train_ranker(
     """A ranker for lists of k, with how it did on lists of queries that it did not learn from."""
     train, other = split_queries(model, training.seed)
     common = {"lists_per_query": args.lists_per_query, "duplicates": None, "labels": not args.legacy}
-    lists = RankingLists.from_model(model, pool, k, queries=train, exclude=exclude, seed=training.seed, **common)
-    held_out = RankingLists.from_model(model, pool, k, queries=other, exclude=exclude, seed=training.seed, **common)
+    lists = RankingLists.from_model(model, pool, k, rows=train, exclude_rows=exclude, seed=training.seed, **common)
+    held_out = RankingLists.from_model(model, pool, k, rows=other, exclude_rows=exclude, seed=training.seed, **common)
     torch.manual_seed(training.seed)
     config = ListwiseRankerConfig(input_size=pool.dim, hidden_size=args.hidden_size, legacy=args.legacy, list_length=k)
     own = copy.copy(training)
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     exclude = find_copies(pipe, query_rows, args)
     budget = min(args.label_budget or len(pool), len(pool) - len(exclude))
     measure_examples(
-        model, pool, candidates=args.candidates, queries=budget, exclude=exclude, cache_dir=out / "performance"
+        model, pool, candidates=args.candidates, queries=budget, exclude_rows=exclude, cache_dir=out / "performance"
     )
     rankers, report = [], {"excluded": len(exclude)}
     for k in args.lengths:

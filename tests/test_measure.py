@@ -32,7 +32,7 @@ def pool(pools):
 def work_of(pool, count, folder=None):
     """Measuring so many examples on every image."""
     examples = measure.Examples(pool, make_model(), measure.find_task(pool.task))
-    return measure.Work(examples, count, torch.zeros(COUNT, dtype=torch.bool), folder)
+    return measure.Work(examples, count, torch.zeros(COUNT, dtype=torch.bool), None, folder)
 
 
 @pytest.fixture
@@ -117,8 +117,8 @@ def test_a_larger_budget_goes_on_from_a_smaller_one(pool, expected, runs, monkey
 @pytest.mark.parametrize("form", [list, torch.tensor, np.array, iter, "ids"])
 def test_named_images_are_measured_on_in_their_order(pool, expected, runs, form):
     named = [17, 0, 5]
-    queries = [pool.ids[row] for row in named] if form == "ids" else form(named)
-    candidates, performance = measure_examples(make_model(), pool, candidates=K, queries=queries, progress=False)
+    which = {"queries": [pool.ids[row] for row in named]} if form == "ids" else {"rows": form(named)}
+    candidates, performance = measure_examples(make_model(), pool, candidates=K, progress=False, **which)
     assert (candidates >= 0).all(1).nonzero()[:, 0].tolist() == sorted(named) and runs == [3 * K]
     assert torch.equal(candidates[named], expected[0][named])
     torch.testing.assert_close(performance[named], expected[1][named])
@@ -127,16 +127,17 @@ def test_named_images_are_measured_on_in_their_order(pool, expected, runs, form)
 def test_a_longer_list_goes_on_from_the_one_it_begins_with(pool, runs, monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "PART", 2)
     options = {"candidates": K, "cache_dir": tmp_path, "progress": False}
-    measure_examples(make_model(), pool, queries=[17, 0], **options)
-    measure_examples(make_model(), pool, queries=[17, 0, 5, 3], **options)
+    measure_examples(make_model(), pool, rows=[17, 0], **options)
+    measure_examples(make_model(), pool, rows=[17, 0, 5, 3], **options)
     assert runs == [2 * K] * 2
 
 
 @pytest.mark.parametrize("queries,count", [(None, COUNT - 4), (7, 7), ([0, 8, 20], 3)])
 def test_excluded_images_are_neither_measured_on_nor_shown(pool, queries, count):
     excluded = [19, 2, 5, 11, 2]
-    options = {"candidates": K, "queries": queries, "seed": 1, "progress": False}
-    candidates, performance = measure_examples(make_model(), pool, exclude=excluded, **options)
+    which = {"rows": queries} if isinstance(queries, list) else {"queries": queries}
+    options = {"candidates": K, "seed": 1, "progress": False} | which
+    candidates, performance = measure_examples(make_model(), pool, exclude_rows=excluded, **options)
     rows = (candidates >= 0).all(1).nonzero()[:, 0].tolist()
     assert len(rows) == count and not set(rows) & set(excluded) and not np.isin(candidates, excluded).any()
     assert (candidates >= 0).sum() == len(rows) * K and not performance[candidates < 0].any()
@@ -147,7 +148,7 @@ def test_excluded_images_are_neither_measured_on_nor_shown(pool, queries, count)
         torch.testing.assert_close(performance[row], known[row][left])
     by_id = measure_examples(make_model(), pool, exclude=[pool.ids[row] for row in excluded], **options)
     assert torch.equal(by_id[0], candidates) and torch.equal(by_id[1], performance)
-    few = measure_examples(make_model(), pool, exclude=range(3, COUNT), progress=False)[0]
+    few = measure_examples(make_model(), pool, exclude_rows=range(3, COUNT), progress=False)[0]
     assert [sorted(row) for row in few[:3].tolist()] == [[1, 2], [0, 2], [0, 1]] and (few[3:] == -1).all()
 
 
@@ -162,22 +163,25 @@ def test_nothing_excluded_is_as_if_it_was_not_said(pool, expected, runs, tmp_pat
 def test_images_that_cannot_be_named_are_refused(pool):
     model = make_model()
     for wrong, message in (
-        ({"queries": ["scene 1", "scene 77"]}, "queries: id 'scene 77' is not in this pool.*texts are ids"),
+        ({"queries": ["scene 1", "scene 77"]}, "queries: id 'scene 77' is not in this pool.*called rows"),
         ({"queries": ["1"]}, "id '1' is not in this pool"),
-        ({"queries": [1, COUNT]}, f"queries holds row {COUNT}: the pool has rows 0 to {COUNT - 1}"),
-        ({"exclude": [-1]}, "exclude holds row -1"),
+        ({"queries": [1]}, "queries: id 1 is not in this pool.*numbers are ids, too.*called rows"),
+        ({"exclude": torch.tensor([1])}, "exclude: id 1 is not in this pool"),
+        ({"rows": [1, COUNT]}, f"rows holds row {COUNT}: the pool has rows 0 to {COUNT - 1}"),
+        ({"exclude_rows": [-1]}, "exclude_rows holds row -1"),
         ({"exclude": ["scene 77"]}, "exclude: id 'scene 77'"),
-        ({"queries": [4, 1, "scene 4"]}, "queries holds row 4, 'scene 4', 2 times"),
+        ({"rows": [4, 1, 4]}, "rows holds row 4, 'scene 4', 2 times"),
         ({"queries": []}, "queries is empty"),
-        ({"queries": [4, 1], "exclude": ["scene 1"]}, "row 1, 'scene 1', is in queries and in exclude"),
+        ({"rows": [4, 1], "exclude": ["scene 1"]}, "row 1, 'scene 1', is in rows and in exclude"),
+        ({"rows": [4], "queries": ["scene 1"]}, "queries= and rows= both say"),
     ):
         with pytest.raises(ValueError, match=message):
             measure_examples(model, pool, candidates=K, progress=False, **wrong)
     for wrong, message in (
-        ({"queries": "scene 1"}, "queries='scene 1': pass a list"),
-        ({"exclude": 3}, "exclude=3: pass a list of rows"),
+        ({"queries": "scene 1"}, "queries='scene 1': pass a list of ids"),
+        ({"exclude_rows": 3}, "exclude_rows=3: pass a list of rows"),
         ({"queries": True}, "queries=True: pass a list"),
-        ({"exclude": torch.ones(COUNT).bool()}, "exclude holds True.*rows of a mask"),
+        ({"exclude_rows": torch.ones(COUNT).bool()}, "exclude_rows holds True.*rows of a mask"),
         ({"queries": [1.0]}, "queries holds 1.0"),
     ):
         with pytest.raises(TypeError, match=message):
@@ -313,6 +317,13 @@ def test_parts_of_something_else_are_not_taken(pool, runs, tmp_path):
     def foreground_iou(predictions, references):  # the name of the task's own
         return 0.5
 
+    def another_share(of):
+        def share(predictions, references):
+            return float(np.mean(predictions[0] == references[0])) / 2
+
+        share.__qualname__ = of.__qualname__
+        return share
+
     first = {"model": make_model(), "pool": pool, "candidates": K}
     separate = make_model(encoder=tiny_encoder(1))
     separate = type(separate).from_parts(separate.frozen, tiny_encoder())
@@ -320,8 +331,8 @@ def test_parts_of_something_else_are_not_taken(pool, runs, tmp_path):
         {},
         {"pool": others},
         {"candidates": K - 1},
-        {"exclude": [1]},
-        {"exclude": [2]},
+        {"exclude_rows": [1]},
+        {"exclude_rows": [2]},
         {"metric": share},
         {"metric": agreement},
         {"metric": share, "greater_is_better": False},
@@ -329,6 +340,10 @@ def test_parts_of_something_else_are_not_taken(pool, runs, tmp_path):
         {"model": make_model(temperature=0.1)},
         {"model": separate},
         {"metric": foreground_iou},
+        {"metric": another_share(share)},
+        {"groups": [None] * COUNT},
+        {"groups": [0, 0, *[None] * (COUNT - 2)]},
+        {"model": make_model().cast(torch.bfloat16)},
     ]
     tables = []
     for change in changes:
@@ -336,7 +351,7 @@ def test_parts_of_something_else_are_not_taken(pool, runs, tmp_path):
         model, pool = options.pop("model"), options.pop("pool")
         runs.clear()
         tables.append(measure_examples(model, pool, cache_dir=tmp_path / "cache", progress=False, **options)[1])
-        assert sum(runs) == (COUNT - len(options.get("exclude", []))) * options["candidates"], change
+        assert sum(runs) == (COUNT - len(options.get("exclude_rows", []))) * options["candidates"], change
         runs.clear()
         again = measure_examples(model, pool, cache_dir=tmp_path / "cache", progress=False, **options)[1]
         assert torch.equal(again, tables[-1]) and not runs
@@ -389,8 +404,8 @@ def test_what_cannot_be_measured_is_refused(pool, tmp_path):
         with pytest.raises(ValueError, match=f"queries={queries}: the pool has {COUNT} images"):
             measure_examples(make_model(), pool, queries=queries, progress=False)
     with pytest.raises(ValueError, match=f"queries={COUNT - 1}: the pool has {COUNT - 2} images"):
-        measure_examples(make_model(), pool, queries=COUNT - 1, exclude=[3, 4], progress=False)
+        measure_examples(make_model(), pool, queries=COUNT - 1, exclude_rows=[3, 4], progress=False)
     with pytest.raises(ValueError, match="the pool has 1 examples that are not excluded: at least two"):
-        measure_examples(make_model(), pool, exclude=range(1, COUNT), progress=False)
+        measure_examples(make_model(), pool, exclude_rows=range(1, COUNT), progress=False)
     with pytest.raises(ValueError, match="candidates=0: pass a whole number"):
         measure_examples(make_model(), pool, candidates=0, progress=False)

@@ -38,6 +38,8 @@ def make(tmp_path):
             "batch_size": 3,
             "progress": False,
         } | options
+        if options.get("task", "segmentation") == "segmentation":  # the masks of `rows` have three classes and void
+            options = {"foreground": "any"} | options
         return ExamplePool.from_dataset(ds, **options)
 
     return from_dataset
@@ -141,7 +143,7 @@ def test_foreground_is_applied_once_and_for_all(make):
     for options, values in (
         ({"foreground": 2}, [2]),
         ({"foreground": [1, 3]}, [1, 3]),
-        ({"task": Segmentation(void=None)}, [1, 2, 3, 255]),
+        ({"task": Segmentation("any", void=None)}, [1, 2, 3, 255]),
     ):
         pool = make(ds, **options)
         for row in range(4):
@@ -394,7 +396,13 @@ def run(cache: Path, out: Path, seconds: float = 0, processes: int = 1) -> Scrip
 def test_two_processes_make_what_one_makes(tmp_path):
     both = run(tmp_path / "two", tmp_path / "two.json", processes=2)
     one = ExamplePool.from_dataset(
-        rows(37), encoder=Encoder(), cache_dir=tmp_path / "one", rows_per_shard=5, batch_size=2, progress=False
+        rows(37),
+        encoder=Encoder(),
+        foreground="any",
+        cache_dir=tmp_path / "one",
+        rows_per_shard=5,
+        batch_size=2,
+        progress=False,
     )
     both.finish()
     said = [json.loads((tmp_path / f"two.json.{rank}").read_text()) for rank in range(2)]
@@ -425,7 +433,13 @@ def test_a_run_that_was_cut_off_goes_on_from_its_finished_shards(make):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_finished_shards(tmp_path):
     whole = ExamplePool.from_dataset(
-        rows(37), encoder=Encoder(), cache_dir=tmp_path / "whole", rows_per_shard=5, batch_size=2, progress=False
+        rows(37),
+        encoder=Encoder(),
+        foreground="any",
+        cache_dir=tmp_path / "whole",
+        rows_per_shard=5,
+        batch_size=2,
+        progress=False,
     )
     cut = run(tmp_path / "cut", tmp_path / "cut.json", seconds=0.15)
     cut.wait_for(lambda: len(list((tmp_path / "cut").glob("pool-*/done/*.json"))) >= 2)
@@ -444,7 +458,13 @@ def test_a_killed_run_goes_on_from_its_finished_shards(tmp_path):
     assert 2 <= len(finished) < 8
     encoder = Encoder()
     pool = ExamplePool.from_dataset(
-        rows(37), encoder=encoder, cache_dir=tmp_path / "cut", rows_per_shard=5, batch_size=2, progress=False
+        rows(37),
+        encoder=encoder,
+        foreground="any",
+        cache_dir=tmp_path / "cut",
+        rows_per_shard=5,
+        batch_size=2,
+        progress=False,
     )
     assert encoder.rows == 37 - 5 * len(finished)
     assert all((folder / "data" / f"{name}.tar").stat().st_mtime_ns == time_ for name, time_ in finished.items())

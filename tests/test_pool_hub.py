@@ -27,7 +27,7 @@ PUSH = """
     from hf_effdl.vicl.remote_code.pool_reader import PoolReader
 
     api, out = HfApi(), {"errors": []}
-    options = {"encoder": Encoder(), "cache_dir": "cache", "rows_per_shard": 4, "progress": False}
+    options = {"encoder": Encoder(), "foreground": "any", "cache_dir": "cache", "rows_per_shard": 4, "progress": False}
 
     def refused(call):
         try:
@@ -82,6 +82,7 @@ PUSH = """
     # two formats, no labels
     image = picture(np.random.default_rng(0))
     mixed = Dataset.from_dict({"image": [encoded(image, kind) for kind in ("PNG", "JPEG", "PNG", "WEBP")]})
+    options["foreground"] = None
     ExamplePool.from_dataset(mixed, task="colourisation", **options).push_to_hub("tester/mixed", private=True)
     found = load_dataset("tester/mixed", split="train")
     kinds = ("image.jpg", "image.png", "image.webp")

@@ -88,7 +88,7 @@ def test_an_item_is_what_the_ranker_takes(pool, measured):
 
 def test_rows_that_are_held_out_are_nowhere(pool, measured):
     out = [2, 3, 11]
-    lists = ranking_lists(pool, exclude=out, lists_per_query=30)
+    lists = ranking_lists(pool, exclude_rows=out, lists_per_query=30)
     for rows in (lists.queries, lists.lists):
         assert not set(rows.flatten().tolist()) & set(out)
     assert len(lists.queries.unique()) == COUNT - 3
@@ -97,14 +97,14 @@ def test_rows_that_are_held_out_are_nowhere(pool, measured):
     order = near.argsort(descending=True)
     assert order[0] == 2
     cut = float(near[order[2:4]].mean())
-    lists = ranking_lists(pool, exclude=[2], duplicates=cut, lists_per_query=30)
+    lists = ranking_lists(pool, exclude_rows=[2], duplicates=cut, lists_per_query=30)
     there = set(lists.queries.tolist()) | set(lists.lists.flatten().tolist())
     assert there == set(range(COUNT)) - set(order[:3].tolist())
 
 
 def test_queries_can_be_chosen_and_too_short_ones_are_skipped(pool, measured):
     candidates, performance = (part.clone() for part in measured)
-    lists = ranking_lists(pool, queries=[5, 1])
+    lists = ranking_lists(pool, rows=[5, 1])
     assert lists.queries.unique().tolist() == [1, 5]
     candidates[1, 2:] = candidates[4] = -1  # two left; not measured at all
     candidates[6, ::2] = -1  # five left
@@ -141,10 +141,10 @@ def test_what_nothing_can_be_learnt_from_is_named(pool, measured):
         ((candidates[:-1], performance[:-1]), {}, rf"\({COUNT - 1}, {K}\).*pool's {COUNT}"),
         ((candidates, performance[:, 1:]), {}, "both must be"),
         ((candidates + 5, performance), {}, "name row 28 of a pool of 24"),
-        ((candidates, performance), {"exclude": [1, 24]}, r"exclude= names rows 1\.\.24 of a pool of 24"),
-        ((candidates, performance), {"queries": [-1]}, r"queries= names rows -1\.\.-1"),
-        ((candidates, performance), {"queries": [4], "exclude": [4]}, "no list of k=5 is left: of 0 queries"),
-        ((candidates, performance), {"exclude": range(2, 24)}, "no list of k=5 is left: of 2 queries"),
+        ((candidates, performance), {"exclude_rows": [1, 24]}, "exclude_rows holds row 24: the pool has rows 0 to 23"),
+        ((candidates, performance), {"rows": [-1]}, "rows holds row -1"),
+        ((candidates, performance), {"rows": [4], "exclude_rows": [4]}, "no list of k=5 is left: of 0 queries"),
+        ((candidates, performance), {"exclude_rows": range(2, 24)}, "no list of k=5 is left: of 2 queries"),
     ):
         with pytest.raises(ValueError, match=said):
             RankingLists(pool, *given, **{"duplicates": None, **options})

@@ -203,7 +203,7 @@ def test_a_whole_data_set_is_refused_with_what_to_pass(pipes):
     "wrong, text",
     [
         (7, "got int; pass a PIL image"),
-        (torch.rand(3, 8, 8), "got Tensor; pass a PIL image"),
+        (torch.ones(3, 8, 8, dtype=torch.int64), "got int64"),
         (None, "got NoneType"),
         ([3.5], "got float"),
     ],

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
@@ -19,12 +21,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from hf_effdl.files import digest, read_tensors, write_whole
+from hf_effdl.files import damaged, digest, read_tensors, write_whole
 from hf_effdl.vicl.pool.writer import processes
 from hf_effdl.vicl.remote_code.examples import CHUNK, Examples, Queries
 from hf_effdl.vicl.remote_code.images import pixels
 from hf_effdl.vicl.remote_code.modeling_visual_in_context import VisualInContextModel
 from hf_effdl.vicl.remote_code.pool_reader import PoolReader
+from hf_effdl.vicl.remote_code.pool_rows import rows_checked, rows_of_ids
 from hf_effdl.vicl.remote_code.vision_encoder import digest_weights
 from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
@@ -41,6 +44,9 @@ def measure_examples(
     candidates: int | None = None,
     queries: int | Iterable[int | str] | None = None,
     exclude: Iterable[int | str] | None = None,
+    rows: Iterable[int] | None = None,
+    exclude_rows: Iterable[int] | None = None,
+    groups: Sequence[int | str | None] | None = None,
     seed: int = 0,
     metric: Any = None,
     greater_is_better: bool = True,
@@ -61,10 +67,14 @@ def measure_examples(
         model: a `VisualInContextModel`.
         pool: made with the model's encoder.
         candidates: K examples each (default: the config's, 50); a smaller pool gives all others.
-        queries: the pool images to measure on: how many, drawn at random with `seed`; or which, as rows (numbers) or
-            ids (texts), each once; None: all.
-        exclude: rows or ids of the pool that are neither measured on nor shown as an example, such as the `queries`
-            and `dropped` of a `Split`: rankers that are judged on them must not have seen them.
+        queries: the pool images to measure on: how many, drawn at random with `seed`; or which, as ids (texts, or
+            numbers where ids are numbers), each once; None: all.
+        exclude: ids of the pool that are neither measured on nor shown as an example, such as the `queries` and
+            `dropped` of a `Split`: rankers that are judged on them must not have seen them.
+        rows: instead of `queries`, which images by their place in the pool.
+        exclude_rows: the same beside, or instead of, `exclude`.
+        groups: what each row of the pool belongs to (a video, a patient), None for nothing: no example is shown on an
+            image of its own group. Default: the groups that the pool keeps.
         metric, greater_is_better: see `Examples`; default: the task's own.
         cache_dir: keeps finished parts of 16 images, so that a run that was cut off, or one on more images (a larger
             number, or a list that begins with the same ones), goes on; those of another model, pool, metric (by its
@@ -91,32 +101,38 @@ def measure_examples(
     """
     excluded = torch.zeros(len(pool), dtype=torch.bool)
     if exclude is not None:
-        excluded[_rows(pool, exclude, "exclude")] = True
+        excluded[rows_of_ids(pool, exclude, "exclude")] = True
+    if exclude_rows is not None:
+        excluded[rows_checked(pool, exclude_rows, "exclude_rows")] = True
     count = _examples_each(model, excluded, candidates)
     _check_pool(pool, model)
-    query_rows = _query_rows(pool, queries, excluded, seed)
-    folder = None
+    query_rows = _query_rows(pool, queries, rows, excluded, seed)
+    groups = _groups(pool, groups)
+    folder = old = None
     if cache_dir is not None:
         name = None if metric is None else _name(metric)
-        folder = Path(cache_dir) / f"performance-{_key(model, pool, count, name, greater_is_better, excluded)}"
+        decided = {"metric": name, "greater_is_better": greater_is_better, "excluded": excluded, "groups": groups}
+        folder = Path(cache_dir) / f"performance-{measured_key(model, pool, count, **decided)}"
         folder.mkdir(parents=True, exist_ok=True)
+        old = _old_folder(Path(cache_dir), model, pool, count, **decided)
     parts, state, home = query_rows.split(PART), processes(), model.device
     mine = parts[state.process_index :: state.num_processes]
     task = find_task(model.config.task)
-    work = Work(Examples(pool, model.to(state.device), task, metric, greater_is_better), count, excluded, folder)
+    examples = Examples(pool, model.to(state.device), task, metric, greater_is_better)
+    work = Work(examples, count, excluded, groups, folder, old)
     measured, shown = [], progress and state.is_main_process
     try:
         if shown:
             work.tell_cost(parts, state.num_processes)
         with tqdm(total=sum(map(len, mine)), desc="measuring", unit=" images", disable=not shown) as bar:
-            for rows in mine:
-                measured.append((rows, *work.part(rows)))
-                bar.update(len(rows))
+            for part in mine:
+                measured.append((part, *work.part(part)))
+                bar.update(len(part))
     finally:
         model.to(home)  # where a pipeline expects it
     table = torch.full((len(pool), count), -1), torch.zeros(len(pool), count)
-    for rows, examples, performance in gather_object(measured):
-        table[0][rows], table[1][rows] = examples.long(), performance
+    for part, shown_rows, performance in gather_object(measured):
+        table[0][part, : shown_rows.shape[1]], table[1][part, : shown_rows.shape[1]] = shown_rows.long(), performance
     model.set_performance(*table, pool.fingerprint)
     return table
 
@@ -142,46 +158,37 @@ def _check_pool(pool: PoolReader, model: VisualInContextModel) -> None:
         )
 
 
-def _rows(pool: PoolReader, wanted: Any, name: str) -> Tensor:
-    """Rows of the pool, in the order given."""
-    values = wanted.tolist() if hasattr(wanted, "tolist") else wanted
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise TypeError(f"{name}={wanted!r}: pass a list of rows (numbers) or of ids (texts)")
-    rows = []
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, Integral | str):
-            raise TypeError(
-                f"{name} holds {value!r}: pass rows (numbers) or ids (texts); mask.nonzero()[:, 0] are "
-                "the rows of a mask"
-            )
-        try:
-            rows.append(pool.position(value) if isinstance(value, str) else int(value))
-        except KeyError as error:
-            raise ValueError(f"{name}: {error.args[0]}; numbers are rows, texts are ids") from None
-        if not 0 <= rows[-1] < len(pool):
-            raise ValueError(f"{name} holds row {value}: the pool has rows 0 to {len(pool) - 1}")
-    return torch.tensor(rows, dtype=torch.long)
+def _groups(pool: PoolReader, groups: Sequence[int | str | None] | None) -> list[str | None] | None:
+    """What each row belongs to, as texts; None where nothing is known."""
+    if groups is None:
+        return pool.groups
+    if len(groups := list(groups)) != len(pool):
+        raise ValueError(f"{len(groups)} groups for a pool of {len(pool)}: pass one for each row, None for no group")
+    return [None if one is None else str(one) for one in groups]
 
 
-def _query_rows(pool: PoolReader, queries: Any, excluded: Tensor, seed: int) -> Tensor:
+def _query_rows(pool: PoolReader, queries: Any, rows: Any, excluded: Tensor, seed: int) -> Tensor:
     """Rows to measure on. In the order of the draw or the list, so that more queries begin with the same parts."""
-    if queries is None or (isinstance(queries, Integral) and not isinstance(queries, bool)):
+    if queries is not None and rows is not None:
+        raise ValueError("queries= and rows= both say which images to measure on: pass one of them")
+    name = "queries" if rows is None else "rows"
+    if rows is None and (queries is None or (isinstance(queries, Integral) and not isinstance(queries, bool))):
         drawn = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
         drawn = drawn[~excluded[drawn]]
         if queries is not None and not 0 < queries <= len(drawn):
             raise ValueError(f"queries={queries}: the pool has {len(drawn)} images to measure on")
         return drawn[:queries]
-    rows = _rows(pool, queries, "queries")
-    if not len(rows):
-        raise ValueError("queries is empty: name one image or more, or pass None for all")
-    values, times = rows.unique(return_counts=True)
+    found = rows_of_ids(pool, queries, name) if rows is None else rows_checked(pool, rows, name)
+    if not len(found):
+        raise ValueError(f"{name} is empty: name one image or more, or pass None for all")
+    values, times = found.unique(return_counts=True)
     if times.max() > 1:
         row = int(values[times.argmax()])
-        raise ValueError(f"queries holds row {row}, {pool.ids[row]!r}, {times.max()} times: name every image once")
-    if excluded[rows].any():
-        row = int(rows[excluded[rows]][0])
-        raise ValueError(f"row {row}, {pool.ids[row]!r}, is in queries and in exclude: take it out of one of them")
-    return rows
+        raise ValueError(f"{name} holds row {row}, {pool.ids[row]!r}, {times.max()} times: name every image once")
+    if excluded[found].any():
+        row = int(found[excluded[found]][0])
+        raise ValueError(f"row {row}, {pool.ids[row]!r}, is in {name} and in exclude: take it out of one of them")
+    return found
 
 
 @dataclass(frozen=True)
@@ -191,12 +198,16 @@ class Work:
     examples: Examples
     count: int  # examples on every image
     excluded: Tensor
+    groups: list[str | None] | None
     folder: Path | None
+    old: Path | None = None  # of version 0.1
 
     def file(self, rows: Tensor) -> Path | None:
         """Of a part; named by the rows, so that another seed or number of queries shares what it has in common."""
+        if self.folder is None:
+            return None
         name = f"rows-{digest(str(rows.tolist()))[:16]}.safetensors"
-        return None if self.folder is None else self.folder / name
+        return self.old / name if self.old is not None and (self.old / name).is_file() else self.folder / name
 
     def is_done(self, rows: Tensor) -> bool:
         file = self.file(rows)
@@ -207,12 +218,11 @@ class Work:
         file = self.file(rows)
         if self.is_done(rows):
             try:
-                part = read_tensors(file)
-                return part["candidates"], part["performance"]
+                return self.read(file, rows)
             except (ValueError, KeyError):
                 logger.warning(f"{file} is damaged and is measured again")
         queries, candidates = self.questions(rows)
-        performance = self.examples.measure(queries, candidates)
+        performance = self.examples.measure(queries, candidates).masked_fill(candidates < 0, 0)
         if not performance.isfinite().all():
             row = int(rows[(~performance.isfinite()).any(1)][0])
             raise ValueError(
@@ -221,7 +231,27 @@ class Work:
             )
         if file is not None:
             tensors = {"candidates": candidates.int(), "performance": performance}
+            tensors["sha256"] = _sum_of(tensors)
             write_whole(file, lambda path: save_file(tensors, str(path)))
+        return candidates, performance
+
+    def read(self, file: Path, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """A finished part, as it was written.
+
+        Raises:
+            ValueError, KeyError: for one that was not, or was changed since.
+        """
+        part = read_tensors(file)
+        candidates, performance = part["candidates"], part["performance"]
+        if file.parent == self.old:  # parts had no digest then
+            part["sha256"] = _sum_of({"candidates": candidates, "performance": performance})
+        if not torch.equal(_sum_of({"candidates": candidates, "performance": performance}), part["sha256"]):
+            raise damaged(file, "its content is not what was written")
+        if candidates.shape != performance.shape or len(candidates) != len(rows):
+            raise damaged(file, f"it is of {tuple(candidates.shape)} runs")
+        outside = (candidates < -1).any() or (candidates >= len(self.examples.pool)).any()
+        if outside or not performance.isfinite().all():
+            raise damaged(file, "it holds what was never measured")
         return candidates, performance
 
     def questions(self, rows: Tensor) -> tuple[Queries, Tensor]:
@@ -232,9 +262,21 @@ class Work:
         cells = pixels(seen, model.image_size, model.resample).to(model.device)
         truth = task.labels([pool.label(row) for row in rows.tolist()], images, model.image_size).to(model.device)
         vectors = F.normalize(pool.vectors[rows].float(), dim=1)
-        _, nearest = pool.search(vectors, self.count + int(self.excluded.sum()), exclude=rows)
-        order = self.excluded[nearest].int().sort(dim=1, stable=True).indices[:, : self.count]
-        return Queries(cells, {}, truth), nearest.gather(1, order)
+        allowed = None
+        if self.excluded.any() or self.groups is not None:
+            allowed = (~self.excluded).expand(len(rows), -1).clone()
+            if self.groups is not None:
+                belongs = np.array(self.groups, dtype=object)
+                mine = [(belongs != one) | (one is None) for one in belongs[rows.numpy()]]
+                allowed &= torch.from_numpy(np.stack(mine).astype(bool))
+        found = Queries(cells, {"vector": vectors}, truth, exclude=rows, allowed=allowed)
+        nearest = self.examples.nearest(found, self.count)[1]
+        if (alone := (nearest < 0).all(1)).any():
+            row = int(rows[alone][0])
+            raise ValueError(
+                f"pool image {pool.ids[row]!r} has no example outside its group: leave it out of queries="
+            )
+        return Queries(cells, {}, truth), nearest
 
     def tell_cost(self, parts: Sequence[Tensor], processes: int) -> None:
         """Say on stderr how many runs some parts are, how many were done before, and how long the others take."""
@@ -284,23 +326,87 @@ def _name(metric: Any) -> str:
             f"metric={metric!r} has no name that parts in cache_dir could be told apart by: pass a "
             "function made with def, an evaluate module, or an object with a `name`"
         )
-    return name
+    return f"{name} {_code_of(metric)}"
 
 
-def _key(
-    model: VisualInContextModel, pool: PoolReader, count: int, metric: str | None, greater: bool, excluded: Tensor
+def _code_of(metric: Any) -> str:
+    """What a metric does, as far as it can be seen: two functions of one name may be others."""
+    function = getattr(metric, "__func__", metric)
+    seen: list[Any] = [type(metric).__qualname__]
+    if (code := getattr(function, "__code__", None)) is not None:
+        seen += [_plain(code), _plain(function.__defaults__), _plain(function.__kwdefaults__)]
+        seen += [_plain(cell.cell_contents) for cell in function.__closure__ or ()]
+    else:
+        seen += [[name, _plain(value)] for name, value in sorted(getattr(metric, "__dict__", {}).items())]
+    return digest(json.dumps(seen))[:16]
+
+
+def _plain(value: Any) -> Any:
+    """A value in a form that is the same in every process; of what has none, its type."""
+    if isinstance(value, CodeType):
+        return [value.co_code.hex(), list(value.co_names), [_plain(one) for one in value.co_consts]]
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return sorted([str(key), _plain(one)] for key, one in value.items())
+    return repr(value) if isinstance(value, bool | int | float | str | bytes | None) else type(value).__qualname__
+
+
+def measured_key(
+    model: VisualInContextModel,
+    pool: PoolReader,
+    count: int,
+    *,
+    metric: str | None,
+    greater_is_better: bool,
+    excluded: Tensor,
+    groups: Sequence[str | None] | None,
 ) -> str:
-    parts = [
-        type(model.frozen).__qualname__,
-        model.config.frozen_model,
-        model.config.task,
-        pool.fingerprint,
-        count,
-        metric,
-        greater,
-    ]
-    if excluded.any():
-        parts.append(excluded.nonzero()[:, 0].tolist())
+    """Of all that decides what is measured of a pair of images, and which pairs are: one key for a cache of it."""
+    frozen = model.frozen
+    settings = frozen.settings() if hasattr(frozen, "settings") else model.config.frozen_model
+    parts = {
+        "frozen": [type(frozen).__qualname__, settings, list(model.image_size), model.resample],
+        "precision": sorted({str(weight.dtype) for weight in frozen.parameters()}),
+        "task": model.config.task,
+        "pool": pool.fingerprint,
+        "count": count,
+        "metric": metric,
+        "greater_is_better": greater_is_better,
+        "excluded": excluded.nonzero()[:, 0].tolist(),
+        "groups": None if groups is None else list(groups),
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    digest_weights(key, frozen)
+    return key.hexdigest()[:16]
+
+
+def _old_folder(
+    cache_dir: Path,
+    model: VisualInContextModel,
+    pool: PoolReader,
+    count: int,
+    *,
+    metric: str | None,
+    greater_is_better: bool,
+    excluded: Tensor,
+    groups: Any,
+) -> Path | None:
+    """Where version 0.1 kept the same parts; None where its key left out what decides them now."""
+    single = all(weight.dtype == torch.float32 for weight in model.frozen.parameters())
+    if metric is not None or groups is not None or not single:
+        return None
+    parts = [type(model.frozen).__qualname__, model.config.frozen_model, model.config.task, pool.fingerprint, count]
+    parts += [None, greater_is_better] + ([excluded.nonzero()[:, 0].tolist()] if excluded.any() else [])
     key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     digest_weights(key, model.frozen)
-    return key.hexdigest()[:16]
+    folder = cache_dir / f"performance-{key.hexdigest()[:16]}"
+    return folder if folder.is_dir() else None
+
+
+def _sum_of(tensors: dict[str, Tensor]) -> Tensor:
+    """SHA-256 of tensors, as one."""
+    pieces = [piece for name in sorted(tensors) for piece in (name.encode(), tensors[name].numpy().tobytes())]
+    return torch.frombuffer(bytearray(digest(pieces), "ascii"), dtype=torch.uint8)

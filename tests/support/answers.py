@@ -49,7 +49,8 @@ def plain(output):
 
 
 def check_contract(task, output, image, m, ids):
-    assert set(output) == {"prediction", "example_ids", "scores"}
+    assert set(output) == {"prediction", "example_ids", "scores", "confidence"}
+    assert output["confidence"] is None if task == "colourisation" else 0 <= output["confidence"] <= 1
     names, scores, prediction = output["example_ids"], output["scores"], output["prediction"]
     assert isinstance(names, list) and isinstance(scores, list) and len(names) == len(scores) == m
     assert all(isinstance(name, str) and name in ids for name in names) and len(set(names)) == m

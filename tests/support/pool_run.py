@@ -87,7 +87,7 @@ def main() -> None:
     torch.set_num_threads(1)
     encoder = Encoder(seconds=float(seconds))
     pool = ExamplePool.from_dataset(
-        rows(37), encoder=encoder, cache_dir=cache, rows_per_shard=5, batch_size=2, progress=False
+        rows(37), encoder=encoder, foreground="any", cache_dir=cache, rows_per_shard=5, batch_size=2, progress=False
     )
     said = {"manifest": pool.manifest, "folder": str(pool.folder), "encoded": encoder.rows, "length": len(pool)}
     Path(f"{out}.{PartialState().process_index}").write_text(json.dumps(said))

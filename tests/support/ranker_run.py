@@ -56,8 +56,8 @@ def trainer(out: Any, pool: Any, processes: int = 1, **changes: Any) -> RankerTr
         **changes,
     }
     args = TrainingArguments(str(out), **settings)
-    rest = ranking_lists(pool, queries=range(18, 24))
-    lists = ranking_lists(pool, queries=range(18))
+    rest = ranking_lists(pool, rows=range(18, 24))
+    lists = ranking_lists(pool, rows=range(18))
     return RankerTrainer(make_ranker(), args, train_dataset=lists, eval_dataset=rest, **options)
 
 

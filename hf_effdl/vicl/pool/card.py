@@ -13,6 +13,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCa
 from hf_effdl.hub.cards import write_card
 from hf_effdl.hub.repos import own_dataset_repo
 from hf_effdl.version import __version__
+from hf_effdl.vicl.pool.writer import masks_of
+from hf_effdl.vicl.remote_code.masks import told
 from hf_effdl.vicl.remote_code.pool_reader import MANIFEST, NAME
 
 
@@ -73,13 +75,15 @@ def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
     encoder, shards = manifest["encoder"], manifest["shards"]
     size = sum(entry["tar_bytes"] + entry["index_bytes"] for entry in shards)
     blank = sum(len(set(entry["blank"]) - set(entry["dropped"])) for entry in shards)
-    foreground = manifest["settings"].get("foreground")
+    foreground, masks = manifest["settings"].get("foreground"), masks_of(shards)
+    foreground = [foreground] if isinstance(foreground, str) else foreground
     return {
         "task": manifest["task"],
         "rows": f"{manifest['rows']:,}",
         "of them without an object": f"{blank:,}" if blank else None,
         "rows that could not be used": f"{sum(len(entry['skipped']) for entry in shards):,}",
         "mask values that are the object": foreground and ", ".join(map(str, foreground)),
+        "what the masks were taken for": told(masks) if masks["masks"] else None,
         "encoder": f"`{encoder['id']}`" if encoder.get("id") else "not named",
         "its revision": encoder.get("revision"),
         "its layer": encoder.get("layer"),
@@ -112,6 +116,14 @@ def _features(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def without_paths(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest that may leave this machine: a folder here names nothing to others."""
+    encoder = dict(manifest["encoder"])
+    if os.path.exists(os.path.expanduser(encoder.get("id") or "")) or os.path.isabs(encoder.get("id") or ""):
+        encoder["id"] = None
+    return dict(manifest) | {"encoder": encoder}
+
+
 def push_pool(
     pool: Any, repo_id: str, private: bool | None, token: str | bool | None, commit_message: str | None, **card: Any
 ) -> str:
@@ -126,9 +138,7 @@ def push_pool(
             source = pool.copied_to(folder)
         if "README.md" in files:
             api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=head.sha, local_dir=folder)
-        manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
-        if os.path.isdir(manifest["encoder"].get("id") or ""):  # a folder here names nothing to others
-            manifest["encoder"]["id"] = None
+        manifest = without_paths(json.loads((source / MANIFEST).read_text(encoding="utf-8")))
         readme = write_pool_card(folder, manifest, repo_id=repo_id, **card)
         names = [f"data/{entry['name']}.{kind}" for entry in manifest["shards"] for kind in ("tar", "safetensors")]
         operations = [CommitOperationAdd(name, source / name) for name in names]

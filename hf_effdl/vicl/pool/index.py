@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_effdl.files import write_whole
+from hf_effdl.files import digest, write_whole
 from hf_effdl.vicl.remote_code.pool_search import exact_search
 
 
@@ -103,6 +103,7 @@ def build_index(
         "faiss": faiss.__version__,
     }
     write_whole(file, lambda part: faiss.write_index(index, str(part)))
+    record["sha256"] = digest(file)
     record["seconds"] = time.perf_counter() - begun
     write_whole(file.with_suffix(".json"), json.dumps(record))
     return PoolIndex(index, record)
@@ -134,8 +135,10 @@ def open_index(file: Path, fingerprint: str, rows: int, dim: int) -> PoolIndex |
     import faiss
 
     try:
+        if "sha256" in record and digest(file) != record["sha256"]:  # version 0.1 kept none
+            return None
         index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
-    except RuntimeError:  # absent, or cut off
+    except (OSError, RuntimeError):  # absent, or cut off
         return None
     return PoolIndex(index, record) if (index.ntotal, index.d) == (rows, dim) else None
 

@@ -4,7 +4,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_effdl.files import locked
 from hf_effdl.vicl.pool import index as pool_index
-from hf_effdl.vicl.pool.card import push_pool, write_pool_card
+from hf_effdl.vicl.pool.card import push_pool, without_paths, write_pool_card
 from hf_effdl.vicl.pool.writer import Encoding, Rows, build, compacted, processes, write_manifest
 from hf_effdl.vicl.remote_code.pool_reader import FORMAT, MANIFEST, NAME, PoolReader
 from hf_effdl.vicl.remote_code.vision_encoder import VisionEncoder
@@ -61,7 +63,10 @@ class ExamplePool(PoolReader):
         encoder: Any,
         task: Any = "segmentation",
         id_column: str | None = None,
-        foreground: int | Iterable[int] | None = None,
+        group_column: str | None = None,
+        class_column: str | None = None,
+        foreground: int | Iterable[int] | str | None = None,
+        boxes: str | None = None,
         keep_grids: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
         batch_size: int = 32,
@@ -83,12 +88,18 @@ class ExamplePool(PoolReader):
         Args:
             ds: images that are JPEG, PNG or WebP files go into the pool as they are, others as PNG.
             image_column: a `datasets.Image` column, or one of paths or file contents.
-            label_column: masks for segmentation, boxes `[x0, y0, x1, y1]` or None for detection; not read for
-                colourisation.
+            label_column: masks for segmentation, also as COCO's polygons or runs; boxes `[x0, y0, x1, y1]` or None
+                for detection, see `boxes`; not read for colourisation.
             encoder: a `VisionEncoder`, a vision model of transformers, or the id or folder of one.
             task: "segmentation", "detection", "colourisation", or an instance such as `Segmentation(void=None)`.
             id_column: unique texts or integers that name the rows; default: their numbers, from 0.
-            foreground: mask values that are the object; see `Segmentation`. Masks are stored white on black.
+            group_column: what rows belong to (a video, a patient, a photo), texts or integers: no image is shown an
+                example of its own group, see `VisualInContextPipeline`.
+            class_column: what a row's object is, so that one pool can hold many classes.
+            foreground: mask values that are the object, or "any"; see `Segmentation`, which says what is understood
+                without it. Masks are stored white on black; what they were taken for is told on stderr, and in the
+                card.
+            boxes: for detection, "xyxy" (default) or "xywh", COCO's `[x, y, width, height]`; they are kept as corners.
             keep_grids: keep feature maps too, for dense similarity: `gh * gw * d * 2` bytes a row.
             cache_dir: where pools are made; default: `hf_effdl/pools` in the Hugging Face cache.
             batch_size: images encoded at once.
@@ -103,7 +114,7 @@ class ExamplePool(PoolReader):
             TypeError: for another kind of data set, column or id.
         """
         encoder = _loaded(encoder)
-        task = find_task(task, foreground)
+        task = find_task(task, foreground, boxes)
         settings = {
             "image_column": image_column,
             "label_column": None if task.name == "colourisation" else label_column,
@@ -111,14 +122,20 @@ class ExamplePool(PoolReader):
             "keep_grids": bool(keep_grids),
             "rows_per_shard": int(rows_per_shard),
         }
+        said = {"group_column": group_column, "class_column": class_column}
+        settings |= {name: column for name, column in said.items() if column is not None}
         if task.name == "segmentation":
-            settings |= {"foreground": task.foreground and list(task.foreground), "void": task.void}
+            named = task.foreground
+            settings |= {"foreground": list(named) if isinstance(named, tuple) else named, "void": task.void}
+        elif task.name == "detection" and task.boxes != "xyxy":
+            settings["boxes"] = task.boxes
         start = {"format": FORMAT, "task": task.name, "settings": settings, "encoder": encoder.describe()}
         cache_dir = _cache(cache_dir)
         source = Rows(ds, start, encoder, 0)
         folder = cache_dir / f"pool-{source.key(start, on_bad_row)}"
         encoding = Encoding(encoder, batch_size, num_workers, on_bad_row, progress)
-        build(folder, start | {"shards": [], "seen": 0}, source, encoding)
+        with _alone(folder):
+            build(folder, start | {"shards": [], "seen": 0}, source, encoding)
         pool = cls(folder)
         pool.cache_dir, pool._encoder = cache_dir, encoder
         return pool
@@ -172,10 +189,14 @@ class ExamplePool(PoolReader):
                 f"encoder= has the fingerprint {encoder.describe()['fingerprint']!r} and the pool was "
                 f"made with {self.encoder}; their vectors cannot be compared"
             )
-        source = Rows(ds, self.manifest, encoder, self.manifest["seen"])
-        if shared := set(source.ids) & self._positions.keys():
-            raise ValueError(f"{len(shared)} ids are in the pool already, such as {min(shared)!r}; remove them first")
-        build(self.folder, self.manifest, source, Encoding(encoder, batch_size, num_workers, on_bad_row, progress))
+        with _alone(self.folder):
+            self._reopen()  # as others have left it
+            source = Rows(ds, self.manifest, encoder, self.manifest["seen"])
+            if shared := set(source.ids) & self._positions.keys():
+                raise ValueError(
+                    f"{len(shared)} ids are in the pool already, such as {min(shared)!r}; remove them first"
+                )
+            build(self.folder, self.manifest, source, Encoding(encoder, batch_size, num_workers, on_bad_row, progress))
         self._reopen()
         self._encoder = encoder
         return self
@@ -191,18 +212,21 @@ class ExamplePool(PoolReader):
             ValueError: for all rows of the pool, or a pool in the cache of the Hub.
         """
         self._check_mine()
-        rows = sorted({self.position(id) for id in ([ids] if isinstance(ids, (str, int)) else ids)})
-        if len(rows) == len(self):
-            raise ValueError(f"these are all {len(rows)} rows of the pool; a pool needs one or more")
-        manifest = json.loads(json.dumps(self.manifest))
-        for entry, shard, start in zip(manifest["shards"], self._shards, self._starts, strict=False):
-            gone = [row - start for row in rows if start <= row < start + len(shard.ids)]
-            gone = gone if shard.kept is None else shard.kept[gone].tolist()
-            entry["dropped"] = sorted(entry["dropped"] + gone)
-        state = processes()
-        if rows and state.is_main_process:
-            write_manifest(self.folder, manifest)
-        state.wait_for_everyone()
+        ids = [ids] if isinstance(ids, (str, int)) else list(ids)
+        with _alone(self.folder):
+            self._reopen()  # as others have left it
+            rows = sorted({self.position(id) for id in ids})
+            if len(rows) == len(self):
+                raise ValueError(f"these are all {len(rows)} rows of the pool; a pool needs one or more")
+            manifest = json.loads(json.dumps(self.manifest))
+            for entry, shard, start in zip(manifest["shards"], self._shards, self._starts, strict=False):
+                gone = [row - start for row in rows if start <= row < start + len(shard.ids)]
+                gone = gone if shard.kept is None else shard.kept[gone].tolist()
+                entry["dropped"] = sorted(entry["dropped"] + gone)
+            state = processes()
+            if rows and state.is_main_process:
+                write_manifest(self.folder, manifest)
+            state.wait_for_everyone()
         self._reopen()
         return self
 
@@ -229,13 +253,14 @@ class ExamplePool(PoolReader):
         if own:
             self._check_mine()
         if state.is_main_process:
-            self.copied_to(folder)
-            manifest = json.loads((folder / MANIFEST).read_text())
-            write_pool_card(folder, manifest)
-            names = {entry["name"] for entry in manifest["shards"]}
-            for file in (folder / "data").iterdir():
-                if re.fullmatch(NAME, file.stem) and file.stem not in names:
-                    file.unlink()
+            with locked(folder):
+                self.copied_to(folder)
+                manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+                write_pool_card(folder, manifest)
+                names = {entry["name"] for entry in manifest["shards"]}
+                for file in (folder / "data").iterdir():
+                    if re.fullmatch(rf"{NAME}\.(tar|safetensors)", file.name) and file.stem not in names:
+                        file.unlink()
         state.wait_for_everyone()
         if own:
             self._reopen()
@@ -244,7 +269,8 @@ class ExamplePool(PoolReader):
     def copied_to(self, folder: Path) -> Path:
         """Write shards without removed rows into a folder, and the manifest last. Returns the folder."""
         (folder / "data").mkdir(parents=True, exist_ok=True)
-        write_manifest(folder, self.manifest | {"shards": list(compacted(self.manifest, self._shards, folder))})
+        manifest = self.manifest if folder.resolve() == self.folder.resolve() else without_paths(self.manifest)
+        write_manifest(folder, manifest | {"shards": list(compacted(self.manifest, self._shards, folder))})
         return folder
 
     def push_to_hub(
@@ -341,6 +367,15 @@ class ExamplePool(PoolReader):
 
 def _cache(folder: str | os.PathLike[str] | None) -> Path:
     return Path(HF_HOME) / "hf_effdl" / "pools" if folder is None else Path(folder).absolute()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Have a pool to ourselves, all processes of this run together."""
+    state = processes()
+    with locked(folder) if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        yield
 
 
 def _loaded(encoder: Any) -> Any:

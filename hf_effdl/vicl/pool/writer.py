@@ -1,14 +1,17 @@
 """Writing a pool: rows of a data set become shards, each whole or absent; the manifest comes last."""
 
+import hashlib
 import io
 import json
 import os
 import shutil
+import sys
 import tarfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,13 +31,17 @@ from tqdm.auto import tqdm
 from hf_effdl.files import digest, flush, write_whole
 from hf_effdl.version import __version__
 from hf_effdl.vicl.remote_code.images import BICUBIC, pixels, to_rgb
+from hf_effdl.vicl.remote_code.masks import Reading, added, check_one_meaning, tally, told
+from hf_effdl.vicl.remote_code.pool_checks import check_entry
 from hf_effdl.vicl.remote_code.pool_reader import MANIFEST, Shard, content_fingerprint, row_digest
-from hf_effdl.vicl.remote_code.visual_tasks import Segmentation, find_task
+from hf_effdl.vicl.remote_code.visual_tasks import task_of
 
 
 # formats whose files go into the pool as they are; MPO is the JPEG of many phones
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 SHOWN = 5
+# of the way labels are read: raised where the same file comes to mean something else
+READING = 2
 # seconds after which a file that was not finished is removed
 LITTER = 86_400
 
@@ -52,6 +59,8 @@ class Row:
     error: str | None = None
     files: dict[str, bytes] = field(default_factory=dict)
     blank: bool = False
+    mask: Reading | None = None
+    columns: dict[str, str | None] = field(default_factory=dict)
     pixels: Tensor | None = None
 
 
@@ -69,12 +78,12 @@ class Rows(torch.utils.data.Dataset):
         settings = manifest["settings"]
         self.image, self.label = settings["image_column"], settings["label_column"]
         named = [name for name in (self.image, self.label) if name is not None]
-        _check_columns(ds, [*named, settings["id_column"]])
+        said = {name: settings.get(f"{name}_column") for name in ("group", "class")}
+        _check_columns(ds, [*named, settings["id_column"], *said.values()])
+        self.columns = {name: _texts(ds, column) for name, column in said.items() if column is not None}
         self.fingerprint, self.first = ds._fingerprint, first
         self.image_size, self.resample = tuple(encoder.image_size), getattr(encoder, "resample", BICUBIC)
-        self.task = find_task(manifest["task"])
-        if manifest["task"] == "segmentation":
-            self.task = Segmentation(settings["foreground"], settings["void"])
+        self.task = task_of(manifest["task"], settings)
         self.ids = _ids(ds, settings["id_column"], first)
         ds = ds.with_format(None).select_columns(named)
         for name in ds.column_names:
@@ -85,7 +94,7 @@ class Rows(torch.utils.data.Dataset):
     def key(self, manifest: Mapping[str, Any], on_bad_row: str) -> str:
         """A hash of all that decides the shards of these rows."""
         given = [manifest[name] for name in ("format", "task", "settings", "encoder")]
-        given += [self.fingerprint, len(self), self.first, on_bad_row]
+        given += [self.fingerprint, len(self), self.first, on_bad_row, READING, _state_of_files(self.data)]
         return digest(json.dumps(given, sort_keys=True))[:12]
 
     def __len__(self) -> int:
@@ -93,6 +102,7 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, number: int) -> Row:
         row = Row(number, f"{self.first + number:08d}", self.ids[number])
+        row.columns = {name: values[number] for name, values in self.columns.items()}
         try:
             self._read(row)
         except Exception as error:  # decoders raise errors of many kinds on damaged files
@@ -111,11 +121,11 @@ class Rows(torch.utils.data.Dataset):
         if self.task.name == "segmentation":
             if values[self.label] is None:
                 raise ValueError("it has no mask; draw one that is all 0 where there is no object")
-            mask = self.task.label(values[self.label], image).convert("L")
-            row.files["label.png"], row.blank = _png(mask), not mask.getextrema()[1]
+            row.mask = self.task.read(values[self.label], image)
+            row.files["label.png"], row.blank = _png(row.mask.picture()), not row.mask.white.any()
         elif self.task.name == "detection":
-            box = values[self.label]
-            self.task.label(box, image)  # for its checks
+            self.task.label(values[self.label], image)  # for its checks
+            box = self.task.corners(values[self.label])
             said["box"], row.blank = None if box is None else np.asarray(box).tolist(), box is None
         row.files["json"] = json.dumps(said).encode()
         row.pixels = pixels([self.task.query(image)], self.image_size, self.resample)[0]
@@ -149,6 +159,40 @@ def _ids(ds: Dataset, column: str | None, first: int) -> list[str]:
                 f"id_column={column!r}: rows {seen[id]} and {row} are both named {id!r}; ids must be unique"
             )
     return ids
+
+
+def _texts(ds: Dataset, column: str) -> list[str | None]:
+    """Values of a column as texts; of a `ClassLabel` the names."""
+    feature, values = ds.features[column], ds.with_format(None)[column][:]
+    if isinstance(feature, datasets.ClassLabel):
+        return [None if value is None else feature.int2str(value) for value in values]
+    if wrong := next((value for value in values if value is not None and not isinstance(value, str | int)), None):
+        raise TypeError(f"column {column!r} holds {wrong!r}: pass texts, whole numbers or None")
+    return [None if value is None else str(value) for value in values]
+
+
+def _state_of_files(ds: Dataset) -> str:
+    """A digest of the size and time of every file that rows only name: what is in it is not the data set's."""
+    states = hashlib.sha256()
+    for name in ds.column_names:
+        # texts, or images of which some may be in the table and some behind a path
+        if not isinstance(ds.features[name], datasets.Image) and getattr(ds.features[name], "dtype", "") != "string":
+            continue
+        for table in ds.with_format("arrow").select_columns([name]).iter(batch_size=1000):
+            column = table[name].combine_chunks()
+            if isinstance(ds.features[name], datasets.Image):
+                column = column.field("path").filter(column.field("bytes").is_null())
+            for path in column.to_pylist():
+                states.update(f"{path}{_state_of(path)}\n".encode())
+    return states.hexdigest()
+
+
+def _state_of(path: str | None) -> tuple[int, int] | None:
+    try:
+        stat = os.stat(path or "")
+    except (OSError, ValueError):  # no file: a text, or one that will be missed when it is read
+        return None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _content(value: Any) -> bytes:
@@ -185,6 +229,7 @@ class ShardWriter:
         self.spans: list[list[tuple[int, int]]] = []
         self.digests: list[bytes] = []
         self.ids: list[str] = []
+        self.columns: dict[str, list[str | None]] = {}
         self.formats: set[str] = set()
 
     def __enter__(self) -> "ShardWriter":
@@ -197,8 +242,8 @@ class ShardWriter:
         self._file.close()
         self._part.unlink(missing_ok=True)
 
-    def add(self, key: str, id: str, files: Mapping[str, bytes]) -> None:
-        """Append a row's files: `image.*`, and `label.png` or `json`, which holds its label."""
+    def add(self, key: str, id: str, files: Mapping[str, bytes], columns: Mapping[str, str | None]) -> None:
+        """Append a row's files: `image.*`, and `label.png` or `json`, which holds its label; and what else is said."""
         spans = {}
         for name, content in files.items():
             info = tarfile.TarInfo(f"{key}.{name}")  # time 0, owner 0: equal rows give equal files
@@ -210,6 +255,8 @@ class ShardWriter:
         self.spans.append([spans[image], spans[label]])
         self.digests.append(row_digest(id, files[image], files[label]))
         self.ids.append(id)
+        for name, value in columns.items():
+            self.columns.setdefault(name, []).append(value)
         self.formats.add(image.partition(".")[2])
 
     def finish(self, tables: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -221,6 +268,8 @@ class ShardWriter:
             "ids": _bytes(json.dumps(self.ids).encode()),
             "digests": _bytes(b"".join(self.digests)).view(-1, 32),
         }
+        if self.columns:
+            tensors["columns"] = _bytes(json.dumps(self.columns).encode())
         write_whole(self.index, lambda part: save_file(tensors, str(part)))
         flush(self._part)
         entry = {
@@ -344,7 +393,8 @@ def _write_shards(
                     Subset(source, rows), encoding.batch_size, num_workers=encoding.num_workers, collate_fn=list
                 )
                 entry = _encode(writer, batches, encoding, state.device, keep_grids, bar)
-            write_whole(folder / "done" / f"{name}.json", json.dumps(entry))
+            note = {"entry": entry, "sha256": digest(json.dumps(entry))}
+            write_whole(folder / "done" / f"{name}.json", json.dumps(note))
 
 
 def _encode(
@@ -353,6 +403,7 @@ def _encode(
     """One shard; returns what the manifest says of it."""
     skipped: list[list[str]] = []
     blank: list[int] = []
+    masks = tally(())
     tables: dict[str, list[Tensor]] = {"vectors": [], "tokens": [], "grids": []}
     for batch in batches:
         bar.update(len(batch))
@@ -371,11 +422,13 @@ def _encode(
         for row in good:
             if row.blank:
                 blank.append(len(writer.ids))
-            writer.add(row.key, row.id, row.files)
+            writer.add(row.key, row.id, row.files, row.columns)
+        masks = added(masks, tally(row.mask for row in good if row.mask is not None))
+        check_one_meaning(masks)
     entry = {"name": writer.name, "rows": 0}
     if writer.ids:
         entry = writer.finish({name: torch.cat(parts) for name, parts in tables.items() if parts})
-    return entry | {"blank": blank, "skipped": skipped}
+    return entry | {"blank": blank, "skipped": skipped} | ({"masks": masks} if masks["masks"] else {})
 
 
 @torch.no_grad()
@@ -404,15 +457,22 @@ def _check_views(views: Mapping[str, Tensor], batch: Sequence[Row]) -> None:
 
 
 def _done(folder: Path, name: str) -> dict[str, Any] | None:
-    """What was written down of a finished shard whose files are there."""
+    """What was written down of a finished shard whose files are there, and whose index is what was written."""
     try:
-        entry = json.loads((folder / "done" / f"{name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    for kind, size in (("tar", "tar_bytes"), ("safetensors", "index_bytes")):
-        file = folder / "data" / f"{name}.{kind}"
-        if entry["rows"] and not (file.is_file() and file.stat().st_size == entry[size]):
+        note = json.loads((folder / "done" / f"{name}.json").read_text(encoding="utf-8"))
+        entry = note["entry"]
+        if note["sha256"] != digest(json.dumps(entry)):
             return None
+        if entry["rows"]:
+            check_entry(entry)
+        for kind, size in (("tar", "tar_bytes"), ("safetensors", "index_bytes")):
+            file = folder / "data" / f"{name}.{kind}"
+            if entry["rows"] and not (file.is_file() and file.stat().st_size == entry[size]):
+                return None
+        if entry["rows"] and (entry["name"] != name or digest(file) != entry["index_sha256"]):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: written again
+        return None
     return entry
 
 
@@ -426,17 +486,32 @@ def _finish(folder: Path, manifest: Mapping[str, Any], names: Sequence[str], row
     if len(skipped) == rows:
         raise ValueError(f"none of the {rows} rows can be used; the first, {skipped[0][0]!r}: {skipped[0][1]}")
     shards = manifest["shards"] + [entry for entry in entries if entry["rows"]]
+    masks = masks_of(shards)
+    check_one_meaning(masks)
     write_manifest(folder, manifest | {"shards": shards, "seen": manifest["seen"] + rows})
-    _warn(rows, skipped, blank=sum(len(entry["blank"]) for entry in entries))
+    if masks["masks"]:
+        print(f"masks: {told(masks)}", file=sys.stderr, flush=True)
+    _warn(rows, skipped, blank=sum(len(entry["blank"]) for entry in entries), full=masks_of(entries)["full"])
 
 
-def _warn(rows: int, skipped: Sequence[Sequence[str]], blank: int) -> None:
+def masks_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the masks of some shards were taken for."""
+    return reduce(added, [entry["masks"] for entry in entries if entry.get("masks")], tally(()))
+
+
+def _warn(rows: int, skipped: Sequence[Sequence[str]], blank: int, full: int) -> None:
     if skipped:
         shown = "; ".join(f"{id!r}: {reason}" for id, reason in skipped[:SHOWN])
         warnings.warn(f"{len(skipped)} of {rows} rows were skipped: {shown}", stacklevel=5)
     if blank:
         warnings.warn(
             f"{blank} of {rows} labels mark nothing; they are kept, as examples without an object", stacklevel=5
+        )
+    if full:
+        warnings.warn(
+            f"{full} of {rows} labels mark every pixel; they are kept, but look whether foreground= names the "
+            "background too",
+            stacklevel=5,
         )
 
 
@@ -465,11 +540,13 @@ def _without_removed(entry: Mapping[str, Any], shard: Shard, folder: Path) -> di
     key = digest(json.dumps([entry["name"], entry["dropped"]]))[:12]
     kept, blank = shard.kept.tolist(), set(entry["blank"])
     with ShardWriter(folder / "data", entry["name"][:-12] + key) as writer:
-        for (name, files), id in zip(_members(shard.tar, set(kept)), shard.ids, strict=True):
-            writer.add(name, id, files)
+        for place, (name, files), id in zip(kept, _members(shard.tar, set(kept)), shard.ids, strict=True):
+            writer.add(name, id, files, {column: values[place] for column, values in shard.columns.items()})
         tables = {name: getattr(shard, name) for name in ("vectors", "tokens", "grids")}
         written = writer.finish({name: table[kept] for name, table in tables.items() if table is not None})
-    return written | {"blank": [i for i, row in enumerate(kept) if row in blank], "skipped": entry["skipped"]}
+    blank = [i for i, row in enumerate(kept) if row in blank]
+    said = {"masks": entry["masks"]} if "masks" in entry else {}
+    return written | {"blank": blank, "skipped": entry["skipped"]} | said
 
 
 def _members(tar: Path, rows: set[int]) -> Iterator[tuple[str, dict[str, bytes]]]:

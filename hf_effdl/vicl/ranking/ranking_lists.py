@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from hf_effdl.vicl.held_out import near_duplicates
 from hf_effdl.vicl.remote_code.modeling_visual_in_context import VisualInContextModel
 from hf_effdl.vicl.remote_code.pool_reader import PoolReader
+from hf_effdl.vicl.remote_code.pool_rows import rows_checked, rows_of_ids
 from hf_effdl.vicl.remote_code.ranker_selector import pool_label_tokens
 from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
@@ -30,9 +31,12 @@ class RankingLists(Dataset):
         performance: `(n, K)`, larger is better.
         k: length of a list, at most K.
         lists_per_query: k-subsets of each query's candidates.
-        queries: rows of the pool to learn from, to keep some for evaluation; default: all that were measured.
-        exclude: rows that occur neither as query nor as candidate, such as queries of a later test. Nor do their near
-            duplicates.
+        queries: ids of the pool images to learn from, to keep some for evaluation; default: all that were measured.
+        exclude: ids of those that occur neither as query nor as candidate, such as queries of a later test. Nor do
+            their near duplicates.
+        rows, exclude_rows: the same by place in the pool.
+        groups: what each row of the pool belongs to, None for nothing: no candidate is of its query's own group.
+            Default: the groups that the pool keeps.
         duplicates: cosine from which a row counts as one; None: only the rows themselves are left out.
         labels: whether items come with the candidates' `label_tokens`; every label is read once, here.
         task: draws the labels; default: that of the pool.
@@ -52,7 +56,7 @@ class RankingLists(Dataset):
     Example:
         ```python
         candidates, performance = measure_examples(model, pool)
-        train = RankingLists(pool, candidates, performance, k=5, exclude=held_out)
+        train = RankingLists(pool, candidates, performance, k=5, exclude=held_out_ids)
         ```
 
     Source: arXiv 2405.15279, section 4 (20 lists of 5 and of 10 for each image).
@@ -66,8 +70,11 @@ class RankingLists(Dataset):
         k: int = 5,
         *,
         lists_per_query: int = 20,
-        queries: Sequence[int] | Tensor | None = None,
-        exclude: Sequence[int] | Tensor | None = None,
+        queries: Sequence[int | str] | None = None,
+        exclude: Sequence[int | str] | None = None,
+        rows: Sequence[int] | Tensor | None = None,
+        exclude_rows: Sequence[int] | Tensor | None = None,
+        groups: Sequence[int | str | None] | None = None,
         duplicates: float | None = 0.98,
         labels: bool = True,
         task: Any = None,
@@ -76,34 +83,34 @@ class RankingLists(Dataset):
         candidates, performance = (torch.as_tensor(table).cpu() for table in (candidates, performance))
         _check_table(pool, candidates, performance, k, lists_per_query)
         measured_mask = candidates >= 0
-        left_out = _rows(exclude, pool, "exclude")
+        left_out = _named(pool, exclude, exclude_rows, "exclude")
         if duplicates is not None and len(left_out):
             left_out = torch.cat([left_out, near_duplicates(pool.vectors, left_out, threshold=duplicates)])
         usable = torch.ones(len(pool), dtype=torch.bool)
         usable[left_out] = False
-        measured_mask &= usable[candidates.clamp(min=0)]
+        measured_mask &= usable[candidates.clamp(min=0)] & _of_others(pool, candidates, groups)
         is_query = usable & (candidates >= 0).any(1)
-        if queries is not None:
+        if queries is not None or rows is not None:
             wanted = torch.zeros(len(pool), dtype=torch.bool)
-            wanted[_rows(queries, pool, "queries")] = True
+            wanted[_named(pool, queries, rows, "queries")] = True
             is_query &= wanted
         enough = measured_mask.sum(1) >= k
         self.skipped = int((is_query & ~enough).sum())
-        rows = (is_query & enough).nonzero()[:, 0]
-        if not len(rows):
+        used = (is_query & enough).nonzero()[:, 0]
+        if not len(used):
             raise ValueError(
                 f"no list of k={k} is left: of {int(is_query.sum())} queries none has k measured candidates outside "
                 "exclude=; measure more candidates, take a smaller k, or exclude less"
             )
-        values = performance[rows][measured_mask[rows]]
+        values = performance[used][measured_mask[used]]
         if values.min() == values.max():
             raise ValueError(
                 f"performance is {float(values[0]):g} for every example on every query: there is nothing "
                 "to learn; look at the task's metric and at what the frozen model answers"
             )
-        places = _subsets(measured_mask[rows], k, lists_per_query, torch.Generator().manual_seed(seed))
+        places = _subsets(measured_mask[used], k, lists_per_query, torch.Generator().manual_seed(seed))
         self.pool, self.k = pool, k
-        self.queries = rows.repeat_interleave(lists_per_query)
+        self.queries = used.repeat_interleave(lists_per_query)
         self.lists = candidates[self.queries].gather(1, places).long()
         self.metric = performance[self.queries].gather(1, places).float()
         self.encoder_fingerprint, self.pool_fingerprint = pool.encoder["fingerprint"], pool.fingerprint
@@ -186,11 +193,24 @@ def _check_table(pool: PoolReader, candidates: Tensor, performance: Tensor, k: i
         )
 
 
-def _rows(rows: Sequence[int] | Tensor | None, pool: PoolReader, name: str) -> Tensor:
-    rows = torch.as_tensor([] if rows is None else rows, dtype=torch.long).cpu().flatten()
-    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(pool):
-        raise ValueError(f"{name}= names rows {int(rows.min())}..{int(rows.max())} of a pool of {len(pool)}")
-    return rows
+def _named(pool: PoolReader, ids: Any, rows: Any, name: str) -> Tensor:
+    """Rows of the pool that ids name, and rows."""
+    named = [] if ids is None else [rows_of_ids(pool, ids, name)]
+    named += [] if rows is None else [rows_checked(pool, rows, "rows" if name == "queries" else f"{name}_rows")]
+    return torch.cat(named) if named else torch.zeros(0, dtype=torch.long)
+
+
+def _of_others(pool: PoolReader, candidates: Tensor, groups: Sequence[int | str | None] | None) -> Tensor:
+    """`(n, K)` bool: candidates that do not belong to the same group as the image."""
+    groups = pool.groups if groups is None else list(groups)
+    if groups is None:
+        return torch.ones(candidates.shape, dtype=torch.bool)
+    if len(groups) != len(pool):
+        raise ValueError(f"{len(groups)} groups for a pool of {len(pool)}: pass one for each row, None for no group")
+    number: dict[str, int] = {}
+    belongs = [-1 if one is None else number.setdefault(str(one), len(number)) for one in groups]
+    places = torch.tensor(belongs)
+    return (places[candidates.clamp(min=0)] != places[:, None]) | (places < 0)[:, None]
 
 
 def _subsets(known: Tensor, k: int, count: int, generator: torch.Generator) -> Tensor:

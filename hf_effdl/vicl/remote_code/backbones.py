@@ -5,13 +5,14 @@ in the file of the model that uses them.
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 
 def source_of(
@@ -44,25 +45,45 @@ def is_named(source: dict[str, Any]) -> bool:
     return "id" in source
 
 
-def config_of(source: dict[str, Any], token: str | bool | None = None) -> PreTrainedConfig:
+def config_of(source: dict[str, Any], token: str | bool | None = None, trust: bool = False) -> PreTrainedConfig:
     """The config of the backbone at a source."""
     if is_named(source):
-        return AutoConfig.from_pretrained(source["id"], revision=source["revision"], token=token)
+        return AutoConfig.from_pretrained(
+            source["id"], revision=source["revision"], token=token, trust_remote_code=trust
+        )
     values = dict(source["config"])
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-def load_backbone(source: dict[str, Any], kind: Any, token: str | bool | None = None) -> PreTrainedModel:
+def load_backbone(
+    source: dict[str, Any], kind: Any, token: str | bool | None = None, trust: bool = False
+) -> PreTrainedModel:
     """The backbone at a source; an embedded one comes without its weights, which the caller's file holds.
 
     Args:
         kind: `AutoModel`, or the class of transformers whose weights they are.
+        trust: whether code in the source's repository may run.
     """
     if is_named(source):
         # single precision also where a file holds half: the CPU is slow in half, and a GPU user casts with .half()
-        return kind.from_pretrained(source["id"], revision=source["revision"], token=token, dtype=torch.float32)
+        options = {"dtype": torch.float32} | ({"trust_remote_code": trust} if kind is AutoModel else {})
+        return kind.from_pretrained(source["id"], revision=source["revision"], token=token, **options)
     config = config_of(source)
     return kind.from_config(config) if hasattr(kind, "from_config") else kind._from_config(config)
+
+
+def check_whole(missing: Iterable[str], where: Any) -> None:
+    """Refuse a file that lacks tensors: what stands in their place was never learnt.
+
+    Raises:
+        ValueError: naming some.
+    """
+    if names := sorted(missing):
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ValueError(
+            f"{where}: the model's file lacks {len(names)} tensors that its config names ({shown}): download it "
+            "again, or save the model again"
+        )
 
 
 def commit_of(id: str, revision: str | None = None, token: str | bool | None = None) -> str | None:

@@ -80,6 +80,7 @@ class CascadeSelector(nn.Module):
         self._known: tuple[Tensor, Precedents] | None = None
         self.pool_fingerprint: str | None = None
         self.report: dict[str, float] = {}
+        self.confidence: list[float] | None = None
         self.first_heads: ListHeads | None = None
         self.second_heads: ListHeads | None = None
         self.make_weights(colours=False)
@@ -171,7 +172,7 @@ class CascadeSelector(nn.Module):
         """Scores and rows `(B, count)`, best first, and, after stage 2, the answers `(B, count, 3, h, w)` to each."""
         precedents, own = self.precedents(examples), queries.exclude
         first, second = self.stages()
-        similarity, rows = examples.pool.search(queries.views["vector"].cpu(), candidates, exclude=own)
+        similarity, rows = examples.nearest(queries, candidates)
         columns = first_columns(queries.views, examples, precedents, similarity, rows, own)
         scores = first.scores(columns, rows >= 0)
         if self.passes == 1:
@@ -207,11 +208,12 @@ class CascadeSelector(nn.Module):
                 "none of this pool: run measure_examples and cascade.fit again"
             )
         # a table that was measured anew, or moved, is another tensor
-        if self._known is None or self._known[0] is not model.measured_performance:
+        known = self._known  # another thread may put another one there
+        if known is None or known[0] is not model.measured_performance:
             measured = model.measured_candidates.cpu(), model.measured_performance.cpu()
             lists = MeasuredLists.read(pool, measured, model.config.candidates)
-            self._known = model.measured_performance, Precedents.of(pool, measured, lists)
-        return self._known[1]
+            known = self._known = model.measured_performance, Precedents.of(pool, measured, lists)
+        return known[1]
 
     def stages(self) -> tuple[FirstStage, SecondStage]:
         """Both stages, with weights as features are: on the CPU in single precision, of a model in half too."""
@@ -240,7 +242,7 @@ class CascadeSelector(nn.Module):
             self.second_spread[number], self.second_weights[number] = turn.scorer.spread, turn.scorer.weights
         self.first_heads = first.scorer.heads
         self.second_heads = fitted.turns[-1].scorer.heads if fitted.turns else None
-        self.report = fitted.report
+        self.report, self.confidence = fitted.report, fitted.confidence
 
     def _check_fitted(self) -> None:
         if self.pool_fingerprint is None:
@@ -264,6 +266,7 @@ class CascadeSelector(nn.Module):
             "colours": self.colours,
             "pool_fingerprint": self.pool_fingerprint,
             "report": self.report,
+            "confidence": self.confidence,
         }
 
     @classmethod
@@ -272,6 +275,7 @@ class CascadeSelector(nn.Module):
         made = cls(passes=settings["passes"], head=settings["head"])
         made.make_weights(settings["colours"])
         made.pool_fingerprint, made.report = settings["pool_fingerprint"], settings["report"]
+        made.confidence = settings.get("confidence")  # not learnt before 0.2
         if made.head == "listwise":
             made.first_heads = ListHeads(len(made.first_weights))
             made.second_heads = ListHeads(made.second_weights.shape[1]) if made.passes > 1 else None

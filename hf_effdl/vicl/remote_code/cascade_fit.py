@@ -26,6 +26,7 @@ from .cascade_stages import (
     gathered,
     joined,
 )
+from .confidence import certainty, learn_confidence
 from .examples import Examples
 
 
@@ -43,6 +44,7 @@ class Fitted:
     turns: tuple[Turn, ...]
     temperatures: Tensor
     report: dict[str, float]
+    confidence: list[float] | None = None
 
 
 def fit(
@@ -82,7 +84,18 @@ def fit(
     answered = _Answered(examples, tried, columns, _answers(examples, tried, progress, "fitting"))
     turns, scores = _fit_turns(answered, scores[:learnt].gather(1, top), temperatures, seed)
     report |= {"best tried": tried.mean_best(), "stage 2": tried.mean_of(scores)}
-    return Fitted(first, turns, temperatures, report | _plain_consensus(examples, lists, passes, progress))
+    report |= _plain_consensus(examples, lists, passes, progress)
+    return Fitted(first, turns, temperatures, report, _confidence(answered, scores))
+
+
+def _confidence(answered: "_Answered", scores: Tensor) -> list[float] | None:
+    """What the worth of the chosen answer can be told from; scores are from folds without the image."""
+    if answered.examples.task.name == "colourisation":  # which has no certainty of its own
+        return None
+    lists = answered.lists
+    at = scores.masked_fill(~lists.known, -torch.inf).argmax(1)
+    places = torch.arange(len(at))
+    return learn_confidence(certainty(answered.painted[places, at]), scores[places, at], lists.performance[places, at])
 
 
 def columns_of(examples: Examples, lists: MeasuredLists, precedents: Precedents) -> Columns:

@@ -1,8 +1,9 @@
 """A batch of queries and a pool of examples, as strategies and the frozen model see them."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -13,12 +14,17 @@ from .cascade_consensus import small
 from .cascade_features import dense_matches
 from .images import pixels
 from .pool_reader import PoolReader
+from .pool_search import exact_search
 
 
 # images, labels and features of the pool that are kept between calls
 CACHE_BYTES = 2**30
 # cells of one frozen model call where many examples are tried
 CHUNK = 64
+# rows that are ruled out up to which a search over all of the pool is the cheaper one
+FEW = 1000
+# of what all `Examples` keep, for the moments in which it is looked up and put there; not while it is made
+KEEPING = Lock()
 
 
 class InContextModel(Protocol):
@@ -45,6 +51,8 @@ class Queries:
         exclude: `(B,)` rows of the pool that the queries themselves are, which are never chosen, -1 for one that is
             not in the pool; None: none are.
         seed: of the random strategy.
+        allowed: `(B, n)` bool: rows of the pool that each may be shown; None: all. `Examples.nearest` heeds it, and a
+            strategy of yours that looks elsewhere must.
     """
 
     cells: Tensor
@@ -52,6 +60,7 @@ class Queries:
     truth: Tensor | None = None
     exclude: Tensor | None = None
     seed: int = 0
+    allowed: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -85,6 +94,36 @@ class Examples:
     def encoded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What the frozen model takes of examples: encodings `(*rows, ...)` and labels `(*rows, 3, h, w)`."""
         return self._gather("encoded", rows, self._encode), self._gather("labels", rows, self._draw)
+
+    def nearest(self, queries: Queries, count: int) -> tuple[Tensor, Tensor]:
+        """The most similar examples that each query may be shown: similarities and rows `(B, count)`, best first.
+
+        Fewer where the pool has fewer; -inf and -1 at the end of a query's list that is shorter than another's.
+        """
+        vectors, allowed = queries.views["vector"].cpu(), queries.allowed
+        if allowed is None:
+            return self.pool.search(vectors, count, exclude=queries.exclude)
+        allowed = allowed.clone().cpu()
+        if queries.exclude is not None:
+            own = torch.as_tensor(queries.exclude).cpu()
+            allowed[(own >= 0).nonzero()[:, 0], own[own >= 0]] = False
+        least, most = int(allowed.sum(1).min()), int(allowed.sum(1).max())
+        if len(self.pool) - least <= FEW:  # what is ruled out is found, too, and taken away
+            similarity, rows = self.pool.search(vectors, count + len(self.pool) - least)
+            wrong = ~allowed.gather(1, rows)
+            order = wrong.int().sort(dim=1, stable=True).indices
+            similarity, rows = similarity.masked_fill(wrong, -torch.inf), rows.masked_fill(wrong, -1)
+            count = min(count, most)
+            return similarity.gather(1, order)[:, :count], rows.gather(1, order)[:, :count]
+        count = min(count, most)
+        similarity, rows = torch.full((len(vectors), count), -torch.inf), torch.full((len(vectors), count), -1)
+        for i, mine in enumerate(allowed):
+            some = mine.nonzero()[:, 0]
+            k = min(count, len(some))
+            if k:
+                values, places = exact_search([self.pool.vectors[some]], vectors[i : i + 1].float(), k)
+                similarity[i, :k], rows[i, :k] = values[0], some[places[0]]
+        return similarity, rows
 
     def grids(self, rows: Tensor) -> Tensor:
         """Unit features of every cell of the grid, `(*rows, gh gw, d)`; computed where the pool has not kept them."""
@@ -171,23 +210,34 @@ class Examples:
 
     @torch.no_grad()
     def _gather(self, kind: str, rows: Tensor, make: Callable[[Sequence[int]], Tensor]) -> Tensor:
-        self._forget_another_pool()
-        kept, wanted = self._kept[kind], rows.flatten().tolist()
-        values = {row: kept[row] for row in wanted if row in kept}
-        missing = [row for row in dict.fromkeys(wanted) if row not in values]
+        wanted, fingerprint = rows.flatten().tolist(), self.pool.fingerprint
+        with KEEPING:
+            self._forget_another_pool(fingerprint)
+            values = {row: self._kept[kind][row] for row in wanted if row in self._kept[kind]}
+        missing, made = [row for row in dict.fromkeys(wanted) if row not in values], {}
         for start in range(0, len(missing), CHUNK):
             part = missing[start : start + CHUNK]
-            for row, value in zip(part, make(part)):
-                kept[row] = values[row] = value.clone()
-                self._bytes += value.numel() * value.element_size()
-        for row in values:
-            kept.move_to_end(row)
-        self._forget_the_oldest()
+            made |= {row: value.clone() for row, value in zip(part, make(part))}
+        with KEEPING:
+            if fingerprint == self._fingerprint:  # else another thread has seen the pool change
+                self._keep(kind, values, made)
+        values |= made
         return torch.stack([values[row] for row in wanted]).unflatten(0, rows.shape)
 
-    def _forget_another_pool(self) -> None:
-        if self.pool.fingerprint != self._fingerprint:  # rows have other numbers now
-            self._bytes, self._fingerprint = 0, self.pool.fingerprint
+    def _keep(self, kind: str, used: Iterable[int], made: dict[int, Tensor]) -> None:
+        kept = self._kept[kind]
+        for row in used:
+            if row in kept:
+                kept.move_to_end(row)
+        for row, value in made.items():
+            if row not in kept:
+                self._bytes += value.numel() * value.element_size()
+            kept[row] = value
+        self._forget_the_oldest()
+
+    def _forget_another_pool(self, fingerprint: str) -> None:
+        if fingerprint != self._fingerprint:  # rows have other numbers now
+            self._bytes, self._fingerprint = 0, fingerprint
             for kept in self._kept.values():
                 kept.clear()
 

@@ -102,10 +102,12 @@ class FeatureMatching(FrozenModel):
         return self.encoder.settings() | options
 
     @classmethod
-    def from_settings(cls, settings: dict[str, Any], token: str | bool | None = None) -> "FeatureMatching":
+    def from_settings(
+        cls, settings: dict[str, Any], token: str | bool | None = None, trust: bool = False
+    ) -> "FeatureMatching":
         """Made from `settings` and the source of its backbone."""
         options = {name: settings[name] for name in ("matching", "temperature", "carry")}
-        return cls(VisionEncoder.from_settings(settings, token), **options)
+        return cls(VisionEncoder.from_settings(settings, token, trust), **options)
 
     @classmethod
     def from_pretrained(

@@ -39,7 +39,9 @@ class FrozenModel(nn.Module, ABC):
         return {}
 
     @classmethod
-    def from_settings(cls, settings: dict[str, Any], token: str | bool | None = None) -> "FrozenModel":
+    def from_settings(
+        cls, settings: dict[str, Any], token: str | bool | None = None, trust: bool = False
+    ) -> "FrozenModel":
         """Made from `settings`, with `settings["backbone"]`, the source of the backbone (see `load_backbone`)."""
         return cls()
 

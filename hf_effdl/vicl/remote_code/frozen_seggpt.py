@@ -1,7 +1,10 @@
 """SegGPT as a frozen in-context model: it paints the label of a query after one or several labelled examples."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,10 @@ from .vision_encoder import VisionEncoder
 
 EMBEDDING_TYPES = ("instance", "semantic")
 ENSEMBLES = ("original", "upstream")
+# examples of each query and half of the query, while this thread paints with several; a model may serve many threads
+ENSEMBLE: ContextVar[tuple[int, int] | None] = ContextVar("ENSEMBLE", default=None)
+# attention modules that look there
+LOOKING: WeakSet[nn.Module] = WeakSet()
 
 
 class SegGptInContext(FrozenModel):
@@ -73,6 +80,8 @@ class SegGptInContext(FrozenModel):
         if ensemble not in ENSEMBLES:
             raise ValueError(f"ensemble={ensemble!r}: it must be one of {ENSEMBLES}")
         self.model = model.eval().requires_grad_(False)
+        for layer in self.model.model.encoder.layers:
+            _have_look(layer.attention)
         self.embedding_type, self.ensemble = embedding_type, ensemble
         # upstream's ensemble averages the lower half wherever the query is
         self.arrangements = 2 if ensemble == "original" else 1
@@ -94,10 +103,12 @@ class SegGptInContext(FrozenModel):
         return {"embedding_type": self.embedding_type, "ensemble": self.ensemble}
 
     @classmethod
-    def from_settings(cls, settings: dict[str, Any], token: str | bool | None = None) -> "SegGptInContext":
+    def from_settings(
+        cls, settings: dict[str, Any], token: str | bool | None = None, trust: bool = False
+    ) -> "SegGptInContext":
         """Made from `settings` and the source of its backbone."""
         source = settings["backbone"]
-        model = load_backbone(source, SegGptForImageSegmentation, token)
+        model = load_backbone(source, SegGptForImageSegmentation, token, trust)
         frozen = cls(model, embedding_type=settings["embedding_type"], ensemble=settings["ensemble"])
         frozen.revision = source.get("revision")
         return frozen
@@ -154,10 +165,7 @@ class SegGptInContext(FrozenModel):
             parts = zip(above.split(m), below.split(m), label.split(m))
             painted = torch.cat([self._paint(*part, half, feature_ensemble=True) for part in parts])
         else:
-            with ExitStack() as hooks:  # taken off again whatever happens
-                if m > 1:
-                    for layer in self.model.model.encoder.layers:
-                        hooks.enter_context(layer.attention.register_forward_hook(_averaging(m, half)))
+            with _ensemble(m, half):
                 painted = self._paint(above, below, label, half)
         painted = painted.chunk(2, dim=2)[half].to(queries).unflatten(0, (b, m)).mean(1)
         return (painted * channels(STD, painted) + channels(MEAN, painted)).clamp(0, 1)
@@ -181,13 +189,30 @@ class SegGptInContext(FrozenModel):
         ).pred_masks
 
 
-def _averaging(m: int, half: int):
-    """A hook on an attention module, which takes the query's half for its mean over the m examples of a query."""
+@contextmanager
+def _ensemble(m: int, half: int) -> Iterator[None]:
+    """Within, attention of this thread takes the query's half for its mean over the m examples of a query."""
+    token = ENSEMBLE.set((m, half) if m > 1 else None)
+    try:
+        yield
+    finally:
+        ENSEMBLE.reset(token)
 
-    def hook(module: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # rows are (stream, query, example) before the streams merge and (query, example) after: examples are last
-        halves = list(output[0].unflatten(0, (-1, m)).chunk(2, dim=2))
-        halves[half] = halves[half].mean(1, keepdim=True).expand_as(halves[half])
-        return torch.cat(halves, dim=2).flatten(0, 1), *output[1:]
 
-    return hook
+def _have_look(attention: nn.Module) -> None:
+    """Hang the one hook on an attention module, for good: hooks that come and go would be seen by other threads."""
+    if attention not in LOOKING:
+        attention.register_forward_hook(_averaged)
+        LOOKING.add(attention)
+
+
+def _averaged(module: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """A hook: the output with the query's half averaged, where this thread asks for it."""
+    asked = ENSEMBLE.get()
+    if asked is None:
+        return None
+    m, half = asked
+    # rows are (stream, query, example) before the streams merge and (query, example) after: examples are last
+    halves = list(output[0].unflatten(0, (-1, m)).chunk(2, dim=2))
+    halves[half] = halves[half].mean(1, keepdim=True).expand_as(halves[half])
+    return torch.cat(halves, dim=2).flatten(0, 1), *output[1:]

@@ -13,6 +13,8 @@ from torch import Tensor
 
 
 Size = tuple[int, int]
+# pixels of an image that is read; a small file can hold any number
+MOST = 2**27
 BICUBIC, NEAREST = Image.Resampling.BICUBIC, Image.Resampling.NEAREST
 
 
@@ -70,18 +72,31 @@ def _over_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
-def opened(image: Any) -> Any:
-    """A file or its bytes as a PIL image, turned as its EXIF orientation says; arrays and all else as they are."""
+def opened(image: Any, formats: Sequence[str] | None = None) -> Any:
+    """A file or its bytes as a PIL image, turned as its EXIF orientation says; arrays and all else as they are.
+
+    Args:
+        image: see `to_rgb`. Of a PIL image that comes from a file, `source_format` then says of what kind.
+        formats: of files that may be read; default: all that Pillow can read.
+    """
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     try:
         if isinstance(image, (bytes, str, os.PathLike)):
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image
+            if formats is not None:
+                Image.init()  # Pillow loads the readers that it is asked for by name only then
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=formats)
+        if not isinstance(image, Image.Image):
+            return image
+        if image.width * image.height > MOST:
+            raise ValueError(f"the image has {image.width} x {image.height} pixels, more than {MOST:,}: shrink it")
+        turned = ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise
-    except OSError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"the image cannot be read: {error}") from error
+    turned.source_format = image.format
+    return turned
 
 
 def _eight_bits(array: np.ndarray) -> np.ndarray:

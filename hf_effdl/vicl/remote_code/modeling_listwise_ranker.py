@@ -1,6 +1,7 @@
 """The list-wise ranker: a small transformer that sees a query and k candidate examples at once and scores them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from .backbones import check_whole
 from .borrowing import borrow
 from .configuration_listwise_ranker import ListwiseRankerConfig
 from .ranker_losses import neural_ndcg_loss, pairwise_margin_loss, ranks
@@ -128,6 +130,18 @@ class ListwiseRanker(PreTrainedModel):
         self.post_init()
 
     # ---- the encoder
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "ListwiseRanker":
+        """Load a saved ranker.
+
+        Raises:
+            ValueError: where the file lacks weights, which would be drawn at random.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, output_loading_info=True)
+        check_whole(info["missing_keys"], pretrained_model_name_or_path)
+        return (model, info) if with_info else model
 
     def attach(self, encoder: VisionEncoder) -> "ListwiseRanker":
         """Let pixels go through this encoder, frozen; its name and fingerprint are kept in the config.

@@ -1,13 +1,14 @@
 """One model for the Hub: a frozen in-context model, the encoder of its pool, and what is known of the examples."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from .backbones import is_named, source_of
+from .backbones import check_whole, is_named, source_of
 from .borrowing import borrow
 from .cascade import CascadeSelector
 from .configuration_visual_in_context import VisualInContextConfig
@@ -17,6 +18,7 @@ from .frozen_seggpt import SegGptInContext
 from .images import BICUBIC
 from .ranker_selector import RankerSelector
 from .vision_encoder import VisionEncoder
+from .writing import filled_beside
 
 
 DEFAULT = "BAAI/seggpt-vit-large"
@@ -90,7 +92,7 @@ class VisualInContextModel(PreTrainedModel):
             settings: for `SegGptInContext` (`embedding_type`, `ensemble`) or for `FeatureMatching` (`matching`,
                 `temperature`, `carry`) and its encoder (`image_size`, `layer`).
         """
-        config = AutoConfig.from_pretrained(backbone, revision=revision, token=token)
+        config = AutoConfig.from_pretrained(backbone, revision=revision, token=token, trust_remote_code=False)
         frozen = frozen_class(config.model_type).from_pretrained(
             backbone, task=task, revision=revision, token=token, **settings
         )
@@ -138,16 +140,42 @@ class VisualInContextModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "VisualInContextModel":
-        """Load a saved model, and the backbones that its config names."""
-        token = kwargs.get("token")
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.load_backbones(token)
-        return loaded
+        """Load a saved model, and the backbones that its config names.
 
-    def load_backbones(self, token: str | bool | None = None) -> None:
+        Args:
+            pretrained_model_name_or_path, args, kwargs: as for any model of transformers. `dtype` is that of the
+                frozen model and the encoder; what was measured and learnt stays in single precision. With
+                `trust_remote_code=True` backbones that the config names may run code of theirs, which is refused
+                otherwise.
+
+        Raises:
+            ValueError: where the file lacks tensors that the config names, or a backbone asks to run its code.
+        """
+        token, trust = kwargs.get("token"), bool(kwargs.get("trust_remote_code"))
+        with_info = kwargs.pop("output_loading_info", False)
+        dtype = as_dtype(kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None))
+        if dtype is not None:  # cast at last, when it is known which encoder it is
+            kwargs["dtype"] = torch.float32
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, output_loading_info=True)
+        check_whole(set(info["missing_keys"]) - {"format"}, pretrained_model_name_or_path)
+        model.load_backbones(token, trust)
+        if dtype is not None:
+            model.cast(dtype)
+        return (model, info) if with_info else model
+
+    def cast(self, dtype: torch.dtype) -> "VisualInContextModel":
+        """Have the frozen model and the encoder compute in another precision; the encoder stays the one it is."""
+        for part in (self.separate_encoder, self.own_encoder):
+            if part is not None:
+                _ = part.fingerprint  # of the weights as they were loaded: rounding makes no other encoder of it
+        for part in (self.frozen, self.separate_encoder):
+            if part is not None:
+                part.to(dtype)
+        return self
+
+    def load_backbones(self, token: str | bool | None = None, trust: bool = False) -> None:
         """Load the parts that stand in repositories of their own; done by `from_pretrained`."""
-        self._build(embedded=False, token=token)
+        self._build(embedded=False, token=token, trust=trust)
         if self.frozen is None:
             raise ValueError(
                 "config.frozen_model is empty, as for a model of parts that cannot be saved: make the "
@@ -176,7 +204,16 @@ class VisualInContextModel(PreTrainedModel):
             for name, value in state.items()
             if not name.startswith(tuple(named))
         }
-        super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
+        if kwargs.get("push_to_hub") or os.path.isfile(save_directory):  # upstream's own way, or its own error
+            super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
+            return
+        with filled_beside(Path(save_directory), last="config.json") as folder:
+            super().save_pretrained(folder, *args, state_dict=state, **kwargs)
+            written = {file.name for file in folder.iterdir()}
+        whole, index = "model.safetensors", "model.safetensors.index.json"
+        for new, old in ((whole, index), (index, whole)):  # weights of before would be read first, or beside these
+            if new in written:
+                Path(save_directory, old).unlink(missing_ok=True)
 
     # ---- parts
 
@@ -254,25 +291,35 @@ class VisualInContextModel(PreTrainedModel):
         self.register_buffer("measured_candidates", torch.full((rows, count), -1, dtype=torch.int32))
         self.register_buffer("measured_performance", torch.zeros(rows, count))
 
-    def _build(self, embedded: bool, token: str | bool | None = None) -> None:
+    def _build(self, embedded: bool, token: str | bool | None = None, trust: bool = False) -> None:
         spec = self.config.frozen_model
         if spec is not None and self.frozen is None and is_named(spec["backbone"]) != embedded:
-            self.frozen = _make_frozen(spec, token)
+            self.frozen = _make_frozen(spec, token, trust)
         spec = self.config.encoder
         if spec is not None and self.separate_encoder is None and is_named(spec["backbone"]) != embedded:
-            self.separate_encoder = VisionEncoder.from_settings(spec, token)
+            self.separate_encoder = VisionEncoder.from_settings(spec, token, trust)
 
 
 def _own_encoder(frozen: nn.Module) -> VisionEncoder | None:
     return frozen.own_encoder() if hasattr(frozen, "own_encoder") else getattr(frozen, "encoder", None)
 
 
-def _make_frozen(spec: dict[str, Any], token: str | bool | None) -> FrozenModel:
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A precision by name or itself; None for that of the file."""
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype!r}: pass a floating precision, such as torch.bfloat16, or 'auto'")
+    return found
+
+
+def _make_frozen(spec: dict[str, Any], token: str | bool | None, trust: bool) -> FrozenModel:
     if spec["kind"] not in FROZEN:
         raise ValueError(
             f"config.frozen_model names kind={spec['kind']!r}; known are {' and '.join(map(repr, FROZEN))}"
         )
-    return FROZEN[spec["kind"]].from_settings(spec, token)
+    return FROZEN[spec["kind"]].from_settings(spec, token, **({"trust": True} if trust else {}))
 
 
 VisualInContextModel.register_for_auto_class("AutoModel")

@@ -1,7 +1,7 @@
 """What a pipeline is put together from: a model made from whatever the user has, and the pool that goes with it."""
 
 import os
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,22 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .configuration_visual_in_context import VisualInContextConfig
-from .modeling_visual_in_context import FROZEN, VisualInContextModel, frozen_class
-from .pool_reader import MANIFEST, PoolReader
+from .modeling_visual_in_context import FROZEN, VisualInContextModel, as_dtype, frozen_class
+from .pool_reader import MANIFEST, NAME, PoolReader
 from .vision_encoder import VisionEncoder
+from .writing import copy_file
 
 
-def load_parts(model: Any, pool: Any, token: str | bool | None) -> tuple[VisualInContextModel, PoolReader]:
+def load_parts(
+    model: Any, pool: Any, token: str | bool | None, dtype: Any = None
+) -> tuple[VisualInContextModel, PoolReader]:
     """A model and its pool, from whatever the user has of them; the model's config names the pool where that can be.
 
     Args:
-        model, pool, token: see `VisualInContextPipeline`.
+        model, pool, token, dtype: see `VisualInContextPipeline`.
     """
     name = str(pool) if isinstance(pool, (str, os.PathLike)) else None
+    dtype = as_dtype(dtype)
     if not isinstance(model, (str, os.PathLike)):
         if not hasattr(model, "frozen"):
             pool = _opened(pool, token)
@@ -31,6 +35,8 @@ def load_parts(model: Any, pool: Any, token: str | bool | None) -> tuple[VisualI
     else:  # a backbone's name says nothing of the pool's task and encoder
         pool = _opened(pool, token)
         model = from_backbone(str(model), model_type, pool, token)
+    if dtype is not None:
+        model.cast(dtype)
     if pool is None:
         name = named_pool(model)
     if pool is None or isinstance(pool, (str, os.PathLike)):
@@ -77,9 +83,13 @@ def save_pool(pool: PoolReader, folder: Path) -> None:
     if hasattr(pool, "save_pretrained"):
         pool.save_pretrained(folder)
     elif folder.resolve() != Path(pool.folder).resolve():  # a reader's files, as they are
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(Path(pool.folder, "data"), folder / "data")
-        shutil.copy(Path(pool.folder, MANIFEST), folder)
+        names = {f"{entry['name']}.{kind}" for entry in pool.manifest["shards"] for kind in ("tar", "safetensors")}
+        for name in sorted(names):
+            copy_file(Path(pool.folder, "data", name), folder / "data" / name)
+        copy_file(Path(pool.folder, MANIFEST), folder / MANIFEST)
+        for file in (folder / "data").iterdir():  # of a pool that was there before, and nothing else
+            if re.fullmatch(rf"{NAME}\.(tar|safetensors)", file.name) and file.name not in names:
+                file.unlink()
 
 
 def from_backbone(name: str, model_type: str | None, pool: Any, token: str | bool | None) -> VisualInContextModel:
@@ -87,6 +97,10 @@ def from_backbone(name: str, model_type: str | None, pool: Any, token: str | boo
         raise ValueError(f"{name} is a backbone and not a VisualInContextModel, which would name its pool: pass pool=")
     made = pool.encoder
     shape = {"image_size": tuple(made["image_size"]), "layer": made["layer"]}
+    if made["id"] is None and getattr(pool, "encoder_module", None) is None:
+        encoder = VisionEncoder.from_pretrained(name, token=token, **shape)
+        if encoder.fingerprint == made["fingerprint"]:  # a pool that was saved does not name a folder
+            made = made | {"id": name}
     if made["id"] == name and set(shape) <= set(frozen_class(model_type).encoder_options):  # one encoder for both
         return VisualInContextModel.from_backbone(
             name, task=pool.task, revision=made["revision"], token=token, **shape

@@ -4,7 +4,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from huggingface_hub import HfApi
 from PIL import Image
 from torch import Tensor, nn
 from transformers import Pipeline
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.image_utils import load_image
 
+from .confidence import certainty, expected_performance
 from .examples import Examples, Queries
 from .frozen_canvas import vote as count_votes
 from .images import pixels, to_rgb
@@ -24,9 +27,10 @@ from .pipeline_card import write_model_card
 from .pipeline_loading import is_repository, load_parts, save_pool
 from .pipeline_picture import Answer, Shown, draw_panels
 from .pool_reader import PoolReader
+from .pool_rows import allowed_rows
 from .strategies import find_strategy
-from .visual_tasks import find_task
-from .writing import is_first
+from .visual_tasks import find_task, task_of
+from .writing import copy_file, is_first
 
 
 TASK = "visual-in-context-learning"
@@ -43,6 +47,7 @@ class Options:
     vote: bool = False
     candidates: int = 50
     seed: int = 0
+    soft_map: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "candidates"):
@@ -54,6 +59,8 @@ class Options:
 
 
 FORWARD = tuple(field.name for field in fields(Options))
+# what is given for each image of a call
+ONE_OF = {"labels": "label", "exclude": "list of ids", "groups": "group", "classes": "class"}
 
 
 class VisualInContextPipeline(Pipeline):
@@ -87,12 +94,21 @@ class VisualInContextPipeline(Pipeline):
         strategy        instead of `selector`
         candidates      K (default: the config's, 50), at least m; a smaller pool gives shorter lists
         seed            of the random strategy
-        labels          labels of the queries, as many; for the oracle
+        soft_map        also give how white the answer is, before it is cut in two (not for colourisation)
+        labels          labels of the queries, as many, read as those of the pool's data set; for the oracle
+        exclude         for each image the ids of examples that it must not be shown: a text, a list of them, or None
+        groups          what each image belongs to (a video, a patient, a photo): no example of the same group of the
+                        pool (`ExamplePool.from_dataset(group_column=)`) is shown
+        classes         the class of each image's object: only examples of it (`class_column=`) are shown
+        candidates_where  `{"class": "cat"}`, or `{"group": [...]}`: only such examples, for all images of the call
         batch_size      queries at a time (default 8)
 
     Returns:
         For one image a dict, for several a list of them:
-        `{"prediction", "example_ids", "scores"}`; ids and scores of the m examples shown, best first. The prediction
+        `{"prediction", "example_ids", "scores", "confidence"}`; ids and scores of the m examples shown, best first;
+        with `soft_map=True` also `"soft_map"`, float32 `(H, W)` in [0, 1]. The confidence is, where a fitted
+        `CascadeSelector` chooses, the performance that was seen on pool images for answers as sure as this one; else
+        how far from grey the answer is, in [0, 1], which is not calibrated (None for colourisation). The prediction
         is, for segmentation, a uint8 array `(H, W)` of the query's size, 1 for the object; for detection `[x0, y0, x1,
         y1]` in the query's pixels, or None where nothing was found; for colourisation an RGB PIL image of the query's
         size.
@@ -131,42 +147,68 @@ class VisualInContextPipeline(Pipeline):
         token: str | bool | None = None,
         **kwargs: Any,
     ) -> None:
-        model, pool = load_parts(model, pool, token)
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        model, pool = load_parts(model, pool, token, dtype)
         kwargs.setdefault("task", TASK)
         self.pool, self.selector = pool, selector
         self.visual_task = find_task(model.config.task)
+        # labels of the user are as in the pool's data set, those in the pool are white on black
+        self.label_task = task_of(model.config.task, getattr(pool, "manifest", {}).get("settings", {}))
         super().__init__(model=model, **kwargs)
         self.examples = Examples(pool, model, self.visual_task, metric, greater_is_better)
         self._kept = model.selector  # as far as the user of this pipeline has been told
         self._chooser(None)
 
-    def __call__(self, images: Any, *, labels: Any = None, batch_size: int | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        images: Any,
+        *,
+        labels: Any = None,
+        exclude: Any = None,
+        groups: Any = None,
+        classes: Any = None,
+        candidates_where: dict[str, Any] | None = None,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """See the class. One image gives a dict, a list gives a list, a generator is answered by a generator."""
         if batch_size is None:
             batch_size = self._batch_size or 8
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: pass a whole number of at least 1")
+        given = {"labels": labels, "exclude": exclude, "groups": groups, "classes": classes}
+        given = {name: values for name, values in given.items() if values is not None}
         if _is_image(images):
-            return self._run([images], None if labels is None else [labels], 1, kwargs)[0]
-        _check_labels(labels, images)
-        if isinstance(images, Iterator):
-            return self._stream(images, labels if labels is None else iter(labels), batch_size, kwargs)
-        return self._run(images, labels, batch_size, kwargs)
-
-    def _run(self, images: Any, labels: Any, batch_size: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-        return list(self._stream(iter(images), None if labels is None else iter(labels), batch_size, options))
+            images, alone = [images], True
+            given = {name: [value] for name, value in given.items()}
+        else:
+            images, alone = _walkable(images), False
+        for name, values in given.items():
+            _check_each(name, values, images)
+        answers = self._stream(images, given, candidates_where, batch_size, kwargs)
+        if alone:
+            return next(iter(list(answers)))
+        return answers if isinstance(images, Iterator) else list(answers)
 
     def _stream(
-        self, images: Iterator[Any], labels: Iterator[Any] | None, batch_size: int, options: dict[str, Any]
+        self,
+        images: Any,
+        given: dict[str, Any],
+        where: dict[str, Any] | None,
+        batch_size: int,
+        options: dict[str, Any],
     ) -> Iterator[dict[str, Any]]:
         # a chunk travels through the base class as one input, since strategies and the frozen model take batches
+        images, walks = iter(images), {name: iter(values) for name, values in given.items()}
         while chunk := list(islice(images, batch_size)):
-            truth = None if labels is None else list(islice(labels, len(chunk)))
-            if truth is not None and len(truth) != len(chunk):
-                raise ValueError("there are fewer labels than images: pass one each")
-            yield from super().__call__({"images": chunk, "labels": truth}, **options)
-        if labels is not None and list(islice(labels, 1)):
-            raise ValueError("there are more labels than images: pass one each")
+            parts = {name: list(islice(walk, len(chunk))) for name, walk in walks.items()}
+            for name, part in parts.items():
+                if len(part) != len(chunk):
+                    raise ValueError(f"there are fewer {name} than images: pass one each")
+            yield from super().__call__({"images": chunk, "where": where, **parts}, **options)
+        for name, walk in walks.items():
+            if list(islice(walk, 1)):
+                raise ValueError(f"there are more {name} than images: pass one each")
 
     def plot(
         self,
@@ -203,7 +245,7 @@ class VisualInContextPipeline(Pipeline):
         for i, (image, *of_image) in enumerate(zip(images, *(outputs for _, outputs in answers), strict=True)):
             truth = () if labels is None else (labels[i],)
             shown = [self._answer_of(name, one, image, *truth) for (name, _), one in zip(answers, of_image)]
-            drawn = tuple(self._drawn(label, to_rgb(image)) for label in truth)
+            drawn = tuple(self._drawn(label, to_rgb(image), self.label_task) for label in truth)
             rows.append(Shown(self.visual_task.query(image), shown, drawn))
         picture = draw_panels(rows, self.visual_task.name, height)
         if path is not None:
@@ -237,6 +279,10 @@ class VisualInContextPipeline(Pipeline):
             config.pool, config.pool_revision = "pool", None
         if first:
             super().save_pretrained(save_directory, **kwargs)
+            # of a pipeline whose code came from the Hub upstream copies the model's files alone
+            for file in (__file__, *get_relative_import_files(__file__)):
+                if Path(file).resolve() != Path(save_directory, Path(file).name).resolve():
+                    copy_file(Path(file), Path(save_directory, Path(file).name))
             write_model_card(save_directory, config, self.pool, repo_id)
 
     def push_to_hub(
@@ -290,7 +336,9 @@ class VisualInContextPipeline(Pipeline):
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         unknown = {name for name in kwargs if name not in FORWARD}
         if unknown:
-            raise TypeError(f"unknown options {sorted(unknown)}; there are {[*FORWARD, 'labels', 'batch_size']}")
+            raise TypeError(
+                f"unknown options {sorted(unknown)}; there are {[*FORWARD, *ONE_OF, 'candidates_where', 'batch_size']}"
+            )
         return {}, {name: kwargs[name] for name in FORWARD if kwargs.get(name) is not None}, {}
 
     def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -302,8 +350,11 @@ class VisualInContextPipeline(Pipeline):
             "cells": pixels(seen, model.image_size, model.resample),
             "views": pixels(seen, encoder.image_size, encoder.resample),
         }
-        if inputs["labels"] is not None:
-            batch["truth"] = self.visual_task.labels(inputs["labels"], images, self.model.image_size)
+        if inputs.get("labels") is not None:
+            batch["truth"] = self.label_task.labels(inputs["labels"], images, self.model.image_size)
+        of_query = {name: inputs[name] for name in ("exclude", "groups", "classes") if name in inputs}
+        if of_query or inputs.get("where") is not None:
+            batch["allowed"] = allowed_rows(self.pool, len(images), inputs.get("where"), **of_query)
         return batch
 
     def _forward(self, batch: dict[str, Any], **given: Any) -> dict[str, Any]:
@@ -311,20 +362,73 @@ class VisualInContextPipeline(Pipeline):
         choose = self._chooser(options.strategy)
         self._check(options, choose)
         self._tell_unused(options)
-        queries = Queries(batch["cells"], self.model.encoder(batch["views"]), batch.get("truth"), seed=options.seed)
+        queries = Queries(
+            batch["cells"],
+            self.model.encoder(batch["views"]),
+            batch.get("truth"),
+            seed=options.seed,
+            allowed=None if batch.get("allowed") is None else batch["allowed"].cpu(),
+        )
         longest = max(options.candidates, options.num_examples)
-        scores, rows, *answers = choose(queries, self.examples, options.num_examples, longest)
+        answers = [
+            (places, self._answers(part, choose, options, longest)) for places, part in _alike(queries, longest)
+        ]
+        order = [place for places, _ in answers for place in places.tolist()]
+        painted = torch.cat([part["painted"] for _, part in answers])
+        back = torch.tensor(order).argsort()
+        lists = {name: sum((part[name] for _, part in answers), []) for name in ("rows", "scores", "confidence")}
+        return {
+            "painted": painted[back.to(painted.device)],
+            "sizes": batch["sizes"],
+            "soft_map": options.soft_map,
+            **{name: [values[i] for i in back.tolist()] for name, values in lists.items()},
+        }
+
+    def _answers(self, queries: Queries, choose: Any, options: Options, longest: int) -> dict[str, Any]:
+        """Of queries that may be shown the same number of examples."""
+        scores, rows, *answers = self._chosen(choose(queries, self.examples, options.num_examples, longest), queries)
         weights = torch.full_like(scores, 1 / scores.shape[1])
         if options.fusion == "weighted":
             weights = (scores / choose.temperature).softmax(1)
         if answers and options.fusion != "model" and not options.vote:  # the frozen model has answered already
             painted = _fused(answers[0], weights)
         else:
-            painted = self._painted(batch["cells"], rows, weights, options)
-        return {"painted": painted, "rows": rows, "scores": scores, "sizes": batch["sizes"]}
+            painted = self._painted(queries.cells, rows, weights, options)
+        confidence = self._confidence(painted, scores, choose)
+        return {"painted": painted, "rows": rows.tolist(), "scores": scores.tolist(), "confidence": confidence}
+
+    def _chosen(self, chosen: Any, queries: Queries) -> Any:
+        """What a selector gave, if it can be that."""
+        pair = isinstance(chosen, tuple) and len(chosen) in (2, 3)
+        if not pair or not all(isinstance(part, Tensor) for part in chosen):
+            raise TypeError(
+                f"the selector gave {type(chosen).__name__}: it must return (scores, rows) or (scores, rows, "
+                "answers), tensors (B, count)"
+            )
+        scores, rows = chosen[:2]
+        fits = rows.dim() == 2 and rows.shape == scores.shape and len(rows) == len(queries) and rows.shape[1] > 0
+        if not fits or int(rows.min()) < 0 or int(rows.max()) >= len(self.pool):
+            raise ValueError(
+                f"the selector gave scores {tuple(scores.shape)} and rows {tuple(rows.shape)} for {len(queries)} "
+                f"queries: both must be (B, count), with rows of the pool, 0 to {len(self.pool) - 1}"
+            )
+        if queries.allowed is not None and not queries.allowed.gather(1, rows.cpu()).all():
+            raise ValueError(
+                "the selector chose an example that exclude=, groups=, classes= or candidates_where= rules out: have "
+                "it search with examples.nearest(queries, count)"
+            )
+        return chosen
+
+    def _confidence(self, painted: Tensor, scores: Tensor, choose: Any) -> list[float | None]:
+        if self.visual_task.name == "colourisation":
+            return [None] * len(painted)
+        sure, learnt = certainty(painted).cpu(), getattr(choose, "confidence", None)
+        return (sure if learnt is None else expected_performance(learnt, sure, scores[:, 0].float().cpu())).tolist()
 
     def _check(self, options: Options, choose: Any) -> None:
         frozen = self.model.frozen
+        if options.soft_map and self.visual_task.name == "colourisation":
+            raise ValueError("soft_map=True, but colours are not cut in two: the prediction is all there is")
         if options.vote and getattr(frozen, "arrangements", 1) == 1:
             raise ValueError(
                 f"vote=True, but {type(frozen).__name__} has no canvas whose cells could be "
@@ -377,11 +481,20 @@ class VisualInContextPipeline(Pipeline):
 
     def postprocess(self, outputs: dict[str, Any]) -> list[dict[str, Any]]:
         predictions = self.visual_task.decode(outputs["painted"].float(), outputs["sizes"])
-        ids = self.pool.ids
-        return [
-            {"prediction": prediction, "example_ids": [ids[row] for row in rows], "scores": scores}
-            for prediction, rows, scores in zip(predictions, outputs["rows"].tolist(), outputs["scores"].tolist())
+        ids, names = self.pool.ids, ("rows", "scores", "confidence")
+        answers = [
+            {
+                "prediction": prediction,
+                "example_ids": [ids[row] for row in rows],
+                "scores": scores,
+                "confidence": confidence,
+            }
+            for prediction, rows, scores, confidence in zip(predictions, *(outputs[name] for name in names))
         ]
+        if outputs["soft_map"]:
+            for answer, painted, size in zip(answers, outputs["painted"], outputs["sizes"]):
+                answer["soft_map"] = _soft_map(painted, size)
+        return answers
 
     def _answer(
         self, encoded: Tensor, images: Tensor, labels: Tensor, weights: Tensor, options: Options, layout: int
@@ -417,24 +530,64 @@ class VisualInContextPipeline(Pipeline):
         worth = None
         if label:
             cells = [
-                self.visual_task.labels([one], [image], self.model.image_size)
-                for one in (output["prediction"], *label)
+                task.labels([one], [image], self.model.image_size)
+                for task, one in ((self.visual_task, output["prediction"]), (self.label_task, *label))
             ]
             worth = float(self.visual_task.score(*cells))
         return Answer(strategy, examples, output["scores"], output["prediction"], worth)
 
-    def _drawn(self, label: Any, image: Any) -> Any:
+    def _drawn(self, label: Any, image: Any, task: Any = None) -> Any:
         """A label as a picture marks it: a 0/1 mask, a box, or a colour image."""
-        if self.visual_task.name == "detection":
-            return label
-        drawn = self.visual_task.label(label, image)
+        task = self.visual_task if task is None else task
+        if task.name == "detection":
+            return task.corners(label)
+        drawn = task.label(label, image)
         return drawn if self.visual_task.name == "colourisation" else np.asarray(drawn)[:, :, 0] // 255
 
     @staticmethod
     def _opened(image: Any) -> Image.Image:
         if isinstance(image, dict) and not image.keys() & {"bytes", "path"}:
             raise TypeError(f"got a row with the columns {sorted(image)}: pass the column of images, dataset['image']")
+        if isinstance(image, str) and image.startswith(("http://", "https://")):
+            image = load_image(image)
+        if isinstance(image, Tensor):
+            image = _array(image)
         return to_rgb(image)
+
+
+def _array(image: Tensor) -> np.ndarray:
+    """A tensor `(h, w)` or `(c, h, w)`, as torchvision has them, as an array with channels last."""
+    if image.dim() == 3 and image.shape[0] in (1, 3, 4):
+        image = image.permute(1, 2, 0)
+    elif image.dim() != 2:
+        raise ValueError(f"an image tensor is (h, w) or (1|3|4, h, w), channels first; got {tuple(image.shape)}")
+    image = image.detach().cpu()
+    return (image.float() if image.is_floating_point() else image).numpy()
+
+
+def _soft_map(painted: Tensor, size: tuple[int, int]) -> np.ndarray:
+    white = painted.float().mean(0)[None, None]
+    return nn.functional.interpolate(white, tuple(size), mode="bilinear", align_corners=False)[0, 0].cpu().numpy()
+
+
+def _alike(queries: Queries, longest: int) -> Iterator[tuple[Tensor, Queries]]:
+    """Queries that may be shown the same number of examples, with their places: lists of one length are a tensor."""
+    if queries.allowed is None:
+        yield torch.arange(len(queries)), queries
+        return
+    counts = queries.allowed.sum(1).clamp(max=longest)
+    for count in counts.unique().tolist():
+        places = (counts == count).nonzero()[:, 0]
+        if len(places) == len(queries):
+            yield places, queries
+            continue
+        here = places.to(queries.cells.device)
+        views = {name: view[places.to(view.device)] for name, view in queries.views.items()}
+        truth = None if queries.truth is None else queries.truth[here]
+        yield (
+            places,
+            replace(queries, cells=queries.cells[here], views=views, truth=truth, allowed=queries.allowed[places]),
+        )
 
 
 def _fused(answers: Tensor, weights: Tensor) -> Tensor:
@@ -444,15 +597,36 @@ def _fused(answers: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("bm,bmchw->bchw", weights.to(answers), answers)
 
 
-def _check_labels(labels: Any, images: Any) -> None:
-    if labels is not None and not isinstance(labels, Iterable):
-        raise ValueError("labels= must hold one label for each image")
-    if hasattr(labels, "__len__") and hasattr(images, "__len__") and len(labels) != len(images):
-        raise ValueError(f"{len(labels)} labels for {len(images)} images: pass one each")
+def _check_each(name: str, values: Any, images: Any) -> None:
+    if isinstance(values, str | bytes | dict) or not (isinstance(values, Iterable) or hasattr(values, "__getitem__")):
+        raise ValueError(f"{name}= must hold one {ONE_OF[name]} for each image")
+    if hasattr(values, "__len__") and hasattr(images, "__len__") and len(values) != len(images):
+        raise ValueError(f"{len(values)} {name} for {len(images)} images: pass one each")
+
+
+def _walkable(images: Any) -> Any:
+    """Images one after the other; of what only has numbered items, as data sets of torch, these."""
+    if isinstance(images, Iterable):
+        return images
+    return _Numbered(images)
+
+
+class _Numbered:
+    """The items of a data set of torch, such as a `KeyDataset`."""
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.items[i] for i in range(len(self)))
 
 
 def _is_image(images: Any) -> bool:
     # an array of four axes is a batch of images; strings, bytes and the dicts of datasets are single ones
     if isinstance(images, (np.ndarray, torch.Tensor)):
         return images.ndim < 4
-    return isinstance(images, (Image.Image, str, bytes, dict, os.PathLike)) or not isinstance(images, Iterable)
+    several = isinstance(images, Iterable) or (hasattr(images, "__getitem__") and hasattr(images, "__len__"))
+    return isinstance(images, (Image.Image, str, bytes, dict, os.PathLike)) or not several

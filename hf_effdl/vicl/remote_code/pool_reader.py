@@ -8,16 +8,15 @@
         grids (n, gh, gw, d) float16 only where the pool keeps them
         spans (n, 2, 2) int64        first byte and number of bytes of the image and of the label, in the tar
         digests (n, 32) uint8        SHA-256 of each row's id, image and label
+        columns uint8                JSON {"group": [...], "class": [...]}, where there are such
         ids uint8                    JSON list
 
 Tensors are memory-mapped and images are read by their place in the tar, so a pool costs hardly any memory.
 """
 
 import hashlib
-import io
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -30,13 +29,26 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .images import to_rgb
+from .images import opened, to_rgb
+from .pool_checks import (
+    FORMAT,
+    IMAGES,
+    MANIFEST_BYTES,
+    MASKS,
+    NAME,
+    check_box,
+    check_index,
+    check_manifest,
+    check_values,
+    read_columns,
+)
 from .pool_search import exact_search
 
 
-FORMAT = 1
+__all__ = ["FORMAT", "MANIFEST", "NAME", "PoolReader", "Shard", "content_fingerprint", "file_digest", "row_digest"]
 MANIFEST = "pool.json"
-NAME = r"pool-[0-9]{5,}-[0-9a-f]{12}"
+# tables of an index that are not one row an example
+SIDE = ("ids", "columns")
 # index files up to this many bytes in all are hashed when a pool is opened
 HASHED = 2**30
 AGAIN = "download the repository again, copy the folder again, or build the pool anew with ExamplePool.from_dataset"
@@ -65,19 +77,16 @@ def content_fingerprint(manifest: dict[str, Any], digests: Iterable[Tensor]) -> 
 class Shard:
     """The two files of a shard, memory-mapped. `kept`: its rows that are still in the pool, None for all of them."""
 
-    def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, entry: dict[str, Any], width: int | None = None) -> None:
         self.tar, self.index = (folder / "data" / f"{entry['name']}.{kind}" for kind in ("tar", "safetensors"))
         for file, size in ((self.tar, entry["tar_bytes"]), (self.index, entry["index_bytes"])):
             _check_size(file, size, folder)
-        tensors, ids = _index(self.index)
+        tensors, ids = _index(self.index, entry, width)
         self.vectors, self.tokens, self.spans, self.digests = (
             tensors[name] for name in ("vectors", "tokens", "spans", "digests")
         )
         self.grids = tensors.get("grids")
-        if {len(ids), *(len(table) for name, table in tensors.items() if name != "ids")} != {entry["rows"]}:
-            raise ValueError(
-                f"{self.index} and {MANIFEST} do not agree on its number of rows ({entry['rows']}); {AGAIN}"
-            )
+        self.columns = read_columns(tensors.get("columns"), entry["rows"])
         self.kept = None
         if entry["dropped"]:
             keep = torch.ones(entry["rows"], dtype=torch.bool)
@@ -99,15 +108,19 @@ def _check_size(file: Path, size: int, folder: Path) -> None:
         )
 
 
-def _index(file: Path) -> tuple[dict[str, Tensor], list[str]]:
+def _index(file: Path, entry: dict[str, Any], width: int | None) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors of an index, memory-mapped, and the ids in it."""
     try:
         with safe_open(file, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-        for name in ("vectors", "tokens", "spans", "digests"):
-            tensors[name]
-        return tensors, json.loads(tensors["ids"].numpy().tobytes())
-    except (SafetensorError, KeyError, ValueError) as error:
+        ids = json.loads(tensors["ids"].numpy().tobytes())
+        if {len(ids), *(len(table) for name, table in tensors.items() if name not in SIDE)} != {entry["rows"]}:
+            raise ValueError(f"it and {MANIFEST} do not agree on its number of rows ({entry['rows']})")
+        width = tensors["vectors"].shape[-1] if width is None else width
+        check_index(tensors, ids, entry["rows"], width, entry["tar_bytes"])
+        read_columns(tensors.get("columns"), entry["rows"])
+        return tensors, ids
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
 
 
@@ -171,7 +184,9 @@ class PoolReader:
     def _open(self, folder: Path, manifest: dict[str, Any], commit: str | None) -> None:
         self.folder, self.manifest, self.commit = folder, manifest, commit
         self.task, self.encoder, self.fingerprint = (manifest[key] for key in ("task", "encoder", "fingerprint"))
-        self._shards = [Shard(folder, entry) for entry in manifest["shards"]]
+        self._shards = [Shard(folder, entry, manifest["dim"]) for entry in manifest["shards"]]
+        if len({None if shard.grids is None else shard.grids.shape[1:] for shard in self._shards}) > 1:
+            raise ValueError(f"{folder / 'data'}: its shards keep feature maps of different shapes; {AGAIN}")
         self._starts = list(accumulate((len(shard.ids) for shard in self._shards), initial=0))
         self._bounds = torch.tensor(self._starts[1:])
         self.ids: list[str] = [id for shard in self._shards for id in shard.ids]
@@ -214,6 +229,11 @@ class PoolReader:
             file = getattr(shard, kind)
             if file_digest(file) != entry[f"{kind}_sha256"]:
                 raise ValueError(f"{file} is damaged: its SHA-256 is not that in {MANIFEST}; {AGAIN}")
+            if kind == "index":
+                try:
+                    check_values({name: getattr(shard, name) for name in ("vectors", "tokens", "grids")})
+                except ValueError as error:
+                    raise ValueError(f"{file} is damaged: its {error}; {AGAIN}") from error
 
     # ---- features
 
@@ -229,6 +249,25 @@ class PoolReader:
             parts = [shard.of_kept(shard.vectors) for shard in self._shards]
             self._vectors = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._vectors
+
+    @property
+    def groups(self) -> list[str | None] | None:
+        """What each row belongs to (a video, a patient, a photo), None for nothing; None where the pool keeps none."""
+        return self._column("group")
+
+    @property
+    def classes(self) -> list[str | None] | None:
+        """The class of each row's object; None where the pool keeps none."""
+        return self._column("class")
+
+    def _column(self, name: str) -> list[str | None] | None:
+        if not any(name in shard.columns for shard in self._shards):
+            return None
+        values: list[str | None] = []
+        for shard in self._shards:
+            column = shard.columns.get(name, [None] * len(shard.digests))
+            values += column if shard.kept is None else [column[i] for i in shard.kept.tolist()]
+        return values
 
     def tokens(self, rows: Tensor | Sequence[int]) -> Tensor:
         """Five tokens of each row for the ranker: `(len, 5, d)` float32; `rows (B, k)` give `(B, k, 5, d)`."""
@@ -320,7 +359,7 @@ class PoolReader:
         Raises:
             ValueError: where the file was damaged after the pool was opened.
         """
-        return to_rgb(self.files(row)[0])
+        return to_rgb(opened(self.files(row)[0], IMAGES))
 
     def label(self, row: int) -> Image.Image | list[float] | None:
         """The label of a row: a white-on-black mask (PIL L), a box `[x0, y0, x1, y1]` or None.
@@ -330,9 +369,13 @@ class PoolReader:
         """
         stored = self.files(row)[1]
         if self.task == "segmentation":
-            with Image.open(io.BytesIO(stored)) as mask:
-                return mask.convert("L")
-        return json.loads(stored).get("box")
+            mask = opened(stored, MASKS).convert("L")
+            mask.white_on_black = True  # not the class numbers of the data set that the pool was made from
+            return mask
+        try:
+            return check_box(json.loads(stored).get("box"))
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"the label of row {row}, id {self.ids[row]!r}, is damaged ({error}); {AGAIN}") from error
 
     def files(self, row: int) -> tuple[bytes, bytes]:
         """The files of a row as they are stored: its image, and its label (a mask as PNG, or JSON).
@@ -368,18 +411,11 @@ def _manifest(folder: Path) -> dict[str, Any]:
             "ExamplePool.from_dataset and save_pretrained"
         )
     try:
+        if (size := file.stat().st_size) > MANIFEST_BYTES:
+            raise ValueError(f"it has {size:,} bytes")
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        if manifest["format"] > FORMAT:
-            raise ValueError(
-                f"its format is {manifest['format']} and this version of hf_effdl reads {FORMAT}; install a newer one"
-            )
-        manifest["encoder"]["fingerprint"], manifest["task"], manifest["fingerprint"]
-        for entry in manifest["shards"]:
-            if not re.fullmatch(NAME, entry["name"]):  # it becomes a path
-                raise ValueError(f"it names a shard {entry['name']!r}")
-        if not manifest["shards"]:
-            raise ValueError("it names no shards")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        check_manifest(manifest)
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{file} cannot be read as a pool's manifest ({type(error).__name__}: {error}); {AGAIN}"
         ) from error

@@ -117,8 +117,7 @@ class RankerSelector(nn.Module):
         self.rankers = nn.ModuleDict({str(length): ranker for length, ranker in rankers.items()})
         self.schedule, self.passes, self.method, self.fill, self.seed = schedule, passes, method, fill, seed
         self.register_buffer("reliable", reliable)
-        self._labels: dict[int, Tensor] = {}
-        self._pool: str | None = None
+        self._labels: tuple[str | None, dict[int, Tensor]] = (None, {})  # of the pool of this fingerprint
 
     @property
     def lengths(self) -> list[int]:
@@ -156,6 +155,11 @@ class RankerSelector(nn.Module):
             raise ValueError(
                 f"K={near.shape[1]} candidates are not above the list length k={max(self.lengths)}: "
                 "raise candidates=, take a larger pool, or a ranker of shorter lists"
+            )
+        if (near < 0).any():
+            raise ValueError(
+                "the queries of a batch have lists of different lengths: exclude rows so that the same number is "
+                "left, or ask for one query at a time"
             )
         rows = self._refined(near, queries, examples)
         sizes = (rows >= 0).sum(1)
@@ -229,12 +233,13 @@ class RankerSelector(nn.Module):
         """`label_tokens` of candidates, each drawn once; None where no ranker looks at them."""
         if all(ranker.config.label_channels is None for ranker in self.rankers.values()):
             return None
-        if self._pool != examples.pool.fingerprint:  # rows have other labels now
-            self._labels, self._pool = {}, examples.pool.fingerprint
+        pool, labels = self._labels  # another thread may put another pool's there
+        if pool != examples.pool.fingerprint:
+            pool, labels = self._labels = examples.pool.fingerprint, {}
         wanted = rows.flatten().tolist()
-        missing = [row for row in dict.fromkeys(wanted) if row not in self._labels]
-        self._labels |= zip(missing, pool_label_tokens(examples.pool, missing, examples.task))
-        return torch.stack([self._labels[row] for row in wanted]).unflatten(0, rows.shape)
+        missing = [row for row in dict.fromkeys(wanted) if row not in labels]
+        labels.update(zip(missing, pool_label_tokens(examples.pool, missing, examples.task)))
+        return torch.stack([labels[row] for row in wanted]).unflatten(0, rows.shape)
 
 
 def _by_length(

@@ -13,7 +13,7 @@ from .images import image_seed
 
 def nearest(queries: Queries, examples: Examples, count: int, candidates: int) -> tuple[Tensor, Tensor]:
     """The most similar examples: cosine of the encoder's vectors (UnsupPR, arXiv 2301.13670)."""
-    return examples.pool.search(queries.views["vector"].cpu(), count, exclude=queries.exclude)
+    return examples.nearest(queries, count)
 
 
 def random(queries: Queries, examples: Examples, count: int, candidates: int) -> tuple[Tensor, Tensor]:
@@ -37,8 +37,8 @@ def dense(queries: Queries, examples: Examples, count: int, candidates: int) -> 
     """
     _, rows = nearest(queries, examples, candidates, candidates)
     asked = F.normalize(queries.views["grid"].flatten(1, 2).float(), dim=2)
-    scores = torch.stack([(examples.grids(row) @ one.T).amax(1).mean(1).cpu() for one, row in zip(asked, rows)])
-    return best(scores, rows, count)
+    matched = [(examples.grids(row.clamp(min=0)) @ one.T).amax(1).mean(1).cpu() for one, row in zip(asked, rows)]
+    return best(torch.stack(matched).masked_fill(rows < 0, -torch.inf), rows, count)
 
 
 def transfer(queries: Queries, examples: Examples, count: int, candidates: int) -> tuple[Tensor, Tensor]:
@@ -56,13 +56,14 @@ def transfer(queries: Queries, examples: Examples, count: int, candidates: int) 
     rows = rows[:, :candidates]
     measured, residual = _residuals(examples)
     mean = _quality(examples).nan_to_num(neginf=0.0)
-    scores = mean[rows]
+    scores = mean[rows.clamp(min=0)]
     for i in range(len(queries)):
-        hit = measured[near[i]].flatten()[None] == rows[i][:, None]  # (K, neighbours x measured)
-        above_mean = residual[near[i]].flatten() - mean[rows[i]][:, None]
-        each = weight[i][:, None].expand(-1, measured.shape[1]).flatten()
+        known = near[i][near[i] >= 0]
+        hit = measured[known].flatten()[None] == rows[i][:, None]  # (K, neighbours x measured)
+        above_mean = residual[known].flatten() - mean[rows[i].clamp(min=0)][:, None]
+        each = weight[i][: len(known), None].expand(-1, measured.shape[1]).flatten()
         scores[i] += (hit * each * above_mean).sum(1)
-    return best(scores, rows, count)
+    return best(scores.masked_fill(rows < 0, -torch.inf), rows, count)
 
 
 def oracle(queries: Queries, examples: Examples, count: int, candidates: int) -> tuple[Tensor, Tensor]:
@@ -110,13 +111,20 @@ def best(scores: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _best_of_all(scores: Tensor, queries: Queries, count: int) -> tuple[Tensor, Tensor]:
-    """The best of the whole pool, `scores (B, n)`, without the query's own row."""
+    """The best of the whole pool, `scores (B, n)`, without the query's own row and what it may not be shown."""
     rows = scores.sort(dim=1, descending=True, stable=True).indices
-    if queries.exclude is not None:
+    left = rows.shape[1] - (queries.exclude is not None)
+    if queries.exclude is not None or queries.allowed is not None:
         # moved to the end, since a score of -inf may be another's too
-        own = rows == torch.as_tensor(queries.exclude).cpu()[:, None]
-        rows = rows.gather(1, own.sort(dim=1, stable=True).indices)
-    rows = rows[:, : min(count, rows.shape[1] - (queries.exclude is not None))]
+        wrong = torch.zeros_like(rows, dtype=torch.bool)
+        if queries.allowed is not None:
+            wrong |= ~queries.allowed.cpu().gather(1, rows)
+        if queries.exclude is not None:
+            wrong |= rows == torch.as_tensor(queries.exclude).cpu()[:, None]
+        order = wrong.int().sort(dim=1, stable=True).indices
+        rows = rows.gather(1, order)
+        left = min(left, int((~wrong).sum(1).min()))
+    rows = rows[:, : min(count, left)]
     return scores.gather(1, rows), rows
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
-from .backbones import commit_of, config_of, load_backbone
+from .backbones import check_whole, commit_of, config_of, load_backbone
 from .encoder_seggpt import SegGptFeatures
 from .images import BICUBIC
 
@@ -34,8 +35,8 @@ class VisionEncoder(nn.Module):
       reading order: the input of the list-wise ranker (Partial2Global, arXiv 2405.15279).
     - `grid` `(N, gh, gw, d')`: the feature map of `layer`, for dense similarity and feature matching.
 
-    Register tokens are dropped. Images are squashed to `image_size`; nothing is cropped, so that a grid cell and the
-    same cell of a mask show the same place.
+    Register tokens are dropped. Images are squashed to `image_size`, and nothing is cropped where patches divide it
+    (else a warning says so): a grid cell and the same cell of a mask show the same place.
 
     Args:
         backbone: a transformers vision model with a class token (ViT, DINOv2), without (SigLIP) or convolutional
@@ -85,10 +86,27 @@ class VisionEncoder(nn.Module):
         if image_size is None:
             image_size = getattr(self.backbone.config, "image_size", None) or 224
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self._tell_what_is_cut()
         self.stretches = "interpolate_pos_encoding" in signature(self.backbone.forward).parameters
         self.layer, self.mean, self.std, self.resample = layer, tuple(mean), tuple(std), int(resample)
         self.id, self.revision = id, revision
         self._fingerprint: str | None = None
+
+    def _tell_what_is_cut(self) -> None:
+        """Say where patches do not divide an image, whose last rows and columns the backbone does not look at."""
+        patch = getattr(self.backbone.config, "patch_size", None)
+        if self._reader is not None or patch is None:
+            return
+        sides = (patch, patch) if isinstance(patch, int) else tuple(patch)
+        whole = tuple(side // size * size for side, size in zip(self.image_size, sides, strict=True))
+        if 0 in whole:
+            raise ValueError(f"image_size={self.image_size} is smaller than a patch of {sides} pixels")
+        if whole != self.image_size:
+            warnings.warn(
+                f"patches of {sides} pixels do not divide image_size={self.image_size}: the backbone does not see the "
+                f"last rows and columns, and grids are shifted against labels; pass image_size={whole}",
+                stacklevel=3,
+            )
 
     @classmethod
     def from_pretrained(
@@ -106,18 +124,27 @@ class VisionEncoder(nn.Module):
             id_or_folder: e.g. `facebook/dinov2-base`.
             revision: commit, branch or tag.
             image_size, layer: see the class; the default size is that of the processor's crop, else of its size.
-            options: for the backbone's `from_pretrained`, e.g. `dtype`.
+            options: for the backbone's `from_pretrained`, e.g. `dtype`; with `trust_remote_code=True` code of the
+                repository is run, which is refused otherwise.
+
+        Raises:
+            ValueError: where the file lacks weights of the backbone, or the repository asks to run its code.
         """
-        config = AutoConfig.from_pretrained(id_or_folder, revision=revision, token=token)
-        backbone = _backbone_class(config.model_type).from_pretrained(
-            id_or_folder, revision=revision, token=token, **{"dtype": torch.float32} | options
+        trust = bool(options.pop("trust_remote_code", False))
+        config = AutoConfig.from_pretrained(id_or_folder, revision=revision, token=token, trust_remote_code=trust)
+        backbone, info = _backbone_class(config.model_type).from_pretrained(
+            id_or_folder,
+            revision=revision,
+            token=token,
+            output_loading_info=True,
+            **{"dtype": torch.float32, "trust_remote_code": trust} | options,
         )
-        processor = _processor(id_or_folder, revision, token)
+        processor = _processor(id_or_folder, revision, token, trust)
         if image_size is None:
             image_size = _size_in(processor)
         revision = commit_of(id_or_folder, revision, token) or revision
         resample = processor.get("resample")
-        return cls(
+        encoder = cls(
             backbone,
             image_size=image_size,
             layer=layer,
@@ -127,13 +154,20 @@ class VisionEncoder(nn.Module):
             id=str(id_or_folder),
             revision=revision,
         )
+        used = encoder.backbone.state_dict().keys()
+        check_whole(
+            {name for name in info["missing_keys"] if name.removeprefix("vision_model.") in used}, id_or_folder
+        )
+        return encoder
 
     @classmethod
-    def from_settings(cls, settings: dict[str, Any], token: str | bool | None = None) -> "VisionEncoder":
+    def from_settings(
+        cls, settings: dict[str, Any], token: str | bool | None = None, trust: bool = False
+    ) -> "VisionEncoder":
         """Made from `settings()` and `settings["backbone"]`, the source of its backbone (see `load_backbone`)."""
         source = settings["backbone"]
         encoder = cls(
-            load_backbone(source, _backbone_class(config_of(source, token).model_type), token),
+            load_backbone(source, _backbone_class(config_of(source, token, trust).model_type), token, trust),
             image_size=tuple(settings["image_size"]),
             layer=settings["layer"],
             mean=tuple(settings["mean"]),
@@ -245,6 +279,9 @@ class VisionEncoder(nn.Module):
         if states.dim() == 4:  # a convolutional map
             return states.permute(0, 2, 3, 1), None
         name, patch = type(self.backbone).__name__, getattr(self.backbone.config, "patch_size", None)
+        if states.dim() == 3 and patch is None and (sides := _sides_of(states.shape[1], self.image_size)):
+            extra = states.shape[1] - sides[0] * sides[1]
+            return states[:, extra:].unflatten(1, sides), states[:, 0] if extra else None
         if states.dim() != 3 or patch is None:
             raise ValueError(
                 f"{name} gives features of shape {tuple(states.shape)} and its config has patch_size={patch}; a grid "
@@ -270,6 +307,15 @@ def digest_weights(digest: Any, module: nn.Module) -> None:
         digest.update(f"{name}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
 
 
+def _sides_of(tokens: int, image_size: tuple[int, int]) -> tuple[int, int] | None:
+    """Of a convolutional map that comes as a list, with a pooled token in front or none: its sides, by its stride."""
+    for stride in (4, 8, 16, 32, 64):
+        height, width = (-(-side // stride) for side in image_size)
+        if tokens - height * width in (0, 1):
+            return height, width
+    return None
+
+
 def _backbone_class(model_type: str) -> Any:
     return READERS[model_type].backbone_class if model_type in READERS else AutoModel
 
@@ -281,10 +327,13 @@ def _drop_unused_pooler(backbone: PreTrainedModel) -> None:
         backbone.pooler = None
 
 
-def _processor(id: str, revision: str | None, token: str | bool | None) -> dict[str, Any]:
+def _processor(id: str, revision: str | None, token: str | bool | None, trust: bool) -> dict[str, Any]:
     """Settings of the image processor; none for weights without a preprocessor_config.json."""
     try:
-        return AutoImageProcessor.from_pretrained(id, revision=revision, token=token, backend="pil").to_dict()
+        processor = AutoImageProcessor.from_pretrained(
+            id, revision=revision, token=token, backend="pil", trust_remote_code=trust
+        )
+        return processor.to_dict()
     except OSError:
         return {}
 

@@ -11,6 +11,7 @@ Sources: Bar et al., "Visual Prompting via Image Inpainting", arXiv 2209.00647 (
 "Towards Global Optimal Visual In-Context Learning Prompt Selection" (Partial2Global), arXiv 2405.15279.
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,8 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .images import BICUBIC, NEAREST, Size, opened, pixels, to_rgb
+from .masks import ANY, LOSSY, Reading, coco_mask, is_coco, read_mask, value_map
 
 
+BOXES = ("xyxy", "xywh")
+# share of an image that is void where there is no object of the class, beyond which it is one that was drawn white
+VOID_AT_MOST = 0.02
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; the mean cancels in a difference
 
 
@@ -90,6 +95,11 @@ def _rescaled(box: Sequence[float], old: Size, new: Size) -> list[int]:
     return [int(value) for value in (*low, *high)]
 
 
+def _is_drawn(mask: np.ndarray) -> bool:
+    """Whether a mask looks black and white: of nothing but 0 and 255, as much of it as an object has."""
+    return bool(((mask == 0) | (mask == 255)).all() and (mask == 255).mean() > VOID_AT_MOST)
+
+
 def _check_sizes(what: str, size: Size, image: Size) -> None:
     if tuple(size) != tuple(image):
         raise ValueError(
@@ -130,10 +140,12 @@ class _Task:
 class Segmentation(_Task):
     """Foreground segmentation: masks are drawn white on black; score: IoU of white, 1 if both are empty.
 
+    What the values of a mask mean is decided from all of its pixels, see `read_mask`: black and white in any two
+    values, with soft edges or without, and one class beside `void` need no more; several classes must be named.
+
     Args:
-        foreground: the mask value or values that are the object; every other value is background. None: every value
-            but 0 and `void`, and in a mask that holds only 0 and 255 the 255 (a black-and-white mask; where 255 may
-            mean void in such a mask, name the values).
+        foreground: the mask value or values that are the object, every other value is background; or "any": every
+            value but 0 and `void`. None: see above.
         void: the value of pixels that belong to nothing, drawn as background; None for no such value.
 
     Example:
@@ -145,8 +157,11 @@ class Segmentation(_Task):
 
     name, metric = "segmentation", "foreground_iou"
 
-    def __init__(self, foreground: int | Iterable[int] | None = None, void: int | None = 255) -> None:
-        if foreground is not None:
+    def __init__(self, foreground: int | Iterable[int] | str | None = None, void: int | None = 255) -> None:
+        if isinstance(foreground, str):
+            if foreground != ANY:
+                raise ValueError(f"foreground={foreground!r}: pass mask values, or {ANY!r} for all but 0 and void")
+        elif foreground is not None:
             foreground = (int(foreground),) if np.isscalar(foreground) else tuple(int(value) for value in foreground)
         self.foreground, self.void = foreground, void
         if foreground == ():
@@ -156,36 +171,34 @@ class Segmentation(_Task):
         """The mask as a white-on-black PIL RGB image of `image`'s size; all black where the mask has no foreground.
 
         Args:
-            label: `(H, W)` class numbers, an array or PIL image (mode P: the palette's indices; RGB: of equal
-                channels only), or a file as in `to_rgb`. Floats must be whole numbers.
+            label: `(H, W)` numbers, an array or PIL image (mode P: the palette's indices, but black and white as
+                they are shown; several channels: equal ones), or a file as in `to_rgb`; floats must be whole numbers.
+                Or as in COCO: polygons `[[x, y, x, y, ...], ...]`, or runs `{"size": [H, W], "counts"}`.
             image: the image it belongs to, after EXIF rotation.
 
         Raises:
-            ValueError: for a mask of another size, with colours, fractions or negative values.
+            ValueError: for a mask of another size, with colours, fractions, negative values, or several classes of
+                which none is named.
         """
-        mask = self._class_map(label)
-        _check_sizes("mask", mask.shape[::-1], to_rgb(image).size)
-        if self.foreground is not None:
-            white = np.isin(mask, self.foreground)
-        else:
-            black_and_white = np.isin(mask, (0, 255)).all()
-            white = (mask != 0) & (black_and_white | (mask != self.void))
-        return Image.fromarray(white.astype(np.uint8) * 255).convert("RGB")
+        return self.read(label, image).picture().convert("RGB")
 
-    @staticmethod
-    def _class_map(label: Any) -> np.ndarray:
-        label = opened(label)
-        mask = np.asarray(label)
-        if mask.ndim == 3 and (mask.shape[2] == 1 or (mask.shape[2] == 3 and (mask == mask[:, :, :1]).all())):
-            mask = mask[:, :, 0]
-        if mask.ndim != 2 or mask.dtype.kind not in "buif":
-            what = f"PIL mode {label.mode}" if isinstance(label, Image.Image) else f"{mask.dtype} {mask.shape}"
-            raise ValueError(f"a mask is (H, W) with one class number a pixel; got {what}")
-        if not (mask == np.round(mask)).all():
-            raise ValueError("a float mask must hold whole class numbers; threshold a soft mask first")
-        if mask.size and mask.min() < 0:
-            raise ValueError(f"a mask has no negative values; got {mask.min()} (void pixels are 255)")
-        return mask
+    def read(self, label: Any, image: Any) -> Reading:
+        """The mask, and what its values were taken for; arguments and errors are those of `label`."""
+        size = to_rgb(image).size
+        if is_coco(label):
+            return Reading(coco_mask(label, size[::-1]), "outlines or runs of COCO")
+        file = opened(label)
+        mask = value_map(file, file)
+        _check_sizes("mask", mask.shape[::-1], size)
+        if mask.dtype == bool or getattr(label, "white_on_black", False):  # no class numbers, whatever was named
+            return read_mask(mask)
+        if isinstance(self.foreground, tuple) and 255 not in self.foreground and _is_drawn(mask):
+            warnings.warn(
+                f"a mask holds nothing but 0 and 255, and foreground={self.foreground} names neither: it is read as "
+                "one without the object; of a black-and-white mask pass mask > 0",
+                stacklevel=2,
+            )
+        return read_mask(mask, self.foreground, self.void, getattr(file, "source_format", None) in LOSSY)
 
     def _decode(self, soft: Tensor, size: Size) -> np.ndarray:
         soft = F.interpolate(soft, tuple(size), mode="bilinear", align_corners=False)
@@ -204,6 +217,10 @@ class Detection(_Task):
 
     The predicted rectangle bounds the largest 8-connected white component.
 
+    Args:
+        boxes: how boxes are given: "xyxy", corners `[x0, y0, x1, y1]`; or "xywh", corner and size as in COCO. What
+            is predicted, and kept in a pool, is always corners.
+
     Example:
         >>> task, photo = Detection(), Image.new("RGB", (8, 6))
         >>> task.decode(task.labels([[1, 2, 5, 6], None], [photo, photo], (6, 8)), (6, 8))
@@ -212,14 +229,26 @@ class Detection(_Task):
 
     name, metric = "detection", "box_iou"
 
+    def __init__(self, boxes: str = "xyxy") -> None:
+        if boxes not in BOXES:
+            raise ValueError(f"boxes={boxes!r}: choose one of {BOXES}")
+        self.boxes = boxes
+
+    def corners(self, box: Sequence[float] | None) -> Sequence[float] | None:
+        """A box, as it was given, as `[x0, y0, x1, y1]`."""
+        if self.boxes == "xyxy" or box is None or np.shape(box) != (4,):
+            return box
+        x, y, width, height = box
+        return [x, y, x + width, y + height]
+
     def label(self, label: Sequence[float] | None, image: Any) -> Image.Image:
-        """The box `[x0, y0, x1, y1]` in pixels of `image`, filled white on black, as PIL RGB of its size; None: black.
+        """The box in pixels of `image`, filled white on black, as PIL RGB of its size; None: black.
 
         Raises:
             ValueError: for a box that is empty, unordered or reaches more than half a pixel out of the image.
         """
         size = to_rgb(image).size[::-1]
-        return Image.fromarray(self._drawn(label, size, size)).convert("RGB")
+        return Image.fromarray(self._drawn(self.corners(label), size, size)).convert("RGB")
 
     @staticmethod
     def _drawn(box: Sequence[float] | None, old: Size, new: Size) -> np.ndarray:
@@ -241,7 +270,9 @@ class Detection(_Task):
     def labels(self, labels: Sequence, images: Sequence, size: Size) -> Tensor:
         """The boxes drawn at cell size with rounded corners, one pixel at least: `(N, 3, h, w)`."""
         pairs = zip(labels, images, strict=True)
-        return pixels([self._drawn(box, to_rgb(image).size[::-1], size) for box, image in pairs], size, NEAREST)
+        return pixels(
+            [self._drawn(self.corners(box), to_rgb(image).size[::-1], size) for box, image in pairs], size, NEAREST
+        )
 
     def _decode(self, soft: Tensor, size: Size) -> list[int] | None:
         boxes, found = largest_boxes(_white(soft))
@@ -293,12 +324,15 @@ class Colourisation(_Task):
 TASKS = {task.name: task for task in (Segmentation(), Detection(), Colourisation())}
 
 
-def find_task(task: str | _Task, foreground: int | Iterable[int] | None = None) -> _Task:
+def find_task(
+    task: str | _Task, foreground: int | Iterable[int] | str | None = None, boxes: str | None = None
+) -> _Task:
     """A task by name, with its defaults, or the given task itself.
 
     Args:
         task: "segmentation", "detection", "colourisation", or an instance such as `Segmentation(foreground=[1])`.
         foreground: for "segmentation" by name: the mask values that are the object.
+        boxes: for "detection" by name: how boxes are given.
 
     Example:
         >>> find_task("segmentation", foreground=[15])
@@ -306,8 +340,19 @@ def find_task(task: str | _Task, foreground: int | Iterable[int] | None = None) 
     """
     if not isinstance(task, _Task) and task not in TASKS:
         raise ValueError(f"task={task!r}: it must be one of {list(TASKS)} or an instance of theirs")
+    if boxes is not None:
+        if task != "detection":
+            raise ValueError(f"boxes= goes with task='detection'; got task={task!r} beside it")
+        task = Detection(boxes)
     if foreground is None:
         return task if isinstance(task, _Task) else TASKS[task]
     if task != "segmentation":
         raise ValueError(f"foreground= goes with task='segmentation'; got task={task!r} beside it")
     return Segmentation(foreground)
+
+
+def task_of(name: str, settings: dict[str, Any]) -> _Task:
+    """The task that reads labels as those of a pool's data set were read, by the settings in its manifest."""
+    if name == "segmentation":
+        return Segmentation(settings.get("foreground"), settings.get("void", 255))
+    return Detection(settings.get("boxes", "xyxy")) if name == "detection" else TASKS[name]

@@ -1,7 +1,10 @@
-"""Who of several processes writes, and how a text file comes into being: whole, on the disk, or not at all."""
+"""Who of several processes writes, and how files come into being: whole, on the disk, or not at all."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,3 +27,36 @@ def write_text(target: Path, text: str) -> Path:
             os.fsync(file.fileno())
         os.replace(part, target)
     return target
+
+
+def copy_file(source: Path, target: Path) -> Path:
+    """Copy a file whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        part = Path(shutil.copyfile(source, Path(folder) / target.name))
+        _flush(part)
+        os.replace(part, target)
+    return target
+
+
+@contextmanager
+def filled_beside(folder: Path, last: str) -> Iterator[Path]:
+    """A scratch folder, whose files take their names in `folder` once all are written; an error leaves that as it was.
+
+    Args:
+        folder: made if need be; other files in it stay.
+        last: name of the file that says what the others are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as scratch:
+        yield Path(scratch)
+        files = sorted(Path(scratch).iterdir(), key=lambda file: (file.name == last, file.name))
+        for file in files:
+            _flush(file)
+        for file in files:
+            os.replace(file, folder / file.name)
+
+
+def _flush(file: Path) -> None:
+    with open(file, "rb+") as stored:
+        os.fsync(stored.fileno())

@@ -1,0 +1,130 @@
+"""Which rows of a pool are meant: by ids, by what they belong to, by what they show."""
+
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .pool_reader import PoolReader
+
+
+# a column of the pool, and the argument of `ExamplePool.from_dataset` that it comes from
+COLUMNS = {"group": "group_column", "class": "class_column"}
+
+
+def rows_of_ids(pool: PoolReader, ids: Any, name: str) -> Tensor:
+    """Rows that ids name, in their order. Numbers are ids as well: that of a row is another thing.
+
+    Args:
+        pool: that has them.
+        ids: texts or whole numbers.
+        name: of the argument, for errors.
+
+    Raises:
+        ValueError: for ids that the pool does not have.
+        TypeError: for what are no ids.
+    """
+    rows = []
+    for id in _listed(ids, name, "ids"):
+        if isinstance(id, bool) or not isinstance(id, Integral | str):
+            raise TypeError(
+                f"{name} holds {id!r}: pass ids, texts or whole numbers; rows go into an argument that is called rows"
+            )
+        try:
+            rows.append(pool.position(id if isinstance(id, str) else int(id)))
+        except KeyError as error:
+            raise ValueError(
+                f"{name}: {error.args[0]}; numbers are ids, too: rows go into an argument that is called rows"
+            ) from None
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def rows_checked(pool: PoolReader, rows: Any, name: str) -> Tensor:
+    """Rows, in their order, after a look at whether the pool has them.
+
+    Raises:
+        ValueError: for rows that the pool does not have.
+        TypeError: for what are no whole numbers.
+    """
+    values = []
+    for row in _listed(rows, name, "rows"):
+        if isinstance(row, bool) or not isinstance(row, Integral):
+            raise TypeError(f"{name} holds {row!r}: pass rows (numbers); mask.nonzero()[:, 0] are the rows of a mask")
+        if not 0 <= row < len(pool):
+            raise ValueError(f"{name} holds row {row}: the pool has rows 0 to {len(pool) - 1}")
+        values.append(int(row))
+    return torch.tensor(values, dtype=torch.long)
+
+
+def _listed(values: Any, name: str, what: str) -> Iterable[Any]:
+    several = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(several, str | bytes) or not isinstance(several, Iterable):
+        raise TypeError(f"{name}={values!r}: pass a list of {what}")
+    return several
+
+
+def column_of(pool: PoolReader, name: str, why: str) -> np.ndarray:
+    """The groups or classes of a pool.
+
+    Raises:
+        ValueError: where it keeps none.
+    """
+    values = pool.groups if name == "group" else pool.classes
+    if values is None:
+        raise ValueError(
+            f"{why}, but this pool keeps no {name} of its rows: make it with "
+            f"ExamplePool.from_dataset(..., {COLUMNS[name]}=...)"
+        )
+    return np.array(values, dtype=object)
+
+
+def of_other_groups(pool: PoolReader, groups: Sequence[Any], why: str = "groups= is given") -> Tensor:
+    """`(B, n)` bool: rows that do not belong to the same group as each query; a query of None belongs to none."""
+    kept = column_of(pool, "group", why)
+    return torch.from_numpy(
+        np.stack([np.ones(len(kept), bool) if one is None else kept != str(one) for one in groups])
+    )
+
+
+def allowed_rows(
+    pool: PoolReader,
+    count: int,
+    where: dict[str, Any] | None = None,
+    exclude: Sequence[Any] | None = None,
+    groups: Sequence[Any] | None = None,
+    classes: Sequence[Any] | None = None,
+) -> Tensor:
+    """`(count, n)` bool: rows that each query may be shown; see `VisualInContextPipeline` for the arguments.
+
+    Raises:
+        ValueError: for ids that the pool does not have, columns that it does not keep, and a query that nothing is
+            left for.
+    """
+    allowed = torch.ones(count, len(pool), dtype=torch.bool)
+    for i, ids in enumerate(exclude or ()):
+        if ids is not None:
+            allowed[i, rows_of_ids(pool, [ids] if isinstance(ids, str | int) else ids, "exclude")] = False
+    if groups is not None:
+        allowed &= of_other_groups(pool, groups)
+    if classes is not None:
+        kept = column_of(pool, "class", "classes= is given")
+        for i, one in enumerate(classes):
+            if one is not None:
+                allowed[i] &= torch.from_numpy((kept == str(one)).astype(bool))
+    for name, wanted in (where or {}).items():
+        if name not in COLUMNS:
+            raise ValueError(
+                f"candidates_where={where!r}: pass {' or '.join(map(repr, COLUMNS))} and what it is to be"
+            )
+        kept = column_of(pool, name, "candidates_where= is given")
+        several = [wanted] if isinstance(wanted, str | int) else wanted
+        allowed &= torch.from_numpy(np.isin(kept.astype(str), [str(one) for one in several]) & (kept != None))  # noqa: E711
+    if len(nothing := (~allowed.any(1)).nonzero()[:, 0]):
+        raise ValueError(
+            f"image {int(nothing[0])} of the batch may be shown no example of the pool: exclude=, groups=, classes= "
+            "and candidates_where= leave none"
+        )
+    return allowed
