@@ -6,6 +6,7 @@ in DDP without a word. Here CPU processes call themselves what accelerate looks 
 
 import runpy
 import sys
+from pathlib import Path
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,4 +33,5 @@ def fsdp_on_cpu() -> Iterator[None]:
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     with fsdp_on_cpu():
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))  # as Python does for a script
+    runpy.run_path(sys.argv[0], run_name="__main__")
