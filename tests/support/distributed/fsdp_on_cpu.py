@@ -6,9 +6,9 @@ in DDP without a word. Here CPU processes call themselves what accelerate looks 
 
 import runpy
 import sys
-from pathlib import Path
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -34,4 +34,4 @@ if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     with fsdp_on_cpu():
         sys.path.insert(0, str(Path(sys.argv[0]).parent))  # as Python does for a script
-    runpy.run_path(sys.argv[0], run_name="__main__")
+        runpy.run_path(sys.argv[0], run_name="__main__")
