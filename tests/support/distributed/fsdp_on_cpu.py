@@ -34,5 +34,4 @@ if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(Path(sys.argv[0]).parent))  # as for a script that is called by its name
     with fsdp_on_cpu():
-        sys.path.insert(0, str(Path(sys.argv[0]).parent))  # as Python does for a script
         runpy.run_path(sys.argv[0], run_name="__main__")
