@@ -350,6 +350,7 @@ def test_under_noise_aggregation_beats_the_knock_out_by_what_was_measured(sigma,
         assert abs(first(borda.argmax(1), truth) - first(pick, truth)) < 0.1
 
 
+@pytest.mark.alone
 def test_a_thousand_aggregations_take_little_time():
     lists = joined(*(covering_lists(50, k, 1, seeded(), 1000) for k in (5, 10)))
     times = []

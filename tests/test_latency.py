@@ -216,6 +216,7 @@ def test_a_slim_model_has_all_that_makes_a_stock_model_of_its_widths_fast(name, 
         torch.testing.assert_close(small(x).logits, stock(x).logits, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.alone
 def test_a_slim_model_is_no_slower_than_a_stock_one_of_its_widths():
     model = resnet(embedding_size=64, hidden_sizes=[64, 128], depths=[1, 1]).eval()
     x = torch.randn(32, 3, 32, 32)
@@ -229,6 +230,7 @@ def test_a_slim_model_is_no_slower_than_a_stock_one_of_its_widths():
     assert min(ratios) <= 1.2
 
 
+@pytest.mark.alone
 def test_a_latency_asked_of_the_real_clock_is_met():
     model = resnet(embedding_size=64, hidden_sizes=[64, 128], depths=[1, 1]).eval()
     x = torch.randn(16, 3, 32, 32)

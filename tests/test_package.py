@@ -89,6 +89,7 @@ def test_type_checkers_see_the_names_that_load_on_first_use():
         assert getattr(importlib.import_module(module), name) is getattr(hf_effdl, name)
 
 
+@pytest.mark.alone
 def test_importing_the_package_adds_little_to_torch_and_transformers():
     code = (
         "import sys, time, torch, transformers, transformers.quantizers\n"

@@ -1051,16 +1051,15 @@ def test_the_state_of_other_groups_is_refused(group, match):
 
 
 # ---- cost
-
-
+@pytest.mark.alone
 def test_a_step_does_not_loop_over_units():
     p = parameter(20_000, 4, dtype=torch.float32)
     opt = SplitLBI([{"params": [p], "penalty": "group"}], lr=0.1, nu=1.0, lam=0.1)
     seconds = []
     for _ in range(5):
         p.grad = torch.ones_like(p)
-        start = time.perf_counter()
+        start = time.process_time()
         opt.step()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 0.5
     assert (opt.state[p]["entered"] > 0).any()
