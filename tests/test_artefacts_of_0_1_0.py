@@ -185,11 +185,19 @@ def test_a_pool_holds_and_finds_the_same_and_can_be_changed(tmp_path):
     for _ in range(2):
         rows = torch.arange(len(pool))
         similarities, found = pool.search(pool.vectors, 3, exclude=rows)
-        assert {"ids": pool.ids, "task": pool.task, "encoder": pool.encoder, "fingerprint": pool.fingerprint,
-                "labels": [pool.label(row) for row in range(5)], "found": found.tolist()} == expected  # fmt: skip
+        assert {
+            "ids": pool.ids,
+            "task": pool.task,
+            "encoder": pool.encoder,
+            "fingerprint": pool.fingerprint,
+            "labels": [pool.label(row) for row in range(5)],
+            "found": found.tolist(),
+        } == expected
         images = torch.stack([torch.from_numpy(np.array(pool.image(row))) for row in range(5)])
-        assert_close({"vectors": pool.vectors, "tokens": pool.tokens(rows), "similarities": similarities,
-                      "images": images}, tensors("pool"))  # fmt: skip
+        assert_close(
+            {"vectors": pool.vectors, "tokens": pool.tokens(rows), "similarities": similarities, "images": images},
+            tensors("pool"),
+        )
         pool.save_pretrained(tmp_path / "again")  # without the row that was removed
         pool = hf_effdl.ExamplePool.from_pretrained(tmp_path / "again")
     pool.remove(["scene 2"])
@@ -229,9 +237,15 @@ def net(values: dict[str, Any]) -> ResNetForImageClassification:
 def test_a_ticket_says_the_same_and_rewinds_to_the_same_networks(tmp_path):
     expected, logits = plain("ticket"), tensors("ticket")
     ticket = hf_effdl.Ticket.from_pretrained(FIXTURES / "ticket" / "saved")
-    found = {"step": ticket.step, "settled": ticket.settled, "report": ticket.report(), "init": ticket.init,
-             "distances": ticket.distances, "kept": {name: index.tolist() for name, index in ticket.kept.items()},
-             "model": expected["model"]}  # fmt: skip
+    found = {
+        "step": ticket.step,
+        "settled": ticket.settled,
+        "report": ticket.report(),
+        "init": ticket.init,
+        "distances": ticket.distances,
+        "kept": {name: index.tolist() for name, index in ticket.kept.items()},
+        "model": expected["model"],
+    }
     assert json.loads(json.dumps(found)) == near(expected)
     ticket.save_pretrained(tmp_path)
     for one in (ticket, hf_effdl.Ticket.from_pretrained(tmp_path)):
@@ -251,8 +265,9 @@ def test_a_path_selects_the_same(tmp_path):
         for widths in ("stock", "free"):
             kept = one.select(macs=0.6, widths=widths)
             assert {name: index.tolist() for name, index in kept.items()} == expected[widths]
-        assert_close(flat({"units": one.units, "dual": one.scores("dual"), "entry": one.scores("entry")}),
-                     tensors("path"))  # fmt: skip
+        assert_close(
+            flat({"units": one.units, "dual": one.scores("dual"), "entry": one.scores("entry")}), tensors("path")
+        )
 
 
 def resumed(name: str, kind: Any, arguments: Any, folder: Path) -> Any:
@@ -266,8 +281,11 @@ def resumed(name: str, kind: Any, arguments: Any, folder: Path) -> Any:
     run = kind(net(given["model"]), arguments(str(folder), **given["arguments"]), train_dataset=rows)
     run.train(resume_from_checkpoint=str(checkpoint))
     assert run.state.global_step == 15 > int(source.name[11:])
-    parts = {"model": run.model.state_dict(), "optimizer": run.optimizer.optimizer.state_dict(),
-             "path": run.path.units}  # fmt: skip
+    parts = {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.optimizer.state_dict(),
+        "path": run.path.units,
+    }
     assert_close(flat(parts), tensors(name), atol=3e-5, rtol=1e-4)
     return run
 
@@ -302,11 +320,19 @@ def test_a_selection_has_the_same_rows_and_draws_others_alike(name, tmp_path):
         selection = hf_effdl.Selection.load(folder, name)
         rows = hf_effdl.load_selection(folder, source, config_name=name)
         plan = selection.plan
-        assert_close(flat({
-            "positions": plan.positions, "weights": plan.weights, "probabilities": plan.probabilities,
-            "redrawn": selection.redraw(10, data=source).plan.positions, "scores": selection.scores(),
-            "applied": torch.tensor(rows["x"][:]),
-        }), expected)  # fmt: skip
+        assert_close(
+            flat(
+                {
+                    "positions": plan.positions,
+                    "weights": plan.weights,
+                    "probabilities": plan.probabilities,
+                    "redrawn": selection.redraw(10, data=source).plan.positions,
+                    "scores": selection.scores(),
+                    "applied": torch.tensor(rows["x"][:]),
+                }
+            ),
+            expected,
+        )
         assert isinstance(plan, hf_effdl.Plan) and selection.info["hf_effdl"] == "0.1.0"
         assert (selection.row_ids is None) == (name == "default") and str(selection.report())
 

@@ -1,6 +1,5 @@
 """Writing a pool: rows of a data set become shards, each whole or absent; the manifest comes last."""
 
-import hashlib
 import io
 import json
 import os
@@ -10,19 +9,15 @@ import tarfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
-from datasets import Dataset
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -30,11 +25,10 @@ from tqdm.auto import tqdm
 
 from hf_effdl.files import digest, flush, write_whole
 from hf_effdl.version import __version__
-from hf_effdl.vicl.remote_code.images import BICUBIC, pixels, to_rgb
-from hf_effdl.vicl.remote_code.masks import Reading, added, check_one_meaning, tally, told
+from hf_effdl.vicl.pool.rows import Row, Rows
+from hf_effdl.vicl.remote_code.masks import added, check_one_meaning, tally, told
 from hf_effdl.vicl.remote_code.pool_checks import check_entry
 from hf_effdl.vicl.remote_code.pool_reader import MANIFEST, Shard, content_fingerprint, row_digest
-from hf_effdl.vicl.remote_code.visual_tasks import task_of
 
 
 # formats whose files go into the pool as they are; MPO is the JPEG of many phones
@@ -44,173 +38,6 @@ SHOWN = 5
 READING = 2
 # seconds after which a file that was not finished is removed
 LITTER = 86_400
-
-
-# ---- rows
-
-
-@dataclass
-class Row:
-    """A row on its way into the pool: the files it will be, and its cell for the encoder, or what is wrong with it."""
-
-    number: int
-    key: str
-    id: str
-    error: str | None = None
-    files: dict[str, bytes] = field(default_factory=dict)
-    blank: bool = False
-    mask: Reading | None = None
-    columns: dict[str, str | None] = field(default_factory=dict)
-    pixels: Tensor | None = None
-
-
-class Rows(torch.utils.data.Dataset):
-    """The rows of a data set, checked and read one by one.
-
-    Args:
-        ds: the data set.
-        manifest: its `task` and `settings` say how to read it.
-        encoder: says to what size, and how, images are resized.
-        first: number of the first row in the pool.
-    """
-
-    def __init__(self, ds: Dataset, manifest: Mapping[str, Any], encoder: Any, first: int) -> None:
-        settings = manifest["settings"]
-        self.image, self.label = settings["image_column"], settings["label_column"]
-        named = [name for name in (self.image, self.label) if name is not None]
-        said = {name: settings.get(f"{name}_column") for name in ("group", "class")}
-        _check_columns(ds, [*named, settings["id_column"], *said.values()])
-        self.columns = {name: _texts(ds, column) for name, column in said.items() if column is not None}
-        self.fingerprint, self.first = ds._fingerprint, first
-        self.image_size, self.resample = tuple(encoder.image_size), getattr(encoder, "resample", BICUBIC)
-        self.task = task_of(manifest["task"], settings)
-        self.ids = _ids(ds, settings["id_column"], first)
-        ds = ds.with_format(None).select_columns(named)
-        for name in ds.column_names:
-            if isinstance(ds.features[name], datasets.Image):
-                ds = ds.cast_column(name, datasets.Image(decode=False))
-        self.data = ds
-
-    def key(self, manifest: Mapping[str, Any], on_bad_row: str) -> str:
-        """A hash of all that decides the shards of these rows."""
-        given = [manifest[name] for name in ("format", "task", "settings", "encoder")]
-        given += [self.fingerprint, len(self), self.first, on_bad_row, READING, _state_of_files(self.data)]
-        return digest(json.dumps(given, sort_keys=True))[:12]
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, number: int) -> Row:
-        row = Row(number, f"{self.first + number:08d}", self.ids[number])
-        row.columns = {name: values[number] for name, values in self.columns.items()}
-        try:
-            self._read(row)
-        except Exception as error:  # decoders raise errors of many kinds on damaged files
-            row.error = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        return row
-
-    def _read(self, row: Row) -> None:
-        values = self.data[row.number]
-        content = _content(values[self.image])
-        image = to_rgb(content)
-        with Image.open(io.BytesIO(content)) as opened:
-            moves = opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1
-            kind = None if moves else KEPT.get(opened.format)
-        row.files = {f"image.{kind}": content} if kind else {"image.png": _png(image)}
-        said = {"id": row.id}
-        if self.task.name == "segmentation":
-            if values[self.label] is None:
-                raise ValueError("it has no mask; draw one that is all 0 where there is no object")
-            row.mask = self.task.read(values[self.label], image)
-            row.files["label.png"], row.blank = _png(row.mask.picture()), not row.mask.white.any()
-        elif self.task.name == "detection":
-            self.task.label(values[self.label], image)  # for its checks
-            box = self.task.corners(values[self.label])
-            said["box"], row.blank = None if box is None else np.asarray(box).tolist(), box is None
-        row.files["json"] = json.dumps(said).encode()
-        row.pixels = pixels([self.task.query(image)], self.image_size, self.resample)[0]
-
-
-def _check_columns(ds: Dataset, columns: Sequence[str | None]) -> None:
-    if not isinstance(ds, Dataset):
-        raise TypeError(f"got a {type(ds).__name__}; pass a datasets.Dataset, such as one split of a DatasetDict")
-    if not len(ds):
-        raise ValueError("the data set has no rows; a pool needs one or more")
-    if missing := [name for name in columns if name is not None and name not in ds.column_names]:
-        raise ValueError(
-            f"the data set has no column {', '.join(map(repr, missing))}; it has {ds.column_names}: "
-            "set image_column=, label_column= and id_column="
-        )
-
-
-def _ids(ds: Dataset, column: str | None, first: int) -> list[str]:
-    if column is None:
-        return [str(first + i) for i in range(len(ds))]
-    values = ds.with_format(None)[column][:]
-    kinds = {type(value) for value in values}
-    if kinds not in ({int}, {str}):
-        raise TypeError(
-            f"id_column={column!r} holds {sorted(kind.__name__ for kind in kinds)}; ids are all texts or all integers"
-        )
-    ids, seen = [str(value) for value in values], {}
-    for row, id in enumerate(ids):
-        if seen.setdefault(id, row) != row:
-            raise ValueError(
-                f"id_column={column!r}: rows {seen[id]} and {row} are both named {id!r}; ids must be unique"
-            )
-    return ids
-
-
-def _texts(ds: Dataset, column: str) -> list[str | None]:
-    """Values of a column as texts; of a `ClassLabel` the names."""
-    feature, values = ds.features[column], ds.with_format(None)[column][:]
-    if isinstance(feature, datasets.ClassLabel):
-        return [None if value is None else feature.int2str(value) for value in values]
-    if wrong := next((value for value in values if value is not None and not isinstance(value, str | int)), None):
-        raise TypeError(f"column {column!r} holds {wrong!r}: pass texts, whole numbers or None")
-    return [None if value is None else str(value) for value in values]
-
-
-def _state_of_files(ds: Dataset) -> str:
-    """A digest of the size and time of every file that rows only name: what is in it is not the data set's."""
-    states = hashlib.sha256()
-    for name in ds.column_names:
-        # texts, or images of which some may be in the table and some behind a path
-        if not isinstance(ds.features[name], datasets.Image) and getattr(ds.features[name], "dtype", "") != "string":
-            continue
-        for table in ds.with_format("arrow").select_columns([name]).iter(batch_size=1000):
-            column = table[name].combine_chunks()
-            if isinstance(ds.features[name], datasets.Image):
-                column = column.field("path").filter(column.field("bytes").is_null())
-            for path in column.to_pylist():
-                states.update(f"{path}{_state_of(path)}\n".encode())
-    return states.hexdigest()
-
-
-def _state_of(path: str | None) -> tuple[int, int] | None:
-    try:
-        stat = os.stat(path or "")
-    except (OSError, ValueError):  # no file: a text, or one that will be missed when it is read
-        return None
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _content(value: Any) -> bytes:
-    if isinstance(value, dict):
-        value = value["path"] if value.get("bytes") is None else value["bytes"]
-    if isinstance(value, str):
-        return Path(value).read_bytes()
-    if not isinstance(value, bytes):
-        raise TypeError(
-            f"the image is {type(value).__name__}, not a file; cast the column: ds.cast_column(name, datasets.Image())"
-        )
-    return value
-
-
-def _png(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
 
 
 # ---- shards

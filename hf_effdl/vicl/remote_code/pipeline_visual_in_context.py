@@ -3,8 +3,8 @@
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from .frozen_canvas import vote as count_votes
 from .images import pixels, to_rgb
 from .modeling_visual_in_context import KINDS, VisualInContextModel
 from .pipeline_card import write_model_card
+from .pipeline_inputs import ONE_OF, alike, array_of, check_each, fused, is_image, soft_map, walkable
 from .pipeline_loading import is_repository, load_parts, save_pool
 from .pipeline_picture import Answer, Shown, draw_panels
 from .pool_reader import PoolReader
@@ -59,8 +60,6 @@ class Options:
 
 
 FORWARD = tuple(field.name for field in fields(Options))
-# what is given for each image of a call
-ONE_OF = {"labels": "label", "exclude": "list of ids", "groups": "group", "classes": "class"}
 
 
 class VisualInContextPipeline(Pipeline):
@@ -178,13 +177,13 @@ class VisualInContextPipeline(Pipeline):
             raise ValueError(f"batch_size={batch_size!r}: pass a whole number of at least 1")
         given = {"labels": labels, "exclude": exclude, "groups": groups, "classes": classes}
         given = {name: values for name, values in given.items() if values is not None}
-        if _is_image(images):
+        if is_image(images):
             images, alone = [images], True
             given = {name: [value] for name, value in given.items()}
         else:
-            images, alone = _walkable(images), False
+            images, alone = walkable(images), False
         for name, values in given.items():
-            _check_each(name, values, images)
+            check_each(name, values, images)
         answers = self._stream(images, given, candidates_where, batch_size, kwargs)
         if alone:
             return next(iter(list(answers)))
@@ -232,7 +231,7 @@ class VisualInContextPipeline(Pipeline):
             height: of every image in pixels.
             path: also write the picture here.
         """
-        if _is_image(images):
+        if is_image(images):
             images, outputs = [images], None if outputs is None else [outputs]
             labels = None if labels is None else [labels]
         images, labels = list(images), None if labels is None else list(labels)
@@ -370,9 +369,7 @@ class VisualInContextPipeline(Pipeline):
             allowed=None if batch.get("allowed") is None else batch["allowed"].cpu(),
         )
         longest = max(options.candidates, options.num_examples)
-        answers = [
-            (places, self._answers(part, choose, options, longest)) for places, part in _alike(queries, longest)
-        ]
+        answers = [(places, self._answers(part, choose, options, longest)) for places, part in alike(queries, longest)]
         order = [place for places, _ in answers for place in places.tolist()]
         painted = torch.cat([part["painted"] for _, part in answers])
         back = torch.tensor(order).argsort()
@@ -391,7 +388,7 @@ class VisualInContextPipeline(Pipeline):
         if options.fusion == "weighted":
             weights = (scores / choose.temperature).softmax(1)
         if answers and options.fusion != "model" and not options.vote:  # the frozen model has answered already
-            painted = _fused(answers[0], weights)
+            painted = fused(answers[0], weights)
         else:
             painted = self._painted(queries.cells, rows, weights, options)
         confidence = self._confidence(painted, scores, choose)
@@ -493,7 +490,7 @@ class VisualInContextPipeline(Pipeline):
         ]
         if outputs["soft_map"]:
             for answer, painted, size in zip(answers, outputs["painted"], outputs["sizes"]):
-                answer["soft_map"] = _soft_map(painted, size)
+                answer["soft_map"] = soft_map(painted, size)
         return answers
 
     def _answer(
@@ -503,7 +500,7 @@ class VisualInContextPipeline(Pipeline):
         if options.fusion == "model" or m == 1:
             return frozen.predict(encoded, images, labels, layout)
         each = [frozen.predict(encoded, images[:, j : j + 1], labels[:, j : j + 1], layout) for j in range(m)]
-        return _fused(torch.stack(each, 1), weights)
+        return fused(torch.stack(each, 1), weights)
 
     def _strategy(self, given: Any) -> Any:
         return next(value for value in (given, self.selector, self.model.config.strategy) if value is not None)
@@ -551,82 +548,5 @@ class VisualInContextPipeline(Pipeline):
         if isinstance(image, str) and image.startswith(("http://", "https://")):
             image = load_image(image)
         if isinstance(image, Tensor):
-            image = _array(image)
+            image = array_of(image)
         return to_rgb(image)
-
-
-def _array(image: Tensor) -> np.ndarray:
-    """A tensor `(h, w)` or `(c, h, w)`, as torchvision has them, as an array with channels last."""
-    if image.dim() == 3 and image.shape[0] in (1, 3, 4):
-        image = image.permute(1, 2, 0)
-    elif image.dim() != 2:
-        raise ValueError(f"an image tensor is (h, w) or (1|3|4, h, w), channels first; got {tuple(image.shape)}")
-    image = image.detach().cpu()
-    return (image.float() if image.is_floating_point() else image).numpy()
-
-
-def _soft_map(painted: Tensor, size: tuple[int, int]) -> np.ndarray:
-    white = painted.float().mean(0)[None, None]
-    return nn.functional.interpolate(white, tuple(size), mode="bilinear", align_corners=False)[0, 0].cpu().numpy()
-
-
-def _alike(queries: Queries, longest: int) -> Iterator[tuple[Tensor, Queries]]:
-    """Queries that may be shown the same number of examples, with their places: lists of one length are a tensor."""
-    if queries.allowed is None:
-        yield torch.arange(len(queries)), queries
-        return
-    counts = queries.allowed.sum(1).clamp(max=longest)
-    for count in counts.unique().tolist():
-        places = (counts == count).nonzero()[:, 0]
-        if len(places) == len(queries):
-            yield places, queries
-            continue
-        here = places.to(queries.cells.device)
-        views = {name: view[places.to(view.device)] for name, view in queries.views.items()}
-        truth = None if queries.truth is None else queries.truth[here]
-        yield (
-            places,
-            replace(queries, cells=queries.cells[here], views=views, truth=truth, allowed=queries.allowed[places]),
-        )
-
-
-def _fused(answers: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean of answers `(B, m, 3, h, w)`."""
-    if answers.shape[1] == 1:
-        return answers[:, 0]
-    return torch.einsum("bm,bmchw->bchw", weights.to(answers), answers)
-
-
-def _check_each(name: str, values: Any, images: Any) -> None:
-    if isinstance(values, str | bytes | dict) or not (isinstance(values, Iterable) or hasattr(values, "__getitem__")):
-        raise ValueError(f"{name}= must hold one {ONE_OF[name]} for each image")
-    if hasattr(values, "__len__") and hasattr(images, "__len__") and len(values) != len(images):
-        raise ValueError(f"{len(values)} {name} for {len(images)} images: pass one each")
-
-
-def _walkable(images: Any) -> Any:
-    """Images one after the other; of what only has numbered items, as data sets of torch, these."""
-    if isinstance(images, Iterable):
-        return images
-    return _Numbered(images)
-
-
-class _Numbered:
-    """The items of a data set of torch, such as a `KeyDataset`."""
-
-    def __init__(self, items: Any) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self.items[i] for i in range(len(self)))
-
-
-def _is_image(images: Any) -> bool:
-    # an array of four axes is a batch of images; strings, bytes and the dicts of datasets are single ones
-    if isinstance(images, (np.ndarray, torch.Tensor)):
-        return images.ndim < 4
-    several = isinstance(images, Iterable) or (hasattr(images, "__getitem__") and hasattr(images, "__len__"))
-    return isinstance(images, (Image.Image, str, bytes, dict, os.PathLike)) or not several
