@@ -288,6 +288,36 @@ class Second:
         self.device = state.device
 
 
+ONE_FAILS = """
+import sys
+from pathlib import Path
+from accelerate import PartialState
+from scenes import make_model, make_pool
+from hf_effdl import measure_examples
+from hf_effdl.vicl import measure
+measure.PART = 4  # a part for each process
+state = PartialState(cpu=True)
+pool, model = make_pool(Path(sys.argv[1]), count=8), make_model()
+def metric(predictions, references):
+    if state.process_index == 1:
+        raise OSError("no metric here")
+    return 0.5
+try:
+    measure_examples(model, pool, candidates=2, metric=metric, progress=False)
+except Exception as error:
+    print(state.process_index, type(error).__name__, error, flush=True)
+"""
+
+
+def test_an_error_of_one_process_ends_all(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(ONE_FAILS)
+    make_pool(tmp_path, count=8)
+    said = Script(script, tmp_path, processes=2, env={"ACCELERATE_USE_CPU": "true"}).finish()
+    lines = [line for line in said.splitlines() if "Error" in line]
+    assert sorted(lines) == ["0 RuntimeError process 1 failed: OSError: no metric here", "1 OSError no metric here"]
+
+
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_where_it_was(pools, expected, tmp_path):
     cache, out = tmp_path / "cache", tmp_path / "out"

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from hf_effdl.files import damaged, digest, read_tensors, write_whole
+from hf_effdl.processes import same_fate
 from hf_effdl.vicl.pool.writer import processes
 from hf_effdl.vicl.remote_code.examples import CHUNK, Examples, Queries
 from hf_effdl.vicl.remote_code.images import pixels
@@ -124,7 +125,8 @@ def measure_examples(
     try:
         if shown:
             work.tell_cost(parts, state.num_processes)
-        with tqdm(total=sum(map(len, mine)), desc="measuring", unit=" images", disable=not shown) as bar:
+        bar = tqdm(total=sum(map(len, mine)), desc="measuring", unit=" images", disable=not shown)
+        with same_fate(), bar:  # the others would wait for what a process that failed has measured
             for part in mine:
                 measured.append((part, *work.part(part)))
                 bar.update(len(part))
