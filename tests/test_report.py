@@ -274,6 +274,7 @@ def test_warns_of_classes_without_selected_rows():
 
 def test_warns_of_classes_that_get_too_few_rows():
     assert "class 1 (4, not 25)" in warned(many([35, 4, 36]), "less than half the rows")[0]
+    assert "class 1 (1, not" in warned(many([35, 1, 36]), "less than half the rows")[0]
     assert not warned(many([35, 15, 36]), "less than half the rows")
     assert not warned(many([5, 1, 5]), "less than half the rows")  # chance
     # equal shares: a large class gives a small part of its rows by design

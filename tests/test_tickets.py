@@ -367,7 +367,9 @@ def test_a_checkpoint_without_the_callback_cannot_be_searched_from(tmp_path):
 
 
 def test_without_checkpoints_nothing_is_left_on_the_disk(tmp_path):
-    find_ticket(tiny_run.trainer(str(tmp_path), **QUIET), keep=0.5, at_step=2, weights_at=[1])
+    run = tiny_run.trainer(str(tmp_path), **QUIET)
+    run.model.config.name_or_path = "org/net"
+    assert find_ticket(run, keep=0.5, at_step=2, weights_at=[1]).init["source"] == "org/net"
     assert not (tmp_path / "ticket").exists()
 
 
