@@ -75,21 +75,35 @@ def test_small_numbers_and_grids_do_not_collide():
     assert len(row_marks(grid, ["x"]).unique()) == len(np.unique(x[:50], axis=0))
 
 
-def test_images_are_known_by_their_bytes_and_files_by_name_size_and_time(tmp_path):
-    pictures = [Picture.fromarray(np.full((4, 4, 3), value, dtype=np.uint8)) for value in (0, 1)]
-    inside = row_marks(Dataset.from_dict({"image": pictures}), ["image"])
-    assert inside[0] != inside[1]
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        pictures[0].save(tmp_path / folder / "one.png")
-    files = [
-        Dataset.from_dict({"image": [str(tmp_path / folder / "one.png")]}).cast_column("image", Image())
-        for folder in ("a", "b")
-    ]
-    assert row_marks(files[0], ["image"]).equal(row_marks(files[1], ["image"]))  # another machine, another folder
-    before = row_marks(files[0], ["image"], times=True)
-    os.utime(tmp_path / "a" / "one.png", ns=(1, 1))
-    assert row_marks(files[0], ["image"], times=True).ne(before).all()
+def files(*paths) -> Dataset:
+    return Dataset.from_dict({"image": [str(path) for path in paths]}).cast_column("image", Image())
+
+
+def test_images_are_known_by_their_bytes_in_the_data_set_and_beside_it(tmp_path):
+    pictures = [Picture.fromarray(np.full((4, 4, 3), value, dtype=np.uint8)) for value in (1, 2)]
+    paths = [tmp_path / folder / "one.bmp" for folder in ("a", "b", "c")]
+    for path, picture in zip(paths, [*pictures, pictures[0]], strict=True):
+        path.parent.mkdir()
+        picture.save(path)
+    assert len({path.stat().st_size for path in paths}) == 1
+    marks = row_marks(files(*paths), ["image"])
+    assert marks[0] != marks[1] and marks[0] == marks[2]  # another machine, another folder
+    inside = Dataset.from_dict({"image": [{"bytes": path.read_bytes(), "path": None} for path in paths]})
+    assert row_marks(inside.cast_column("image", Image()), ["image"]).equal(marks)
+    os.utime(paths[0], ns=(1, 1))
+    assert row_marks(files(*paths), ["image"]).equal(marks)
+
+
+def test_files_in_archives_and_elsewhere_are_known_by_their_whole_paths():
+    paths = ["zip://3.png::/d/x.zip", "zip://4.png::/d/x.zip", "zip://a/3.png::/d/x.zip", "https://there/3.png"]
+    assert len(row_marks(files(*paths), ["image"]).unique()) == 4
+
+
+@pytest.mark.parametrize("content", ["a" * 200_000, b"a" * 200_000])
+def test_all_of_a_long_value_counts(content):
+    place = 30_000  # neither an end nor the middle
+    other = content[:place] + ("b" if isinstance(content, str) else b"b") + content[place + 1 :]
+    assert len(row_marks(Dataset.from_dict({"value": [content, other]}), ["value"]).unique()) == 2
 
 
 # ---- selections

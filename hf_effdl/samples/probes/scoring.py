@@ -25,6 +25,7 @@ from hf_effdl.samples.scores.noise import LabelNoise, fit_likelihoods, label_lik
 from hf_effdl.samples.scores.uncertainty import (
     LEAST_SPREAD,
     batch_uncertainty,
+    check_found,
     check_labels,
     check_logits,
     entropy_of,
@@ -148,7 +149,7 @@ class _Scoring:
     @cached_property
     def marks(self) -> Tensor:
         """Of the rows, over all that is fed of them."""
-        return fed_marks(self.inputs, self.data, times=True)
+        return fed_marks(self.inputs, self.data)
 
     def key(self) -> str:
         """What the scores follow from."""
@@ -217,9 +218,9 @@ class _Scoring:
         return _checked(logits, given, numbers, self.gauge) | kept
 
 
-def fed_marks(inputs: Inputs, data: Dataset, times: bool = False) -> Tensor:
+def fed_marks(inputs: Inputs, data: Dataset) -> Tensor:
     """`row_marks` over the columns that decide what is fed."""
-    return row_marks(data, _fed_columns(inputs, data), times)
+    return row_marks(data, _fed_columns(inputs, data))
 
 
 def _fed_columns(inputs: Inputs, data: Dataset) -> list[str]:
@@ -284,7 +285,10 @@ def _checked(logits: Tensor, labels: Tensor | None, places: Tensor, gauge: str) 
             "of its batch have some); train the probe again (a lower learning rate, float32), or leave the rows out"
         )
     logits, labels = check_logits(logits, labels)
-    return score_batch(logits, labels, gauge) | {"classes": torch.full((len(logits),), max(2, logits.shape[2]))}
+    table = score_batch(logits, labels, gauge)
+    for name in table.keys() & {"u_x", "u_y"}:
+        check_found(table[name], places)
+    return table | {"classes": torch.full((len(logits),), max(2, logits.shape[2]))}
 
 
 def _check_spread(between: Tensor, total: Tensor, probes: int) -> None:

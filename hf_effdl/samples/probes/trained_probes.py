@@ -191,7 +191,7 @@ def _key(recipe: _Recipe, rows: Dataset, labels: Tensor, places: Tensor, seed: i
     inputs = recipe.inputs.bind(rows, model)
     transform = rows.format["format_kwargs"].get("transform") if rows.format["type"] == "custom" else None
     causes = {
-        "rows": digest(fed_marks(inputs, rows, times=True).numpy().tobytes()),
+        "rows": digest(fed_marks(inputs, rows).numpy().tobytes()),
         "labels": labels.tolist(),
         "places": places.tolist(),
         "seed": seed,
