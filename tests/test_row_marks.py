@@ -271,11 +271,57 @@ def test_standardisation_and_heads_name_linear_probes(probes):
     for name in ("heads", "mean", "scale"):
         kept = getattr(probes, name)
         setattr(probes, name, kept * 2)
-        probes._fingerprint = None
         names.add(probes.fingerprint)
         setattr(probes, name, kept)
-    probes._fingerprint = None
-    assert len(names) == 4
+    assert len(names) == 4 and probes.fingerprint in names
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.temp, self.act, self.sizes = 1.0, torch.relu, (1, 2)
+        self.register_buffer("shift", torch.zeros(3), persistent=False)
+
+    def forward(self, x):
+        return self.act(x / self.temp + self.shift)
+
+
+class Rescaled(Scaled):
+    def forward(self, x):
+        return self.act(x * self.temp + self.shift)
+
+    def _get_name(self) -> str:
+        return "Scaled"
+
+
+CHANGES = {
+    "a weight in place": lambda model: model[0].weight.data.mul_(2),
+    "a number": lambda model: setattr(model[1], "temp", 2.0),
+    "a function": lambda model: setattr(model[1], "act", torch.tanh),
+    "a tuple": lambda model: setattr(model[1], "sizes", (1, 3)),
+    "a tensor": lambda model: setattr(model[1], "more", np.ones(2)),
+    "a buffer that is not saved": lambda model: model[1].shift.add_(1),
+    "the code of a part": lambda model: setattr(model[1], "__class__", Rescaled),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_the_answers_changes_the_name_of_the_probes(change):
+    probes = Probes([nn.Sequential(Net(seed), Scaled()) for seed in range(2)], input_column="x")
+    before = probes.fingerprint
+    assert probes.fingerprint == before == Probes(probes.models, input_column="x").fingerprint
+    CHANGES[change](probes.models[1])
+    assert probes.fingerprint != before
+
+
+def test_how_images_are_decoded_and_formatted_is_in_the_score_key(tmp_path):
+    path = tmp_path / "one.png"
+    Picture.fromarray(np.full((4, 4, 3), 7, dtype=np.uint8)).save(path)
+    probes = Probes(models(), input_column="image")
+    views = [files(path), files(path).cast_column("image", Image(mode="L")), files(path).with_format("torch")]
+    views.append(files(path).with_format("torch", dtype=torch.float64))
+    first, grey, tensors, wide = (int(scoring.score_keys(probes, view, "invariant", None)[0]) for view in views)
+    assert first == tensors and len({first, grey, wide}) == 3
 
 
 def test_damaged_parts_of_the_cache_are_scored_again(tmp_path):

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from hf_effdl.files import digest, locked, read_sealed, sealed, sweep, write_whole
 from hf_effdl.processes import agreed, is_first, refuse_lone_processes, same_fate, together
-from hf_effdl.samples.probes.inputs import NOT_INPUTS, Inputs, identity
+from hf_effdl.samples.probes.inputs import NOT_INPUTS, Inputs, identity, is_decoded
 from hf_effdl.samples.probes.probes import Probes
 from hf_effdl.samples.probes.row_marks import row_marks
 from hf_effdl.samples.scores.noise import LabelNoise, fit_likelihoods, label_likelihoods
@@ -242,12 +242,15 @@ def score_keys(probes: Probes, data: Dataset, gauge: str, label_column: str | No
 
 def score_causes(probes: Probes, inputs: Inputs, data: Dataset, gauge: str) -> dict[str, Any]:
     """All beside the rows that scores follow from, plain values: of the cache's key, and of `SCORE_KEY`."""
-    transform = data.format["format_kwargs"].get("transform") if data.format["type"] == "custom" else None
+    options = dict(data.format["format_kwargs"])
+    transform = options.pop("transform", None) if data.format["type"] == "custom" else None
     return {
         "probes": probes.fingerprint,
         "number": len(probes),
         "inputs": inputs.describe(),
         "transform": identity(transform),
+        "format": {name: repr(value) for name, value in options.items()},
+        "decoded": {name: repr(data.features[name]) for name in _fed_columns(inputs, data) if is_decoded(data, name)},
         "gauge": gauge,
     }
 
