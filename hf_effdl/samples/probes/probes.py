@@ -276,19 +276,20 @@ def _described(value: Any) -> str | None:
         texts = [_described(one) for one in value]
         return None if None in texts else repr(texts)
     if inspect.isroutine(value):
-        return f"{value.__module__}.{getattr(value, '__qualname__', '')}"
+        return _code(getattr(value, "__func__", value))
     plain = value is None or isinstance(value, bool | int | float | complex | str | np.generic | torch.dtype)
     return repr(value) if plain else None
 
 
 @cache
-def _code(kind: type) -> str:
-    """The source of a class; its name where there is none."""
-    name = f"{kind.__module__}.{kind.__qualname__}"
+def _code(part: Any) -> str:
+    """The source of a class or function; where it stands if that is not at hand."""
+    name = getattr(part, "__qualname__", "")
     try:
-        return f"{name}\n{inspect.getsource(kind)}"
+        # without the module, which has another name when it is run as a script
+        return f"{name}\n{inspect.getsource(part)}"
     except (OSError, TypeError):
-        return name
+        return f"{getattr(part, '__module__', '')}.{name}"
 
 
 def _bytes(tensor: Tensor) -> bytes:

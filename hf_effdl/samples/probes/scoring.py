@@ -242,16 +242,22 @@ def score_keys(probes: Probes, data: Dataset, gauge: str, label_column: str | No
 
 def score_causes(probes: Probes, inputs: Inputs, data: Dataset, gauge: str) -> dict[str, Any]:
     """All beside the rows that scores follow from, plain values: of the cache's key, and of `SCORE_KEY`."""
-    options = dict(data.format["format_kwargs"])
-    transform = options.pop("transform", None) if data.format["type"] == "custom" else None
     return {
         "probes": probes.fingerprint,
         "number": len(probes),
         "inputs": inputs.describe(),
+        "gauge": gauge,
+    } | reading_causes(inputs, data)
+
+
+def reading_causes(inputs: Inputs, data: Dataset) -> dict[str, Any]:
+    """What decides, beside what is stored of a row, how it is read: plain values."""
+    options = dict(data.format["format_kwargs"])
+    transform = options.pop("transform", None) if data.format["type"] == "custom" else None
+    return {
         "transform": identity(transform),
         "format": {name: repr(value) for name, value in options.items()},
         "decoded": {name: repr(data.features[name]) for name in _fed_columns(inputs, data) if is_decoded(data, name)},
-        "gauge": gauge,
     }
 
 
