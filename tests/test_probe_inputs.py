@@ -250,6 +250,7 @@ def test_forged_selections_are_refused_as_damaged(case, tmp_path):
     forged = Dataset.from_dict(columns, features=chosen.features)
     forged.to_parquet(folder / "selection.parquet")
     record |= {"digest": files.digest(forged)} | ({"rows": 10**12} if case == "rows" else {})
+    record = {name: record[name] for name in files.EARLIER}  # without the digests that a forger would make anew
     (folder / "selection.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="the selection is damaged .*save or push it again"):
         Selection.load(tmp_path)

@@ -75,21 +75,35 @@ def test_small_numbers_and_grids_do_not_collide():
     assert len(row_marks(grid, ["x"]).unique()) == len(np.unique(x[:50], axis=0))
 
 
-def test_images_are_known_by_their_bytes_and_files_by_name_size_and_time(tmp_path):
-    pictures = [Picture.fromarray(np.full((4, 4, 3), value, dtype=np.uint8)) for value in (0, 1)]
-    inside = row_marks(Dataset.from_dict({"image": pictures}), ["image"])
-    assert inside[0] != inside[1]
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        pictures[0].save(tmp_path / folder / "one.png")
-    files = [
-        Dataset.from_dict({"image": [str(tmp_path / folder / "one.png")]}).cast_column("image", Image())
-        for folder in ("a", "b")
-    ]
-    assert row_marks(files[0], ["image"]).equal(row_marks(files[1], ["image"]))  # another machine, another folder
-    before = row_marks(files[0], ["image"], times=True)
-    os.utime(tmp_path / "a" / "one.png", ns=(1, 1))
-    assert row_marks(files[0], ["image"], times=True).ne(before).all()
+def files(*paths) -> Dataset:
+    return Dataset.from_dict({"image": [str(path) for path in paths]}).cast_column("image", Image())
+
+
+def test_images_are_known_by_their_bytes_in_the_data_set_and_beside_it(tmp_path):
+    pictures = [Picture.fromarray(np.full((4, 4, 3), value, dtype=np.uint8)) for value in (1, 2)]
+    paths = [tmp_path / folder / "one.bmp" for folder in ("a", "b", "c")]
+    for path, picture in zip(paths, [*pictures, pictures[0]], strict=True):
+        path.parent.mkdir()
+        picture.save(path)
+    assert len({path.stat().st_size for path in paths}) == 1
+    marks = row_marks(files(*paths), ["image"])
+    assert marks[0] != marks[1] and marks[0] == marks[2]  # another machine, another folder
+    inside = Dataset.from_dict({"image": [{"bytes": path.read_bytes(), "path": None} for path in paths]})
+    assert row_marks(inside.cast_column("image", Image()), ["image"]).equal(marks)
+    os.utime(paths[0], ns=(1, 1))
+    assert row_marks(files(*paths), ["image"]).equal(marks)
+
+
+def test_files_in_archives_and_elsewhere_are_known_by_their_whole_paths():
+    paths = ["zip://3.png::/d/x.zip", "zip://4.png::/d/x.zip", "zip://a/3.png::/d/x.zip", "https://there/3.png"]
+    assert len(row_marks(files(*paths), ["image"]).unique()) == 4
+
+
+@pytest.mark.parametrize("content", ["a" * 200_000, b"a" * 200_000])
+def test_all_of_a_long_value_counts(content):
+    place = 30_000  # neither an end nor the middle
+    other = content[:place] + ("b" if isinstance(content, str) else b"b") + content[place + 1 :]
+    assert len(row_marks(Dataset.from_dict({"value": [content, other]}), ["value"]).unique()) == 2
 
 
 # ---- selections
@@ -257,11 +271,57 @@ def test_standardisation_and_heads_name_linear_probes(probes):
     for name in ("heads", "mean", "scale"):
         kept = getattr(probes, name)
         setattr(probes, name, kept * 2)
-        probes._fingerprint = None
         names.add(probes.fingerprint)
         setattr(probes, name, kept)
-    probes._fingerprint = None
-    assert len(names) == 4
+    assert len(names) == 4 and probes.fingerprint in names
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.temp, self.act, self.sizes = 1.0, torch.relu, (1, 2)
+        self.register_buffer("shift", torch.zeros(3), persistent=False)
+
+    def forward(self, x):
+        return self.act(x / self.temp + self.shift)
+
+
+class Rescaled(Scaled):
+    def forward(self, x):
+        return self.act(x * self.temp + self.shift)
+
+    def _get_name(self) -> str:
+        return "Scaled"
+
+
+CHANGES = {
+    "a weight in place": lambda model: model[0].weight.data.mul_(2),
+    "a number": lambda model: setattr(model[1], "temp", 2.0),
+    "a function": lambda model: setattr(model[1], "act", torch.tanh),
+    "a tuple": lambda model: setattr(model[1], "sizes", (1, 3)),
+    "a tensor": lambda model: setattr(model[1], "more", np.ones(2)),
+    "a buffer that is not saved": lambda model: model[1].shift.add_(1),
+    "the code of a part": lambda model: setattr(model[1], "__class__", Rescaled),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_the_answers_changes_the_name_of_the_probes(change):
+    probes = Probes([nn.Sequential(Net(seed), Scaled()) for seed in range(2)], input_column="x")
+    before = probes.fingerprint
+    assert probes.fingerprint == before == Probes(probes.models, input_column="x").fingerprint
+    CHANGES[change](probes.models[1])
+    assert probes.fingerprint != before
+
+
+def test_how_images_are_decoded_and_formatted_is_in_the_score_key(tmp_path):
+    path = tmp_path / "one.png"
+    Picture.fromarray(np.full((4, 4, 3), 7, dtype=np.uint8)).save(path)
+    probes = Probes(models(), input_column="image")
+    views = [files(path), files(path).cast_column("image", Image(mode="L")), files(path).with_format("torch")]
+    views.append(files(path).with_format("torch", dtype=torch.float64))
+    first, grey, tensors, wide = (int(scoring.score_keys(probes, view, "invariant", None)[0]) for view in views)
+    assert first == tensors and len({first, grey, wide}) == 3
 
 
 def test_damaged_parts_of_the_cache_are_scored_again(tmp_path):

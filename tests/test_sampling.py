@@ -710,12 +710,24 @@ def test_expected_budgets_out_of_range_are_refused():
 
 
 def test_budgets_of_any_number_type_are_taken():
-    for budget in (3, 3.0, np.int64(3), np.float32(3)):
+    for budget in (3, 3.0, np.int64(3), np.float32(3), torch.tensor(3), torch.tensor(3.0), np.array(3)):
         assert type(check_rows(budget, 3)) is int and check_rows(budget) == 3
         assert type(check_budget(budget, 3)) is float
     assert check_rows(10**12) == 10**12
     with pytest.raises(ValueError, match="from 1$"):
         PrioritySampler(0)
+
+
+def test_lists_of_floats_keep_all_their_digits():
+    shares = inclusion_probabilities([1e-50, 2e-50, 5e-50], 1)
+    assert torch.allclose(shares, torch.tensor([0.125, 0.25, 0.625], dtype=torch.float64))
+
+
+def test_truth_values_among_ids_and_nan_among_probabilities_are_named():
+    with pytest.raises(TypeError, match="row_ids hold True at row 0"):
+        priority_sample(torch.ones(2), 1, row_ids=[True, 5])
+    with pytest.raises(ValueError, match="1 are NaN, the first at row 1"):
+        draw([0.5, NAN])
 
 
 ONES = torch.ones(4)

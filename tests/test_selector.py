@@ -191,6 +191,13 @@ def test_scores_from_the_cache_are_added_in_the_same_order(probes, pool, tmp_pat
     assert first.column_names == again.column_names == [*pool.column_names, *SCORES]
 
 
+def test_budgets_of_numpy_and_torch_count_as_pythons(probes, pool):
+    selector = UncertaintySelector(probes, trial=False)
+    scored = selector.score(pool)
+    for budget, rows in ((np.int64(5), 5), (torch.tensor(5), 5), (np.float32(0.2), 40), (torch.tensor(0.2), 40)):
+        assert len(selector.plan(scored, budget)) == rows
+
+
 def test_other_budgets_need_no_second_scoring(probes, pool, monkeypatch):
     selector = UncertaintySelector(probes)
     scored = selector.score(pool)

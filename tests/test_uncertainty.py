@@ -651,3 +651,18 @@ def test_lists_arrays_and_whole_floats_are_taken():
     assert check_labels([0.0, 3.0], 4, 2).dtype == torch.int64
     checked, none = check_logits(normal(6, 3).half())
     assert checked.shape == (6, 3, 1) and checked.dtype == torch.float32 and none is None
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-24])
+def test_large_and_small_logits_have_uncertainties_in_their_units(scale):
+    logits, labels = normal(6, 3, 4).float() * scale, classes(6, 4)
+    found = uncertainty(logits, labels)
+    assert found.dtype == torch.float32 and found.isfinite().all() and (found > 0.01 * scale).all()
+    assert torch.allclose(found.double(), uncertainty(logits.double(), labels), rtol=1e-5, atol=0)
+
+
+def test_uncertainties_beyond_the_largest_float_are_refused_by_row():
+    logits = normal(6, 3, 4).double()
+    logits[2] *= 1e200
+    with pytest.raises(ValueError, match="of 1 rows are NaN or infinite, the first at row 2"):
+        uncertainty(logits)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from hf_effdl.samples.scores.numbers import as_numbers
@@ -24,21 +25,29 @@ def check_scores(scores: Tensor, signed: bool = False) -> Tensor:
     return scores
 
 
+def plain_number(value: Any) -> Any:
+    """A NumPy number, or a tensor that holds a single one, as Python's own; anything else as it is."""
+    single = isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0
+    return value.item() if single else value
+
+
 def check_budget(budget: float, rows: int) -> float:
     """A budget as a float in (0, rows]."""
-    if isinstance(budget, bool) or not isinstance(budget, Real) or not 0 < budget <= rows:
+    number = plain_number(budget)
+    if isinstance(number, bool) or not isinstance(number, Real) or not 0 < number <= rows:
         raise ValueError(f"budget={budget!r}: it must be a number above 0 and at most the {rows} rows there are")
-    return float(budget)
+    return float(number)
 
 
 def check_rows(budget: int, rows: int | None = None) -> int:
     """A budget as a number of rows, from 1 to `rows`."""
+    number = plain_number(budget)
     # the remainder of infinity and NaN is NaN
-    whole = isinstance(budget, Real) and not isinstance(budget, bool) and budget % 1 == 0
-    if not whole or budget < 1 or (rows is not None and budget > rows):
+    whole = isinstance(number, Real) and not isinstance(number, bool) and number % 1 == 0
+    if not whole or number < 1 or (rows is not None and number > rows):
         there = "" if rows is None else f" up to the {rows} there are"
         raise ValueError(f"budget={budget!r}: it must be a whole number of rows from 1{there}")
-    return int(budget)
+    return int(number)
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

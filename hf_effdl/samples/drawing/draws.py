@@ -33,8 +33,10 @@ def draw(
     """
     probabilities = as_numbers(probabilities, "probabilities").double()
     if probabilities.ndim != 1 or not ((probabilities >= 0) & (probabilities <= 1)).all():
+        missing = probabilities.isnan().flatten().nonzero()
+        first = f" ({len(missing)} are NaN, the first at row {missing[0].item()})" if len(missing) else ""
         raise ValueError(
-            f"probabilities of shape {tuple(probabilities.shape)} are not one number in [0, 1] a row; "
+            f"probabilities of shape {tuple(probabilities.shape)} are not one number in [0, 1] a row{first}; "
             "make them with inclusion_probabilities(scores, budget)"
         )
     inside = hashed_uniform(seed, integer_ids(row_ids, len(probabilities))) < probabilities

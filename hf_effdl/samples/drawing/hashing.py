@@ -7,6 +7,7 @@ them there are.
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +49,7 @@ def hash_ids(row_ids: Tensor | Sequence[int | str]) -> Tensor:
         return _hash_texts(row_ids)
     if not isinstance(row_ids, Tensor) and str(getattr(row_ids, "dtype", "")) == "uint64":
         row_ids = row_ids.view("int64")  # of NumPy; the hash takes the bits
+    _refuse_truth_values(row_ids)
     try:
         ids = torch.as_tensor(row_ids)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -55,6 +57,15 @@ def hash_ids(row_ids: Tensor | Sequence[int | str]) -> Tensor:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.ndim != 1:
         raise TypeError(f"row_ids are {ids.dtype} of shape {tuple(ids.shape)}; pass one integer or text a row")
     return ids.detach().cpu().long()
+
+
+def _refuse_truth_values(row_ids: Tensor | Sequence[int | str]) -> None:
+    """Raise a `TypeError` for one among the integers of a list, which would be taken for 0 or 1."""
+    if hasattr(row_ids, "dtype"):
+        return
+    for place, value in enumerate(row_ids):
+        if isinstance(value, bool | np.bool_):
+            raise TypeError(f"row_ids hold {value!r} at row {place}; pass one integer or text a row")
 
 
 def _hash_texts(names: Sequence[str]) -> Tensor:

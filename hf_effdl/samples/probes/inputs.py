@@ -375,3 +375,14 @@ def is_text(feature: Any) -> bool:
 def is_image(feature: Any) -> bool:
     """Whether a column of a data set holds images."""
     return isinstance(feature, Image)
+
+
+def is_decoded(data: Dataset, column: str) -> bool:
+    """Whether reading a column, or something inside its values, opens files: its type says how."""
+    return _decodes(data.features[column])
+
+
+def _decodes(feature: Any) -> bool:
+    inside = feature if isinstance(feature, list) else list(feature.values()) if isinstance(feature, dict) else []
+    inside = [*inside, *([feature.feature] if hasattr(feature, "feature") else [])]
+    return hasattr(feature, "decode_example") or any(_decodes(one) for one in inside)

@@ -226,9 +226,7 @@ class LinearProbes(Probes):
 
     @property
     def fingerprint(self) -> str:
-        if self._fingerprint is None:
-            self._fingerprint = weights_hash([self.backbone], self.heads, self.mean, self.scale)
-        return self._fingerprint
+        return weights_hash([self.backbone], self.heads, self.mean, self.scale)
 
     @property
     def kind(self) -> str:

@@ -3,10 +3,12 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
@@ -77,7 +79,6 @@ class Probes:
         self.names = list(names) if names is not None else common_names(self.models)
         self.inputs = Inputs(processing_class, input_column, data_collator)
         self.probe_set = probe_set
-        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self.models)
@@ -127,10 +128,11 @@ class Probes:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all weights and of what is done with them: names the probes in a report and in cached scores."""
-        if self._fingerprint is None:
-            self._fingerprint = weights_hash(self.models)
-        return self._fingerprint
+        """A hash of all weights and of what is done with them: names the probes in a report and in cached scores.
+
+        Made anew each time, as weights can be changed in place.
+        """
+        return weights_hash(self.models)
 
     def describe(self) -> dict[str, Any]:
         """Plain values for the report."""
@@ -223,32 +225,71 @@ def _short(names: dict[int, str]) -> str:
 
 
 def weights_hash(models: Sequence[nn.Module], *tensors: Tensor) -> str:
-    """A short hash of all parameters and buffers, the architectures and their code."""
+    """A short hash of all parameters and buffers, the architectures, their plain attributes and their code."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + _bytes(tensor))
     for model in models:
         digest.update(_architecture(model).encode())
-        for name, tensor in sorted(model.state_dict().items()):
+        # the state holds what modules add to it, the buffers also those that are not saved
+        for name, tensor in sorted((dict(model.named_buffers()) | _tensors(model.state_dict())).items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + _bytes(tensor))
     return digest.hexdigest()[:16]
 
 
-# Entries of a config that say where a model comes from, or what the last training left.
+def _tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+# Entries of a config, and attributes, that say where a model comes from, or what the last training left.
 _NO_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "problem_type", "dtype", "use_cache")
+_NO_ATTRIBUTES = ("training", "name_or_path", "gradient_checkpointing")
 
 
 def _architecture(model: nn.Module) -> str:
-    """What a model does with its weights: its modules, its settings, and its code where that is at hand."""
-    try:
-        code = inspect.getsource(type(model))
-    except (OSError, TypeError):
-        code = type(model).__qualname__
+    """What a model does with its weights: its modules, their attributes, its settings, and code that is at hand."""
     config = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else config
     if isinstance(settings, dict):
         settings = {name: value for name, value in settings.items() if name not in _NO_SETTINGS}
-    return f"{model!r}\n{json.dumps(settings, default=str, sort_keys=True)}\n{code}"
+    attributes = {name: plain for name, module in model.named_modules() if (plain := _attributes(module))}
+    code = sorted({_code(kind) for module in model.modules() for kind in type(module).__mro__[:-2]})
+    parts = (json.dumps(part, default=str, sort_keys=True) for part in (settings, attributes, code))
+    return "\n".join([repr(model), *parts])
+
+
+def _attributes(module: nn.Module) -> dict[str, str]:
+    """What plain values a module has as attributes: the same texts for the same values in every run."""
+    public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    described = {name: _described(value) for name, value in public.items() if name not in _NO_ATTRIBUTES}
+    # what the class says as well is in its code; such is a `forward` that was wrapped and kept its name
+    own = {name: _described(getattr(type(module), name, None)) for name in described}
+    return {name: text for name, text in described.items() if text not in (None, own[name])}
+
+
+def _described(value: Any) -> str | None:
+    """A plain value, or a tensor or function, as a text; None for what has none that stays the same."""
+    if isinstance(value, Tensor | np.ndarray):
+        tensor = torch.as_tensor(value)
+        return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(_bytes(tensor)).hexdigest()}"
+    if isinstance(value, list | tuple):
+        texts = [_described(one) for one in value]
+        return None if None in texts else repr(texts)
+    if inspect.isroutine(value):
+        return _code(getattr(value, "__func__", value))
+    plain = value is None or isinstance(value, bool | int | float | complex | str | np.generic | torch.dtype)
+    return repr(value) if plain else None
+
+
+@cache
+def _code(part: Any) -> str:
+    """The source of a class or function; where it stands if that is not at hand."""
+    name = getattr(part, "__qualname__", "")
+    try:
+        # without the module, which has another name when it is run as a script
+        return f"{name}\n{inspect.getsource(part)}"
+    except (OSError, TypeError):
+        return f"{getattr(part, '__module__', '')}.{name}"
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -1,13 +1,14 @@
 """Row marks: a number of 64 bits for the content of every row, by which a row is known wherever it stands.
 
 Rows of equal content have equal marks, in whatever order, format or file they are; a changed value changes the mark.
-Numbers count as numbers (an int32 3 is an int64 3), images and other files by their bytes, or by name and size where
-the data set holds only a path.
+Numbers count as numbers (an int32 3 is an int64 3), images and other files by their bytes, in the data set or beside
+it; files that are not on this machine, or inside an archive, by their whole path.
 """
 
 import hashlib
 import os
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,18 +19,15 @@ from torch import Tensor
 
 
 BATCH = 4096
-# Of longer texts and files the length, both ends and the middle are read.
-WHOLE, PIECE = 2**16, 2**14
 _NULL, _EMPTY = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1B54A32D192ED03)
 
 
-def row_marks(data: Dataset, columns: Iterable[str], times: bool = False) -> Tensor:
+def row_marks(data: Dataset, columns: Iterable[str]) -> Tensor:
     """The mark of every row, over some columns and their names, `(N,)` int64.
 
     Args:
         data: whose rows.
         columns: of the data set, in any order.
-        times: let the time of change of files that the data set holds paths to count, too.
 
     Example:
         >>> data = Dataset.from_dict({"text": ["a", "b", "a"], "note": [1, 2, 3]})
@@ -47,7 +45,7 @@ def row_marks(data: Dataset, columns: Iterable[str], times: bool = False) -> Ten
         for name in columns:
             column = table.column(name).combine_chunks()
             parts = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-            values = np.concatenate([_values(part, times) for part in parts])
+            values = np.concatenate([_values(part) for part in parts])
             total[start : start + len(values)] += _mixed(values ^ _text(name.encode()))
     return torch.from_numpy(_mixed(total).view(np.int64))
 
@@ -60,23 +58,26 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 
 def _text(content: bytes) -> np.uint64:
-    if len(content) > WHOLE:
-        middle = len(content) // 2
-        ends = content[:PIECE] + content[middle : middle + PIECE] + content[-PIECE:]
-        content = str(len(content)).encode() + ends
-    return np.uint64(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
+    return _number(_hash(content))
 
 
-def _values(array: pa.Array, times: bool) -> np.ndarray:
+_hash = partial(hashlib.blake2b, digest_size=8)
+
+
+def _number(found: Any) -> np.uint64:
+    return np.uint64(int.from_bytes(found.digest(), "little"))
+
+
+def _values(array: pa.Array) -> np.ndarray:
     """A number of 64 bits for each value of an Arrow array."""
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     if _is(array, "list", "large_list", "fixed_size_list"):
-        marks = _lists(array, times)
+        marks = _lists(array)
     elif _is(array, "struct"):
-        marks = _structs(array, times)
+        marks = _structs(array)
     elif _is(array, "boolean", "integer", "floating"):
         marks = _numbers(array)
     else:
@@ -111,7 +112,7 @@ def _numbers(array: pa.Array) -> np.ndarray:
     return bits ^ (bits >> np.uint64(32))  # the low bits of short floats are all zero
 
 
-def _lists(array: pa.Array, times: bool) -> np.ndarray:
+def _lists(array: pa.Array) -> np.ndarray:
     """Of every list its values, each times an odd number for its place, and the length."""
     if pa.types.is_fixed_size_list(array.type):
         lengths = np.full(len(array), array.type.list_size, dtype=np.int64)
@@ -119,7 +120,7 @@ def _lists(array: pa.Array, times: bool) -> np.ndarray:
     else:
         offsets = array.offsets.to_numpy().astype(np.int64)
         lengths, inside = np.diff(offsets), array.values.slice(offsets[0], offsets[-1] - offsets[0])
-    values = _values(inside, times)
+    values = _values(inside)
     starts = np.cumsum(lengths) - lengths
     if len(lengths) and (lengths == lengths[0]).all():
         sums = (values.reshape(len(lengths), lengths[0]) * _odd(lengths[0])).sum(1, dtype=np.uint64)
@@ -135,21 +136,22 @@ def _odd(count: int) -> np.ndarray:
     return _mixed((np.arange(count, dtype=np.uint64) + np.uint64(1)) * _NULL) | np.uint64(1)
 
 
-def _structs(array: pa.Array, times: bool) -> np.ndarray:
+def _structs(array: pa.Array) -> np.ndarray:
     names = [field.name for field in array.type]
     if set(names) == {"bytes", "path"}:
         pairs = zip(array.field("bytes").to_pylist(), array.field("path").to_pylist(), strict=True)
-        return np.fromiter((_text(_content(*pair, times)) for pair in pairs), np.uint64, len(array))
+        return np.fromiter((_file(*pair) for pair in pairs), np.uint64, len(array))
     total = np.zeros(len(array), dtype=np.uint64)
     for name in names:
-        total += _mixed(_values(array.field(name), times) ^ _text(name.encode()))
+        total += _mixed(_values(array.field(name)) ^ _text(name.encode()))
     return _mixed(total)
 
 
-def _content(content: bytes | None, path: str | None, times: bool) -> bytes:
-    """What stands for a file: its bytes, or its name and size, as its folder may be another one elsewhere."""
-    if content is not None:
-        return content
-    stat = os.stat(path) if path and os.path.isfile(path) else None
-    stamp = [] if stat is None else [stat.st_size, stat.st_mtime_ns][: 1 + times]
-    return f"{os.path.basename(path or '')} {stamp}".encode()
+def _file(content: bytes | None, path: str | None) -> np.uint64:
+    """Of a file's bytes, wherever they are; of its path where they are not at hand."""
+    if content is None and path and os.path.isfile(path):
+        with open(path, "rb") as file:
+            return _number(hashlib.file_digest(file, _hash))  # in pieces
+    if content is None:
+        return _NULL if path is None else _text(_bytes(path))
+    return _text(content)

@@ -18,13 +18,14 @@ from tqdm.auto import tqdm
 
 from hf_effdl.files import digest, locked, read_sealed, sealed, sweep, write_whole
 from hf_effdl.processes import agreed, is_first, refuse_lone_processes, same_fate, together
-from hf_effdl.samples.probes.inputs import NOT_INPUTS, Inputs, identity
+from hf_effdl.samples.probes.inputs import NOT_INPUTS, Inputs, identity, is_decoded
 from hf_effdl.samples.probes.probes import Probes
 from hf_effdl.samples.probes.row_marks import row_marks
 from hf_effdl.samples.scores.noise import LabelNoise, fit_likelihoods, label_likelihoods
 from hf_effdl.samples.scores.uncertainty import (
     LEAST_SPREAD,
     batch_uncertainty,
+    check_found,
     check_labels,
     check_logits,
     entropy_of,
@@ -148,7 +149,7 @@ class _Scoring:
     @cached_property
     def marks(self) -> Tensor:
         """Of the rows, over all that is fed of them."""
-        return fed_marks(self.inputs, self.data, times=True)
+        return fed_marks(self.inputs, self.data)
 
     def key(self) -> str:
         """What the scores follow from."""
@@ -217,9 +218,9 @@ class _Scoring:
         return _checked(logits, given, numbers, self.gauge) | kept
 
 
-def fed_marks(inputs: Inputs, data: Dataset, times: bool = False) -> Tensor:
+def fed_marks(inputs: Inputs, data: Dataset) -> Tensor:
     """`row_marks` over the columns that decide what is fed."""
-    return row_marks(data, _fed_columns(inputs, data), times)
+    return row_marks(data, _fed_columns(inputs, data))
 
 
 def _fed_columns(inputs: Inputs, data: Dataset) -> list[str]:
@@ -241,13 +242,22 @@ def score_keys(probes: Probes, data: Dataset, gauge: str, label_column: str | No
 
 def score_causes(probes: Probes, inputs: Inputs, data: Dataset, gauge: str) -> dict[str, Any]:
     """All beside the rows that scores follow from, plain values: of the cache's key, and of `SCORE_KEY`."""
-    transform = data.format["format_kwargs"].get("transform") if data.format["type"] == "custom" else None
     return {
         "probes": probes.fingerprint,
         "number": len(probes),
         "inputs": inputs.describe(),
-        "transform": identity(transform),
         "gauge": gauge,
+    } | reading_causes(inputs, data)
+
+
+def reading_causes(inputs: Inputs, data: Dataset) -> dict[str, Any]:
+    """What decides, beside what is stored of a row, how it is read: plain values."""
+    options = dict(data.format["format_kwargs"])
+    transform = options.pop("transform", None) if data.format["type"] == "custom" else None
+    return {
+        "transform": identity(transform),
+        "format": {name: repr(value) for name, value in options.items()},
+        "decoded": {name: repr(data.features[name]) for name in _fed_columns(inputs, data) if is_decoded(data, name)},
     }
 
 
@@ -284,7 +294,10 @@ def _checked(logits: Tensor, labels: Tensor | None, places: Tensor, gauge: str) 
             "of its batch have some); train the probe again (a lower learning rate, float32), or leave the rows out"
         )
     logits, labels = check_logits(logits, labels)
-    return score_batch(logits, labels, gauge) | {"classes": torch.full((len(logits),), max(2, logits.shape[2]))}
+    table = score_batch(logits, labels, gauge)
+    for name in table.keys() & {"u_x", "u_y"}:
+        check_found(table[name], places)
+    return table | {"classes": torch.full((len(logits),), max(2, logits.shape[2]))}
 
 
 def _check_spread(between: Tensor, total: Tensor, probes: int) -> None:

@@ -17,9 +17,9 @@ from transformers import TrainingArguments, set_seed
 from hf_effdl.files import digest, read_sealed, sealed, write_whole
 from hf_effdl.processes import agreed, is_first, refuse_lone_processes, together
 from hf_effdl.random_state import random_state_kept
-from hf_effdl.samples.probes.inputs import Inputs, check_classes, check_dataset, identity, label_names, label_tensor
+from hf_effdl.samples.probes.inputs import Inputs, check_classes, check_dataset, label_names, label_tensor
 from hf_effdl.samples.probes.probes import LEAST_PROBES, Probes, ProbeSet, bootstrap_counts, weights_hash
-from hf_effdl.samples.probes.scoring import fed_marks
+from hf_effdl.samples.probes.scoring import fed_marks, reading_causes
 from hf_effdl.weighting import WeightedTrainer
 
 
@@ -189,9 +189,8 @@ _ASIDE = ("output_dir", "run_name", "project", "hub_model_id", "hub_token", "dis
 def _key(recipe: _Recipe, rows: Dataset, labels: Tensor, places: Tensor, seed: int, model: nn.Module) -> str:
     """What a probe's weights follow from."""
     inputs = recipe.inputs.bind(rows, model)
-    transform = rows.format["format_kwargs"].get("transform") if rows.format["type"] == "custom" else None
     causes = {
-        "rows": digest(fed_marks(inputs, rows, times=True).numpy().tobytes()),
+        "rows": digest(fed_marks(inputs, rows).numpy().tobytes()),
         "labels": labels.tolist(),
         "places": places.tolist(),
         "seed": seed,
@@ -199,8 +198,7 @@ def _key(recipe: _Recipe, rows: Dataset, labels: Tensor, places: Tensor, seed: i
         "processes": recipe.args.world_size,  # of which each step takes a batch
         "fresh": weights_hash([model]),
         "inputs": inputs.describe(),
-        "transform": identity(transform),
-    }
+    } | reading_causes(inputs, rows)
     return agreed(digest(json.dumps(causes, default=str, sort_keys=True))[:16])
 
 

@@ -61,14 +61,29 @@ def uncertainty(logits: Tensor, labels: Tensor | None = None, gauge: str = "inva
             "better 8, probes trained on different bootstrap samples"
         )
     check_spread(logits)
-    return torch.cat([batch_uncertainty(part, given, gauge) for part, given in _chunks(logits, labels)])
+    found = torch.cat([batch_uncertainty(part, given, gauge) for part, given in _chunks(logits, labels)])
+    check_found(found)
+    return found
+
+
+def check_found(found: Tensor, places: Tensor | None = None) -> None:
+    """Raise a `ValueError` for uncertainties beyond the largest float, naming the rows by their places, if given."""
+    bad = (~found.isfinite()).nonzero().flatten()
+    if len(bad):
+        first = int(bad[0] if places is None else places[bad[0]])
+        raise ValueError(
+            f"the uncertainties of {len(bad)} rows are NaN or infinite, the first at row {first}, as their logits are "
+            "too large to be squared; divide all logits by one number, as only ratios count"
+        )
 
 
 def batch_uncertainty(logits: Tensor, labels: Tensor | None, gauge: str = "invariant") -> Tensor:
-    single = logits.shape[2] == 1
+    """`uncertainty` of a batch, in the logits' own precision; not finite where its square is beyond float64."""
+    single, dtype = logits.shape[2] == 1, torch.promote_types(logits.dtype, torch.float32)
     logits = two_classes(logits)
-    p = mean_probability(logits)
-    # taking out each probe's own level first keeps float32 exact when the levels are large
+    p = mean_probability(logits).double()
+    # squares of float32 numbers overflow from 1e19 and vanish below 1e-23
+    logits = logits.double()
     if gauge == "invariant":
         logits = logits - logits.mean(2, keepdim=True)
     spread = logits - logits.mean(1, keepdim=True)
@@ -80,11 +95,11 @@ def batch_uncertainty(logits: Tensor, labels: Tensor | None, gauge: str = "invar
         best = p.argmax(1)[:, None, None].expand(-1, logits.shape[1], 1)
         spread = spread - spread.gather(2, best)
         spread = spread - (spread * p[:, None]).sum(2, keepdim=True)
-        return ((spread.square() * p[:, None]).sum((1, 2)) / degrees).sqrt()
+        return ((spread.square() * p[:, None]).sum((1, 2)) / degrees).sqrt().to(dtype)
     residual = p.scatter(1, labels[:, None], 0.0)
     residual.scatter_(1, labels[:, None], -residual.sum(1, keepdim=True))  # p_y - 1 without cancellation
     direction = (spread * residual[:, None]).sum(2)
-    return (direction.square().sum(1) / degrees).sqrt()
+    return (direction.square().sum(1) / degrees).sqrt().to(dtype)
 
 
 def mean_probability(logits: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from datasets import Dataset
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from hf_effdl.files import locked, read_json, write_whole
+from hf_effdl.files import damaged, locked, read_json, write_whole
+from hf_effdl.files import digest as digest_of
 from hf_effdl.hub.repos import own_dataset_repo
 from hf_effdl.processes import is_first
 from hf_effdl.samples.drawing.plan import Plan
@@ -36,6 +38,10 @@ from hf_effdl.samples.selection.rows import SelectedRows
 FORMAT = 1
 MARK = "row_mark"
 RECORD, CHOSEN, SCORES, PICTURE = "selection.json", "selection.parquet", "scores.parquet", "selection.png"
+# what the records of the first version hold, which had no digest of the whole
+EARLIER = {"format", "settings", "info", "names", "rows", "named_rows", "digest", "scores", "summary"}
+REMEDY = "remove it, and save or push the selection again"
+APART = "its files do not belong together, as after a write that was cut off"
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 
 
@@ -80,7 +86,8 @@ def _write(
     if record["scores"] not in scores_by_config.values() or not target.is_file():
         write_whole(target, scores.to_parquet)
     target = Path(folder) / config_name
-    write_whole(target / CHOSEN, chosen.to_parquet)
+    record["chosen_sha256"] = digest_of(write_whole(target / CHOSEN, chosen.to_parquet))
+    record["sha256"] = _seal(record)
     # last, and with the digests of the other two: a write that was cut off is noticed
     write_whole(target / RECORD, json.dumps(record, indent=2, ensure_ascii=False))
     if card:
@@ -96,13 +103,27 @@ def load(
     token: str | bool | None = None,
 ) -> dict[str, Any]:
     """The arguments of the `Selection` in a folder or a repository."""
-    record, files = _located(where, config_name, revision, token)
-    chosen, scores = (_read(file) for file in files)
-    if (digest(chosen), digest(scores)) != (record["digest"], record["scores"]["digest"]):
-        raise ValueError(
-            f"{where}: the files of config_name={config_name!r} do not belong together, as after a write "
-            "that was cut off; save or push the selection again"
-        )
+    record, (chosen_file, scores_file) = _located(where, config_name, revision, token)
+    # no hash of the other file: configs share it, and equal scores may have been written anew in other bytes
+    chosen, scores = _read(chosen_file, record.get("chosen_sha256")), _read(scores_file)
+    with _named_as_damaged(where):
+        whole = (digest(chosen), digest(scores)) == (record["digest"], record["scores"]["digest"])
+    if not whole:
+        raise damaged(where, f"config_name={config_name!r}: {APART}", REMEDY)
+    with _named_as_damaged(where):
+        return _restored(where, record, chosen, scores)
+
+
+@contextmanager
+def _named_as_damaged(where: Any) -> Iterator[None]:
+    """What is missing in files of earlier versions, which have no digest of the whole, becomes a `ValueError`."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, UnicodeError) as error:
+        raise damaged(where, f"{type(error).__name__}: {error}", REMEDY) from error
+
+
+def _restored(where: Any, record: Mapping[str, Any], chosen: Dataset, scores: Dataset) -> dict[str, Any]:
     ids = scores["row_id"][:]
     plan = _read_plan(where, record, chosen, ids)
     table = {name: torch.tensor(_array(scores, name)) for name in scores.column_names if name != "row_id"}
@@ -228,7 +249,8 @@ def records(folder: str | os.PathLike[str], only: str = "*") -> dict[str, dict[s
             record = read_json(file)
             newer, scores = record["format"] > FORMAT, record["scores"]["config"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no record of a selection ({type(error).__name__}: {error})") from error
+            why = f"it is no record of a selection ({type(error).__name__}: {error})"
+            raise damaged(file, why, REMEDY) from error
         if newer:
             raise ValueError(
                 f"{file} has format {record['format']} and this version of hf_effdl reads {FORMAT}; "
@@ -236,8 +258,22 @@ def records(folder: str | os.PathLike[str], only: str = "*") -> dict[str, dict[s
             )
         if not re.fullmatch(NAME, scores):  # it becomes a path
             raise ValueError(f"{file} names its scores {scores!r}, which is no folder beside it")
+        if not _is_whole(record):
+            raise damaged(file, "its content is not what was written", REMEDY)
         by_config[file.parent.name] = record
     return by_config
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    """The digest of a record but for the digest itself, as it is when it is read again."""
+    values = json.loads(json.dumps({name: value for name, value in record.items() if name != "sha256"}))
+    return digest_of(json.dumps(values, sort_keys=True))
+
+
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    if "sha256" in record:
+        return record["sha256"] == _seal(record)
+    return record.keys() == EARLIER  # a name that was changed may be that of the digest
 
 
 def _scores_of(folder: str) -> set[str]:
@@ -269,12 +305,18 @@ def _draw(selection: SelectedRows, target: Path) -> None:
     write_whole(target, lambda part: picture.savefig(part, dpi=110))
 
 
-def _read(file: Path) -> Dataset:
+def _read(file: Path, sha256: str | None = None) -> Dataset:
+    """A Parquet file, which is not parsed where its digest is known and another one."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; save or push the selection again")
-    # not Dataset.from_parquet, which would copy it into the cache
-    with file.open("rb") as stored:
-        return Dataset(pq.read_table(stored))
+    if sha256 is not None and digest_of(file) != sha256:
+        raise damaged(file, APART, REMEDY)
+    try:
+        # not Dataset.from_parquet, which would copy it into the cache
+        with file.open("rb") as stored:
+            return Dataset(pq.read_table(stored))
+    except Exception as error:  # Arrow's own errors have no common class
+        raise damaged(file, str(error), REMEDY) from error
 
 
 def _array(data: Dataset, name: str) -> np.ndarray:

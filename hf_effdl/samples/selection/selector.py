@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 
 from hf_effdl.processes import agreed, same_fate
-from hf_effdl.samples.drawing.checks import check_seed
+from hf_effdl.samples.drawing.checks import check_seed, plain_number
 from hf_effdl.samples.drawing.hashing import hashed_uniform
 from hf_effdl.samples.drawing.plan import Plan, PlanSettings, make_plan
 from hf_effdl.samples.drawing.presets import Trial, active_plan, default_plan, paper_plan
@@ -320,6 +320,7 @@ def rows_of(budget: int | float, rows: int) -> int:
         >>> rows_of(0.1, 200), rows_of(20, 200)
         (20, 20)
     """
+    budget = plain_number(budget)
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise TypeError(f"budget={budget!r}: pass a number of rows (int) or a share of them (float)")
     if isinstance(budget, float):
