@@ -867,8 +867,6 @@ def on_the_instance(base):
 def test_what_a_subclass_makes_of_the_loss_is_with_weights_of_one_what_it_is_in_trainer(
     net, subclass, accumulated, tmp_path
 ):
-    if net is Counting3 and subclass is not regularised:
-        pytest.skip("a loss that the model divides by the rows is asked of Trainer without them")
     rng = np.random.default_rng(0)
     bare = Dataset.from_dict({"x": rng.normal(size=(32, 4)).astype("float32"), "labels": rng.integers(0, 3, 32)})
     ends = []
