@@ -1,5 +1,6 @@
 """Numbers that settings may have, refused by name."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
 def real_number(name: str, value: Any) -> float:
     """A number of Python, NumPy or a tensor of one entry, as a float; raises ValueError for anything else."""
     try:
-        if isinstance(value, str | bytes | bool):
+        if isinstance(value, str | bytes) or _is_bool(value):
             raise TypeError
         return float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -22,11 +23,20 @@ def real_number(name: str, value: Any) -> float:
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
-    """A whole number of at least `least`, as it came.
+    """A whole number of at least `least`, of Python, NumPy or a tensor of one entry, as an int.
 
     Raises:
         ValueError: for anything else, also for True and False.
     """
-    if type(value) is not int or value < least:
+    try:
+        number = None if _is_bool(value) else operator.index(value)
+    except (TypeError, RuntimeError):
+        number = None
+    if number is None or number < least:
         raise ValueError(f"{name}={value!r}: it must be a whole number, at least {least}")
-    return value
+    return number
+
+
+def _is_bool(value: Any) -> bool:
+    """Whether a value is True or False, of Python, NumPy or torch."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")

@@ -214,7 +214,9 @@ class WeightedLossMixin:
     - The row count is always that of all processes, whatever `args.average_tokens_across_devices` says of tokens.
     - A subclass with a `compute_loss` of its own that takes the weights itself is trained as `Trainer` would train it:
       what it returns is scaled by Trainer's rules, and its `num_items_in_batch` is Trainer's. Where it calls
-      `super().compute_loss` with the weights in the inputs, the loss is the one above.
+      `super().compute_loss` with the weights in the inputs, it gets the loss above in Trainer's scale: where Trainer
+      divides by the micro batches of the step, it is that many times the micro batch's share, so that terms can be
+      added to it.
     - Under DeepSpeed with 16-bit weights Trainer rounds all floating inputs, so also these weights, to 16 bit.
 
     Weights must be finite, not negative and not all 0, which is checked before training where the data set can be read
@@ -235,9 +237,8 @@ class WeightedLossMixin:
     _needs_weights = False
     _checked_dataset: Any = None
     _checked_loss = False
-    _weighted = False
-    _said_before: bool | None = None
     _rows_of_step: Any = None
+    _undivided = 1  # what Trainer will divide the losses of the step by
 
     @wraps(Trainer.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -293,8 +294,8 @@ class WeightedLossMixin:
 
     @property
     def _has_own_loss(self) -> bool:
-        """Whether a subclass computes the loss."""
-        return type(self).compute_loss is not WeightedLossMixin.compute_loss
+        """Whether a subclass, or a function set on this trainer, computes the loss."""
+        return getattr(self.compute_loss, "__func__", None) is not WeightedLossMixin.compute_loss
 
     @contextmanager
     def _collating(self, keep: bool) -> Iterator[None]:
@@ -336,11 +337,10 @@ class WeightedLossMixin:
                 )
             rows = sum(len(batch[COLUMN]) for batch in batches)
             self._rows_of_step = self.accelerator.gather(torch.tensor(rows, device=device)).sum()
-            if self._has_own_loss:  # which may not ask us for the loss, and then it is scaled as Trainer scales it
-                self._loss_is_ours(False)
-                return batches, items
-            self._loss_is_ours(True)
-            return batches, self._rows_of_step
+            if not self._has_own_loss:  # one of its own gets what Trainer gives it
+                items = self._rows_of_step
+            self._undivided = len(batches) if self._is_divided_by_trainer(items) else 1
+            return batches, items
         if has_weights(self.train_dataset):
             raise ValueError(
                 f"train_dataset has the column {COLUMN!r}, but its batches have only {sorted(batches[0])}: let its "
@@ -349,22 +349,13 @@ class WeightedLossMixin:
             )
         if self._needs_weights:
             self._refuse_no_weights()
-        self._loss_is_ours(False)  # the data set may have been exchanged after a run with weights
         return batches, items
 
-    def _loss_is_ours(self, ours: bool) -> None:
-        """Tell Trainer whether the loss of this step is divided by the step's rows already."""
-        if ours == self._weighted:
-            return
-        # on the instance, so that without weights Trainer decides as ever, or as the user said
-        if ours:
-            self._said_before = vars(self).get("loss_is_scaled_for_ga")
-            self.loss_is_scaled_for_ga = True
-        elif self._said_before is None:
-            del self.loss_is_scaled_for_ga
-        else:
-            self.loss_is_scaled_for_ga = self._said_before
-        self._weighted = ours
+    def _is_divided_by_trainer(self, items: Tensor | int | None) -> bool:
+        """Whether `Trainer.training_step` divides the loss of a micro batch by how many the step has."""
+        if self.loss_is_scaled_for_ga is not None:
+            return not self.loss_is_scaled_for_ga
+        return self.compute_loss_func is None and not (self.model_accepts_loss_kwargs and items is not None)
 
     def compute_loss(
         self,
@@ -382,7 +373,6 @@ class WeightedLossMixin:
             )
         if self._has_own_loss and self._rows_of_step is not None:
             num_items_in_batch = self._rows_of_step
-            self._loss_is_ours(True)
         if self.compute_loss_func is not None:
             outputs, losses = self._own_losses(model, inputs, weights)
         else:
@@ -391,7 +381,7 @@ class WeightedLossMixin:
         if num_items_in_batch is None:
             loss = loss / len(weights)
         else:  # the gradients of the processes are averaged, the rows are counted over all of them
-            loss = loss / num_items_in_batch * self.accelerator.num_processes
+            loss = loss / num_items_in_batch * (self.accelerator.num_processes * self._undivided)
         return (loss, outputs) if return_outputs else loss
 
     def _own_losses(self, model: nn.Module, inputs: dict[str, Any], weights: Tensor) -> tuple[Any, Tensor]:

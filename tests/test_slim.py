@@ -260,6 +260,22 @@ def test_bad_kept_units_are_refused_before_anything_is_cut(keep, message):
         slim(model, groups, keep)
 
 
+def test_numbers_of_numpy_and_torch_are_numbers():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2))
+    groups = find_groups(model, np.zeros((1, 1, 8, 8)))
+    for keep in (np.float32(0.5), torch.tensor(0.5)):
+        assert slim(model, groups, keep)[0].out_channels == 4
+    assert slim(model, groups, {"0": np.array([0, 2, 5], dtype=np.uint16)}, round_to=np.int64(2))[0].out_channels == 4
+    for keep in (np.bool_(True), torch.tensor(True), np.array([0.5, 0.5])):
+        with pytest.raises(ValueError, match="a budget is a share of the whole model"):
+            slim(model, groups, keep)
+    with pytest.raises(ValueError, match="0s and 1s of torch.uint8 are no mask, make them bool"):
+        slim(model, groups, {"0": np.array([0, 1] * 4, dtype=np.uint8)})
+    for round_to in (np.bool_(True), True, np.float64(2), 0):
+        with pytest.raises(ValueError, match="round_to=.* must be a whole number, at least 1"):
+            slim(model, groups, 0.5, round_to=round_to)
+
+
 def test_groups_of_another_model_are_refused():
     model, groups, x = trained("vgg")
     small = slim(model, groups, 0.5)

@@ -1063,3 +1063,11 @@ def test_a_step_does_not_loop_over_units():
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.5
     assert (opt.state[p]["entered"] > 0).any()
+
+
+def test_numbers_that_are_tensors_are_kept_as_numbers():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = SplitLBI([p], lr=0.1, nu=torch.tensor(5.0), momentum=np.float32(0.5))
+    assert [type(optimizer.param_groups[0][key]) for key in ("nu", "momentum")] == [float, float]
+    with pytest.raises(ValueError, match="nu=.*must be a number"):
+        SplitLBI([p], lr=0.1, nu=torch.tensor(True))

@@ -67,6 +67,16 @@ def halves(rows: list[dict]) -> dict[str, torch.Tensor]:
     return batch | {"pixel_values": batch["pixel_values"].bfloat16()}
 
 
+def test_a_bfloat16_model_on_float_inputs_is_told_what_to_load(tmp_path):
+    args = SplitLBIArguments(str(tmp_path), **tiny_run.SHARED)
+    data = tiny_run.images(16, 1)
+    trainer = SplitLBITrainer(tiny_run.model().bfloat16(), args, train_dataset=data, eval_dataset=data)
+    with pytest.raises(
+        ValueError, match=r"bfloat16 .*\['pixel_values'\].*load it with dtype=torch.float32, and set bf16"
+    ):
+        trainer.train()
+
+
 def test_a_bfloat16_model_keeps_a_float32_path_also_when_resumed(tmp_path):
     def trainer(folder: str) -> SplitLBITrainer:
         args = SplitLBIArguments(f"{tmp_path}/{folder}", **tiny_run.SHARED)

@@ -113,7 +113,7 @@ def test_a_net_without_couplings_keeps_all_its_groups():
 
 def test_the_warning_says_in_which_setting_units_are_needed(caplog):
     with caplog.at_level(logging.WARNING):
-        norm = nn.LocalResponseNorm(3, alpha=1e-7)
+        norm = nn.LocalResponseNorm(3, alpha=1e-9)
         net = nn.Sequential(block(3, 8), norm, block(8, 8), nn.Flatten(), nn.Linear(512, 2))
         find_groups(net, torch.rand(1, 3, 8, 8))
         find_groups(Hidden("labels", 1), torch.rand(1, 3, 8, 8))
@@ -248,3 +248,44 @@ def test_layers_that_are_not_counted_are_named(caplog):
     with caplog.at_level(logging.WARNING):
         products(nn.Sequential(nn.Linear(4, 4), Own()), torch.rand(1, 4))
     assert "multiply-accumulates of 1 (Own) are not known and not counted" in caplog.text
+
+
+# ---- what shows at some sizes, states and batches alone
+
+
+class Gated(nn.Module):
+    """Features that depend on the mean over all channels, in a way that `kind` hides."""
+
+    def __init__(self, kind: str, threshold: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+        self.kind, self.threshold = kind, threshold
+        self.register_buffer("gate", torch.zeros(1))
+
+    def forward(self, x):
+        f = F.relu(self.a(x))
+        mean = f.mean(1, keepdim=True)
+        if self.kind == "size":
+            f = f * (1 + (mean > self.threshold).float())
+        elif self.kind == "buffer":
+            f = f + self.gate * mean
+        elif self.kind == "left in a dict":
+            self.aux = {"losses": [f.square().mean()]}
+        out = self.head(F.relu(self.b(f)).mean((2, 3)))
+        return out + f.std(1).mean() if self.kind == "batch" and len(x) > 4 else out
+
+
+@pytest.mark.parametrize(
+    "kind, threshold",
+    [("size", t) for t in (0.5, 2.0, 3.0, 10.0, 50.0)] + [("buffer", 0), ("batch", 0), ("left in a dict", 0)],
+)
+def test_units_whose_mean_is_used_where_it_hardly_shows_are_left_out(kind, threshold):
+    net = Gated(kind, threshold)
+    names = [group.name for group in find_groups(net, torch.randn(1, 3, 8, 8))]
+    assert names == ["b"]
+    assert not net.gate.any()
+
+
+def test_a_net_of_the_same_shape_without_a_gate_keeps_its_units():
+    assert [group.name for group in find_groups(Gated("none"), torch.randn(1, 3, 8, 8))] == ["a", "b"]

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -803,3 +804,81 @@ def test_a_loss_of_the_users_own_is_scaled_as_trainer_scales_it(net, loss, accum
         trainer.train()
         ends.append((trainer.model.linear.weight.detach().clone(), trainer.evaluate()["eval_loss"]))
     assert torch.allclose(ends[0][0], ends[1][0], atol=1e-6) and ends[0][1] == pytest.approx(ends[1][1], rel=1e-5)
+
+
+def alternating(base):
+    """Every other micro batch by the trainer's own loss, the others by the model."""
+
+    class Alternating(base):
+        calls = 0
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            self.calls += 1
+            if self.calls % 2:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return plain_loss(self, model, inputs, return_outputs)
+
+    return Alternating
+
+
+def logging_first(base):
+    """The trainer's own loss is looked at and not used."""
+
+    class Logging(base):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            with torch.no_grad():
+                super().compute_loss(model, dict(inputs), False, None)
+            return plain_loss(self, model, inputs, return_outputs)
+
+    return Logging
+
+
+def regularised(base):
+    """A term more than the trainer's own loss."""
+
+    class Regularised(base):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            loss = loss + 0.1 * outputs["logits"].square().mean()
+            return (loss, outputs) if return_outputs else loss
+
+    return Regularised
+
+
+def plain_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    outputs = model(**{name: value for name, value in inputs.items() if name != "weight"})
+    return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+
+def on_the_instance(base):
+    """A function set on the trainer and not on its class."""
+
+    def make(*args, **kwargs):
+        trainer = base(*args, **kwargs)
+        trainer.compute_loss = MethodType(plain_loss, trainer)
+        return trainer
+
+    return make
+
+
+@pytest.mark.parametrize("accumulated", [1, 4])
+@pytest.mark.parametrize("subclass", [alternating, logging_first, regularised, on_the_instance])
+@pytest.mark.parametrize("net", [Linear3, Counting3])
+def test_what_a_subclass_makes_of_the_loss_is_with_weights_of_one_what_it_is_in_trainer(
+    net, subclass, accumulated, tmp_path
+):
+    rng = np.random.default_rng(0)
+    bare = Dataset.from_dict({"x": rng.normal(size=(32, 4)).astype("float32"), "labels": rng.integers(0, 3, 32)})
+    ends = []
+    for base, data in ((Trainer, bare), (WeightedTrainer, bare.add_column("weight", [1.0] * 32))):
+        args = arguments(
+            str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=accumulated,
+            remove_unused_columns=False,
+        )
+        trainer = subclass(base)(net(), args, train_dataset=data.with_format("torch"))
+        trainer.train()
+        ends.append(trainer.model.linear.weight.detach())
+    torch.testing.assert_close(*ends)

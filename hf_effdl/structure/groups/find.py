@@ -31,13 +31,13 @@ UNITS = ("default", "row", "paper")
 def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "default") -> Groups:
     """Find the units of a model that can be removed, each with all its tensor slices.
 
-    A copy of the model is traced with Torch-Pruning's dependency graph, so module and model names play no part and the
-    model itself stays as it is. Every group found is tried out: taking random units out of the copy must give the same
-    output as silencing them, in eval and in train mode, with labels where the model takes them, on inputs as they are
-    and as large as pixels. Groups that fail are left out with a warning, and so are those that hold layers other than
-    plain and depthwise convolutions, linear layers and batch norms (subclasses included), or that a concatenation
-    joins. A depthwise convolution belongs to the units that it filters. Inputs and outputs of the model are never
-    groups. What is frozen (`requires_grad=False`) shows no signal and is not lifted.
+    A copy of the model is traced with Torch-Pruning's dependency graph, so module and model names play no part and
+    the model itself stays as it is. Every group found is tried out: taking random units out of the copy must give the
+    same output as silencing them, in eval and in train mode, with labels where the model takes them, on inputs as
+    they are and larger, up to pixels, and on a batch. Groups that fail are left out with a warning, and so are those
+    that hold layers other than plain and depthwise convolutions, linear layers and batch norms (subclasses included),
+    or that a concatenation joins. A depthwise convolution belongs to the units that it filters. Inputs and outputs of
+    the model are never groups. What is frozen (`requires_grad=False`) shows no signal and is not lifted.
 
     Args:
         model: any module, of transformers, timm or your own; convolutional networks are what this release is tested
@@ -91,6 +91,9 @@ def _traceable_copy(model: nn.Module) -> nn.Module:
             fill_zeros(p)
             if p.numel() == max(p.shape, default=1):  # a vector; say a layer scale of 1e-6
                 p.copy_(p.abs().clamp_min(0.1).copysign(p))
+        for name, buffer in copy.named_buffers():
+            if not name.rpartition(".")[2].startswith("running_"):  # of those, zeros hide nothing
+                fill_zeros(buffer)
     return copy
 
 

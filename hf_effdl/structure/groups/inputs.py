@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -130,6 +131,7 @@ def one_row(inputs: Any, model: nn.Module) -> Any:
     device = _device(model)
 
     def first(value: Any) -> Any:
+        value = torch.as_tensor(value) if isinstance(value, np.ndarray) else value
         if not isinstance(value, Tensor):
             return value
         value = (value[:1] if value.ndim else value).detach().to(device)
@@ -161,6 +163,7 @@ def labels_of(inputs: Any, model: nn.Module) -> Any:
     if labels is None:
         return None
     device = _device(model)
+    labels = torch.as_tensor(labels) if isinstance(labels, np.ndarray) else labels
     return each_tensor(lambda tensor: tensor.detach().to(device), labels[:1] if len(labels) else labels)
 
 

@@ -5,9 +5,9 @@ Every trial takes random units of its own out of every group, so that units that
 runs in train mode or with labels, a norm that does nothing to small signals.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,10 @@ from hf_effdl.structure.groups.surgery import cut, mask
 
 
 PIXELS = 255.0  # the scale of images that nobody has rescaled
+SCALES = (4.0, 16.0, PIXELS)  # a gate that opens at some size is at both of its sides at one of them
+SMALL = 1_000_000  # parameters of a model that costs little to try out twice
+BATCH = 8  # rows
+CHEAP = 2**16  # numbers in a batch of inputs
 # what is random, or cannot work on one row, in train mode
 AS_IN_EVAL = (
     *BATCH_NORMS,
@@ -41,16 +45,21 @@ class Setting:
         inputs: that it runs on.
         words: which setting this is, for messages.
         exact: in double precision already, or in what the model insists on: a failure needs no second look.
+        may_overflow: on inputs larger than the model may be made for.
+        draws: how often units are drawn: of a few units there are some whose absence does not show.
     """
 
     model: nn.Module
     inputs: Any
     words: str = ""
     exact: bool = False
+    may_overflow: bool = False
+    draws: int = 1
 
     def doubled(self) -> "Setting":
         """The same in double precision, where the model runs in that."""
-        return Setting(*in_double(self.model, self.inputs), self.words, exact=True)
+        model, inputs = in_double(self.model, self.inputs)
+        return replace(self, model=model, inputs=inputs, exact=True)
 
 
 @torch.no_grad()
@@ -81,15 +90,39 @@ def settings_for(model: nn.Module, inputs: Any, labels: Any = None) -> list[Sett
         inputs: one row.
         labels: of that row; None: made up, where the model takes some.
     """
-    settings = [Setting(model, inputs).doubled()]
-    large = each_tensor(lambda tensor: tensor * PIXELS if tensor.is_floating_point() else tensor, inputs)
-    settings.append(Setting(model, large, " at the scale of pixels"))
+    draws = 2 if sum(p.numel() for p in model.parameters()) < SMALL else 1
+    settings = [Setting(model, inputs, draws=draws).doubled()]
+    settings += [_at_scale(model, inputs, scale, draws) for scale in SCALES]
     training, labelled = _training(model), with_labels(model, inputs, labels)
-    heads = [_that_runs(training, [*labelled, *map(twice, labelled)], " in train mode with labels")]
-    if heads == [None]:  # otherwise what runs without labels runs with them too
-        heads = [_that_runs(training, [inputs, twice(inputs)], " in train mode")]
+    rows = _cheap_batch(inputs)
+    heads = [_that_runs(model, rows, f" on a batch of {BATCH} rows")]
+    heads.append(_that_runs(training, [*labelled, *map(twice, labelled)], " in train mode with labels"))
+    if heads[-1] is None:  # otherwise what runs without labels runs with them too
+        heads.append(_that_runs(training, [*rows, inputs, twice(inputs)], " in train mode"))
         heads += [Setting(model, with_them, " with labels") for with_them in labelled]
     return [*settings, *(head for head in heads if head is not None)]
+
+
+def _at_scale(model: nn.Module, inputs: Any, scale: float, draws: int) -> Setting:
+    large = each_tensor(lambda tensor: tensor * scale if tensor.is_floating_point() else tensor, inputs)
+    words = " at the scale of pixels" if scale == PIXELS else f" on inputs {scale:.0f} times as large"
+    setting = Setting(model, large, words, may_overflow=True, draws=draws)
+    return setting.doubled() if draws > 1 else setting  # a small model: what is faint shows too
+
+
+def _cheap_batch(inputs: Any) -> list[Any]:
+    """Inputs of one row as several rows that differ, unless they are large."""
+    tensors = all_values(inputs)
+    if sum(tensor.numel() for tensor in tensors) * BATCH > CHEAP:
+        return []
+
+    def several(tensor: Tensor) -> Tensor:
+        if not tensor.ndim or len(tensor) != 1:
+            return tensor
+        tensor = tensor.repeat(BATCH, *[1] * (tensor.ndim - 1))
+        return tensor + torch.randn_like(tensor) if tensor.is_floating_point() else tensor
+
+    return [each_tensor(several, inputs)]
 
 
 def _training(model: nn.Module) -> nn.Module:
@@ -119,15 +152,9 @@ def keep_removable(settings: Sequence[Setting], groups: Sequence[Group], skipped
     while len(left) != before:  # what is left was tried out together, in every setting
         before = len(left)
         for number, setting in enumerate(settings):
-            for draw in range(_draws(setting)):
+            for draw in range(setting.draws):
                 left = _removable(setting, left, skipped, seed=1000 * len(left) + 10 * number + draw)
     return left
-
-
-def _draws(setting: Setting) -> int:
-    """How often units are drawn: of a few units there are some whose absence does not show."""
-    small = sum(p.numel() for p in setting.model.parameters()) < 1_000_000
-    return 2 if small and " train " not in setting.words else 1
 
 
 def _removable(setting: Setting, groups: list[Group], skipped: dict[str, str], seed: int) -> list[Group]:
@@ -223,7 +250,17 @@ def _answer(model: nn.Module, inputs: Any, seed: int) -> list[Tensor]:
 def _scalars_left_on(module: nn.Module) -> list[Tensor]:
     """Numbers that a forward pass left on a module: an auxiliary loss, say."""
     own = [value for name, value in sorted(vars(module).items()) if not name.startswith("_")]
-    return [value for value in own if isinstance(value, Tensor) and value.numel() == 1]
+    return [tensor for value in own for tensor in _scalars_in(value)]
+
+
+def _scalars_in(value: Any) -> Iterator[Tensor]:
+    """Tensors of one entry among a value and what its lists and dicts hold."""
+    if isinstance(value, Tensor):
+        if value.numel() == 1:
+            yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _scalars_in(item)
 
 
 def _says_nothing(setting: Setting, groups: Sequence[Group], kept: dict[str, Tensor], seed: int) -> bool:
@@ -232,7 +269,7 @@ def _says_nothing(setting: Setting, groups: Sequence[Group], kept: dict[str, Ten
         return False
     whole = _answer(copy_of(setting.model), setting.inputs, seed)
     if not all(value.isfinite().all() for value in whole):
-        return "pixels" in setting.words
+        return setting.may_overflow
     again = _answer(copy_of(setting.model), setting.inputs, seed + 1)
     if all(map(_equal, whole, again)):
         return False

@@ -71,7 +71,7 @@ class GrowingArguments(SplitLBIArguments):
 
     def _check_growth(self) -> None:
         for name in ("growth_rounds", "growth_add", "growth_batch", "growth_patience"):
-            whole_number(name, getattr(self, name), 1)
+            setattr(self, name, whole_number(name, getattr(self, name), 1))
         for name in ("max_macs", "max_params", "max_width"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):

@@ -41,6 +41,9 @@ def check_group(group: dict[str, Any]) -> None:
         if group[key] not in choices:
             raise ValueError(f"{key}={group[key]!r} in group {name!r}: it must be one of {choices}")
     check_numbers(group, POSITIVE)
+    for key in (*POSITIVE[1:], "weight_decay", "eps", "momentum"):  # torch's schedulers know a tensor as lr
+        if not isinstance(group[key], (int, float)):
+            group[key] = real_number(key, group[key])
     if group["decoupled_weight_decay"] is None:
         group["decoupled_weight_decay"] = group["base"] == "adamw"
     _check_types(group, name)

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hf_effdl.checks import real_number
 from hf_effdl.structure.groups.ties import Tie, levels_of, sizes_for_share
 
 
@@ -21,9 +22,13 @@ def one_budget(**budgets: float | None) -> tuple[str, float]:
     if len(given) != 1:
         raise ValueError(f"give exactly one of {', '.join(budgets)}; got {given or 'none'}")
     [(name, share)] = given.items()
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+    try:
+        number = real_number(name, share)
+    except ValueError:
+        number = float("nan")
+    if not 0 < number <= 1:
         raise ValueError(f"{name}={share!r}: a budget is a share of the whole model, in (0, 1]")
-    return name, float(share)
+    return name, number
 
 
 def sizes_at(ties: Sequence[Tie], steps: Steps) -> dict[str, int]:

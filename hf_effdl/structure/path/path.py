@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_effdl.checks import one_of
+from hf_effdl.checks import one_of, whole_number
 from hf_effdl.files import write_whole
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.record import groups_record
@@ -170,8 +170,11 @@ class SparsePath:
         budget, share = one_budget(keep=keep, params=params, macs=macs, latency=latency)
         if round_to is None and budget != "latency":
             round_to = 1
-        if not all(type(size) is int and size >= 1 for size in (least, 1 if round_to is None else round_to)):
-            raise ValueError(f"round_to={round_to} and least={least} must be at least 1")
+        try:
+            sizes = [None if size is None else whole_number("size", size, 1) for size in (round_to, least)]
+        except ValueError:
+            raise ValueError(f"round_to={round_to} and least={least} must be at least 1") from None
+        round_to, least = sizes
         units = {group.name: group.units for group in self.groups if group.name in self.units}
         ties = complete_ties(self.ties if widths == "stock" else (), units)
         scores = self.scores(order)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -55,7 +56,7 @@ def slim(
     check_groups(groups, "slim")
     if not groups:
         raise ValueError("slim got no groups; find_groups(model) returns them")
-    whole_number("round_to", round_to, 1)
+    round_to = whole_number("round_to", round_to, 1)
     check_same_network(groups, model)
     ties = config_ties(model, groups)
     units = {group.name: group.units for group in groups}
@@ -73,7 +74,7 @@ def slim(
     if isinstance(model, PreTrainedModel):  # only those are built from their config
         set_config(small, ties, units | {name: len(index) for name, index in kept.items()})
     if example_inputs is not None:
-        budget = {name: len(index) for name, index in kept.items()} if isinstance(keep, Mapping) else {"keep": keep}
+        budget = {name: len(index) for name, index in kept.items()} if isinstance(keep, Mapping) else {"keep": share}
         set_report(small, effdl_report(model, small, example_inputs, groups, budget))
     return small
 
@@ -100,6 +101,8 @@ def _indices(name: str, value: Any, units: Mapping[str, int]) -> Tensor:
     """Kept units of a group as ascending indices; they may come as a mask."""
     if name not in units:
         raise ValueError(f"keep names group {name!r}, which is not among {list(units)}")
+    if isinstance(value, np.ndarray) and value.dtype in (np.uint16, np.uint32, np.uint64):  # torch can do little there
+        value = value.astype(np.int64)
     index = torch.as_tensor(value).detach().cpu()
     if index.dtype == torch.bool and index.shape == (units[name],):
         index = index.nonzero().flatten()
@@ -107,11 +110,16 @@ def _indices(name: str, value: Any, units: Mapping[str, int]) -> Tensor:
     if not (whole and index.ndim == 1 and 0 < len(index) == len(index.unique())):
         raise ValueError(
             f"keep[{name!r}] must hold distinct unit indices, at least one, or a mask of {units[name]} units; "
-            f"got {value}"
+            f"got {value}" + _hint_at_mask(index, units[name])
         )
     if index.min() < 0 or index.max() >= units[name]:
         raise ValueError(f"keep[{name!r}] has index {int(index.max())} or below 0; the group has {units[name]} units")
     return index.long().sort().values
+
+
+def _hint_at_mask(index: Tensor, units: int) -> str:
+    looks_like_one = index.shape == (units,) and bool(((index == 0) | (index == 1)).all())
+    return f": 0s and 1s of {index.dtype} are no mask, make them bool" if looks_like_one else ""
 
 
 def _fill(group: Group, model: nn.Module, chosen: Tensor | None, size: int) -> Tensor:

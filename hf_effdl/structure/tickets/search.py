@@ -422,16 +422,17 @@ def _one_path(args: TrainingArguments, optimizer: SplitLBI, steps: int) -> float
 # ---- what cannot be
 
 
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse settings that are out of range."""
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Refuse settings that are out of range; numbers become those of Python."""
     budgets = {name: settings[name] for name in ("macs", "params", "keep")}
     if any(share is not None for share in budgets.values()):
-        one_budget(**budgets)
+        name, share = one_budget(**budgets)
+        settings[name] = share
     for name, choices in (("order", ORDERS), ("widths", WIDTHS)):
         one_of(name, settings[name], choices)
     for name in ("threshold", "within", "min_path", "at_epoch"):
         if name != "at_epoch" or settings[name] is not None:
-            real_number(name, settings[name])
+            settings[name] = real_number(name, settings[name])
     for name in ("threshold", "within"):
         if not 0 < settings[name] <= 1:
             raise ValueError(f"{name}={settings[name]}: it is a share, in (0, 1]")
@@ -439,7 +440,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"min_path={settings['min_path']}: it is a path time, not below 0 (1 is one whole path)")
     for name, least in (("window", 2), ("patience", 1), ("every", 1), ("at_step", 1)):
         if name in ("window", "patience") or settings[name] is not None:
-            whole_number(name, settings[name], least)
+            settings[name] = whole_number(name, settings[name], least)
     _check_given(settings)
 
 

@@ -172,6 +172,14 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         self._path = SparsePath.from_optimizer(self.optimizer, self.groups, self.callback.ties)
         return output
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As in `Trainer`; a half-precision model that does not take the floats of its batches is told what to be."""
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        except RuntimeError as error:
+            _explain_half_precision(error, model, inputs)
+            raise
+
     @property
     def path(self) -> SparsePath:
         """The path of the run so far; with `load_best_model_at_end`, after training, that of the best checkpoint.
@@ -430,6 +438,17 @@ def _check_arguments(args: Any) -> None:
         )
     if args.fsdp and int(args.fsdp_config.get("version", 2)) == 1:
         raise ValueError(FSDP1)
+
+
+def _explain_half_precision(error: RuntimeError, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Raise a clearer error where weights in half precision met inputs in float32."""
+    half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
+    floats = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.dtype == torch.float32]
+    if half and floats and "type" in str(error):
+        raise ValueError(
+            f"the model is in {half.pop()} and does not take its inputs {floats} in torch.float32 ({error}): load it "
+            "with dtype=torch.float32, and set bf16=True for mixed precision"
+        ) from error
 
 
 def _check_fsdp(plugin: Any) -> None:
