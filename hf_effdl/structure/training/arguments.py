@@ -55,13 +55,17 @@ class SplitLBIArguments(TrainingArguments):
 
     learning_rate: float | None = field(default=None, metadata={"help": "Default: 0.1 (SGD) or 0.003 (AdamW)."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 does not clip."})
-    preset: str = field(default="default", metadata={"help": "'default' or 'paper'."})
+    preset: str = field(
+        default="default", metadata={"help": "Which settings to start from.", "choices": ["default", "paper"]}
+    )
     kappa: float = field(default=1.0, metadata={"help": "Damping of split LBI."})
     nu: float | None = field(default=None, metadata={"help": "Coupling; derived from the schedule if not given."})
     path_scale: float | None = field(default=None, metadata={"help": "Step of the path; derived if not given."})
     lam: float = field(default=1.0, metadata={"help": "Strength of the penalty."})
-    lam_scale: str | None = field(default=None, metadata={"help": "'init' or 'none'."})
-    base: str = field(default="sgd", metadata={"help": "'sgd' or 'adamw'."})
+    lam_scale: str | None = field(
+        default=None, metadata={"help": "What thresholds are in units of.", "choices": ["init", "none"]}
+    )
+    base: str = field(default="sgd", metadata={"help": "The optimizer below.", "choices": ["sgd", "adamw"]})
     momentum: float = field(default=0.9, metadata={"help": "Momentum of the SGD base."})
     nesterov: bool = field(default=False, metadata={"help": "Nesterov momentum for the SGD base."})
     decoupled_weight_decay: bool | None = field(default=None, metadata={"help": "Default: only for AdamW."})
