@@ -80,8 +80,12 @@ def refuse_lone_processes() -> None:
         ValueError: as under `torchrun` on a machine without accelerators, where Accelerate must be told.
     """
     count = int(os.environ.get("WORLD_SIZE") or 1)
-    launched = count > 1 and "RANK" in os.environ  # a scheduler may set the first without launching anything
-    if launched and not (dist.is_available() and dist.is_initialized()):
+    if count == 1 or "RANK" not in os.environ:  # a scheduler may set the first without launching anything
+        return
+    from accelerate import PartialState
+
+    # not torch's process group, which can be there without Accelerate making use of it
+    if PartialState().num_processes < count:
         raise ValueError(
             f"{count} processes were started, but each sees only itself and would do the whole work, into one folder: "
             "on a machine without a GPU pass --use_cpu (TrainingArguments(use_cpu=True), accelerate launch --cpu, or "

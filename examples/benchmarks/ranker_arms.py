@@ -54,7 +54,7 @@ class TokenPool:
         extra: what lists put behind each token.
     """
 
-    fingerprint = None
+    fingerprint = groups = None
 
     def __init__(self, tokens: Tensor, extra: int = 0) -> None:
         self.held, self.dim, self.ids = tokens, tokens.shape[2] + extra, range(len(tokens))

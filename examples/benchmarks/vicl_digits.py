@@ -120,8 +120,8 @@ def run(model: VisualInContextModel, seed: int, count: int, pooled: int, folder:
             pipe.forward({name: value[at : at + BATCH] for name, value in batch.items()}, strategy=strategy, **options)
             for at in range(0, count, BATCH)
         ]
-        rows, painted = (torch.cat([part[name] for part in parts]) for name in ("rows", "painted"))
-        return rows, drawn.score(painted, truth)
+        rows = torch.tensor([shown for part in parts for shown in part["rows"]])
+        return rows, drawn.score(torch.cat([part["painted"] for part in parts]), truth)
 
     candidates = choose("nearest", CANDIDATES)
     rows = {"nearest": candidates[:, :TEN], "dense": choose("dense", TEN)}
