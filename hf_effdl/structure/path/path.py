@@ -197,6 +197,10 @@ class SparsePath:
         """A function that counts which share of the whole network some sizes are."""
         network = self.groups[0].network
         whole = network.count()[key]
+        if not whole > 0:
+            raise ValueError(
+                f"{key}=: the path says that the whole network has {whole} {key}, so no share can be kept"
+            )
         return lambda sizes: network.count(self.groups, sizes)[key] / whole
 
     # ---- file
