@@ -429,11 +429,8 @@ def compare_with_pipeline(
 ) -> None:
     """The pipeline on the photos themselves chooses the same examples, and its answers score what was looked up."""
     pipe = VisualInContextPipeline(model=photos.model, pool=pool)
-    pipe.visual_task, pipe.label_task, pipe.examples = (
-        photos.task,
-        photos.task,
-        Examples(pool, photos.model, photos.task),
-    )
+    pipe.visual_task = pipe.label_task = photos.task
+    pipe.examples = Examples(pool, photos.model, photos.task)
     some = queries[:CHECKED].tolist()
     images = [photos.pool.image(query) for query in some]
     labels = [photos.pool.label(query) for query in some]
