@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 
 def is_first() -> bool:
@@ -43,6 +43,13 @@ def decided(decide: Callable[[], Any]) -> Any:
     if isinstance(answer, Exception):
         raise answer
     return answer
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """A tensor added up over all processes, in place; the same numbers on each of them."""
+    if _several():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Taking units out for good: the same class with smaller dense tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_effdl.checks import whole_number
+from hf_effdl.structure.calibration.compensate import Wish, compensate
 from hf_effdl.structure.groups.group import Group, check_groups, check_module, check_same_network
 from hf_effdl.structure.groups.surgery import cut, share_config
 from hf_effdl.structure.groups.ties import Tie, complete_ties, config_ties, sizes_for_share, stock_config
@@ -23,6 +24,11 @@ def slim(
     keep: float | Mapping[str, Any],
     round_to: int = 1,
     example_inputs: Any = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    score: str | None = None,
+    ridge: float | None = None,
+    intercept: bool = False,
 ) -> nn.Module:
     """A physically smaller copy of a model: same class, smaller dense tensors, the removed units gone.
 
@@ -30,21 +36,36 @@ def slim(
     set to zero (to 1e-5). A transformers model keeps a stock config where its config can say the new sizes; otherwise
     the sizes go to `config.quantization_config` and `from_pretrained` needs `import hf_effdl`.
 
+    With `calibration` the layers that read the removed units are refitted, so that they do without: by least squares
+    on their inputs, `W_S = W G[:, S] (G[S, S] + r I)^-1` with `G` the Gram of the inputs and `S` those that stay, each
+    position weighted by one over the squared size of what the layer says there. Group after group, on the model as it
+    is by then. A fifth of the rows is held out: refits are taken, and their ridge is chosen, by how near the model's
+    outputs there come to those of the whole model. No labels and no training; the report says what was taken.
+
     Args:
         model: left as it is.
         groups: from `find_groups(model)`.
-        keep: share of every group's units, in (0, 1]: the units of largest norm stay (`Group.norm`); or the indices of
-            the kept units by group name, where groups not named keep all.
+        keep: share of every group's units, in (0, 1]: the units of highest `score` stay; or the indices of the kept
+            units by group name, where groups not named keep all.
         round_to: sizes round up to a multiple of this, by norm; never above what the group has.
         example_inputs: a tensor, tuple or dict that the model accepts; with it, what slimming changed is measured and
             stands in `small.config.effdl_report` (`small.effdl_report` for a module without a config).
+        calibration: batches that the model accepts (tensors, tuples or dicts; a list, a DataLoader), some hundred rows
+            in all; on several processes each passes its share. Its `"calibration"` report stands beside the others.
+        score: which units stay, where `keep` is a share. `"magnitude"`: of the largest norm (`Group.norm`), the
+            default without calibration. With it also `"activation"`: by how much of what the next layers say comes
+            through them, the default; `"obs"`: by what their leaving costs once the others have taken over;
+            `"fisher"`: by the first-order change of the loss (batches with `labels`).
+        ridge: `r`, in units of the mean diagonal of `G[S, S]`; default: the best of four on the held-out rows.
+        intercept: refit the biases too.
 
     Returns:
         The smaller model, in the mode of `model`, an ordinary module that trains, saves, exports and slims again.
 
     Raises:
-        ValueError: for groups of another model, an unknown group name, a share outside (0, 1], or indices that are
-            empty, repeated or out of range.
+        ValueError: for groups of another model, an unknown group name, a share outside (0, 1], indices that are
+            empty, repeated or out of range, a score that needs `calibration` or labels, or batches that the model does
+            not take.
 
     Example:
         >>> from hf_effdl import find_groups
@@ -67,16 +88,36 @@ def slim(
         _, share = one_budget(keep=keep)
         chosen = {}
         sizes = sizes_for_share(complete_ties(ties, units), units, share, round_to)
-    members = [group for group in groups if group.name in sizes]
-    kept = {group.name: _fill(group, model, chosen.get(group.name), sizes[group.name]) for group in members}
-    small = cut_copy(model, groups, kept)
+    wishes = {name: Wish(size, chosen.get(name)) for name, size in sizes.items()}
+    if calibration is None:
+        _check_no_calibration(score, ridge, intercept)
+        kept, report = (
+            {group.name: wishes[group.name].kept(group.norm(model)) for group in groups if group.name in wishes},
+            {},
+        )
+        small = cut_copy(model, groups, kept)
+    else:
+        settings = {"score": score or "activation", "ridge": ridge, "intercept": intercept}
+        done = compensate(model, groups, wishes, calibration, **settings)
+        kept, report = done.kept, {"calibration": done.report}
+        small = cut_copy(done.model, groups, kept)
     forget_report(small)
     if isinstance(model, PreTrainedModel):  # only those are built from their config
         set_config(small, ties, units | {name: len(index) for name, index in kept.items()})
     if example_inputs is not None:
         budget = {name: len(index) for name, index in kept.items()} if isinstance(keep, Mapping) else {"keep": share}
-        set_report(small, effdl_report(model, small, example_inputs, groups, budget))
+        report = effdl_report(model, small, example_inputs, groups, budget) | report
+    if report:
+        set_report(small, report)
     return small
+
+
+def _check_no_calibration(score: str | None, ridge: float | None, intercept: bool) -> None:
+    if score not in (None, "magnitude") or ridge is not None or intercept:
+        raise ValueError(
+            f"score={score!r}, ridge={ridge} and intercept={intercept} speak of a calibration, and there is "
+            "none: pass calibration=batches, some hundred rows as the model accepts them"
+        )
 
 
 @torch.no_grad()
@@ -120,14 +161,6 @@ def _indices(name: str, value: Any, units: Mapping[str, int]) -> Tensor:
 def _hint_at_mask(index: Tensor, units: int) -> str:
     looks_like_one = index.shape == (units,) and bool(((index == 0) | (index == 1)).all())
     return f": 0s and 1s of {index.dtype} are no mask, make them bool" if looks_like_one else ""
-
-
-def _fill(group: Group, model: nn.Module, chosen: Tensor | None, size: int) -> Tensor:
-    """The chosen units and, up to `size`, the largest of the others."""
-    norm = group.norm(model)
-    if chosen is not None:
-        norm[chosen] = float("inf")
-    return norm.topk(size).indices.sort().values
 
 
 def set_config(small: nn.Module, ties: Sequence[Tie], sizes: Mapping[str, int]) -> None:

@@ -1,0 +1,264 @@
+"""Going through the groups, layer after layer: who goes, and how the layers behind do without."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from hf_effdl.checks import one_of, real_number
+from hf_effdl.processes import is_first, same_fate
+from hf_effdl.structure.calibration.batches import Calibration, answer, first_rows, split_rows
+from hf_effdl.structure.calibration.grams import Ensemble, Gram
+from hf_effdl.structure.calibration.joints import joints_of
+from hf_effdl.structure.calibration.judge import Judge
+from hf_effdl.structure.calibration.readers import Readers, Weights
+from hf_effdl.structure.calibration.replay import replay_of
+from hf_effdl.structure.calibration.scores import activation, check_finite, fisher, obs
+from hf_effdl.structure.calibration.taps import Joint
+from hf_effdl.structure.groups.group import Group
+from hf_effdl.structure.groups.inputs import evaluating
+
+
+logger = logging.getLogger(__name__)
+
+SCORES = ("magnitude", "activation", "obs", "fisher")
+RIDGES = (0.001, 0.01, 0.1)  # in units of the mean diagonal
+SAFE_RIDGE = 0.1  # the least where there are fewer positions than inputs to fit on them
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to stay of a group.
+
+    Args:
+        size: how many units.
+        chosen: those that are certain to stay, or None; the score says which others do.
+    """
+
+    size: int
+    chosen: Tensor | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a score has a say."""
+        return self.chosen is None or len(self.chosen) < self.size
+
+    def kept(self, score: Tensor) -> Tensor:
+        """Ascending indices of the units that stay: the chosen ones, then those of the highest score."""
+        score = score.clone()
+        if self.chosen is not None:
+            score[self.chosen] = float("inf")
+        return score.topk(self.size).indices.sort().values
+
+
+@dataclass
+class Compensated:
+    """A model whose layers do without some units, all of which it still has.
+
+    Args:
+        model: a copy at full size; the layers behind read nothing of the units that go.
+        kept: ascending indices of the units that stay, by group.
+        report: rows, errors and, by group, the ridge that was taken; plain values.
+    """
+
+    model: nn.Module
+    kept: dict[str, Tensor]
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def check_settings(score: str, ridge: float | None, intercept: bool) -> None:
+    """Refuse settings of a compensation that are out of range."""
+    if score == "path":
+        raise ValueError(
+            'score="path" is the order of a training run: trainer.slim takes it, or pass keep=path.select(...)'
+        )
+    one_of("score", score, SCORES)
+    one_of("intercept", intercept, (True, False))
+    if ridge is not None and not 0 <= real_number("ridge", ridge) < float("inf"):
+        raise ValueError(f"ridge={ridge}: it must be a number of at least 0, in units of the Gram's mean diagonal")
+
+
+def compensate(
+    model: nn.Module,
+    groups: Sequence[Group],
+    wishes: Mapping[str, Wish],
+    batches: Any,
+    *,
+    score: str = "activation",
+    ridge: float | None = None,
+    intercept: bool = False,
+) -> Compensated:
+    """Choose units by what the model does on calibration rows, and refit the layers that read those that go.
+
+    Group after group in the order in which the forward pass reaches the layers behind, each on the model as the groups
+    before have left it. A fifth of the rows is held out: a refit is taken, and its ridge chosen, only if the model's
+    own outputs there come nearer to what they were; and in the end all refits together must beat none at all.
+
+    Args:
+        model: left as it is.
+        groups: of the model.
+        wishes: what stays, by group; other groups stay whole.
+        batches: an iterable of inputs, see `split_rows`; on several processes each has its own share.
+        score: which units stay where a wish leaves that open: one of `SCORES`.
+        ridge: in units of the mean diagonal of the Gram; default: the best of `RIDGES`.
+        intercept: also fit the bias of layers that have one.
+    """
+    check_settings(score, ridge, intercept)
+    slim = deepcopy(model).eval()
+    with evaluating(model):
+        walk = _Walk.of(model, slim, [group for group in groups if group.name in wishes], split_rows(batches, model))
+        walk.ridge, walk.intercept = ridge, intercept
+        losses = walk.losses() if score == "fisher" and any(wish.is_open for wish in wishes.values()) else {}
+        kept: dict[str, Tensor] = {}
+        steps: dict[str, Any] = {}
+        for group in transformers_logging.tqdm(walk.groups, desc="refitting", unit=" groups", disable=not is_first()):
+            walk.advance(group)
+            grams = walk.grams(group)
+            wish = wishes[group.name]
+            if wish.is_open:
+                values = losses[group.name] if losses else walk.score(score, group, grams, wish.size)
+                kept[group.name] = wish.kept(check_finite(values, group.name))
+            else:
+                kept[group.name] = wish.chosen
+            steps[group.name] = walk.settle(group, grams, kept[group.name])
+        report = {"rows": walk.rows.rows[0], "held_out": walk.rows.rows[1], "score": score}
+        report |= walk.against_none(kept)
+    for copied, module in zip(slim.modules(), model.modules(), strict=True):
+        copied.training = module.training
+    return Compensated(slim, kept, report | {"groups": steps})
+
+
+@dataclass
+class _Walk:
+    """A copy of the model on its way from group to group.
+
+    Args:
+        ensemble: the model and its copy, on the rows to fit on.
+        readers: of every group, layers of the copy.
+        joints: of every reader.
+        groups: in the order in which a forward pass reaches the first layer behind them.
+        rows: fitted on and held out.
+        judge: of the rows held out.
+    """
+
+    ensemble: Ensemble
+    readers: Mapping[str, Readers]
+    joints: Mapping[str, Sequence[Joint | None]]
+    groups: Sequence[Group]
+    rows: Calibration
+    judge: Judge
+    ridge: float | None = None
+    intercept: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, slim: nn.Module, groups: Sequence[Group], rows: Calibration) -> "_Walk":
+        readers = {group.name: Readers.of(slim, group) for group in groups}
+        layers = [consumer.name for behind in readers.values() for consumer in behind.consumers]
+        fit = dict(enumerate(rows.fit))
+        held_out = {-1 - number: batch for number, batch in enumerate(rows.held_out)}
+        with same_fate():
+            example = first_rows(rows)
+            whole, copy = replay_of(model, layers, example), replay_of(slim, layers, example)
+            joints = joints_of(slim, {name: behind.consumers for name, behind in readers.items()}, example)
+            order = _order(slim, readers, example)
+        ordered = sorted(groups, key=lambda group: order.get(group.name, len(order)))
+        return cls(Ensemble(whole, copy, fit), readers, joints, ordered, rows, Judge(whole, held_out))
+
+    def losses(self) -> dict[str, Tensor]:
+        """Scores by the loss, of all groups, on the model as it was."""
+        consumers = {name: behind.consumers for name, behind in self.readers.items()}
+        return fisher(self.ensemble.slim.model, consumers, self.rows.fit)
+
+    def advance(self, group: Group) -> None:
+        """Pass over what comes before a group's readers in both models from now on."""
+        fit, held_out = self.ensemble.batches, self.judge.batches
+        slim = self.ensemble.slim
+        layers = [consumer.layer for consumer in self.readers[group.name].consumers]
+        start = slim.block_of(layers)
+        with same_fate():
+            slim.advance(start, {**fit, **held_out})
+            self.ensemble.whole.advance(start, fit)
+
+    def grams(self, group: Group) -> list[Gram]:
+        """What the readers of a group are given by now, and should say."""
+        return self.ensemble.grams(self.readers[group.name].consumers, self.joints[group.name])
+
+    def score(self, score: str, group: Group, grams: Sequence[Gram], size: int) -> Tensor:
+        """What the units of a group are worth by now."""
+        if score == "magnitude":
+            return group.norm(self.ensemble.slim.model)
+        consumers = self.readers[group.name].consumers
+        return activation(consumers, grams) if score == "activation" else obs(consumers, grams, size)
+
+    def settle(self, group: Group, grams: Sequence[Gram], kept: Tensor) -> dict[str, Any]:
+        """Take the units that go from the layers behind, in the way that moves the outputs least."""
+        behind = self.readers[group.name]
+        tries: list[tuple[float, float | None, Weights]] = []
+        for ridge in [None, *self._ridges(group, grams, kept)]:
+            weights = behind.without(kept) if ridge is None else behind.refitted(grams, kept, ridge, self.intercept)
+            behind.write(weights)
+            tries.append((self.judge.error(self.ensemble.slim), ridge, weights))
+        error, ridge, best = min(tries, key=lambda entry: entry[0])
+        behind.write(best)
+        return {"ridge": ridge, "error": error, "error_without": tries[0][0]}
+
+    def _ridges(self, group: Group, grams: Sequence[Gram], kept: Tensor) -> list[float]:
+        columns = self.readers[group.name].kept_columns(kept)
+        seen = [(gram.positions, len(index)) for gram, index in zip(grams, columns, strict=True) if gram.positions]
+        wanted = sorted(RIDGES) if self.ridge is None else [float(self.ridge)]
+        if not seen:
+            logger.warning("no calibration row reaches the layers behind %s: they are not refitted", group.name)
+            return []
+        short = [pair for pair in seen if pair[0] < pair[1]]
+        if short:
+            logger.warning(
+                "%d calibration positions are fewer than the %d inputs to fit on them behind %s: the ridge is at "
+                "least %s; pass more rows",
+                *short[0],
+                group.name,
+                SAFE_RIDGE,
+            )
+            wanted = sorted({max(ridge, SAFE_RIDGE) for ridge in wanted})
+        return wanted
+
+    def against_none(self, kept: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The error of all refits together and without any; where none at all is nearer, none is taken."""
+        fitted = {
+            name: [(consumer.matrix.clone(), consumer.bias) for consumer in behind.consumers]
+            for name, behind in self.readers.items()
+        }
+        self.ensemble.slim.rewind()
+        error = self.judge.error(self.ensemble.slim)
+        for name, behind in self.readers.items():
+            behind.write(behind.without(kept[name]))
+        without = self.judge.error(self.ensemble.slim)
+        if error < without:
+            for name, behind in self.readers.items():
+                behind.write(fitted[name])
+        return {"error": min(error, without), "error_without": without, "refitted": error < without}
+
+
+def _order(model: nn.Module, readers: Mapping[str, Readers], batch: Any) -> dict[str, int]:
+    """By group, its place in the order in which a forward pass reaches the first layer behind it."""
+    reached: dict[str, int] = {}
+
+    def hook_for(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            reached.setdefault(name, len(reached))
+
+        return hook
+
+    layers = [(name, consumer.layer) for name, behind in readers.items() for consumer in behind.consumers]
+    handles = [layer.register_forward_hook(hook_for(name)) for name, layer in layers]
+    try:
+        with torch.no_grad():
+            answer(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return reached

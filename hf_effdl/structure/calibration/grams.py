@@ -1,0 +1,127 @@
+"""Grams: what the consumers of a group are given and should say, summed up over calibration rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_effdl.processes import same_fate, summed
+from hf_effdl.structure.calibration.batches import mask_of
+from hf_effdl.structure.calibration.consumer import Consumer
+from hf_effdl.structure.calibration.replay import Replay
+from hf_effdl.structure.calibration.taps import Heard, Joint, Taps
+
+
+QUIET = 0.01  # of the median size: answers smaller than that count as that
+
+
+@dataclass(eq=False)
+class Gram:
+    """Sums over positions of the inputs `a` of a consumer and of what it should say, `t`.
+
+    Each position is weighted by one over the squared size of the whole model's answer there, so that it counts by its
+    relative error. Without that the few tokens with massive activations own the sums.
+
+    Args:
+        products: `G = sum w a a^T`, `(inputs, inputs)`, float64.
+        targets: `C = sum w t a^T`, `(outputs, inputs)`; `W G` as long as nothing before has changed.
+        sums: `sum w a`, `(inputs,)`.
+        target_sums: `sum w t`, `(outputs,)`.
+        weights: `sum w`, one number.
+        positions: how many were summed up.
+    """
+
+    products: Tensor
+    targets: Tensor
+    sums: Tensor
+    target_sums: Tensor
+    weights: Tensor
+    positions: int = 0
+
+    @classmethod
+    def empty(cls, consumer: Consumer) -> "Gram":
+        """Of no positions yet."""
+        weight = consumer.layer.weight
+        # the first has no float64
+        kind = {"dtype": torch.float32 if weight.device.type == "mps" else torch.float64, "device": weight.device}
+        inputs, outputs = consumer.inputs, weight.numel() // consumer.inputs
+        square, wide = torch.zeros(inputs, inputs, **kind), torch.zeros(outputs, inputs, **kind)
+        return cls(square, wide, torch.zeros(inputs, **kind), torch.zeros(outputs, **kind), torch.zeros((), **kind))
+
+    def add(self, rows: Tensor, wanted: Tensor, size: Tensor) -> None:
+        """Add positions: inputs, what should be said to them, and the squared size of what the whole model says."""
+        said = size > 0  # blank places, say
+        rows, wanted, size = rows[said].float(), wanted[said].float(), size[said]
+        if len(rows):
+            weights = 1 / size.clamp_min(QUIET * size.median())
+            weighted = rows * weights[:, None]
+            self.products += weighted.T @ rows
+            self.targets += wanted.T @ weighted
+            self.sums += weighted.sum(0)
+            self.target_sums += weights @ wanted
+            self.weights += weights.sum()
+            self.positions += len(rows)
+
+    def over_processes(self) -> "Gram":
+        """The sums of all processes."""
+        positions = summed(torch.tensor(self.positions, device=self.products.device))
+        sums = [summed(getattr(self, name)) for name in ("products", "targets", "sums", "target_sums", "weights")]
+        return Gram(*sums, int(positions))
+
+
+@dataclass(eq=False)
+class Ensemble:
+    """The whole model and the copy that does without some units, side by side.
+
+    Args:
+        whole: as it was.
+        slim: of the same architecture.
+        batches: by number; this process's share.
+    """
+
+    whole: Replay
+    slim: Replay
+    batches: dict[int, Any] = field(default_factory=dict)
+
+    def grams(self, consumers: Sequence[Consumer], joints: Sequence[Joint | None]) -> list[Gram]:
+        """The Gram of every consumer of a group, over all batches and all processes.
+
+        A consumer is to say what it says in the whole model, and beside that what the layers before it have failed to
+        add to the stream that its answer joins. One that no forward pass calls has a Gram of no positions.
+
+        Args:
+            consumers: layers of the slim model.
+            joints: of each.
+        """
+        originals = [consumer.in_model(self.whole.model) for consumer in consumers]
+        whole = Taps(self.whole.model, originals, joints)
+        slim = Taps(self.slim.model, consumers, joints)
+        grams = [Gram.empty(consumer) for consumer in consumers]
+        with same_fate():
+            for number, batch in self.batches.items():
+                expected = whole.listen(lambda: self.whole.run(batch, number))  # noqa: B023 - called at once
+                heard = slim.listen(lambda: self.slim.run(batch, number))  # noqa: B023
+                for place, gram in enumerate(grams):
+                    pair = (originals[place], expected[place]), (consumers[place], heard[place])
+                    _add(gram, *pair, joints[place], mask_of(batch))
+        return [gram.over_processes() for gram in grams]
+
+
+def _add(
+    gram: Gram, whole: tuple[Consumer, Heard], slim: tuple[Consumer, Heard], joint: Joint | None, mask: Tensor | None
+) -> None:
+    """Add all calls of a consumer in one forward pass."""
+    (original, expected), (consumer, heard) = whole, slim
+    for call, (given, said) in enumerate(zip(heard.given, expected.said, strict=True)):
+        wanted = original.outputs(said).float()
+        size = wanted.square().sum(1)
+        if joint is not None and len(heard.stream) > call:
+            missing = expected.stream[call].float() - heard.stream[call].float()
+            wanted = consumer.outputs(heard.said[call]).float() + consumer.by_position(missing) / joint.scale
+        rows = consumer.rows(given)
+        if mask is not None and given.ndim == 3 and given.shape[:2] == mask.shape:
+            there = mask.flatten().bool()
+            rows, wanted, size = rows[there], wanted[there], size[there]
+        gram.add(rows, wanted, size)

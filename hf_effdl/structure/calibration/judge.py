@@ -1,0 +1,77 @@
+"""How far a model's outputs have moved from what they were, on rows that nothing was fitted on."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_effdl.processes import same_fate, summed
+from hf_effdl.structure.calibration.batches import mask_of
+from hf_effdl.structure.calibration.replay import Replay
+from hf_effdl.structure.groups.inputs import output_tensors
+
+
+WIDE = 1024  # of an axis longer than that, so many fixed places are looked at: a vocabulary would fill the memory
+QUIET = 0.01  # of the median size: an output smaller than that counts as that
+
+
+class Judge:
+    """Remembers what a model says to some rows, and compares.
+
+    The error is the mean over positions (a row, a token; padding left out) of `|o - o'|^2 / |o|^2`, then over all
+    outputs, over all processes.
+
+    Args:
+        whole: the model as it is before anything changes.
+        batches: this process's held-out rows, by number.
+    """
+
+    def __init__(self, whole: Replay, batches: dict[int, Any]) -> None:
+        self.batches = batches
+        with same_fate():
+            self.expected = {number: self._said(whole, number) for number in batches}
+            if not all(bool(output.isfinite().all()) for outputs in self.expected.values() for output in outputs):
+                name = type(whole.model).__name__
+                raise ValueError(f"the outputs of {name} on calibration rows are not finite: check rows and weights")
+
+    @torch.no_grad()
+    def error(self, slim: Replay) -> float:
+        """Mean relative error of the outputs of a model; 0 for the model as it was, 1 for one that says nothing."""
+        device = next(slim.model.parameters()).device
+        total = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        with same_fate():
+            for number, expected in self.expected.items():
+                for before, now in zip(expected, self._said(slim, number), strict=True):
+                    total += _relative_error(before, now).to(total)
+        total = summed(total)
+        error = float(total[0] / total[1])
+        return error if error == error else float("inf")  # nothing is worse than NaN
+
+    @torch.no_grad()
+    def _said(self, model: Replay, number: int) -> list[Tensor]:
+        batch = self.batches[number]
+        outputs = output_tensors(model.run(batch, number))
+        if not outputs:
+            name = type(model.model).__name__
+            raise ValueError(f"{name} answers with no floating point tensor, so nothing can be judged")
+        return [_positions(output, mask_of(batch)) for output in outputs if output.ndim]
+
+
+def _relative_error(before: Tensor, now: Tensor) -> Tensor:
+    """The sum over positions of the relative squared error, and their number."""
+    wrong, size = (before - now).square().sum(1), before.square().sum(1)
+    relative = wrong / size.clamp_min(QUIET * size.median()).clamp_min(torch.finfo(size.dtype).tiny)
+    return torch.stack([relative.sum(), relative.new_tensor(len(relative))])
+
+
+def _positions(output: Tensor, mask: Tensor | None) -> Tensor:
+    """An output as `(positions, numbers)` in float32: tokens where it has some, else rows."""
+    output = output.detach().float()
+    if output.shape[-1] > WIDE and output.ndim <= 3:
+        output = output[..., torch.linspace(0, output.shape[-1] - 1, WIDE).long().to(output.device)]
+    if output.ndim == 1:
+        return output[:, None]
+    if output.ndim != 3:
+        return output.flatten(1)
+    is_text = mask is not None and output.shape[:2] == mask.shape
+    return output[mask.bool()] if is_text else output.flatten(0, 1)
