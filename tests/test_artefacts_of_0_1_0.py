@@ -1,7 +1,7 @@
 """What version 0.1.0 saved loads with the code of today and gives the answers that 0.1.0 gave.
 
-Only public names of the package are used here, as its inner modules may move. tests/fixtures/make.py, run with 0.1.0,
-wrote the files.
+Only public names of the package are used here, as its inner modules may move. The script that wrote the files, with
+0.1.0, is in the history: `git log --diff-filter=D -- tests/fixtures/make.py`.
 """
 
 import json
@@ -44,7 +44,7 @@ def tensors(name: str, kind: str = "expected") -> dict[str, Tensor]:
 
 
 def flat(value: Any, name: str = "") -> dict[str, Tensor]:
-    """The tensors and numbers in nested plain values, by their way there, as make.py stored them."""
+    """The tensors and numbers in nested plain values, by their way there."""
     if isinstance(value, Tensor):
         return {name: value}
     if isinstance(value, (bool, int, float)):
