@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hub import LoopbackHub
 from PIL import Image as Picture
-from test_examples import BIN, ROOT, TWO, run
+from test_examples import ROOT, TWO, run
 from transformers import AutoModelForImageClassification, ConvNextConfig, ConvNextImageProcessor, ResNetConfig
 
 from hf_effdl import SparsePath
@@ -109,48 +109,10 @@ def test_the_grown_model_loads_from_the_hub_where_the_package_cannot_be_imported
 
 
 @pytest.mark.slow
-def test_the_example_runs_under_accelerate_launch(config, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    out = run(
-        str(BIN / "accelerate"),
-        "launch",
-        "--cpu",
-        "--num_processes",
-        "1",
-        str(SCRIPT),
-        "--config",
-        str(config),
-        "--output_dir",
-        "out",
-        "--max_steps",
-        "8",
-        "--growth_rounds",
-        "1",
-        "--eval_strategy",
-        "no",
-        cwd=tmp_path,
-    )
-    check(out, tmp_path / "out")
-
-
-@pytest.mark.slow
 def test_the_example_runs_on_two_processes_and_reports_once(config, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    out = run(
-        *TWO,
-        str(SCRIPT),
-        "--config",
-        str(config),
-        "--output_dir",
-        "out",
-        "--seed-depths",
-        "1",
-        "2",
-        "--max-macs-share",
-        "0.49",
-        cwd=tmp_path,
-    )
-    check(out, tmp_path / "out")
+    given = f"--config {config} --output_dir out --seed-depths 1 2 --max-macs-share 0.49"
+    check(run(*TWO, str(SCRIPT), *given.split(), cwd=tmp_path), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["depths"] == [1, 2]
 
 

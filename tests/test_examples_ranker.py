@@ -16,26 +16,8 @@ import train_ranker  # noqa: E402
 from hf_effdl.vicl.auto import ListwiseRanker  # noqa: E402
 
 
-SMALL = (
-    "--max_pool",
-    "16",
-    "--max_queries",
-    "4",
-    "--candidates",
-    "7",
-    "--label_budget",
-    "8",
-    "--lengths",
-    "3",
-    "5",
-    "--hidden_size",
-    "32",
-    "--num_train_epochs",
-    "1",
-    "--use_cpu",
-    "--disable_tqdm",
-    "true",
-)
+SMALL = "--max_pool 16 --max_queries 4 --candidates 7 --label_budget 8 --lengths 3 5 --hidden_size 32".split()
+SMALL += "--num_train_epochs 1 --use_cpu --disable_tqdm true".split()
 
 
 def check(printed: str, out) -> dict:
