@@ -55,15 +55,14 @@ class Repo:
     private: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
 
     @property
     def head(self) -> Commit:
         return self.resolve("main")
 
     def resolve(self, revision: str) -> Commit:
-        """The commit that a branch, a tag or a full commit oid names; `KeyError` if there is none."""
-        return self.commits[self.branches.get(revision) or self.tags.get(revision) or revision]
+        """The commit that a branch or a full commit oid names; `KeyError` if there is none."""
+        return self.commits[self.branches.get(revision, revision)]
 
     def commit(
         self, changes: Mapping[str, bytes | None], title: str = "Upload", description: str = "", branch: str = "main"
@@ -324,13 +323,6 @@ class LoopbackHub(ThreadingHTTPServer):
         repo.private = asked.get("private", False) or asked.get("visibility") == "private"
         return {"url": self._web_url(repo), "name": repo_id, "id": repo_id}
 
-    @route("DELETE", "/api/repos/delete")
-    def _delete_repo(self, request: Request) -> Any:
-        asked = request.json()
-        repo = self._find(request, asked.get("type"), f"{asked.get('organization') or USER}/{asked['name']}")
-        del self.repos[repo.repo_type, repo.repo_id]
-        return {}
-
     @route("GET", rf"{API}(?:/revision/{REVISION})?")
     def _info(self, request: Request, repo: Repo, commit: Commit) -> Any:
         return {
@@ -358,20 +350,6 @@ class LoopbackHub(ThreadingHTTPServer):
     def _paths_info(self, request: Request, repo: Repo, commit: Commit) -> Any:
         known = entries(commit)
         return [known[path] for path in parse_qs(request.body.decode()).get("paths", []) if path in known]
-
-    @route("POST", rf"{API}/branch/(?P<name>[^/]+)")
-    def _create_branch(self, request: Request, repo: Repo, name: str) -> Any:
-        return self._create_ref(repo, repo.branches, name, request.json().get("startingPoint", "main"))
-
-    @route("POST", rf"{API}/tag/(?P<target>[^/]+)")
-    def _create_tag(self, request: Request, repo: Repo, target: str) -> Any:
-        return self._create_ref(repo, repo.tags, request.json()["tag"], target)
-
-    def _create_ref(self, repo: Repo, refs: dict[str, str], name: str, target: str) -> Any:
-        if name in refs:
-            raise HubError(409, "Reference already exists")
-        refs[name] = self._resolve(repo, target).oid
-        return {}
 
     @route("POST", rf"{API}/preupload/{REVISION}")
     def _preupload(self, request: Request, repo: Repo, commit: Commit) -> Any:
