@@ -15,7 +15,6 @@ from distributed import trainer_run
 from forked import Script
 from models import recount, resnet
 from safetensors.torch import load_file
-from test_controls import conv_bn_net, mnist
 from test_distributed import assert_close
 from test_trainer import assert_same
 from torch import nn
@@ -41,7 +40,7 @@ from hf_effdl import (
 )
 from hf_effdl.structure.groups.group import regroup
 from hf_effdl.structure.growing import checkpoint as grow_checkpoint
-from hf_effdl.structure.growing.checkpoint import grown_folder, saved_history
+from hf_effdl.structure.growing.checkpoint import grown_folder
 from hf_effdl.structure.growing.history import (
     by_round,
     grew,
@@ -459,20 +458,6 @@ def test_going_on_from_any_checkpoint_ends_the_same(grown, finished, tmp_path):
     run = growing_run.trainer(tmp_path / "again", restore_callback_states_from_checkpoint=True, eval_on_start=True)
     run.train(resume_from_checkpoint=str(source / "checkpoint-6" / "grown"))
     assert_same(growing_run.outcome(run), finished)
-
-
-def test_a_round_that_was_not_carried_out_is_made_up_for_at_resume(grown, finished, tmp_path):
-    for step in (19,):
-        folder = tmp_path / str(step) / f"checkpoint-{step}"
-        shutil.copytree(Path(grown.args.output_dir) / folder.name, folder, ignore=shutil.ignore_patterns("grown"))
-        assert all(row["step"] < step for row in saved_history(folder)) and grown_folder(folder) is None
-        run = growing_run.trainer(tmp_path)
-        run.train(resume_from_checkpoint=str(folder))
-        assert_same(growing_run.outcome(run), finished, f"from {step}")
-        kept = SparsePath.load(folder / "grown")
-        assert {name: len(unit["entered"]) for name, unit in kept.units.items()} == {
-            row["group"]: row["to"] for row in run.history if row["step"] == step
-        }
 
 
 def test_a_grown_checkpoint_of_another_run_that_passed_here_is_not_taken(grown, finished, tmp_path):
@@ -986,62 +971,3 @@ def test_two_processes_killed_inside_a_growth_step_and_resumed_equal_the_uninter
     Script("growing_run.py", tmp_path, "--ddp", "cut", "--resume", processes=2).finish()
     for rank in (0, 1):
         assert_same(torch.load(tmp_path / f"cut-{rank}.pt", weights_only=True), pair[rank])
-
-
-# ---- control
-
-
-class Rows(torch.utils.data.Dataset):
-    """Images with their labels, or noise with labels redrawn at every step."""
-
-    def __init__(self, images=None, labels=None, count=32 * 200):
-        self.images, self.labels, self.count = images, labels, count
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        if self.images is None:
-            return {"x": torch.randn(1, 28, 28), "labels": torch.randint(10, ()).item()}
-        return {"x": self.images[i % len(self.images)], "labels": self.labels[i % len(self.images)].item()}
-
-
-class Classifier(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = conv_bn_net()
-
-    def forward(self, x, labels=None):
-        return with_loss(self.body(x), labels)
-
-
-def control(out, rows):
-    torch.manual_seed(0)
-    args = GrowingArguments(
-        str(out),
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        per_device_train_batch_size=16,
-        max_steps=500,
-        growth_rounds=4,
-        growth_until=0.8,
-        growth_patience=9,
-        save_strategy="no",
-        lr_scheduler_type="constant",
-        learning_rate=0.2,
-        logging_steps=500,
-        max_width=24,
-    )
-    run = GrowingTrainer(Classifier(), args, train_dataset=rows)
-    run.train()
-    return [bool(grew(rows)) for rows in by_round(run.history)]
-
-
-def test_noise_with_redrawn_labels_does_not_grow_after_round_two(tmp_path):
-    grown = control(tmp_path, Rows())
-    assert len(grown) == 4 and not any(grown[2:])
-
-
-def test_true_labels_in_the_same_budget_grow(data_folder, tmp_path):
-    assert any(control(tmp_path, Rows(*mnist(data_folder))))

@@ -1,10 +1,7 @@
 """Tickets: when a selection has settled, what a run leaves behind, and the networks that start again from it."""
 
-import json
 import logging
 import random
-import shutil
-import time
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -228,26 +225,6 @@ def test_an_empty_support_is_no_ticket_and_the_error_names_the_budgets(tmp_path)
     assert with_budget.report()["params"]["ratio"] <= 0.5
 
 
-def test_a_group_without_a_unit_in_the_support_keeps_its_best_one(tmp_path):
-    run, paths = tiny_run.trainer(str(tmp_path), **QUIET, path_share=0.5), []
-
-    class Read(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            paths.append(SparsePath.from_optimizer(kwargs["optimizer"], run.groups))
-
-    run.add_callback(Read())
-    run.train()
-    entered = [[inside.any() for inside in path.support.values()] for path in paths]
-    step = 1 + next(k for k, groups in enumerate(entered) if any(groups) and not all(groups))
-    ticket = find_ticket(tiny_run.trainer(str(tmp_path), **QUIET, path_share=0.5), at_step=step, within=1.0)
-    path = paths[step - 1]
-    for name, inside in path.support.items():
-        expected = inside.nonzero().flatten() if inside.any() else path.scores()[name].argmax()[None]
-        assert torch.equal(ticket.kept[name], expected)
-    small = rewind(tiny_run.model, ticket)
-    assert small(torch.zeros(2, 1, 16, 16)).logits.shape == (2, 2)
-
-
 # ---- any Trainer
 
 
@@ -295,21 +272,6 @@ def test_thresholds_that_are_not_relative_measure_the_path_by_the_schedule(tmp_p
 
 
 # ---- resume
-
-
-def test_a_search_killed_at_a_random_moment_and_resumed_finds_the_same_ticket(found, tmp_path):
-    assert found.settled and found.step > 12 and sorted(found.weights) == [0, 3, found.step]
-    out = tmp_path / "run"
-    run = Script("ticket_run.py", out)
-    run.wait_for(lambda: list(out.glob("checkpoint-*/trainer_state.json")))
-    delay = random.SystemRandom().uniform(0, 0.3)
-    time.sleep(delay)
-    killed = run.kill()
-    print(f"killed {delay:.3f} s after the first checkpoint, {sorted(p.name for p in out.iterdir())}")
-    assert killed or (out / "found").exists()
-    shutil.copytree(out, tmp_path / "copy")
-    assert_same_ticket(ticket_run.search(out, True), found)
-    assert_same_ticket(ticket_run.search(tmp_path / "copy", True, restore=True), found)
 
 
 def test_every_checkpoint_of_a_search_leads_to_the_same_ticket(found, tmp_path):
@@ -416,19 +378,6 @@ def test_the_masked_network_has_the_same_loss_curve_as_the_small_one(name):
                 assert gone and not tensor[gone].any()
 
 
-def test_nothing_wakes_the_silent_units():
-    net, x = build("vgg", seed=0)
-    ticket = made_up(net, x)
-    model = rewind(net, ticket, masked=True)
-    sum((p - 1).square().sum() for p in model.parameters()).backward()  # would pull every weight to one
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
-    small, expected = slim(model, ticket.groups, ticket.kept), rewind(net, ticket)
-    for (name, p), old in zip(small.named_parameters(), expected.parameters(), strict=True):
-        assert torch.allclose(p, old + 0.2 * (1 - old)), name
-    entries = sum(p.count_nonzero() for p in model.parameters())
-    assert entries == sum(p.numel() for p in small.parameters())
-
-
 @pytest.mark.parametrize(
     "make,shape",
     [
@@ -456,18 +405,6 @@ def test_the_rewound_network_is_the_slim_one_of_the_initial_weights(make, shape)
     assert {key: report[key]["before"] for key in ("params", "macs")} == recount(net, x)
     units = {group.name: group.units for group in find_groups(small, x)}
     assert units == {key: len(index) for key, index in ticket.kept.items()}
-
-
-def test_a_rewound_network_trains_saves_and_loads(found, tmp_path):
-    small = rewind(tiny_run.model, found)
-    assert small.config.effdl_report["macs"]["ratio"] <= 0.5 and small.config.effdl_report["weights of step"] == 0
-    args = TrainingArguments(str(tmp_path / "run"), **{**tiny_run.SHARED, "max_steps": 4})
-    run = Trainer(small, args, train_dataset=tiny_run.images(32, 1), eval_dataset=tiny_run.images(8, 2))
-    run.train()
-    small.save_pretrained(tmp_path / "small")
-    assert getattr(small.config, "quantization_config", None) is None  # sizes that anyone can load
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "small")
-    assert_same_state(loaded.state_dict(), small.state_dict())
 
 
 def test_statistics_of_batch_norms_are_those_of_the_step(found):
@@ -674,58 +611,6 @@ def test_types_and_memory_formats_survive(tmp_path, half):
     kept = {groups[0].name: torch.tensor([1, 3])}
     Ticket(groups, kept, 4, weights={0: dict(net.state_dict())}).save_pretrained(tmp_path)
     assert_same_state(Ticket.from_pretrained(tmp_path).weights[0], net.state_dict())
-
-
-@pytest.mark.parametrize("name", ["ticket.json", "ticket.safetensors", "weights-3.safetensors"])
-@pytest.mark.parametrize("how", ["cut", "flip", "gone"])
-def test_damaged_files_are_refused_by_name(found, tmp_path, name, how):
-    found.save_pretrained(tmp_path)
-    file = tmp_path / name
-    content = bytearray(file.read_bytes())
-    if how == "cut":
-        file.write_bytes(content[: len(content) // 2])
-    elif how == "flip":
-        content[-20] ^= 8
-        file.write_bytes(content)
-    else:
-        file.unlink()
-    error = FileNotFoundError if (name, how) == ("ticket.json", "gone") else ValueError
-    with pytest.raises(error, match="holds no ticket|cannot be read" if name == "ticket.json" else name):
-        Ticket.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "change", [{"format": 2}, {"groups": None}, {"weights": ["../../x"]}, {"sha256": []}, {"shapes": 3}]
-)
-def test_records_that_do_not_fit_are_refused(found, tmp_path, change):
-    found.save_pretrained(tmp_path)
-    record = json.loads((tmp_path / "ticket.json").read_text())
-    (tmp_path / "ticket.json").write_text(json.dumps(record | change))
-    with pytest.raises(ValueError, match="cannot be read.*format 2.*newer" if "format" in change else "cannot be"):
-        Ticket.from_pretrained(tmp_path)
-    (tmp_path / "ticket.json").write_text("[]")
-    with pytest.raises(ValueError, match="cannot be read"):
-        Ticket.from_pretrained(tmp_path)
-
-
-def test_a_write_that_is_cut_off_leaves_no_half_file(found, tmp_path, monkeypatch):
-    found.save_pretrained(tmp_path)
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-
-    def full(self, content):
-        with self.open("wb") as file:
-            file.write(content[:10])
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="disk full"):
-        replace(found, step=found.step + 1).save_pretrained(tmp_path)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-    monkeypatch.undo()
-    with (tmp_path / "ticket.json").open("rb") as reader:  # whoever reads meanwhile has the whole old file
-        replace(found, step=found.step + 1).save_pretrained(tmp_path)
-        assert reader.read() == before["ticket.json"]
-    assert Ticket.from_pretrained(tmp_path).step == found.step + 1
 
 
 def test_kept_units_are_checked(found):
