@@ -109,11 +109,8 @@ def test_every_axis_is_in_exactly_one_group_except_inputs_and_class_outputs(name
     axes = {(tensor, axis) for tensor, p in model.named_parameters() for axis in range(min(p.ndim, 2))}
     axes |= {(tensor, 0) for tensor, b in model.named_buffers() if b.ndim}
     head = OUTPUT.get(name, "classifier.1")
-    ends = {
-        (INPUT.get(name, "resnet.embedder.embedder.convolution.weight"), 1),
-        (f"{head}.weight", 0),
-        (f"{head}.bias", 0),
-    }
+    first = INPUT.get(name, "resnet.embedder.embedder.convolution.weight")
+    ends = {(first, 1), (f"{head}.weight", 0), (f"{head}.bias", 0)}
     assert ends <= axes
     assert len(seen) == len(set(seen))
     assert set(seen) == axes - ends
@@ -134,10 +131,8 @@ def test_a_layer_that_adds_to_the_stream_it_reads_has_the_units_on_both_axes():
     assert ("1.body.weight", 0, 1, "row") in tuples(group) and ("1.body.weight", 1, 1, "input") in tuples(group)
     # the penalty sees it once, as what it is with the other producers
     assert group.lifted_slices == [Slice("0.weight", 0, 1, "row"), Slice("1.body.weight", 0, 1, "row")]
-    full, less = (
-        recount(net, image()),
-        recount(cut(copy.deepcopy(net), [group], {group.name: torch.arange(5)}), image()),
-    )
+    small = cut(copy.deepcopy(net), [group], {group.name: torch.arange(5)})
+    full, less = recount(net, image()), recount(small, image())
     assert (group.params, group.macs) == tuple(full[key] - less[key] for key in ("params", "macs"))
 
 
@@ -187,10 +182,8 @@ def test_lenet_costs_what_pencil_and_paper_say():
 
 
 def test_a_full_size_resnet_50_has_its_units_and_parameters():
-    with torch.device("cpu"):
-        model = resnet(
-            "bottleneck", embedding_size=64, hidden_sizes=[256, 512, 1024, 2048], depths=[3, 4, 6, 3], num_labels=1000
-        )
+    sizes = {"embedding_size": 64, "hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3]}
+    model = resnet("bottleneck", **sizes, num_labels=1000)
     groups = find_groups(model, torch.zeros(1, 3, 32, 32))
     assert groups[0].network.count()["params"] == sum(p.numel() for p in model.parameters()) == 25_557_032
     # the stem, four streams, and two inner widths in each of the 16 layers
@@ -424,17 +417,8 @@ class Pools(nn.Module):
 
 
 def tied():
-    net = nn.Sequential(
-        conv(3, 6),
-        nn.ReLU(),
-        conv(6, 6, 1),
-        Pools(),
-        nn.Linear(6, 6),
-        nn.ReLU(),
-        nn.Linear(6, 6),
-        nn.ReLU(),
-        nn.Linear(6, 2),
-    )
+    head = [nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)]
+    net = nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 6, 1), Pools(), *head)
     net[6].weight = net[4].weight
     return net
 
@@ -459,11 +443,7 @@ def tail(units):
             ["2"],
             "0 is a depthwise convolution of channels that no layer",
         ),
-        (
-            nn.Sequential(conv(3, 6, groups=3), *tail(6)),
-            ["2"],
-            "0 is a depthwise convolution of channels that no layer",
-        ),
+        (nn.Sequential(conv(3, 6, groups=3), *tail(6)), ["2"], "0 is a depthwise convolution of channels"),
         (nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 8, groups=2), *tail(8)), ["4"], "2 is a grouped convolution"),
         (nn.Sequential(conv(3, 6), nn.LayerNorm([6, 10, 10]), *tail(6)), ["3"], "1 is a LayerNorm"),
         (nn.Sequential(conv(3, 6), nn.GroupNorm(2, 6), *tail(6)), ["3"], "1 is a GroupNorm"),
@@ -475,11 +455,7 @@ def tail(units):
         (nn.Sequential(conv(3, 6), nn.Sigmoid(), Pools(), nn.Linear(6, 2)), None, "0: a model without some"),
         (nn.Sequential(conv(3, 6), nn.Softmax(1), Pools(), nn.Linear(6, 2)), None, "0: a model without some"),
         # a head that starts at zero hides what silent units send, yet it will not stay zero
-        (
-            zero_head(nn.Sequential(conv(3, 6), nn.Sigmoid(), Pools(), nn.Linear(6, 2))),
-            None,
-            "0: a model without some",
-        ),
+        (zero_head(nn.Sequential(conv(3, 6), nn.Sigmoid(), Pools(), nn.Linear(6, 2))), None, "0: a model without"),
     ],
 )
 def test_units_that_cannot_be_taken_out_are_left_out_with_the_reason(caplog, net, found, reason):
@@ -510,20 +486,8 @@ def test_activations_that_map_zero_to_zero_are_taken(activation):
 
 def mixed():
     """Batch norm after the first and the third convolution only."""
-    return nn.Sequential(
-        conv(3, 4),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        conv(4, 5),
-        nn.ReLU(),
-        conv(5, 6),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        Pools(),
-        nn.Linear(6, 7),
-        nn.ReLU(),
-        nn.Linear(7, 2),
-    )
+    body = [conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 5), nn.ReLU(), conv(5, 6), nn.BatchNorm2d(6), nn.ReLU()]
+    return nn.Sequential(*body, Pools(), nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 2))
 
 
 def test_with_batch_norm_its_weight_and_the_next_input_are_lifted_else_the_row_or_what_is_free():
@@ -533,11 +497,8 @@ def test_with_batch_norm_its_weight_and_the_next_input_are_lifted_else_the_row_o
         "5": ("6.weight", "9.weight"),
         "9": ("11.weight",),
     }
-    assert [group.lifted for group in find_groups(lenet(), image(1, 28))] == [
-        ("0.weight",),
-        ("3.weight",),
-        ("7.weight",),
-    ]
+    found = find_groups(lenet(), image(1, 28))
+    assert [group.lifted for group in found] == [("0.weight",), ("3.weight",), ("7.weight",)]
 
 
 @pytest.mark.parametrize("unit", ["default", "row", "paper"])
@@ -663,13 +624,7 @@ def test_masking_zeroes_the_producers_of_the_units_that_go_and_nothing_else():
 
 
 def test_a_parametrised_weight_is_left_out_by_name(caplog):
-    net = nn.Sequential(
-        nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3)),
-        nn.ReLU(),
-        nn.Conv2d(4, 6, 3),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(96, 2),
-    )
+    first = nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3))
+    net = nn.Sequential(first, nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2))
     assert [group.name for group in find_groups(net, torch.randn(1, 1, 8, 8))] == ["2"]
     assert "0 has a parametrised weight" in caplog.text

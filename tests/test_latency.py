@@ -294,12 +294,13 @@ def test_the_trainer_reports_the_asked_and_the_measured_latency(run, monkeypatch
     timed = []
 
     def clock(models, inputs, **options):  # a machine whose time is the number of parameters
+        assert inputs["pixel_values"].shape == (64, 1, 16, 16)
         timed.append([copy.copy(model) for model in models])
         return [float(sum(p.numel() for p in net.parameters())) for net in models]
 
     monkeypatch.setattr("hf_effdl.structure.training.trainer.measure_latency", clock)
     monkeypatch.setattr("hf_effdl.structure.slim.report.measure_latency", clock)
-    small = run.slim(latency=0.6)
+    small = run.slim(latency=0.6, latency_batch=64)
     report = small.config.effdl_report
     assert report["budget"] == {"latency": 0.6} and 0.3 < report["latency_ms"]["ratio"] <= 0.6
     assert report["latency_ms"]["ratio"] == report["params"]["ratio"]

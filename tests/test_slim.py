@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from models import NETS, build, lenet, logits, randomise_norms, recount, vgg
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
@@ -195,24 +195,14 @@ def test_named_units_stay_and_rounding_adds_the_largest_of_the_others():
     assert torch.equal(small[8].weight, model[8].weight[expected])
 
 
-@pytest.mark.parametrize(
-    "index",
-    [
-        [0, 3],
-        (3, 0),
-        range(0, 4, 3),
-        np.array([0, 3]),
-        torch.tensor([3, 0]),
-        torch.tensor([0, 3], dtype=torch.int32),
-        torch.tensor([True, False, False, True, False, False]),
-        [True, False, False, True, False, False],
-    ],
-)
-def test_kept_units_may_be_any_list_of_indices_or_a_mask(index):
+def test_kept_units_may_be_any_list_of_indices_or_a_mask():
     model, groups, _ = trained("vgg")
-    small = slim(model, groups, {"0": index})
-    assert torch.equal(small[0].weight, model[0].weight[[0, 3]])
-    assert sizes(small, groups) == [2, 8, 10, 12]
+    inside = [True, False, False, True, False, False]
+    tensors = [torch.tensor(inside), torch.tensor([3, 0]), torch.tensor([0, 3], dtype=torch.int32), np.array([0, 3])]
+    for index in ([0, 3], (3, 0), range(0, 4, 3), inside, *tensors):
+        small = slim(model, groups, {"0": index})
+        assert torch.equal(small[0].weight, model[0].weight[[0, 3]])
+        assert sizes(small, groups) == [2, 8, 10, 12]
 
 
 @pytest.mark.parametrize(
@@ -226,10 +216,7 @@ def test_kept_units_may_be_any_list_of_indices_or_a_mask(index):
         ({"stem": [0]}, "keep names group 'stem', which is not among \\['0', '4', '8', '13'\\]"),
         ({"0": []}, "keep\\['0'\\] must hold distinct unit indices, at least one"),
         ({"0": torch.zeros(6, dtype=torch.bool)}, "keep\\['0'\\] must hold distinct unit indices, at least one"),
-        (
-            {"0": [1, 1]},
-            "keep\\['0'\\] must hold distinct unit indices, at least one.* a mask of 6 units; got \\[1, 1\\]",
-        ),
+        ({"0": [1, 1]}, "keep\\['0'\\] must hold distinct unit indices, at least one.* 6 units; got \\[1, 1\\]"),
         ({"0": [0.5]}, "keep\\['0'\\] must hold distinct unit indices"),
         ({"0": [[0, 1]]}, "keep\\['0'\\] must hold distinct unit indices"),
         ({"0": [True, False]}, "keep\\['0'\\] must hold distinct unit indices, at least one, or a mask of 6 units"),
@@ -241,6 +228,17 @@ def test_bad_kept_units_are_refused_before_anything_is_cut(keep, message):
     model, groups, _ = trained("vgg")
     with pytest.raises(ValueError, match=message):
         slim(model, groups, keep)
+
+
+def test_groups_of_another_model_are_refused():
+    model, groups, x = trained("vgg")
+    small = slim(model, groups, 0.5)
+    with pytest.raises(
+        ValueError, match="group '0' is of another model: 0.weight .*call find_groups on this Sequential"
+    ):
+        slim(small, groups, 0.5)
+    with pytest.raises(ValueError, match="slim got no groups"):
+        slim(model, [], 0.5)
 
 
 def test_numbers_of_numpy_and_torch_are_numbers():
@@ -340,11 +338,7 @@ loss.backward()
 report["gradients"] = all(p.requires_grad and p.grad.abs().sum() > 0 for p in model.parameters())
 torch.optim.SGD(model.parameters(), lr=0.1).step()
 
-# it saves and loads again, and what was slimmed again does too
-model.save_pretrained(folder + "/again")
-with torch.no_grad():
-    x["again"] = model.eval()(x["x"]).logits
-report["again"] = gap(AutoModelForImageClassification.from_pretrained(folder + "/again"), "again")
+# what is slimmed again saves and loads too
 groups = hf_effdl.find_groups(model, x["x"])
 twice = hf_effdl.slim(model, groups, 0.5)
 with torch.no_grad():
@@ -353,10 +347,6 @@ twice.save_pretrained(folder + "/twice")
 loaded = AutoModelForImageClassification.from_pretrained(folder + "/twice")
 report["twice"] = gap(loaded, "twice")
 report["params"] = [sum(p.numel() for p in m.parameters()) for m in (model, twice, loaded)]
-
-# a new head, for another task
-head = AutoModelForImageClassification.from_pretrained(folder + "/free", num_labels=7, ignore_mismatched_sizes=True)
-report["head"] = list(head(x["x"]).logits.shape) + [head.classifier[1].weight.abs().max().item()]
 print("REPORT" + json.dumps(report), flush=True)
 """
 )
@@ -416,12 +406,9 @@ def test_free_widths_load_exactly_with_one_import_and_go_on_as_any_model(saved):
     assert status == 0, complaint
     assert report["free"] == report["free_bottleneck"] == ["ResNetForImageClassification", 0.0]
     assert set(report["half"]) == {"torch.bfloat16", "torch.int64"}
-    assert report["gradients"] and report["again"] == 0.0 and report["twice"] == 0.0
+    assert report["gradients"] and report["twice"] == 0.0
     whole, twice, loaded = report["params"]
     assert twice == loaded < whole
-    rows, labels, largest = report["head"]
-    inputs = load_file(folder / "free" / "model.safetensors")["classifier.1.weight"].shape[1]
-    assert (rows, labels) == (4, 7) and 0 < largest <= inputs**-0.5
 
 
 def test_a_config_keeps_the_sizes_when_written_and_read():
@@ -450,15 +437,8 @@ def test_slim_sizes_of_another_architecture_are_refused(tmp_path):
 
 
 def test_the_neurons_of_a_transformer_slim_and_load_too(tmp_path):
-    config = ViTConfig(
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=12,
-        image_size=8,
-        patch_size=4,
-        num_labels=3,
-    )
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+    config = ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, x = ViTForImageClassification(config).eval(), torch.randn(2, 3, 8, 8)
@@ -547,17 +527,12 @@ def test_recalibration_takes_keyword_batches():
 
 def test_random_states_are_kept():
     def states():
-        return (
-            torch.get_rng_state().tolist(),
-            random.getstate(),
-            np.random.get_state()[1].tolist(),
-            np.random.get_state()[2],
-        )
+        return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
 
     before = states()
     with pytest.raises(KeyError), random_state_kept():
         torch.rand(3), random.random(), np.random.rand(3)
-        assert all(a != b for a, b in zip(states()[:3], before[:3], strict=True)) or states()[3] != before[3]
+        assert not any(a == b for a, b in zip(states(), before, strict=True))
         raise KeyError
     assert states() == before
 

@@ -54,6 +54,7 @@ def finished(trained):
 
 def test_a_plain_trainer_with_the_optimizer_and_the_callback_gives_the_same_run(finished, tmp_path):
     plain = tiny_run.plain_trainer(str(tmp_path))
+    next(c for c in plain.callback_handler.callbacks if isinstance(c, SplitLBICallback)).groups = None  # it finds them
     plain.train()
     assert_same(tiny_run.outcome(plain), finished)
 
@@ -102,7 +103,9 @@ def test_clipping_is_off_unless_asked_for_and_then_spoken_of(tmp_path, capsys):
 def test_the_printed_entry_epoch_is_when_a_unit_of_unchanged_norm_enters(tmp_path, capsys):
     run = tiny_run.trainer(str(tmp_path), num_train_epochs=4)
     run.train()
-    printed = float(capsys.readouterr().out.split("enters at epoch ")[1].split()[0])
+    out = capsys.readouterr().out
+    printed = float(out.split("a median unit, of unchanged norm, enters at epoch ")[1].split()[0])
+    assert all(group.name in out for group in run.groups) and "support after 32 steps" in out
     group = run.optimizer.param_groups[0]
     seen, step = 0.0, 0
     for step, rate in enumerate(scheduled_rates(run.args, 32), 1):  # V grows by path_scale lr / nu of the norm
@@ -280,7 +283,8 @@ RANGES = ("nu", "kappa", "learning_rate", "lam", "path_scale", "path_length", "r
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "DeepSpeed"),
         ({"preset": "papers"}, "preset='papers': it must be one of"),
         ({"lam_scale": "first"}, "lam_scale='first'"),
-        ({"base": "adam"}, "base='adam'"),
+        ({"base": "adam"}, "base='adam': .*'sgd', 'adamw'"),
+        ({"nesterov": True, "base": "adamw"}, "nesterov=True needs base='sgd' and momentum > 0"),
         ({"momentum": 1.0}, "momentum=1.0: it must be in"),
         ({"nesterov": True, "momentum": 0.0}, "nesterov=True needs base='sgd'"),
         *(({"path_share": share}, f"path_share={share}: it is a share of the run") for share in (0, 1.5, -1)),
@@ -336,13 +340,9 @@ def test_a_callback_without_its_optimizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="SplitLBICallback needs the SplitLBI optimizer, this Trainer has AdamW"):
         run.train()
     net = tiny_run.model()
-    run = Trainer(
-        net,
-        args,
-        train_dataset=tiny_run.images(8, 1),
-        callbacks=[SplitLBICallback()],
-        optimizer_cls_and_kwargs=(SplitLBI, {"params": net.parameters(), "lr": 0.1}),
-    )
+    optimizer = (SplitLBI, {"params": net.parameters(), "lr": 0.1})
+    run = Trainer(net, args, train_dataset=tiny_run.images(8, 1), optimizer_cls_and_kwargs=optimizer)
+    run.add_callback(SplitLBICallback())
     with pytest.raises(ValueError, match="nothing would be selected"):
         run.train()
 
@@ -355,14 +355,9 @@ def test_a_plain_trainer_under_fsdp1_is_refused_by_name(tmp_path):
 
     plain = tiny_run.plain_trainer(str(tmp_path))
     callback = next(c for c in plain.callback_handler.callbacks if isinstance(c, SplitLBICallback))
+    parts = {"model": FullyShardedDataParallel(plain.model), "optimizer": plain.create_optimizer()}
     with pytest.raises(ValueError, match="cannot run under FSDP1.*fsdp_version: 2"):
-        callback.on_train_begin(
-            plain.args,
-            plain.state,
-            plain.control,
-            model=FullyShardedDataParallel(plain.model),
-            optimizer=plain.create_optimizer(),
-        )
+        callback.on_train_begin(plain.args, plain.state, plain.control, **parts)
 
 
 def test_the_path_is_asked_for_too_early(tmp_path):
@@ -442,24 +437,27 @@ def test_the_base_sets_the_learning_rate_and_the_least_nu(tmp_path):
     kwargs = adamw.split_lbi_kwargs(1000)
     assert kwargs["nu"] == pytest.approx(total / 3.7) and kwargs["nu"] < 1
     assert kwargs["path_scale"] == pytest.approx(2.5 / 3.7)
-    named = SplitLBIArguments(
-        str(tmp_path),
-        base="adamw",
-        adam_beta1=0.8,
-        adam_beta2=0.9,
-        adam_epsilon=1e-6,
-        fused=True,
-        decoupled_weight_decay=False,
-        use_cpu=True,
-    ).split_lbi_kwargs(10)
+    adam = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6, "decoupled_weight_decay": False}
+    named = SplitLBIArguments(str(tmp_path), base="adamw", **adam, fused=True, use_cpu=True).split_lbi_kwargs(10)
     assert (named["betas"], named["eps"], named["fused"]) == ((0.8, 0.9), 1e-6, True)
     assert named["decoupled_weight_decay"] is False
     assert SplitLBIArguments(str(tmp_path), nesterov=True, use_cpu=True).split_lbi_kwargs(10)["nesterov"]
-    with pytest.raises(ValueError, match="base='adam': .*'sgd', 'adamw'"):
-        SplitLBIArguments(str(tmp_path), base="adam", use_cpu=True)
-    for bad in ({"base": "adamw"}, {"momentum": 0.0}):
-        with pytest.raises(ValueError, match="nesterov=True needs base='sgd' and momentum > 0"):
-            SplitLBIArguments(str(tmp_path), nesterov=True, use_cpu=True, **bad)
+
+
+@pytest.mark.parametrize("changes", [{"base": "adamw", "learning_rate": 0.01}, {"nesterov": True}])
+def test_a_run_with_another_base_resumes_bit_for_bit_and_slims(tmp_path, changes):
+    whole = tiny_run.trainer(str(tmp_path / "whole"), **changes)
+    whole.train()
+    first = min((tmp_path / "whole").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+    again = tiny_run.trainer(str(tmp_path / "again"), **changes)
+    again.train(resume_from_checkpoint=str(first))
+    ends = [tiny_run.outcome(run) for run in (again, whole)]
+    assert_same(*[{key: end[key] for key in ("model", "optimizer", "path")} for end in ends])
+    again.create_model_card()
+    card = (tmp_path / "again" / "README.md").read_text()
+    shown = "| betas | (0.9, 0.999) |" if "base" in changes else "| nesterov | True |"
+    assert f"| base | {changes.get('base', 'sgd')} |" in card and shown in card
+    assert again.slim(macs=0.5).config.effdl_report["macs"]["ratio"] <= 0.5
 
 
 def test_a_run_with_the_compiled_step_has_the_same_path(finished, tmp_path, compiler):
