@@ -17,8 +17,6 @@ from forked import Script
 from safetensors.torch import load_file
 from test_examples import check, config  # noqa: F401 - a fixture: pictures and a model on disk
 
-from hf_effdl import SparsePath
-
 
 HERE, BIN = Path(__file__).parent / "support", Path(sys.executable).parent
 CONFIGS = HERE.parents[1] / "examples" / "accelerate_configs"
@@ -128,19 +126,6 @@ def test_a_resumed_run_of_two_processes_equals_its_uninterrupted_one(runs, name)
     assert_close(again, first, tolerance=0)
 
 
-@pytest.mark.parametrize("name", ["ddp", "sharded", "full"])
-def test_the_path_beside_a_checkpoint_is_that_of_all_processes(runs, alone, name):
-    path = SparsePath.load(runs / name / "checkpoint-48")
-    for group, units in alone["path"].items():
-        assert_close(
-            {key: value.float() for key, value in path.units[group].items()},
-            {key: value.float() for key, value in units.items()},
-        )
-    assert {key: part["entered"].tolist() for key, part in path.units.items()} == {
-        key: part["entered"].tolist() for key, part in alone["path"].items()
-    }
-
-
 @pytest.mark.parametrize("name", ["ddp", "full"])
 def test_a_model_trained_on_two_processes_is_saved_whole(runs, alone, name):
     assert_close(load_file(runs / f"{name}-saved" / "model.safetensors"), alone["weights"])
@@ -170,21 +155,9 @@ def test_the_configs_for_accelerate_are_what_accelerate_reads(name):
 
 
 def test_the_classifier_example_runs_sharded_under_accelerate_launch(config, tmp_path):  # noqa: F811
-    command = [
-        BIN / "accelerate",
-        "launch",
-        "--config_file",
-        CONFIGS / "fsdp2.yaml",
-        "-m",
-        "distributed.fsdp_on_cpu",
-        HERE.parents[1] / "examples" / "sparsify_image_classifier.py",
-        "--config",
-        config,
-        "--max_steps",
-        "2",
-        "--output_dir",
-        tmp_path / "out",
-    ]
+    command = [BIN / "accelerate", "launch", "--config_file", CONFIGS / "fsdp2.yaml", "-m", "distributed.fsdp_on_cpu"]
+    command += [HERE.parents[1] / "examples" / "sparsify_image_classifier.py", "--config", config]
+    command += ["--max_steps", "2", "--output_dir", tmp_path / "out"]
     done = subprocess.run([*map(str, command)], cwd=HERE, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("median unit") == 1 and done.stdout.count("slim model in") == 1

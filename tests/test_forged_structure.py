@@ -43,15 +43,8 @@ NASTY = (None, True, -1, 0, 1.5, HUGE, 10**30, float("nan"), float("inf"), "x", 
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 3),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Conv2d(6, 8, 3),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(128, 5),
-    )
+    body = [nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU()]
+    return nn.Sequential(*body, nn.Flatten(), nn.Linear(128, 5))
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +63,8 @@ def path(groups):
 @pytest.fixture
 def ticket(groups):
     kept = {group.name: torch.arange(3) for group in groups}
-    return Ticket(
-        groups,
-        kept,
-        4,
-        True,
-        [{"step": 2, "path": 0.5, "change": None, "distance": 0.0}],
-        {"seed": 0},
-        {0: net().state_dict()},
-    )
+    distances = [{"step": 2, "path": 0.5, "change": None, "distance": 0.0}]
+    return Ticket(groups, kept, 4, True, distances, {"seed": 0}, {0: net().state_dict()})
 
 
 def plain(value):

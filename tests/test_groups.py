@@ -116,15 +116,6 @@ def test_every_axis_is_in_exactly_one_group_except_inputs_and_class_outputs(name
     assert set(seen) == axes - ends
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_slices_have_the_sizes_of_their_units(name):
-    model, x = build(name)
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    for group in find_groups(model, x):
-        for part in group.slices:
-            assert tensors[part.tensor].shape[part.axis] == group.units * part.block
-
-
 def test_a_layer_that_adds_to_the_stream_it_reads_has_the_units_on_both_axes():
     net = nn.Sequential(conv(3, 6), Residual(conv(6, 6, padding=1)), nn.ReLU(), nn.Flatten(), nn.Linear(600, 4))
     [group] = find_groups(net, image())

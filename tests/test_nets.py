@@ -88,6 +88,11 @@ def roles(group):
     return {(part.tensor, part.axis, part.block, part.role) for part in group.slices}
 
 
+def produced(name, block=1, bias=True):
+    """A layer whose outputs the units are."""
+    return {(f"{name}.{leaf}", 0, block, role) for leaf, role in (("weight", "row"), ("bias", "bias"))[: 1 + bias]}
+
+
 def batch_norm(name, block=1):
     parts = {"weight": "scale", "bias": "shift", "running_mean": "mean", "running_var": "var"}
     return {(f"{name}.{leaf}", 0, block, role) for leaf, role in parts.items()}
@@ -159,15 +164,8 @@ def test_a_slim_mobilenet_loads_trains_and_slims_again(tmp_path):
     small = check_slim(model, find_groups(model, x), x)
     back = check_loads(small, x, tmp_path / "one")
     groups = find_groups(back, x)
-    before = copy.deepcopy(back.state_dict())
-    opt = torch.optim.SGD(back.parameters(), lr=0.01)
-    for _ in range(2):
-        loss = back.train()(x, labels=torch.arange(4)).loss
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-    assert loss.isfinite() and all(p.grad is not None for p in back.parameters())
-    assert not all(torch.equal(tensor, before[name]) for name, tensor in back.state_dict().items())
+    back.train()(x, labels=torch.arange(4)).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in back.parameters())
     # down to a single channel, where a depthwise convolution is an ordinary one
     kept = {group.name: torch.arange(1 if i % 3 else -(-group.units // 2)) for i, group in enumerate(groups)}
     smaller = slim(back.eval(), groups, kept)
@@ -299,12 +297,10 @@ def test_a_depthwise_convolution_with_several_outputs_per_channel_is_part_of_the
     groups = find_groups(net, image(8))
     assert [(group.name, group.units) for group in groups] == [("0", 4), ("6", 5)]
     assert roles(groups[0]) == {
-        ("0.weight", 0, 1, "row"),
-        ("0.bias", 0, 1, "bias"),
-        ("1.weight", 0, 2, "row"),
-        ("1.bias", 0, 2, "bias"),
+        *produced("0"),
+        *produced("1", block=2),
         *batch_norm("2", 2),
-        ("4.weight", 0, 6, "row"),
+        *produced("4", block=6, bias=False),
         ("6.weight", 1, 6, "input"),
     }
     small = check_slim(net, groups, image(8), seed=1)
@@ -538,23 +534,16 @@ def test_subclasses_of_batch_norm_and_convolution_with_a_gate_are_found_by_what_
     net = nn.Sequential(SamePadded(3, 6, 4), BatchNormAct(6), *blocks, Pools(), nn.Linear(6, 2))
     with caplog.at_level(logging.WARNING):
         groups = find_groups(net, image(8))
-    assert [(group.name, group.units) for group in groups] == [
-        ("0", 6),
-        ("2.widen", 10),
-        ("2.gate.reduce", 3),
-        ("3.widen", 12),
-        ("3.gate.reduce", 3),
-    ]
+    assert [group.name for group in groups] == ["0", "2.widen", "2.gate.reduce", "3.widen", "3.gate.reduce"]
+    assert [group.units for group in groups] == [6, 10, 3, 12, 3]
     # the gate's outputs go with the channels that they multiply
     assert roles(groups[1]) == {
-        ("2.widen.weight", 0, 1, "row"),
+        *produced("2.widen", bias=False),
         *batch_norm("2.norm1"),
-        ("2.filter.weight", 0, 1, "row"),
+        *produced("2.filter", bias=False),
         *batch_norm("2.norm2"),
-        ("2.gate.reduce.weight", 1, 1, "input"),
-        ("2.gate.expand.weight", 0, 1, "row"),
-        ("2.gate.expand.bias", 0, 1, "bias"),
-        ("2.project.weight", 1, 1, "input"),
+        *produced("2.gate.expand"),
+        *((f"2.{reader}.weight", 1, 1, "input") for reader in ("gate.reduce", "project")),
     }
     assert not reasons(caplog)
     small = check_slim(net, groups, image(8))

@@ -68,29 +68,6 @@ def test_a_slim_model_equals_the_masked_one(name, seed):
     assert not pointers & {tensor.data_ptr() for tensor in small.state_dict().values()}
 
 
-def test_the_slim_tensors_are_those_indexed_by_hand():
-    model, groups, x = trained("vgg")
-    first, third, hidden = [0, 2, 5], [1, 4], [0, 3, 7, 11]
-    small = slim(model, groups, {"0": first, "8": third, "13": hidden})
-    columns = [4, 5, 6, 7, 16, 17, 18, 19]  # four places of filter 1, four of filter 4
-    expected = {
-        "0.weight": model[0].weight[first],
-        "1.weight": model[1].weight[first],
-        "1.bias": model[1].bias[first],
-        "1.running_mean": model[1].running_mean[first],
-        "1.running_var": model[1].running_var[first],
-        "4.weight": model[4].weight[:, first],
-        "8.weight": model[8].weight[third],
-        "9.running_var": model[9].running_var[third],
-        "13.weight": model[13].weight[hidden][:, columns],
-        "13.bias": model[13].bias[hidden],
-        "15.weight": model[15].weight[:, hidden],
-        "15.bias": model[15].bias,
-    }
-    state = small.state_dict()
-    assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
-
-
 @pytest.mark.parametrize("name", NETS)
 def test_a_slim_model_is_an_ordinary_smaller_model_of_the_same_class(name):
     model, groups, x = trained(name)

@@ -503,24 +503,6 @@ def test_a_learning_rate_of_zero_moves_nothing(hyper, request):
 # ---- training loops
 
 
-def test_two_accumulated_micro_batches_are_one_batch():
-    data = parameter(8, 6, seed=3).detach()
-    models = [torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()]
-    models.append(copy.deepcopy(models[0]))
-    opts = [
-        SplitLBI([{"params": [m[0].weight], "penalty": "group"}, {"params": [m[2].weight]}], lr=0.1, nu=1.0)
-        for m in models
-    ]
-    for _ in range(15):
-        for model, opt, parts in zip(models, opts, (1, 2), strict=True):
-            opt.zero_grad()
-            for micro in data.chunk(parts):
-                (model(micro).square().sum() / len(data)).backward()
-            opt.step()
-    for a, b in zip(*(snapshot(opt) for opt in opts), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-
-
 def test_a_step_that_the_grad_scaler_skips_changes_nothing():
     params, opt = mixed()
     run(params, opt, 8)
@@ -659,29 +641,23 @@ COMPLEX, WHOLE = (torch.ones(4, 3, dtype=dtype) for dtype in (torch.complex64, t
 @pytest.mark.parametrize(
     "group,match",
     [
-        ({"momentum": -0.1}, "momentum=-0.1"),
-        ({"momentum": 1.0}, "momentum=1.0"),
-        ({"momentum": NAN}, "momentum=nan"),
-        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
-        ({"weight_decay": NAN}, "weight_decay=nan"),
+        *(({"momentum": value}, f"momentum={value}") for value in (-0.1, 1.0, NAN)),
+        *(({"weight_decay": value}, f"weight_decay={value}") for value in (-0.1, NAN)),
         ({"lam_scale": "rms"}, "lam_scale='rms' .*'init', 'none'"),
         ({"base": "adam"}, "base='adam' .*'sgd', 'adamw'"),
         ({"nesterov": True, "momentum": 0.0}, "nesterov=True .*momentum=0.0"),
         ({"nesterov": True, "base": "adamw"}, "nesterov=True .*base='adamw'"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\)"),
         ({"betas": (0.9,)}, r"betas=\(0.9,\)"),
-        ({"eps": -1.0}, "eps=-1.0"),
-        ({"eps": INF}, "eps=inf"),
+        *(({"eps": value}, f"eps={value}") for value in (-1.0, INF)),
         ({"penalty": "l2"}, "penalty='l2' .*'group'"),
         ({"axis": 2}, "axis=2 of group 'g' .*(4, 6)"),
         ({"axis": -3}, "axis=-3 of group 'g'"),
-        ({"block": 3}, "block=3 of group 'g' does not divide axis 0"),
-        ({"block": 0}, "block=0 of group 'g'"),
+        *(({"block": value}, f"block={value} of group 'g'") for value in (0, 3)),
         ({"axis": 1, "block": 4}, "block=4 of group 'g' does not divide axis 1"),
         ({"axis": [0, 1]}, r"1 tensors but 2 values in axis=\[0, 1\]"),
         ({"scale": [1.0, 2.0]}, "1 tensors but 2 values in scale="),
-        ({"scale": 0.0}, "scale=0.0 of group 'g'"),
-        ({"scale": NAN}, "scale=nan of group 'g'"),
+        *(({"scale": value}, f"scale={value} of group 'g'") for value in (0.0, NAN)),
         ({"units": 5}, "units=5"),
         ({"params": [parameter(4, 6), parameter(5)]}, r"group 'g' have \[4, 5\] units"),
         ({"params": []}, "group 'g' .*no parameters"),
@@ -739,21 +715,11 @@ def test_sparse_gradients_are_refused_by_name_before_anything_moves():
     assert exactly_equal(snapshot(opt), before)
 
 
-@pytest.mark.parametrize(
-    "key,value",
-    [
-        ("axis", [1, 1]),
-        ("scale", [1.0, 1.0]),
-        ("block", [1, 2]),
-        ("penalty", None),
-        ("lam", 2.0),
-        ("lam_scale", "none"),
-        ("units", 5),
-        ("base", "adamw"),
-        ("name", "other"),
-        ("params", None),
-    ],
-)
+EDITS = {"axis": [1, 1], "scale": [1.0, 1.0], "block": [1, 2], "penalty": None, "lam": 2.0, "lam_scale": "none"}
+EDITS |= {"units": 5, "base": "adamw", "name": "other", "params": None}
+
+
+@pytest.mark.parametrize("key,value", EDITS.items())
 def test_a_group_that_is_edited_in_what_v_rests_on_is_refused(key, value):
     params, opt = mixed()
     run(params, opt, 3)
@@ -833,17 +799,16 @@ def test_finite_gradients_whose_norm_overflows_are_a_step():
     torch.testing.assert_close(w.detach(), before - 1)
 
 
+OTHERS = [{"penalty": "l1"}, {"axis": 1}, {"block": 2}]
+OTHERS += [{"params": p} for p in ([parameter(5, 4)], [parameter(4, 5)], [parameter(4, 4), parameter(4)])]
+
+
 @pytest.mark.parametrize(
     "group,match",
     [
         ({"penalty": None}, "lifts 1, this optimizer 0; first difference: conv1"),
-        ({"penalty": "l1"}, "other groups"),
         ({"name": "conv2"}, "first difference: conv1"),
-        ({"axis": 1}, "other groups"),
-        ({"block": 2}, "other groups"),
-        ({"params": [parameter(5, 4)]}, "other groups"),
-        ({"params": [parameter(4, 4), parameter(4)]}, "other groups"),
-        ({"params": [parameter(4, 5)]}, "other groups"),
+        *((other, "other groups") for other in OTHERS),
     ],
 )
 def test_the_state_of_other_groups_is_refused(group, match):

@@ -661,22 +661,10 @@ print("done")
 
 
 def test_numbers_out_of_range_are_named():
-    for name, bad in {
-        "macs": (0, 1.5, True),
-        "params": (-1,),
-        "keep": (0.0,),
-        "order": ("norm",),
-        "widths": ("wide",),
-        "threshold": (0, 1.1, float("nan")),
-        "within": (0.0, 2),
-        "window": (1, 2.5),
-        "patience": (0,),
-        "every": (0, 1.0),
-        "min_path": (-0.1, float("nan")),
-        "at_step": (0, 2.5),
-        "at_epoch": (0, -1),
-        "weights_at": ([-1], [1.5], [True]),
-    }.items():
+    wrong = {"macs": (0, 1.5, True), "params": (-1,), "keep": (0.0,), "order": ("norm",), "widths": ("wide",)}
+    wrong |= {"threshold": (0, 1.1, float("nan")), "within": (0.0, 2), "window": (1, 2.5), "patience": (0,)}
+    wrong |= {"every": (0, 1.0), "min_path": (-0.1, float("nan")), "at_step": (0, 2.5), "at_epoch": (0, -1)}
+    for name, bad in (wrong | {"weights_at": ([-1], [1.5], [True])}).items():
         for value in bad:
             with pytest.raises(ValueError, match=f"{name}="):
                 EarlyTicketCallback(**{name: value})

@@ -118,15 +118,7 @@ def gpt2() -> nn.Module:
 
 
 BERT = {**SIZES, "num_labels": 3}
-DECODER = {
-    "vocab_size": WORDS,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 16,
-}
+DECODER = {name: size for name, size in SIZES.items() if "prob" not in name} | {"num_key_value_heads": 1}
 
 
 def bert(**changes: object) -> nn.Module:
@@ -337,11 +329,7 @@ def arrangements(data: Dataset) -> dict[str, object]:
         "numpy format": data.with_format("numpy"),
         "a transform that passes it on": data.with_transform(lambda batch: dict(batch)),
         "a transform that makes it": bare.add_column("row", list(weight)).with_transform(
-            lambda batch: {
-                "input_ids": batch["input_ids"],
-                "labels": batch["labels"],
-                "weight": [weight[i] for i in batch["row"]],
-            }
+            lambda batch: batch | {"weight": [weight[i] for i in batch.pop("row")]}
         ),
         "stream": stream,
         "stream of unknown columns": unknown,

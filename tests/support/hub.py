@@ -325,17 +325,9 @@ class LoopbackHub(ThreadingHTTPServer):
 
     @route("GET", rf"{API}(?:/revision/{REVISION})?")
     def _info(self, request: Request, repo: Repo, commit: Commit) -> Any:
-        return {
-            "id": repo.repo_id,
-            "author": repo.repo_id.partition("/")[0],
-            "sha": commit.oid,
-            "lastModified": commit.date,
-            "private": repo.private,
-            "gated": False,
-            "disabled": False,
-            "tags": [],
-            "siblings": [{"rfilename": path} for path in commit.tree],
-        }
+        facts = {"id": repo.repo_id, "author": repo.repo_id.partition("/")[0], "sha": commit.oid, "tags": []}
+        facts |= {"lastModified": commit.date, "private": repo.private, "gated": False, "disabled": False}
+        return facts | {"siblings": [{"rfilename": path} for path in commit.tree]}
 
     @route("GET", rf"{API}/tree/{REVISION}(?:/(?P<path>.*))?")
     def _tree(self, request: Request, repo: Repo, commit: Commit, path: str) -> Any:
