@@ -776,8 +776,6 @@ def test_the_picture_shows_widths_and_accuracy_against_cost_beside_the_dense_net
     drawn, marks = ([line for line in left.lines if (line.get_ls() == ":") == dotted] for dotted in (False, True))
     assert {tuple(line.get_ydata()) for line in drawn} == {(4, 8, 12, 12, 12), (8, 12, 18, 27, 27)}
     assert {line.get_xdata()[0] for line in marks} == {6, 13, 19}  # something grew in every round
-    texts = [text.get_text() for text in left.get_legend().get_texts()]
-    assert texts[0].endswith("and 1 more: 8 → 12 → 18 → 27") and texts[1].endswith("4 → 8 → 12"), texts
     ours, theirs = (line for line in right.lines if line.get_ls() != ":")
     assert list(ours.get_xdata()) == [point["training_macs"] / 1e6 for point in grown.growth_curve]
     assert list(ours.get_ydata()) == [point["sparse_accuracy"] for point in grown.growth_curve]

@@ -263,8 +263,10 @@ def test_the_ratio_is_taken_within_a_round(monkeypatch):
 
 
 def test_what_fails_while_it_is_timed_says_so():
+    models = [nn.Linear(3, 3), nn.Linear(3, 3)]
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
-        measure_latency([nn.Linear(3, 3)], torch.zeros(2, 4))
+        measure_latency(models, torch.zeros(2, 4))
+    assert all(model.training for model in models)
     assert "while measuring latency" in caught.value.__notes__[0]
 
 

@@ -477,21 +477,16 @@ def test_recalibration_touches_nothing_but_the_statistics():
     assert not any(p.grad is not None for p in model.parameters())
 
 
-def test_recalibration_without_batches_is_refused_and_keeps_the_statistics():
-    model = randomise_norms(vgg())
+def test_recalibration_that_fails_restores_modes_and_momenta():
+    model = randomise_norms(vgg()).train()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="no batches"):
         recalibrate_batch_norm(model, iter([]))
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-    plain = lenet()
-    assert recalibrate_batch_norm(plain, []) is plain
-
-
-def test_recalibration_that_fails_restores_modes_and_momenta():
-    model = vgg().train()
     with pytest.raises(RuntimeError):
         recalibrate_batch_norm(model, [torch.zeros(2, 3, 16, 16), torch.zeros(2, 5, 16, 16)])
     assert all(m.training for m in model.modules()) and model[1].momentum == 0.1
+    assert recalibrate_batch_norm(plain := lenet(), []) is plain
 
 
 def test_recalibration_takes_keyword_batches():
@@ -531,15 +526,6 @@ def test_latencies_are_taken_in_turns_and_modes_come_back():
     assert not any(training for _, training in order)
     assert [i for i, _ in order][-6:] == [0, 1] * 3
 
-    class Fails(nn.Linear):
-        def forward(self, x):
-            raise RuntimeError("no")
-
-    broken = Fails(4, 4)
-    with pytest.raises(RuntimeError, match="no"):
-        measure_latency([models[0], broken], torch.zeros(2, 4))
-    assert models[0].training and broken.training
-
 
 @pytest.mark.parametrize("name", ["vgg", "resnet"])
 def test_the_report_says_what_was_counted(name):
@@ -563,18 +549,7 @@ def test_the_report_says_what_was_counted(name):
     assert report["latency_ms"]["before"] > 0 and report["latency_ms"]["after"] > 0
 
 
-def test_a_report_in_the_config_is_saved_with_the_model(tmp_path):
-    model, groups, x = trained("resnet")
-    small = slim(model, groups, 0.5)
-    small.config.effdl_report = effdl_report(model, small, x, groups, {"keep": 0.5})
-    small.save_pretrained(tmp_path)
-    loaded = ResNetForImageClassification.from_pretrained(tmp_path)
-    assert loaded.config.effdl_report == small.config.effdl_report
-    again = slim(loaded, find_groups(loaded, x), 0.5)
-    assert not hasattr(again.config, "effdl_report"), "it would say of this model what holds for the one before"
-
-
-def test_slim_reports_what_it_bought_where_it_has_inputs_to_measure_with():
+def test_slim_reports_what_it_bought_where_it_has_inputs_to_measure_with(tmp_path):
     model, inputs = build("lenet")
     small = slim(model, find_groups(model, inputs), 0.5, example_inputs=inputs)
     assert small.effdl_report["params"]["after"] == sum(p.numel() for p in small.parameters())
@@ -584,3 +559,8 @@ def test_slim_reports_what_it_bought_where_it_has_inputs_to_measure_with():
     small = slim(model, groups, {groups[0].name: [0, 1, 2]}, example_inputs=(inputs,))
     assert small.config.effdl_report["units"][groups[0].name]["after"] == 3
     assert small.config.effdl_report["budget"][groups[0].name] == 3
+    small.save_pretrained(tmp_path)
+    loaded = ResNetForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.effdl_report == small.config.effdl_report
+    again = slim(loaded, find_groups(loaded, inputs), 0.5)
+    assert not hasattr(again.config, "effdl_report"), "it would say of this model what holds for the one before"
