@@ -2,19 +2,19 @@
 
 import copy
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from models import NETS, build, lenet, logits, randomise_norms, recount, vgg
-from safetensors.torch import save_file
 from torch import nn
-from transformers import ResNetForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
@@ -271,121 +271,24 @@ def test_sizes_that_would_lose_a_shortcut_are_not_called_stock():
     assert small.config.quantization_config.quant_method == "hf_effdl"
 
 
-FRESH = """
-import json, sys
-import torch
-from safetensors.torch import load_file
-torch.set_num_threads(1)
-folder, report = sys.argv[1], {}
-x = load_file(folder + "/inputs.safetensors")
-def gap(model, key):
-    model.eval()
-    with torch.no_grad():
-        return (model(x["x"]).logits - x[key]).abs().max().item()
-"""
-
-WITHOUT = (
-    FRESH
-    + """
-sys.modules["hf_effdl"] = None  # importing it raises
-from transformers import AutoModelForImageClassification
-for key in ("stock", "stock_bottleneck"):
-    model = AutoModelForImageClassification.from_pretrained(f"{folder}/{key}")
-    report[key] = [type(model).__name__, gap(model, key)]
-print("REPORT" + json.dumps(report), flush=True)
-AutoModelForImageClassification.from_pretrained(folder + "/free")
-"""
-)
-
-WITH = (
-    FRESH
-    + """
-from transformers import AutoModelForImageClassification
-import hf_effdl
-for key in ("free", "free_bottleneck"):
-    model = AutoModelForImageClassification.from_pretrained(f"{folder}/{key}")
-    report[key] = [type(model).__name__, gap(model, key)]
-half = AutoModelForImageClassification.from_pretrained(folder + "/free", dtype=torch.bfloat16)
-report["half"] = sorted({str(t.dtype) for t in half.state_dict().values()})
-
-# it trains
-model = AutoModelForImageClassification.from_pretrained(folder + "/free").train()
-loss = model(pixel_values=x["x"], labels=torch.zeros(len(x["x"]), dtype=torch.long)).loss
-loss.backward()
-report["gradients"] = all(p.requires_grad and p.grad.abs().sum() > 0 for p in model.parameters())
-torch.optim.SGD(model.parameters(), lr=0.1).step()
-
-# what is slimmed again saves and loads too
-groups = hf_effdl.find_groups(model, x["x"])
-twice = hf_effdl.slim(model, groups, 0.5)
-with torch.no_grad():
-    x["twice"] = twice.eval()(x["x"]).logits
-twice.save_pretrained(folder + "/twice")
-loaded = AutoModelForImageClassification.from_pretrained(folder + "/twice")
-report["twice"] = gap(loaded, "twice")
-report["params"] = [sum(p.numel() for p in m.parameters()) for m in (model, twice, loaded)]
-print("REPORT" + json.dumps(report), flush=True)
-"""
-)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Slim models on disk with what they compute: stock and free widths, basic and bottleneck.
-
-    Also two new Python processes without network that load them, started together because importing takes its time.
-    """
-    folder = tmp_path_factory.mktemp("saved")
-    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    stored = {"x": x}
-    for name, suffix in (("resnet", ""), ("bottleneck", "_bottleneck")):
-        model, groups, _ = trained(name)
-        free = {group.name: range(1, group.units, 1 + i % 3) for i, group in enumerate(groups)}
-        for kind, keep in (("stock", 0.5), ("free", free)):
-            small = slim(model, groups, keep)
-            small.save_pretrained(folder / f"{kind}{suffix}")
-            stored[f"{kind}{suffix}"] = run(small, x)
-    save_file(stored, folder / "inputs.safetensors")
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
-    fresh = {
-        name: subprocess.Popen([sys.executable, "-c", script, str(folder)], **pipes)
-        for name, script in (("without", WITHOUT), ("with", WITH))
-    }
-    yield folder, fresh
-    for process in fresh.values():
-        process.kill()
-
-
-def outcome(process):
-    """The report of a fresh process, its exit status and what it complained about."""
-    out, err = process.communicate(timeout=300)
-    lines = [line for line in out.splitlines() if line.startswith("REPORT")]
-    assert lines, err
-    return json.loads(lines[-1].removeprefix("REPORT")), process.returncode, err
-
-
-def test_stock_configs_load_without_this_package_and_free_widths_fail_loudly(saved):
-    folder, fresh = saved
-    for kind in ("stock", "stock_bottleneck"):
-        assert "quantization_config" not in json.loads((folder / kind / "config.json").read_text())
-    config = json.loads((folder / "free" / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == "hf_effdl"
-    report, status, complaint = outcome(fresh["without"])
-    for kind in ("stock", "stock_bottleneck"):
-        assert report[kind] == ["ResNetForImageClassification", pytest.approx(0, abs=1e-6)]
-    assert status != 0 and "mismatch" in complaint.lower() and "hf_effdl" in complaint
-
-
-def test_free_widths_load_exactly_with_one_import_and_go_on_as_any_model(saved):
-    folder, fresh = saved
-    report, status, complaint = outcome(fresh["with"])
-    assert status == 0, complaint
-    assert report["free"] == report["free_bottleneck"] == ["ResNetForImageClassification", 0.0]
-    assert set(report["half"]) == {"torch.bfloat16", "torch.int64"}
-    assert report["gradients"] and report["twice"] == 0.0
-    whole, twice, loaded = report["params"]
-    assert twice == loaded < whole
+@pytest.mark.parametrize("name", ["resnet", "bottleneck"])
+def test_free_widths_load_exactly_and_go_on_as_any_model(name, tmp_path):
+    """Fresh processes, with the package and without, are in test_hub_structure."""
+    model, groups, x = trained(name)
+    small = slim(model, groups, {group.name: range(1, group.units, 1 + i % 3) for i, group in enumerate(groups)})
+    small.save_pretrained(tmp_path / "free")
+    assert small.config.quantization_config.quant_method == "hf_effdl"
+    load = AutoModelForImageClassification.from_pretrained
+    half = load(tmp_path / "free", dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.bfloat16, torch.int64}
+    loaded = load(tmp_path / "free").eval()
+    assert type(loaded) is type(model) and torch.equal(run(loaded, x), run(small, x))
+    loaded.train()(pixel_values=x, labels=torch.zeros(len(x), dtype=torch.long)).loss.backward()
+    assert all(p.requires_grad and p.grad.abs().sum() > 0 for p in loaded.parameters())
+    twice = slim(loaded.eval(), find_groups(loaded, x), 0.5)
+    twice.save_pretrained(tmp_path / "twice")
+    assert torch.equal(run(load(tmp_path / "twice").eval(), x), run(twice, x))
+    assert sum(p.numel() for p in twice.parameters()) < sum(p.numel() for p in loaded.parameters())
 
 
 def test_a_config_keeps_the_sizes_when_written_and_read():

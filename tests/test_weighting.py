@@ -208,22 +208,6 @@ def test_label_smoothing_smooths_each_row(name, tmp_path):
         assert abs(loss - sharp) > 1e-4
 
 
-@pytest.mark.parametrize("task", ["tokens", "next_tokens"])
-def test_the_losses_of_tokens_agree_with_a_loop(task):
-    logits = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([[0, 1, 2, 3], [4, -100, 1, -100], [2, -100, -100, -100]])
-    terms, counted = element_losses(logits, labels, task)
-    shift = task == "next_tokens"
-    for i in range(3):
-        found, expected = terms[i][counted[i]].tolist(), []
-        for t in range(shift, 4):
-            if labels[i, t] != -100:
-                p = logits[i, t - shift].exp() / logits[i, t - shift].exp().sum()
-                expected.append(-p[labels[i, t]].log().item())
-        assert found == pytest.approx(expected, rel=1e-12)
-    assert counted.sum() == (5 if shift else 7) - shift * 1 and not terms[~counted].any()
-
-
 def test_a_row_without_any_label_counts_as_a_row_of_loss_zero(tmp_path):
     model = gpt2()
     batch = batch_for(model, "ragged")
@@ -292,19 +276,6 @@ def test_weights_of_one_train_as_no_weights(task, accumulate, tmp_path):
     plain = trained(Trainer(make(), arguments(str(tmp_path)), train_dataset=data))
     assert distance(weighted, plain) < 1e-12
     assert max(change.abs().max() for change in moved(weighted, make()).values()) > 0.01
-
-
-@pytest.mark.filterwarnings("ignore:.*has mean")
-def test_whole_weights_equal_repeated_rows(tmp_path):
-    weight = [2, 1, 0, 1, 3, 0, 1, 1]
-    data = with_column(rows(8), "weight", weight)
-    repeated = data.select([i for i, times in enumerate(weight) for _ in range(times)]).remove_columns("weight")
-    weighted = trained(WeightedTrainer(classifier(), arguments(str(tmp_path)), train_dataset=data))
-    plain = trained(Trainer(classifier(), arguments(str(tmp_path)), train_dataset=repeated))
-    a, b = moved(weighted, classifier()), moved(plain, classifier())
-    # a mean over the 8 rows of the batch against one over the 9 repeated rows
-    assert distance({k: 8 * v for k, v in a.items()}, {k: 9 * v for k, v in b.items()}) < 1e-12
-    assert max(v.abs().max() for v in a.values()) > 0.01
 
 
 def test_rows_of_weight_zero_have_no_influence(tmp_path):
