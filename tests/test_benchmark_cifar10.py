@@ -198,18 +198,6 @@ def test_anything_less_supports_no_claim(benchmark, changed):
     assert len(lines) == 1 and "supports no claim" in lines[0]
 
 
-def test_a_plan_counts_epochs_and_trains_nothing(benchmark, tmp_path, capsys):
-    out = tmp_path / "rows.jsonl"
-    benchmark.main(["--plan", "3", "--out", str(out), "--epochs", "20", "--tune", "5", "--seeds", "2"])
-    printed = capsys.readouterr().out
-    # three early arms: 12 of 20 epochs each, then three small nets of 8 + 5 each; scratch trains three for 25
-    assert "# 2 x (36 + 117 small) epochs" in printed and "# 2 x (20 + 120 small) epochs" in printed
-    commands = [line for line in printed.splitlines() if line.startswith("timeout")]
-    assert all(f'"{arm}"' in " ".join(commands) for stage in benchmark.STAGES for arm in stage)
-    assert all(f"--out {out}" in line and "--epochs 20 --tune 5" in line for line in commands)
-    assert not out.exists()
-
-
 def test_the_committed_rows_are_whole(benchmark):
     lines = (FOLDER / "results" / "structure_cifar10.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from compare import assert_close
 from distributed import optimizer_run, trainer_run
 from forked import Script
 from safetensors.torch import load_file
@@ -21,25 +22,6 @@ from test_examples import check, config  # noqa: F401 - a fixture: pictures and 
 HERE, BIN = Path(__file__).parent / "support", Path(sys.executable).parent
 CONFIGS = HERE.parents[1] / "examples" / "accelerate_configs"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-
-
-def assert_close(a, b, tolerance: float = 1e-6, where: str = "outcome") -> None:
-    """Equal to `tolerance`, integers and texts exactly, with a name for what differs."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and a.shape == b.shape, where
-        floating = a.is_floating_point()
-        assert torch.allclose(a, b, rtol=tolerance, atol=tolerance) if floating else torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_close(a[key], b[key], tolerance, f"{where}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_close(x, y, tolerance, f"{where}[{i}]")
-    else:
-        assert a == (pytest.approx(b, rel=tolerance, abs=tolerance) if isinstance(b, float) else b), where
 
 
 # ---- the optimizer

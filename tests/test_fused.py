@@ -112,24 +112,6 @@ def test_parameters_without_gradient_wait(without, hyper):
             assert_same(*runs, 1e-13)
 
 
-def test_units_that_leave_and_come_back_are_recorded_alike():
-    runs = []
-    for choice in (False, True):
-        p = torch.nn.Parameter(torch.ones(3, 2, dtype=torch.float64))
-        opt = SplitLBI(
-            [{"params": [p], "penalty": "group"}], lr=0.1, nu=1.0, momentum=0.0, lam_scale="none", fused=choice
-        )
-        seen = []
-        for step in range(200):
-            pull = torch.tensor([3.0 if step < 30 else -3.0, 3.0, 0.0], dtype=torch.float64)[:, None]
-            p.grad = p.detach() - pull
-            opt.step()
-            seen.append((opt.state[p]["entered"].tolist(), opt.state[p]["left"].tolist()))
-        runs.append(seen)
-    assert runs[0] == runs[1]
-    assert {left[0] > 0 for _, left in runs[0]} == {True, False} and runs[0][-1][1][0] == -1
-
-
 def test_bfloat16_weights_round_once_and_keep_a_float32_dual():
     params, opt = make(torch.bfloat16, fused=True, momentum=0.0)
     exact, reference = make(torch.float32, fused=False, momentum=0.0)

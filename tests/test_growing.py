@@ -10,12 +10,11 @@ import growing_run
 import pytest
 import tiny_run
 import torch
+from compare import assert_close, assert_same
 from distributed import trainer_run
 from forked import Script
 from models import recount, resnet
 from safetensors.torch import load_file
-from test_distributed import assert_close
-from test_trainer import assert_same
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import (

@@ -539,9 +539,13 @@ def test_a_closure_is_evaluated_once_with_gradients_and_its_loss_returned():
 # ---- the record of who entered and left
 
 
-def test_record_keeps_the_first_entry_and_the_last_exit():
+@pytest.mark.parametrize("fused", [False, True])
+def test_record_keeps_the_first_entry_and_the_last_exit(fused, request):
+    if fused:
+        request.getfixturevalue("compiler")
     w = torch.nn.Parameter(torch.ones(3, 2, dtype=torch.float64))
-    opt = SplitLBI([{"params": [w], "penalty": "group"}], lr=0.1, nu=1.0, momentum=0, lam=1.0, lam_scale="none")
+    hyper = {"lr": 0.1, "nu": 1.0, "momentum": 0, "lam": 1.0, "lam_scale": "none", "fused": fused}
+    opt = SplitLBI([{"params": [w], "penalty": "group"}], **hyper)
     inside = [False]
     for step in range(1, 200):
         # unit 0 is pulled to +3, then to -3: V crosses zero and the unit enters a second time;

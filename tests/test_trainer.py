@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
+from compare import assert_same
 from datasets import Dataset
 from forked import Script
 from torch.utils.data import TensorDataset
@@ -18,23 +19,6 @@ from hf_effdl.structure.optim.schedule import derive_path
 from hf_effdl.structure.training.arguments import scheduled_rates
 from hf_effdl.structure.training.evaluation import projected
 from hf_effdl.structure.training.trainer import last_complete_checkpoint
-
-
-def assert_same(a, b, where="outcome"):
-    """Equal bit for bit, with a name for what differs."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    else:
-        assert a == b or (a != a and b != b), f"{where}: {a} != {b}"
 
 
 @pytest.fixture(scope="module")
