@@ -214,29 +214,20 @@ class LoopbackHub(ThreadingHTTPServer):
     def env(self, home: Path) -> dict[str, str]:
         """The environment of a process whose clients know this hub alone and keep their caches under `home`."""
         foreign = re.compile(r"(HF|HUGGING_?FACE|TRANSFORMERS)_|.*_PROXY$", re.IGNORECASE)
-        return {
-            **{name: value for name, value in os.environ.items() if not foreign.match(name)},
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(home),
-            "HF_TOKEN": TOKEN,
-            "HF_DATASETS_CACHE": str(Path(home, "datasets")),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-            # `datasets` counts downloads with a request to a host outside of the endpoint.
-            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-            # Any other stray request to the outside lands here too, where it is logged and refused.
-            "ALL_PROXY": self.url,
-            "HTTP_PROXY": self.url,
-            "HTTPS_PROXY": self.url,
-            "NO_PROXY": "127.0.0.1",
-            # The child imports whatever the test can, installed or not; but not the remote code of another hub, whose
-            # folder transformers puts into sys.path and where it would look for the code of this one.
-            "PYTHONPATH": os.pathsep.join(
-                folder for folder in sys.path if folder and not Path(folder, "transformers_modules").is_dir()
-            ),
-        }
+        env = {name: value for name, value in os.environ.items() if not foreign.match(name)}
+        env |= {"HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home)}
+        env["HF_DATASETS_CACHE"] = str(Path(home, "datasets"))
+        quiet = ["HUB_DISABLE_XET", "HUB_DISABLE_TELEMETRY"]
+        quiet += ["HUB_DISABLE_PROGRESS_BARS", "DATASETS_DISABLE_PROGRESS_BARS"]
+        env |= {f"HF_{name}": "1" for name in quiet}
+        # `datasets` counts downloads with a request to a host outside of the endpoint.
+        env["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
+        # Any other stray request to the outside lands here too, where it is logged and refused.
+        env |= {"ALL_PROXY": self.url, "HTTP_PROXY": self.url, "HTTPS_PROXY": self.url, "NO_PROXY": "127.0.0.1"}
+        # The child imports whatever the test can, installed or not; but not the remote code of another hub, whose
+        # folder transformers puts into sys.path and where it would look for the code of this one.
+        folders = (folder for folder in sys.path if folder and not Path(folder, "transformers_modules").is_dir())
+        return env | {"PYTHONPATH": os.pathsep.join(folders)}
 
     def run(self, code: str, home: Path, timeout: float = 180) -> str:
         """Run Python code in a fresh process, in the directory `home`, and return what it printed."""
