@@ -1,7 +1,7 @@
 """What version 0.1.0 saved loads with the code of today and gives the answers that 0.1.0 gave.
 
-Only public names of the package are used here, as its inner modules may move. tests/fixtures/make.py, run with 0.1.0,
-wrote the files.
+Only public names of the package are used here, as its inner modules may move. The script that wrote the files, with
+0.1.0, is in the history: `git log --diff-filter=D -- tests/fixtures/make.py`.
 """
 
 import json
@@ -44,7 +44,7 @@ def tensors(name: str, kind: str = "expected") -> dict[str, Tensor]:
 
 
 def flat(value: Any, name: str = "") -> dict[str, Tensor]:
-    """The tensors and numbers in nested plain values, by their way there, as make.py stored them."""
+    """The tensors and numbers in nested plain values, by their way there."""
     if isinstance(value, Tensor):
         return {name: value}
     if isinstance(value, (bool, int, float)):
@@ -185,14 +185,9 @@ def test_a_pool_holds_and_finds_the_same_and_can_be_changed(tmp_path):
     for _ in range(2):
         rows = torch.arange(len(pool))
         similarities, found = pool.search(pool.vectors, 3, exclude=rows)
-        assert {
-            "ids": pool.ids,
-            "task": pool.task,
-            "encoder": pool.encoder,
-            "fingerprint": pool.fingerprint,
-            "labels": [pool.label(row) for row in range(5)],
-            "found": found.tolist(),
-        } == expected
+        plain_values = {name: getattr(pool, name) for name in ("ids", "task", "encoder", "fingerprint")}
+        labels = [pool.label(row) for row in range(5)]
+        assert plain_values | {"labels": labels, "found": found.tolist()} == expected
         images = torch.stack([torch.from_numpy(np.array(pool.image(row))) for row in range(5)])
         assert_close(
             {"vectors": pool.vectors, "tokens": pool.tokens(rows), "similarities": similarities, "images": images},
@@ -237,15 +232,9 @@ def net(values: dict[str, Any]) -> ResNetForImageClassification:
 def test_a_ticket_says_the_same_and_rewinds_to_the_same_networks(tmp_path):
     expected, logits = plain("ticket"), tensors("ticket")
     ticket = hf_effdl.Ticket.from_pretrained(FIXTURES / "ticket" / "saved")
-    found = {
-        "step": ticket.step,
-        "settled": ticket.settled,
-        "report": ticket.report(),
-        "init": ticket.init,
-        "distances": ticket.distances,
-        "kept": {name: index.tolist() for name, index in ticket.kept.items()},
-        "model": expected["model"],
-    }
+    found = {name: getattr(ticket, name) for name in ("step", "settled", "init", "distances")}
+    found |= {"report": ticket.report(), "model": expected["model"]}
+    found["kept"] = {name: index.tolist() for name, index in ticket.kept.items()}
     assert json.loads(json.dumps(found)) == near(expected)
     ticket.save_pretrained(tmp_path)
     for one in (ticket, hf_effdl.Ticket.from_pretrained(tmp_path)):
@@ -320,19 +309,9 @@ def test_a_selection_has_the_same_rows_and_draws_others_alike(name, tmp_path):
         selection = hf_effdl.Selection.load(folder, name)
         rows = hf_effdl.load_selection(folder, source, config_name=name)
         plan = selection.plan
-        assert_close(
-            flat(
-                {
-                    "positions": plan.positions,
-                    "weights": plan.weights,
-                    "probabilities": plan.probabilities,
-                    "redrawn": selection.redraw(10, data=source).plan.positions,
-                    "scores": selection.scores(),
-                    "applied": torch.tensor(rows["x"][:]),
-                }
-            ),
-            expected,
-        )
+        found = {name: getattr(plan, name) for name in ("positions", "weights", "probabilities")}
+        found |= {"redrawn": selection.redraw(10, data=source).plan.positions, "scores": selection.scores()}
+        assert_close(flat(found | {"applied": torch.tensor(rows["x"][:])}), expected)
         assert isinstance(plan, hf_effdl.Plan) and selection.info["hf_effdl"] == "0.1.0"
         assert (selection.row_ids is None) == (name == "default") and str(selection.report())
 

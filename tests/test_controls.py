@@ -23,16 +23,8 @@ def conv_bn_net() -> nn.Sequential:
 
 
 def lenet() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 5, stride=2),
-        nn.ReLU(),
-        nn.Conv2d(6, 16, 5, stride=2),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(256, 32),
-        nn.ReLU(),
-        nn.Linear(32, 10),
-    )
+    body = [nn.Conv2d(1, 6, 5, stride=2), nn.ReLU(), nn.Conv2d(6, 16, 5, stride=2), nn.ReLU()]
+    return nn.Sequential(*body, nn.Flatten(), nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
 def mnist(folder) -> tuple[torch.Tensor, torch.Tensor]:

@@ -152,10 +152,6 @@ def test_every_error_of_the_troubleshooting_page_exists(text):
     assert any(wanted.search(string) for string in strings_of_the_package()), text
 
 
-def test_there_are_errors_enough_to_look_up():
-    assert len(error_texts()) >= 20
-
-
 def test_the_reference_lists_every_public_name_once():
     text = (DOCS / "reference" / "index.md").read_text(encoding="utf-8")
     listed = re.findall(r"^   (\w+)$", text, re.MULTILINE)
@@ -191,14 +187,7 @@ def test_code_that_travels_to_the_hub_does_what_security_says():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {name.split(".")[0] for name in names} & {"subprocess", "socket", "pickle", "ctypes", "urllib"}
             if isinstance(node, ast.Call):
-                assert ast.unparse(node.func) not in (
-                    "eval",
-                    "exec",
-                    "compile",
-                    "__import__",
-                    "os.system",
-                    "torch.load",
-                )
+                assert ast.unparse(node.func) not in "eval exec compile __import__ os.system torch.load".split()
 
 
 def test_formulas_and_fences_of_docstrings_become_literal_blocks(monkeypatch):

@@ -17,19 +17,9 @@ from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.training.evaluation import training_inputs
 
 
-SETTINGS = {
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 5,
-    "max_steps": 4,
-    "eval_strategy": "steps",
-    "eval_steps": 4,
-    "save_strategy": "no",
-    "logging_steps": 2,
-    "seed": 3,
-    "disable_tqdm": True,
-    "report_to": "none",
-    "use_cpu": True,
-}
+SETTINGS = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 5, "max_steps": 4, "logging_steps": 2}
+SETTINGS |= {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "no", "seed": 3}
+SETTINGS |= {"disable_tqdm": True, "report_to": "none", "use_cpu": True}
 
 
 class Net(nn.Module):
@@ -134,14 +124,8 @@ def make(kind, folder, net, case, arguments):
     sets = {"a": evaluated, "b": rows(tiny_run.images(7, 4))} if case.get("sets") else evaluated
     more = {name: case[name] for name in ("compute_metrics", "preprocess_logits_for_metrics") if name in case}
     args = arguments(str(folder), **{**SETTINGS, **case.get("args", {})})
-    return kind(
-        net,
-        args,
-        train_dataset=rows(tiny_run.images(32, 1)),
-        eval_dataset=sets,
-        data_collator=case.get("collate"),
-        **more,
-    )
+    data = {"train_dataset": rows(tiny_run.images(32, 1)), "eval_dataset": sets}
+    return kind(net, args, **data, data_collator=case.get("collate"), **more)
 
 
 def metrics_of(logs, prefix="eval"):
@@ -222,16 +206,9 @@ def test_what_fails_in_the_extra_evaluation_is_a_warning(tmp_path, caplog):
 
 def test_after_the_best_checkpoint_is_loaded_everything_is_of_its_moment(tmp_path):
     scores = iter([1.0] + [0.0] * 40)
-    case = {
-        "compute_metrics": lambda p: {"score": next(scores)},
-        "args": {
-            "max_steps": 40,
-            "save_strategy": "steps",
-            "save_steps": 4,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "eval_score",
-        },
-    }
+    args = {"max_steps": 40, "save_strategy": "steps", "save_steps": 4, "load_best_model_at_end": True}
+    args |= {"metric_for_best_model": "eval_score"}
+    case = {"compute_metrics": lambda p: {"score": next(scores)}, "args": args}
     run = make(SplitLBITrainer, tmp_path, Net(), case, SplitLBIArguments)
     run.train()
     assert run.path.step == 4 and not any(inside.any() for inside in run.path.support.values())

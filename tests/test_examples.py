@@ -103,51 +103,10 @@ def test_processes_that_do_not_know_of_each_other_are_refused(config, monkeypatc
 
 
 @pytest.mark.slow
-def test_two_processes_without_use_cpu_end_before_they_train(config, tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text(config.read_text().replace("use_cpu: true", "use_cpu: false"))
-    command = [str(BIN / "torchrun"), "--nproc_per_node", "2", str(SCRIPT), "--config", str(file)]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, "--output_dir", "out"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode != 0 and "without a GPU pass --use_cpu" in done.stderr and not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_the_classifier_example_runs_under_accelerate_launch(config, tmp_path):
-    out = run(
-        str(BIN / "accelerate"),
-        "launch",
-        "--cpu",
-        str(SCRIPT),
-        "--config",
-        str(config),
-        "--max_steps",
-        "2",
-        "--output_dir",
-        "out",
-        cwd=tmp_path,
-    )
-    assert "median unit" in out
-    check(tmp_path / "out")
-
-
-@pytest.mark.slow
-def test_the_classifier_example_runs_on_two_processes_and_reports_once(config, tmp_path):
-    out = run(
-        *TWO,
-        str(SCRIPT),
-        "--config",
-        str(config),
-        "--max_steps",
-        "2",
-        "--output_dir",
-        "out",
-        "--widths",
-        "free",
-        cwd=tmp_path,
-    )
+@pytest.mark.parametrize("launcher", [(str(BIN / "accelerate"), "launch", "--cpu"), TWO], ids=["accelerate", "two"])
+def test_the_classifier_example_runs_as_it_is_launched_and_reports_once(launcher, config, tmp_path):
+    given = f"--config {config} --max_steps 2 --output_dir out --widths free"
+    out = run(*launcher, str(SCRIPT), *given.split(), cwd=tmp_path)
     assert out.count("median unit") == 1 and out.count("slim model in") == 1
     import hf_effdl  # noqa: F401 - knows the free widths
 
@@ -196,36 +155,9 @@ def test_the_selection_example_selects_and_trains(texts, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_selection_example_runs_under_accelerate_launch(texts, tmp_path):
-    out = run(
-        str(BIN / "accelerate"),
-        "launch",
-        "--cpu",
-        str(SELECT),
-        "--config",
-        str(texts),
-        "--output_dir",
-        "out",
-        cwd=tmp_path,
-    )
-    check_selection(out, tmp_path / "out")
-
-
-@pytest.mark.slow
 def test_the_selection_example_trains_probes_on_two_processes(texts, tmp_path):
-    out = run(
-        *TWO,
-        str(SELECT),
-        "--config",
-        str(texts),
-        "--output_dir",
-        "out",
-        "--probes",
-        "trained",
-        "--num_probes",
-        "2",
-        cwd=tmp_path,
-    )
+    given = f"--config {texts} --output_dir out --probes trained --num_probes 2"
+    out = run(*TWO, str(SELECT), *given.split(), cwd=tmp_path)
     check_selection(out, tmp_path / "out")
     assert len(list((tmp_path / "out" / "probes").glob("probe-*/probe.safetensors"))) == 2
 
@@ -279,32 +211,3 @@ def test_the_quickstart_runs_and_leaves_a_page_of_its_tables_and_pictures(tmp_pa
         assert (folder / file).is_file()
     assert {file.name for file in folder.iterdir() if file.is_file()} == {"index.html"}
     assert not list(folder.rglob("checkpoint-*")) and not list(folder.glob("prompts/pool*"))
-
-
-@pytest.mark.slow
-def test_the_benchmark_writes_a_row_per_arm_and_seed_and_skips_those_it_has(data_folder, tmp_path):
-    command = (
-        sys.executable,
-        str(ROOT / "examples" / "benchmarks" / "structure_mnist.py"),
-        "--net",
-        "lenet",
-        "--seeds",
-        "1",
-        "--rows",
-        "1024",
-        "--set",
-        "epochs=1",
-        "tune=1",
-        "--out",
-        "rows.jsonl",
-        "--arms",
-    )
-    table = run(*command, "path, early", cwd=tmp_path)
-    assert "| path, early |" in table
-    table = run(*command, "path, early", "global L2", cwd=tmp_path)
-    assert "| path, early |" in table and "| global L2 |" in table
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [row["arm"] for row in rows] == ["path, early", "global L2"]
-    for row in rows:
-        for budget, result in row["budgets"].items():
-            assert result["macs"] <= float(budget) and 0 <= result["after"] <= 100 and result["latency"] > 0

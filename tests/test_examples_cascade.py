@@ -17,20 +17,7 @@ import fit_cascade  # noqa: E402
 from digit_scenes import make_scenes  # noqa: E402
 
 
-SMALL = (
-    "--max_pool",
-    "18",
-    "--max_queries",
-    "4",
-    "--candidates",
-    "7",
-    "--label_budget",
-    "11",
-    "--passes",
-    "3",
-    "--fused",
-    "5",
-)
+SMALL = "--max_pool 18 --max_queries 4 --candidates 7 --label_budget 11 --passes 3 --fused 5".split()
 
 
 def table(printed: str) -> dict[str, list[str]]:

@@ -1,15 +1,12 @@
 """The growth example as a user would run it: with a push to a Hub, under accelerate launch, and on two processes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hub import LoopbackHub
 from PIL import Image as Picture
-from test_examples import BIN, ROOT, TWO, run
+from test_examples import ROOT, TWO, run
 from transformers import AutoModelForImageClassification, ConvNextConfig, ConvNextImageProcessor, ResNetConfig
 
 from hf_effdl import SparsePath
@@ -67,90 +64,11 @@ def test_the_example_grows_a_classifier_of_a_folder_of_images(config, tmp_path, 
     check(capsys.readouterr().out, tmp_path / "out")
 
 
-@pytest.fixture(scope="module")
-def hub():
-    with LoopbackHub() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def pushed(hub, config, tmp_path_factory) -> tuple[str, Path]:
-    """What the example printed on one process, and where it ran; the result also went to the Hub."""
-    home = tmp_path_factory.mktemp("push")
-    command = [sys.executable, str(SCRIPT), "--config", str(config), "--output_dir", "out"]
-    command += ["--push_to_hub", "--hub_model_id", "tester/grown"]
-    env = hub.env(home) | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, home / "out"
-
-
-@pytest.mark.slow
-def test_the_grown_model_loads_from_the_hub_where_the_package_cannot_be_imported(hub, pushed, tmp_path):
-    check(*pushed)
-    out = hub.run(
-        f"""
-        import sys; sys.modules["hf_effdl"] = None
-        import torch
-        from transformers import AutoModelForImageClassification
-        x = torch.linspace(-1, 1, 6144).view(2, 3, 32, 32)
-        there, here = (AutoModelForImageClassification.from_pretrained(name).eval()(x).logits
-                       for name in ("tester/grown", {str(pushed[1])!r}))
-        print(torch.equal(there, here), here.shape)
-    """,
-        tmp_path,
-    )
-    assert out.split()[0] == "True"
-    files = hub.repos["model", "tester/grown"].head.tree
-    assert {"model.safetensors", "preprocessor_config.json", "growth.png", "sparse_path.safetensors"} <= set(files)
-    assert not any("checkpoint" in name for name in files)
-    card = files["README.md"].decode()
-    assert "## Growth" in card and 'from_pretrained("tester/grown")' in card and "growing" in card.partition("# ")[0]
-
-
-@pytest.mark.slow
-def test_the_example_runs_under_accelerate_launch(config, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    out = run(
-        str(BIN / "accelerate"),
-        "launch",
-        "--cpu",
-        "--num_processes",
-        "1",
-        str(SCRIPT),
-        "--config",
-        str(config),
-        "--output_dir",
-        "out",
-        "--max_steps",
-        "8",
-        "--growth_rounds",
-        "1",
-        "--eval_strategy",
-        "no",
-        cwd=tmp_path,
-    )
-    check(out, tmp_path / "out")
-
-
 @pytest.mark.slow
 def test_the_example_runs_on_two_processes_and_reports_once(config, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    out = run(
-        *TWO,
-        str(SCRIPT),
-        "--config",
-        str(config),
-        "--output_dir",
-        "out",
-        "--seed-depths",
-        "1",
-        "2",
-        "--max-macs-share",
-        "0.49",
-        cwd=tmp_path,
-    )
-    check(out, tmp_path / "out")
+    given = f"--config {config} --output_dir out --seed-depths 1 2 --max-macs-share 0.49"
+    check(run(*TWO, str(SCRIPT), *given.split(), cwd=tmp_path), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["depths"] == [1, 2]
 
 

@@ -16,26 +16,8 @@ import train_ranker  # noqa: E402
 from hf_effdl.vicl.auto import ListwiseRanker  # noqa: E402
 
 
-SMALL = (
-    "--max_pool",
-    "16",
-    "--max_queries",
-    "4",
-    "--candidates",
-    "7",
-    "--label_budget",
-    "8",
-    "--lengths",
-    "3",
-    "5",
-    "--hidden_size",
-    "32",
-    "--num_train_epochs",
-    "1",
-    "--use_cpu",
-    "--disable_tqdm",
-    "true",
-)
+SMALL = "--max_pool 16 --max_queries 4 --candidates 7 --label_budget 8 --lengths 3 5 --hidden_size 32".split()
+SMALL += "--num_train_epochs 1 --use_cpu --disable_tqdm true".split()
 
 
 def check(printed: str, out) -> dict:
@@ -76,20 +58,6 @@ def test_what_looks_like_a_query_is_neither_measured_on_nor_shown(tmp_path, caps
         measured.sum() == 14 and not measured[copies].any() and not torch.isin(candidates, torch.tensor(copies)).any()
     )
     assert json.loads((tmp_path / "out" / "report.json").read_text())["excluded"] == 2
-
-
-def test_settings_come_from_a_file_and_the_command_line(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text("dataset_name: some/photos\nlengths: [4]\nuse_cpu: true\nlearning_rate: 0.001\n")
-    args, training = train_ranker.parse(["--config", str(file), "--schedule", "partitions", "--lengths", "6", "7"])
-    assert args.dataset_name == "some/photos" and args.model == "BAAI/seggpt-vit-large" and args.hidden_size == 768
-    assert args.lengths == [6, 7] and args.schedule == "partitions" and training.learning_rate == 0.001
-    assert training.per_device_train_batch_size == 64 and training.lr_scheduler_type == "constant"
-    args, _ = train_ranker.parse(["--use_cpu"])
-    assert args.dataset_name is None and args.model == train_ranker.TINY
-    file.write_text("lenghts: [4]\n")
-    with pytest.raises(ValueError, match=r"sets \['lenghts'\]"):
-        train_ranker.parse(["--config", str(file)])
 
 
 def test_queries_to_evaluate_on_are_not_trained_on():

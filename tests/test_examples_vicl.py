@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
-from test_examples import BIN, ROOT, TWO, run
+from test_examples import ROOT, TWO, run
 
 
 SCRIPT = ROOT / "examples" / "vicl_seggpt.py"
@@ -61,29 +61,6 @@ def test_one_process_and_two_choose_the_same_examples(config, tmp_path):
     assert [row["example_ids"] for row in chosen[0]] == [row["example_ids"] for row in chosen[1]]
     assert [row["query"] for row in chosen[0]] == list(range(8))
     assert (tmp_path / "one" / "examples.png").stat().st_size > 1000
-
-
-@pytest.mark.slow
-def test_it_measures_the_pool_under_accelerate_launch(config, tmp_path):
-    out = run(
-        str(BIN / "accelerate"),
-        "launch",
-        "--cpu",
-        str(SCRIPT),
-        "--config",
-        str(config),
-        "--strategy",
-        "transfer",
-        "--output_dir",
-        "out",
-        "--num_examples",
-        "2",
-        cwd=tmp_path,
-    )
-    assert "transfer" in scores(out)
-    assert len(list((tmp_path / "out" / "performance").rglob("*.safetensors"))) == 1  # six images are one part
-    rows = json.loads((tmp_path / "out" / "examples.json").read_text())
-    assert all(len(row["example_ids"]) == len(row["scores"]) == 2 for row in rows)
 
 
 def test_what_is_not_there_is_named(config, tmp_path, capsys):

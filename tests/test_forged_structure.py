@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -42,15 +43,8 @@ NASTY = (None, True, -1, 0, 1.5, HUGE, 10**30, float("nan"), float("inf"), "x", 
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 3),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Conv2d(6, 8, 3),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(128, 5),
-    )
+    body = [nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU()]
+    return nn.Sequential(*body, nn.Flatten(), nn.Linear(128, 5))
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +63,8 @@ def path(groups):
 @pytest.fixture
 def ticket(groups):
     kept = {group.name: torch.arange(3) for group in groups}
-    return Ticket(
-        groups,
-        kept,
-        4,
-        True,
-        [{"step": 2, "path": 0.5, "change": None, "distance": 0.0}],
-        {"seed": 0},
-        {0: net().state_dict()},
-    )
+    distances = [{"step": 2, "path": 0.5, "change": None, "distance": 0.0}]
+    return Ticket(groups, kept, 4, True, distances, {"seed": 0}, {0: net().state_dict()})
 
 
 def plain(value):
@@ -281,28 +268,10 @@ ANYTHING = st.one_of(
     st.sampled_from([torch.zeros(0), torch.ones(2, 3), torch.tensor([0, 1]), torch.tensor(float("nan"))]),
     st.dictionaries(st.sampled_from(["0", "3", "x"]), st.lists(st.integers(-2, 9), max_size=3), max_size=2),
 )
-FEW = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-def only_ours(call):
-    try:
-        return call()
-    except OURS as error:
-        assert str(error)
-    return None
-
-
-@FEW
-@given(keep=ANYTHING, round_to=st.sampled_from([1, 2, HUGE, 0, -1]))
-def test_slim_takes_anything_or_says_what_is_wrong(groups, keep, round_to):
-    small = only_ours(lambda: slim(net(), groups, keep, round_to))
-    if small is not None:
-        assert small(torch.rand(1, 1, 8, 8)).shape == (1, 5)
-
-
-@FEW
-@given(budget=ANYTHING, order=ANYTHING, widths=ANYTHING, round_to=ANYTHING, least=ANYTHING)
-def test_select_takes_anything_or_says_what_is_wrong(groups, budget, order, widths, round_to, least):
+def calls(groups):
+    """Every public name that takes settings or models, by what it is given."""
     units = {
         group.name: {
             "entered": torch.arange(group.units),
@@ -312,63 +281,55 @@ def test_select_takes_anything_or_says_what_is_wrong(groups, budget, order, widt
         for group in groups
     }
     path = SparsePath(groups, units, 30)
-    for given_budget in ({"macs": budget}, {"keep": budget}):
-        only_ours(lambda given_budget=given_budget: path.select(**given_budget))
-    for option in ({"order": order}, {"widths": widths}, {"round_to": round_to}, {"least": least}):
-        only_ours(lambda option=option: path.select(macs=0.5, **option))
-
-
-@FEW
-@given(
-    value=ANYTHING,
-    name=st.sampled_from(["lr", "kappa", "nu", "momentum", "lam", "path_scale", "weight_decay", "base", "lam_scale"]),
-)
-def test_the_optimizer_takes_anything_or_says_what_is_wrong(groups, value, name):
-    only_ours(lambda: SplitLBI(param_groups(net(), []), **{"lr": 0.1, name: value}))
-
-
-@FEW
-@given(value=ANYTHING, name=st.sampled_from(["lam", "kappa", "path_length", "ridge_length", "base", "total_lr"]))
-def test_the_schedule_takes_anything_or_says_what_is_wrong(value, name):
-    only_ours(lambda: derive_path(**{"total_lr": 1.0, name: value}))
-
-
-EARLY = "macs every threshold window patience min_path within at_step at_epoch order widths".split()
-
-
-@FEW
-@given(value=ANYTHING, early=st.sampled_from(EARLY))
-def test_tickets_take_anything_or_say_what_is_wrong(groups, value, early):
     whole = Ticket(groups, {group.name: torch.arange(3) for group in groups}, 4, weights={4: net().state_dict()})
-    only_ours(lambda: EarlyTicketCallback(groups, **{early: value}))
-    only_ours(lambda: Ticket(groups, value, 4))
-    only_ours(lambda: Ticket(groups, {"0": value}, 4))
-    only_ours(lambda: rewind(net(), value))
-    only_ours(lambda: rewind(net(), whole, value))
-    only_ours(lambda: transfer(whole, value))
-    only_ours(lambda: transfer(whole, net(), to=value))
-    only_ours(lambda: find_ticket(value))
-    only_ours(lambda: SparsePath.from_optimizer(value, groups))
+
+    def named(function, names, **settings):
+        return [lambda value, name=name: function(**(settings | {name: value})) for name in names.split()]
+
+    return [
+        lambda value: slim(net(), groups, value)(torch.rand(1, 1, 8, 8)),
+        lambda value: slim(value, groups, 0.5),
+        lambda value: slim(net(), value, 0.5),
+        *named(partial(slim, net(), groups, 0.5), "round_to"),
+        *named(path.select, "macs keep"),
+        *named(partial(path.select, macs=0.5), "order widths round_to least"),
+        *named(
+            partial(SplitLBI, param_groups(net(), [])),
+            "lr kappa nu momentum lam path_scale weight_decay base lam_scale",
+            lr=0.1,
+        ),
+        *named(derive_path, "lam kappa path_length ridge_length base total_lr", total_lr=1.0),
+        *named(
+            partial(EarlyTicketCallback, groups),
+            "macs every threshold window patience min_path within at_step at_epoch order widths",
+        ),
+        *named(
+            partial(SplitLBIArguments, "out", use_cpu=True, report_to=[]),
+            "preset kappa nu path_scale lam lam_scale base momentum path_length path_share learning_rate",
+        ),
+        lambda value: Ticket(groups, value, 4),
+        lambda value: Ticket(groups, {"0": value}, 4),
+        lambda value: rewind(net(), value),
+        lambda value: rewind(net(), whole, value),
+        lambda value: transfer(whole, value),
+        lambda value: transfer(whole, net(), to=value),
+        lambda value: find_ticket(value),
+        lambda value: SparsePath.from_optimizer(value, groups),
+        lambda value: find_groups(value, value),
+        lambda value: find_groups(net(), value),
+        lambda value: param_groups(net(), value),
+        lambda value: param_groups(value, groups),
+        lambda value: widen(value, groups, {"0": 1}),
+        lambda value: deepen(value, 1),
+        lambda value: recalibrate_batch_norm(value, []),
+    ]
 
 
-SETTINGS = "preset kappa nu path_scale lam lam_scale base momentum path_length path_share learning_rate".split()
-
-
-@FEW
-@given(value=ANYTHING, name=st.sampled_from(SETTINGS))
-def test_arguments_take_anything_or_say_what_is_wrong(value, name):
-    only_ours(lambda: SplitLBIArguments("out", use_cpu=True, report_to=[], **{name: value}))
-
-
-@FEW
-@given(model=ANYTHING, inputs=ANYTHING)
-def test_what_takes_a_model_takes_anything_or_says_what_is_wrong(groups, model, inputs):
-    only_ours(lambda: find_groups(model, inputs))
-    only_ours(lambda: find_groups(net(), inputs))
-    only_ours(lambda: slim(model, groups, 0.5))
-    only_ours(lambda: slim(net(), inputs, 0.5))
-    only_ours(lambda: param_groups(net(), inputs))
-    only_ours(lambda: widen(model, groups, {"0": 1}))
-    only_ours(lambda: deepen(model, 1))
-    only_ours(lambda: param_groups(model, groups))
-    only_ours(lambda: recalibrate_batch_norm(model, []))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(value=ANYTHING)
+def test_public_names_take_anything_or_say_what_is_wrong(groups, value):
+    for call in calls(groups):
+        try:
+            call(value)
+        except OURS as error:
+            assert str(error)

@@ -1,9 +1,9 @@
 """The sparse path: what it reads from the optimizer, which units a budget keeps, ties of a config, and its file."""
 
 import copy
-import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.param_groups import param_groups
-from hf_effdl.structure.groups.ties import Tie, config_ties, levels_of, stock_config
+from hf_effdl.structure.groups.ties import Tie, config_ties, stock_config
 from hf_effdl.structure.optim.split_lbi import SplitLBI
 from hf_effdl.structure.path.budget import cut_list
 from hf_effdl.structure.path.path import FILE_NAME, SparsePath
@@ -68,97 +68,42 @@ def share_of(path, kept, budget):
 # ---- what is read from the optimizer
 
 
-class Wrapped:
-    """Like Accelerate's wrapper around an optimizer."""
-
-    def __init__(self, optimizer):
-        self.optimizer = optimizer
-
-
-def norm_of_unit(unit, tensors, entry):
-    """Norm over all slices of one unit, slice by slice."""
-    total = 0.0
-    for tensor, axis, block, scale in zip(tensors, entry["axis"], entry["block"], entry["scale"], strict=True):
-        part = tensor.narrow(axis, unit * block, block)
-        total += scale**2 * float((part**2).sum())
-    return math.sqrt(total)
+def norms(tensors, entry):
+    """Of every unit over its slices, one by one."""
+    slices = list(zip(tensors, entry["axis"], entry["block"], entry["scale"], strict=True))
+    total = [sum(s**2 * (t.narrow(a, u * b, b) ** 2).sum() for t, a, b, s in slices) for u in range(entry["units"])]
+    return torch.stack(total).sqrt().detach()
 
 
-def test_entries_exits_and_norms_equal_the_iteration_done_by_hand():
+def test_a_path_is_what_the_optimizer_had_when_it_was_read():
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5), nn.ReLU(), nn.Linear(5, 3)
-    ).double()
+    )
     groups = find_groups(model, torch.zeros(1, 2, 2, 2))
-    entries = param_groups(model, groups)
-    hyper = {"lr": 0.1, "kappa": 1.5, "nu": 2.0, "path_scale": 0.7}
-    opt = SplitLBI(entries, momentum=0.0, **hyper)
-    lifted = [copy.deepcopy({**entry, "params": list(entry["params"])}) for entry in entries if entry.get("penalty")]
-    assert [(entry["name"], entry["block"]) for entry in lifted] == [("0", [1, 4]), ("4", [1])]
-
-    by_hand = []
-    for entry in lifted:
-        w = [p.detach().clone() for p in entry["params"]]
-        units = range(entry["units"])
-        by_hand.append(
-            {
-                "w": w,
-                "v": [torch.zeros_like(t) for t in w],
-                "gamma": [torch.zeros_like(t) for t in w],
-                "threshold": [norm_of_unit(u, w, entry) for u in units],
-                "entered": [-1] * entry["units"],
-                "left": [-1] * entry["units"],
-            }
-        )
-    draw = torch.Generator().manual_seed(1)
-    pushes = [[torch.randn(p.shape, generator=draw, dtype=torch.float64) for p in e["params"]] for e in lifted]
-    for entry, push in zip(lifted, pushes, strict=True):  # a unit that no gradient moves never enters
-        for tensor, axis, block in zip(push, entry["axis"], entry["block"], strict=True):
-            tensor.narrow(axis, 0, block).zero_()
-    for step in range(1, 151):
+    opt = SplitLBI(param_groups(model, groups), lr=0.1, kappa=1.5, nu=2.0, path_scale=0.7, momentum=0.0)
+    alive = {p: (torch.arange(len(p)) > 0).view(-1, *[1] * (p.ndim - 1)) for p in model.parameters()}
+    pushes = {p: torch.randn(p.shape) * mask for p, mask in alive.items()}
+    early = SparsePath.from_optimizer(opt, groups)
+    for step in range(1, 151):  # there and back again, so that units also leave
         for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        for entry, run, push in zip(lifted, by_hand, pushes, strict=True):
-            real = next(e for e in opt.param_groups if e["name"] == entry["name"])
-            for i, p in enumerate(real["params"]):
-                # there and back again, so that units also leave
-                grad = 3 * push[i] * math.sin(step / 12) / entry["scale"][i]
-                p.grad = grad.clone()
-                coupling = (run["w"][i] - run["gamma"][i]) / hyper["nu"]
-                run["w"][i] = run["w"][i] - hyper["kappa"] * hyper["lr"] * (grad + coupling)
-                run["v"][i] = run["v"][i] + hyper["path_scale"] * hyper["lr"] * coupling
-            run["gamma"] = [torch.zeros_like(v) for v in run["v"]]
-            for u in range(entry["units"]):
-                norm, threshold = norm_of_unit(u, run["v"], entry), run["threshold"][u]
-                was_in = run["entered"][u] > 0 and run["left"][u] < 0
-                if norm > threshold:
-                    for v, gamma, axis, block in zip(
-                        run["v"], run["gamma"], entry["axis"], entry["block"], strict=True
-                    ):
-                        part = v.narrow(axis, u * block, block)
-                        gamma.narrow(axis, u * block, block).copy_(hyper["kappa"] * (1 - threshold / norm) * part)
-                    run["entered"][u] = step if run["entered"][u] < 0 else run["entered"][u]
-                    run["left"][u] = -1
-                elif was_in:
-                    run["left"][u] = step
+            p.grad = 3 * pushes[p] * math.sin(step / 12)
         opt.step()
-
-    path = SparsePath.from_optimizer(Wrapped(opt), groups)
-    assert path.step == 150 and list(path.units) == ["0", "4"]
-    for entry, run in zip(lifted, by_hand, strict=True):
-        unit = path.units[entry["name"]]
-        assert unit["entered"].tolist() == run["entered"] == path.entered[entry["name"]].tolist()
-        assert unit["left"].tolist() == run["left"]
-        for key, tensors in (("dual", run["v"]), ("weight", run["w"])):
-            expected = [norm_of_unit(u, tensors, entry) for u in range(entry["units"])]
-            torch.testing.assert_close(unit[key], torch.tensor(expected), rtol=1e-5, atol=0)
-        torch.testing.assert_close(unit["threshold"], torch.tensor(run["threshold"]), rtol=1e-5, atol=0)
-        inside = [e > 0 and gone < 0 for e, gone in zip(run["entered"], run["left"], strict=True)]
-        assert path.support[entry["name"]].tolist() == inside
-        assert path.support_share()[entry["name"]] == pytest.approx(sum(inside) / len(inside))
-    both = by_hand[0]["entered"] + by_hand[1]["entered"], by_hand[0]["left"] + by_hand[1]["left"]
-    # the run must show all three fates, or this test would not tell them apart
-    assert -1 in both[0] and max(both[1]) > 0 and any(e > 0 and gone < 0 for e, gone in zip(*both, strict=True))
+    path = SparsePath.from_optimizer(SimpleNamespace(optimizer=opt), groups)  # as Accelerate wraps it
+    assert (early.step, path.step) == (0, 150) and list(path.units) == ["0", "4"]
+    assert not any(unit["dual"].any() for unit in early.units.values()), "it does not follow the optimizer"
+    fates = []
+    for entry in opt.param_groups[:2]:
+        unit, state = path.units[entry["name"]], opt.state[entry["params"][0]]
+        assert torch.equal(unit["entered"], state["entered"]) and torch.equal(unit["left"], state["left"])
+        torch.testing.assert_close(unit["threshold"], state["threshold"])
+        torch.testing.assert_close(unit["weight"], norms(entry["params"], entry))
+        torch.testing.assert_close(unit["dual"], norms([opt.dual(p) for p in entry["params"]], entry))
+        inside = norms([opt.gamma(p) for p in entry["params"]], entry) > 0
+        assert torch.equal(path.support[entry["name"]], inside)
+        assert path.support_share()[entry["name"]] == pytest.approx(inside.float().mean().item())
+        fates += zip((unit["entered"] > 0).tolist(), inside.tolist())
+    assert set(fates) == {(False, False), (True, False), (True, True)}, "the run must show all three fates"
 
 
 def test_before_the_first_step_no_unit_is_in():
@@ -167,25 +112,6 @@ def test_before_the_first_step_no_unit_is_in():
     assert path.step == 0 and not any(inside.any() for inside in path.support.values())
     assert all((entered == -1).all() for entered in path.entered.values())
     assert sizes_of(path.select(keep=0.5)) == {"0": 3, "4": 4, "8": 5, "13": 6}
-
-
-def test_the_path_does_not_follow_the_optimizer_any_further():
-    model, groups, _ = NETS["lenet"]
-    model = copy.deepcopy(model)
-    opt = SplitLBI(param_groups(model, find_groups(model, torch.zeros(1, 1, 28, 28))), lr=0.1, nu=0.3, kappa=0.1)
-    for _ in range(6):
-        path = SparsePath.from_optimizer(opt, groups)
-        before = copy.deepcopy(path.units)
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        opt.step()
-        for name, unit in path.units.items():
-            assert all(torch.equal(value, before[name][key]) for key, value in unit.items())
-    later = SparsePath.from_optimizer(opt, groups)
-    assert all(
-        (unit["entered"] == 4).all() and (unit["dual"] > 1.2 * unit["threshold"]).all()
-        for unit in later.units.values()
-    )
 
 
 def test_an_optimizer_without_these_groups_is_refused():
@@ -225,90 +151,55 @@ def test_entry_order_is_by_entry_step_then_by_larger_norm_with_never_last(seed):
         assert score.sort().values.tolist() == pytest.approx([(i + 1) / n for i in range(n)])
 
 
-def greedy(path, budget, share, order="dual", round_to=1, least=1):
-    """Take the lowest score of all out, one at a time, until the budget holds, then put back what fits, last out
-    first; None if the budget cannot be held."""
-    network, scores = path.groups[0].network, {n: s.tolist() for n, s in path.scores(order).items()}
-    left = {name: sorted(range(len(s)), key=lambda i, s=s: (-s[i], i)) for name, s in scores.items()}
+def greedy(path, widths, budget, share, order, round_to):
+    """Narrow the tie of the lowest mean score, one level at a time, until the budget holds, then put back what fits,
+    last out first; None if the budget cannot be held."""
+    network, ties = path.groups[0].network, ties_of(path, widths)
+    ranked = {name: sorted(score.tolist(), reverse=True) for name, score in path.scores(order).items()}
+    steps = [tie.steps for tie in ties]
 
-    def holds(units):
-        counts = {n: len(v) for n, v in units.items()}
-        return network.count(path.groups, counts)[budget] <= share * network.count()[budget]
+    def sizes(steps):
+        return {name: n * a for n, tie in zip(steps, ties, strict=True) for name, a in tie.shares.items()}
+
+    def holds(steps):
+        return network.count(path.groups, sizes(steps))[budget] <= share * network.count()[budget]
 
     out = []
-    while not holds(left):
+    while not holds(steps):
         candidates = []
-        for name, ranked in left.items():
-            below = (len(ranked) - 1) // round_to * round_to
-            if below >= max(least, 1):
-                part = [scores[name][i] for i in ranked[below:]]
-                candidates.append((sum(part) / len(part), name, below))
+        for i, (n, tie) in enumerate(zip(steps, ties, strict=True)):
+            below = (n - 1) // round_to * round_to
+            parts = [ranked[name][below * a : n * a] for name, a in tie.shares.items()]
+            if below >= 1:
+                candidates.append((sum(sum(part) / len(part) for part in parts) / len(parts), i, below))
         if not candidates:
             return None
-        _, name, below = min(candidates, key=lambda c: c[0])
-        out.append((name, left[name][:below], left[name]))
-        left[name] = left[name][:below]
-    for name, without, before in reversed(out):
-        if left[name] == without and holds(left | {name: before}):
-            left[name] = before
-    return {name: sorted(ranked) for name, ranked in left.items()}
+        _, i, below = min(candidates)
+        out.append((i, below, steps[i]))
+        steps[i] = below
+    for i, below, before in reversed(out):
+        if steps[i] == below and holds(steps[:i] + [before] + steps[i + 1 :]):
+            steps[i] = before
+    return sizes(steps)
 
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("budget", ["macs", "params"])
-@pytest.mark.parametrize("round_to", [1, 2, 3])
-def test_free_widths_equal_taking_out_the_lowest_score_one_by_one(name, budget, round_to):
+@pytest.mark.parametrize("widths, round_to", [("stock", 1), ("free", 1), ("free", 2), ("free", 3)])
+def test_widths_equal_taking_out_the_lowest_score_one_by_one(name, budget, widths, round_to):
     for seed, share in enumerate((0.9, 0.6, 0.35, 0.2)):
         path = random_path(name, seed)
         for order in ("dual", "entry"):
-            expected = greedy(path, budget, share, order, round_to)
-            given = {budget: share, "widths": "free", "order": order, "round_to": round_to, "least": 1}
+            expected = greedy(path, widths, budget, share, order, round_to)
+            given = {budget: share, "widths": widths, "order": order, "round_to": round_to, "least": 1}
             if expected is None:
                 with pytest.raises(ValueError, match="is below what the smallest sizes cost"):
                     path.select(**given)
-            else:
-                assert {n: index.tolist() for n, index in path.select(**given).items()} == expected
-
-
-@pytest.mark.parametrize("budget", ["macs", "params"])
-def test_stock_widths_equal_narrowing_the_weakest_config_number_step_by_step(budget):
-    path = random_path("bottleneck", 3)
-    network, scores = path.groups[0].network, path.scores()
-    ranked = {name: sorted(score.tolist(), reverse=True) for name, score in scores.items()}
-    # one step of a stage is one inner channel of each of its layers and four channels of its stream
-    steps = [
-        [8, {path.groups[0].name: 1}],
-        [4, {g.name: g.units // 4 for g in path.groups[1:6]}],
-        [8, {g.name: g.units // 8 for g in path.groups[6:]}],
-    ]
-    for share in (0.8, 0.5, 0.3):
-        state = copy.deepcopy(steps)
-
-        def sizes():
-            return {name: count * part for count, shares in state for name, part in shares.items()}  # noqa: B023
-
-        def holds():
-            return network.count(path.groups, sizes())[budget] <= share * network.count()[budget]  # noqa: B023
-
-        out = []
-        while not holds():
-            means = []
-            for i, (count, shares) in enumerate(state):
-                parts = [ranked[n][(count - 1) * a : count * a] for n, a in shares.items()]
-                if count > 1:
-                    means.append((sum(sum(part) / len(part) for part in parts) / len(parts), i))
-            out.append(min(means)[1])
-            state[out[-1]][0] -= 1
-        stuck = set()
-        for i in reversed(out):
-            state[i][0] += i not in stuck
-            if not holds():
-                stuck.add(i)
-                state[i][0] -= 1
-        kept = path.select(**{budget: share}, least=1)
-        assert sizes_of(kept) == sizes()
-        for name, index in kept.items():
-            assert index.tolist() == scores[name].topk(len(index)).indices.sort().values.tolist()
+                continue
+            kept, scores = path.select(**given), path.scores(order)
+            assert sizes_of(kept) == expected
+            for group, index in kept.items():
+                assert index.tolist() == scores[group].topk(len(index)).indices.sort().values.tolist()
 
 
 # ---- budgets
@@ -342,31 +233,6 @@ def test_a_budget_is_never_exceeded_and_the_best_units_stay(seed, name, budget, 
         assert not gone or score[index].min() >= score[gone].max()
         if widths == "free":
             assert len(index) % round_to == 0 or len(index) == group.units
-
-
-@quick
-@given(
-    seeds,
-    st.sampled_from(list(NETS)),
-    st.sampled_from(["macs", "params"]),
-    st.floats(0.03, 1),
-    st.integers(1, 3),
-    st.sampled_from(["stock", "free"]),
-)
-def test_nothing_more_fits_into_the_budget(seed, name, budget, share, round_to, widths):
-    path = random_path(name, seed)
-    try:
-        kept = path.select(**{budget: share}, round_to=round_to, widths=widths)
-    except ValueError as error:
-        assert "is below what the smallest sizes cost" in str(error)
-        return
-    network, sizes = path.groups[0].network, sizes_of(kept)
-    for tie in ties_of(path, widths):
-        first, part = next(iter(tie.shares.items()))
-        above = [level for level in levels_of(tie, round_to) if level > sizes[first] // part]
-        if above:
-            more = sizes | {n: above[0] * a for n, a in tie.shares.items()}
-            assert network.count(path.groups, more)[budget] > share * network.count()[budget]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -456,43 +322,15 @@ def test_keep_rounds_up_to_what_the_config_can_say():
     assert list(sizes_of(path.select(keep=0.3, widths="free")).values()) == [3, 5, 2, 2, 2, 2, 10, 3, 3]
 
 
-def test_latency_is_held_as_measured():
-    path = random_path("vgg", 2)
-    weights = {"0": 5.0, "4": 3.0, "8": 2.0, "13": 1.0}
-    calls = []
-
-    def measure(kept):
-        calls.append(kept)
-        whole = sum(weights[group.name] * group.units for group in path.groups)
-        return sum(weights[name] * len(index) for name, index in kept.items()) / whole
-
-    kept = path.select(latency=0.5, measure=measure)
-    assert measure(kept) <= 0.5
-    # a latency is costly to measure, so the list is halved, not walked, and what is plain is measured once
-    assert len(calls) < 30
-    larger = [
-        share
-        for share in torch.linspace(0.5, 0.6, 11).tolist()
-        if measure(path.select(latency=share, measure=measure)) > 0.5
-    ]
-    assert larger, "nothing more fits in, although a unit costs less than a tenth"
-    with pytest.raises(ValueError, match="latency= needs measure="):
-        path.select(latency=0.5)
-    with pytest.raises(ValueError, match="latency=0.01 is below what the smallest sizes cost"):
-        path.select(latency=0.01, measure=measure)
-
-
 @pytest.mark.parametrize(
     "given, message",
     [
         ({}, "exactly one of keep, params, macs, latency; got none"),
+        ({"latency": 0.5}, "latency= needs measure="),
         ({"macs": 0.5, "keep": 0.5}, "exactly one of .*'keep': 0.5, 'macs': 0.5"),
-        ({"macs": 0.0}, "macs=0.0: a budget is a share"),
+        *(({"macs": value}, f"macs={value!r}: a budget is a share") for value in (0.0, float("nan"), True, "0.5")),
         ({"params": -0.5}, "params=-0.5: a budget is a share"),
         ({"keep": 1.5}, "keep=1.5: a budget is a share"),
-        ({"macs": float("nan")}, "macs=nan: a budget is a share"),
-        ({"macs": True}, "macs=True: a budget is a share"),
-        ({"macs": "0.5"}, "macs='0.5': a budget is a share"),
         ({"macs": 1e-4}, "macs=0.0001 is below what the smallest sizes cost"),
         ({"macs": 0.5, "order": "norm"}, "order='norm': it must be one of"),
         ({"keep": 0.5, "order": "norm"}, "order='norm': it must be one of"),
@@ -509,45 +347,28 @@ def test_bad_budgets_are_refused_with_the_argument_to_change(given, message):
 # ---- what one number of a config sets
 
 
-STAGE = "resnet.encoder.stages"
+STEM, STAGE = "resnet.embedder.embedder.convolution", "resnet.encoder.stages"
 
 
 def test_the_ties_of_a_basic_resnet_are_its_stage_widths():
     _, groups, ties = NETS["resnet"]
+    first = [STEM, f"{STAGE}.0.layers.0.layer.0.convolution", f"{STAGE}.0.layers.1.layer.0.convolution"]
+    last = [f"{STAGE}.1.layers.0.shortcut.convolution", f"{STAGE}.1.layers.0.layer.0.convolution"]
     assert [(tie.steps, dict(tie.shares), dict(tie.fields)) for tie in ties] == [
         # the stem writes to the stream of the first stage, so both numbers move together
-        (
-            8,
-            {
-                "resnet.embedder.embedder.convolution": 1,
-                f"{STAGE}.0.layers.0.layer.0.convolution": 1,
-                f"{STAGE}.0.layers.1.layer.0.convolution": 1,
-            },
-            {"embedding_size": 1, "hidden_sizes.0": 1},
-        ),
-        (
-            16,
-            {f"{STAGE}.1.layers.0.shortcut.convolution": 1, f"{STAGE}.1.layers.0.layer.0.convolution": 1},
-            {"hidden_sizes.1": 1},
-        ),
+        (8, dict.fromkeys(first, 1), {"embedding_size": 1, "hidden_sizes.0": 1}),
+        (16, dict.fromkeys(last, 1), {"hidden_sizes.1": 1}),
     ]
 
 
 def test_the_ties_of_a_bottleneck_resnet_are_its_stage_widths_in_steps_of_four():
     _, groups, ties = NETS["bottleneck"]
     inner = [f"{STAGE}.0.layers.{i}.layer.{j}.convolution" for i in (0, 1) for j in (0, 1)]
+    last = [f"{STAGE}.1.layers.0.layer.{j}.convolution" for j in (0, 1)]
     assert [(tie.steps, dict(tie.shares), dict(tie.fields)) for tie in ties] == [
-        (8, {"resnet.embedder.embedder.convolution": 1}, {"embedding_size": 1}),
+        (8, {STEM: 1}, {"embedding_size": 1}),
         (4, {f"{STAGE}.0.layers.0.shortcut.convolution": 4} | dict.fromkeys(inner, 1), {"hidden_sizes.0": 4}),
-        (
-            8,
-            {
-                f"{STAGE}.1.layers.0.shortcut.convolution": 4,
-                f"{STAGE}.1.layers.0.layer.0.convolution": 1,
-                f"{STAGE}.1.layers.0.layer.1.convolution": 1,
-            },
-            {"hidden_sizes.1": 4},
-        ),
+        (8, {f"{STAGE}.1.layers.0.shortcut.convolution": 4} | dict.fromkeys(last, 1), {"hidden_sizes.1": 4}),
     ]
 
 
@@ -566,29 +387,6 @@ def test_a_model_without_a_config_or_unlike_its_config_has_no_ties():
     other = resnet()
     other.config.hidden_sizes = [8, 32]
     assert config_ties(other, NETS["resnet"][1]) == []
-
-
-@quick
-@given(
-    seeds,
-    st.sampled_from(["resnet", "bottleneck"]),
-    st.sampled_from(["macs", "params", "keep"]),
-    st.floats(0.35, 1),
-    st.integers(1, 2),
-)
-def test_stock_sizes_are_what_one_config_builds(seed, name, budget, share, round_to):
-    path = random_path(name, seed)
-    sizes = sizes_of(path.select(**{budget: share}, round_to=round_to))
-    groups = list(sizes)
-    if name == "resnet":
-        stem, first, second, *last = (sizes[group] for group in groups)
-        assert stem == first == second and last[0] == last[1]
-    else:
-        assert [4 * sizes[group] for group in groups[2:6]] == [sizes[groups[1]]] * 4
-        assert [4 * sizes[group] for group in groups[7:]] == [sizes[groups[6]]] * 2
-    assert all(
-        size % round_to == 0 or size == group.units for size, group in zip(sizes.values(), path.groups, strict=True)
-    )
 
 
 def test_a_stock_config_says_tied_sizes_and_no_others():
@@ -640,14 +438,6 @@ def test_a_saved_path_comes_back_equal_without_the_model(tmp_path, name):
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_the_file_is_read_without_unpickling(tmp_path):
-    raw = random_path("resnet", 0).save(tmp_path).read_bytes()
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    meta = json.loads(header["__metadata__"]["sparse_path"])
-    assert {"groups", "shapes", "uses", "ties", "step", "curve", "format"} == set(meta)
-    assert f"{STAGE}.0.layers.0.layer.0.convolution|entered" in header
-
-
 def test_names_with_separators_survive(tmp_path):
     net = nn.Sequential()
     net.add_module("a|b", nn.Linear(3, 4))
@@ -658,24 +448,6 @@ def test_names_with_separators_survive(tmp_path):
     path.save(tmp_path)
     equal(path, SparsePath.load(tmp_path))
     assert list(path.units) == ["a|b"]
-
-
-@pytest.mark.parametrize("broken", ["replace", "write"])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, broken):
-    old, new = random_path("resnet", 0), random_path("resnet", 1)
-    old.save(tmp_path)
-
-    def fail(*args, **kwargs):
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail) if broken == "replace" else patch.setattr("pathlib.Path.write_bytes", fail)
-        with pytest.raises(OSError, match="disk full"):
-            new.save(tmp_path)
-    assert os.listdir(tmp_path) == [FILE_NAME]
-    equal(old, SparsePath.load(tmp_path))
-    new.save(tmp_path)
-    equal(new, SparsePath.load(tmp_path))
 
 
 def test_a_folder_without_a_path_is_refused(tmp_path):

@@ -2,19 +2,19 @@
 
 import copy
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from models import NETS, build, lenet, logits, randomise_norms, recount, vgg
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import ResNetForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
@@ -68,29 +68,6 @@ def test_a_slim_model_equals_the_masked_one(name, seed):
     assert not pointers & {tensor.data_ptr() for tensor in small.state_dict().values()}
 
 
-def test_the_slim_tensors_are_those_indexed_by_hand():
-    model, groups, x = trained("vgg")
-    first, third, hidden = [0, 2, 5], [1, 4], [0, 3, 7, 11]
-    small = slim(model, groups, {"0": first, "8": third, "13": hidden})
-    columns = [4, 5, 6, 7, 16, 17, 18, 19]  # four places of filter 1, four of filter 4
-    expected = {
-        "0.weight": model[0].weight[first],
-        "1.weight": model[1].weight[first],
-        "1.bias": model[1].bias[first],
-        "1.running_mean": model[1].running_mean[first],
-        "1.running_var": model[1].running_var[first],
-        "4.weight": model[4].weight[:, first],
-        "8.weight": model[8].weight[third],
-        "9.running_var": model[9].running_var[third],
-        "13.weight": model[13].weight[hidden][:, columns],
-        "13.bias": model[13].bias[hidden],
-        "15.weight": model[15].weight[:, hidden],
-        "15.bias": model[15].bias,
-    }
-    state = small.state_dict()
-    assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
-
-
 @pytest.mark.parametrize("name", NETS)
 def test_a_slim_model_is_an_ordinary_smaller_model_of_the_same_class(name):
     model, groups, x = trained(name)
@@ -115,23 +92,6 @@ def test_a_slim_model_is_an_ordinary_smaller_model_of_the_same_class(name):
             assert len(module.weight) == len(module.running_mean) == module.num_features
     assert f"Conv2d({x.shape[1]}, {len(kept[groups[0].name])}" in repr(small)
     assert recount(small, x) == groups[0].network.count(groups, {key: len(index) for key, index in kept.items()})
-
-
-def test_a_slim_model_trains():
-    model, groups, _ = trained("resnet")
-    small = slim(model, groups, 0.5).train()
-    draw = torch.Generator().manual_seed(0)
-    x, y = torch.randn(16, 3, 32, 32, generator=draw), torch.randint(4, (16,), generator=draw)
-    optimizer = torch.optim.SGD(small.parameters(), lr=0.05, momentum=0.9)
-    losses = []
-    for _ in range(15):
-        loss = small(pixel_values=x, labels=y).loss
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(p.grad is not None and p.grad.shape == p.shape for p in small.parameters())
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("name", ["lenet", "vgg"])
@@ -212,24 +172,14 @@ def test_named_units_stay_and_rounding_adds_the_largest_of_the_others():
     assert torch.equal(small[8].weight, model[8].weight[expected])
 
 
-@pytest.mark.parametrize(
-    "index",
-    [
-        [0, 3],
-        (3, 0),
-        range(0, 4, 3),
-        np.array([0, 3]),
-        torch.tensor([3, 0]),
-        torch.tensor([0, 3], dtype=torch.int32),
-        torch.tensor([True, False, False, True, False, False]),
-        [True, False, False, True, False, False],
-    ],
-)
-def test_kept_units_may_be_any_list_of_indices_or_a_mask(index):
+def test_kept_units_may_be_any_list_of_indices_or_a_mask():
     model, groups, _ = trained("vgg")
-    small = slim(model, groups, {"0": index})
-    assert torch.equal(small[0].weight, model[0].weight[[0, 3]])
-    assert sizes(small, groups) == [2, 8, 10, 12]
+    inside = [True, False, False, True, False, False]
+    tensors = [torch.tensor(inside), torch.tensor([3, 0]), torch.tensor([0, 3], dtype=torch.int32), np.array([0, 3])]
+    for index in ([0, 3], (3, 0), range(0, 4, 3), inside, *tensors):
+        small = slim(model, groups, {"0": index})
+        assert torch.equal(small[0].weight, model[0].weight[[0, 3]])
+        assert sizes(small, groups) == [2, 8, 10, 12]
 
 
 @pytest.mark.parametrize(
@@ -243,10 +193,7 @@ def test_kept_units_may_be_any_list_of_indices_or_a_mask(index):
         ({"stem": [0]}, "keep names group 'stem', which is not among \\['0', '4', '8', '13'\\]"),
         ({"0": []}, "keep\\['0'\\] must hold distinct unit indices, at least one"),
         ({"0": torch.zeros(6, dtype=torch.bool)}, "keep\\['0'\\] must hold distinct unit indices, at least one"),
-        (
-            {"0": [1, 1]},
-            "keep\\['0'\\] must hold distinct unit indices, at least one.* a mask of 6 units; got \\[1, 1\\]",
-        ),
+        ({"0": [1, 1]}, "keep\\['0'\\] must hold distinct unit indices, at least one.* 6 units; got \\[1, 1\\]"),
         ({"0": [0.5]}, "keep\\['0'\\] must hold distinct unit indices"),
         ({"0": [[0, 1]]}, "keep\\['0'\\] must hold distinct unit indices"),
         ({"0": [True, False]}, "keep\\['0'\\] must hold distinct unit indices, at least one, or a mask of 6 units"),
@@ -258,6 +205,17 @@ def test_bad_kept_units_are_refused_before_anything_is_cut(keep, message):
     model, groups, _ = trained("vgg")
     with pytest.raises(ValueError, match=message):
         slim(model, groups, keep)
+
+
+def test_groups_of_another_model_are_refused():
+    model, groups, x = trained("vgg")
+    small = slim(model, groups, 0.5)
+    with pytest.raises(
+        ValueError, match="group '0' is of another model: 0.weight .*call find_groups on this Sequential"
+    ):
+        slim(small, groups, 0.5)
+    with pytest.raises(ValueError, match="slim got no groups"):
+        slim(model, [], 0.5)
 
 
 def test_numbers_of_numpy_and_torch_are_numbers():
@@ -274,19 +232,6 @@ def test_numbers_of_numpy_and_torch_are_numbers():
     for round_to in (np.bool_(True), True, np.float64(2), 0):
         with pytest.raises(ValueError, match="round_to=.* must be a whole number, at least 1"):
             slim(model, groups, 0.5, round_to=round_to)
-
-
-def test_groups_of_another_model_are_refused():
-    model, groups, x = trained("vgg")
-    small = slim(model, groups, 0.5)
-    with pytest.raises(ValueError, match="group '0' is of another model: 0.weight has shape \\(6, 3, 3, 3\\) there"):
-        slim(small, groups, 0.5)
-    with pytest.raises(ValueError, match="call find_groups on this Sequential"):
-        slim(lenet(), groups, 0.5)
-    with pytest.raises(ValueError, match="slim got no groups"):
-        slim(model, [], 0.5)
-    with pytest.raises(ValueError, match="round_to=0"):
-        slim(model, groups, 0.5, round_to=0)
 
 
 # ---- configs, and loading in a fresh process
@@ -326,132 +271,24 @@ def test_sizes_that_would_lose_a_shortcut_are_not_called_stock():
     assert small.config.quantization_config.quant_method == "hf_effdl"
 
 
-FRESH = """
-import json, sys
-import torch
-from safetensors.torch import load_file
-torch.set_num_threads(1)
-folder, report = sys.argv[1], {}
-x = load_file(folder + "/inputs.safetensors")
-def gap(model, key):
-    model.eval()
-    with torch.no_grad():
-        return (model(x["x"]).logits - x[key]).abs().max().item()
-"""
-
-WITHOUT = (
-    FRESH
-    + """
-sys.modules["hf_effdl"] = None  # importing it raises
-from transformers import AutoModelForImageClassification
-for key in ("stock", "stock_bottleneck"):
-    model = AutoModelForImageClassification.from_pretrained(f"{folder}/{key}")
-    report[key] = [type(model).__name__, gap(model, key)]
-print("REPORT" + json.dumps(report), flush=True)
-AutoModelForImageClassification.from_pretrained(folder + "/free")
-"""
-)
-
-WITH = (
-    FRESH
-    + """
-from transformers import AutoModelForImageClassification
-import hf_effdl
-for key in ("free", "free_bottleneck"):
-    model = AutoModelForImageClassification.from_pretrained(f"{folder}/{key}")
-    report[key] = [type(model).__name__, gap(model, key)]
-half = AutoModelForImageClassification.from_pretrained(folder + "/free", dtype=torch.bfloat16)
-report["half"] = sorted({str(t.dtype) for t in half.state_dict().values()})
-
-# it trains
-model = AutoModelForImageClassification.from_pretrained(folder + "/free").train()
-loss = model(pixel_values=x["x"], labels=torch.zeros(len(x["x"]), dtype=torch.long)).loss
-loss.backward()
-report["gradients"] = all(p.requires_grad and p.grad.abs().sum() > 0 for p in model.parameters())
-torch.optim.SGD(model.parameters(), lr=0.1).step()
-
-# it saves and loads again, and what was slimmed again does too
-model.save_pretrained(folder + "/again")
-with torch.no_grad():
-    x["again"] = model.eval()(x["x"]).logits
-report["again"] = gap(AutoModelForImageClassification.from_pretrained(folder + "/again"), "again")
-groups = hf_effdl.find_groups(model, x["x"])
-twice = hf_effdl.slim(model, groups, 0.5)
-with torch.no_grad():
-    x["twice"] = twice.eval()(x["x"]).logits
-twice.save_pretrained(folder + "/twice")
-loaded = AutoModelForImageClassification.from_pretrained(folder + "/twice")
-report["twice"] = gap(loaded, "twice")
-report["params"] = [sum(p.numel() for p in m.parameters()) for m in (model, twice, loaded)]
-
-# a new head, for another task
-head = AutoModelForImageClassification.from_pretrained(folder + "/free", num_labels=7, ignore_mismatched_sizes=True)
-report["head"] = list(head(x["x"]).logits.shape) + [head.classifier[1].weight.abs().max().item()]
-print("REPORT" + json.dumps(report), flush=True)
-"""
-)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Slim models on disk with what they compute: stock and free widths, basic and bottleneck.
-
-    Also two new Python processes without network that load them, started together because importing takes its time.
-    """
-    folder = tmp_path_factory.mktemp("saved")
-    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    stored = {"x": x}
-    for name, suffix in (("resnet", ""), ("bottleneck", "_bottleneck")):
-        model, groups, _ = trained(name)
-        free = {group.name: range(1, group.units, 1 + i % 3) for i, group in enumerate(groups)}
-        for kind, keep in (("stock", 0.5), ("free", free)):
-            small = slim(model, groups, keep)
-            small.save_pretrained(folder / f"{kind}{suffix}")
-            stored[f"{kind}{suffix}"] = run(small, x)
-    save_file(stored, folder / "inputs.safetensors")
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
-    fresh = {
-        name: subprocess.Popen([sys.executable, "-c", script, str(folder)], **pipes)
-        for name, script in (("without", WITHOUT), ("with", WITH))
-    }
-    yield folder, fresh
-    for process in fresh.values():
-        process.kill()
-
-
-def outcome(process):
-    """The report of a fresh process, its exit status and what it complained about."""
-    out, err = process.communicate(timeout=300)
-    lines = [line for line in out.splitlines() if line.startswith("REPORT")]
-    assert lines, err
-    return json.loads(lines[-1].removeprefix("REPORT")), process.returncode, err
-
-
-def test_stock_configs_load_without_this_package_and_free_widths_fail_loudly(saved):
-    folder, fresh = saved
-    for kind in ("stock", "stock_bottleneck"):
-        assert "quantization_config" not in json.loads((folder / kind / "config.json").read_text())
-    config = json.loads((folder / "free" / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == "hf_effdl"
-    report, status, complaint = outcome(fresh["without"])
-    for kind in ("stock", "stock_bottleneck"):
-        assert report[kind] == ["ResNetForImageClassification", pytest.approx(0, abs=1e-6)]
-    assert status != 0 and "mismatch" in complaint.lower() and "hf_effdl" in complaint
-
-
-def test_free_widths_load_exactly_with_one_import_and_go_on_as_any_model(saved):
-    folder, fresh = saved
-    report, status, complaint = outcome(fresh["with"])
-    assert status == 0, complaint
-    assert report["free"] == report["free_bottleneck"] == ["ResNetForImageClassification", 0.0]
-    assert set(report["half"]) == {"torch.bfloat16", "torch.int64"}
-    assert report["gradients"] and report["again"] == 0.0 and report["twice"] == 0.0
-    whole, twice, loaded = report["params"]
-    assert twice == loaded < whole
-    rows, labels, largest = report["head"]
-    inputs = load_file(folder / "free" / "model.safetensors")["classifier.1.weight"].shape[1]
-    assert (rows, labels) == (4, 7) and 0 < largest <= inputs**-0.5
+@pytest.mark.parametrize("name", ["resnet", "bottleneck"])
+def test_free_widths_load_exactly_and_go_on_as_any_model(name, tmp_path):
+    """Fresh processes, with the package and without, are in test_hub_structure."""
+    model, groups, x = trained(name)
+    small = slim(model, groups, {group.name: range(1, group.units, 1 + i % 3) for i, group in enumerate(groups)})
+    small.save_pretrained(tmp_path / "free")
+    assert small.config.quantization_config.quant_method == "hf_effdl"
+    load = AutoModelForImageClassification.from_pretrained
+    half = load(tmp_path / "free", dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.bfloat16, torch.int64}
+    loaded = load(tmp_path / "free").eval()
+    assert type(loaded) is type(model) and torch.equal(run(loaded, x), run(small, x))
+    loaded.train()(pixel_values=x, labels=torch.zeros(len(x), dtype=torch.long)).loss.backward()
+    assert all(p.requires_grad and p.grad.abs().sum() > 0 for p in loaded.parameters())
+    twice = slim(loaded.eval(), find_groups(loaded, x), 0.5)
+    twice.save_pretrained(tmp_path / "twice")
+    assert torch.equal(run(load(tmp_path / "twice").eval(), x), run(twice, x))
+    assert sum(p.numel() for p in twice.parameters()) < sum(p.numel() for p in loaded.parameters())
 
 
 def test_a_config_keeps_the_sizes_when_written_and_read():
@@ -480,15 +317,8 @@ def test_slim_sizes_of_another_architecture_are_refused(tmp_path):
 
 
 def test_the_neurons_of_a_transformer_slim_and_load_too(tmp_path):
-    config = ViTConfig(
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=12,
-        image_size=8,
-        patch_size=4,
-        num_labels=3,
-    )
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+    config = ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, x = ViTForImageClassification(config).eval(), torch.randn(2, 3, 8, 8)
@@ -550,21 +380,16 @@ def test_recalibration_touches_nothing_but_the_statistics():
     assert not any(p.grad is not None for p in model.parameters())
 
 
-def test_recalibration_without_batches_is_refused_and_keeps_the_statistics():
-    model = randomise_norms(vgg())
+def test_recalibration_that_fails_restores_modes_and_momenta():
+    model = randomise_norms(vgg()).train()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="no batches"):
         recalibrate_batch_norm(model, iter([]))
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-    plain = lenet()
-    assert recalibrate_batch_norm(plain, []) is plain
-
-
-def test_recalibration_that_fails_restores_modes_and_momenta():
-    model = vgg().train()
     with pytest.raises(RuntimeError):
         recalibrate_batch_norm(model, [torch.zeros(2, 3, 16, 16), torch.zeros(2, 5, 16, 16)])
     assert all(m.training for m in model.modules()) and model[1].momentum == 0.1
+    assert recalibrate_batch_norm(plain := lenet(), []) is plain
 
 
 def test_recalibration_takes_keyword_batches():
@@ -577,17 +402,12 @@ def test_recalibration_takes_keyword_batches():
 
 def test_random_states_are_kept():
     def states():
-        return (
-            torch.get_rng_state().tolist(),
-            random.getstate(),
-            np.random.get_state()[1].tolist(),
-            np.random.get_state()[2],
-        )
+        return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
 
     before = states()
     with pytest.raises(KeyError), random_state_kept():
         torch.rand(3), random.random(), np.random.rand(3)
-        assert all(a != b for a, b in zip(states()[:3], before[:3], strict=True)) or states()[3] != before[3]
+        assert not any(a == b for a, b in zip(states(), before, strict=True))
         raise KeyError
     assert states() == before
 
@@ -608,21 +428,6 @@ def test_latencies_are_taken_in_turns_and_modes_come_back():
     assert [[m.training for m in model.modules()] for model in models] == modes
     assert not any(training for _, training in order)
     assert [i for i, _ in order][-6:] == [0, 1] * 3
-
-    class Fails(nn.Linear):
-        def forward(self, x):
-            raise RuntimeError("no")
-
-    broken = Fails(4, 4)
-    with pytest.raises(RuntimeError, match="no"):
-        measure_latency([models[0], broken], torch.zeros(2, 4))
-    assert models[0].training and broken.training
-
-
-def test_a_smaller_model_is_measured_as_faster():
-    big, small = (nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 64)) for width in (4096, 16))
-    slow, fast = measure_latency([big, small], torch.zeros(64, 64), repeats=5)
-    assert slow > 2 * fast
 
 
 @pytest.mark.parametrize("name", ["vgg", "resnet"])
@@ -647,28 +452,7 @@ def test_the_report_says_what_was_counted(name):
     assert report["latency_ms"]["before"] > 0 and report["latency_ms"]["after"] > 0
 
 
-def test_the_report_counts_both_models_on_the_same_inputs():
-    model, groups, _ = trained("resnet")
-    small, x = slim(model, groups, 0.5), torch.zeros(2, 3, 64, 64)
-    report = effdl_report(model, small, x, groups, {})
-    assert (report["macs"]["before"], report["macs"]["after"]) == (
-        recount(model, x)["macs"],
-        recount(small, x)["macs"],
-    )
-
-
-def test_a_report_in_the_config_is_saved_with_the_model(tmp_path):
-    model, groups, x = trained("resnet")
-    small = slim(model, groups, 0.5)
-    small.config.effdl_report = effdl_report(model, small, x, groups, {"keep": 0.5})
-    small.save_pretrained(tmp_path)
-    loaded = ResNetForImageClassification.from_pretrained(tmp_path)
-    assert loaded.config.effdl_report == small.config.effdl_report
-    again = slim(loaded, find_groups(loaded, x), 0.5)
-    assert not hasattr(again.config, "effdl_report"), "it would say of this model what holds for the one before"
-
-
-def test_slim_reports_what_it_bought_where_it_has_inputs_to_measure_with():
+def test_slim_reports_what_it_bought_where_it_has_inputs_to_measure_with(tmp_path):
     model, inputs = build("lenet")
     small = slim(model, find_groups(model, inputs), 0.5, example_inputs=inputs)
     assert small.effdl_report["params"]["after"] == sum(p.numel() for p in small.parameters())
@@ -678,3 +462,8 @@ def test_slim_reports_what_it_bought_where_it_has_inputs_to_measure_with():
     small = slim(model, groups, {groups[0].name: [0, 1, 2]}, example_inputs=(inputs,))
     assert small.config.effdl_report["units"][groups[0].name]["after"] == 3
     assert small.config.effdl_report["budget"][groups[0].name] == 3
+    small.save_pretrained(tmp_path)
+    loaded = ResNetForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.effdl_report == small.config.effdl_report
+    again = slim(loaded, find_groups(loaded, inputs), 0.5)
+    assert not hasattr(again.config, "effdl_report"), "it would say of this model what holds for the one before"

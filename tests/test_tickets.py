@@ -1,10 +1,7 @@
 """Tickets: when a selection has settled, what a run leaves behind, and the networks that start again from it."""
 
-import json
 import logging
 import random
-import shutil
-import time
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -44,6 +41,7 @@ from hf_effdl.structure.tickets.settling import Settling, pack, unpack
 TESTS = Path(__file__).parent / "support"
 SCRIPT = TESTS / "ticket_run.py"
 QUIET = {"eval_strategy": "no", "save_strategy": "no"}
+FILES = {"README.md", "ticket.json", "ticket.safetensors"}
 
 
 def assert_same_state(a, b):
@@ -228,26 +226,6 @@ def test_an_empty_support_is_no_ticket_and_the_error_names_the_budgets(tmp_path)
     assert with_budget.report()["params"]["ratio"] <= 0.5
 
 
-def test_a_group_without_a_unit_in_the_support_keeps_its_best_one(tmp_path):
-    run, paths = tiny_run.trainer(str(tmp_path), **QUIET, path_share=0.5), []
-
-    class Read(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            paths.append(SparsePath.from_optimizer(kwargs["optimizer"], run.groups))
-
-    run.add_callback(Read())
-    run.train()
-    entered = [[inside.any() for inside in path.support.values()] for path in paths]
-    step = 1 + next(k for k, groups in enumerate(entered) if any(groups) and not all(groups))
-    ticket = find_ticket(tiny_run.trainer(str(tmp_path), **QUIET, path_share=0.5), at_step=step, within=1.0)
-    path = paths[step - 1]
-    for name, inside in path.support.items():
-        expected = inside.nonzero().flatten() if inside.any() else path.scores()[name].argmax()[None]
-        assert torch.equal(ticket.kept[name], expected)
-    small = rewind(tiny_run.model, ticket)
-    assert small(torch.zeros(2, 1, 16, 16)).logits.shape == (2, 2)
-
-
 # ---- any Trainer
 
 
@@ -261,17 +239,11 @@ def test_a_plain_trainer_with_the_optimizer_finds_the_same_ticket(tmp_path):
     )
     assert_same_ticket(find_ticket(plain, **options), ours)
     net = tiny_run.model()
-    kwargs = settings.split_lbi_kwargs(48)
-    alone = Trainer(  # the callback finds the groups itself
-        net,
-        TrainingArguments(str(tmp_path), **{**tiny_run.SHARED, **QUIET}),
-        train_dataset=tiny_run.images(64, 1),
-        optimizer_cls_and_kwargs=(
-            SplitLBI,
-            kwargs | {"params": param_groups(net, find_groups(net, torch.zeros(1, 1, 16, 16)))},
-        ),
-        callbacks=[callback := EarlyTicketCallback(**options)],
-    )
+    params = param_groups(net, find_groups(net, torch.zeros(1, 1, 16, 16)))
+    args = TrainingArguments(str(tmp_path), **{**tiny_run.SHARED, **QUIET})
+    optimizer = (SplitLBI, settings.split_lbi_kwargs(48) | {"params": params})
+    alone = Trainer(net, args, train_dataset=tiny_run.images(64, 1), optimizer_cls_and_kwargs=optimizer)
+    alone.add_callback(callback := EarlyTicketCallback(**options))  # which finds the groups itself
     alone.train()
     assert_same_ticket(callback.ticket, ours)
     alone.train()  # begins anew, from the weights as they are
@@ -295,21 +267,6 @@ def test_thresholds_that_are_not_relative_measure_the_path_by_the_schedule(tmp_p
 
 
 # ---- resume
-
-
-def test_a_search_killed_at_a_random_moment_and_resumed_finds_the_same_ticket(found, tmp_path):
-    assert found.settled and found.step > 12 and sorted(found.weights) == [0, 3, found.step]
-    out = tmp_path / "run"
-    run = Script("ticket_run.py", out)
-    run.wait_for(lambda: list(out.glob("checkpoint-*/trainer_state.json")))
-    delay = random.SystemRandom().uniform(0, 0.3)
-    time.sleep(delay)
-    killed = run.kill()
-    print(f"killed {delay:.3f} s after the first checkpoint, {sorted(p.name for p in out.iterdir())}")
-    assert killed or (out / "found").exists()
-    shutil.copytree(out, tmp_path / "copy")
-    assert_same_ticket(ticket_run.search(out, True), found)
-    assert_same_ticket(ticket_run.search(tmp_path / "copy", True, restore=True), found)
 
 
 def test_every_checkpoint_of_a_search_leads_to_the_same_ticket(found, tmp_path):
@@ -416,32 +373,10 @@ def test_the_masked_network_has_the_same_loss_curve_as_the_small_one(name):
                 assert gone and not tensor[gone].any()
 
 
-def test_nothing_wakes_the_silent_units():
-    net, x = build("vgg", seed=0)
-    ticket = made_up(net, x)
-    model = rewind(net, ticket, masked=True)
-    sum((p - 1).square().sum() for p in model.parameters()).backward()  # would pull every weight to one
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
-    small, expected = slim(model, ticket.groups, ticket.kept), rewind(net, ticket)
-    for (name, p), old in zip(small.named_parameters(), expected.parameters(), strict=True):
-        assert torch.allclose(p, old + 0.2 * (1 - old)), name
-    entries = sum(p.count_nonzero() for p in model.parameters())
-    assert entries == sum(p.numel() for p in small.parameters())
-
-
-@pytest.mark.parametrize(
-    "make,shape",
-    [
-        (lenet, (1, 28, 28)),
-        (vgg, (3, 16, 16)),
-        (resnet, (3, 32, 32)),
-        (convnext, (3, 32, 32)),
-        (mobilenet, (3, 32, 32)),
-    ],
-)
-def test_the_rewound_network_is_the_slim_one_of_the_initial_weights(make, shape):
+@pytest.mark.parametrize("make,size", [(lenet, 28), (vgg, 16), (resnet, 32), (convnext, 32), (mobilenet, 32)])
+def test_the_rewound_network_is_the_slim_one_of_the_initial_weights(make, size):
     set_seed(0)
-    net, x = make(), torch.randn(1, *shape)
+    net, x = make(), torch.randn(1, 1 if make is lenet else 3, size, size)
     ticket = made_up(net, x)
     expected = slim(net, ticket.groups, ticket.kept)
     with torch.no_grad():
@@ -456,18 +391,6 @@ def test_the_rewound_network_is_the_slim_one_of_the_initial_weights(make, shape)
     assert {key: report[key]["before"] for key in ("params", "macs")} == recount(net, x)
     units = {group.name: group.units for group in find_groups(small, x)}
     assert units == {key: len(index) for key, index in ticket.kept.items()}
-
-
-def test_a_rewound_network_trains_saves_and_loads(found, tmp_path):
-    small = rewind(tiny_run.model, found)
-    assert small.config.effdl_report["macs"]["ratio"] <= 0.5 and small.config.effdl_report["weights of step"] == 0
-    args = TrainingArguments(str(tmp_path / "run"), **{**tiny_run.SHARED, "max_steps": 4})
-    run = Trainer(small, args, train_dataset=tiny_run.images(32, 1), eval_dataset=tiny_run.images(8, 2))
-    run.train()
-    small.save_pretrained(tmp_path / "small")
-    assert getattr(small.config, "quantization_config", None) is None  # sizes that anyone can load
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "small")
-    assert_same_state(loaded.state_dict(), small.state_dict())
 
 
 def test_statistics_of_batch_norms_are_those_of_the_step(found):
@@ -638,15 +561,8 @@ def tiny_with_stem(channels):
 
 def test_a_ticket_comes_back_from_its_folder_as_it_was(found, tmp_path):
     folder = found.save_pretrained(tmp_path / "a" / "b")
-    names = {
-        "README.md",
-        "ticket.json",
-        "ticket.safetensors",
-        "weights-0.safetensors",
-        "weights-3.safetensors",
-        f"weights-{found.step}.safetensors",
-    }
-    assert {file.name for file in folder.iterdir()} == names
+    weights = {f"weights-{step}.safetensors" for step in (0, 3, found.step)}
+    assert {file.name for file in folder.iterdir()} == FILES | weights
     loaded = Ticket.from_pretrained(folder)
     assert_same_ticket(loaded, found)
     assert loaded.report() == found.report()
@@ -654,11 +570,14 @@ def test_a_ticket_comes_back_from_its_folder_as_it_was(found, tmp_path):
         a, b = (rewind(tiny_run.model, ticket, 3, masked=masked).state_dict() for ticket in (loaded, found))
         assert_same_state(a, b)
     found.save_pretrained(folder, weights=False)  # those of before are gone
-    assert {file.name for file in folder.iterdir()} == {"README.md", "ticket.json", "ticket.safetensors"}
-    assert Ticket.from_pretrained(folder).weights == {}
-    assert_same_state(
-        rewind(tiny_run.model, Ticket.from_pretrained(folder)).state_dict(), rewind(tiny_run.model, found).state_dict()
-    )
+    assert {file.name for file in folder.iterdir()} == FILES
+    bare = Ticket.from_pretrained(folder)
+    assert bare.weights == {}
+    assert_same_state(rewind(tiny_run.model, bare).state_dict(), rewind(tiny_run.model, found).state_dict())
+    for name in ("ticket.safetensors", "ticket.json"):
+        (folder / name).unlink()
+        with pytest.raises((ValueError, FileNotFoundError), match=name.replace("ticket.json", "holds no ticket")):
+            Ticket.from_pretrained(folder)
 
 
 def test_a_card_of_something_else_stays(found, tmp_path):
@@ -674,58 +593,6 @@ def test_types_and_memory_formats_survive(tmp_path, half):
     kept = {groups[0].name: torch.tensor([1, 3])}
     Ticket(groups, kept, 4, weights={0: dict(net.state_dict())}).save_pretrained(tmp_path)
     assert_same_state(Ticket.from_pretrained(tmp_path).weights[0], net.state_dict())
-
-
-@pytest.mark.parametrize("name", ["ticket.json", "ticket.safetensors", "weights-3.safetensors"])
-@pytest.mark.parametrize("how", ["cut", "flip", "gone"])
-def test_damaged_files_are_refused_by_name(found, tmp_path, name, how):
-    found.save_pretrained(tmp_path)
-    file = tmp_path / name
-    content = bytearray(file.read_bytes())
-    if how == "cut":
-        file.write_bytes(content[: len(content) // 2])
-    elif how == "flip":
-        content[-20] ^= 8
-        file.write_bytes(content)
-    else:
-        file.unlink()
-    error = FileNotFoundError if (name, how) == ("ticket.json", "gone") else ValueError
-    with pytest.raises(error, match="holds no ticket|cannot be read" if name == "ticket.json" else name):
-        Ticket.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "change", [{"format": 2}, {"groups": None}, {"weights": ["../../x"]}, {"sha256": []}, {"shapes": 3}]
-)
-def test_records_that_do_not_fit_are_refused(found, tmp_path, change):
-    found.save_pretrained(tmp_path)
-    record = json.loads((tmp_path / "ticket.json").read_text())
-    (tmp_path / "ticket.json").write_text(json.dumps(record | change))
-    with pytest.raises(ValueError, match="cannot be read.*format 2.*newer" if "format" in change else "cannot be"):
-        Ticket.from_pretrained(tmp_path)
-    (tmp_path / "ticket.json").write_text("[]")
-    with pytest.raises(ValueError, match="cannot be read"):
-        Ticket.from_pretrained(tmp_path)
-
-
-def test_a_write_that_is_cut_off_leaves_no_half_file(found, tmp_path, monkeypatch):
-    found.save_pretrained(tmp_path)
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-
-    def full(self, content):
-        with self.open("wb") as file:
-            file.write(content[:10])
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="disk full"):
-        replace(found, step=found.step + 1).save_pretrained(tmp_path)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-    monkeypatch.undo()
-    with (tmp_path / "ticket.json").open("rb") as reader:  # whoever reads meanwhile has the whole old file
-        replace(found, step=found.step + 1).save_pretrained(tmp_path)
-        assert reader.read() == before["ticket.json"]
-    assert Ticket.from_pretrained(tmp_path).step == found.step + 1
 
 
 def test_kept_units_are_checked(found):
@@ -748,8 +615,7 @@ ticket = Ticket.from_pretrained({str(tmp_path / "ticket")!r})
 first = ticket.push_to_hub("tester/ticket", private=True)
 again = Ticket.from_pretrained("tester/ticket")
 assert all(torch.equal(again.kept[name], index) for name, index in ticket.kept.items())
-assert {{step: len(state) for step, state in again.weights.items()}} == {{step: len(state)
-    for step, state in ticket.weights.items()}}
+assert sorted(again.weights) == sorted(ticket.weights)
 ticket.push_to_hub("tester/ticket", weights=False)
 assert Ticket.from_pretrained("tester/ticket").weights == {{}}
 old = Ticket.from_pretrained("tester/ticket", revision=first.rpartition("/")[2])
@@ -771,26 +637,13 @@ print("done")
     with LoopbackHub() as hub:
         assert hub.run(code, tmp_path / "home").split()[-1] == "done"
         repo = hub.repos["model", "tester/ticket"]
-        assert repo.private and repo.head.tree.keys() == {
-            ".gitattributes",
-            "README.md",
-            "ticket.json",
-            "ticket.safetensors",
-        }
+        assert repo.private and set(repo.head.tree) - {".gitattributes"} == FILES
         card = repo.head.tree["README.md"].decode()
         shared = hub.repos["model", "tester/net"].head.tree
         assert shared["README.md"] == b"the net" and {"model.safetensors", "ticket.json"} <= shared.keys()
     report = found.report()
-    for text in (
-        'Ticket.from_pretrained("tester/ticket")',
-        f"| found at step | {found.step} |",
-        "split-lbi",
-        f"{report['macs']['after']} of {report['macs']['before']}",
-        "| none |",
-        found.init["sha256"],
-        "| group | units | kept |",
-        "@inproceedings",
-    ):
+    shown = [f"| found at step | {found.step} |", f"{report['macs']['after']} of {report['macs']['before']}"]
+    for text in ('Ticket.from_pretrained("tester/ticket")', "split-lbi", found.init["sha256"], "| none |", *shown):
         assert text in card, text
 
 
@@ -798,22 +651,10 @@ print("done")
 
 
 def test_numbers_out_of_range_are_named():
-    for name, bad in {
-        "macs": (0, 1.5, True),
-        "params": (-1,),
-        "keep": (0.0,),
-        "order": ("norm",),
-        "widths": ("wide",),
-        "threshold": (0, 1.1, float("nan")),
-        "within": (0.0, 2),
-        "window": (1, 2.5),
-        "patience": (0,),
-        "every": (0, 1.0),
-        "min_path": (-0.1, float("nan")),
-        "at_step": (0, 2.5),
-        "at_epoch": (0, -1),
-        "weights_at": ([-1], [1.5], [True]),
-    }.items():
+    wrong = {"macs": (0, 1.5, True), "params": (-1,), "keep": (0.0,), "order": ("norm",), "widths": ("wide",)}
+    wrong |= {"threshold": (0, 1.1, float("nan")), "within": (0.0, 2), "window": (1, 2.5), "patience": (0,)}
+    wrong |= {"every": (0, 1.0), "min_path": (-0.1, float("nan")), "at_step": (0, 2.5), "at_epoch": (0, -1)}
+    for name, bad in (wrong | {"weights_at": ([-1], [1.5], [True])}).items():
         for value in bad:
             with pytest.raises(ValueError, match=f"{name}="):
                 EarlyTicketCallback(**{name: value})

@@ -121,19 +121,9 @@ def test_a_compiled_run_is_the_ordinary_one_and_leaves_plain_models(ordinary, tm
 def vit_run(folder: str, **changes: object) -> tuple[SplitLBITrainer, int]:
     """A short run of a transformers ViT, and how often its first layer was computed."""
     set_seed(0)
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=12,
-        image_size=16,
-        patch_size=8,
-        num_channels=1,
-        num_labels=2,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    net = ViTForImageClassification(config)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+    sizes |= {"image_size": 16, "patch_size": 8, "num_channels": 1, "num_labels": 2}
+    net = ViTForImageClassification(ViTConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     args = SplitLBIArguments(folder, **{**tiny_run.SHARED, "save_strategy": "no", "eval_strategy": "no", **changes})
     run = SplitLBITrainer(net, args, train_dataset=tiny_run.images(64, 1))
     assert [group.name for group in run.groups] == ["vit.layers.0.mlp.fc1", "vit.layers.1.mlp.fc1"]

@@ -32,14 +32,12 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
-    ResNetConfig,
     ResNetForImageClassification,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
-    TrainingArguments,
     default_data_collator,
     set_seed,
 )
@@ -120,15 +118,13 @@ def gpt2() -> nn.Module:
 
 
 BERT = {**SIZES, "num_labels": 3}
-DECODER = {
-    "vocab_size": WORDS,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 16,
-}
+DECODER = {name: size for name, size in SIZES.items() if "prob" not in name} | {"num_key_value_heads": 1}
+
+
+def bert(**changes: object) -> nn.Module:
+    return build(BertForSequenceClassification, BertConfig(**BERT | changes))
+
+
 T5 = {"vocab_size": WORDS, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
 
 
@@ -141,34 +137,14 @@ def lora(base: nn.Module, task: str, target: str) -> nn.Module:
 
 
 MODELS = {
-    "classification": (lambda: build(BertForSequenceClassification, BertConfig(**BERT)), "class"),
-    "classification under PEFT": (
-        lambda: lora(build(BertForSequenceClassification, BertConfig(**BERT)), "SEQ_CLS", "query"),
-        "class",
-    ),
-    "regression": (lambda: build(BertForSequenceClassification, BertConfig(**{**BERT, "num_labels": 1})), "number"),
-    "regression on whole numbers": (
-        lambda: build(BertForSequenceClassification, BertConfig(**{**BERT, "num_labels": 1})),
-        "class",
-    ),
-    "regression, several outputs": (
-        lambda: build(BertForSequenceClassification, BertConfig(**BERT, problem_type="regression")),
-        "numbers",
-    ),
-    "multi-label": (lambda: build(BertForSequenceClassification, BertConfig(**BERT)), "bits"),
-    "multi-label, by its config": (
-        lambda: build(BertForSequenceClassification, BertConfig(**BERT, problem_type="multi_label_classification")),
-        "bits",
-    ),
-    "images": (
-        lambda: build(
-            ResNetForImageClassification,
-            ResNetConfig(
-                num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3
-            ),
-        ),
-        "class",
-    ),
+    "classification": (lambda: bert(), "class"),
+    "classification under PEFT": (lambda: lora(bert(), "SEQ_CLS", "query"), "class"),
+    "regression": (lambda: bert(num_labels=1), "number"),
+    "regression on whole numbers": (lambda: bert(num_labels=1), "class"),
+    "regression, several outputs": (lambda: bert(problem_type="regression"), "numbers"),
+    "multi-label": (lambda: bert(), "bits"),
+    "multi-label, by its config": (lambda: bert(problem_type="multi_label_classification"), "bits"),
+    "images": (lambda: build(ResNetForImageClassification, tiny_run.model().config), "bit"),
     "a head that names no task": (lambda: build(BertForNextSentencePrediction, BertConfig(**SIZES)), "bit"),
     "tokens": (lambda: build(BertForTokenClassification, BertConfig(**BERT)), "ragged"),
     "masked tokens": (lambda: build(BertForMaskedLM, BertConfig(**SIZES)), "ragged"),
@@ -230,31 +206,6 @@ def test_label_smoothing_smooths_each_row(name, tmp_path):
         assert loss == sharp
     else:
         assert abs(loss - sharp) > 1e-4
-
-
-def test_the_outputs_come_with_the_loss_on_demand(tmp_path):
-    model = classifier()
-    batch = batch_for(model, "class")
-    trainer = WeightedTrainer(model, arguments(str(tmp_path)))
-    loss, outputs = trainer.compute_loss(model, {**batch, "weight": torch.ones(6)}, return_outputs=True)
-    torch.testing.assert_close(loss, outputs.loss)
-    assert torch.equal(outputs.logits, model(batch["input_ids"]).logits)
-
-
-@pytest.mark.parametrize("task", ["tokens", "next_tokens"])
-def test_the_losses_of_tokens_agree_with_a_loop(task):
-    logits = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([[0, 1, 2, 3], [4, -100, 1, -100], [2, -100, -100, -100]])
-    terms, counted = element_losses(logits, labels, task)
-    shift = task == "next_tokens"
-    for i in range(3):
-        found, expected = terms[i][counted[i]].tolist(), []
-        for t in range(shift, 4):
-            if labels[i, t] != -100:
-                p = logits[i, t - shift].exp() / logits[i, t - shift].exp().sum()
-                expected.append(-p[labels[i, t]].log().item())
-        assert found == pytest.approx(expected, rel=1e-12)
-    assert counted.sum() == (5 if shift else 7) - shift * 1 and not terms[~counted].any()
 
 
 def test_a_row_without_any_label_counts_as_a_row_of_loss_zero(tmp_path):
@@ -327,19 +278,6 @@ def test_weights_of_one_train_as_no_weights(task, accumulate, tmp_path):
     assert max(change.abs().max() for change in moved(weighted, make()).values()) > 0.01
 
 
-@pytest.mark.filterwarnings("ignore:.*has mean")
-def test_whole_weights_equal_repeated_rows(tmp_path):
-    weight = [2, 1, 0, 1, 3, 0, 1, 1]
-    data = with_column(rows(8), "weight", weight)
-    repeated = data.select([i for i, times in enumerate(weight) for _ in range(times)]).remove_columns("weight")
-    weighted = trained(WeightedTrainer(classifier(), arguments(str(tmp_path)), train_dataset=data))
-    plain = trained(Trainer(classifier(), arguments(str(tmp_path)), train_dataset=repeated))
-    a, b = moved(weighted, classifier()), moved(plain, classifier())
-    # a mean over the 8 rows of the batch against one over the 9 repeated rows
-    assert distance({k: 8 * v for k, v in a.items()}, {k: 9 * v for k, v in b.items()}) < 1e-12
-    assert max(v.abs().max() for v in a.values()) > 0.01
-
-
 def test_rows_of_weight_zero_have_no_influence(tmp_path):
     data = with_column(rows(32), "weight", [0.0, 2.0] * 16)
     other = with_column(data, "labels", [(y + 1) % 3 if i % 2 == 0 else y for i, y in enumerate(data["labels"])])
@@ -362,11 +300,7 @@ def arrangements(data: Dataset) -> dict[str, object]:
         "numpy format": data.with_format("numpy"),
         "a transform that passes it on": data.with_transform(lambda batch: dict(batch)),
         "a transform that makes it": bare.add_column("row", list(weight)).with_transform(
-            lambda batch: {
-                "input_ids": batch["input_ids"],
-                "labels": batch["labels"],
-                "weight": [weight[i] for i in batch["row"]],
-            }
+            lambda batch: batch | {"weight": [weight[i] for i in batch.pop("row")]}
         ),
         "stream": stream,
         "stream of unknown columns": unknown,
@@ -498,18 +432,13 @@ def test_evaluation_is_unweighted(kind, keep_unused, tmp_path):
     found, expected = weighted.evaluate(), plain.evaluate()
     for key in ("eval_loss", "eval_accuracy"):
         assert found[key] == expected[key]
+    batch = batch_for(model, "class")
+    loss, logits, _ = weighted.prediction_step(model, {**batch, "weight": torch.arange(6.0)}, False)
+    by_trainer = plain.prediction_step(model, batch, False)
+    assert loss == by_trainer[0] and torch.equal(logits, by_trainer[1])
     found, expected = weighted.predict(make(data)), plain.predict(make(bare))
     assert found.metrics["test_loss"] == expected.metrics["test_loss"]
     assert (found.predictions == expected.predictions).all()
-
-
-def test_a_prediction_step_on_a_batch_of_the_callers_own_is_unweighted(tmp_path):
-    model = classifier()
-    batch = batch_for(model, "class")
-    trainer = WeightedTrainer(model, arguments(str(tmp_path)))
-    loss, logits, _ = trainer.prediction_step(model, {**batch, "weight": torch.arange(6.0)}, False)
-    expected = Trainer(model, trainer.args).prediction_step(model, batch, False)
-    assert loss == expected[0] and torch.equal(logits, expected[1])
 
 
 # ---- a loss of the user's own
@@ -543,33 +472,24 @@ def test_a_loss_function_that_returns_one_number_is_refused(tmp_path):
 # ---- structure
 
 
-def test_split_lbi_trains_on_weights(tmp_path):
-    def run(data: Dataset) -> dict:
+def test_split_lbi_trains_on_weights_and_slims_and_evaluates_without(tmp_path):
+    def run(data: Dataset) -> SplitLBITrainer:
         args = SplitLBIArguments(str(tmp_path), **{**tiny_run.SHARED, "max_steps": 4, "save_strategy": "no"})
-        return trained(SplitLBITrainer(tiny_run.model(), args, train_dataset=data, eval_dataset=data))
+        trainer = SplitLBITrainer(tiny_run.model(), args, train_dataset=data, eval_dataset=data)
+        trainer.end = trained(trainer)
+        return trainer
 
     data = tiny_run.images(32, 1)
     bare = run(data)
-    assert distance(run(data.add_column("weight", [1.0] * 32)), bare) < 1e-5
-    half = data.add_column("weight", [2.0, 0.0] * 16)
-    flipped = data.with_format(None)
-    labels = [1 - y if i % 2 else y for i, y in enumerate(flipped["labels"])]
-    flipped = with_column(flipped, "labels", labels).add_column("weight", [2.0, 0.0] * 16).with_format("torch")
-    found = run(half)
-    assert distance(found, bare) > 1e-3
-    assert distance(run(flipped), found) < 1e-6
-
-
-def test_slimming_and_evaluating_take_no_notice_of_the_weight(tmp_path):
-    args = SplitLBIArguments(str(tmp_path), **{**tiny_run.SHARED, "max_steps": 4, "save_strategy": "no"})
-    data = tiny_run.images(32, 1)
-    weighted = data.add_column("weight", [2.0, 0.0] * 16)
-    trainer = SplitLBITrainer(tiny_run.model(), args, train_dataset=weighted, eval_dataset=weighted)
-    trainer.train()
-    assert "weight" not in trainer.example()
-    small = trainer.slim(macs=0.7, bn_batches=2)
-    assert trainer.evaluate_model(small) == trainer.evaluate_model(small, data)
-    assert trainer.evaluate_masked(bn_batches=2).keys() == {"loss", "accuracy"}
+    assert distance(run(data.add_column("weight", [1.0] * 32)).end, bare.end) < 1e-5
+    plain = data.with_format(None)
+    flipped = with_column(plain, "labels", [1 - y if i % 2 else y for i, y in enumerate(plain["labels"])])
+    half, other = (run(d.add_column("weight", [2.0, 0.0] * 16).with_format("torch")) for d in (data, flipped))
+    assert distance(half.end, bare.end) > 1e-3 and distance(half.end, other.end) < 1e-6
+    assert "weight" not in half.example()
+    small = half.slim(macs=0.7, bn_batches=2)
+    assert half.evaluate_model(small) == half.evaluate_model(small, data)
+    assert half.evaluate_masked(bn_batches=2).keys() == {"loss", "accuracy"}
 
 
 # ---- what is refused
@@ -594,21 +514,15 @@ def test_bad_weights_are_refused_when_the_trainer_is_made(cls, values, match, tm
         cls(classifier(), arguments(str(tmp_path)), train_dataset=with_column(rows(2), "weight", values))
 
 
-@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), None, "1", [1.0]])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), None, "1", [1.0], "absent"])
 def test_bad_weights_of_a_stream_are_refused_in_their_batch(value, tmp_path):
     data = Rows(rows(4))
     for row in data.rows[1:3]:
         row["weight"] = value
+    if value == "absent":
+        del data.rows[1]["weight"], data.rows[2]["weight"]
     trainer = WeightedTrainer(classifier(), arguments(str(tmp_path)), train_dataset=data)
-    with pytest.raises(ValueError, match="column 'weight' must"):
-        trainer.train()
-
-
-def test_a_batch_of_which_some_rows_have_no_weight_is_refused(tmp_path):
-    data = Rows(rows(4))
-    del data.rows[2]["weight"]
-    trainer = WeightedTrainer(classifier(), arguments(str(tmp_path)), train_dataset=data)
-    with pytest.raises(ValueError, match="1 of 4 rows of a batch have no 'weight'"):
+    with pytest.raises(ValueError, match="2 of 4 rows .* no 'weight'" if value == "absent" else "'weight' must"):
         trainer.train()
 
 
@@ -740,145 +654,69 @@ def test_a_collator_that_reads_the_weights_itself_is_served():
 # ---- a subclass that computes the loss itself
 
 
-def own_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-    """The usual recipe for weights: the mean over a micro batch."""
-    weights, labels = inputs.pop("weight"), inputs.pop("labels")
-    outputs = model(**inputs)
-    losses = torch.nn.functional.cross_entropy(outputs["logits"], labels, reduction="none")
-    loss = (weights.to(losses) * losses).mean()
-    return (loss, outputs) if return_outputs else loss
-
-
-def doubled_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-    """Plain Trainer has no weighted loss, so its own is called without the weights."""
-    inputs = {name: value for name, value in inputs.items() if name != "weight"}
-    loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
-    return (2 * loss, outputs) if return_outputs else 2 * loss
-
-
-class Linear3(torch.nn.Module):
-    def __init__(self):
+class Linear3(nn.Module):
+    def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.linear = torch.nn.Linear(4, 3)
+        set_seed(0)
+        self.linear = nn.Linear(4, 3)
 
     def forward(self, x, labels=None):
-        z = self.linear(x)
-        loss = {} if labels is None else {"loss": torch.nn.functional.cross_entropy(z, labels)}
-        return {**loss, "logits": z}
+        logits = self.linear(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 class Counting3(Linear3):
     def forward(self, x, labels=None, num_items_in_batch=None, **kwargs):
-        z = self.linear(x)
-        loss = {} if labels is None else {"loss": torch.nn.functional.cross_entropy(z, labels, reduction="sum")}
-        if loss:
-            loss["loss"] = loss["loss"] / (len(x) if num_items_in_batch is None else num_items_in_batch)
-        return {**loss, "logits": z}
-
-
-@pytest.mark.parametrize("net", [Linear3, Counting3])
-@pytest.mark.parametrize("loss", [own_loss, doubled_loss])
-@pytest.mark.parametrize("accumulated", [1, 6])
-def test_a_loss_of_the_users_own_is_scaled_as_trainer_scales_it(net, loss, accumulated, tmp_path):
-    rng = np.random.default_rng(0)
-    columns = {"x": rng.normal(size=(24, 4)).astype("float32"), "labels": rng.integers(0, 3, 24)}
-    rows = Dataset.from_dict(columns | {"weight": np.tile([0.5, 1.5], 12)}).with_format("torch")
-    ends = []
-    for kind in (Trainer, WeightedTrainer):
-        args = TrainingArguments(
-            tmp_path,
-            max_steps=2,
-            per_device_train_batch_size=4,
-            per_device_eval_batch_size=24,
-            gradient_accumulation_steps=accumulated,
-            optim="sgd",
-            learning_rate=0.5,
-            remove_unused_columns=False,
-            use_cpu=True,
-            disable_tqdm=True,
-            report_to=[],
-            save_strategy="no",
-        )
-        trainer = type("Own", (kind,), {"compute_loss": loss})(net(), args, train_dataset=rows, eval_dataset=rows)
-        trainer.train()
-        ends.append((trainer.model.linear.weight.detach().clone(), trainer.evaluate()["eval_loss"]))
-    assert torch.allclose(ends[0][0], ends[1][0], atol=1e-6) and ends[0][1] == pytest.approx(ends[1][1], rel=1e-5)
-
-
-def alternating(base):
-    """Every other micro batch by the trainer's own loss, the others by the model."""
-
-    class Alternating(base):
-        calls = 0
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            self.calls += 1
-            if self.calls % 2:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return plain_loss(self, model, inputs, return_outputs)
-
-    return Alternating
-
-
-def logging_first(base):
-    """The trainer's own loss is looked at and not used."""
-
-    class Logging(base):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            with torch.no_grad():
-                super().compute_loss(model, dict(inputs), False, None)
-            return plain_loss(self, model, inputs, return_outputs)
-
-    return Logging
-
-
-def regularised(base):
-    """A term more than the trainer's own loss."""
-
-    class Regularised(base):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            loss = loss + 0.1 * outputs["logits"].square().mean()
-            return (loss, outputs) if return_outputs else loss
-
-    return Regularised
+        output = super().forward(x, labels)
+        whole = len(x) if num_items_in_batch is None else num_items_in_batch
+        return output | {"loss": output["loss"] * len(x) / whole}
 
 
 def plain_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-    outputs = model(**{name: value for name, value in inputs.items() if name != "weight"})
-    return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+    """The usual recipe for weights, which its batches have, also those to evaluate on: the mean over a micro batch."""
+    weights, labels = inputs.get("weight", torch.ones(())), inputs["labels"]
+    logits = model(x=inputs["x"], labels=labels)["logits"]
+    loss = (weights * nn.functional.cross_entropy(logits, labels, reduction="none")).mean()
+    return (loss, {"logits": logits}) if return_outputs else loss
 
 
-def on_the_instance(base):
-    """A function set on the trainer and not on its class."""
+def alternating(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    """Every other micro batch by the trainer's own loss, the others by one's own."""
+    self.calls = getattr(self, "calls", 0) + 1
+    own = type(self).__mro__[1].compute_loss if self.calls % 2 else plain_loss
+    return own(self, model, inputs, return_outputs, num_items_in_batch)
 
-    def make(*args, **kwargs):
-        trainer = base(*args, **kwargs)
-        trainer.compute_loss = MethodType(plain_loss, trainer)
-        return trainer
 
-    return make
+def logging_first(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    """The trainer's own loss is looked at and not used."""
+    with torch.no_grad():
+        super(type(self), self).compute_loss(model, dict(inputs), False, None)
+    return plain_loss(self, model, inputs, return_outputs)
+
+
+def regularised(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    """A term more than the trainer's own loss."""
+    loss, outputs = super(type(self), self).compute_loss(model, inputs, True, num_items_in_batch)
+    loss = loss + 0.1 * outputs["logits"].square().mean()
+    return (loss, outputs) if return_outputs else loss
 
 
 @pytest.mark.parametrize("accumulated", [1, 4])
-@pytest.mark.parametrize("subclass", [alternating, logging_first, regularised, on_the_instance])
+@pytest.mark.parametrize("loss", [plain_loss, alternating, logging_first, regularised, "on the instance"])
 @pytest.mark.parametrize("net", [Linear3, Counting3])
-def test_what_a_subclass_makes_of_the_loss_is_with_weights_of_one_what_it_is_in_trainer(
-    net, subclass, accumulated, tmp_path
-):
+def test_a_loss_of_the_users_own_is_what_it_is_in_trainer(net, loss, accumulated, tmp_path):
     rng = np.random.default_rng(0)
     bare = Dataset.from_dict({"x": rng.normal(size=(32, 4)).astype("float32"), "labels": rng.integers(0, 3, 32)})
-    ends = []
-    for base, data in ((Trainer, bare), (WeightedTrainer, bare.add_column("weight", [1.0] * 32))):
-        args = arguments(
-            str(tmp_path),
-            max_steps=2,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=accumulated,
-            remove_unused_columns=False,
-        )
-        trainer = subclass(base)(net(), args, train_dataset=data.with_format("torch"))
+    shape = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulated, "max_steps": 2}
+    args = arguments(str(tmp_path), **shape, remove_unused_columns=False)
+    own, ends = loss in (plain_loss, "on the instance"), []
+    full = bare.add_column("weight", ([0.5, 1.5] if own else [1.0, 1.0]) * 16)
+    for base, data in ((Trainer, full if own else bare), (WeightedTrainer, full)):
+        kind = base if loss == "on the instance" else type("Own", (base,), {"compute_loss": loss})
+        data = data.with_format("torch")
+        trainer = kind(net(), args, train_dataset=data, eval_dataset=data)
+        if kind is base:
+            trainer.compute_loss = MethodType(plain_loss, trainer)
         trainer.train()
-        ends.append(trainer.model.linear.weight.detach())
+        ends.append((trainer.model.linear.weight.detach(), trainer.evaluate()["eval_loss"]))
     torch.testing.assert_close(*ends)

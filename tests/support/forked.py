@@ -21,15 +21,7 @@ from pathlib import Path
 import psutil
 
 
-PRELOADED = [
-    "torch",
-    "transformers",
-    "transformers.trainer",
-    "datasets",
-    "accelerate",
-    "safetensors.torch",
-    "hf_effdl",
-]
+PRELOADED = "torch transformers transformers.trainer datasets accelerate safetensors.torch hf_effdl".split()
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)
 BIN = Path(sys.executable).parent

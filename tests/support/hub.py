@@ -55,15 +55,14 @@ class Repo:
     private: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
 
     @property
     def head(self) -> Commit:
         return self.resolve("main")
 
     def resolve(self, revision: str) -> Commit:
-        """The commit that a branch, a tag or a full commit oid names; `KeyError` if there is none."""
-        return self.commits[self.branches.get(revision) or self.tags.get(revision) or revision]
+        """The commit that a branch or a full commit oid names; `KeyError` if there is none."""
+        return self.commits[self.branches.get(revision, revision)]
 
     def commit(
         self, changes: Mapping[str, bytes | None], title: str = "Upload", description: str = "", branch: str = "main"
@@ -215,29 +214,20 @@ class LoopbackHub(ThreadingHTTPServer):
     def env(self, home: Path) -> dict[str, str]:
         """The environment of a process whose clients know this hub alone and keep their caches under `home`."""
         foreign = re.compile(r"(HF|HUGGING_?FACE|TRANSFORMERS)_|.*_PROXY$", re.IGNORECASE)
-        return {
-            **{name: value for name, value in os.environ.items() if not foreign.match(name)},
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(home),
-            "HF_TOKEN": TOKEN,
-            "HF_DATASETS_CACHE": str(Path(home, "datasets")),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-            # `datasets` counts downloads with a request to a host outside of the endpoint.
-            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-            # Any other stray request to the outside lands here too, where it is logged and refused.
-            "ALL_PROXY": self.url,
-            "HTTP_PROXY": self.url,
-            "HTTPS_PROXY": self.url,
-            "NO_PROXY": "127.0.0.1",
-            # The child imports whatever the test can, installed or not; but not the remote code of another hub, whose
-            # folder transformers puts into sys.path and where it would look for the code of this one.
-            "PYTHONPATH": os.pathsep.join(
-                folder for folder in sys.path if folder and not Path(folder, "transformers_modules").is_dir()
-            ),
-        }
+        env = {name: value for name, value in os.environ.items() if not foreign.match(name)}
+        env |= {"HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home)}
+        env["HF_DATASETS_CACHE"] = str(Path(home, "datasets"))
+        quiet = ["HUB_DISABLE_XET", "HUB_DISABLE_TELEMETRY"]
+        quiet += ["HUB_DISABLE_PROGRESS_BARS", "DATASETS_DISABLE_PROGRESS_BARS"]
+        env |= {f"HF_{name}": "1" for name in quiet}
+        # `datasets` counts downloads with a request to a host outside of the endpoint.
+        env["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
+        # Any other stray request to the outside lands here too, where it is logged and refused.
+        env |= {"ALL_PROXY": self.url, "HTTP_PROXY": self.url, "HTTPS_PROXY": self.url, "NO_PROXY": "127.0.0.1"}
+        # The child imports whatever the test can, installed or not; but not the remote code of another hub, whose
+        # folder transformers puts into sys.path and where it would look for the code of this one.
+        folders = (folder for folder in sys.path if folder and not Path(folder, "transformers_modules").is_dir())
+        return env | {"PYTHONPATH": os.pathsep.join(folders)}
 
     def run(self, code: str, home: Path, timeout: float = 180) -> str:
         """Run Python code in a fresh process, in the directory `home`, and return what it printed."""
@@ -324,26 +314,11 @@ class LoopbackHub(ThreadingHTTPServer):
         repo.private = asked.get("private", False) or asked.get("visibility") == "private"
         return {"url": self._web_url(repo), "name": repo_id, "id": repo_id}
 
-    @route("DELETE", "/api/repos/delete")
-    def _delete_repo(self, request: Request) -> Any:
-        asked = request.json()
-        repo = self._find(request, asked.get("type"), f"{asked.get('organization') or USER}/{asked['name']}")
-        del self.repos[repo.repo_type, repo.repo_id]
-        return {}
-
     @route("GET", rf"{API}(?:/revision/{REVISION})?")
     def _info(self, request: Request, repo: Repo, commit: Commit) -> Any:
-        return {
-            "id": repo.repo_id,
-            "author": repo.repo_id.partition("/")[0],
-            "sha": commit.oid,
-            "lastModified": commit.date,
-            "private": repo.private,
-            "gated": False,
-            "disabled": False,
-            "tags": [],
-            "siblings": [{"rfilename": path} for path in commit.tree],
-        }
+        facts = {"id": repo.repo_id, "author": repo.repo_id.partition("/")[0], "sha": commit.oid, "tags": []}
+        facts |= {"lastModified": commit.date, "private": repo.private, "gated": False, "disabled": False}
+        return facts | {"siblings": [{"rfilename": path} for path in commit.tree]}
 
     @route("GET", rf"{API}/tree/{REVISION}(?:/(?P<path>.*))?")
     def _tree(self, request: Request, repo: Repo, commit: Commit, path: str) -> Any:
@@ -358,20 +333,6 @@ class LoopbackHub(ThreadingHTTPServer):
     def _paths_info(self, request: Request, repo: Repo, commit: Commit) -> Any:
         known = entries(commit)
         return [known[path] for path in parse_qs(request.body.decode()).get("paths", []) if path in known]
-
-    @route("POST", rf"{API}/branch/(?P<name>[^/]+)")
-    def _create_branch(self, request: Request, repo: Repo, name: str) -> Any:
-        return self._create_ref(repo, repo.branches, name, request.json().get("startingPoint", "main"))
-
-    @route("POST", rf"{API}/tag/(?P<target>[^/]+)")
-    def _create_tag(self, request: Request, repo: Repo, target: str) -> Any:
-        return self._create_ref(repo, repo.tags, request.json()["tag"], target)
-
-    def _create_ref(self, repo: Repo, refs: dict[str, str], name: str, target: str) -> Any:
-        if name in refs:
-            raise HubError(409, "Reference already exists")
-        refs[name] = self._resolve(repo, target).oid
-        return {}
 
     @route("POST", rf"{API}/preupload/{REVISION}")
     def _preupload(self, request: Request, repo: Repo, commit: Commit) -> Any:

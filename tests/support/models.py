@@ -14,18 +14,8 @@ from transformers import (
 
 def lenet() -> nn.Module:
     """LeNet for 28x28: the second convolution ends in 5x5 maps, so a filter has 25 columns of the linear layer."""
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(400, 84),
-        nn.ReLU(),
-        nn.Linear(84, 10),
-    )
+    body = [nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*body, nn.Flatten(), nn.Linear(400, 84), nn.ReLU(), nn.Linear(84, 10))
 
 
 def vgg() -> nn.Module:

@@ -18,15 +18,8 @@ from hf_effdl.structure.tickets.search import read_weights
 
 
 # looks at every step, and takes a while to be content
-SEARCH = {
-    "macs": 0.5,
-    "within": 0.6,
-    "every": 1,
-    "threshold": 0.001,
-    "patience": 5,
-    "min_path": 0.5,
-    "weights_at": [3],
-}
+SEARCH = {"macs": 0.5, "within": 0.6, "every": 1, "threshold": 0.001, "patience": 5, "min_path": 0.5}
+SEARCH |= {"weights_at": [3]}
 DISTRIBUTED = {"keep": 0.5, "within": 0.5, "every": 2, "patience": 1}
 
 

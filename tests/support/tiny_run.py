@@ -22,23 +22,10 @@ from hf_effdl import (
 
 
 CLOCKS = ("runtime", "per_second")
-SHARED = {
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 32,
-    "num_train_epochs": 6,
-    "learning_rate": 0.1,
-    "save_strategy": "steps",
-    "save_steps": 4,
-    "logging_steps": 4,
-    "eval_strategy": "steps",
-    "eval_steps": 4,
-    "max_grad_norm": 0.0,
-    "seed": 3,
-    "disable_tqdm": True,
-    "report_to": "none",
-    "use_cpu": True,
-    "save_total_limit": 3,
-}
+SHARED = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 32, "num_train_epochs": 6, "seed": 3}
+SHARED |= {"learning_rate": 0.1, "max_grad_norm": 0.0, "logging_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+SHARED |= {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 3}
+SHARED |= {"disable_tqdm": True, "report_to": "none", "use_cpu": True}
 
 
 def images(rows: int, seed: int) -> Dataset:
@@ -53,10 +40,8 @@ def images(rows: int, seed: int) -> Dataset:
 
 def model() -> ResNetForImageClassification:
     set_seed(0)
-    config = ResNetConfig(
-        num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=2
-    )
-    return ResNetForImageClassification(config)
+    sizes = {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "num_labels": 2}
+    return ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic"))
 
 
 def trainer(out: str, **changes) -> SplitLBITrainer:
@@ -71,14 +56,9 @@ def plain_trainer(out: str, **changes) -> Trainer:
     net = model()
     groups = find_groups(net, {"pixel_values": torch.zeros(1, 1, 16, 16)})
     kwargs = settings.split_lbi_kwargs(steps) | {"params": param_groups(net, groups)}
-    return Trainer(
-        net,
-        TrainingArguments(out, **{**SHARED, **changes}),
-        train_dataset=images(64, 1),
-        eval_dataset=images(32, 2),
-        optimizer_cls_and_kwargs=(SplitLBI, kwargs),
-        callbacks=[SplitLBICallback(groups)],
-    )
+    args = TrainingArguments(out, **{**SHARED, **changes})
+    own = {"optimizer_cls_and_kwargs": (SplitLBI, kwargs), "callbacks": [SplitLBICallback(groups)]}
+    return Trainer(net, args, train_dataset=images(64, 1), eval_dataset=images(32, 2), **own)
 
 
 def outcome(run: Trainer) -> dict:

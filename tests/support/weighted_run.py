@@ -15,16 +15,9 @@ from hf_effdl import WeightedTrainer
 
 
 WORDS, LENGTH = 30, 6
-SIZES = {
-    "vocab_size": WORDS,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
+SIZES = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 16}
+SIZES |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def rows(count: int, seed: int = 1) -> Dataset:
@@ -47,21 +40,9 @@ def classifier(**config: object) -> BertForSequenceClassification:
 
 def arguments(out: str, **changes: object) -> TrainingArguments:
     """Plain SGD without clipping or decay, so that parameters move by the gradient and nothing else."""
-    settings = {
-        "per_device_train_batch_size": 16,
-        "num_train_epochs": 1,
-        "optim": "sgd",
-        "learning_rate": 0.5,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "seed": 3,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return TrainingArguments(out, **{**settings, **changes})
+    settings = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "seed": 3}
+    settings |= {"per_device_train_batch_size": 16, "num_train_epochs": 1, "save_strategy": "no", "logging_steps": 1}
+    return TrainingArguments(out, use_cpu=True, report_to="none", disable_tqdm=True, **settings | changes)
 
 
 def trained(trainer: Trainer) -> dict[str, Tensor]:

@@ -59,16 +59,15 @@ class Net(nn.Module):
         return self.single(self.last(self.rows(self.middle(x).relu()).relu()).relu())
 
     def groups(self) -> list[dict[str, Any]]:
+        # units along the sharded axis of one tensor and along the other axis of the next, four columns each
+        first = {
+            "params": [self.norm.weight, self.middle.weight],
+            "axis": [0, 1],
+            "block": [1, 4],
+            "scale": [1.0, 0.7],
+        }
         return [
-            # units along the sharded axis of one tensor and along the other axis of the next, four columns each
-            {
-                "params": [self.norm.weight, self.middle.weight],
-                "penalty": "group",
-                "name": "norm",
-                "axis": [0, 1],
-                "block": [1, 4],
-                "scale": [1.0, 0.7],
-            },
+            {**first, "penalty": "group", "name": "norm"},
             {"params": [self.rows.weight, self.rows.bias], "penalty": "group", "name": "rows"},
             {"params": [self.last.weight], "penalty": "group", "name": "columns", "axis": 1},
             {"params": [self.single.weight], "penalty": "group", "name": "single"},

@@ -63,24 +63,11 @@ class Block(nn.Module):
 
 
 ROWS = 48
-SHARED: dict[str, Any] = {
-    "per_device_eval_batch_size": 4,
-    "num_train_epochs": 6,
-    "learning_rate": 0.2,
-    "nu": 8.0,
-    "path_length": 1.2,
-    "seed": 3,
-    "save_steps": 16,
-    "logging_steps": 8,
-    "eval_strategy": "steps",
-    "eval_steps": 16,
-    "disable_tqdm": True,
-    "report_to": "none",
-    "use_cpu": True,
-    "save_total_limit": 3,
-    "save_strategy": "steps",
-    "weight_decay": 0.01,
-}
+SHARED: dict[str, Any] = {"learning_rate": 0.2, "nu": 8.0, "path_length": 1.2, "weight_decay": 0.01, "seed": 3}
+SHARED |= {"per_device_eval_batch_size": 4, "num_train_epochs": 6, "logging_steps": 8}
+SHARED |= {"eval_strategy": "steps", "eval_steps": 16}
+SHARED |= {"save_strategy": "steps", "save_steps": 16, "save_total_limit": 3}
+SHARED |= {"disable_tqdm": True, "report_to": "none", "use_cpu": True}
 
 
 def images(count: int, seed: int) -> Dataset:
@@ -184,14 +171,8 @@ def refusals(out: Path) -> dict[str, str]:
         groups = find_groups(net, {"pixel_values": torch.zeros(1, 1, 8, 8, dtype=torch.float64)})
         args = TrainingArguments(str(out), fsdp=True, use_cpu=True, report_to="none", disable_tqdm=True)
         kwargs = {"params": param_groups(net, groups), "lr": 0.1}
-        Trainer(
-            net,
-            args,
-            train_dataset=images(8, 1),
-            data_collator=collate,
-            callbacks=[SplitLBICallback()],
-            optimizer_cls_and_kwargs=(SplitLBI, kwargs),
-        ).train()
+        own = {"optimizer_cls_and_kwargs": (SplitLBI, kwargs), "callbacks": [SplitLBICallback()]}
+        Trainer(net, args, train_dataset=images(8, 1), data_collator=collate, **own).train()
 
     def by_environment() -> None:  # as accelerate launch sets it
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "FSDP_SYNC_MODULE_STATES": "false"}
