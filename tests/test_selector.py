@@ -23,7 +23,7 @@ import hf_effdl.samples.scores.uncertainty as formulas
 from hf_effdl import LinearProbes, Probes, UncertaintySelector, WeightedTrainer, fit_label_noise, train_probes
 from hf_effdl.samples.probes import scoring, trained_probes
 from hf_effdl.samples.probes.linear_probes import fit_heads
-from hf_effdl.samples.probes.scoring import SCORES, UNLABELLED, score_rows
+from hf_effdl.samples.probes.scoring import SCORES, UNLABELLED
 from hf_effdl.samples.selection import pool as scored_pool
 
 
@@ -58,17 +58,18 @@ def table_probes(logits: torch.Tensor) -> tuple[Probes, Dataset]:
 # ---- scoring
 
 
-@pytest.mark.parametrize("classes", [4, 1])
-def test_scores_are_those_of_the_formulas(classes, monkeypatch):
+@pytest.mark.parametrize(("classes", "preset"), [(4, "default"), (1, "default"), (4, "paper")])
+def test_scores_are_those_of_the_formulas(classes, preset, monkeypatch):
     monkeypatch.setattr(scoring, "PART", 17)
     logits = torch.randn(50, 5, classes, generator=torch.Generator().manual_seed(0)) * 2
     probes, pool = table_probes(logits)
     labels = torch.tensor(pool["label"][:])
-    scored = UncertaintySelector(probes, batch_size=7).score(pool)
+    scored = UncertaintySelector(probes, batch_size=7, preset=preset).score(pool)
     assert set(scored.column_names) == {*pool.column_names, *SCORES} and len(scored) == 50
+    gauge = "drop-first" if preset == "paper" else "invariant"
     expected = {
-        "u_x": formulas.uncertainty(logits),
-        "u_y": formulas.uncertainty(logits, labels),
+        "u_x": formulas.uncertainty(logits, gauge=gauge),
+        "u_y": formulas.uncertainty(logits, labels, gauge=gauge),
         "p_label": formulas.p_label(logits, labels),
         "el2n": formulas.el2n(logits, labels),
         **{name: getattr(formulas, name)(logits) for name in ("entropy", "margin", "least_confidence", "bald")},
@@ -78,15 +79,10 @@ def test_scores_are_those_of_the_formulas(classes, monkeypatch):
     expected["p_clean"] = fit_label_noise(p, labels).p_clean(p, labels)
     for name, values in expected.items():
         torch.testing.assert_close(torch.tensor(scored[name][:]), values, rtol=1e-5, atol=1e-6, check_dtype=False)
-
-
-def test_the_paper_preset_scores_in_the_released_gauge(pool, probes):
-    scored = UncertaintySelector(probes, preset="paper").score(pool)
-    with torch.no_grad():
-        logits = torch.cat(list(probes.batches(pool, 64)))
-    labels = torch.tensor(pool["label"][:])
-    expected = formulas.uncertainty(logits, labels, gauge="drop-first")
-    torch.testing.assert_close(torch.tensor(scored["u_y"][:]), expected, check_dtype=False)
+    for value in (float("nan"), float("inf")):
+        logits[37, 1, 0] = value
+        with pytest.raises(ValueError, match="probe 1 gives NaN or infinite logits for row 37"):
+            UncertaintySelector(table_probes(logits)[0], batch_size=8).score(pool)
 
 
 def test_heads_fitted_with_counts_equal_heads_fitted_on_the_resampled_rows(probes):
@@ -128,17 +124,6 @@ def test_scoring_that_was_killed_goes_on_where_it_was(uninterrupted, tmp_path):
     assert selection_run.same(selection_run.scored_and_chosen(str(tmp_path / "cache")), uninterrupted)
     assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
     assert len(list(tmp_path.glob("cache/*/*"))) == 6  # and nothing of the part that was cut off
-
-
-def test_cached_scores_are_not_mistaken_for_those_of_other_probes_or_rows(probes, pool, tmp_path):
-    labels = torch.tensor(pool["label"][:])
-    first, _ = score_rows(probes, pool, labels, cache_dir=tmp_path)
-    other = LinearProbes.train(None, selection_run.rows(90, 5), input_column="x", steps=50)
-    for data, asked in ((pool, other), (pool.select(range(150)), probes)):
-        cached, _ = score_rows(asked, data, labels[: len(data)], cache_dir=tmp_path)
-        fresh, _ = score_rows(asked, data, labels[: len(data)])
-        assert all(torch.equal(cached[name], fresh[name]) for name in fresh)
-    assert len(list(tmp_path.iterdir())) == 3
 
 
 # ---- selecting
@@ -186,11 +171,6 @@ def test_one_select_reads_the_labels_and_compares_the_class_names_once(probes, p
     assert [len(calls) for calls in (reads, conversions, comparisons)] == [1, 1, 1]
 
 
-def test_scores_from_the_cache_are_added_in_the_same_order(probes, pool, tmp_path):
-    first, again = (UncertaintySelector(probes, cache_dir=tmp_path).score(pool) for _ in range(2))
-    assert first.column_names == again.column_names == [*pool.column_names, *SCORES]
-
-
 def test_budgets_of_numpy_and_torch_count_as_pythons(probes, pool):
     selector = UncertaintySelector(probes, trial=False)
     scored = selector.score(pool)
@@ -198,40 +178,21 @@ def test_budgets_of_numpy_and_torch_count_as_pythons(probes, pool):
         assert len(selector.plan(scored, budget)) == rows
 
 
-def test_other_budgets_need_no_second_scoring(probes, pool, monkeypatch):
-    selector = UncertaintySelector(probes)
-    scored = selector.score(pool)
-    monkeypatch.setattr(Probes, "logits", None)
-    monkeypatch.setattr(LinearProbes, "logits", None)
-    selector.trial = False
-    plans = [selector.plan(scored, budget) for budget in (20, 40)]
-    assert [len(plan) for plan in plans] == [20, 40]
-    subset = selector.select(scored, 20)
-    assert len(subset) == 20 and not set(SCORES) & set(subset.column_names)
-
-
-def test_overrides_reach_the_plan(probes, pool):
+def test_a_score_of_ones_own_is_drawn_by(probes, pool):
     selector = UncertaintySelector(probes, trial=False)
+    scored = selector.score(pool).add_column("hardness", np.arange(200) / 200)
+    options = {"score": "hardness", "keep": None, "quotas": "none", "cut_hardest": 0.1}
+    largest = selector.plan(scored, 60, **options, sampler="top-k").plan.positions
+    assert largest.tolist() == list(range(120, 180))
+    spread = selector.plan(scored, 60, **options | {"quotas": "strata"}, bins=10).plan.positions
+    assert np.histogram(spread, 10, (0, 180))[0].tolist() == [6] * 10
+    with pytest.raises(ValueError, match="no column 'hardnes'.*hardness"):
+        selector.plan(scored, 60, score="hardnes")
+    # by name of a selector's own too
     subset = selector.select(pool, 40, weights="none", quotas="none", score="entropy")
     assert set(subset["weight"][:]) == {1.0}
     settings = selector.selection.info["settings"]
     assert (settings["score"], settings["quotas"], settings["weights"]) == ("entropy", "none", "none")
-
-
-def test_a_score_of_ones_own_is_drawn_by(probes, pool):
-    selector = UncertaintySelector(probes, trial=False)
-    hardness = np.arange(200) / 200
-    scored = selector.score(pool).add_column("hardness", hardness)
-    for options in ({"sampler": "top-k"}, {"quotas": "strata", "bins": 10}):
-        options = {"score": "hardness", "keep": None, "quotas": "none", "cut_hardest": 0.1, **options}
-        chosen = selector.plan(scored, 60, **options).plan.positions
-        assert chosen.max() < 180 and len(chosen) == 60
-        if options["sampler" if "sampler" in options else "quotas"] == "top-k":
-            assert chosen.tolist() == list(range(120, 180))
-        else:
-            assert np.histogram(chosen, 10, (0, 180))[0].tolist() == [6] * 10
-    with pytest.raises(ValueError, match="no column 'hardnes'.*hardness"):
-        selector.plan(scored, 60, score="hardnes")
 
 
 def test_a_data_set_dict_needs_the_split_named_and_comes_back_with_it_replaced(probes, pool):
@@ -272,21 +233,6 @@ def test_on_clean_and_solved_data_hard_rows_are_drawn():
     u_x, chosen = selector.selection.table["u_x"], selector.selection.plan.positions
     in_proportion = u_x.square().mean() / u_x.mean()  # the mean of a draw in proportion to u_x
     assert u_x[chosen].mean() > 0.95 * in_proportion > 1.05 * u_x.mean()
-
-
-@pytest.mark.parametrize(("accuracy", "regime"), [(0.5, "agreement"), (0.9, "clipped"), (0.99, "unclipped")])
-def test_a_trial_of_ones_own_decides_the_regime(accuracy, regime):
-    seen = []
-
-    def trial(positions, weights):
-        seen.append((len(positions), weights.mean().item()))
-        return accuracy
-
-    probes = LinearProbes.train(None, noisy(0.0, 150, 1), input_column="x")
-    selector = UncertaintySelector(probes, trial=trial)
-    selector.select(noisy(0.0), 60)
-    assert selector.selection.info["settings"]["regime"] == regime
-    assert seen == [(60, pytest.approx(1))] * 3
 
 
 def test_the_trial_trains_on_the_given_rows_and_is_measured_on_the_probe_set():
@@ -471,25 +417,6 @@ def test_the_paper_preset_trains_ten_probes_on_all_rows(tmp_path, monkeypatch):
 # ---- bad input
 
 
-def test_heads_without_bootstrap_agree_and_the_error_points_to_it(pool):
-    probes = LinearProbes.train(None, selection_run.rows(90, 1), input_column="x")
-    x, labels = probes.standardise(probes.encode(probes.probe_set.rows)), probes.probe_set.labels
-    # from another start each, to the one minimum of a convex loss
-    probes.heads = fit_heads(x, labels, torch.ones(4, 90), classes=3, steps=1000, learning_rate=0.05)
-    with pytest.raises(ValueError, match="agree on all 200 rows.*bootstrap"):
-        UncertaintySelector(probes).score(pool)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_probe_that_diverged_is_named_with_the_row(value, monkeypatch):
-    monkeypatch.setattr(scoring, "PART", 16)
-    logits = torch.randn(40, 3, 2)
-    logits[37, 1, 0] = value
-    probes, pool = table_probes(logits)
-    with pytest.raises(ValueError, match="probe 1 gives NaN or infinite logits for row 37"):
-        UncertaintySelector(probes, batch_size=8).score(pool)
-
-
 def test_budgets_out_of_range_are_refused_before_the_long_work(probes, pool, monkeypatch):
     monkeypatch.setattr(LinearProbes, "logits", None)
     selector = UncertaintySelector(probes)
@@ -557,33 +484,19 @@ def swapped() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("models", "options", "message"),
-    [
-        ([linear], {}, r"1 probe\(s\)"),
-        ([resnet, swapped], {}, "probe 1 maps classes to labels as"),
-        ([linear] * 2, {"mode": "pool"}, "mode='pool'"),
-        ([linear] * 2, {"preset": "best"}, "preset='best'"),
-        ([linear] * 2, {"label_column": None}, "set label_column"),
-    ],
-)
-def test_probes_that_do_not_fit_together_are_refused(models, options, message):
-    with pytest.raises(ValueError, match=message):
-        UncertaintySelector([model() for model in models], **options)
-
-
-@pytest.mark.parametrize(
     ("models", "options", "data", "message"),
     [
-        ([swapped] * 2, {"processing_class": PROCESSOR}, lambda: pictures(30), "in another order"),
-        ([linear, lambda: linear(4)], {"input_column": "x"}, lambda: selection_run.rows(30, 2), "logits of shapes"),
-        ([linear] * 2, {}, lambda: selection_run.rows(30, 2), "cannot tell which of the columns"),
+        ([linear], {}, None, r"1 probe\(s\)"),
+        ([resnet, swapped], {}, None, "probe 1 maps classes to labels as"),
+        ([linear] * 2, {"mode": "pool"}, None, "mode='pool'"),
+        ([linear] * 2, {"preset": "best"}, None, "preset='best'"),
+        ([linear] * 2, {"label_column": None}, None, "set label_column"),
+        ([swapped] * 2, {"processing_class": PROCESSOR}, pictures, "in another order"),
+        ([linear, lambda: linear(4)], {"input_column": "x"}, selection_run.rows, "logits of shapes"),
+        ([linear] * 2, {}, selection_run.rows, "cannot tell which of the columns"),
     ],
 )
-def test_probes_that_do_not_fit_the_data_are_refused(models, options, data, message):
+def test_probes_that_do_not_fit_together_or_the_data_are_refused(models, options, data, message):
     with pytest.raises(ValueError, match=message):
-        UncertaintySelector([model() for model in models], **options).select(data(), 9)
-
-
-def test_one_probe_is_not_trained():
-    with pytest.raises(ValueError, match="num_probes=1"):
-        LinearProbes.train(None, selection_run.rows(30, 0), input_column="x", num_probes=1)
+        selector = UncertaintySelector([model() for model in models], **options)
+        selector.select(data(30, 2), 9)
