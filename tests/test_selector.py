@@ -143,18 +143,6 @@ def test_a_selection_has_the_budget_weights_of_mean_one_and_the_pools_order(prob
     assert UncertaintySelector(probes, seed=1).select(pool, 30)["name"][:] != subset["name"][:]
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
-@pytest.mark.parametrize("mode", ["coreset", "active"])
-def test_with_an_id_column_the_order_of_the_rows_does_not_matter(probes, pool, preset, mode):
-    options = {"id_column": "name", "mode": mode, "preset": preset}
-    straight = UncertaintySelector(probes, **options).select(pool, 24)
-    shuffled = UncertaintySelector(probes, **options).select(pool.shuffle(seed=3), 24)
-    weights = [dict(zip(data["name"][:], data["weight"][:], strict=True)) for data in (straight, shuffled)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(weights[1][name] == pytest.approx(weight, rel=1e-4) for name, weight in weights[0].items())
-    assert [name for name in pool.shuffle(seed=3)["name"][:] if name in weights[0]] == shuffled["name"][:]
-
-
 def test_one_select_reads_the_labels_and_compares_the_class_names_once(probes, pool, monkeypatch):
     reads, conversions, comparisons = [], [], []
 

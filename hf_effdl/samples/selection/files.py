@@ -36,7 +36,7 @@ from hf_effdl.samples.selection.rows import SelectedRows
 
 
 FORMAT = 1
-MARK = "row_mark"
+MARK, DRAWN_BY = "row_mark", "drawn_by"
 RECORD, CHOSEN, SCORES, PICTURE = "selection.json", "selection.parquet", "scores.parquet", "selection.png"
 # what the records of the first version hold, which had no digest of the whole
 EARLIER = {"format", "settings", "info", "names", "rows", "named_rows", "digest", "scores", "summary"}
@@ -57,6 +57,8 @@ def save(
     chosen, scores = selection.to_dataset(), selection.scores_dataset()
     if selection.row_ids is None and (marked := selection.row_marks()) is not None:
         scores = scores.add_column(MARK, marked[0].numpy())
+    if selection.drawn_by is not None:
+        scores = scores.add_column(DRAWN_BY, selection.drawn_by.numpy())
     with locked(folder):
         return _write(selection, folder, config_name, card, chosen, scores)
 
@@ -129,6 +131,7 @@ def _restored(where: Any, record: Mapping[str, Any], chosen: Dataset, scores: Da
     table = {name: torch.tensor(_array(scores, name)) for name in scores.column_names if name != "row_id"}
     return {
         "marks": table.pop(MARK, None),
+        "drawn_by": table.pop(DRAWN_BY, None),
         "plan": plan,
         "table": table,
         "names": record["names"],
