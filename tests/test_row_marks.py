@@ -360,20 +360,6 @@ def test_how_images_are_decoded_and_formatted_is_in_the_score_key(tmp_path):
     assert first == tensors and len({first, grey, wide}) == 3
 
 
-def test_damaged_parts_of_the_cache_are_scored_again(tmp_path):
-    probes, pool = Probes(models(), input_column="x"), rows(50)
-    right, _ = scoring.score_rows(probes, pool, cache_dir=tmp_path, progress=False)
-    [file] = tmp_path.glob("scores-*/*.safetensors")
-    whole, rng = file.read_bytes(), np.random.default_rng(0)
-    for _ in range(25):
-        content = bytearray(whole)
-        content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
-        file.write_bytes(content)
-        again, _ = scoring.score_rows(probes, pool, cache_dir=tmp_path, progress=False)
-        assert all(again[name].equal(right[name]) for name in right)
-    assert file.read_bytes() == whole
-
-
 def test_class_labels_read_as_their_numbers():
     data = rows(50)
     named = data.cast_column("label", ClassLabel(names=["a", "b", "c"]))

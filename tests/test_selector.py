@@ -488,3 +488,21 @@ def test_probes_that_do_not_fit_together_or_the_data_are_refused(models, options
     with pytest.raises(ValueError, match=message):
         selector = UncertaintySelector([model() for model in models], **options)
         selector.select(data(30, 2), 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_init": None}, "model_init=None: pass a function that makes a fresh model"),
+        ({"model_init": nn.Linear(6, 3)}, "model_init=a Linear: pass a function"),
+        ({"model_init": lambda: "a model"}, r"model_init\(\) returned a str"),
+        ({"args": None}, "args=None: pass the TrainingArguments"),
+        ({"rows": None}, "the probe set is a NoneType"),
+        ({"num_probes": 2.5}, "num_probes=2.5: it must be a whole number"),
+        ({"num_probes": 1}, "num_probes=1"),
+    ],
+)
+def test_arguments_that_train_no_probes_are_refused(change, message, tmp_path):
+    given = {"model_init": linear, "args": arguments(tmp_path), "rows": selection_run.rows(30, 0), "input_column": "x"}
+    with pytest.raises((ValueError, TypeError), match=message):
+        train_probes(**given | change)
