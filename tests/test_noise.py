@@ -153,23 +153,17 @@ def test_contamination_ends_at_nothing_and_at_six_tenths():
 
 def test_large_pools_are_fitted_on_rows_taken_at_random():
     # three sources interleaved, of which the third is all noise: every third row would say 0 or 1
-    p, labels, _ = simulate(30_000, 4, 0.0)
-    labels[2::3] = torch.from_numpy(np.random.default_rng(0).integers(0, 4, 10_000))
+    p, labels, _ = simulate(12_000, 4, 0.0)
+    labels[2::3] = torch.from_numpy(np.random.default_rng(0).integers(0, 4, 4000))
     full = fit_label_noise(p, labels)
-    assert full.contamination == pytest.approx(1 / 3, abs=0.02)
-    with mock.patch.object(module, "_FIT_ROWS", 10_000):
+    assert full.contamination == pytest.approx(1 / 3, abs=0.03)
+    with mock.patch.object(module, "_FIT_ROWS", 4000):
         part = fit_label_noise(p, labels)
-        assert part == fit_label_noise(p, labels)
-        assert part.contamination == pytest.approx(1 / 3, abs=0.03)
+        assert part == fit_label_noise(p, labels) == fit_likelihoods(label_likelihoods(p, labels), 4)
+        assert part.contamination == pytest.approx(1 / 3, abs=0.05)
         assert part != full  # it did look at fewer
-        assert fit_likelihoods(label_likelihoods(p, labels), 4) == part
-        with mock.patch.object(module, "_tempered", wraps=module._tempered) as tempered:
-            fit_label_noise(p, labels)
-        assert len(tempered.call_args.args[0]) == 10_000  # in time too
-    with mock.patch.object(module, "_FIT_ROWS", 30_000):
-        everything = fit_label_noise(p, labels)
-        with mock.patch.object(module, "_fit_rows", lambda rows: slice(None)):
-            assert fit_label_noise(p, labels) == everything
+    with mock.patch.object(module, "_FIT_ROWS", 12_000):
+        assert fit_label_noise(p, labels) == full
 
 
 def test_a_fit_on_kept_likelihoods_or_coarser_numbers_is_the_fit_on_predictions():

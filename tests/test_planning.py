@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import warnings
 
 import numpy as np
@@ -179,25 +178,6 @@ def test_a_uniform_share_bounds_the_inverse_probabilities(sampler):
     close(plan.probabilities, 1 / weights)
     # the threshold of priority sampling is random
     assert weights.max() <= (1 if sampler == "poisson" else 1.5) * 600 / (0.3 * 60)
-
-
-@pytest.mark.parametrize("sampler,share", [("priority", 0.0), ("priority", 0.4), ("poisson", 0.0), ("poisson", 0.4)])
-def test_inclusion_probabilities_are_right_over_seeds(sampler, share):
-    table = {"u_x": torch.tensor([3.0, 1, 1, 0.5, 0.2, 0.1] * 4), "label": torch.tensor([0] * 12 + [1] * 8 + [2] * 4)}
-    seeds, counts, chances = 400, torch.zeros(24), torch.zeros(24).double()
-    inverse = torch.zeros(seeds, 24).double()
-    for seed in range(seeds):
-        plan = make_plan(table, 9, sampler=sampler, uniform_share=share, weights="none", seed=seed)
-        inverse[seed, plan.positions] = 1 / plan.probabilities
-        counts[plan.positions] += 1
-        chances[plan.positions] = plan.probabilities
-    # drawn with probability pi and weighted 1 / pi, every row counts once
-    assert ((inverse.mean(0) - 1).abs() <= 4 * inverse.std(0) / math.sqrt(seeds) + 1e-9).all()
-    if sampler == "poisson":
-        error = (chances * (1 - chances) / seeds).sqrt()
-        assert ((counts / seeds - chances).abs() <= 4 * error + 1e-6).all()
-        for group in range(3):
-            assert float(chances[table["label"] == group].sum()) == pytest.approx(3)
 
 
 # ---- what may be drawn

@@ -113,25 +113,6 @@ def test_hashed_numbers_are_never_zero_or_one():
     assert draw(tensor(1.0, 1.0), row_ids=rows)[0].tolist() == [0, 1]
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        torch.arange(50_000),
-        torch.arange(-50_000, 0),
-        torch.arange(50_000) * 2**32,
-        2**63 - 1 - torch.arange(50_000),
-        [f"row-{i}" for i in range(50_000)],
-    ],
-)
-def test_hashed_numbers_are_uniform_whatever_the_pattern_of_ids(rows):
-    u = hashed_uniform(0, rows).numpy()
-    assert scipy.stats.kstest(u, "uniform").pvalue > 1e-3
-    # neighbours know nothing of each other
-    assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 4 / math.sqrt(50_000)
-    # nor do the digits further down
-    assert scipy.stats.kstest(u * 2**20 % 1, "uniform").pvalue > 1e-3
-
-
 # ---- scores into probabilities
 
 
@@ -263,17 +244,16 @@ def test_a_larger_budget_draws_a_superset(sampler):
     assert len(before) == 200
 
 
-def test_a_poisson_draw_has_its_size_in_the_mean_and_each_row_its_chance():
-    probabilities = inclusion_probabilities(skewed(60), 12)
-    counts, sizes = torch.zeros(60), []
-    for seed in range(3000):
+def test_a_poisson_draw_takes_each_row_whose_number_is_below_its_chance():
+    probabilities = inclusion_probabilities(skewed(2000), 400)
+    for seed in range(5):
+        u = hashed_uniform(seed, torch.arange(2000))
         positions, weights = draw(probabilities, seed=seed)
+        assert positions.tolist() == (u < probabilities).nonzero().flatten().tolist()
         close(weights, 1 / probabilities[positions])
-        counts[positions] += 1
-        sizes.append(len(positions))
-    error = (probabilities * (1 - probabilities) / 3000).sqrt()
-    assert ((counts / 3000 - probabilities).abs() <= 4 * error + 1e-12).all()
-    assert np.mean(sizes) == pytest.approx(12, abs=4 * float(error.norm()))
+        # the numbers are uniform, and neighbours know nothing of each other
+        assert scipy.stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
+        assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 4 / math.sqrt(2000)
     assert draw(torch.ones(3))[1].dtype == torch.float64
     assert [len(part) for part in draw(torch.ones(0))] == [0, 0]
 

@@ -24,7 +24,6 @@ from hf_effdl import LinearProbes, Probes, UncertaintySelector, WeightedTrainer,
 from hf_effdl.samples.probes import scoring, trained_probes
 from hf_effdl.samples.probes.linear_probes import fit_heads
 from hf_effdl.samples.probes.scoring import SCORES, UNLABELLED
-from hf_effdl.samples.selection import pool as scored_pool
 
 
 @pytest.fixture(scope="module")
@@ -141,22 +140,6 @@ def test_a_selection_has_the_budget_weights_of_mean_one_and_the_pools_order(prob
     again = UncertaintySelector(probes).select(pool, 30)
     assert again["name"][:] == subset["name"][:] and again["weight"][:] == subset["weight"][:]
     assert UncertaintySelector(probes, seed=1).select(pool, 30)["name"][:] != subset["name"][:]
-
-
-def test_one_select_reads_the_labels_and_compares_the_class_names_once(probes, pool, monkeypatch):
-    reads, conversions, comparisons = [], [], []
-
-    def counted(calls, function):
-        return lambda *args, **options: (calls.append(args), function(*args, **options))[1]
-
-    plain = Dataset.__getitem__
-    monkeypatch.setattr(
-        Dataset, "__getitem__", lambda self, key: (key == "label" and reads.append(key), plain(self, key))[1]
-    )
-    monkeypatch.setattr(scored_pool, "class_tensor", counted(conversions, scored_pool.class_tensor))
-    monkeypatch.setattr(scored_pool, "names_for", counted(comparisons, scored_pool.names_for))
-    UncertaintySelector(probes).select(pool, 30)
-    assert [len(calls) for calls in (reads, conversions, comparisons)] == [1, 1, 1]
 
 
 def test_budgets_of_numpy_and_torch_count_as_pythons(probes, pool):
