@@ -86,6 +86,18 @@ def test_pairs_of_texts_and_long_texts_are_fed_as_the_model_takes_them(language)
         LinearProbes.train(model, long, steps=2)
 
 
+def test_padding_does_not_count_and_labels_may_be_texts(language):
+    tokenizer, model = language
+    data = Dataset.from_dict({"a": texts(40), "topic": ["animal", "thing"] * 20})
+    options = {"processing_class": tokenizer, "input_column": "a", "names": ["animal", "thing"], "steps": 5}
+    one, many = (LinearProbes.train(model, data, "topic", batch_size=size, **options) for size in (1, 20))
+    torch.testing.assert_close(one.mean, many.mean, rtol=1e-4, atol=1e-5)
+    scored = UncertaintySelector(one, label_column="topic", batch_size=7).score(data)
+    torch.testing.assert_close(
+        scored["u_y"][:], UncertaintySelector(many, label_column="topic").score(data)["u_y"][:], rtol=1e-3, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize("kind", ["numpy", "torch", "pandas", "arrow"])
 def test_every_format_is_fed_alike(kind):
     data = rows(60)

@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from matplotlib.colors import to_hex
 from PIL import Image as Pillow
 
-from hf_effdl import Plan, Selection, active_plan, default_plan, make_plan
+from hf_effdl import Plan, Selection, active_plan, make_plan
 from hf_effdl.pictures import CHOSEN, OTHER
 from hf_effdl.samples.selection.findings import clip_value, kept_by_filter, suspect_positions
 from hf_effdl.samples.selection.pictures import plot_classes, plot_examples, plot_overview, plot_scores, plot_selection
@@ -175,42 +175,42 @@ def test_a_bare_table_reports_and_shows_what_it_can():
 # ---- words
 
 
-def test_the_sentence_follows_the_regime_and_its_reason():
-    def recipe(**settings):
-        return by_hand(settings={"preset": "default"} | settings).report().recipe
-
-    shared = {"quotas": "label", "score": "uniform", "weights": "p_label"}
-    noisy = recipe(**shared, regime="agreement", noise_rate=0.2, trial_accuracy=None)
-    assert "what the probes vote for" in noisy and "20 % of the labels look wrong" in noisy and "uniformly" in noisy
-    low = recipe(**shared, regime="agreement", noise_rate=0.0, trial_accuracy=0.7)
-    assert "0.700" in low and "below 0.86" in low
-    blind = recipe(**shared, regime="agreement", noise_rate=0.0, trial_accuracy=None)
-    assert "not known" in blind
-    middle = recipe(
-        quotas="label",
-        score="u_x",
-        clip_quantile=0.5,
-        weights="p_label",
-        regime="clipped",
-        noise_rate=0.0,
-        trial_accuracy=0.9,
-    )
-    assert "u_x up to its median" in middle and "0.900" in middle and "equal shares of the classes," in middle
-    solved = recipe(quotas="none", score="u_x", regime="unclipped", noise_rate=0.0, trial_accuracy=0.96)
-    assert "from 0.945" in solved and "whatever class" in solved and "median" not in solved
+BY_CLASS = {"preset": "default", "quotas": "label", "score": "uniform", "weights": "p_label"}
+CAPPED = BY_CLASS | {"score": "u_x", "clip_quantile": 0.5, "regime": "clipped"}
 
 
-def test_the_sentence_follows_overrides_and_other_presets():
-    table = by_hand().table | {"bald": torch.rand(10)}
-    plan = default_plan(table, 4, weights="none", quotas="none", score="bald", sampler="priority", clip=0.2)
-    recipe = Selection(plan, table).report().recipe
-    assert "of equal weight" in recipe and "of whatever class" in recipe and "to bald up to 0.2" in recipe
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (BY_CLASS | {"regime": "agreement", "noise_rate": 0.2}, ["20 % of the labels look wrong", "uniformly"]),
+        (BY_CLASS | {"regime": "agreement", "noise_rate": 0.0, "trial_accuracy": 0.7}, ["0.700", "below 0.86"]),
+        (BY_CLASS | {"regime": "agreement", "noise_rate": 0.0, "trial_accuracy": None}, ["not known"]),
+        (CAPPED | {"noise_rate": 0.0, "trial_accuracy": 0.9}, ["u_x up to its median", "0.900", "equal shares of"]),
+        (
+            {"preset": "default", "quotas": "none", "regime": "unclipped", "trial_accuracy": 0.96},
+            ["from 0.945", "whatever class"],
+        ),
+        (
+            {"quotas": "none", "score": "bald", "clip": 0.2, "weights": "none"},
+            ["of equal weight", "to bald up to 0.2"],
+        ),
+        (
+            {"preset": "paper", "score": "u_y", "clip": 0.005, "weights": "damped", "beta": 0.1},
+            ["released code", "damped at 0.1"],
+        ),
+    ],
+)
+def test_the_sentence_follows_the_settings_and_their_reason(settings, words):
+    recipe = by_hand(settings={"noise_rate": 0.0} | settings).report().recipe
+    assert all(word in recipe for word in words) and ("median" in recipe) == ("clip_quantile" in settings)
+
+
+def test_the_sentence_of_what_to_label():
+    table = by_hand().table
     active = Selection(active_plan(table, 4, accuracy=0.5), table, info={"mode": "active"}).report()
     assert active.recipe.startswith("Rows in equal shares of the classes voted for, drawn uniformly")
     assert "rows they have not seen has an accuracy of 0.500" in active.recipe
     assert "on rows they were not trained on: 0.500" in str(active)
-    paper = by_hand(settings={"preset": "paper", "score": "u_y", "clip": 0.005, "weights": "damped", "beta": 0.1})
-    assert "released code" in paper.report().recipe and "damped at 0.1" in paper.report().recipe
 
 
 def test_the_text_is_markdown_and_safe_against_names():

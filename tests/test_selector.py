@@ -9,9 +9,6 @@ from forked import Script
 from PIL import Image as Picture
 from torch import nn
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertTokenizerFast,
     ConvNextImageProcessor,
     ResNetConfig,
     ResNetForImageClassification,
@@ -293,37 +290,6 @@ def test_probes_see_what_a_transform_returns():
     turned = UncertaintySelector(models).score(pool.with_transform(transform)).with_format(None)
     for name in UNLABELLED:
         np.testing.assert_allclose(plain[name][:], turned[name][:], rtol=1e-4, atol=1e-5)
-
-
-def test_texts_are_tokenised_and_padding_does_not_count():
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "dog", "car", "bus"]
-    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        num_labels=2,
-        id2label={0: "animal", 1: "thing"},
-        label2id={"animal": 0, "thing": 1},
-    )
-    models = [BertForSequenceClassification(config) for _ in range(3)]
-    texts = ["cat dog", "car", "bus bus bus bus car", "dog"] * 5
-    pool = Dataset.from_dict({"text": texts, "topic": ["animal", "thing", "thing", "animal"] * 5})
-    options = {"label_column": "topic", "processing_class": tokenizer}
-    whole = UncertaintySelector(models, **options).score(pool)
-    alone = UncertaintySelector(models, **options, batch_size=1).score(pool)
-    np.testing.assert_allclose(whole["u_y"][:], alone["u_y"][:], rtol=1e-4, atol=1e-6)
-
-    encoder = models[0].bert
-    probe_rows = pool.class_encode_column("topic")
-    heads = [
-        LinearProbes.train(encoder, probe_rows, "topic", processing_class=tokenizer, batch_size=size, steps=5)
-        for size in (1, 20)
-    ]
-    torch.testing.assert_close(heads[0].mean, heads[1].mean, rtol=1e-4, atol=1e-5)
 
 
 def test_several_number_columns_are_one_input():
