@@ -5,7 +5,7 @@ samples/      less data: which rows are worth labelling and training on
 vicl/         better prompts: which labelled example a frozen vision model should be shown
 metrics/      metrics for `evaluate.load`
 hub/          what cards and repositories of all three share
-weighting     `WeightedTrainer`, which trains on a column of weights
+weighting     `WeightedTrainer`, which trains on a column of weights; `row_losses`: the loss of every row
 files, processes, pictures, checks, random_state, version    one place each for what all of them need
 """
 

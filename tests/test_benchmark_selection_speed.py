@@ -6,14 +6,11 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from hf_effdl import aggregate_rankings
-from hf_effdl.vicl.remote_code import cascade, cascade_stages
-from hf_effdl.vicl.remote_code.cascade_rows import RowModel
 from hf_effdl.vicl.remote_code.ranker_designs import covering_design
 
 
@@ -81,64 +78,6 @@ def test_the_ranker_beside_a_bare_forward(speed, tmp_path, capsys):
     assert [row["candidates"] for row in rows(tmp_path)] == [K] * 4 + [K + 1] * 4
 
 
-def test_scores_of_other_lists_end_the_run(speed, tmp_path, monkeypatch):
-    right = speed.gathered
-    monkeypatch.setattr(speed, "gathered", lambda query, candidates, *rest: right(query, candidates.flip(1), *rest))
-    with pytest.raises(AssertionError, match="from a bare forward's"):
-        speed.main(arguments(tmp_path, "ranker"))
-
-
-@pytest.mark.slow
-def test_the_stages_of_the_cascade(speed, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(speed, "MEASURED", 8)
-    monkeypatch.setattr(speed, "LABELLED", 15)
-    clock, complete = [0.0], set()
-    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-
-    def takes(seconds: float, kind: Any, name: str) -> None:
-        call = getattr(kind, name)
-
-        def wrapper(self, *given, **named):
-            clock[0] += seconds
-            if kind is RowModel:
-                complete.add((self.complete, len(self.labelled)))
-            return call(self, *given, **named)
-
-        monkeypatch.setattr(kind, name, wrapper)
-
-    takes(1, speed.ExamplePool, "search")
-    takes(2, cascade, "first_columns")
-    takes(4, RowModel, "predict")
-    takes(8, speed.Examples, "matches")
-    takes(16, speed.Examples, "grids")  # inside matches
-    takes(32, speed.Examples, "answers")
-    takes(64, cascade_stages, "second_columns")
-    speed.main([*arguments(tmp_path, "cascade"), "--heads", "ridge"])
-    found = rows(tmp_path)
-    assert [(row["labels"], row["answers"], row["batch"]) for row in found] == [
-        (labels, answers, batch) for labels in ("all", f"15 x {K}") for answers in (16, 60) for batch in (1, 8)
-    ]
-    assert complete >= {(True, POOL), (False, 15)}
-    for row in found:
-        # two turns of stage 2
-        wanted = {
-            "total_ms": 159,
-            "matching_ms": 8,
-            "row_model_ms": 4,
-            "grids_ms": 16,
-            "stage1_rest_ms": 3,
-            "stage2_ms": 128,
-            "handing_ms": 32,
-            "median_ms": 159,
-            "first_ms": 191,
-        }
-        assert {name: row[name] * row["batch"] / 1000 for name in wanted} == pytest.approx(wanted)
-        assert row["grid"] == [2, 2, WIDTH] and row["goal_reached"] is None
-    assert f"| 2 x 2 x {WIDTH} | ridge | all | 16 | 1 |" in capsys.readouterr().out
-    speed.main([*arguments(tmp_path, "cascade"), "--heads", "listwise", "--answers", "16"])
-    assert [row["head"] for row in rows(tmp_path)[len(found) :]] == ["listwise"] * 4
-
-
 def test_what_is_made_of_the_seconds(speed, tmp_path, monkeypatch):
     taken = {"choice": [4.0, 9.0, 2.0, 3.0], "bare": [2.0, 3.0, 2.0, 2.0], "all": [3.0, 1.0, 2.0]}
     monkeypatch.setattr(speed, "take_turns", lambda calls, *options: {name: taken[name] for name in calls})
@@ -149,21 +88,6 @@ def test_what_is_made_of_the_seconds(speed, tmp_path, monkeypatch):
     assert (one["choice_ms"], one["choice_median_ms"], one["bare_ms"]) == (2000, 3500, 2000)
     assert (eight["choice_ms"], eight["bare_ms"]) == (250, 250)
     assert [row["seconds"] for row in others] == [1.0] * 4 and listed["seconds"] == 2.0  # 3 of 6 queries timed
-
-
-def test_all_ways_to_aggregate(speed, tmp_path, capsys):
-    speed.main(arguments(tmp_path, "aggregation"))
-    found = rows(tmp_path)
-    assert [(row["method"], row["way"], row["timed"]) for row in found] == [
-        ("hodge", "batched", 6),
-        ("hodge", "one by one", 6),
-        ("borda", "batched", 6),
-        ("borda", "one by one", 6),
-        ("hodge", "edge list", 3),
-    ]
-    assert all(row["lists"] == sum(len(covering_design(K, k)) for k in (5, 10)) for row in found)
-    assert found[0]["goal_reached"] and found[-1]["goal_reached"] is None
-    assert "| hodge | edge list | 6 |" in capsys.readouterr().out
 
 
 def test_least_squares_on_an_edge_list(speed):
@@ -198,14 +122,3 @@ def test_seconds_of_turns_and_of_stages(speed):
 )
 def test_goals(speed, row, reached):
     assert speed.goal_reached(row) is reached
-
-
-def test_numbers_in_a_table(speed):
-    assert [speed.shown(value) for value in ([14, 14, 96], [0.9, 1.25], 0.012345, 1234.5, 8, "all")] == [
-        "14 x 14 x 96",
-        "0.9 to 1.25",
-        "0.0123",
-        "1234",
-        "8",
-        "all",
-    ]

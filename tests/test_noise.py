@@ -1,6 +1,5 @@
 """Label noise read off probes: definitions by hand, a brute-force likelihood, and recovery of what was simulated."""
 
-import dataclasses
 import math
 from unittest import mock
 
@@ -47,59 +46,39 @@ def test_agreement_is_the_vote_for_the_given_label():
     p = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1], [0.4, 0.4, 0.2], [0.1, 0.1, 0.8]])
     assert agreement(p, torch.tensor([1, 2, 0, 2])).tolist() == [True, False, True, True]
     assert agreement(p.half(), [0, 0, 0, 0]).tolist() == [False, True, True, False]
+    assert agreement(torch.tensor([[1.004, 0.0]]).bfloat16(), [0]).tolist() == [True]  # what rounding leaves above one
 
 
 @few
 @given(
-    rows=st.integers(1, 60),
-    share=st.sampled_from([0.1, 0.25, 0.5, 1.0]),
-    least=st.sampled_from([1, 5, 100]),
+    rows=st.integers(1, 60) | st.just(1300),
+    options=st.sampled_from([{}, {"share": 0.25, "least": 1}, {"share": 1.0, "least": 5}, {"share": 0.1, "least": 5}]),
     seed=st.integers(0, 10**6),
 )
-def test_confident_disagreement_counts_among_the_surest_rows(rows, share, least, seed):
+def test_confident_disagreement_counts_among_the_surest_rows(rows, options, seed):
     rng = np.random.default_rng(seed)
     p, labels = rng.dirichlet(np.ones(3), rows), rng.integers(0, 3, rows)
+    share, least = options.get("share", 0.1), options.get("least", 100)
     surest = sorted(range(rows), key=lambda i: -p[i].max())[: max(least, round(share * rows))]
     expected = np.mean([p[i].argmax() != labels[i] for i in surest])
-    got = confident_disagreement(torch.from_numpy(p), torch.from_numpy(labels), share, least)
+    got = confident_disagreement(torch.from_numpy(p), torch.from_numpy(labels), **options)
     assert got == pytest.approx(expected, abs=1e-12)
-
-
-def test_confident_disagreement_looks_at_a_tenth_of_the_rows_and_a_hundred_at_least():
-    # surest first, wrong up to the 100th and right from there on
-    high = torch.linspace(0.99, 0.6, 2000)
-    p = torch.stack([high, 1 - high], 1)
-    labels = (torch.arange(2000) < 100).long()
-    assert confident_disagreement(p, labels) == pytest.approx(100 / 200)
-    assert confident_disagreement(p[:900], labels[:900]) == 1
-    assert confident_disagreement(p[90:110], labels[90:110]) == pytest.approx(0.5)
 
 
 # ---- the model
 
 
-def test_the_rate_leaves_out_random_labels_that_happen_to_be_right():
-    assert LabelNoise(0.3, 1.0, 3).rate == pytest.approx(0.2)
-    assert LabelNoise(0.5, 1.0, 2).rate == pytest.approx(0.25)
-
-
-def test_the_posterior_of_a_good_label_by_hand():
-    p = torch.tensor([[0.64, 0.32, 0.04], [0.04, 0.32, 0.64]])
-    roots = np.sqrt([0.64, 0.32, 0.04])
-    tempered = roots / roots.sum()
-    got = LabelNoise(0.3, 2.0, 3).p_clean(p, torch.tensor([0, 0]))
-    assert got.dtype == torch.float32
-    for found, honest in zip(got.tolist(), (tempered[0], tempered[2])):
-        assert found == pytest.approx(0.7 * honest / (0.7 * honest + 0.1), rel=1e-6)
-
-
-def test_the_posterior_is_one_without_contamination_and_zero_for_impossible_labels():
+def test_the_posterior_of_a_good_label():
     p, labels = torch.tensor([[1.0, 0], [0.5, 0.5]]), torch.tensor([1, 0])
     for temperature in (0.25, 1.0, 3.0):
         assert LabelNoise(0.0, temperature, 2).p_clean(p, labels).tolist() == [1, 1]
     assert LabelNoise(0.2, 1.0, 2).p_clean(p, labels)[0] < 1e-9
     # likelihoods that single precision rounds to zero
     assert LabelNoise(0.0, 1.0, 2).posterior(torch.zeros(1)).tolist() == [1]
+    p = torch.tensor([[0.64, 0.32, 0.04], [0.04, 0.32, 0.64]])
+    honest = p.sqrt()[:, 0] / p.sqrt().sum(1)
+    got = LabelNoise(0.3, 2.0, 3).p_clean(p, torch.tensor([0, 0]))
+    torch.testing.assert_close(got, 0.7 * honest / (0.7 * honest + 0.1))
 
 
 def test_the_likelihoods_kept_of_a_row_are_the_tempered_probabilities():
@@ -161,60 +140,41 @@ def test_the_fit_recovers_flips_and_calibration(contamination, temperature):
         assert clean[wrong].mean() < clean[~wrong].mean() - 0.3
 
 
-def test_a_clean_pool_has_no_contamination_at_all():
+def test_contamination_ends_at_nothing_and_at_six_tenths():
     # labels that are the vote of sure probes leave the slope negative at zero
-    p = torch.full((300, 3), 0.05).scatter_(1, (torch.arange(300) % 3)[:, None], 0.9)
-    fit = fit_label_noise(p, torch.arange(300) % 3)
-    assert fit.contamination == 0.0 and fit.rate == 0.0
-    assert noise_rate(p, torch.arange(300) % 3) == 0.0
-
-
-def test_contamination_ends_at_six_tenths():
-    # labels that the probes exclude
-    p = torch.tensor([[0.98, 0.01, 0.01]]).expand(200, 3)
-    assert fit_label_noise(p, torch.ones(200, dtype=torch.long)).contamination == pytest.approx(0.6, abs=1e-9)
+    labels = torch.arange(300) % 3
+    p = torch.full((300, 3), 0.05).scatter_(1, labels[:, None], 0.9)
+    fit = fit_label_noise(p, labels)
+    assert fit.contamination == fit.rate == noise_rate(p, labels) == 0.0
+    excluded = fit_label_noise(p, (labels + 1) % 3)
+    assert excluded.contamination == pytest.approx(0.6, abs=1e-9)
+    assert excluded.rate == pytest.approx(0.4, abs=1e-9)  # without the random labels that happen to be right
 
 
 def test_large_pools_are_fitted_on_rows_taken_at_random():
     # three sources interleaved, of which the third is all noise: every third row would say 0 or 1
-    p, labels, _ = simulate(30_000, 4, 0.0)
-    labels[2::3] = torch.from_numpy(np.random.default_rng(0).integers(0, 4, 10_000))
+    p, labels, _ = simulate(12_000, 4, 0.0)
+    labels[2::3] = torch.from_numpy(np.random.default_rng(0).integers(0, 4, 4000))
     full = fit_label_noise(p, labels)
-    assert full.contamination == pytest.approx(1 / 3, abs=0.02)
-    with mock.patch.object(module, "_FIT_ROWS", 10_000):
+    assert full.contamination == pytest.approx(1 / 3, abs=0.03)
+    with mock.patch.object(module, "_FIT_ROWS", 4000):
         part = fit_label_noise(p, labels)
-        assert part == fit_label_noise(p, labels)
-        assert part.contamination == pytest.approx(1 / 3, abs=0.03)
+        assert part == fit_label_noise(p, labels) == fit_likelihoods(label_likelihoods(p, labels), 4)
+        assert part.contamination == pytest.approx(1 / 3, abs=0.05)
         assert part != full  # it did look at fewer
-        assert fit_likelihoods(label_likelihoods(p, labels), 4) == part
-        with mock.patch.object(module, "_tempered", wraps=module._tempered) as tempered:
-            fit_label_noise(p, labels)
-        assert len(tempered.call_args.args[0]) == 10_000  # in time too
-    with mock.patch.object(module, "_FIT_ROWS", 30_000):
-        everything = fit_label_noise(p, labels)
-        with mock.patch.object(module, "_fit_rows", lambda rows: slice(None)):
-            assert fit_label_noise(p, labels) == everything
+    with mock.patch.object(module, "_FIT_ROWS", 12_000):
+        assert fit_label_noise(p, labels) == full
 
 
-def test_a_fit_does_not_change():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        LabelNoise(0.1, 1.0, 3).contamination = 0.2
-
-
-def test_half_precision_predictions_are_read_in_double():
+def test_a_fit_on_kept_likelihoods_or_coarser_numbers_is_the_fit_on_predictions():
     p, labels, _ = simulate(700, 6, 0.2)
-    coarse = p.half()
+    fit = fit_label_noise(p, labels)
+    assert fit_likelihoods(label_likelihoods(p, labels), 6) == fit
+    for kind, least in ((torch.float32, 1e-4), (torch.float16, 0.01)):
+        coarse = p.to(kind)
+        assert fit_label_noise(coarse, labels).contamination == pytest.approx(fit.contamination, abs=least)
+        assert torch.equal(label_likelihoods(coarse, labels), label_likelihoods(coarse.double(), labels))
     assert (coarse == 0).any()
-    fit = fit_label_noise(coarse, labels)
-    assert fit.contamination == pytest.approx(fit_label_noise(p, labels).contamination, abs=0.01)
-    assert torch.equal(label_likelihoods(coarse, labels), label_likelihoods(coarse.double(), labels))
-
-
-def test_a_fit_on_kept_likelihoods_is_the_fit_on_predictions():
-    p, labels, _ = simulate(700, 6, 0.2)
-    assert fit_likelihoods(label_likelihoods(p, labels), 6) == fit_label_noise(p, labels)
-    single = fit_label_noise(p.float(), labels)
-    assert single.contamination == pytest.approx(fit_label_noise(p, labels).contamination, abs=1e-4)
 
 
 # ---- the rate
@@ -258,19 +218,17 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("p", [[0.5, 0.5], [[[0.5, 0.5]]], [[2.0, -1.0]], [[NAN, 0.5]], [[1.2, 0.0]]])
-def test_predictions_that_are_no_probabilities_are_refused(use, p):
-    p = torch.tensor(p)
-    with pytest.raises(ValueError) as error:
-        USES[use](p, torch.zeros(len(p), dtype=torch.long))
-    for part in (f"p has shape {tuple(p.shape)}", "outside [0, 1]", "mean probabilities (rows, classes), not logits"):
-        assert part in str(error.value)
-
-
-@pytest.mark.parametrize("use", USES)
-def test_no_rows_are_refused(use):
-    with pytest.raises(ValueError, match=r"p has shape \(0, 2\)"):
-        USES[use](torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
+def test_predictions_that_are_no_probabilities_are_refused(use):
+    for p in [[0.5, 0.5], [[[0.5, 0.5]]], [[2.0, -1.0]], [[NAN, 0.5]], [[1.2, 0.0]], torch.zeros(0, 2)]:
+        p = torch.as_tensor(p)
+        with pytest.raises(ValueError) as error:
+            USES[use](p, torch.zeros(len(p), dtype=torch.long))
+        for part in (
+            f"p has shape {tuple(p.shape)}",
+            "outside [0, 1]",
+            "mean probabilities (rows, classes), not logits",
+        ):
+            assert part in str(error.value)
 
 
 @pytest.mark.parametrize("use", USES)
@@ -283,7 +241,3 @@ def test_labels_that_do_not_fit_are_refused(use):
         USES[use](p, torch.tensor([0, 1]))
     with pytest.raises(TypeError, match="integer class"):
         USES[use](p, torch.tensor([0, 0.5, 1]))
-
-
-def test_half_precision_that_rounds_above_one_is_taken():
-    assert agreement(torch.tensor([[1.004, 0.0]]).bfloat16(), [0]).tolist() == [True]

@@ -20,6 +20,7 @@ ROOMS = (
     "processes",
     "pictures",
     "random_state",
+    "row_losses",
     "weighting",
 )  # single files at the root
 

@@ -1,6 +1,5 @@
 """What probes are fed and trained on: taken as it is meant, or refused by name before any long work."""
 
-import json
 import warnings
 
 import numpy as np
@@ -15,7 +14,6 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from hf_effdl import LinearProbes, UncertaintySelector
 from hf_effdl.processes import refuse_lone_processes, same_fate
 from hf_effdl.samples.probes.inputs import Inputs
-from hf_effdl.samples.selection.selection import Selection
 
 
 def rows(count: int, seed: int = 0, classes: int = 3, **more) -> Dataset:
@@ -86,6 +84,18 @@ def test_pairs_of_texts_and_long_texts_are_fed_as_the_model_takes_them(language)
     long = Dataset.from_dict({"input_ids": [[2] * 40] * 4, "label": [0, 1] * 2})
     with pytest.raises(ValueError, match="40 tokens in 'input_ids', and the model takes 32; tokenize with truncation"):
         LinearProbes.train(model, long, steps=2)
+
+
+def test_padding_does_not_count_and_labels_may_be_texts(language):
+    tokenizer, model = language
+    data = Dataset.from_dict({"a": texts(40), "topic": ["animal", "thing"] * 20})
+    options = {"processing_class": tokenizer, "input_column": "a", "names": ["animal", "thing"], "steps": 5}
+    one, many = (LinearProbes.train(model, data, "topic", batch_size=size, **options) for size in (1, 20))
+    torch.testing.assert_close(one.mean, many.mean, rtol=1e-4, atol=1e-5)
+    scored = UncertaintySelector(one, label_column="topic", batch_size=7).score(data)
+    torch.testing.assert_close(
+        scored["u_y"][:], UncertaintySelector(many, label_column="topic").score(data)["u_y"][:], rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch", "pandas", "arrow"])
@@ -207,6 +217,15 @@ def test_planning_feeds_no_row_again(mode):
     assert selector.plan(scored, 60).plan.positions.equal(fast.plan.positions) and Counted.fed > 0
 
 
+def test_features_are_made_anew_once_the_backbone_was_changed_in_place():
+    probes, pool = LinearProbes.train(nn.Linear(6, 4), rows(90, 1), input_column="x", steps=5), rows(40)
+    UncertaintySelector(probes).score(pool)
+    before = probes.encode(pool)
+    probes.backbone.weight.data.mul_(2)  # which no version counter sees
+    probes.backbone.bias.data.mul_(2)
+    torch.testing.assert_close(probes.encode(pool), 2 * before)
+
+
 def test_classes_that_no_probe_saw_are_named_and_not_muted():
     seen = rows(150, 1).filter(lambda row: row["label"] != 1)
     probes = LinearProbes.train(None, seen, input_column="x", steps=50)
@@ -219,41 +238,6 @@ def test_classes_that_no_probe_saw_are_named_and_not_muted():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         UncertaintySelector(trained()).select(rows(300), 60)
-
-
-# ---- selections of a stranger
-
-
-FORGED = {
-    "a row that is none of the pool's": {"row_id": lambda ids: [*ids[:-1], 10**12]},
-    "a row twice": {"row_id": lambda ids: [*ids[:-1], ids[0]]},
-    "a negative weight": {"weight": lambda values: [-1.0, *values[1:]]},
-    "no number": {"weight": lambda values: [float("nan"), *values[1:]]},
-    "weights of nothing": {"weight": lambda values: [0.0] * len(values)},
-    "a probability of 2": {"inclusion_probability": lambda values: [2.0, *values[1:]]},
-    "a probability of 0": {"inclusion_probability": lambda values: [0.0, *values[1:]]},
-}
-
-
-@pytest.mark.parametrize("case", [*FORGED, "rows"])
-def test_forged_selections_are_refused_as_damaged(case, tmp_path):
-    from hf_effdl.samples.selection import files
-
-    selector = UncertaintySelector(trained(), trial=False)
-    selector.select(rows(120), 30)
-    folder = selector.selection.save(tmp_path)
-    record = json.loads((folder / "selection.json").read_text())
-    chosen = files._read(folder / "selection.parquet")
-    columns = {name: chosen[name][:] for name in chosen.column_names}
-    for name, change in FORGED.get(case, {}).items():
-        columns[name] = change(columns[name])
-    forged = Dataset.from_dict(columns, features=chosen.features)
-    forged.to_parquet(folder / "selection.parquet")
-    record |= {"digest": files.digest(forged)} | ({"rows": 10**12} if case == "rows" else {})
-    record = {name: record[name] for name in files.EARLIER}  # without the digests that a forger would make anew
-    (folder / "selection.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="the selection is damaged .*save or push it again"):
-        Selection.load(tmp_path)
 
 
 # ---- processes

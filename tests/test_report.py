@@ -8,11 +8,10 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from matplotlib.colors import to_hex
 from PIL import Image as Pillow
 
-from hf_effdl import LinearProbes, Plan, Selection, UncertaintySelector, active_plan, default_plan, make_plan
+from hf_effdl import Plan, Selection, active_plan, make_plan
 from hf_effdl.pictures import CHOSEN, OTHER
 from hf_effdl.samples.selection.findings import clip_value, kept_by_filter, suspect_positions
 from hf_effdl.samples.selection.pictures import plot_classes, plot_examples, plot_overview, plot_scores, plot_selection
-from hf_effdl.samples.selection.report import SelectionReport
 
 
 NAMES = ["ant", "bee", "cat"]
@@ -111,35 +110,20 @@ def test_the_clip_is_what_the_plan_drew_with():
 def test_suspects_are_sorted_and_named():
     ids = [f"row-{i}" for i in range(10)]
     report = by_hand(positions=(0, 9), ids=ids).report()
-    assert report.suspect_count == 2
-    assert report.suspects == [
-        {
-            "row_id": "row-7",
-            "label": "bee",
-            "vote": "ant",
-            "p_label": pytest.approx(0.01),
-            "p_clean": pytest.approx(0.02),
-            "selected": False,
-        },
-        {
-            "row_id": "row-9",
-            "label": "cat",
-            "vote": "ant",
-            "p_label": pytest.approx(0.1),
-            "p_clean": pytest.approx(0.3),
-            "selected": True,
-        },
+    found = [tuple(suspect.values()) for suspect in report.suspects]
+    near = pytest.approx
+    assert found == [
+        ("row-7", "bee", "ant", near(0.01), near(0.02), False),
+        ("row-9", "cat", "ant", near(0.1), near(0.3), True),
     ]
-    assert [suspect["row_id"] for suspect in by_hand().report().suspects] == [7, 9]
-
-
-def test_all_suspects_are_there_beyond_the_twenty():
+    assert list(report.suspects[0]) == ["row_id", "label", "vote", "p_label", "p_clean", "selected"]
+    assert report.suspect_count == 2 and [suspect["row_id"] for suspect in by_hand().report().suspects] == [7, 9]
     p = torch.linspace(0.4, 0.1, 30)
     report = many([5, 5, 5], [10] * 3, p_label=p, p_clean=p).report()
     assert report.suspect_count == 30 and len(report.suspects) == 20
-    found = report.all_suspects()
-    assert [suspect["row_id"] for suspect in found] == list(range(29, -1, -1))
-    assert found[:20] == report.suspects
+    everything = report.all_suspects()
+    assert [suspect["row_id"] for suspect in everything] == list(range(29, -1, -1))
+    assert everything[:20] == report.suspects
 
 
 @pytest.mark.parametrize(
@@ -162,70 +146,71 @@ def test_noise_is_read_off_the_table_where_the_plan_has_none():
 
 
 def test_a_table_without_labels_is_counted_by_votes():
-    selection = by_hand(label=None, p_label=None, p_clean=None)
-    report = selection.report()
+    report = by_hand(label=None, p_label=None, p_clean=None).report()
     assert report.mode == "active" and report.counted_by == "predicted"
     assert [row["pool"] for row in report.classes] == [5, 4, 1]
     assert report.suspect_count is None and report.suspects == [] and report.agreement is None
     assert "the class the probes vote for" in str(report)
     # scored with labels, planned without: its labels are not to be judged
     assert suspect_positions(by_hand(label=None)) is None
-
-
-def test_a_loaded_selection_has_no_labels_and_reports_all_the_same():
+    # one that was loaded has no labels
     selection = by_hand(label=None, settings={"preset": "default", "regime": "agreement", "noise_rate": 0.1})
     selection.info = {"mode": "coreset"}
     report = selection.report()
-    assert report.mode == "coreset" and report.suspects[0]["label"] is None and report.refilled is None
-    assert str(report)
+    assert report.mode == "coreset" and report.suspects[0]["label"] is None and report.refilled is None and str(report)
 
 
-def test_a_bare_table_reports_what_it_can():
-    plan = make_plan({"bald": torch.rand(20)}, 5, score="bald", quotas="none", weights="none")
-    report = Selection(plan, {"bald": torch.rand(20)}).report()
+def test_a_bare_table_reports_and_shows_what_it_can():
+    table = {"bald": torch.rand(20)}
+    selection = Selection(make_plan(table, 5, score="bald", quotas="none", weights="none"), table)
+    report = selection.report()
     assert report.classes == [] and report.uncertainty is None and report.mean_confidence is None
     assert "5 of 20 rows" in str(report)
+    [axes] = plot_overview(selection).axes
+    assert axes.get_title("left") == "Score bald: the draw's score"
+    with pytest.raises(ValueError, match="neither labels nor the probes' votes"):
+        plot_classes(selection)
 
 
 # ---- words
 
 
-def test_the_sentence_follows_the_regime_and_its_reason():
-    def recipe(**settings):
-        return by_hand(settings={"preset": "default"} | settings).report().recipe
-
-    shared = {"quotas": "label", "score": "uniform", "weights": "p_label"}
-    noisy = recipe(**shared, regime="agreement", noise_rate=0.2, trial_accuracy=None)
-    assert "what the probes vote for" in noisy and "20 % of the labels look wrong" in noisy and "uniformly" in noisy
-    low = recipe(**shared, regime="agreement", noise_rate=0.0, trial_accuracy=0.7)
-    assert "0.700" in low and "below 0.86" in low
-    blind = recipe(**shared, regime="agreement", noise_rate=0.0, trial_accuracy=None)
-    assert "not known" in blind
-    middle = recipe(
-        quotas="label",
-        score="u_x",
-        clip_quantile=0.5,
-        weights="p_label",
-        regime="clipped",
-        noise_rate=0.0,
-        trial_accuracy=0.9,
-    )
-    assert "u_x up to its median" in middle and "0.900" in middle and "equal shares of the classes," in middle
-    solved = recipe(quotas="none", score="u_x", regime="unclipped", noise_rate=0.0, trial_accuracy=0.96)
-    assert "from 0.945" in solved and "whatever class" in solved and "median" not in solved
+BY_CLASS = {"preset": "default", "quotas": "label", "score": "uniform", "weights": "p_label"}
+CAPPED = BY_CLASS | {"score": "u_x", "clip_quantile": 0.5, "regime": "clipped"}
 
 
-def test_the_sentence_follows_overrides_and_other_presets():
-    table = by_hand().table | {"bald": torch.rand(10)}
-    plan = default_plan(table, 4, weights="none", quotas="none", score="bald", sampler="priority", clip=0.2)
-    recipe = Selection(plan, table).report().recipe
-    assert "of equal weight" in recipe and "of whatever class" in recipe and "to bald up to 0.2" in recipe
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (BY_CLASS | {"regime": "agreement", "noise_rate": 0.2}, ["20 % of the labels look wrong", "uniformly"]),
+        (BY_CLASS | {"regime": "agreement", "noise_rate": 0.0, "trial_accuracy": 0.7}, ["0.700", "below 0.86"]),
+        (BY_CLASS | {"regime": "agreement", "noise_rate": 0.0, "trial_accuracy": None}, ["not known"]),
+        (CAPPED | {"noise_rate": 0.0, "trial_accuracy": 0.9}, ["u_x up to its median", "0.900", "equal shares of"]),
+        (
+            {"preset": "default", "quotas": "none", "regime": "unclipped", "trial_accuracy": 0.96},
+            ["from 0.945", "whatever class"],
+        ),
+        (
+            {"quotas": "none", "score": "bald", "clip": 0.2, "weights": "none"},
+            ["of equal weight", "to bald up to 0.2"],
+        ),
+        (
+            {"preset": "paper", "score": "u_y", "clip": 0.005, "weights": "damped", "beta": 0.1},
+            ["released code", "damped at 0.1"],
+        ),
+    ],
+)
+def test_the_sentence_follows_the_settings_and_their_reason(settings, words):
+    recipe = by_hand(settings={"noise_rate": 0.0} | settings).report().recipe
+    assert all(word in recipe for word in words) and ("median" in recipe) == ("clip_quantile" in settings)
+
+
+def test_the_sentence_of_what_to_label():
+    table = by_hand().table
     active = Selection(active_plan(table, 4, accuracy=0.5), table, info={"mode": "active"}).report()
     assert active.recipe.startswith("Rows in equal shares of the classes voted for, drawn uniformly")
     assert "rows they have not seen has an accuracy of 0.500" in active.recipe
     assert "on rows they were not trained on: 0.500" in str(active)
-    paper = by_hand(settings={"preset": "paper", "score": "u_y", "clip": 0.005, "weights": "damped", "beta": 0.1})
-    assert "released code" in paper.report().recipe and "damped at 0.1" in paper.report().recipe
 
 
 def test_the_text_is_markdown_and_safe_against_names():
@@ -234,16 +219,15 @@ def test_the_text_is_markdown_and_safe_against_names():
     text = str(report)
     assert "| a\\|b c | 4 | 2 | 50 % |" in text
     assert "| x\\|7 | bee | a\\|b c | 0.01 | no |" in text
+    assert "| 1000007 | bee" in str(by_hand(ids=[1_000_000 + i for i in range(10)]).report())
     assert report._repr_markdown_() == text
     widths = {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")}
     assert widths == {5, 6}
     assert repr(report) == f"SelectionReport(4 of 10 rows, {len(report.warnings)} warnings)"
-    settings = {"preset": "default", "regime": "clipped", "noise_rate": 0.0}
-    assert "preset='default', regime='clipped'" in repr(by_hand(settings=settings).report())
-
-
-def test_row_ids_stay_as_they_are():
-    assert "| 1000007 | bee" in str(by_hand(ids=[1_000_000 + i for i in range(10)]).report())
+    report = by_hand(settings={"preset": "default", "regime": "clipped", "noise_rate": 0.1}).report()
+    assert "preset='default', regime='clipped'" in repr(report)
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False)) == report.to_dict()
+    assert "selection" not in report.to_dict() and report.to_dict()["classes"] == report.classes
 
 
 def test_of_many_classes_the_text_shows_the_most_changed():
@@ -262,24 +246,29 @@ def warned(selection, words):
     return [text for text in selection.report().warnings if words in text]
 
 
-def test_a_sound_selection_warns_of_nothing():
-    assert many([10, 11, 9]).report().warnings == []
+FEW = "less than half the rows"
+EMPTY = "no row is selected"
 
 
-def test_warns_of_classes_without_selected_rows():
-    assert "of 1 of 3 classes: class 1" in warned(many([10, 0, 10]), "no row is selected")[0]
-    assert not warned(many([10, 1, 10]), "no row is selected")
-    assert not warned(many([10, 0, 10], [100, 0, 100]), "no row is selected")  # there are none to select
-
-
-def test_warns_of_classes_that_get_too_few_rows():
-    assert "class 1 (4, not 25)" in warned(many([35, 4, 36]), "less than half the rows")[0]
-    assert "class 1 (1, not" in warned(many([35, 1, 36]), "less than half the rows")[0]
-    assert not warned(many([35, 15, 36]), "less than half the rows")
-    assert not warned(many([5, 1, 5]), "less than half the rows")  # chance
-    # equal shares: a large class gives a small part of its rows by design
-    assert not warned(many([20, 20], [1000, 30], "label"), "less than half the rows")
-    assert warned(many([5, 35], [1000, 100], "label"), "of equal shares")
+@pytest.mark.parametrize(
+    ("selected", "options", "words", "said"),
+    [
+        ([10, 0, 10], {}, EMPTY, "of 1 of 3 classes: class 1"),
+        ([10, 1, 10], {}, EMPTY, None),
+        ([10, 0, 10], {"rows": [100, 0, 100]}, EMPTY, None),  # there are none to select
+        ([35, 4, 36], {}, FEW, "class 1 (4, not 25)"),
+        ([35, 1, 36], {}, FEW, "class 1 (1, not"),
+        ([35, 15, 36], {}, FEW, None),
+        ([5, 1, 5], {}, FEW, None),  # chance
+        # equal shares: a large class gives a small part of its rows by design
+        ([20, 20], {"rows": [1000, 30], "quotas": "label"}, FEW, None),
+        ([5, 35], {"rows": [1000, 100], "quotas": "label"}, "of equal shares", "class 0"),
+        ([10, 11, 9], {}, "", None),  # nothing at all
+    ],
+)
+def test_warns_of_classes_that_get_too_few_rows_or_none(selected, options, words, said):
+    found = warned(many(selected, **options), words)
+    assert said in found[0] if said else not found
 
 
 def test_warns_of_classes_that_the_filter_removes():
@@ -294,40 +283,27 @@ def test_warns_of_classes_that_the_filter_removes():
     assert not warned(selection, "the filter keeps")
 
 
-def test_warns_of_noise_weak_probes_and_wild_weights():
-    selection = many([10, 10, 10])
-    for rate, count in ((0.06, 1), (0.05, 0)):
-        selection.plan.settings["noise_rate"] = rate
-        assert len(warned(selection, "labels look wrong")) == count
-    # three classes: weak below a third of the way from 1/3 to 1
-    for confidence, count in ((0.55, 1), (0.56, 0)):
-        weak = many([10, 10, 10], confidence=torch.full((300,), confidence))
-        assert len(warned(weak, "the probes are weak")) == count
-    for wrong, count in ((151, 1), (149, 0)):
+def test_warns_of_noise_weak_probes_wild_weights_and_clips_that_cap_everything():
+    def flipped(wrong):
         vote = torch.tensor([0, 1, 2]).repeat_interleave(100)
         vote[:wrong] = (vote[:wrong] + 1) % 3
-        assert len(warned(many([10, 10, 10], predicted=vote), "they are weak, or most labels")) == count
-    for weights, count in (([1.0, 1.0, 1.0, 10.0], 1), ([1.0, 1.0, 1.0, 3.0], 0)):
-        assert len(warned(by_hand(weights=weights), "Kish")) == count
-    for largest, count in ((101.0, 1), (99.0, 0)):
-        wild = by_hand(weights=[1.0, 1.0, 1.0, largest], settings={"weights": "exact"})
-        found = warned(wild, "times the median")
-        assert len(found) == count and all("uniform_share" in text for text in found)
+        return many([10, 10, 10], predicted=vote)
 
-
-def test_warns_of_a_clip_that_caps_everything():
-    settings = {"score": "u_x", "quotas": "none"}
-    assert "100 %" in warned(by_hand(settings=settings | {"clip": 0.001}), "nearly uniform")[0]
-    assert not warned(by_hand(settings=settings | {"clip": 0.05}), "nearly uniform")
+    clip = {"score": "u_x", "quotas": "none"}
+    cases = {
+        "labels look wrong": [by_hand(settings={"noise_rate": rate}) for rate in (0.06, 0.05)],
+        # three classes: weak below a third of the way from 1/3 to 1
+        "the probes are weak": [many([10] * 3, confidence=torch.full((300,), c)) for c in (0.55, 0.56)],
+        "they are weak, or most labels": [flipped(151), flipped(149)],
+        "Kish": [by_hand(weights=[1.0, 1.0, 1.0, largest]) for largest in (10.0, 3.0)],
+        "uniform_share": [by_hand(weights=[1.0] * 3 + [w], settings={"weights": "exact"}) for w in (101.0, 99.0)],
+        "100 %": [by_hand(settings=clip | {"clip": value}) for value in (0.001, 0.05)],
+    }
+    for words, (one, other) in cases.items():
+        assert len(warned(one, words)) == 1 and not warned(other, words), words
 
 
 # ---- files
-
-
-def test_to_dict_survives_json():
-    report = by_hand(settings={"preset": "default", "regime": "clipped", "noise_rate": 0.1}).report()
-    assert json.loads(json.dumps(report.to_dict(), allow_nan=False)) == report.to_dict()
-    assert "selection" not in report.to_dict() and report.to_dict()["classes"] == report.classes
 
 
 def test_save_writes_text_numbers_and_pictures(tmp_path):
@@ -340,11 +316,8 @@ def test_save_writes_text_numbers_and_pictures(tmp_path):
     assert text.startswith(str(report)) and "(selection.png)" in text and "(examples.png)" in text
     assert json.loads((tmp_path / "new/folder/report.json").read_text(encoding="utf-8")) == report.to_dict()
     assert Pillow.open(tmp_path / "new/folder/selection.png").size[0] > 1000
-    assert {f.name for f in report.save(tmp_path / "b", examples=False)} == {
-        "report.md",
-        "report.json",
-        "selection.png",
-    }
+    fewer = {file.name for file in report.save(tmp_path / "b", examples=False)}
+    assert fewer == {"report.md", "report.json", "selection.png"}
 
 
 def test_without_matplotlib_pictures_fail_clearly_and_the_rest_is_saved(tmp_path, monkeypatch):
@@ -389,19 +362,16 @@ def test_the_clip_is_marked_and_wide_scores_are_logarithmic():
     selection.plan.settings.update(score="uniform")
     [axes] = plot_scores(selection).axes
     assert not axes.lines and "drawn uniformly" in axes.get_title("left")
+    u = torch.rand(300) + 0.5
+    u[0] = 700  # must not squeeze the others
+    [axes] = plot_scores(many([20, 20, 20], u_x=u)).axes
+    assert axes.get_xlim()[1] < 3 and "last bar: above" in axes.get_xlabel()
+    assert sum(bar.get_height() for bar in axes.patches if to_hex(bar.get_facecolor()) == OTHER) == pytest.approx(100)
 
 
 @pytest.mark.parametrize("values", [torch.full((300,), 0.3), torch.zeros(300), torch.linspace(-1, 1, 300)])
 def test_constant_and_negative_scores_have_a_picture(values):
     [axes] = plot_scores(many([20, 20, 20], u_x=values)).axes
-    assert sum(bar.get_height() for bar in axes.patches if to_hex(bar.get_facecolor()) == OTHER) == pytest.approx(100)
-
-
-def test_a_few_far_scores_do_not_squeeze_the_others():
-    u = torch.rand(300) + 0.5
-    u[0] = 700
-    [axes] = plot_scores(many([20, 20, 20], u_x=u)).axes
-    assert axes.get_xlim()[1] < 3 and "last bar: above" in axes.get_xlabel()
     assert sum(bar.get_height() for bar in axes.patches if to_hex(bar.get_facecolor()) == OTHER) == pytest.approx(100)
 
 
@@ -466,20 +436,18 @@ def test_images_that_are_missing_encoded_or_of_many_kinds():
     plot_examples(selection, count=2)
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 16), (16, 16, 3), (1, 16, 12), (12, 16)])
-def test_arrays_that_are_images_are_shown_as_such(shape):
+@pytest.mark.parametrize(
+    "shape", [(3, 16, 16), (16, 16, 3), (1, 16, 12), (12, 16), (4, 4), (9, 90), (16,), (5, 16, 16)]
+)
+def test_arrays_that_are_images_are_shown_as_such_and_others_are_not(shape):
     pool = Dataset.from_dict({"pixel_values": np.random.default_rng(0).normal(size=(10, *shape)).tolist()})
     figure = plot_examples(by_hand(pool=pool), count=1)
-    [first, *_] = [a.images[0].get_array() for a in figure.findobj(match=lambda a: hasattr(a, "images")) if a.images]
-    assert first.shape[:2] == tuple(side for side in shape if side not in (1, 3)) and 0 <= first.min() <= 1
-    assert first.max() == 1
-
-
-@pytest.mark.parametrize("shape", [(4, 4), (9, 90), (16,), (5, 16, 16)])
-def test_other_arrays_are_not_taken_for_images(shape):
-    pool = Dataset.from_dict({"states": np.zeros((10, *shape)).tolist()})
-    figure = plot_examples(by_hand(pool=pool), count=1)
-    assert not any(axes.images for axes in figure.axes)
+    shown = [a.images[0].get_array() for a in figure.findobj(match=lambda a: hasattr(a, "images")) if a.images]
+    if shape in [(4, 4), (9, 90), (16,), (5, 16, 16)]:
+        assert not shown
+    else:
+        assert shown[0].shape[:2] == tuple(side for side in shape if side not in (1, 3))
+        assert 0 <= shown[0].min() and shown[0].max() == 1
 
 
 def test_texts_are_shown_without_being_read_as_formulas(tmp_path):
@@ -500,39 +468,32 @@ def test_texts_are_shown_without_being_read_as_formulas(tmp_path):
     assert "short" in texts_in(plot_examples(selection, 1, "file"))
 
 
-def test_numbers_are_shown_where_there_is_nothing_else():
-    pool = Dataset.from_dict({"width": [float(i) for i in range(10)], "vector": [[1.0, 2.0]] * 10})
-    found = texts_in(plot_examples(by_hand(pool=pool), count=1))
-    assert "width 9" in found
-    with pytest.raises(ValueError, match="column='vector' holds .* neither images nor texts nor numbers"):
-        plot_examples(by_hand(pool=pool), 1, "vector")
-
-
-def test_sound_is_left_undecoded():
+def test_sound_is_left_undecoded_and_transforms_uncalled():
     class Sound(Value):
         def decode_example(self, *_):
             raise AssertionError("decoded")
 
-    pool = Dataset.from_dict({"text": ["a"] * 10, "sound": ["b" * 30] * 10})
-    pool.info.features["sound"] = Sound("string")
-    assert not any("bbb" in text for text in texts_in(plot_examples(by_hand(pool=pool), 1)))
+    pool = Dataset.from_dict({"text": ["a"] * 10, "sound": ["b" * 30] * 10, "width": [float(i) for i in range(10)]})
+    pool.info.features["sound"], seen = Sound("string"), []
+    pool = pool.with_transform(lambda rows: seen.append(1))
+    found = texts_in(plot_examples(by_hand(pool=pool), 1))
+    assert "a" in found and not any("bbb" in text for text in found) and not seen
+    assert "width 9" in texts_in(plot_examples(by_hand(pool=pool.select_columns("width")), 1))
 
 
-def test_the_pool_is_read_raw_and_only_where_it_is_shown():
-    seen = []
-    pool = Dataset.from_dict({"text": [f"text {i}" for i in range(10)]}).with_transform(lambda rows: seen.append(1))
-    assert "text 9" in texts_in(plot_examples(by_hand(pool=pool), 1)) and not seen
-
-
-def test_examples_refuse_what_is_not_there():
-    with pytest.raises(ValueError, match="selection.pool"):
-        plot_examples(by_hand())
-    with pytest.raises(ValueError, match="has 9 rows and the selection was made from 10"):
-        plot_examples(by_hand(pool=Dataset.from_dict({"text": ["a"] * 9})))
-    with pytest.raises(ValueError, match="no column 'txt'.*near ones"):
-        plot_examples(by_hand(pool=Dataset.from_dict({"text": ["a"] * 10})), column="txt")
-    with pytest.raises(ValueError, match="count=0"):
-        plot_examples(by_hand(pool=Dataset.from_dict({"text": ["a"] * 10})), 0)
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        (None, {}, "selection.pool"),
+        ({"text": ["a"] * 9}, {}, "has 9 rows and the selection was made from 10"),
+        ({"text": ["a"] * 10}, {"column": "txt"}, "no column 'txt'.*near ones"),
+        ({"text": ["a"] * 10}, {"count": 0}, "count=0"),
+        ({"v": [[1.0, 2.0]] * 10}, {"column": "v"}, "column='v' holds .* neither images nor texts nor numbers"),
+    ],
+)
+def test_examples_refuse_what_is_not_there(columns, options, message):
+    with pytest.raises(ValueError, match=message):
+        plot_examples(by_hand(pool=columns and Dataset.from_dict(columns)), **options)
 
 
 def test_one_figure_holds_everything(tmp_path):
@@ -546,39 +507,3 @@ def test_one_figure_holds_everything(tmp_path):
     assert not any("Suspected" in text or text.startswith("label") for text in texts_in(votes))
     pictures = plot_selection(by_hand(pool=images_pool(with_none=True)), count=1)
     assert sum(text.endswith("(red frame: selected)") for text in texts_in(pictures)) == 3
-
-
-def test_the_overview_shows_what_the_table_has():
-    plan = make_plan({"bald": torch.rand(20)}, 5, score="bald", quotas="none", weights="none")
-    selection = Selection(plan, {"bald": torch.rand(20)})
-    [axes] = plot_overview(selection).axes
-    assert axes.get_title("left") == "Score bald: the draw's score"
-    with pytest.raises(ValueError, match="neither labels nor the probes' votes"):
-        plot_classes(selection)
-
-
-# ---- a real selection
-
-
-def test_a_selectors_report_and_picture(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    y = torch.arange(360) % 3
-    x = torch.randn(360, 4, generator=generator) + 2.5 * torch.eye(4)[y]
-    wrong = y.clone()
-    wrong[240:276] = (y[240:276] + 1) % 3  # 36 of the pool's 240 rows
-    order = torch.randperm(240, generator=generator) + 120
-    rows = Dataset.from_dict(
-        {"features": x.tolist(), "label": wrong.tolist(), "text": [f"text number {i}" for i in range(360)]}
-    ).cast_column("label", ClassLabel(names=NAMES))
-    probes = LinearProbes.train(None, rows.select(range(120)), input_column="features", steps=50)
-    selector = UncertaintySelector(probes)
-    subset = selector.select(rows.select(order.tolist()), 60)
-    report = selector.report()
-    assert isinstance(report, SelectionReport) and report.selected == len(subset) and report.regime == "agreement"
-    counts = {row["class"]: row["selected"] for row in report.classes}
-    assert counts == {name: subset["label"][:].count(c) for c, name in enumerate(NAMES)}
-    assert 0.05 < report.noise_rate < 0.3 and any("labels look wrong" in text for text in report.warnings)
-    flipped = {i for i, place in enumerate(order.tolist()) if 240 <= place < 276}
-    assert sum(suspect["row_id"] in flipped for suspect in report.suspects[:10]) >= 9
-    report.plot(count=3).savefig(tmp_path / "picture.png")
-    assert report.to_dict() == json.loads(json.dumps(report.to_dict()))

@@ -9,9 +9,6 @@ from forked import Script
 from PIL import Image as Picture
 from torch import nn
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertTokenizerFast,
     ConvNextImageProcessor,
     ResNetConfig,
     ResNetForImageClassification,
@@ -23,8 +20,7 @@ import hf_effdl.samples.scores.uncertainty as formulas
 from hf_effdl import LinearProbes, Probes, UncertaintySelector, WeightedTrainer, fit_label_noise, train_probes
 from hf_effdl.samples.probes import scoring, trained_probes
 from hf_effdl.samples.probes.linear_probes import fit_heads
-from hf_effdl.samples.probes.scoring import SCORES, UNLABELLED, score_rows
-from hf_effdl.samples.selection import pool as scored_pool
+from hf_effdl.samples.probes.scoring import SCORES, UNLABELLED
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +54,18 @@ def table_probes(logits: torch.Tensor) -> tuple[Probes, Dataset]:
 # ---- scoring
 
 
-@pytest.mark.parametrize("classes", [4, 1])
-def test_scores_are_those_of_the_formulas(classes, monkeypatch):
+@pytest.mark.parametrize(("classes", "preset"), [(4, "default"), (1, "default"), (4, "paper")])
+def test_scores_are_those_of_the_formulas(classes, preset, monkeypatch):
     monkeypatch.setattr(scoring, "PART", 17)
     logits = torch.randn(50, 5, classes, generator=torch.Generator().manual_seed(0)) * 2
     probes, pool = table_probes(logits)
     labels = torch.tensor(pool["label"][:])
-    scored = UncertaintySelector(probes, batch_size=7).score(pool)
+    scored = UncertaintySelector(probes, batch_size=7, preset=preset).score(pool)
     assert set(scored.column_names) == {*pool.column_names, *SCORES} and len(scored) == 50
+    gauge = "drop-first" if preset == "paper" else "invariant"
     expected = {
-        "u_x": formulas.uncertainty(logits),
-        "u_y": formulas.uncertainty(logits, labels),
+        "u_x": formulas.uncertainty(logits, gauge=gauge),
+        "u_y": formulas.uncertainty(logits, labels, gauge=gauge),
         "p_label": formulas.p_label(logits, labels),
         "el2n": formulas.el2n(logits, labels),
         **{name: getattr(formulas, name)(logits) for name in ("entropy", "margin", "least_confidence", "bald")},
@@ -78,15 +75,10 @@ def test_scores_are_those_of_the_formulas(classes, monkeypatch):
     expected["p_clean"] = fit_label_noise(p, labels).p_clean(p, labels)
     for name, values in expected.items():
         torch.testing.assert_close(torch.tensor(scored[name][:]), values, rtol=1e-5, atol=1e-6, check_dtype=False)
-
-
-def test_the_paper_preset_scores_in_the_released_gauge(pool, probes):
-    scored = UncertaintySelector(probes, preset="paper").score(pool)
-    with torch.no_grad():
-        logits = torch.cat(list(probes.batches(pool, 64)))
-    labels = torch.tensor(pool["label"][:])
-    expected = formulas.uncertainty(logits, labels, gauge="drop-first")
-    torch.testing.assert_close(torch.tensor(scored["u_y"][:]), expected, check_dtype=False)
+    for value in (float("nan"), float("inf")):
+        logits[37, 1, 0] = value
+        with pytest.raises(ValueError, match="probe 1 gives NaN or infinite logits for row 37"):
+            UncertaintySelector(table_probes(logits)[0], batch_size=8).score(pool)
 
 
 def test_heads_fitted_with_counts_equal_heads_fitted_on_the_resampled_rows(probes):
@@ -130,17 +122,6 @@ def test_scoring_that_was_killed_goes_on_where_it_was(uninterrupted, tmp_path):
     assert len(list(tmp_path.glob("cache/*/*"))) == 6  # and nothing of the part that was cut off
 
 
-def test_cached_scores_are_not_mistaken_for_those_of_other_probes_or_rows(probes, pool, tmp_path):
-    labels = torch.tensor(pool["label"][:])
-    first, _ = score_rows(probes, pool, labels, cache_dir=tmp_path)
-    other = LinearProbes.train(None, selection_run.rows(90, 5), input_column="x", steps=50)
-    for data, asked in ((pool, other), (pool.select(range(150)), probes)):
-        cached, _ = score_rows(asked, data, labels[: len(data)], cache_dir=tmp_path)
-        fresh, _ = score_rows(asked, data, labels[: len(data)])
-        assert all(torch.equal(cached[name], fresh[name]) for name in fresh)
-    assert len(list(tmp_path.iterdir())) == 3
-
-
 # ---- selecting
 
 
@@ -158,39 +139,6 @@ def test_a_selection_has_the_budget_weights_of_mean_one_and_the_pools_order(prob
     assert UncertaintySelector(probes, seed=1).select(pool, 30)["name"][:] != subset["name"][:]
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
-@pytest.mark.parametrize("mode", ["coreset", "active"])
-def test_with_an_id_column_the_order_of_the_rows_does_not_matter(probes, pool, preset, mode):
-    options = {"id_column": "name", "mode": mode, "preset": preset}
-    straight = UncertaintySelector(probes, **options).select(pool, 24)
-    shuffled = UncertaintySelector(probes, **options).select(pool.shuffle(seed=3), 24)
-    weights = [dict(zip(data["name"][:], data["weight"][:], strict=True)) for data in (straight, shuffled)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(weights[1][name] == pytest.approx(weight, rel=1e-4) for name, weight in weights[0].items())
-    assert [name for name in pool.shuffle(seed=3)["name"][:] if name in weights[0]] == shuffled["name"][:]
-
-
-def test_one_select_reads_the_labels_and_compares_the_class_names_once(probes, pool, monkeypatch):
-    reads, conversions, comparisons = [], [], []
-
-    def counted(calls, function):
-        return lambda *args, **options: (calls.append(args), function(*args, **options))[1]
-
-    plain = Dataset.__getitem__
-    monkeypatch.setattr(
-        Dataset, "__getitem__", lambda self, key: (key == "label" and reads.append(key), plain(self, key))[1]
-    )
-    monkeypatch.setattr(scored_pool, "class_tensor", counted(conversions, scored_pool.class_tensor))
-    monkeypatch.setattr(scored_pool, "names_for", counted(comparisons, scored_pool.names_for))
-    UncertaintySelector(probes).select(pool, 30)
-    assert [len(calls) for calls in (reads, conversions, comparisons)] == [1, 1, 1]
-
-
-def test_scores_from_the_cache_are_added_in_the_same_order(probes, pool, tmp_path):
-    first, again = (UncertaintySelector(probes, cache_dir=tmp_path).score(pool) for _ in range(2))
-    assert first.column_names == again.column_names == [*pool.column_names, *SCORES]
-
-
 def test_budgets_of_numpy_and_torch_count_as_pythons(probes, pool):
     selector = UncertaintySelector(probes, trial=False)
     scored = selector.score(pool)
@@ -198,40 +146,21 @@ def test_budgets_of_numpy_and_torch_count_as_pythons(probes, pool):
         assert len(selector.plan(scored, budget)) == rows
 
 
-def test_other_budgets_need_no_second_scoring(probes, pool, monkeypatch):
-    selector = UncertaintySelector(probes)
-    scored = selector.score(pool)
-    monkeypatch.setattr(Probes, "logits", None)
-    monkeypatch.setattr(LinearProbes, "logits", None)
-    selector.trial = False
-    plans = [selector.plan(scored, budget) for budget in (20, 40)]
-    assert [len(plan) for plan in plans] == [20, 40]
-    subset = selector.select(scored, 20)
-    assert len(subset) == 20 and not set(SCORES) & set(subset.column_names)
-
-
-def test_overrides_reach_the_plan(probes, pool):
+def test_a_score_of_ones_own_is_drawn_by(probes, pool):
     selector = UncertaintySelector(probes, trial=False)
+    scored = selector.score(pool).add_column("hardness", np.arange(200) / 200)
+    options = {"score": "hardness", "keep": None, "quotas": "none", "cut_hardest": 0.1}
+    largest = selector.plan(scored, 60, **options, sampler="top-k").plan.positions
+    assert largest.tolist() == list(range(120, 180))
+    spread = selector.plan(scored, 60, **options | {"quotas": "strata"}, bins=10).plan.positions
+    assert np.histogram(spread, 10, (0, 180))[0].tolist() == [6] * 10
+    with pytest.raises(ValueError, match="no column 'hardnes'.*hardness"):
+        selector.plan(scored, 60, score="hardnes")
+    # by name of a selector's own too
     subset = selector.select(pool, 40, weights="none", quotas="none", score="entropy")
     assert set(subset["weight"][:]) == {1.0}
     settings = selector.selection.info["settings"]
     assert (settings["score"], settings["quotas"], settings["weights"]) == ("entropy", "none", "none")
-
-
-def test_a_score_of_ones_own_is_drawn_by(probes, pool):
-    selector = UncertaintySelector(probes, trial=False)
-    hardness = np.arange(200) / 200
-    scored = selector.score(pool).add_column("hardness", hardness)
-    for options in ({"sampler": "top-k"}, {"quotas": "strata", "bins": 10}):
-        options = {"score": "hardness", "keep": None, "quotas": "none", "cut_hardest": 0.1, **options}
-        chosen = selector.plan(scored, 60, **options).plan.positions
-        assert chosen.max() < 180 and len(chosen) == 60
-        if options["sampler" if "sampler" in options else "quotas"] == "top-k":
-            assert chosen.tolist() == list(range(120, 180))
-        else:
-            assert np.histogram(chosen, 10, (0, 180))[0].tolist() == [6] * 10
-    with pytest.raises(ValueError, match="no column 'hardnes'.*hardness"):
-        selector.plan(scored, 60, score="hardnes")
 
 
 def test_a_data_set_dict_needs_the_split_named_and_comes_back_with_it_replaced(probes, pool):
@@ -272,21 +201,6 @@ def test_on_clean_and_solved_data_hard_rows_are_drawn():
     u_x, chosen = selector.selection.table["u_x"], selector.selection.plan.positions
     in_proportion = u_x.square().mean() / u_x.mean()  # the mean of a draw in proportion to u_x
     assert u_x[chosen].mean() > 0.95 * in_proportion > 1.05 * u_x.mean()
-
-
-@pytest.mark.parametrize(("accuracy", "regime"), [(0.5, "agreement"), (0.9, "clipped"), (0.99, "unclipped")])
-def test_a_trial_of_ones_own_decides_the_regime(accuracy, regime):
-    seen = []
-
-    def trial(positions, weights):
-        seen.append((len(positions), weights.mean().item()))
-        return accuracy
-
-    probes = LinearProbes.train(None, noisy(0.0, 150, 1), input_column="x")
-    selector = UncertaintySelector(probes, trial=trial)
-    selector.select(noisy(0.0), 60)
-    assert selector.selection.info["settings"]["regime"] == regime
-    assert seen == [(60, pytest.approx(1))] * 3
 
 
 def test_the_trial_trains_on_the_given_rows_and_is_measured_on_the_probe_set():
@@ -378,37 +292,6 @@ def test_probes_see_what_a_transform_returns():
         np.testing.assert_allclose(plain[name][:], turned[name][:], rtol=1e-4, atol=1e-5)
 
 
-def test_texts_are_tokenised_and_padding_does_not_count():
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "dog", "car", "bus"]
-    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        num_labels=2,
-        id2label={0: "animal", 1: "thing"},
-        label2id={"animal": 0, "thing": 1},
-    )
-    models = [BertForSequenceClassification(config) for _ in range(3)]
-    texts = ["cat dog", "car", "bus bus bus bus car", "dog"] * 5
-    pool = Dataset.from_dict({"text": texts, "topic": ["animal", "thing", "thing", "animal"] * 5})
-    options = {"label_column": "topic", "processing_class": tokenizer}
-    whole = UncertaintySelector(models, **options).score(pool)
-    alone = UncertaintySelector(models, **options, batch_size=1).score(pool)
-    np.testing.assert_allclose(whole["u_y"][:], alone["u_y"][:], rtol=1e-4, atol=1e-6)
-
-    encoder = models[0].bert
-    probe_rows = pool.class_encode_column("topic")
-    heads = [
-        LinearProbes.train(encoder, probe_rows, "topic", processing_class=tokenizer, batch_size=size, steps=5)
-        for size in (1, 20)
-    ]
-    torch.testing.assert_close(heads[0].mean, heads[1].mean, rtol=1e-4, atol=1e-5)
-
-
 def test_several_number_columns_are_one_input():
     rng = np.random.default_rng(0)
     data = {"width": rng.normal(size=90), "height": rng.normal(size=90)}
@@ -469,25 +352,6 @@ def test_the_paper_preset_trains_ten_probes_on_all_rows(tmp_path, monkeypatch):
 
 
 # ---- bad input
-
-
-def test_heads_without_bootstrap_agree_and_the_error_points_to_it(pool):
-    probes = LinearProbes.train(None, selection_run.rows(90, 1), input_column="x")
-    x, labels = probes.standardise(probes.encode(probes.probe_set.rows)), probes.probe_set.labels
-    # from another start each, to the one minimum of a convex loss
-    probes.heads = fit_heads(x, labels, torch.ones(4, 90), classes=3, steps=1000, learning_rate=0.05)
-    with pytest.raises(ValueError, match="agree on all 200 rows.*bootstrap"):
-        UncertaintySelector(probes).score(pool)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_probe_that_diverged_is_named_with_the_row(value, monkeypatch):
-    monkeypatch.setattr(scoring, "PART", 16)
-    logits = torch.randn(40, 3, 2)
-    logits[37, 1, 0] = value
-    probes, pool = table_probes(logits)
-    with pytest.raises(ValueError, match="probe 1 gives NaN or infinite logits for row 37"):
-        UncertaintySelector(probes, batch_size=8).score(pool)
 
 
 def test_budgets_out_of_range_are_refused_before_the_long_work(probes, pool, monkeypatch):
@@ -557,33 +421,37 @@ def swapped() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("models", "options", "message"),
+    ("models", "options", "data", "message"),
     [
-        ([linear], {}, r"1 probe\(s\)"),
-        ([resnet, swapped], {}, "probe 1 maps classes to labels as"),
-        ([linear] * 2, {"mode": "pool"}, "mode='pool'"),
-        ([linear] * 2, {"preset": "best"}, "preset='best'"),
-        ([linear] * 2, {"label_column": None}, "set label_column"),
+        ([linear], {}, None, r"1 probe\(s\)"),
+        ([resnet, swapped], {}, None, "probe 1 maps classes to labels as"),
+        ([linear] * 2, {"mode": "pool"}, None, "mode='pool'"),
+        ([linear] * 2, {"preset": "best"}, None, "preset='best'"),
+        ([linear] * 2, {"label_column": None}, None, "set label_column"),
+        ([swapped] * 2, {"processing_class": PROCESSOR}, pictures, "in another order"),
+        ([linear, lambda: linear(4)], {"input_column": "x"}, selection_run.rows, "logits of shapes"),
+        ([linear] * 2, {}, selection_run.rows, "cannot tell which of the columns"),
     ],
 )
-def test_probes_that_do_not_fit_together_are_refused(models, options, message):
+def test_probes_that_do_not_fit_together_or_the_data_are_refused(models, options, data, message):
     with pytest.raises(ValueError, match=message):
-        UncertaintySelector([model() for model in models], **options)
+        selector = UncertaintySelector([model() for model in models], **options)
+        selector.select(data(30, 2), 9)
 
 
 @pytest.mark.parametrize(
-    ("models", "options", "data", "message"),
+    ("change", "message"),
     [
-        ([swapped] * 2, {"processing_class": PROCESSOR}, lambda: pictures(30), "in another order"),
-        ([linear, lambda: linear(4)], {"input_column": "x"}, lambda: selection_run.rows(30, 2), "logits of shapes"),
-        ([linear] * 2, {}, lambda: selection_run.rows(30, 2), "cannot tell which of the columns"),
+        ({"model_init": None}, "model_init=None: pass a function that makes a fresh model"),
+        ({"model_init": nn.Linear(6, 3)}, "model_init=a Linear: pass a function"),
+        ({"model_init": lambda: "a model"}, r"model_init\(\) returned a str"),
+        ({"args": None}, "args=None: pass the TrainingArguments"),
+        ({"rows": None}, "the probe set is a NoneType"),
+        ({"num_probes": 2.5}, "num_probes=2.5: it must be a whole number"),
+        ({"num_probes": 1}, "num_probes=1"),
     ],
 )
-def test_probes_that_do_not_fit_the_data_are_refused(models, options, data, message):
-    with pytest.raises(ValueError, match=message):
-        UncertaintySelector([model() for model in models], **options).select(data(), 9)
-
-
-def test_one_probe_is_not_trained():
-    with pytest.raises(ValueError, match="num_probes=1"):
-        LinearProbes.train(None, selection_run.rows(30, 0), input_column="x", num_probes=1)
+def test_arguments_that_train_no_probes_are_refused(change, message, tmp_path):
+    given = {"model_init": linear, "args": arguments(tmp_path), "rows": selection_run.rows(30, 0), "input_column": "x"}
+    with pytest.raises((ValueError, TypeError), match=message):
+        train_probes(**given | change)

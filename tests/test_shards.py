@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,7 +84,7 @@ def test_a_plan_over_shards_is_the_plan_in_memory(table, tmp_path, shards, budge
     ]
     assert summary["kish"] == pytest.approx(kish_size(inverse))
     assert summary["max_weight"] == pytest.approx((inverse / inverse.mean()).max().item())
-    assert json.loads((tmp_path / "out" / MANIFEST).read_text()) == summary
+    assert summary.items() < json.loads((tmp_path / "out" / MANIFEST).read_text()).items()
     assert sorted(os.listdir(tmp_path / "out")) == sorted(
         [MANIFEST, *(output["file"] for output in summary["outputs"])]
     )
@@ -103,16 +101,6 @@ def test_order_threads_and_batches_change_nothing_but_the_order_of_the_output(ta
     assert read(tmp_path / "shuffled").sort_by("row_id").equals(read(tmp_path / "one").sort_by("row_id"))
 
 
-def test_the_number_of_torch_threads_is_left_as_it_was(table, tmp_path):
-    files, threads = cut(table, tmp_path / "in", 2), torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        plan_shards(files, tmp_path / "out", BUDGET)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(threads)
-
-
 def test_without_an_id_column_rows_are_known_by_their_number(table, tmp_path):
     files = cut(table.drop_columns("row_id"), tmp_path / "in", 3)
     summary = plan_shards(files, tmp_path / "out", BUDGET, batch_rows=700)
@@ -123,33 +111,28 @@ def test_without_an_id_column_rows_are_known_by_their_number(table, tmp_path):
     assert read(tmp_path / "ignored").equals(read(tmp_path / "out"))
 
 
-def test_ids_may_be_texts(table, tmp_path):
-    names = [f"row {i}" for i in range(1000)]
-    part = table.slice(0, 1000).set_column(0, "name", pa.array(names))
-    plan_shards(cut(part, tmp_path / "in", 2), tmp_path / "out", 90, id_column="name")
-    positions, _ = priority_sample(column(part, "u_x"), 90, row_ids=names)
-    assert read(tmp_path / "out")["row_id"].to_pylist() == [names[i] for i in positions]
+KINDS = [pa.float16(), pa.float64(), pa.int32(), pa.uint64()]
 
 
-@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64(), pa.int32(), pa.uint64()])
-def test_scores_may_be_numbers_of_any_type(table, tmp_path, kind):
-    part = table.slice(0, 2000)
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_may_be_numbers_of_any_type_ids_texts_and_shards_empty(table, tmp_path, kind):
+    part, names = table.slice(0, 2000), [f"row {i}" for i in range(2000)]
     scores = pa.array((part["u_x"].to_numpy() * 10).astype(kind.to_pandas_dtype()))
-    part = part.set_column(1, "u_x", scores)
-    plan_shards(cut(part, tmp_path / "in", 2), tmp_path / "out", 100)
-    positions, _ = priority_sample(torch.tensor(scores.to_numpy()).double(), 100, row_ids=column(part, "row_id"))
-    assert column(read(tmp_path / "out"), "row_id").equal(column(part, "row_id")[positions])
-
-
-def test_clipped_scores_and_empty_shards(table, tmp_path):
-    files = cut(table, tmp_path / "in", 3)
-    files.insert(1, *cut(table.slice(0, 0), tmp_path / "empty", 1))
-    summary = plan_shards(files, tmp_path / "out", BUDGET, clip=0.7)
-    positions, inverse = in_memory(table, clip=0.7)
+    part = part.set_column(1, "u_x", scores).set_column(0, "name", pa.array(names))
+    files, threads = cut(part, tmp_path / "in", 3), torch.get_num_threads()
+    files.insert(1, *cut(part.slice(0, 0), tmp_path / "empty", 1))
+    torch.set_num_threads(3)
+    try:
+        summary = plan_shards(files, tmp_path / "out", 100, id_column="name", clip=7)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    clipped = clip_scores(torch.tensor(scores.to_numpy()).double(), 7)
+    positions, inverse = priority_sample(clipped, 100, row_ids=names)
     found = read(tmp_path / "out")
-    assert summary["outputs"][1]["selected"] == 0
-    assert column(found, "row_id").equal(column(table, "row_id")[positions])
+    assert found["row_id"].to_pylist() == [names[i] for i in positions]
     torch.testing.assert_close(column(found, "inclusion_probability"), 1 / inverse, rtol=0, atol=1e-12)
+    assert summary["outputs"][1]["selected"] == 0
 
 
 @pytest.mark.parametrize(
@@ -289,67 +272,38 @@ def test_bad_arguments_are_refused_before_any_work(table, tmp_path, change, mess
     assert not (tmp_path / "out").exists()
 
 
+BAD_FILES = {
+    "text": (None, ValueError, "text.parquet is not a Parquet file"),
+    "scores in words": (
+        lambda t: t.set_column(1, "u_x", t["u_x"].cast(pa.string())),
+        TypeError,
+        "'u_x' is of type string; cast it to numbers",
+    ),
+    "other ids": (
+        lambda t: t.set_column(0, "row_id", t["row_id"].cast(pa.int32())),
+        TypeError,
+        "'row_id' is of type int32, in .*scores-0.parquet of int64",
+    ),
+    "no ids": (lambda t: t.drop_columns("row_id"), ValueError, "no ids.parquet has no column 'row_id'"),
+}
+
+
 def test_bad_files_are_refused(table, tmp_path):
     files, out = cut(table, tmp_path / "in", 2), tmp_path / "out"
     with pytest.raises(ValueError, match="each of them once"):
         plan_shards([files[0], files[0]], out, 10)
     with pytest.raises(FileNotFoundError, match="nothing.parquet"):
         plan_shards([tmp_path / "nothing.parquet"], out, 10)
-    (tmp_path / "text.parquet").write_text("no Parquet file at all")
-    with pytest.raises(ValueError, match="text.parquet is not a Parquet file"):
-        plan_shards([tmp_path / "text.parquet"], out, 10)
-    pq.write_table(table.set_column(1, "u_x", table["u_x"].cast(pa.string())), tmp_path / "texts.parquet")
-    with pytest.raises(TypeError, match="'u_x' is of type string; cast it to numbers"):
-        plan_shards([tmp_path / "texts.parquet"], out, 10)
-    pq.write_table(table.set_column(0, "row_id", table["row_id"].cast(pa.int32())), tmp_path / "int32.parquet")
-    with pytest.raises(TypeError, match="'row_id' is of type int32, in .*scores-0.parquet of int64"):
-        plan_shards([files[0], tmp_path / "int32.parquet"], out, 10)
-    pq.write_table(table.drop_columns("row_id"), tmp_path / "without.parquet")
-    with pytest.raises(ValueError, match="without.parquet has no column 'row_id'"):
-        plan_shards([files[0], tmp_path / "without.parquet"], out, 10)
+    for name, (change, error, message) in BAD_FILES.items():
+        file = tmp_path / f"{name}.parquet"
+        pq.write_table(change(table), file) if change else file.write_text("no Parquet file at all")
+        with pytest.raises(error, match=message):
+            plan_shards([files[0], file], out, 10)
     assert not out.exists()
     same = tmp_path / "plan-00000-of-00001.parquet"
     pq.write_table(table, same)
     with pytest.raises(ValueError, match="choose another folder"):
         plan_shards([same], tmp_path, 10)
-
-
-def test_ids_that_occur_twice_at_the_edge_are_refused(table, tmp_path):
-    same = pa.table({"row_id": [1, 1, 1, 1], "u_x": [1.0, 1.0, 1.0, 1.0]})
-    with pytest.raises(ValueError, match="4 rows have the same key .* rows share their id"):
-        plan_shards(cut(same, tmp_path / "in", 2), tmp_path / "out", 2)
-
-
-# ---- the benchmark
-
-
-@pytest.mark.slow
-def test_the_benchmark_runs_and_its_checks_hold(tmp_path):
-    script, work, out = ROOT / "examples/benchmarks/sampling_scale.py", tmp_path / "work", tmp_path / "rows.jsonl"
-    command = [
-        sys.executable,
-        str(script),
-        "--rows",
-        "100000",
-        "--repeats",
-        "1",
-        "--work",
-        str(work),
-        "--out",
-        str(out),
-        "--arms",
-        "plan_shards",
-        "Efraimidis-Spirakis, numpy, in memory",
-    ]
-    done = subprocess.run(
-        command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "| plan_shards" in done.stdout
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(rows) == 2 and all(row["peak_rss_mib"] > 10 and row["seconds"] > 0 for row in rows)
-    assert all(row["checks"]["exact number of rows"] for row in rows) and len(rows[0]["checks"]) == 5
-    assert not work.exists()
 
 
 # ---- two writers, ids that repeat, damage
@@ -368,31 +322,21 @@ def test_two_calls_for_one_folder_follow_each_other(table, tmp_path):
             assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("compared", [200, 10**6])
 @pytest.mark.parametrize("names", [int, str])
-def test_ids_that_are_counted_anew_in_each_file_are_refused(names, tmp_path):
-    part = pa.table({"row_id": [names(i) for i in range(500)], "u_x": torch.rand(500).numpy()})
-    pq.write_table(part, tmp_path / "a.parquet")
-    pq.write_table(part, tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match="500 of 1000 rows share their id with another row.*set id_column=None"):
-        plan_shards([tmp_path / "a.parquet", tmp_path / "b.parquet"], tmp_path / "out", 100)
-
-
-def test_many_rows_are_compared_in_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "COMPARED_IDS", 200)
-    part = pa.table({"row_id": range(2000), "u_x": torch.rand(2000).numpy()})
-    pq.write_table(part, tmp_path / "a.parquet")
-    pq.write_table(part, tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match="of [12]..? rows share their id with another row"):
-        plan_shards([tmp_path / "a.parquet", tmp_path / "b.parquet"], tmp_path / "out", 100)
-
-
-def test_a_finished_shard_that_was_damaged_is_written_again(table, tmp_path):
-    files = cut(table, tmp_path / "in", 2)
-    first = plan_shards(files, tmp_path / "out", 500)
-    file = tmp_path / "out" / first["outputs"][1]["file"]
-    whole = file.read_bytes()
-    file.write_bytes(whole[:100] + bytes([whole[100] ^ 4]) + whole[101:])
-    assert plan_shards(files, tmp_path / "out", 500) == first and file.read_bytes() == whole
+def test_ids_that_are_counted_anew_in_each_file_are_refused(names, compared, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "COMPARED_IDS", compared)
+    part = pa.table({"row_id": [names(i) for i in range(2000)], "u_x": torch.rand(2000).numpy()})
+    files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for file in files:
+        pq.write_table(part, file)
+    seen = "[12]..?" if compared == 200 else "4000"  # many rows are compared in part
+    with pytest.raises(ValueError, match=f"of {seen} rows share their id with another row.*set id_column=None"):
+        plan_shards(files, tmp_path / "out", 100)
+    monkeypatch.setattr(module, "COMPARED_IDS", 0)
+    same = pa.table({"row_id": [1, 1, 1, 1], "u_x": [1.0, 1.0, 1.0, 1.0]})
+    with pytest.raises(ValueError, match="4 rows have the same key .* rows share their id"):
+        plan_shards(cut(same, tmp_path / "in", 2), tmp_path / "out2", 2)
 
 
 def test_scores_far_from_one_are_drawn_as_their_ratios_say(table, tmp_path):

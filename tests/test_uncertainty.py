@@ -1,21 +1,17 @@
 """COPS' uncertainty (arXiv 2309.02476) and its rivals against worked numbers, naive covariances and the theory."""
 
-import functools
 import math
 import re
 from unittest import mock
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import cross_entropy, one_hot
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import one_hot
 
-from hf_effdl.samples.drawing.draws import draw, priority_sample
-from hf_effdl.samples.drawing.probabilities import clip_scores, inclusion_probabilities
+from hf_effdl.samples.drawing.probabilities import inclusion_probabilities
 from hf_effdl.samples.scores import uncertainty as module
 from hf_effdl.samples.scores.uncertainty import (
     LEAST_SPREAD,
@@ -145,12 +141,6 @@ def test_the_rival_scores_are_their_definitions(rows, probes, count, seed, chunk
     close(mean_probability(logits), each.mean(1))
 
 
-def test_scores_that_need_no_label_ignore_it():
-    logits, labels = normal(6, 3, 4), classes(6, 4)
-    for score in (entropy, margin, least_confidence, bald):
-        assert torch.equal(score(logits), score(logits, labels))
-
-
 def test_bald_is_zero_where_the_probes_agree_and_never_below():
     agreed = normal(500, 1, 7).expand(-1, 5, -1).float()
     assert ((0 <= bald(agreed)) & (bald(agreed) < 1e-6)).all()
@@ -189,30 +179,6 @@ def test_the_released_gauge_is_right_where_the_first_logit_is_zero():
     anchored = logits - logits[..., :1]
     close(uncertainty(anchored, labels, "drop-first"), uncertainty(logits, labels))
     close(uncertainty(anchored, gauge="drop-first"), uncertainty(logits))
-
-
-def test_deviations_times_t_give_uncertainties_times_t_and_the_same_probabilities():
-    logits, labels = normal(300, 6, 5), classes(300, 5)
-    # small deviations: the mean probability stays, as the linear theory has it
-    middle = logits.mean(1, keepdim=True)
-    small, large = (middle + t * (logits - middle) for t in (1e-3, 2.5e-3))
-    for given_labels in (labels, None):
-        one, other = uncertainty(small, given_labels), uncertainty(large, given_labels)
-        close(other, 2.5 * one, rtol=1e-4)
-        close(inclusion_probabilities(other, 30), inclusion_probabilities(one, 30), rtol=1e-4)
-
-
-def test_more_copies_of_the_same_probes_only_change_the_degrees_of_freedom():
-    # the squared deviations double with the probes, M - 1 becomes 2 M - 1
-    logits, labels = normal(20, 4, 3), classes(20, 3)
-    twice = torch.cat([logits, logits], 1)
-    close(uncertainty(twice, labels), uncertainty(logits, labels) * math.sqrt(2 * 3 / 7))
-
-
-def test_neither_the_order_of_rows_nor_that_of_probes_matters():
-    logits, labels = normal(50, 6, 4), classes(50, 4)
-    rows, probes = torch.randperm(50, generator=generator(1)), torch.randperm(6, generator=generator(2))
-    close(uncertainty(logits[rows][:, probes], labels[rows]), uncertainty(logits, labels)[rows])
 
 
 # ---- precision
@@ -267,253 +233,52 @@ def test_a_single_logit_counts_as_the_two_classes_zero_and_z(shape):
         close(score(z, labels), score(both, labels))
     close(uncertainty(z), uncertainty(both))
     close(mean_probability(z), both.softmax(2).mean(1))
-
-
-def test_the_released_gauge_of_a_single_logit_has_the_closed_form_with_the_population_deviation():
-    z, y = 2 * normal(300, 6), classes(300, 2)
+    # in the released gauge by the population's deviation, as the released code has it
+    z = z.view(300, 6)
     p, deviation = z.sigmoid().mean(1), z.std(1, correction=0)
-    close(uncertainty(z, y, "drop-first"), (p - y).abs() * deviation)
+    close(uncertainty(z, labels, "drop-first"), (p - labels).abs() * deviation)
     close(uncertainty(z, gauge="drop-first"), (p * (1 - p)).sqrt() * deviation)
-    # two columns are divided by M - 1 in this gauge too
-    both = torch.stack([torch.zeros_like(z), z], 2)
-    close(uncertainty(both, y, "drop-first"), (p - y).abs() * z.std(1))
+    close(uncertainty(both, labels, "drop-first"), (p - labels).abs() * z.std(1))
 
 
-# ---- the theory on a softmax regression: 20,000 rows, x = (1, three t_6 variates), 4 classes, labels of the model
-
-ROWS = 20_000
-PROBLEM = 1  # of the draws of the coefficients one that is close to the numbers measured once
-DEGREES = 3 * 4
+# ---- the theory on a softmax regression: x = (1, three t_6 variates), 4 classes, labels of the model
 
 
-def regression_logits(x, b):
-    free = x @ b.transpose(-1, -2)
-    return torch.cat([torch.zeros_like(free[..., :1]), free], -1)
+def test_the_uncertainty_of_the_right_covariance_is_the_optimal_score_row_by_row():
+    g, rows, degrees = generator(1), 5000, 3 * 4
+    variates = torch.randn(rows, 3, dtype=torch.float64, generator=g)
+    variates /= (torch.randn(6, rows, 3, dtype=torch.float64, generator=g).square().sum(0) / 6).sqrt()
+    x = torch.cat([torch.ones(rows, 1, dtype=torch.float64), variates], 1)
+    right = 1.2 * torch.randn(3, 4, dtype=torch.float64, generator=g)
 
+    def logits(b):
+        return torch.cat([torch.zeros(rows, 1, dtype=torch.float64), x @ b.T], 1)
 
-def newton(x, y, weights):
-    """Weighted maximum-likelihood fits, `(R, 3, 4)`, of R samples `(R, n, 4)`."""
-    repeats, _, d = x.shape
-    b = torch.zeros(repeats, 3, d, dtype=torch.float64)
-    hot = one_hot(y, 4)[..., 1:].double()
-    ridge = 1e-9 * torch.eye(3 * d, dtype=torch.float64) * weights.sum(1)[:, None, None]
-    for _ in range(40):
-        p = regression_logits(x, b).softmax(-1)[..., 1:]
-        slope = (((p - hot) * weights[..., None]).transpose(1, 2) @ x).flatten(1)
-        hessian = torch.zeros(repeats, 3, d, 3, d, dtype=torch.float64)
-        for k in range(3):
-            for j in range(k, 3):
-                curvature = weights * p[..., k] * (float(k == j) - p[..., j])
-                hessian[:, k, :, j] = hessian[:, j, :, k] = (x * curvature[..., None]).transpose(1, 2) @ x
-        step = torch.linalg.solve(hessian.reshape(repeats, 3 * d, 3 * d) + ridge, slope).reshape(b.shape)
-        b = b - step / (step.abs().amax((1, 2), keepdim=True) / 2).clamp(min=1)
-        if step.abs().max() < 1e-8:
-            return b
-    raise AssertionError("Newton's method did not converge")
+    y = torch.multinomial(logits(right).softmax(1), 1, generator=g)[:, 0]
+    p = logits(right).softmax(1)[:, 1:]
+    phi = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    fisher = torch.einsum("nkl,ni,nj->kilj", phi, x, x).reshape(degrees, degrees) / rows
+    spread = torch.einsum("ni,kilj,nj->nkl", x, fisher.inverse().reshape(3, 4, 3, 4), x)
+    s = p - one_hot(y, 4)[:, 1:]
+    # probes whose covariance is the inverse Fisher matrix: two on either side along each column of its root
+    width = 0.004
+    offsets = width * torch.linalg.cholesky(fisher.inverse()).T.reshape(degrees, 3, 4)
+    probes = torch.stack([logits(b) for b in right + torch.cat([offsets, -offsets])], 1)
+    unit = width * math.sqrt(2 / (2 * degrees - 1))
+    u_xy, u_x = uncertainty(probes, y) / unit, uncertainty(probes) / unit
+    torch.testing.assert_close(u_xy, torch.einsum("nk,nkl,nl->n", s, spread, s).sqrt(), rtol=2e-3, atol=2e-4)
+    torch.testing.assert_close(u_x, (phi * spread).sum((1, 2)).sqrt(), rtol=2e-3, atol=2e-4)
+    assert float(u_x.square().mean()) == pytest.approx(degrees, abs=2e-3)  # the number of parameters
 
+    def excess(probabilities):
+        """To first order, of the loss of a model trained on the draw."""
+        return float(((1 / probabilities - 1) * u_xy.square()).sum())
 
-class Regression:
-    def __init__(self):
-        g = generator(PROBLEM)
-        variates = torch.randn(ROWS, 3, dtype=torch.float64, generator=g)
-        variates /= (torch.randn(6, ROWS, 3, dtype=torch.float64, generator=g).square().sum(0) / 6).sqrt()
-        self.x = torch.cat([torch.ones(ROWS, 1, dtype=torch.float64), variates], 1)
-        true = 1.2 * torch.randn(3, 4, dtype=torch.float64, generator=g)
-        chances = regression_logits(self.x, true).softmax(-1)
-        self.y = torch.multinomial(chances, 1, generator=g)[:, 0]
-        self.b = newton(self.x[None], self.y[None], torch.ones(1, ROWS, dtype=torch.float64))[0]
-        self.best = self.loss(self.b)
-        p = regression_logits(self.x, self.b).softmax(-1)[:, 1:]
-        phi = torch.diag_embed(p) - p[:, :, None] * p[:, None]
-        fisher = torch.einsum("nkl,ni,nj->kilj", phi, self.x, self.x).reshape(DEGREES, DEGREES) / ROWS
-        self.inverse = fisher.inverse()
-        blocks = self.inverse.reshape(3, 4, 3, 4)
-        spread = torch.einsum("ni,kilj,nj->nkl", self.x, blocks, self.x)
-        s = p - one_hot(self.y, 4)[:, 1:]
-        self.a_xy = torch.einsum("nk,nkl,nl->n", s, spread, s).sqrt()
-        self.a_x = (phi * spread).sum((1, 2)).sqrt()
-
-    def loss(self, b):
-        return cross_entropy(regression_logits(self.x, b), self.y)
-
-    @functools.cached_property
-    def scores(self):
-        """u with and without labels, in units of a, of probes whose covariance is the inverse Fisher matrix."""
-        # two probes on either side along each column of its root: no sampling noise
-        width = 0.004
-        offsets = width * torch.linalg.cholesky(self.inverse).T.reshape(DEGREES, 3, 4)
-        probes = self.b + torch.cat([offsets, -offsets])
-        logits = torch.stack([regression_logits(self.x, b) for b in probes], 1)
-        unit = width * math.sqrt(2 / (2 * DEGREES - 1))
-        return uncertainty(logits, self.y) / unit, uncertainty(logits) / unit
-
-    def excess(self, probabilities, repeats, weighted=True):
-        """Mean and standard error of the full loss above its minimum, over models trained on Poisson draws."""
-        drawn = [draw(probabilities, seed=seed) for seed in range(repeats)]
-        rows = pad_sequence([positions for positions, _ in drawn], True)
-        weights = pad_sequence([w if weighted else torch.ones_like(w) for _, w in drawn], True)
-        fits = newton(self.x[rows], self.y[rows], weights)
-        values = torch.stack([self.loss(b) for b in fits]) - self.best
-        return float(values.mean()), float(values.std() / math.sqrt(repeats))
-
-    def formula(self, probabilities):
-        """The excess to first order, `1/2 n^-2 sum (1/pi - 1) a^2`."""
-        return float(((1 / probabilities - 1) * self.a_xy.square()).sum()) / (2 * ROWS**2)
-
-
-@pytest.fixture(scope="module")
-def regression():
-    return Regression()
-
-
-def test_the_mean_square_without_labels_is_the_number_of_parameters(regression):
-    u_xy, u_x = regression.scores
-    assert float(regression.a_x.square().mean()) == pytest.approx(DEGREES, abs=1e-9)
-    assert float(u_x.square().mean()) == pytest.approx(DEGREES, abs=1e-3)
-    # with labels in expectation only: the standard error is 0.14
-    assert float(u_xy.square().mean()) == pytest.approx(DEGREES, abs=0.4)
-
-
-def test_the_uncertainty_of_the_right_covariance_is_the_optimal_score_row_by_row(regression):
-    u_xy, u_x = regression.scores
-    torch.testing.assert_close(u_xy, regression.a_xy, rtol=2e-3, atol=2e-4)
-    torch.testing.assert_close(u_x, regression.a_x, rtol=2e-3, atol=2e-4)
-
-
-def test_the_label_is_worth_far_more_than_x_alone(regression):
-    # measured once: rho = (mean a)^2 / mean a^2 of 0.586 with labels and 0.91 without; 0.575 to 0.54 of the excess
-    u_xy, u_x = regression.scores
-    rho_xy, rho_x = (float(u.mean() ** 2 / u.square().mean()) for u in (u_xy, u_x))
-    assert rho_xy == pytest.approx(0.586, abs=0.02)
-    assert rho_x == pytest.approx(0.91, abs=0.015)
-    for budget, expected in ((500, 0.575), (2000, 0.54)):
-        even = torch.full((ROWS,), budget / ROWS, dtype=torch.float64)
-        ratio = regression.formula(inclusion_probabilities(u_xy, budget)) / regression.formula(even)
-        assert ratio == pytest.approx(expected, abs=0.01)
-
-
-def test_no_other_probabilities_have_a_smaller_excess(regression):
-    # the minimiser of sum a^2 / pi under sum pi = r and pi <= 1, against powers of it and mixtures with uniform
-    u_xy, _ = regression.scores
-    best = regression.formula(inclusion_probabilities(u_xy, 3000))
-    for power in (0.7, 0.9, 1.1, 1.4):
-        assert regression.formula(inclusion_probabilities(u_xy**power, 3000)) > best
-    assert regression.formula(0.9 * inclusion_probabilities(u_xy, 3000) + 0.1 * 3000 / ROWS) > best
-
-
-@pytest.mark.parametrize("budget", [500, pytest.param(2000, marks=pytest.mark.slow)])
-def test_the_excess_loss_is_the_formula_s_and_weights_matter_where_the_label_was_seen(regression, budget):
-    u_xy, u_x = regression.scores
-    even = torch.full((ROWS,), budget / ROWS, dtype=torch.float64)
-    by_x, by_xy = inclusion_probabilities(u_x, budget), inclusion_probabilities(u_xy, budget)
-    measured = {}
-    for name, probabilities in {"uniform": even, "x": by_x, "xy": by_xy}.items():
-        measured[name], error = regression.excess(probabilities, 120)
-        # the terms of higher order are some 4 % at r = 500, and fall with r
-        assert abs(measured[name] - regression.formula(probabilities)) < 3 * error + 15 / budget * measured[name]
-    assert measured["xy"] < 0.65 * measured["uniform"]
-    # drawn by x alone, a well-specified model is consistent without weights; drawn by x and y it is not
-    assert regression.excess(by_x, 120, weighted=False)[0] < 1.05 * measured["x"]
-    unweighted, _ = regression.excess(by_xy, 40, weighted=False)
-    assert unweighted == pytest.approx(0.17, abs=0.015)  # at both budgets: it does not shrink
-
-
-@pytest.fixture(scope="module")
-def independent(regression):
-    """Logits, on every 20th row, of 240 probes that saw 4,000 rows each."""
-    samples = torch.stack([torch.randperm(ROWS, generator=generator(i))[:4000] for i in range(240)])
-    ones = torch.ones(40, 4000, dtype=torch.float64)
-    fits = torch.cat([newton(regression.x[part], regression.y[part], ones) for part in samples.split(40)])
-    return torch.stack([regression_logits(regression.x[::20], b) for b in fits], 1)
-
-
-@pytest.mark.parametrize("probes,rank", [(3, 0.78), (5, 0.87), (10, 0.957), (30, 0.986), (240, 0.998)])
-def test_ensembles_estimate_the_optimal_score_as_chi_squares_do(regression, independent, probes, rank):
-    a, y = regression.a_xy[::20], regression.y[::20]
-    scale = 4000 / (1 - 4000 / ROWS)  # samples without replacement vary less
-    squares = torch.stack([uncertainty(part, y).square() for part in independent.split(probes, 1)]) * scale
-    ratio = squares / a.square()
-    assert float(ratio.mean()) == pytest.approx(1, abs=0.06)
-    if len(ratio) > 4:
-        # over ensembles, relative to the mean
-        deviation = (ratio.var(0).mean() / ratio.mean(0).square().mean()).sqrt()
-        assert float(deviation) == pytest.approx(math.sqrt(2 / (probes - 1)), rel=0.12)
-    ranks = [scipy.stats.spearmanr(u, a).statistic for u in squares]
-    assert np.mean(ranks) == pytest.approx(rank, abs=0.05)
-
-
-def test_the_released_gauge_halves_the_first_class_of_heads_with_an_output_for_every_class(regression, independent):
-    # zero-sum logits, as weight decay leaves them; measured once: a median ratio of 0.49 for class 0, 0.99 for the
-    # others, a rank correlation of 0.91, and under levels of deviation 2 scores that are 8 to 9 times too large
-    y, logits = regression.y[::20], independent[:, :10]
-    logits = logits - logits.mean(2, keepdim=True)
-    right, released = uncertainty(logits, y), uncertainty(logits, y, "drop-first")
-    assert (released / right)[y == 0].median() < 0.6
-    assert (released / right)[y != 0].median() > 0.85
-    assert scipy.stats.spearmanr(right, released).statistic == pytest.approx(0.91, abs=0.03)
-    shifted = uncertainty(logits + 2 * normal(1, 10, 1), y, "drop-first")
-    assert (shifted / right).median() > 4
-
-
-def test_uncertainty_falls_like_one_over_the_root_of_the_probes_rows(regression):
-    y, medians = regression.y[::20], {}
-    for rows in (500, 2000):
-        samples = torch.stack([torch.randperm(ROWS, generator=generator(i))[:rows] for i in range(60)])
-        fits = newton(regression.x[samples], regression.y[samples], torch.ones(60, rows, dtype=torch.float64))
-        logits = torch.stack([regression_logits(regression.x[::20], b) for b in fits], 1)
-        factor = math.sqrt(1 - rows / ROWS)
-        medians[rows] = float(uncertainty(logits, y).median()) / factor, float(uncertainty(logits).median()) / factor
-    for small, large in zip(medians[500], medians[2000], strict=True):
-        assert small / large == pytest.approx(2, rel=0.08)
-
-
-@pytest.mark.parametrize("probes,price", [(4, 1.273), (5, 1.178), (6, 1.132), (8, 1.087), (10, 1.064), (20, 1.028)])
-def test_few_probes_cost_the_product_of_the_means_of_u_and_its_inverse(probes, price):
-    # E[chi] E[1 / chi] of M - 1 degrees; a closed form by gamma functions
-    half = (probes - 1) / 2
-    closed = math.gamma(half + 0.5) * math.gamma(half - 0.5) / math.gamma(half) ** 2
-    assert closed == pytest.approx(price, abs=6e-4)
-    # each row has its own probes: three logits with a covariance of its own, far smaller than they
-    rows = 20_000
-    middle, root = normal(rows, 1, 3), normal(rows, 3, 3, seed=1)
-    labels = classes(rows, 3)
-    logits = middle + 1e-3 * normal(rows, probes, 3, seed=2) @ root
-    u = uncertainty(logits, labels)
-    s = (middle[:, 0].softmax(1) - one_hot(labels, 3))[:, None]
-    a = (s @ root.transpose(1, 2)).norm(dim=(1, 2))
-    # sum a^2 / pi with pi in proportion to u, over its minimum (sum a)^2 / r
-    inflation = float((a.square() / u).sum() * u.sum() / a.sum() ** 2)
-    assert inflation == pytest.approx(closed, abs=0.02)
+    best = excess(inclusion_probabilities(u_xy, 750))
+    assert all(excess(inclusion_probabilities(u_xy**power, 750)) > best for power in (0.9, 1.1))
 
 
 # ---- probes of the same sample
-
-
-def test_a_convex_probe_from_two_seeds_is_refused_and_bootstrap_named():
-    x, y = normal(300, 4), classes(300, 3)
-
-    def head(rows, seed):
-        """Softmax regression with weight decay, from a random start to convergence."""
-        w = normal(3, 4, seed=seed).requires_grad_()
-        search = torch.optim.LBFGS([w], max_iter=300, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
-
-        def loss():
-            search.zero_grad()
-            value = cross_entropy(x[rows] @ w.T, y[rows]) + 0.01 * w.square().sum()
-            value.backward()
-            return value
-
-        search.step(loss)
-        return (x @ w.T).detach()
-
-    everything = torch.arange(300)
-    twins = torch.stack([head(everything, seed) for seed in range(2)], 1)
-    with pytest.raises(ValueError, match=r"2 probes agree on all 300 rows.*bootstrap"):
-        uncertainty(twins, y)
-    with pytest.raises(ValueError, match="bootstrap"):
-        uncertainty(twins.float())
-    resampled = torch.stack([head(torch.randint(0, 300, (300,), generator=generator(i)), i) for i in range(2)], 1)
-    assert uncertainty(resampled, y).min() > 0
 
 
 def twins(spread, dtype=torch.float64):
@@ -537,52 +302,16 @@ def test_probes_agree_when_their_spread_is_a_tiny_share_of_the_logits_own(chunk)
 
 
 def test_levels_neither_hide_nor_pretend_a_spread():
-    logits = twins(1.01 * LEAST_SPREAD)
-    check_spread(logits + 1000)  # a level that the probes share is not the size of the logits
-    logits = twins(0.0)
-    logits[:, 0] += 5  # a level of one probe means nothing
-    with pytest.raises(ValueError, match="agree"):
-        uncertainty(logits)
-    # for single logits the level is the logit itself
-    assert uncertainty(torch.tensor([[1.0, 2.0]])) > 0
-    with pytest.raises(ValueError, match="agree"):
-        uncertainty(torch.ones(5, 3))
-
-
-def test_all_zero_logits_are_refused_without_a_division_by_zero():
-    with pytest.raises(ValueError, match=r"agree.*0\.0e\+00"):
-        uncertainty(torch.zeros(3, 4, 5))
+    check_spread(twins(1.01 * LEAST_SPREAD) + 1000)  # a level that the probes share is not the size of the logits
+    assert uncertainty(torch.tensor([[1.0, 2.0]])) > 0  # for single logits the level is the logit itself
+    moved = twins(0.0)
+    moved[:, 0] += 5  # a level of one probe means nothing
+    for logits in (moved, torch.ones(5, 3), torch.zeros(3, 4, 5)):
+        with pytest.raises(ValueError, match=f"probes agree on all {len(logits)} rows.*bootstrap"):
+            uncertainty(logits)
 
 
 # ---- outliers and wrong labels: what clipping and damping are for
-
-
-def test_far_points_take_the_budget_and_wreck_unweighted_training_while_clipping_and_damping_do_not(regression):
-    # measured once: 2 % of far points with random labels held 19 % of u(x, y) and 4.5 % of u(x); accuracies .4517
-    # unweighted against .658 uniform and .663 clipped and damped
-    pool, test, g = slice(10_000), slice(10_000, None), generator(7)
-    x, y = regression.x[pool].clone(), regression.y[pool].clone()
-    x[:200, 1:] = 5 * torch.randn(200, 3, dtype=torch.float64, generator=g)
-    y[:200] = torch.randint(0, 4, (200,), generator=g)
-    sample = torch.randperm(10_000, generator=g)[:3000]
-    sample = sample[torch.randint(0, 3000, (10, 3000), generator=g)]
-    probes = newton(x[sample], y[sample], torch.ones(10, 3000, dtype=torch.float64))
-    logits = torch.stack([regression_logits(x, b) for b in probes], 1)
-    u_xy, u_x = uncertainty(logits, y), uncertainty(logits)
-    held_xy, held_x = (float(u[:200].sum() / u.sum()) for u in (u_xy, u_x))
-    assert held_xy > 0.1 > 0.05 > held_x
-
-    def accuracy(scores, weights):
-        rows = torch.stack([priority_sample(scores, 500, seed=seed)[0] for seed in range(20)])
-        fits = newton(x[rows], y[rows], weights[rows])
-        hits = [regression_logits(regression.x[test], b).argmax(1) == regression.y[test] for b in fits]
-        return float(torch.stack(hits).double().mean())
-
-    ones = torch.ones(10_000, dtype=torch.float64)
-    uniform = accuracy(ones, ones)
-    assert accuracy(u_xy, ones) < uniform - 0.15
-    clipped = clip_scores(u_xy, quantile=0.9)
-    assert accuracy(clipped, 1 / u_xy.clamp(min=u_xy.median())) > uniform
 
 
 # ---- bad input
@@ -654,15 +383,12 @@ def test_lists_arrays_and_whole_floats_are_taken():
 
 
 @pytest.mark.parametrize("scale", [1e20, 1e-24])
-def test_large_and_small_logits_have_uncertainties_in_their_units(scale):
+def test_large_and_small_logits_have_uncertainties_in_their_units_or_are_refused_by_row(scale):
     logits, labels = normal(6, 3, 4).float() * scale, classes(6, 4)
     found = uncertainty(logits, labels)
     assert found.dtype == torch.float32 and found.isfinite().all() and (found > 0.01 * scale).all()
     assert torch.allclose(found.double(), uncertainty(logits.double(), labels), rtol=1e-5, atol=0)
-
-
-def test_uncertainties_beyond_the_largest_float_are_refused_by_row():
-    logits = normal(6, 3, 4).double()
+    logits = normal(6, 3, 4)
     logits[2] *= 1e200
     with pytest.raises(ValueError, match="of 1 rows are NaN or infinite, the first at row 2"):
         uncertainty(logits)

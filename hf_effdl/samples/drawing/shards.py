@@ -10,6 +10,7 @@
 Holding the keys of a whole budget would save a reading, but memory would grow with the budget; so it hardly does.
 """
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from hf_effdl.files import digest, locked, read_json, sweep, write_json, write_whole
+from hf_effdl.files import damaged, digest, locked, read_json, sweep, write_json, write_whole
 from hf_effdl.samples.drawing.checks import check_choice, check_rows, check_seed
 from hf_effdl.samples.drawing.draws import priority_chances, priority_keys
 from hf_effdl.samples.drawing.hashing import hash_ids, hashed_uniform
@@ -135,7 +136,7 @@ def _planned(sample: "_Sample", folder: "_Folder") -> dict[str, Any]:
         names = [{"file": path.name} for path in folder.outputs]
         keys = {"tau": max(0.0, tau) / ROOM, "least_key": None if tau == -math.inf else tau}
         plan = job | keys | sample.scale(tau) | {"outputs": names}
-        write_json(folder.path / PROGRESS, plan)
+        folder.keep(PROGRESS, plan)
 
     folder.drop_damaged(plan)
     tau = -math.inf if plan["least_key"] is None else plan["least_key"]
@@ -150,7 +151,7 @@ def _planned(sample: "_Sample", folder: "_Folder") -> dict[str, Any]:
         for path, count in zip(folder.outputs, selected, strict=True)
     ]
     plan |= {"outputs": outputs, "selected": sample.budget}
-    write_json(folder.path / MANIFEST, plan)
+    folder.keep(MANIFEST, plan)
     (folder.path / PROGRESS).unlink(missing_ok=True)
     return plan
 
@@ -475,6 +476,25 @@ def _bin(keys: Tensor) -> Tensor:
 # ---- the output
 
 
+FIELDS = (
+    "settings",
+    "inputs",
+    "rows",
+    "tau",
+    "least_key",
+    "weight_scale",
+    "max_weight",
+    "kish",
+    "outputs",
+    "selected",
+)
+SEAL = "sha256"
+
+
+def _seal(plan: Any) -> str:
+    return digest(json.dumps(plan, sort_keys=True))
+
+
 class _Folder:
     """Where the output goes: a file for each shard, and the plan, finished or not."""
 
@@ -490,8 +510,20 @@ class _Folder:
 
     def begun(self) -> dict[str, Any]:
         """The plan that the folder holds, finished or not; empty if there is none."""
-        files = [file for file in (self.path / MANIFEST, self.path / PROGRESS) if file.is_file()]
-        return read_json(files[0], remedy=f"remove {str(self.path)!r} and start again") if files else {}
+        file = next((file for name in (MANIFEST, PROGRESS) if (file := self.path / name).is_file()), None)
+        if file is None:
+            return {}
+        remedy = f"remove {str(self.path)!r} and start again"
+        plan = read_json(file, remedy=remedy)
+        seal = plan.pop(SEAL, None) if isinstance(plan, dict) else None
+        # earlier versions wrote none; a name that was changed may be that of the seal
+        if seal != _seal(plan) if seal is not None else not (isinstance(plan, dict) and plan.keys() <= set(FIELDS)):
+            raise damaged(file, "its content is not what was written", remedy)
+        return plan
+
+    def keep(self, name: str, plan: dict[str, Any]) -> None:
+        """Write the plan with a digest of it."""
+        write_json(self.path / name, plan | {SEAL: _seal(plan)})
 
     def drop_damaged(self, plan: dict[str, Any]) -> None:
         """Remove finished outputs that are not what was written, so that they are written again."""

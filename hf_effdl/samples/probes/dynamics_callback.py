@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast, gather, send_to_device
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_effdl.files import damaged, read_sealed, sealed, sweep, write_whole
+from hf_effdl.files import damaged, digest, read_sealed, sealed, sweep, write_whole
 from hf_effdl.processes import refuse_lone_processes, same_fate, together
 from hf_effdl.random_state import random_state_kept
+from hf_effdl.samples.probes.row_marks import row_marks
 from hf_effdl.samples.scores.dynamics import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
 
 
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 FOLDER = "dynamics"
 REMEDY = "remove it, or record the run again"
 RECORDED = ("p_label", "margin", "el2n")
+ROWS = "rows"  # the note that says of which rows a record is
+LOOKED_AT = 1000  # rows whose whole content counts in it
 
 
 class DynamicsCallback(TrainerCallback):
@@ -97,13 +99,13 @@ class DynamicsCallback(TrainerCallback):
         with same_fate():
             _check_labels(dataset)
             if state.is_world_process_zero:
-                self._tidy(folder, done, len(dataset))
+                self._tidy(folder, done, dataset)
         with _aside(kwargs["model"], args, seed=args.seed):  # a row that cannot be scored is found before any work
             _score(kwargs["model"], collate([dataset[0]]), args.device)
         if done and done == state.epoch:  # the checkpoint may be older than the record that belongs to its epoch
             self._record(args, state, done, kwargs["model"], kwargs["train_dataloader"])
 
-    def _tidy(self, folder: Path, done: int, rows: int) -> None:
+    def _tidy(self, folder: Path, done: int, dataset: Any) -> None:
         """Leave the records of the epochs that are done, if they are of these rows."""
         if folder.is_dir():
             sweep(folder, "epoch-*.safetensors")
@@ -112,7 +114,7 @@ class DynamicsCallback(TrainerCallback):
             for epoch, file in _files(folder).items():
                 if epoch > done:
                     file.unlink()
-        _check_rows(folder, rows)
+        _check_rows(folder, len(dataset), _identity(dataset))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -159,7 +161,9 @@ class DynamicsCallback(TrainerCallback):
             if len(bad := scores.isnan().any(1).nonzero().flatten()):
                 logger.warning("%d rows have no class or no numbers to record, the first is row %d", len(bad), bad[0])
             record = dict(zip(RECORDED, scores.T, strict=True))
-            write_whole(folder / f"epoch-{epoch:04d}.safetensors", sealed(record))
+            named = _identity(dataset)
+            content = sealed(record, {} if named is None else {ROWS: named})
+            write_whole(folder / f"epoch-{epoch:04d}.safetensors", content)
         together()
 
 
@@ -260,20 +264,45 @@ def _check_labels(dataset: Any) -> None:
         )
 
 
-def _check_rows(folder: Path, rows: int | None = None) -> None:
-    """All records are of the same number of rows, the given one."""
+def _identity(dataset: Any) -> str | None:
+    """A digest of all labels and of some rows' content, so that records of other rows are told; None if unknown."""
+    if not isinstance(dataset, Dataset):
+        return None  # looking at a row may draw random numbers
+    some = torch.linspace(0, len(dataset) - 1, min(len(dataset), LOOKED_AT)).round().long().tolist()
+    labels = [name for name in ("label", "labels") if name in dataset.column_names]
+    marks = row_marks(dataset, labels), row_marks(dataset.select(some), dataset.column_names)
+    return digest([part.numpy().tobytes() for part in marks])
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A record and its notes; a `ValueError` where it is damaged, or none."""
+    record, notes = read_sealed(file, REMEDY)
+    if missing := sorted(set(RECORDED) - set(record)):
+        raise damaged(file, f"it lacks {missing}", REMEDY)
+    kinds = {(record[name].dtype, record[name].ndim, record[name].numel()) for name in RECORDED}
+    if kinds != {(torch.float32, 1, record[RECORDED[0]].numel())}:
+        raise damaged(file, f"it holds no float32 number a row, but {sorted(map(str, kinds))}", REMEDY)
+    return record, notes or {}
+
+
+def _check_rows(folder: Path, rows: int | None = None, identity: str | None = None) -> None:
+    """All records are of the same rows, the given ones."""
     for file in _files(folder).values():
-        try:
-            with safe_open(file, "pt") as stored:
-                [recorded] = stored.get_slice(RECORDED[0]).get_shape()
-        except (SafetensorError, ValueError) as error:
-            raise damaged(file, str(error), REMEDY) from error
+        record, notes = _read(file)
+        recorded = len(record[RECORDED[0]])
         if rows is not None and recorded != rows:
             raise ValueError(
                 f"{file} is a record of {recorded} rows, but the dataset has {rows} now, and rows are known by their "
                 "place. Resume with the same data, or train without resume_from_checkpoint, which starts records anew"
             )
-        rows = recorded
+        rows, noted = recorded, notes.get(ROWS)
+        if None not in (identity, noted) and noted != identity:
+            raise ValueError(
+                f"{file} is a record of other rows: their labels, content or order are not those of the dataset or of "
+                "the other records, and rows are known by their place. Resume with the same data, or train without "
+                "resume_from_checkpoint, which starts records anew"
+            )
+        identity = noted or identity
 
 
 def load_dynamics(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -288,7 +317,7 @@ def load_dynamics(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: if there are no records.
-        ValueError: if they are of different numbers of rows.
+        ValueError: if they are of different rows.
 
     Example:
         >>> load_dynamics("trainer_output")["correct"].float().mean(1)  # accuracy per epoch    # doctest: +SKIP
@@ -299,10 +328,7 @@ def load_dynamics(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not files:
         raise FileNotFoundError(f"no epoch-*.safetensors in {folder}: a Trainer with DynamicsCallback() writes them")
     _check_rows(folder)
-    records = [read_sealed(file, REMEDY)[0] for file in files.values()]
-    for file, record in zip(files.values(), records, strict=True):
-        if missing := sorted(set(RECORDED) - set(record)):
-            raise damaged(file, f"it lacks {missing}", REMEDY)
+    records = [_read(file)[0] for file in files.values()]
     stacked = {name: torch.stack([record[name] for record in records]) for name in RECORDED}
     return {"epoch": torch.tensor(list(files)), **stacked, "correct": stacked["margin"] > 0}
 

@@ -44,7 +44,7 @@ class LinearProbes(Probes):
         super().__init__([self.backbone] * len(heads), names=names or [], probe_set=probe_set)
         self.names = list(names) if names else None
         self.inputs, self.recipe = inputs, recipe
-        self._known: dict[str, tuple[Tensor, Tensor]] = {}
+        self._known: dict[str, tuple[str, Tensor, Tensor]] = {}  # the backbone that made them, sorted marks, features
         self.heads, self.mean, self.scale = heads, mean, scale  # (M, d + 1, C): the last row is the bias
 
     @classmethod
@@ -102,7 +102,8 @@ class LinearProbes(Probes):
             raise ValueError(f"num_probes={num_probes}: the spread of one probe is unknown; use 2 or more, better 8")
         x = probes.encode(rows, batch_size)
         _check_features(x, input_column)
-        probes._keep("probe set", rows, x)
+        if columns := probes.bind(rows).fed_columns(rows):
+            probes._keep("probe set", row_marks(rows, columns), x)
         spread = x.std(0)
         # a feature that hardly moves in the probe set must not blow up where it does in the pool
         floor = 0.1 * spread.square().mean().sqrt().clamp(min=1e-6)
@@ -165,14 +166,11 @@ class LinearProbes(Probes):
         return {"logits": self.judged(features), "features": features}
 
     def remember(self, marks: Tensor, answers: dict[str, Tensor]) -> None:
-        ordered = marks.sort()
-        self._known["pool"] = ordered.values, answers["features"][ordered.indices]
+        self._keep("pool", marks, answers["features"])
 
-    def _keep(self, what: str, data: Dataset, x: Tensor) -> None:
-        columns = self.bind(data).fed_columns(data)
-        if columns:
-            ordered = row_marks(data, columns).sort()
-            self._known[what] = ordered.values, x[ordered.indices]
+    def _keep(self, what: str, marks: Tensor, x: Tensor) -> None:
+        ordered = marks.sort()
+        self._known[what] = weights_hash([self.backbone]), ordered.values, x[ordered.indices]
 
     def batches(self, data: Dataset, batch_size: int) -> Iterator[Tensor]:
         """Logits of a data set on this process alone, batch by batch, on the CPU."""
@@ -180,17 +178,21 @@ class LinearProbes(Probes):
             yield self.judged(x)
 
     def encode(self, data: Dataset, batch_size: int = 64) -> Tensor:
-        """`(n, d)` features of a data set, on the CPU; of rows that were scored or trained on as they were then."""
+        """`(n, d)` features of a data set, on the CPU; those of rows that were scored or trained on are kept."""
         columns = self.bind(data).fed_columns(data)
         if not columns or not self._known:
             return self._encoded(data, batch_size)
-        marks, x = row_marks(data, columns), None
+        marks, x, now = row_marks(data, columns), None, weights_hash([self.backbone])
         missing = torch.ones(len(marks), dtype=torch.bool)
-        for ordered, features in self._known.values():
+        for made_by, ordered, features in self._known.values():
+            if made_by != now:  # weights were changed in place
+                continue
             place = torch.searchsorted(ordered, marks).clamp(max=len(ordered) - 1)
             hit = (ordered[place] == marks) & missing
             x = torch.zeros(len(marks), features.shape[1]) if x is None else x
             x[hit], missing[hit] = features[place[hit]], False
+        if x is None:
+            return self._encoded(data, batch_size)
         if missing.any():
             x[missing] = self._encoded(data.select(missing.nonzero().flatten().tolist()), batch_size)
         return x

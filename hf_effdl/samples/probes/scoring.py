@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from hf_effdl.files import digest, locked, read_sealed, sealed, sweep, write_who
 from hf_effdl.processes import agreed, is_first, refuse_lone_processes, same_fate, together
 from hf_effdl.samples.probes.inputs import NOT_INPUTS, Inputs, identity, is_decoded
 from hf_effdl.samples.probes.probes import Probes
-from hf_effdl.samples.probes.row_marks import row_marks
+from hf_effdl.samples.probes.row_marks import content_ids, row_marks
 from hf_effdl.samples.scores.noise import LabelNoise, fit_likelihoods, label_likelihoods
 from hf_effdl.samples.scores.uncertainty import (
     LEAST_SPREAD,
@@ -229,6 +229,18 @@ def _fed_columns(inputs: Inputs, data: Dataset) -> list[str]:
     if columns is None:
         columns = [name for name in data.column_names if name not in {*NOT_INPUTS, *SCORES, *inputs.aside}]
     return columns
+
+
+def drawing_ids(probes: Probes, data: Dataset, aside: Collection[str] = ()) -> Tensor:
+    """Ids to draw by for rows that have none, `(N,)` int64: of what probes are fed, so that no order of rows counts.
+
+    Args:
+        probes: what is fed to them is what a row is known by.
+        data: the rows, scored or not.
+        aside: columns that are not to be looked at, such as labels where they are not known.
+    """
+    others = [name for name in data.column_names if name not in {*SCORES, "weight", "inclusion_probability", *aside}]
+    return content_ids(data, _fed_columns(probes.bind(data), data), others)
 
 
 def score_keys(probes: Probes, data: Dataset, gauge: str, label_column: str | None) -> Tensor:

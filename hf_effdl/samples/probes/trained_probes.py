@@ -55,7 +55,10 @@ class _Recipe:
 
     def _fresh(self, seed: int) -> nn.Module:
         set_seed(seed)
-        return self.model_init()
+        model = self.model_init()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model_init() returned {_kind(model)}; it must make a model")
+        return model
 
     def _trained(
         self, model: nn.Module, rows: Dataset, labels: Tensor, seed: int, folder: str, weights: Tensor | None = None
@@ -69,6 +72,10 @@ class _Recipe:
         )
         trainer.train()
         return trainer.accelerator.unwrap_model(trainer.model).eval()
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 class TrainedProbes(Probes):
@@ -113,6 +120,9 @@ def train_probes(
         processing_class, input_column, data_collator: see `Probes`.
         seed: of the bootstrap; probe m trains with seed `seed + m`.
 
+    Raises:
+        TypeError, ValueError: for arguments of another kind, and rows that nothing can be learned from.
+
     Returns:
         `Probes`, to hand to `UncertaintySelector`.
 
@@ -122,10 +132,16 @@ def train_probes(
     """
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r}: it must be one of {tuple(PRESETS)}")
+    if not callable(model_init) or isinstance(model_init, nn.Module):
+        raise TypeError(f"model_init={_kind(model_init)}: pass a function that makes a fresh model for each probe")
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(f"args={_kind(args)}: pass the TrainingArguments of every probe")
     usual = PRESETS[preset]
     num_probes = usual[0] if num_probes is None else num_probes
     bootstrap = usual[1] if bootstrap is None else bootstrap
     check_dataset(rows, [label_column], "the probe set")
+    if isinstance(num_probes, bool) or not isinstance(num_probes, int):
+        raise TypeError(f"num_probes={num_probes!r}: it must be a whole number, 2 or more")
     if num_probes < LEAST_PROBES:
         raise ValueError(f"num_probes={num_probes}: the spread of one probe is unknown; use 2 or more, better 8")
     args.device  # joins the other processes, if there are any

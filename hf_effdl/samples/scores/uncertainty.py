@@ -33,7 +33,8 @@ def uncertainty(logits: Tensor, labels: Tensor | None = None, gauge: str = "inva
 
     Args:
         logits: `(N, M, C)` raw logits of M >= 2 probes trained on different samples; `(N, M)` or `(N, M, 1)` for a
-            single sigmoid logit, which counts as the two classes `[0, z]`.
+            single sigmoid logit, which counts as the two classes `[0, z]`. So logits of one model for C classes,
+            `(N, C)`, would be read as C probes: stack those of several, `torch.stack([z1, z2, ...], 1)`.
         labels: `(N,)` integer class of each row; None for the form that needs none (active learning).
         gauge: logits mean the same after adding a constant to all classes of a probe. `"invariant"` gives the same
             u then. `"drop-first"` is what the released code computes: it leaves out class 0 as if its logit were

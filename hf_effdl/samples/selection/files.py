@@ -2,8 +2,8 @@
 
 `<config>/selection.json`: what was chosen from what, and how; `<config>/selection.parquet`: `row_id`, `weight`,
 `inclusion_probability` and scores of the chosen rows; `scores/scores.parquet`: `row_id` and scores of every row of the
-pool, shared by all configs that were made from them. On the Hub also `README.md`, the card, and
-`<config>/selection.png`.
+pool, shared by all configs that were made from them, and `scores/scores.sha256`, its digest. On the Hub also
+`README.md`, the card, and `<config>/selection.png`.
 """
 
 import hashlib
@@ -36,8 +36,9 @@ from hf_effdl.samples.selection.rows import SelectedRows
 
 
 FORMAT = 1
-MARK = "row_mark"
+MARK, DRAWN_BY = "row_mark", "drawn_by"
 RECORD, CHOSEN, SCORES, PICTURE = "selection.json", "selection.parquet", "scores.parquet", "selection.png"
+SCORES_DIGEST = "scores.sha256"
 # what the records of the first version hold, which had no digest of the whole
 EARLIER = {"format", "settings", "info", "names", "rows", "named_rows", "digest", "scores", "summary"}
 REMEDY = "remove it, and save or push the selection again"
@@ -57,6 +58,8 @@ def save(
     chosen, scores = selection.to_dataset(), selection.scores_dataset()
     if selection.row_ids is None and (marked := selection.row_marks()) is not None:
         scores = scores.add_column(MARK, marked[0].numpy())
+    if selection.drawn_by is not None:
+        scores = scores.add_column(DRAWN_BY, selection.drawn_by.numpy())
     with locked(folder):
         return _write(selection, folder, config_name, card, chosen, scores)
 
@@ -84,7 +87,10 @@ def _write(
     }
     target = Path(folder) / record["scores"]["config"] / SCORES
     if record["scores"] not in scores_by_config.values() or not target.is_file():
-        write_whole(target, scores.to_parquet)
+        # beside the file and not in the record: configs share it, and equal scores may be written anew in other bytes
+        noted = target.with_name(SCORES_DIGEST)
+        noted.unlink(missing_ok=True)
+        write_whole(noted, digest_of(write_whole(target, scores.to_parquet)))
     target = Path(folder) / config_name
     record["chosen_sha256"] = digest_of(write_whole(target / CHOSEN, chosen.to_parquet))
     record["sha256"] = _seal(record)
@@ -104,8 +110,9 @@ def load(
 ) -> dict[str, Any]:
     """The arguments of the `Selection` in a folder or a repository."""
     record, (chosen_file, scores_file) = _located(where, config_name, revision, token)
-    # no hash of the other file: configs share it, and equal scores may have been written anew in other bytes
-    chosen, scores = _read(chosen_file, record.get("chosen_sha256")), _read(scores_file)
+    noted = scores_file.with_name(SCORES_DIGEST)
+    sha256 = noted.read_bytes().decode(errors="replace") if noted.is_file() else None  # none in earlier versions
+    chosen, scores = _read(chosen_file, record.get("chosen_sha256")), _read(scores_file, sha256)
     with _named_as_damaged(where):
         whole = (digest(chosen), digest(scores)) == (record["digest"], record["scores"]["digest"])
     if not whole:
@@ -126,15 +133,39 @@ def _named_as_damaged(where: Any) -> Iterator[None]:
 def _restored(where: Any, record: Mapping[str, Any], chosen: Dataset, scores: Dataset) -> dict[str, Any]:
     ids = scores["row_id"][:]
     plan = _read_plan(where, record, chosen, ids)
+    _check_info(where, record, MARK in scores.column_names)
     table = {name: torch.tensor(_array(scores, name)) for name in scores.column_names if name != "row_id"}
     return {
         "marks": table.pop(MARK, None),
+        "drawn_by": table.pop(DRAWN_BY, None),
         "plan": plan,
         "table": table,
         "names": record["names"],
         "info": record["info"] | {"settings": record["settings"]},
         "row_ids": ids if record["named_rows"] else None,
     }
+
+
+def _check_info(where: Any, record: Mapping[str, Any], marked: bool) -> None:
+    """Raise a `ValueError` for values of another kind than those that are written."""
+    info, names = record["info"], record["names"]
+    columns, source = info.get("marked_columns"), info.get("source", {})
+    wrong = [
+        name
+        for name in ("id_column", "label_column", "labels_hash", "mode", "preset", "gauge")
+        if not isinstance(info.get(name), str | None)
+    ]
+    wrong += ["marked_columns"] if marked and not _are_texts(columns) else []
+    wrong += ["names"] if names is not None and not _are_texts(names) else []
+    wrong += ["named_rows"] if bool(record["named_rows"]) != (info.get("id_column") is not None) else []
+    if not isinstance(source, dict) or not all(isinstance(v, str | int | None) for v in source.values()):
+        wrong.append("source")
+    if wrong:
+        raise damaged(where, f"its record has other values than it can have for {wrong}", REMEDY)
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _read_plan(where: Any, record: Mapping[str, Any], chosen: Dataset, ids: list[Any]) -> Plan:
@@ -183,7 +214,7 @@ def _located(
     record = records(folder, config_name)[config_name]
     shared = f"{record['scores']['config']}/{SCORES}"
     if commit is not None:
-        folder = _download(str(where), [shared], commit, token)
+        folder = _download(str(where), [shared, f"{record['scores']['config']}/{SCORES_DIGEST}"], commit, token)
     return record, [folder / config_name / CHOSEN, folder / shared]
 
 
@@ -277,7 +308,8 @@ def _is_whole(record: Mapping[str, Any]) -> bool:
 
 
 def _scores_of(folder: str) -> set[str]:
-    return {f"{record['scores']['config']}/{SCORES}" for record in records(folder).values()}
+    configs = {record["scores"]["config"] for record in records(folder).values()}
+    return {f"{config}/{name}" for config in configs for name in (SCORES, SCORES_DIGEST)}
 
 
 def digest(data: Dataset) -> str:

@@ -29,6 +29,7 @@ class SelectedRows:
         info: everything needed to redo it: source, probes, settings, noise; plain values.
         pool: the scored data set, where it is at hand; only pictures of examples need it.
         marks: `(N,)` the `row_marks` of the pool over `info["marked_columns"]`, of a selection that was loaded.
+        drawn_by: `(N,)` the ids that rows were drawn by, where they have no `row_ids`; None: their places.
     """
 
     plan: Plan
@@ -38,6 +39,7 @@ class SelectedRows:
     info: dict[str, Any] = field(default_factory=dict)
     pool: Dataset | None = None
     marks: Tensor | None = None
+    drawn_by: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.plan)

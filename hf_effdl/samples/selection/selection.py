@@ -46,7 +46,8 @@ class Selection(SelectedRows):
             ValueError: if labels are needed and missing, or if a `keep` mask was used, which is not stored.
         """
         labelled = replace(self, table=self._table_with_labels(data))
-        settings = asdict(PlanSettings.of(self.plan.settings)) | {"row_ids": self.row_ids}
+        ids = self.drawn_by if self.row_ids is None else self.row_ids  # neither, in earlier versions: places
+        settings = asdict(PlanSettings.of(self.plan.settings)) | {"row_ids": ids}
         if not labelled._drawn(settings | {"force": True}).positions.equal(self.plan.positions):
             raise ValueError(
                 "the settings do not lead to the rows that were selected, as with a keep= mask, which is "
@@ -76,7 +77,9 @@ class Selection(SelectedRows):
         if kept is None or "keep" in arguments:
             return make_plan(self.table, **arguments)
         likely, by = self.table["p_clean"] >= 0.5, [arguments[name] for name in ("budget", "quotas", "seed")]
-        keep = filled_up(self.table, kept, likely, *by)
+        # earlier versions, which do not say what they drew by, filled up in the order of the rows
+        ids = arguments["row_ids"] if "drawn_by" in self.info else None
+        keep = filled_up(self.table, kept, likely, *by, ids)
         plan = make_plan(self.table, **arguments, keep=keep)
         return replace(plan, settings=plan.settings | {"kept_rows": int(keep.sum())})
 

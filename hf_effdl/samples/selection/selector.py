@@ -18,9 +18,9 @@ from hf_effdl.samples.drawing.hashing import hashed_uniform
 from hf_effdl.samples.drawing.plan import Plan, PlanSettings, make_plan
 from hf_effdl.samples.drawing.presets import Trial, active_plan, default_plan, paper_plan
 from hf_effdl.samples.drawing.weights import check_bias
-from hf_effdl.samples.probes.inputs import check_dataset
+from hf_effdl.samples.probes.inputs import NOT_INPUTS, check_dataset
 from hf_effdl.samples.probes.probes import Probes
-from hf_effdl.samples.probes.scoring import LABELLED, SCORES, UNLABELLED, score_keys, score_rows
+from hf_effdl.samples.probes.scoring import LABELLED, SCORES, UNLABELLED, drawing_ids, score_keys, score_rows
 from hf_effdl.samples.selection.pool import ScoredPool
 from hf_effdl.samples.selection.report import SelectionReport
 from hf_effdl.samples.selection.rows import check_no_weights
@@ -45,7 +45,8 @@ class UncertaintySelector:
         mode: `"coreset"` (labels are there, choose what to train on) or `"active"` (choose what to have labelled).
         preset: `"default"` (see `default_plan` and `active_plan`) or `"paper"` (the released code, see `paper_plan`).
         seed: of the draw; the same seed and row ids give the same rows.
-        id_column: integers or texts that name the rows; default: their places.
+        id_column: integers or texts that name the rows; default: their places. The draw goes by the names, or else by
+            the content that the probes are fed: no order of the rows changes which are drawn.
         processing_class, input_column, data_collator: how rows are fed to a list of models, see `Probes`.
         batch_size: rows a step when scoring.
         trial: `(positions, weights) -> accuracy` of a small model trained on these rows of the pool; default: one
@@ -212,15 +213,21 @@ class UncertaintySelector:
         if missing := [name for name in wanted if name not in pool.table]:
             raise ValueError(f"the data set has no score columns {missing}; pass what score() returned")
         pool, unseen = self._without_unseen(pool)
-        table, ids = pool.score_table(overrides.get("score", "uniform")), pool.row_ids(self.id_column)
+        table, names = pool.score_table(overrides.get("score", "uniform")), pool.row_ids(self.id_column)
+        ids = self._drawing_ids(pool) if names is None else names
         PartialState()  # joins the other processes, if there are any
         # one process decides: a trial's accuracy may differ in its last digit between processes, the rows must not
         with same_fate():
             plan = self._by_preset(pool, table, rows, {"seed": self.seed, "row_ids": ids} | overrides)
         plan = agreed(plan)
         info = self._info(pool, plan) | ({"unseen_classes": unseen} if unseen else {})
-        self.selection = Selection(plan, table, pool.names, ids, info, pool.data)
+        by_content = ids if names is None else None
+        self.selection = Selection(plan, table, pool.names, names, info, pool.data, drawn_by=by_content)
         return self.selection
+
+    def _drawing_ids(self, pool: ScoredPool) -> Tensor:
+        unknown = [] if self.mode == "coreset" else [*NOT_INPUTS, self.label_column]
+        return drawing_ids(self.probes, pool.data, unknown)
 
     def _without_unseen(self, pool: ScoredPool) -> tuple[ScoredPool, dict[str, int]]:
         if self.probes.probe_set is None or pool.labels is None:
@@ -252,6 +259,7 @@ class UncertaintySelector:
             "gauge": self.gauge,
             "label_column": self.label_column,
             "id_column": self.id_column,
+            "drawn_by": "content" if self.id_column is None else "ids",
             "settings": plan.settings,
             "probes": self.probes.describe(),
             "source": source_of(pool.data) | named,
@@ -290,7 +298,7 @@ class UncertaintySelector:
                 f"would leave classes out; raise it to {classes} or more, or set quotas='none'"
             )
 
-    def _trial(self, pool: ScoredPool, ids: list[int] | list[str] | None) -> Trial | None:
+    def _trial(self, pool: ScoredPool, ids: Tensor | list[int] | list[str] | None) -> Trial | None:
         trial = self.trial
         if trial is None or trial is True:
             trial = self.probes.trial(pool.data, pool.labels, self.batch_size)
@@ -299,7 +307,8 @@ class UncertaintySelector:
 
         def by_id(positions: Tensor, weights: Tensor) -> float:
             # training may depend on the order of its rows, which no order of the pool is to change
-            turns = hashed_uniform(0, [ids[place] for place in positions.tolist()], salt=3).argsort()
+            given = ids[positions] if isinstance(ids, Tensor) else [ids[place] for place in positions.tolist()]
+            turns = hashed_uniform(0, given, salt=3).argsort()
             return trial(positions[turns], weights[turns])
 
         return by_id
