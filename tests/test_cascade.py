@@ -6,12 +6,12 @@ import cascade_run
 import numpy as np
 import pytest
 import torch
-from answers import Mirror, check_contract, photos, tiny_seggpt
+from answers import Mirror, all_same, check_contract, photos, tiny_seggpt
+from answers import plain as plain_answer
 from cascade_run import COUNT, PASSES, K, Painter, asked, painter
 from forked import Script
 from safetensors.torch import load_file
 from scenes import SIZE, TASKS, make_model, make_pool, rows, scene, tiny_encoder
-from torch import nn
 
 from hf_effdl import CascadeSelector, SegGptInContext, VisualInContextModel, VisualInContextPipeline, measure_examples
 from hf_effdl.vicl.auto import ListwiseRanker, ListwiseRankerConfig
@@ -73,20 +73,12 @@ def fitted(measured, pools):
     return make
 
 
+def plain(outputs) -> list:
+    return [plain_answer(one) for one in outputs]
+
+
 def examples_of(model, pool) -> Examples:
     return Examples(pool, model, find_task(model.config.task))
-
-
-def plain(outputs) -> list:
-    return [[np.asarray(one["prediction"]).tolist(), one["example_ids"], one["scores"]] for one in outputs]
-
-
-def same(outputs, others) -> None:
-    for one, other in zip(outputs, others, strict=True):
-        assert one["example_ids"] == other["example_ids"]
-        assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
-        pair = [0 if out["prediction"] is None else np.asarray(out["prediction"], dtype=int) for out in (one, other)]
-        assert np.abs(pair[0] - pair[1]).mean() < 0.01
 
 
 def other_performance(model, pool, change) -> None:
@@ -260,13 +252,6 @@ def test_a_cascade_that_gains_nothing_says_so(last, gains):
         assert f"{last:g}, no better than the nearest (0.5): measure on more images" in str(seen[0].message)
 
 
-def test_the_temperature_is_in_units_of_the_spread_inside_lists(fitted, measured, pools):
-    model = measured()
-    cascade = fitted(model=model, passes=1)
-    apart = model.measured_performance - model.measured_performance.mean(1, keepdim=True)
-    assert cascade.temperature == pytest.approx(0.8 * float(apart.square().mean().sqrt()), rel=1e-4)
-
-
 class Kinds(Painter):
     """Paints the object where query and example are of one of four kinds that nothing shows, and else all but it."""
 
@@ -422,15 +407,13 @@ def test_it_is_fitted_from_what_there_is_and_chooses(measured, fitted, pools, mo
     outputs = pipe(photos(), num_examples=2)
     for image, output in zip(photos(), outputs, strict=True):
         check_contract(task, output, image, 2, pool.ids)
-        alone = pipe(image, num_examples=2)
-        assert alone["example_ids"] == output["example_ids"]
-        assert alone["scores"] == pytest.approx(output["scores"], abs=1e-5)
+    all_same([pipe(image, num_examples=2) for image in photos()], outputs)
     # and as after saving
     pipe.save_pretrained(tmp_path / "saved")
     loaded = VisualInContextPipeline(str(tmp_path / "saved"))
     assert loaded.model.config.strategy == "cascade" and loaded.model.selector.report == cascade.report
     assert loaded.model.selector.temperature == cascade.temperature and loaded.model.selector.passes == cascade.passes
-    same(loaded(photos(), num_examples=2), outputs)
+    all_same(loaded(photos(), num_examples=2), outputs)
 
 
 def test_lists_may_be_of_different_lengths(measured, fitted, pools):
@@ -455,18 +438,6 @@ def test_lists_may_be_of_different_lengths(measured, fitted, pools):
         pool, (candidates[:, order], performance[:, order]), model=model, progress=False
     )
     assert again.report == pytest.approx(cascade.report)
-
-
-def test_a_pool_smaller_than_the_list_of_candidates(tmp_path):
-    pool, model = make_pool(tmp_path, count=12, encoder=ENCODER), make_model(encoder=ENCODER)
-    measure_examples(model, pool, progress=False)
-    assert model.config.candidates == 50
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.set_selector(CascadeSelector(model).fit(pool, progress=False))
-    pipe = VisualInContextPipeline(model, pool=pool)
-    assert len(pipe(scene(100)[0], num_examples=20)["example_ids"]) == 12
-    assert len(pipe(scene(100)[0], candidates=3)["example_ids"]) == 1
 
 
 def test_a_query_of_the_pool_is_not_shown_itself_nor_what_it_measured(fitted, measured, pools):
@@ -561,29 +532,19 @@ def test_a_fusion_is_the_mean_by_weights(measured, fitted, pools, task):
 @pytest.mark.parametrize("kind", ["seggpt", "mirror"])
 def test_votes_and_fusion_inside_the_model_ask_it_anew(tmp_path, kind):
     pool = make_pool(tmp_path, count=14, encoder=ENCODER)
-    frozen = SegGptInContext(tiny_seggpt()) if kind == "seggpt" else Mirror()
-    model = VisualInContextModel.from_parts(frozen, ENCODER)
+    model = VisualInContextModel.from_parts(SegGptInContext(tiny_seggpt()) if kind == "seggpt" else Mirror(), ENCODER)
     measure_examples(model, pool, candidates=6, progress=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.set_selector(CascadeSelector(model, passes=3).fit(pool, progress=False))
-    pipe = VisualInContextPipeline(model, pool=pool)
-    for options in (
-        {"vote": True},
-        {"vote": True, "num_examples": 3, "fusion": "weighted"},
-        {"num_examples": 3, "fusion": "model"},
-    ):
-        if kind == "mirror" and options.get("fusion") == "model":
-            continue
-        output = pipe(scene(100)[0], **options)
-        check_contract("segmentation", output, scene(100)[0], options.get("num_examples", 1), pool.ids)
-        if options.get("fusion") == "weighted":
-            continue
+    model.set_selector(CascadeSelector(model, passes=3).fit(pool, progress=False))
+    pipe, image = VisualInContextPipeline(model, pool=pool), scene(100)[0]
+    weighted = pipe(image, vote=True, num_examples=3, fusion="weighted")
+    check_contract("segmentation", weighted, image, 3, pool.ids)
+    for options in [{"vote": True}] + [{"num_examples": 3, "fusion": "model"}] * (kind == "seggpt"):
+        output = pipe(image, **options)
 
         def same(queries, examples, count, candidates, ids=output["example_ids"]):
             return torch.zeros(1, count), torch.tensor([[pool.position(id) for id in ids]])
 
-        expected = pipe(scene(100)[0], strategy=same, **options)
+        expected = pipe(image, strategy=same, **options)
         assert np.array_equal(expected["prediction"], output["prediction"])
 
 
@@ -649,7 +610,6 @@ def test_half_precision_chooses_nearly_the_same(fitted, measured, pools, monkeyp
     images = photos(range(100, 112))
     before = pipe(images)
     model.to(torch.bfloat16)
-    half = VisualInContextPipeline.__call__(pipe, images)
     pipe.examples = Examples(pool, model, pipe.visual_task)  # what was encoded before is forgotten
     half = pipe(images)
     same = [one["example_ids"] == other["example_ids"] for one, other in zip(before, half)]
@@ -661,45 +621,39 @@ def test_half_precision_chooses_nearly_the_same(fitted, measured, pools, monkeyp
 # ---- what cannot work
 
 
-def test_settings_that_cannot_be(measured):
-    for passes in (0, -1, True, 2.0, "ten"):
-        with pytest.raises(ValueError, match=r"passes=.*: pass a whole number of runs"):
-            CascadeSelector(passes=passes)
-    with pytest.raises(ValueError, match=r"head='forest': choose one of \('ridge', 'listwise'\)"):
-        CascadeSelector(head="forest")
-
-
-def test_a_cascade_that_was_not_fitted(measured, pools):
+def test_a_cascade_that_was_not_fitted_or_is_not_there(measured, pools):
     model, pool = measured(), pools["segmentation"]
-    with pytest.raises(ValueError, match="pass model=, here or to the constructor"):
-        CascadeSelector().fit(pool)
-    pipe = VisualInContextPipeline(model, CascadeSelector(model), pool)
-    for call in (
-        lambda: pipe(scene(100)[0]),
-        lambda: pipe(scene(100)[0], fusion="weighted", num_examples=2),
-        lambda: model.set_selector(CascadeSelector(model)),
+    pipe, image = VisualInContextPipeline(model, CascadeSelector(model), pool), scene(100)[0]
+    asked = VisualInContextPipeline(model, pool=pool)
+    weighted, none = (
+        {"num_examples": 3, "fusion": "weighted"},
+        "strategy='cascade', but the model keeps none: model.se",
+    )
+    for call, error, message in (
+        (lambda: CascadeSelector(passes=0), ValueError, r"passes=0: pass a whole number of runs"),
+        (lambda: CascadeSelector(passes=True), ValueError, r"passes=True"),
+        (lambda: CascadeSelector(passes=2.0), ValueError, r"passes=2.0"),
+        (lambda: CascadeSelector(head="forest"), ValueError, r"head='forest': choose one of \('ridge', 'listwise'\)"),
+        (lambda: CascadeSelector().fit(pool), ValueError, "pass model=, here or to the constructor"),
+        (lambda: pipe(image), ValueError, "not fitted: measure_examples"),
+        (lambda: pipe(image, **weighted), ValueError, "not fitted: measure_examples"),
+        (lambda: model.set_selector(CascadeSelector(model)), ValueError, "not fitted: measure_examples"),
+        (lambda: model.set_selector("cascade"), TypeError, "a model keeps a CascadeSelector or a RankerSelector"),
+        (
+            lambda: model.set_selector(CascadeSelector),
+            TypeError,
+            "a model keeps a CascadeSelector or a RankerSelector",
+        ),
+        (lambda: VisualInContextPipeline(model, "cascade", pool), ValueError, none),
+        (lambda: asked(image, strategy="cascade"), ValueError, none),
+        (lambda: asked(image, **weighted), ValueError, r"fusion='weighted'.*CascadeSelector.*choose 'mean'"),
+        (lambda: asked(image, strategy=RankerSelector(ranker(3)), **weighted), ValueError, "fusion='weighted'"),
     ):
-        with pytest.raises(ValueError, match="not fitted: measure_examples"):
+        with pytest.raises(error, match=message):
             call()
-    with pytest.raises(ValueError, match=r"strategy='cascade', but the model keeps none: model.set_selector"):
-        VisualInContextPipeline(model, "cascade", pool)
-    with pytest.raises(ValueError, match=r"strategy='cascade', but the model keeps none"):
-        VisualInContextPipeline(model, pool=pool)(scene(100)[0], strategy="cascade")
     model.set_selector(RankerSelector(ranker(3)))
     with pytest.raises(ValueError, match="but the model keeps ranker"):
         VisualInContextPipeline(model, "cascade", pool)
-    for wrong in ("cascade", nn.Linear(2, 2), CascadeSelector):
-        with pytest.raises(TypeError, match="a model keeps a CascadeSelector or a RankerSelector"):
-            model.set_selector(wrong)
-
-
-def test_weights_need_scores_that_mean_something(measured, pools):
-    pipe = VisualInContextPipeline(measured(), pool=pools["segmentation"])
-    for strategy in ("nearest", "dense", RankerSelector(ranker(3))):
-        with pytest.raises(ValueError, match=r"fusion='weighted'.*CascadeSelector.*choose 'mean'"):
-            pipe(scene(100)[0], strategy=strategy, num_examples=3, fusion="weighted")
-    with pytest.raises(ValueError, match=r"fusion='sum': choose one of"):
-        pipe(scene(100)[0], fusion="sum")
 
 
 def test_another_pool_and_one_that_was_changed_since(fitted, measured, pools, tmp_path):
@@ -737,63 +691,53 @@ def test_another_pool_and_one_that_was_changed_since(fitted, measured, pools, tm
         VisualInContextPipeline(other, cascade, pool)(scene(100)[0])
 
 
-def spoilt(candidates, performance, what):
-    candidates, performance = candidates.long().clone(), performance.clone()
-    if what == "NaN":
-        performance[3, 1] = torch.nan
-    elif what == "infinite":
-        performance[3, 1] = torch.inf
-    elif what == "equal":
-        performance[:] = 0.25
-    elif what == "few":
-        candidates[9:] = -1
-    elif what == "rows":
-        candidates[0, 0] = COUNT
-    elif what == "itself":
-        candidates[4, 2] = 4
-    elif what == "images":
-        candidates, performance = candidates[:-1], performance[:-1]
-    elif what == "nothing":
-        candidates, performance = candidates[:0], performance[:0]
-    elif what == "shape":
-        performance = performance[:, :-1]
-    elif what == "short":
-        candidates[:, PASSES:] = -1
-    return candidates, performance
+def changed(table, place, value):
+    table = table.clone()
+    table[place] = value
+    return table
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("spoil", "error", "message"),
     [
-        ("NaN", "NaN or infinite: measure these pairs again"),
-        ("infinite", "NaN or infinite: measure these pairs again"),
-        ("equal", "0.25 everywhere: .* look at the metric"),
-        ("few", r"9 pool images were measured on, and a cascade needs 10 .* more queries="),
-        ("rows", f"candidates up to {COUNT}, for a pool of {COUNT}: they are of another pool; run measure_examples"),
-        ("images", f"measured on {COUNT - 1} images, .* another pool"),
-        ("nothing", "measured on 0 images, .* another pool"),
-        ("itself", "row 4 of the pool as an example for itself.* set candidates to -1"),
-        ("shape", r"must both be \(n, K\), as measure_examples returns them"),
-        ("short", f"passes={PASSES}, but at most {PASSES} candidates .* lower passes="),
+        (lambda c, p: (c, changed(p, (3, 1), torch.nan)), ValueError, "NaN or infinite: measure these pairs again"),
+        (lambda c, p: (c, changed(p, (3, 1), torch.inf)), ValueError, "NaN or infinite: measure these pairs again"),
+        (lambda c, p: (c, 0 * p + 0.25), ValueError, "0.25 everywhere: .* look at the metric"),
+        (lambda c, p: (changed(c, slice(9, None), -1), p), ValueError, r"9 pool images .* needs 10 .* more queries="),
+        (
+            lambda c, p: (changed(c, (0, 0), COUNT), p),
+            ValueError,
+            f"up to {COUNT}, for a pool of {COUNT}: .* another p",
+        ),
+        (lambda c, p: (c[:-1], p[:-1]), ValueError, f"measured on {COUNT - 1} images, .* another pool"),
+        (lambda c, p: (c[:0], p[:0]), ValueError, "measured on 0 images, .* another pool"),
+        (lambda c, p: (changed(c, (4, 2), 4), p), ValueError, "row 4 of the pool as an example for itself.* to -1"),
+        (lambda c, p: (c, p[:, :-1]), ValueError, r"must both be \(n, K\), as measure_examples returns them"),
+        (
+            lambda c, p: (changed(c, (slice(None), slice(PASSES, None)), -1), p),
+            ValueError,
+            f"passes={PASSES}, but at most",
+        ),
+        (lambda c, p: p, TypeError, r"measured= must be \(candidates, performance\)"),
+        (lambda c, p: ([1, 2], [3, 4]), TypeError, r"measured= must be \(candidates, performance\)"),
     ],
 )
-def test_performance_that_nothing_can_be_learnt_from(measured, pools, what, message):
+def test_performance_that_nothing_can_be_learnt_from(measured, pools, spoil, error, message):
     model, pool = measured(), pools["segmentation"]
-    spoilt_table = spoilt(model.measured_candidates, model.measured_performance, what)
+    spoilt = spoil(model.measured_candidates.long(), model.measured_performance)
     before = model.measured_performance.clone()
-    with pytest.raises(ValueError, match=message):
-        CascadeSelector(model, passes=PASSES).fit(pool, spoilt_table, progress=False)
+    with pytest.raises(error, match=message):
+        CascadeSelector(model, passes=PASSES).fit(pool, spoilt, progress=False)
     assert torch.equal(model.measured_performance, before)
 
 
-def test_performance_that_is_not_there(pools):
-    model, pool = make_model(encoder=ENCODER), pools["segmentation"]
+def test_a_model_that_measured_nothing_or_ranks_too_few(measured, pools):
     with pytest.raises(ValueError, match=r"nothing was measured: pass measured=measure_examples"):
-        CascadeSelector(model).fit(pool)
-    with pytest.raises(TypeError, match=r"measured= must be \(candidates, performance\)"):
-        CascadeSelector(model).fit(pool, torch.zeros(3, 4))
-    with pytest.raises(TypeError, match=r"measured= must be \(candidates, performance\)"):
-        CascadeSelector(model).fit(pool, ([1, 2], [3, 4]))
+        CascadeSelector(make_model(encoder=ENCODER)).fit(pools["segmentation"])
+    model = measured()
+    model.config.candidates = PASSES
+    with pytest.raises(ValueError, match=f"passes={PASSES}, but at most {PASSES} candidates .* lower passes="):
+        CascadeSelector(model, passes=PASSES).fit(pools["segmentation"], progress=False)
 
 
 def test_the_old_name_of_measured_is_still_taken(measured, pools):
@@ -805,11 +749,3 @@ def test_the_old_name_of_measured_is_still_taken(measured, pools):
         cascade = CascadeSelector(other, passes=1).fit(pool, labels=table, progress=False)
     assert seen[0].filename == __file__ and cascade.report == expected.report
     assert torch.equal(other.measured_performance, table[1])
-
-
-def test_the_list_of_the_pipeline_may_be_no_longer_than_what_is_tried(measured, pools):
-    model = measured()
-    model.config.candidates = PASSES
-    with pytest.raises(ValueError, match=f"passes={PASSES}, but at most {PASSES} candidates are ranked"):
-        CascadeSelector(model, passes=PASSES).fit(pools["segmentation"], progress=False)
-    assert len(FIRST) == 3 + 8 + 10 + 8 + 6
