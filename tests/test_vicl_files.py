@@ -234,6 +234,8 @@ FORGED = {
     "spans that overflow": tensors(lambda table: table["spans"].fill_(2**62)),
     "no digests": tensors(lambda table: table.pop("digests")),
     "ids no list": tensors(lambda table: table.update(ids=torch.frombuffer(bytearray(b"7"), dtype=torch.uint8))),
+    "ids twice": tensors(lambda table: table.update(ids=torch.tensor(list(b'["0", "0", "2", "3", "4", "5"]')).byte())),
+    "vectors fewer": tensors(lambda table: table.update(vectors=table["vectors"][:3])),
     "ids deep": tensors(lambda table: table.update(ids=torch.full((10**5,), ord("["), dtype=torch.uint8))),
     "ids no JSON": tensors(lambda table: table.update(ids=table["ids"].flip(0))),
     "columns": tensors(
@@ -256,13 +258,6 @@ def test_what_no_pool_holds_is_refused_when_it_is_opened(good, tmp_path, name):
     (copy / "pool.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="download the repository again"):
         PoolReader(copy)
-
-
-def test_a_manifest_that_is_nested_or_large_is_refused(good, tmp_path):
-    shutil.copytree(good, tmp_path / "copy")
-    (tmp_path / "copy" / "pool.json").write_text("[" * 10**5)
-    with pytest.raises(ValueError, match="cannot be read as a pool's manifest"):
-        PoolReader(tmp_path / "copy")
 
 
 def test_images_are_read_by_few_readers_and_bombs_by_none(tmp_path):
@@ -362,10 +357,10 @@ def test_a_part_that_was_changed_is_measured_again(tmp_path):
     pool = make_pool(tmp_path / "pools")
     expected = measure_examples(make_model(), pool, cache_dir=tmp_path / "parts", progress=False)[1]
     [file] = (tmp_path / "parts").glob("*/*.safetensors")
-    content = bytearray(file.read_bytes())
-    for place in range(len(content) - 1, len(content) - 600, -97):
-        flipped = content.copy()
-        flipped[place] ^= 4
-        file.write_bytes(flipped)
+    content = file.read_bytes()
+    places = range(len(content) - 1, len(content) - 600, -97)
+    flips = [content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :] for at in places]
+    for damaged in (*flips, content[:-7], b""):
+        file.write_bytes(damaged)
         again = measure_examples(make_model(), pool, cache_dir=tmp_path / "parts", progress=False)[1]
         assert torch.equal(again, expected) and file.read_bytes() == content
