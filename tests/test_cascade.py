@@ -18,17 +18,19 @@ from hf_effdl.vicl.auto import ListwiseRanker, ListwiseRankerConfig
 from hf_effdl.vicl.remote_code import cascade_head, cascade_stages
 from hf_effdl.vicl.remote_code.cascade_consensus import Consensus
 from hf_effdl.vicl.remote_code.cascade_fit import columns_of, fit, warn_of
-from hf_effdl.vicl.remote_code.cascade_lists import MeasuredLists
+from hf_effdl.vicl.remote_code.cascade_lists import MeasuredLists, folds_of
 from hf_effdl.vicl.remote_code.cascade_precedents import Precedents
 from hf_effdl.vicl.remote_code.cascade_stages import FUSIONS, TURNS, FirstStage, best_temperature
 from hf_effdl.vicl.remote_code.examples import Examples, Queries
 from hf_effdl.vicl.remote_code.images import pixels
+from hf_effdl.vicl.remote_code.pool_rows import group_numbers
 from hf_effdl.vicl.remote_code.ranker_selector import RankerSelector
 from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:on the pool's own images")
 ENCODER = tiny_encoder()
+VIDEOS = [None if row == 7 else str(row // 3) for row in range(COUNT)]
 
 
 @pytest.fixture(scope="module")
@@ -91,28 +93,63 @@ def other_performance(model, pool, change) -> None:
 # ---- what fitting looks at
 
 
-def lists_of(model, pool) -> tuple[Examples, MeasuredLists, Precedents]:
-    measured = model.measured_candidates, model.measured_performance
-    lists = MeasuredLists.read(pool, measured, model.config.candidates)
-    return examples_of(model, pool), lists, Precedents.of(pool, measured, lists)
+def lists_of(model, pool, groups=None) -> tuple[Examples, MeasuredLists, Precedents]:
+    measured, numbers = (model.measured_candidates, model.measured_performance), group_numbers(groups, len(pool))
+    lists = MeasuredLists.read(pool, measured, model.config.candidates, numbers)
+    return examples_of(model, pool), lists, Precedents.of(pool, measured, lists, numbers)
 
 
+@pytest.mark.parametrize("groups", [None, VIDEOS], ids=["alone", "grouped"])
 @pytest.mark.parametrize("count", [K, COUNT - 1])
-def test_what_an_image_measured_does_not_enter_its_own_features(measured, pools, count):
+def test_what_an_image_and_its_group_measured_does_not_enter_its_own_features(measured, pools, count, groups):
     model, pool = measured(candidates=count), pools["segmentation"]
-    examples, lists, precedents = lists_of(model, pool)
+    examples, lists, precedents = lists_of(model, pool, groups)
     before = torch.cat(list(columns_of(examples, lists, precedents).values()), 2)
-    place = 5
-    image = int(lists.images[place])
+    image = int(lists.images[5])
+    changed = [row for row in range(COUNT) if row == image or (groups and groups[row] == groups[image] is not None)]
+    assert len(changed) == (3 if groups else 1)
 
     def change(performance):
-        performance[image] = torch.rand(count, generator=torch.Generator().manual_seed(0)) * 5
+        drawn = torch.rand(len(changed), count, generator=torch.Generator().manual_seed(0))
+        performance[changed] = drawn * 5
 
     other_performance(model, pool, change)
-    after = torch.cat(list(columns_of(*lists_of(model, pool)).values()), 2)
-    torch.testing.assert_close(after[place], before[place], atol=1e-4, rtol=1e-4)
-    others = torch.arange(len(before)) != place
-    assert (after[others] - before[others]).abs().amax() > 0.1
+    after = torch.cat(list(columns_of(*lists_of(model, pool, groups)).values()), 2)
+    own = torch.isin(lists.images, torch.tensor(changed))
+    torch.testing.assert_close(after[own], before[own], atol=2e-4, rtol=1e-4)
+    assert (after[~own] - before[~own]).abs().amax() > 0.1
+
+
+def test_folds_are_as_large_as_each_other_and_never_part_a_group(pools, measured):
+    assert torch.equal(folds_of(torch.randperm(23)), torch.arange(23) % 5)
+    groups = torch.randint(9, (40,), generator=torch.Generator().manual_seed(0)).square() // 8
+    folds = folds_of(groups)
+    assert all(len(folds[groups == group].unique()) == 1 for group in groups)
+    assert folds.bincount(minlength=5).max() <= max(groups.bincount().max(), 40 / 5 + groups.bincount().max())
+    lists = lists_of(measured(queries=23), pools["segmentation"], VIDEOS)[1]
+    videos = [VIDEOS[row] for row in lists.images.tolist()]
+    assert len({(video, fold) for video, fold in zip(videos, lists.fold.tolist()) if video}) == len({*videos} - {None})
+
+
+def test_a_cascade_is_fitted_by_groups_of_the_pool_or_others(measured, pools, tmp_path):
+    model, pool, of = measured(), pools["segmentation"], {}
+    for name, groups in (
+        ("none", None),
+        ("same", [None] * COUNT),
+        ("videos", VIDEOS),
+        ("two", ["a", "b"] * (COUNT // 2)),
+    ):
+        of[name] = CascadeSelector(model, passes=1).fit(pool, groups=groups, progress=False).report
+    assert of["none"] == of["same"] and len({of[name]["stage 1"] for name in of}) == 3
+    kept = make_pool(tmp_path, count=COUNT, encoder=ENCODER, groups=VIDEOS)
+    model.set_performance(model.measured_candidates, model.measured_performance, kept.fingerprint)
+    assert CascadeSelector(model, passes=1).fit(kept, progress=False).report == of["videos"]
+    for groups, message in (
+        (["a"] * COUNT, "are all of one group.*groups=.None. . len.pool"),
+        (["a"], "1 groups for a pool"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CascadeSelector(model, passes=1).fit(kept, groups=groups, progress=False)
 
 
 def test_the_report_is_what_the_table_says(fitted, measured, pools):
