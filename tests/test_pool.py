@@ -297,7 +297,7 @@ def test_wrong_queries_and_rows_are_refused(make):
         (lambda: pool.tokens([6]), IndexError, "of a pool of 6"),
         (lambda: pool.tokens([-1]), IndexError, "of a pool of 6"),
         (lambda: pool.tokens(torch.tensor([[0, 1], [2, 9]])), IndexError, "of a pool of 6"),
-        (lambda: pool.image(6), IndexError, ""),
+        (lambda: pool.image(6), IndexError, None),
         (lambda: pool.position("nobody"), KeyError, "'nobody' is not in this pool of 6 rows"),
     ):
         with pytest.raises(error, match=text):
@@ -587,10 +587,11 @@ def test_the_index_finds_what_it_promises(faiss, tmp_path):
     for other in (("x", len(everything), 16), ("abc", 17, 16), ("abc", len(everything), 8)):
         assert pool_index.open_index(tmp_path / "a.faiss", *other) is None
     assert pool_index.open_index(tmp_path / "b.faiss", "abc", len(everything), 16) is None
-    cut = (tmp_path / "a.faiss").read_bytes()[:1000]
-    (tmp_path / "a.faiss").unlink()  # which is mapped
-    (tmp_path / "a.faiss").write_bytes(cut)
-    assert pool_index.open_index(tmp_path / "a.faiss", "abc", len(everything), 16) is None
+    content = (tmp_path / "a.faiss").read_bytes()
+    for damaged in (content[:1000], content[:-1] + bytes([content[-1] ^ 1])):
+        (tmp_path / "a.faiss").unlink()  # which is mapped
+        (tmp_path / "a.faiss").write_bytes(damaged)
+        assert pool_index.open_index(tmp_path / "a.faiss", "abc", len(everything), 16) is None
     with pytest.raises(ValueError, match="recall=2"):
         pool_index.build_index(blocks, tmp_path / "a.faiss", "abc", recall=2)
     all_lists = pool_index.build_index(blocks, tmp_path / "c.faiss", "abc", recall=1.0, progress=False)

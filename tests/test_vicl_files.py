@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -27,11 +28,16 @@ from hf_effdl import (
     FeatureMatching,
     ListwiseRanker,
     ListwiseRankerConfig,
+    SegGptInContext,
+    Ticket,
     VisionEncoder,
     VisualInContextModel,
     VisualInContextPipeline,
+    files,
+    load_selection,
     measure_examples,
 )
+from hf_effdl.vicl.remote_code import writing
 from hf_effdl.vicl.remote_code.images import MOST, opened
 from hf_effdl.vicl.remote_code.pool_reader import PoolReader, file_digest
 
@@ -173,6 +179,45 @@ def test_a_convolutional_map_that_comes_as_a_list_is_a_grid():
     states = backbone((image - 0.5) / 0.5).last_hidden_state[0]
     torch.testing.assert_close(encoder(image)["grid"][0].flatten(0, 1), states[1:])
     torch.testing.assert_close(encoder(image)["vector"][0], F.normalize(states[0], dim=0))
+
+
+# ---- which folder is meant
+
+
+DOORS = {
+    "pool": ExamplePool.from_pretrained,
+    "pipeline": VisualInContextPipeline,
+    "pipeline's pool": lambda name: VisualInContextPipeline(make_model(), pool=name),
+    "model": VisualInContextModel.from_pretrained,
+    "backbone": VisualInContextModel.from_backbone,
+    "encoder": VisionEncoder.from_pretrained,
+    "SegGPT": SegGptInContext.from_pretrained,
+    "ranker": ListwiseRanker.from_pretrained,
+    "selection": load_selection,
+    "ticket": Ticket.from_pretrained,
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_mistyped_folder_is_never_asked_for_at_the_hub(tmp_path, monkeypatch, door):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was asked"))
+    Path("runs").mkdir()
+    for name in ("runs/nope", "./nope", "../nope", "/nope/nope", "~/nope", "a/b/nope"):
+        with pytest.raises(FileNotFoundError, match=f"there is no folder '{name}'"):
+            DOORS[door](name)
+
+
+@pytest.mark.parametrize("check", [files.check_folder, writing.check_folder])
+def test_names_of_repositories_and_folders_that_are_there_pass(tmp_path, monkeypatch, check):
+    monkeypatch.chdir(tmp_path)
+    Path("me/here").mkdir(parents=True)
+    for name in ("gpt2", "somebody/model", "me/here", Path("me/here"), "./me", None):
+        check(name)
+    check("me/model", "main")  # only repositories have revisions
+    for name in ("me/model", Path("somebody/model")):
+        with pytest.raises(FileNotFoundError, match="it is taken for a path"):
+            check(name)
 
 
 # ---- pools

@@ -1,20 +1,30 @@
 """The pipeline as its users meet it: any image, any number of them, three tasks, three kinds of frozen models."""
 
 import json
+import threading
 import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from answers import QUERIES, Mirror, all_same, check_contract, photos, plain, same, tiny_seggpt
-from datasets import Image
+from datasets import Dataset, Image
 from PIL import Image as Picture
 from scenes import SIZE, TASKS, label_of, make_model, make_pool, rows, scene, tiny_encoder, tiny_vit
 from transformers import pipeline
 
 import hf_effdl
-from hf_effdl import SegGptInContext, VisionEncoder, VisualInContextModel, VisualInContextPipeline, measure_examples
+from hf_effdl import (
+    ExamplePool,
+    SegGptInContext,
+    VisionEncoder,
+    VisualInContextModel,
+    VisualInContextPipeline,
+    measure_examples,
+)
 from hf_effdl.vicl.remote_code import pipeline_visual_in_context as pipeline_module
 from hf_effdl.vicl.remote_code.frozen_canvas import vote
 from hf_effdl.vicl.remote_code.frozen_model import FrozenModel
@@ -124,24 +134,63 @@ def test_every_form_of_an_image_is_the_same_image(pipes, tmp_path):
     all_same(pipe(np.stack([array, array[::-1]])), pipe([image, image.transpose(Picture.Transpose.FLIP_TOP_BOTTOM)]))
 
 
-def test_a_column_of_a_data_set_is_a_batch(pipes):
+def test_a_data_set_or_a_column_of_one_is_a_batch(pipes):
     pipe, ds = pipes(), rows(5, 100)
-    expected = [plain(output) for output in pipe(photos())]
-    for column in (
-        ds["image"],
-        ds["image"][:],
-        ds.cast_column("image", Image(decode=False))["image"],
-        ds.to_iterable_dataset()["image"],
-    ):
-        assert [plain(output) for output in pipe(column)] == expected
-    assert len(pipe(ds["image"], labels=ds["mask"], strategy="oracle")) == 5
-    assert len(pipe(ds.to_iterable_dataset()["image"], labels=ds["mask"], strategy="oracle")) == 5
+    images, stream = ds.select_columns(["image"]), ds.to_iterable_dataset()
+    for several in (ds["image"], ds["image"][:], ds.cast_column("image", Image(decode=False))["image"], ds):
+        found = pipe(several, labels=ds["mask"])
+        assert isinstance(found, list)
+        all_same(found, pipe(photos()))
+    all_same(pipe(images.rename_column("image", "photo")), pipe(photos()))  # the only column of images
+    # what has no length is answered as it comes
+    for several, labels in ((stream["image"], ds["mask"]), (stream, stream["mask"])):
+        answers = pipe(several, labels=labels, strategy="oracle", batch_size=2)
+        assert not isinstance(answers, list)
+        all_same(list(answers), pipe(photos(), labels=ds["mask"], strategy="oracle"))
 
 
-def test_a_whole_data_set_is_refused_with_what_to_pass(pipes):
-    for ds in (rows(2), rows(2).to_iterable_dataset()):
-        with pytest.raises(TypeError, match=r"columns \['box', 'image', .*\]: pass the column of images"):
-            pipes()(ds)
+def test_rows_of_which_no_column_is_the_image_are_refused(pipes):
+    ds = rows(2).rename_column("image", "photo")  # beside a mask
+    for several in (ds, ds.to_iterable_dataset()):
+        with pytest.raises(TypeError, match=r"columns \['box', 'mask', 'name', 'photo'\]: pass the column of images"):
+            list(pipes()(several))
+
+
+def test_more_examples_than_there_are_is_said(pipes):
+    with pytest.warns(UserWarning, match=f"num_examples=100, but the pool has {COUNT} examples"):
+        assert len(pipes()(scene(100)[0], num_examples=100)["example_ids"]) == COUNT
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A web server on this machine, and the folder that it shows."""
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", tmp_path
+        server.shutdown()
+
+
+def test_images_of_the_web_are_asked_with_and_make_pools(pipes, site, tmp_path_factory):
+    (address, folder), pipe = site, pipes()
+    for number in range(3):
+        scene(number)[0].save(folder / f"{number}.png")
+        scene(number)[1].save(folder / f"mask {number}.png")
+    urls = [f"{address}/{number}.png" for number in range(3)]
+    all_same([pipe(urls[0]), *pipe(urls)], pipe([scene(0)[0], *photos(range(3))]))
+    table = {"image": urls, "mask": [f"{address}/mask%20{number}.png" for number in range(3)]}
+    for cast in (False, True):  # texts, or a column of images
+        data = Dataset.from_dict(table)
+        data = data.cast_column("image", Image()).cast_column("mask", Image()) if cast else data
+        folder = tmp_path_factory.mktemp("web")
+        pool = ExamplePool.from_dataset(
+            data, "image", "mask", encoder=tiny_encoder(), cache_dir=folder, progress=False
+        )
+        for row in range(3):
+            assert np.array_equal(pool.image(row), scene(row)[0])
+            assert np.array_equal(np.array(pool.label(row)) > 0, np.array(scene(row)[1]) > 0)
+    with pytest.raises(ValueError, match="/absent.png cannot be fetched: HTTP Error 404"):
+        pipe(f"{address}/absent.png")
 
 
 @pytest.mark.parametrize(
@@ -638,7 +687,7 @@ def test_a_new_frozen_model_is_one_class_and_one_entry(pools, monkeypatch, tmp_p
     unknown = VisualInContextModel.from_parts(frozen, tiny_encoder())
     with pytest.raises(ValueError, match="a Mixing cannot be saved.*SegGptInContext and FeatureMatching can be saved"):
         VisualInContextPipeline(unknown, pool=pools["segmentation"]).save_pretrained(tmp_path / "unknown")
-    assert not [*(tmp_path / "unknown").glob("*")]
+    assert not {"pool", "config.json"} & {file.name for file in (tmp_path / "unknown").glob("*")}
     monkeypatch.setitem(FROZEN, "mixing", Mixing)
     pipe = VisualInContextPipeline(
         VisualInContextModel.from_parts(frozen, tiny_encoder()), "dense", pools["segmentation"]

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_effdl.files import digest
-from hf_effdl.vicl.remote_code.images import BICUBIC, pixels, to_rgb
+from hf_effdl.vicl.remote_code.images import BICUBIC, fetched, is_url, pixels, to_rgb
 from hf_effdl.vicl.remote_code.masks import Reading
 from hf_effdl.vicl.remote_code.visual_tasks import task_of
 
@@ -181,7 +181,7 @@ def _content(value: Any) -> bytes:
     if isinstance(value, dict):
         value = value["path"] if value.get("bytes") is None else value["bytes"]
     if isinstance(value, str):
-        return Path(value).read_bytes()
+        return fetched(value) if is_url(value) else Path(value).read_bytes()
     if not isinstance(value, bytes):
         raise TypeError(
             f"the image is {type(value).__name__}, not a file; cast the column: ds.cast_column(name, datasets.Image())"

@@ -66,6 +66,25 @@ def check_each(name: str, values: Any, images: Any) -> None:
         raise ValueError(f"{len(values)} {name} for {len(images)} images: pass one each")
 
 
+def image_of(row: dict[str, Any]) -> Any:
+    """The image in a row of a whole data set: its column `image`, or the only one that holds an image.
+
+    Raises:
+        TypeError: where that is not clear.
+    """
+    if row.keys() & {"bytes", "path"}:
+        return row
+    held = [name for name, value in row.items() if isinstance(value, Image.Image) or is_file(value)]
+    name = "image" if "image" in held else held[0] if len(held) == 1 else None
+    if name is None:
+        raise TypeError(f"got a row with the columns {sorted(row)}: pass the column of images, dataset['image']")
+    return row[name]
+
+
+def is_file(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"bytes", "path"}
+
+
 def walkable(images: Any) -> Any:
     """Images one after the other; of what only has numbered items, as data sets of torch, these."""
     if isinstance(images, Iterable):
