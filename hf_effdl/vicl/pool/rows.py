@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import datasets
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_effdl.files import digest
-from hf_effdl.vicl.remote_code.images import BICUBIC, fetched, is_url, pixels, to_rgb
+from hf_effdl.vicl.remote_code.images import BICUBIC, pixels, to_rgb
 from hf_effdl.vicl.remote_code.masks import Reading
 from hf_effdl.vicl.remote_code.visual_tasks import task_of
 
@@ -29,6 +30,7 @@ SHOWN = 5
 READING = 2
 # seconds after which a file that was not finished is removed
 LITTER = 86_400
+TIMEOUT = 60  # seconds without a word from a server
 
 
 @dataclass
@@ -92,7 +94,7 @@ class Rows(torch.utils.data.Dataset):
         return row
 
     def _read(self, row: Row) -> None:
-        values = self.data[row.number]
+        values = {name: _local(value) for name, value in self.data[row.number].items()}
         content = _content(values[self.image])
         image = to_rgb(content)
         with Image.open(io.BytesIO(content)) as opened:
@@ -177,11 +179,21 @@ def _state_of(path: str | None) -> tuple[int, int] | None:
     return stat.st_size, stat.st_mtime_ns
 
 
+def _local(value: Any) -> Any:
+    """A value of a row; of one that is on the web, its bytes."""
+    url = value["path"] if isinstance(value, dict) and value.get("bytes") is None and "path" in value else value
+    if not isinstance(url, str) or not url.startswith(("http://", "https://")):
+        return value
+    # some servers refuse the library's own name
+    with urlopen(Request(url, headers={"User-Agent": "hf_effdl"}), timeout=TIMEOUT) as answer:
+        return answer.read()
+
+
 def _content(value: Any) -> bytes:
     if isinstance(value, dict):
         value = value["path"] if value.get("bytes") is None else value["bytes"]
     if isinstance(value, str):
-        return fetched(value) if is_url(value) else Path(value).read_bytes()
+        return Path(value).read_bytes()
     if not isinstance(value, bytes):
         raise TypeError(
             f"the image is {type(value).__name__}, not a file; cast the column: ds.cast_column(name, datasets.Image())"

@@ -5,7 +5,6 @@ import io
 import os
 from collections.abc import Sequence
 from typing import Any
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 Size = tuple[int, int]
 # pixels of an image that is read; a small file can hold any number
 MOST = 2**27
-TIMEOUT = 60  # seconds without a word from a server
 BICUBIC, NEAREST = Image.Resampling.BICUBIC, Image.Resampling.NEAREST
 
 
@@ -25,7 +23,7 @@ def to_rgb(image: Any) -> Image.Image:
 
     Args:
         image: PIL image of any mode; numpy `(H, W)` or `(H, W, 1|3|4)` of bool, uint8, uint16 or floats in [0, 1];
-            path or URL; encoded bytes; `{"bytes", "path"}` of a `datasets.Image(decode=False)` column. PIL modes I and
+            path; encoded bytes; `{"bytes", "path"}` of a `datasets.Image(decode=False)` column. PIL modes I and
             I;16 hold 16 bits (scaled by 1 / 257), F holds [0, 1].
 
     Raises:
@@ -74,25 +72,6 @@ def _over_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
-def is_url(value: Any) -> bool:
-    """Whether it names a file on the web."""
-    return isinstance(value, str) and value.startswith(("http://", "https://"))
-
-
-def fetched(url: str) -> bytes:
-    """The file at a URL.
-
-    Raises:
-        ValueError: where it cannot be had.
-    """
-    try:
-        # some servers refuse the library's own name
-        with urlopen(Request(url, headers={"User-Agent": "hf_effdl"}), timeout=TIMEOUT) as answer:
-            return answer.read()
-    except OSError as error:
-        raise ValueError(f"the image at {url} cannot be fetched: {error}") from error
-
-
 def opened(image: Any, formats: Sequence[str] | None = None) -> Any:
     """A file or its bytes as a PIL image, turned as its EXIF orientation says; arrays and all else as they are.
 
@@ -102,8 +81,6 @@ def opened(image: Any, formats: Sequence[str] | None = None) -> Any:
     """
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
-    if is_url(image):
-        image = fetched(image)
     try:
         if isinstance(image, (bytes, str, os.PathLike)):
             if formats is not None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers.image_utils import load_image
 
 from .examples import Queries
 
@@ -64,6 +65,18 @@ def check_each(name: str, values: Any, images: Any) -> None:
         raise ValueError(f"{name}= must hold one {ONE_OF[name]} for each image")
     if hasattr(values, "__len__") and hasattr(images, "__len__") and len(values) != len(images):
         raise ValueError(f"{len(values)} {name} for {len(images)} images: pass one each")
+
+
+def downloaded(url: str) -> Image.Image:
+    """The image at a URL.
+
+    Raises:
+        ValueError: where it cannot be had.
+    """
+    try:
+        return load_image(url)
+    except Exception as error:  # upstream's client, and with it its errors, are not the same in every version
+        raise ValueError(f"the image at {url} cannot be fetched: {error}") from error
 
 
 def image_of(row: dict[str, Any]) -> Any:

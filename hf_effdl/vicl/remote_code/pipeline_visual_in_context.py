@@ -18,7 +18,18 @@ from .examples import Examples, Queries
 from .frozen_canvas import vote as count_votes
 from .images import pixels, to_rgb
 from .modeling_visual_in_context import KINDS, VisualInContextModel
-from .pipeline_inputs import ONE_OF, alike, array_of, check_each, fused, image_of, is_image, soft_map, walkable
+from .pipeline_inputs import (
+    ONE_OF,
+    alike,
+    array_of,
+    check_each,
+    downloaded,
+    fused,
+    image_of,
+    is_image,
+    soft_map,
+    walkable,
+)
 from .pipeline_loading import load_parts
 from .pipeline_options import FORWARD, Options, check_chosen, check_options
 from .pipeline_picture import Answer, Shown, draw_panels
@@ -428,6 +439,8 @@ class VisualInContextPipeline(Pipeline):
     def _opened(image: Any) -> Image.Image:
         if isinstance(image, dict):
             image = image_of(image)
+        if isinstance(image, str) and image.startswith(("http://", "https://")):
+            image = downloaded(image)
         if isinstance(image, Tensor):
             image = array_of(image)
         return to_rgb(image)
