@@ -71,10 +71,14 @@ def parse_arguments(
     if unknown := sorted(set(values) - names):
         raise ValueError(f"{config_file(argv)} sets {unknown}, which this script does not know; see --help")
     parser.set_defaults(**(defaults or {}), **{name: None for name, value in values.items() if value in (None, [])})
-    found = parser.parse_args_into_dataclasses([*as_arguments(values), *argv], look_for_args_file=False)
+    *found, unknown = parser.parse_args_into_dataclasses(
+        [*as_arguments(values), *argv], look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if any(issubclass(kind, TrainingArguments) for kind in kinds):
         refuse_lone_processes()
-    return found
+    return tuple(found)
 
 
 def as_arguments(values: Mapping[str, Any]) -> Iterator[str]:

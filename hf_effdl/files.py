@@ -49,6 +49,29 @@ def write_json(target: str | os.PathLike[str], value: Any) -> Path:
     return write_whole(target, json.dumps(value, indent=2) + "\n")
 
 
+def check_folder(where: Any, revision: str | None = None) -> None:
+    """Refuse what looks like the path of a folder and is none, before a repository of that name is asked for.
+
+    A path is what is no text, starts with `./`, `../`, `/` or `~`, has more than one slash, or lies in a folder that
+    is there. Names of one word and `owner/name` are repositories where no such folder is.
+
+    Args:
+        where: as it was given; what is neither text nor path is left to others to refuse.
+        revision: only repositories have one.
+
+    Raises:
+        FileNotFoundError: naming it.
+    """
+    if revision is not None or not isinstance(where, str | os.PathLike) or os.path.isdir(where):
+        return
+    name = os.fspath(where)
+    inside = os.path.dirname(name)
+    path = name.startswith(("./", "../", "~")) or os.path.isabs(name) or name.count("/") > 1
+    if path or not isinstance(where, str) or os.path.isdir(inside):
+        near = f", and {inside!r} is one" if os.path.isdir(inside) else ""
+        raise FileNotFoundError(f"there is no folder {name!r}{near}: it is taken for a path, not for a repository")
+
+
 def sweep(folder: Path, pattern: str) -> None:
     """Remove what writers that were killed left beside their files; none may be writing such files now.
 

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from answers import photos, plain, tiny_seggpt
+from answers import all_same, photos, plain, same, tiny_seggpt
 from datasets import Image
 from PIL import Image as Picture
 from scenes import label_of, make_model, rows, scene, tiny_encoder
@@ -152,12 +152,12 @@ def test_nothing_is_measured_or_ranked_on_its_own_group(pool):
 
 def test_images_come_as_torch_has_them(pipe):
     data, expected = rows(4, 100), pipe(photos()[:4])
-    assert list(map(plain, pipe(KeyDataset(data, "image")))) == list(map(plain, expected))
+    all_same(pipe(KeyDataset(data, "image")), expected)
     array = np.array(photos()[0])
     for tensor in (torch.tensor(array).permute(2, 0, 1), torch.tensor(array / 255).permute(2, 0, 1)):
-        assert plain(pipe(tensor)) == plain(expected[0])
+        same(pipe(tensor), expected[0])
     clear = np.dstack([array, np.full(array.shape[:2], 255, np.uint8)])
-    assert plain(pipe(Picture.fromarray(clear))) == plain(expected[0])
+    same(pipe(Picture.fromarray(clear)), expected[0])
 
 
 def test_labels_are_read_as_those_of_the_pools_data_set(tmp_path):

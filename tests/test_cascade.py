@@ -6,29 +6,31 @@ import cascade_run
 import numpy as np
 import pytest
 import torch
-from answers import Mirror, check_contract, photos, tiny_seggpt
+from answers import Mirror, all_same, check_contract, photos, tiny_seggpt
+from answers import plain as plain_answer
 from cascade_run import COUNT, PASSES, K, Painter, asked, painter
 from forked import Script
 from safetensors.torch import load_file
 from scenes import SIZE, TASKS, make_model, make_pool, rows, scene, tiny_encoder
-from torch import nn
 
 from hf_effdl import CascadeSelector, SegGptInContext, VisualInContextModel, VisualInContextPipeline, measure_examples
 from hf_effdl.vicl.auto import ListwiseRanker, ListwiseRankerConfig
 from hf_effdl.vicl.remote_code import cascade_head, cascade_stages
 from hf_effdl.vicl.remote_code.cascade_consensus import Consensus
 from hf_effdl.vicl.remote_code.cascade_fit import columns_of, fit, warn_of
-from hf_effdl.vicl.remote_code.cascade_lists import MeasuredLists
+from hf_effdl.vicl.remote_code.cascade_lists import MeasuredLists, folds_of
 from hf_effdl.vicl.remote_code.cascade_precedents import Precedents
-from hf_effdl.vicl.remote_code.cascade_stages import FIRST, FUSIONS, TURNS, FirstStage, Tried, best_temperature
+from hf_effdl.vicl.remote_code.cascade_stages import FUSIONS, TURNS, FirstStage, best_temperature
 from hf_effdl.vicl.remote_code.examples import Examples, Queries
 from hf_effdl.vicl.remote_code.images import pixels
+from hf_effdl.vicl.remote_code.pool_rows import group_numbers
 from hf_effdl.vicl.remote_code.ranker_selector import RankerSelector
 from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:on the pool's own images")
 ENCODER = tiny_encoder()
+VIDEOS = [None if row == 7 else str(row // 3) for row in range(COUNT)]
 
 
 @pytest.fixture(scope="module")
@@ -73,20 +75,12 @@ def fitted(measured, pools):
     return make
 
 
+def plain(outputs) -> list:
+    return [plain_answer(one) for one in outputs]
+
+
 def examples_of(model, pool) -> Examples:
     return Examples(pool, model, find_task(model.config.task))
-
-
-def plain(outputs) -> list:
-    return [[np.asarray(one["prediction"]).tolist(), one["example_ids"], one["scores"]] for one in outputs]
-
-
-def same(outputs, others) -> None:
-    for one, other in zip(outputs, others, strict=True):
-        assert one["example_ids"] == other["example_ids"]
-        assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
-        pair = [0 if out["prediction"] is None else np.asarray(out["prediction"], dtype=int) for out in (one, other)]
-        assert np.abs(pair[0] - pair[1]).mean() < 0.01
 
 
 def other_performance(model, pool, change) -> None:
@@ -99,28 +93,63 @@ def other_performance(model, pool, change) -> None:
 # ---- what fitting looks at
 
 
-def lists_of(model, pool) -> tuple[Examples, MeasuredLists, Precedents]:
-    measured = model.measured_candidates, model.measured_performance
-    lists = MeasuredLists.read(pool, measured, model.config.candidates)
-    return examples_of(model, pool), lists, Precedents.of(pool, measured, lists)
+def lists_of(model, pool, groups=None) -> tuple[Examples, MeasuredLists, Precedents]:
+    measured, numbers = (model.measured_candidates, model.measured_performance), group_numbers(groups, len(pool))
+    lists = MeasuredLists.read(pool, measured, model.config.candidates, numbers)
+    return examples_of(model, pool), lists, Precedents.of(pool, measured, lists, numbers)
 
 
+@pytest.mark.parametrize("groups", [None, VIDEOS], ids=["alone", "grouped"])
 @pytest.mark.parametrize("count", [K, COUNT - 1])
-def test_what_an_image_measured_does_not_enter_its_own_features(measured, pools, count):
+def test_what_an_image_and_its_group_measured_does_not_enter_its_own_features(measured, pools, count, groups):
     model, pool = measured(candidates=count), pools["segmentation"]
-    examples, lists, precedents = lists_of(model, pool)
+    examples, lists, precedents = lists_of(model, pool, groups)
     before = torch.cat(list(columns_of(examples, lists, precedents).values()), 2)
-    place = 5
-    image = int(lists.images[place])
+    image = int(lists.images[5])
+    changed = [row for row in range(COUNT) if row == image or (groups and groups[row] == groups[image] is not None)]
+    assert len(changed) == (3 if groups else 1)
 
     def change(performance):
-        performance[image] = torch.rand(count, generator=torch.Generator().manual_seed(0)) * 5
+        drawn = torch.rand(len(changed), count, generator=torch.Generator().manual_seed(0))
+        performance[changed] = drawn * 5
 
     other_performance(model, pool, change)
-    after = torch.cat(list(columns_of(*lists_of(model, pool)).values()), 2)
-    torch.testing.assert_close(after[place], before[place], atol=1e-4, rtol=1e-4)
-    others = torch.arange(len(before)) != place
-    assert (after[others] - before[others]).abs().amax() > 0.1
+    after = torch.cat(list(columns_of(*lists_of(model, pool, groups)).values()), 2)
+    own = torch.isin(lists.images, torch.tensor(changed))
+    torch.testing.assert_close(after[own], before[own], atol=2e-4, rtol=1e-4)
+    assert (after[~own] - before[~own]).abs().amax() > 0.1
+
+
+def test_folds_are_as_large_as_each_other_and_never_part_a_group(pools, measured):
+    assert torch.equal(folds_of(torch.randperm(23)), torch.arange(23) % 5)
+    groups = torch.randint(9, (40,), generator=torch.Generator().manual_seed(0)).square() // 8
+    folds = folds_of(groups)
+    assert all(len(folds[groups == group].unique()) == 1 for group in groups)
+    assert folds.bincount(minlength=5).max() <= max(groups.bincount().max(), 40 / 5 + groups.bincount().max())
+    lists = lists_of(measured(queries=23), pools["segmentation"], VIDEOS)[1]
+    videos = [VIDEOS[row] for row in lists.images.tolist()]
+    assert len({(video, fold) for video, fold in zip(videos, lists.fold.tolist()) if video}) == len({*videos} - {None})
+
+
+def test_a_cascade_is_fitted_by_groups_of_the_pool_or_others(measured, pools, tmp_path):
+    model, pool, of = measured(), pools["segmentation"], {}
+    for name, groups in (
+        ("none", None),
+        ("same", [None] * COUNT),
+        ("videos", VIDEOS),
+        ("two", ["a", "b"] * (COUNT // 2)),
+    ):
+        of[name] = CascadeSelector(model, passes=1).fit(pool, groups=groups, progress=False).report
+    assert of["none"] == of["same"] and len({of[name]["stage 1"] for name in of}) == 3
+    kept = make_pool(tmp_path, count=COUNT, encoder=ENCODER, groups=VIDEOS)
+    model.set_performance(model.measured_candidates, model.measured_performance, kept.fingerprint)
+    assert CascadeSelector(model, passes=1).fit(kept, progress=False).report == of["videos"]
+    for groups, message in (
+        (["a"] * COUNT, "are all of one group.*groups=.None. . len.pool"),
+        (["a"], "1 groups for a pool"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CascadeSelector(model, passes=1).fit(kept, groups=groups, progress=False)
 
 
 def test_the_report_is_what_the_table_says(fitted, measured, pools):
@@ -260,13 +289,6 @@ def test_a_cascade_that_gains_nothing_says_so(last, gains):
         assert f"{last:g}, no better than the nearest (0.5): measure on more images" in str(seen[0].message)
 
 
-def test_the_temperature_is_in_units_of_the_spread_inside_lists(fitted, measured, pools):
-    model = measured()
-    cascade = fitted(model=model, passes=1)
-    apart = model.measured_performance - model.measured_performance.mean(1, keepdim=True)
-    assert cascade.temperature == pytest.approx(0.8 * float(apart.square().mean().sqrt()), rel=1e-4)
-
-
 class Kinds(Painter):
     """Paints the object where query and example are of one of four kinds that nothing shows, and else all but it."""
 
@@ -298,10 +320,6 @@ def test_of_examples_that_stand_and_fall_together_it_tries_one_of_each_kind(tmp_
         for own in (lists.images, None)
     )
     assert report["best tried"] == pytest.approx(tried) and abs(leaking - tried) > 1e-3
-    # where nothing is shared, or nothing is unsure, the highest scores are tried
-    certain = FirstStage(first.scorer, torch.tensor([0.0, 1.0]))
-    tried = certain.shortlist(precedents.relations, scores, lists.rows, lists.images, 4)
-    assert torch.equal(tried, scores.sort(dim=1, descending=True, stable=True).indices[:, :4])
 
 
 def test_what_is_unsure_and_shared_is_learnt_from_what_stage_1_leaves(measured, pools):
@@ -360,31 +378,6 @@ def test_temperatures_are_in_units_of_the_spread_inside_lists(pools, measured, t
         assert min(abs(temperature - softness * unit) for softness in FUSIONS) < 1e-4 * unit
 
 
-def test_every_turn_weighs_the_answers_by_the_scores_of_the_one_before(fitted, measured, pools):
-    model, pool = measured(), pools["segmentation"]
-    cascade, examples, queries = fitted(model=model), examples_of(model, pool), asked(model)
-    scores, rows, answers = cascade(queries, examples, PASSES, K)
-    (first, second), precedents = cascade.stages(), cascade.precedents(examples)
-    assert [turn.temperature for turn in second.turns] == pytest.approx(cascade.temperatures[:TURNS].tolist())
-    assert cascade.temperature == float(cascade.temperatures[-1])
-    # the same examples again, in the order in which they were chosen at last
-    similarity, near = pool.search(queries.views["vector"], K)
-    columns = cascade_stages.first_columns(queries.views, examples, precedents, similarity, near, None)
-    places = (near[:, :, None] == rows[:, None]).int().argmax(1)
-    tried = Tried(
-        examples.task,
-        answers,
-        queries.views["grid"],
-        torch.ones_like(rows, dtype=torch.bool),
-        cascade_stages.gathered(columns, places),
-    )
-    by_turns = [first.scores(columns, near >= 0).gather(1, places)]
-    for turn in second.turns:
-        by_turns.append(turn.scores(tried, by_turns[-1]))
-    assert not torch.allclose(by_turns[1], by_turns[2])
-    torch.testing.assert_close(scores, by_turns[-1], atol=1e-5, rtol=1e-4)
-
-
 # ---- with whatever there is
 
 
@@ -422,15 +415,13 @@ def test_it_is_fitted_from_what_there_is_and_chooses(measured, fitted, pools, mo
     outputs = pipe(photos(), num_examples=2)
     for image, output in zip(photos(), outputs, strict=True):
         check_contract(task, output, image, 2, pool.ids)
-        alone = pipe(image, num_examples=2)
-        assert alone["example_ids"] == output["example_ids"]
-        assert alone["scores"] == pytest.approx(output["scores"], abs=1e-5)
+    all_same([pipe(image, num_examples=2) for image in photos()], outputs)
     # and as after saving
     pipe.save_pretrained(tmp_path / "saved")
     loaded = VisualInContextPipeline(str(tmp_path / "saved"))
     assert loaded.model.config.strategy == "cascade" and loaded.model.selector.report == cascade.report
     assert loaded.model.selector.temperature == cascade.temperature and loaded.model.selector.passes == cascade.passes
-    same(loaded(photos(), num_examples=2), outputs)
+    all_same(loaded(photos(), num_examples=2), outputs)
 
 
 def test_lists_may_be_of_different_lengths(measured, fitted, pools):
@@ -455,18 +446,6 @@ def test_lists_may_be_of_different_lengths(measured, fitted, pools):
         pool, (candidates[:, order], performance[:, order]), model=model, progress=False
     )
     assert again.report == pytest.approx(cascade.report)
-
-
-def test_a_pool_smaller_than_the_list_of_candidates(tmp_path):
-    pool, model = make_pool(tmp_path, count=12, encoder=ENCODER), make_model(encoder=ENCODER)
-    measure_examples(model, pool, progress=False)
-    assert model.config.candidates == 50
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.set_selector(CascadeSelector(model).fit(pool, progress=False))
-    pipe = VisualInContextPipeline(model, pool=pool)
-    assert len(pipe(scene(100)[0], num_examples=20)["example_ids"]) == 12
-    assert len(pipe(scene(100)[0], candidates=3)["example_ids"]) == 1
 
 
 def test_a_query_of_the_pool_is_not_shown_itself_nor_what_it_measured(fitted, measured, pools):
@@ -561,29 +540,19 @@ def test_a_fusion_is_the_mean_by_weights(measured, fitted, pools, task):
 @pytest.mark.parametrize("kind", ["seggpt", "mirror"])
 def test_votes_and_fusion_inside_the_model_ask_it_anew(tmp_path, kind):
     pool = make_pool(tmp_path, count=14, encoder=ENCODER)
-    frozen = SegGptInContext(tiny_seggpt()) if kind == "seggpt" else Mirror()
-    model = VisualInContextModel.from_parts(frozen, ENCODER)
+    model = VisualInContextModel.from_parts(SegGptInContext(tiny_seggpt()) if kind == "seggpt" else Mirror(), ENCODER)
     measure_examples(model, pool, candidates=6, progress=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.set_selector(CascadeSelector(model, passes=3).fit(pool, progress=False))
-    pipe = VisualInContextPipeline(model, pool=pool)
-    for options in (
-        {"vote": True},
-        {"vote": True, "num_examples": 3, "fusion": "weighted"},
-        {"num_examples": 3, "fusion": "model"},
-    ):
-        if kind == "mirror" and options.get("fusion") == "model":
-            continue
-        output = pipe(scene(100)[0], **options)
-        check_contract("segmentation", output, scene(100)[0], options.get("num_examples", 1), pool.ids)
-        if options.get("fusion") == "weighted":
-            continue
+    model.set_selector(CascadeSelector(model, passes=3).fit(pool, progress=False))
+    pipe, image = VisualInContextPipeline(model, pool=pool), scene(100)[0]
+    weighted = pipe(image, vote=True, num_examples=3, fusion="weighted")
+    check_contract("segmentation", weighted, image, 3, pool.ids)
+    for options in [{"vote": True}] + [{"num_examples": 3, "fusion": "model"}] * (kind == "seggpt"):
+        output = pipe(image, **options)
 
         def same(queries, examples, count, candidates, ids=output["example_ids"]):
             return torch.zeros(1, count), torch.tensor([[pool.position(id) for id in ids]])
 
-        expected = pipe(scene(100)[0], strategy=same, **options)
+        expected = pipe(image, strategy=same, **options)
         assert np.array_equal(expected["prediction"], output["prediction"])
 
 
@@ -649,7 +618,6 @@ def test_half_precision_chooses_nearly_the_same(fitted, measured, pools, monkeyp
     images = photos(range(100, 112))
     before = pipe(images)
     model.to(torch.bfloat16)
-    half = VisualInContextPipeline.__call__(pipe, images)
     pipe.examples = Examples(pool, model, pipe.visual_task)  # what was encoded before is forgotten
     half = pipe(images)
     same = [one["example_ids"] == other["example_ids"] for one, other in zip(before, half)]
@@ -661,139 +629,116 @@ def test_half_precision_chooses_nearly_the_same(fitted, measured, pools, monkeyp
 # ---- what cannot work
 
 
-def test_settings_that_cannot_be(measured):
-    for passes in (0, -1, True, 2.0, "ten"):
-        with pytest.raises(ValueError, match=r"passes=.*: pass a whole number of runs"):
-            CascadeSelector(passes=passes)
-    with pytest.raises(ValueError, match=r"head='forest': choose one of \('ridge', 'listwise'\)"):
-        CascadeSelector(head="forest")
-
-
-def test_a_cascade_that_was_not_fitted(measured, pools):
+def test_a_cascade_that_was_not_fitted_or_is_not_there(measured, pools):
     model, pool = measured(), pools["segmentation"]
-    with pytest.raises(ValueError, match="pass model=, here or to the constructor"):
-        CascadeSelector().fit(pool)
-    pipe = VisualInContextPipeline(model, CascadeSelector(model), pool)
-    for call in (
-        lambda: pipe(scene(100)[0]),
-        lambda: pipe(scene(100)[0], fusion="weighted", num_examples=2),
-        lambda: model.set_selector(CascadeSelector(model)),
+    pipe, image = VisualInContextPipeline(model, CascadeSelector(model), pool), scene(100)[0]
+    asked = VisualInContextPipeline(model, pool=pool)
+    weighted, none = (
+        {"num_examples": 3, "fusion": "weighted"},
+        "strategy='cascade', but the model keeps none: model.se",
+    )
+    for call, error, message in (
+        (lambda: CascadeSelector(passes=0), ValueError, r"passes=0: pass a whole number of runs"),
+        (lambda: CascadeSelector(passes=True), ValueError, r"passes=True"),
+        (lambda: CascadeSelector(passes=2.0), ValueError, r"passes=2.0"),
+        (lambda: CascadeSelector(head="forest"), ValueError, r"head='forest': choose one of \('ridge', 'listwise'\)"),
+        (lambda: CascadeSelector().fit(pool), ValueError, "pass model=, here or to the constructor"),
+        (lambda: pipe(image), ValueError, "not fitted: measure_examples"),
+        (lambda: pipe(image, **weighted), ValueError, "not fitted: measure_examples"),
+        (lambda: model.set_selector(CascadeSelector(model)), ValueError, "not fitted: measure_examples"),
+        (lambda: model.set_selector("cascade"), TypeError, "a model keeps a CascadeSelector or a RankerSelector"),
+        (
+            lambda: model.set_selector(CascadeSelector),
+            TypeError,
+            "a model keeps a CascadeSelector or a RankerSelector",
+        ),
+        (lambda: VisualInContextPipeline(model, "cascade", pool), ValueError, none),
+        (lambda: asked(image, strategy="cascade"), ValueError, none),
+        (lambda: asked(image, **weighted), ValueError, r"fusion='weighted'.*CascadeSelector.*choose 'mean'"),
+        (lambda: asked(image, strategy=RankerSelector(ranker(3)), **weighted), ValueError, "fusion='weighted'"),
     ):
-        with pytest.raises(ValueError, match="not fitted: measure_examples"):
+        with pytest.raises(error, match=message):
             call()
-    with pytest.raises(ValueError, match=r"strategy='cascade', but the model keeps none: model.set_selector"):
-        VisualInContextPipeline(model, "cascade", pool)
-    with pytest.raises(ValueError, match=r"strategy='cascade', but the model keeps none"):
-        VisualInContextPipeline(model, pool=pool)(scene(100)[0], strategy="cascade")
     model.set_selector(RankerSelector(ranker(3)))
     with pytest.raises(ValueError, match="but the model keeps ranker"):
         VisualInContextPipeline(model, "cascade", pool)
-    for wrong in ("cascade", nn.Linear(2, 2), CascadeSelector):
-        with pytest.raises(TypeError, match="a model keeps a CascadeSelector or a RankerSelector"):
-            model.set_selector(wrong)
-
-
-def test_weights_need_scores_that_mean_something(measured, pools):
-    pipe = VisualInContextPipeline(measured(), pool=pools["segmentation"])
-    for strategy in ("nearest", "dense", RankerSelector(ranker(3))):
-        with pytest.raises(ValueError, match=r"fusion='weighted'.*CascadeSelector.*choose 'mean'"):
-            pipe(scene(100)[0], strategy=strategy, num_examples=3, fusion="weighted")
-    with pytest.raises(ValueError, match=r"fusion='sum': choose one of"):
-        pipe(scene(100)[0], fusion="sum")
 
 
 def test_another_pool_and_one_that_was_changed_since(fitted, measured, pools, tmp_path):
     pool, model = make_pool(tmp_path / "a", count=14, encoder=ENCODER), make_model(encoder=ENCODER)
     measure_examples(model, pool, candidates=8, progress=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        cascade = fitted(model=model, pool=pool)
-    model.set_selector(cascade)
-    pipe = VisualInContextPipeline(model, pool=pool)
-    pipe(scene(100)[0])
-    with pytest.raises(ValueError, match=r"fitted on the pool .* Run measure_examples and cascade.fit again"):
-        VisualInContextPipeline(model, pool=pools["segmentation"])(scene(100)[0])
-    pool.remove(["scene 4"])
-    with pytest.raises(ValueError, match=r"or it was changed since. Run measure_examples and cascade.fit again"):
-        pipe(scene(100)[0])
-    with pytest.raises(ValueError, match=r"performance was measured on the pool .* run measure_examples again"):
-        cascade.fit(pool)
-    pool.add(rows(2, 50), progress=False)
-    with pytest.raises(ValueError, match="or it was changed since"):
-        pipe(scene(100)[0])
+    cascade = fitted(model=model, pool=pool)
+    pipe, image = VisualInContextPipeline(model.set_selector(cascade), pool=pool), scene(100)[0]
+    pipe(image)
+    again, measure = ("Run measure_examples and cascade.fit again", "was measured on the pool .* run measure_examples")
+    with pytest.raises(ValueError, match=rf"fitted on the pool .* {again}"):
+        VisualInContextPipeline(model, pool=pools["segmentation"])(image)
+    for change in (lambda: pool.remove(["scene 4"]), lambda: pool.add(rows(2, 50), progress=False)):
+        change()
+        with pytest.raises(ValueError, match=rf"or it was changed since. {again}"):
+            pipe(image)
+        with pytest.raises(ValueError, match=measure):
+            cascade.fit(pool)
     measure_examples(model, pool, candidates=8, progress=False)
     with pytest.raises(ValueError, match="a model keeps a cascade with the performance that it was fitted on"):
         model.set_selector(cascade)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.set_selector(cascade.fit(pool, progress=False))
-    assert pipe(scene(100)[0])["example_ids"][0] in pool.ids
+    model.set_selector(cascade.fit(pool, progress=False))
+    assert pipe(image)["example_ids"][0] in pool.ids
     # the cascade fits the pool, but the model has no labels of it, or those of another
     other = make_model(encoder=ENCODER)
-    with pytest.raises(ValueError, match="needs the measured performance that it was fitted on"):
-        VisualInContextPipeline(other, cascade, pool)(scene(100)[0])
-    other.set_performance(torch.zeros(14, 2).long(), torch.rand(14, 2), "another")
-    with pytest.raises(ValueError, match="needs the measured performance that it was fitted on"):
-        VisualInContextPipeline(other, cascade, pool)(scene(100)[0])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="needs the measured performance that it was fitted on"):
+            VisualInContextPipeline(other, cascade, pool)(image)
+        other.set_performance(torch.zeros(15, 2).long(), torch.rand(15, 2), "another")
 
 
-def spoilt(candidates, performance, what):
-    candidates, performance = candidates.long().clone(), performance.clone()
-    if what == "NaN":
-        performance[3, 1] = torch.nan
-    elif what == "infinite":
-        performance[3, 1] = torch.inf
-    elif what == "equal":
-        performance[:] = 0.25
-    elif what == "few":
-        candidates[9:] = -1
-    elif what == "rows":
-        candidates[0, 0] = COUNT
-    elif what == "itself":
-        candidates[4, 2] = 4
-    elif what == "images":
-        candidates, performance = candidates[:-1], performance[:-1]
-    elif what == "nothing":
-        candidates, performance = candidates[:0], performance[:0]
-    elif what == "shape":
-        performance = performance[:, :-1]
-    elif what == "short":
-        candidates[:, PASSES:] = -1
-    return candidates, performance
+def changed(table, place, value):
+    table = table.clone()
+    table[place] = value
+    return table
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("spoil", "error", "message"),
     [
-        ("NaN", "NaN or infinite: measure these pairs again"),
-        ("infinite", "NaN or infinite: measure these pairs again"),
-        ("equal", "0.25 everywhere: .* look at the metric"),
-        ("few", r"9 pool images were measured on, and a cascade needs 10 .* more queries="),
-        ("rows", f"candidates up to {COUNT}, for a pool of {COUNT}: they are of another pool; run measure_examples"),
-        ("images", f"measured on {COUNT - 1} images, .* another pool"),
-        ("nothing", "measured on 0 images, .* another pool"),
-        ("itself", "row 4 of the pool as an example for itself.* set candidates to -1"),
-        ("shape", r"must both be \(n, K\), as measure_examples returns them"),
-        ("short", f"passes={PASSES}, but at most {PASSES} candidates .* lower passes="),
+        (lambda c, p: (c, changed(p, (3, 1), torch.nan)), ValueError, "NaN or infinite: measure these pairs again"),
+        (lambda c, p: (c, changed(p, (3, 1), torch.inf)), ValueError, "NaN or infinite: measure these pairs again"),
+        (lambda c, p: (c, 0 * p + 0.25), ValueError, "0.25 everywhere: .* look at the metric"),
+        (lambda c, p: (changed(c, slice(9, None), -1), p), ValueError, r"9 pool images .* needs 10 .* more queries="),
+        (
+            lambda c, p: (changed(c, (0, 0), COUNT), p),
+            ValueError,
+            f"up to {COUNT}, for a pool of {COUNT}: .* another p",
+        ),
+        (lambda c, p: (c[:-1], p[:-1]), ValueError, f"measured on {COUNT - 1} images, .* another pool"),
+        (lambda c, p: (c[:0], p[:0]), ValueError, "measured on 0 images, .* another pool"),
+        (lambda c, p: (changed(c, (4, 2), 4), p), ValueError, "row 4 of the pool as an example for itself.* to -1"),
+        (lambda c, p: (c, p[:, :-1]), ValueError, r"must both be \(n, K\), as measure_examples returns them"),
+        (
+            lambda c, p: (changed(c, (slice(None), slice(PASSES, None)), -1), p),
+            ValueError,
+            f"passes={PASSES}, but at most",
+        ),
+        (lambda c, p: p, TypeError, r"measured= must be \(candidates, performance\)"),
+        (lambda c, p: ([1, 2], [3, 4]), TypeError, r"measured= must be \(candidates, performance\)"),
     ],
 )
-def test_performance_that_nothing_can_be_learnt_from(measured, pools, what, message):
+def test_performance_that_nothing_can_be_learnt_from(measured, pools, spoil, error, message):
     model, pool = measured(), pools["segmentation"]
-    spoilt_table = spoilt(model.measured_candidates, model.measured_performance, what)
+    spoilt = spoil(model.measured_candidates.long(), model.measured_performance)
     before = model.measured_performance.clone()
-    with pytest.raises(ValueError, match=message):
-        CascadeSelector(model, passes=PASSES).fit(pool, spoilt_table, progress=False)
+    with pytest.raises(error, match=message):
+        CascadeSelector(model, passes=PASSES).fit(pool, spoilt, progress=False)
     assert torch.equal(model.measured_performance, before)
 
 
-def test_performance_that_is_not_there(pools):
-    model, pool = make_model(encoder=ENCODER), pools["segmentation"]
+def test_a_model_that_measured_nothing_or_ranks_too_few(measured, pools):
     with pytest.raises(ValueError, match=r"nothing was measured: pass measured=measure_examples"):
-        CascadeSelector(model).fit(pool)
-    with pytest.raises(TypeError, match=r"measured= must be \(candidates, performance\)"):
-        CascadeSelector(model).fit(pool, torch.zeros(3, 4))
-    with pytest.raises(TypeError, match=r"measured= must be \(candidates, performance\)"):
-        CascadeSelector(model).fit(pool, ([1, 2], [3, 4]))
+        CascadeSelector(make_model(encoder=ENCODER)).fit(pools["segmentation"])
+    model = measured()
+    model.config.candidates = PASSES
+    with pytest.raises(ValueError, match=f"passes={PASSES}, but at most {PASSES} candidates .* lower passes="):
+        CascadeSelector(model, passes=PASSES).fit(pools["segmentation"], progress=False)
 
 
 def test_the_old_name_of_measured_is_still_taken(measured, pools):
@@ -805,11 +750,3 @@ def test_the_old_name_of_measured_is_still_taken(measured, pools):
         cascade = CascadeSelector(other, passes=1).fit(pool, labels=table, progress=False)
     assert seen[0].filename == __file__ and cascade.report == expected.report
     assert torch.equal(other.measured_performance, table[1])
-
-
-def test_the_list_of_the_pipeline_may_be_no_longer_than_what_is_tried(measured, pools):
-    model = measured()
-    model.config.candidates = PASSES
-    with pytest.raises(ValueError, match=f"passes={PASSES}, but at most {PASSES} candidates are ranked"):
-        CascadeSelector(model, passes=PASSES).fit(pools["segmentation"], progress=False)
-    assert len(FIRST) == 3 + 8 + 10 + 8 + 6

@@ -260,9 +260,25 @@ def test_masks_that_each_have_a_class_of_their_own_are_classes(tmp_path):
     assert len(ExamplePool.from_dataset(data, foreground=[1, 2], **options)) == 2
 
 
+@pytest.mark.parametrize("foreground", ["any", [200, 201]])
+def test_a_column_of_grey_pictures_is_no_column_of_masks(tmp_path, foreground):
+    pictures = [
+        encoded(Image.fromarray(np.arange(H * W, dtype=np.uint8).reshape(H, W))),
+        encoded(Image.fromarray(WHITE)),
+    ]
+    data = Dataset.from_dict({"image": [encoded(PHOTO)] * 2, "label": pictures})
+    with pytest.warns(
+        UserWarning, match="1 of 2 labels have as many values as pictures have.*does label_column= name"
+    ):
+        ExamplePool.from_dataset(data, encoder=Encoder(), cache_dir=tmp_path, progress=False, foreground=foreground)
+
+
 def test_tallies_add_up():
     readings = [Segmentation().read(mask, PHOTO) for mask in (WHITE, soft(), np.zeros_like(WHITE))]
     total = tally(readings)
     assert added(tally(readings[:1]), tally(readings[1:])) == total
     assert told(tally(readings[2:])) == "nothing marked" and told(total).startswith("binary 0/255, ")
+    assert (
+        added({name: value for name, value in total.items() if name != "grey"}, tally(()))["grey"] == 0
+    )  # before 0.2
     check_one_meaning(total)

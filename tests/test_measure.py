@@ -84,12 +84,6 @@ def test_every_pair_is_measured_as_the_pipeline_would(tmp_path, task):
         assert len(pipe(pool.image(0), strategy=strategy, num_examples=2)["example_ids"]) == 2
 
 
-def test_a_small_pool_gives_all_others(tmp_path, runs):
-    pool = make_pool(tmp_path, count=3)
-    candidates, _ = measure_examples(make_model(), pool, progress=False)
-    assert [sorted(row) for row in candidates.tolist()] == [[1, 2], [0, 2], [0, 1]] and sum(runs) == 6
-
-
 def test_a_budget_measures_on_that_many_images(pool, expected, runs, tmp_path, capsys):
     model = make_model()
     candidates, performance = measure_examples(model, pool, candidates=K, queries=9, seed=3, cache_dir=tmp_path)
@@ -150,14 +144,6 @@ def test_excluded_images_are_neither_measured_on_nor_shown(pool, queries, count)
     assert torch.equal(by_id[0], candidates) and torch.equal(by_id[1], performance)
     few = measure_examples(make_model(), pool, exclude_rows=range(3, COUNT), progress=False)[0]
     assert [sorted(row) for row in few[:3].tolist()] == [[1, 2], [0, 2], [0, 1]] and (few[3:] == -1).all()
-
-
-def test_nothing_excluded_is_as_if_it_was_not_said(pool, expected, runs, tmp_path):
-    options = {"candidates": K, "cache_dir": tmp_path, "progress": False}
-    measure_examples(make_model(), pool, **options)
-    runs.clear()
-    found = measure_examples(make_model(), pool, exclude=[], **options)
-    assert not runs and torch.equal(found[0], expected[0])
 
 
 def test_images_that_cannot_be_named_are_refused(pool):
@@ -236,22 +222,6 @@ def test_a_fast_model_is_timed_in_batches(pool, monkeypatch, seconds, sizes):
     assert tried == [1, 1]  # a twentieth of 99 runs is less than 5
 
 
-def test_the_slowest_process_is_waited_for(pool, monkeypatch, tmp_path, capsys):
-    tried = []
-    monkeypatch.setattr(measure.Work, "seconds_each", lambda self, rows, runs: tried.append(runs) or 2.0)
-    parts = torch.arange(COUNT).split(8)  # 8 + 6 and 8
-    work_of(pool, 5).tell_cost(parts, 2)
-    assert "about 2.3 min at 2 s a run on cpu, shared by 2 processes" in capsys.readouterr().err
-    work_of(pool, 1).tell_cost(parts[:1], 1)
-    assert "about 16.0 s at 2 s a run" in capsys.readouterr().err
-    work = work_of(pool, 5, tmp_path)
-    work.file(parts[0]).touch()
-    work.tell_cost(parts, 2)
-    said = capsys.readouterr().err
-    assert "110 runs of the frozen model, 5 examples on each of 22 images, 40 of them done before" in said
-    assert "about 80.0 s at" in said and tried == [COUNT * 5, 8, 14 * 5]  # 8 and 6
-
-
 def test_a_run_of_two_processes_is_that_of_one(pools, expected, tmp_path):
     said = start(pools, "none", tmp_path / "two", processes=2).finish()
     assert said.count(f"measuring: {COUNT * K} runs") == said.count("shared by 2 processes") == 1
@@ -318,23 +288,6 @@ def test_an_error_of_one_process_ends_all(tmp_path):
     assert sorted(lines) == ["0 RuntimeError process 1 failed: OSError: no metric here", "1 OSError no metric here"]
 
 
-@pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_where_it_was(pools, expected, tmp_path):
-    cache, out = tmp_path / "cache", tmp_path / "out"
-    run = start(pools, cache, out, 0.6)
-    run.wait_for(lambda: len(list(cache.glob("*/*.safetensors"))) >= 2)
-    assert run.kill()
-    parts = {file: file.stat().st_mtime_ns for file in cache.glob("*/*.safetensors")}
-    assert 2 <= len(parts) < 6 and not Path(f"{out}.0").exists()
-    said = start(pools, cache, out).finish()
-    assert f" images, {4 * len(parts) * K} of them done before" in said
-    found = load_file(f"{out}.0")
-    assert torch.equal(found["candidates"], expected[0])
-    torch.testing.assert_close(found["performance"], expected[1], atol=1e-6, rtol=0)
-    assert int(found["runs"]) == (COUNT - 4 * len(parts)) * K + TIMED
-    assert all(file.stat().st_mtime_ns == then for file, then in parts.items())
-
-
 def test_parts_of_something_else_are_not_taken(pool, runs, tmp_path):
     others = make_pool(tmp_path, count=COUNT, first=30)
 
@@ -389,20 +342,6 @@ def test_parts_of_something_else_are_not_taken(pool, runs, tmp_path):
     torch.testing.assert_close(tables[5], -tables[7])
 
 
-def test_a_damaged_part_is_measured_again(pool, expected, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "PART", 8)
-    options = {"candidates": K, "cache_dir": tmp_path, "progress": False}
-    measure_examples(make_model(), pool, **options)
-    one, other, _ = sorted(tmp_path.glob("*/*.safetensors"), key=lambda file: -file.stat().st_size)
-    one.write_bytes(one.read_bytes()[:-7])
-    other.write_bytes(b"")
-    runs.clear()
-    found = measure_examples(make_model(), pool, **options)
-    assert runs == [8 * K, 8 * K]
-    assert torch.equal(found[0], expected[0])
-    torch.testing.assert_close(found[1], expected[1])
-
-
 def test_a_metric_has_to_be_a_number_and_to_have_a_name(pool, tmp_path):
     model = make_model()
     for value in (float("nan"), float("inf")):
@@ -424,18 +363,16 @@ def test_the_model_stays_where_it_was(pool, monkeypatch):
 
 
 def test_what_cannot_be_measured_is_refused(pool, tmp_path):
-    with pytest.raises(ValueError, match="the pool has 1 examples: at least two"):
-        measure_examples(make_model(), make_pool(tmp_path, count=1), progress=False)
-    with pytest.raises(ValueError, match="made with another encoder.*encoder=model.encoder"):
-        measure_examples(make_model(encoder=tiny_encoder(1)), pool, progress=False)
-    with pytest.raises(ValueError, match="the pool is for task='segmentation', the model for task='detection'"):
-        measure_examples(make_model("detection"), pool, progress=False)
-    for queries in (0, -1, COUNT + 1):
-        with pytest.raises(ValueError, match=f"queries={queries}: the pool has {COUNT} images"):
-            measure_examples(make_model(), pool, queries=queries, progress=False)
-    with pytest.raises(ValueError, match=f"queries={COUNT - 1}: the pool has {COUNT - 2} images"):
-        measure_examples(make_model(), pool, queries=COUNT - 1, exclude_rows=[3, 4], progress=False)
-    with pytest.raises(ValueError, match="the pool has 1 examples that are not excluded: at least two"):
-        measure_examples(make_model(), pool, exclude_rows=range(1, COUNT), progress=False)
-    with pytest.raises(ValueError, match="candidates=0: pass a whole number"):
-        measure_examples(make_model(), pool, candidates=0, progress=False)
+    model, alone = make_model(), make_pool(tmp_path, count=1)
+    for given, options, message in (
+        ((model, alone), {}, "the pool has 1 examples: at least two"),
+        ((make_model(encoder=tiny_encoder(1)), pool), {}, "made with another encoder.*encoder=model.encoder"),
+        ((make_model("detection"), pool), {}, "the pool is for task='segmentation', the model for task='detection'"),
+        ((model, pool), {"queries": 0}, f"queries=0: the pool has {COUNT} images"),
+        ((model, pool), {"queries": COUNT + 1}, f"queries={COUNT + 1}: the pool has {COUNT} images"),
+        ((model, pool), {"queries": COUNT - 1, "exclude_rows": [3, 4]}, f"the pool has {COUNT - 2} images"),
+        ((model, pool), {"exclude_rows": range(1, COUNT)}, "1 examples that are not excluded: at least two"),
+        ((model, pool), {"candidates": 0}, "candidates=0: pass a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measure_examples(*given, progress=False, **options)

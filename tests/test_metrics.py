@@ -137,21 +137,6 @@ def test_boxes_and_their_absence(load):
     assert got["iou"] == pytest.approx([1, 0, 0, 1, 1, 0, 0.25])
 
 
-def test_boxes_against_brute_force(load):
-    rng = np.random.default_rng(0)
-    low = rng.integers(0, 6, (2, 50, 2))
-    boxes = np.concatenate([low, low + rng.integers(1, 6, low.shape)], 2)
-
-    def filled(box):
-        canvas = np.zeros((12, 12), bool)
-        canvas[box[1] : box[3], box[0] : box[2]] = True
-        return canvas
-
-    expected = [(filled(a) & filled(b)).sum() / (filled(a) | filled(b)).sum() for a, b in zip(*boxes)]
-    got = load("box_iou").compute(predictions=boxes[0], references=boxes[1], per_item=True)
-    assert got["iou"] == pytest.approx(expected)
-
-
 def test_colours_of_any_kind_and_size_mix(load):
     metric = load("colour_mse")
     bytes_ = np.random.default_rng(0).integers(0, 256, (4, 5, 3))

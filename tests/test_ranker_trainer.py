@@ -10,7 +10,6 @@ from ranker_run import COUNT, K, make_ranker, ranking_lists, table, trainer, wei
 from safetensors.torch import load_file
 from scenes import make_model, make_pool, tiny_encoder
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import EvalPrediction
 
 from hf_effdl.vicl.ranking import ranking_lists as ranking_lists_module
@@ -216,25 +215,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, pool, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in weights(rest).items())
     start = weights(trainer(tmp_path, pool))
     assert not torch.equal(start["predictor.0.weight"], expected["predictor.0.weight"])
-
-
-def test_it_can_stop_early_at_its_best(pool, tmp_path):
-    values = iter([0.5, 0.9, 0.7, 0.6, 1.0, 1.0])
-    run = trainer(
-        tmp_path,
-        pool,
-        num_train_epochs=6,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        load_best_model_at_end=True,
-        metric_for_best_model="list_accuracy",
-        callbacks=[EarlyStoppingCallback(2)],
-        compute_metrics=lambda prediction: {"list_accuracy": next(values)},
-    )
-    run.train()
-    assert run.state.global_step == 36 and run.state.best_metric == 0.9
-    best = load_file(tmp_path / "checkpoint-18" / "model.safetensors")
-    assert all(torch.equal(value, best[name]) for name, value in weights(run).items())
 
 
 def test_two_processes_train_as_one_and_resume(trained, pools, pool, tmp_path):

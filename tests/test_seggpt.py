@@ -165,31 +165,6 @@ def test_copies_of_an_example_count_once_and_order_does_not_count(arrangement):
     assert apart(several, one) > 1e-3
 
 
-def test_the_second_arrangement_is_the_query_over_the_example():
-    model, (queries, images, labels) = tiny(), prompts(2, 1)
-    patches = model.model.embeddings.patch_embeddings.num_patches
-    hidden = torch.arange(patches)[None] < patches // 2
-    black = normal(torch.zeros_like(queries))
-    with torch.no_grad():
-        painted = model.eval()(
-            pixel_values=normal(images[:, 0]),
-            prompt_pixel_values=normal(queries),
-            prompt_masks=black,
-            labels=normal(labels[:, 0]),
-            bool_masked_pos=hidden.expand(2, -1),
-        ).pred_masks
-    f = SegGptInContext(model)
-    assert f.arrangements == 2
-    assert apart(f(queries, images, labels, 1), pixels(painted[:, :, :SIZE])) < 1e-6
-    assert apart(f(queries, images, labels, 1), f(queries, images, labels, 0)) > 1e-3
-
-
-def test_the_embedding_types_differ():
-    model, arguments = tiny(), prompts()
-    assert apart(SegGptInContext(model)(*arguments), SegGptInContext(model, "instance")(*arguments)) == 0
-    assert apart(SegGptInContext(model)(*arguments), SegGptInContext(model, "semantic")(*arguments)) > 1e-3
-
-
 @pytest.mark.parametrize("ensemble", ["original", "upstream"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_run(dtype, ensemble):

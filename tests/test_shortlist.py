@@ -114,15 +114,16 @@ def test_a_list_is_answered_as_alone_and_the_random_state_is_left_alone():
 # ---- who is related to whom
 
 
-def relations(n: int, measured: Tensor, performance: Tensor) -> Relations:
+def relations(groups: Tensor, measured: Tensor, performance: Tensor) -> Relations:
     images = (measured >= 0).any(1).nonzero()[:, 0]
     known = measured[images] >= 0
     mean = (performance[images] * known).sum(1, keepdim=True) / known.sum(1, keepdim=True)
-    return Relations(images, measured[images], performance[images] - mean, n)
+    return Relations(images, measured[images], performance[images] - mean, groups)
 
 
+@pytest.mark.parametrize("groups", [torch.arange(14), torch.arange(14) // 3], ids=["alone", "in threes"])
 @pytest.mark.parametrize("case", CASES)
-def test_examples_are_related_by_the_images_they_did_well_and_badly_on(case):
+def test_examples_are_related_by_the_images_they_did_well_and_badly_on(case, groups):
     n, (labelled, count) = 14, CASES[case]
     measured, performance = table(n, labelled, count)
     measured[labelled[1], 0] = -1
@@ -135,31 +136,33 @@ def test_examples_are_related_by_the_images_they_did_well_and_badly_on(case):
         residual[j, measured[j][known]] = (performance[j][known] - performance[j][known].mean()).double()
         entries += residual[j, measured[j][known]].tolist()
     one_more = sum(entry**2 for entry in entries) / len(entries)
-    made = relations(n, measured, performance)
+    made = relations(groups, measured, performance)
     found = made.between(rows, own)
     for b in range(3):
-        others = [j for j in labelled if j != own[b]]
+        others = [j for j in labelled if own[b] < 0 or groups[j] != groups[own[b]]]
         for x, c in enumerate(rows[b].tolist()):
             for y, e in enumerate(rows[b].tolist()):
                 product = sum(float(residual[j, c] * residual[j, e]) for j in others)
                 size = math.prod(sum(float(residual[j, at]) ** 2 for j in others) + one_more for at in (c, e))
                 assert float(found[b, x, y]) == pytest.approx(product / math.sqrt(size), abs=1e-5)
     assert torch.linalg.eigvalsh(found.double()).min() > -1e-5
-    torch.testing.assert_close(made.between(rows)[1:], found[1:])
+    torch.testing.assert_close(made.between(rows)[1], found[1])
 
 
 def test_an_example_that_was_never_measured_is_related_to_none():
     measured, performance = table(10, [1, 4, 6], 3)
     seen = measured[measured >= 0].unique()
     never = next(row for row in range(10) if row not in seen)
-    found = relations(10, measured, performance).between(torch.tensor([[never, int(seen[0]), int(seen[1])]]))
+    found = relations(torch.arange(10), measured, performance).between(
+        torch.tensor([[never, int(seen[0]), int(seen[1])]])
+    )
     assert not found[0, 0].any() and found[0, 1, 1] > 0.1
 
 
 def test_a_hundred_examples_that_one_image_tells_of_can_be_drawn_together():
     """Almost one direction, so that rounding could make it indefinite."""
     performance = torch.cat([1e3 * torch.randn(1, 100, generator=drawn(0)), torch.zeros(300, 100)])
-    made = Relations(torch.arange(301), torch.arange(100).expand(301, -1), performance, 400)
+    made = Relations(torch.arange(301), torch.arange(100).expand(301, -1), performance, torch.arange(400))
     related = made.between(torch.arange(100)[None])
     assert related.abs().median() > 0.9
     related.diagonal(dim1=1, dim2=2).fill_(1.0)

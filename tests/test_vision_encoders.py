@@ -1,37 +1,14 @@
+"""Every kind of vision backbone as an encoder: three views of an image, saved and loaded."""
+
 import json
 
 import pytest
 import torch
+import transformers as t
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    ConvNextConfig,
-    ConvNextModel,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    DINOv3ViTConfig,
-    DINOv3ViTModel,
-    MobileNetV2Config,
-    MobileNetV2Model,
-    ResNetConfig,
-    ResNetModel,
-    SegGptConfig,
-    SegGptForImageSegmentation,
-    SiglipConfig,
-    SiglipModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-    SwinConfig,
-    SwinModel,
-    ViTConfig,
-    ViTImageProcessorPil,
-    ViTModel,
-)
+from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 from hf_effdl import ExamplePool, FeatureMatching, SegGptInContext, VisionEncoder, VisualInContextModel
 
@@ -40,73 +17,33 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = SIZES | {"intermediate_size": 16}
 SMALL = {"image_size": 32, "patch_size": 8}
 TEXT = {"vocab_size": 10, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-BACKBONES = {  # a maker, image_size, layer -> grid, width
-    "vit": (lambda: ViTModel(ViTConfig(**WIDE, **SMALL)), None, None, (4, 4), 16),
-    "vit stretched": (lambda: ViTModel(ViTConfig(**WIDE, **SMALL)), (48, 64), None, (6, 8), 16),
-    "dinov2": (lambda: Dinov2Model(Dinov2Config(**SIZES, image_size=28, patch_size=14)), 56, None, (4, 4), 16),
-    "dinov2 registers": (
-        lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SIZES, image_size=28, patch_size=14)),
-        56,
-        None,
-        (4, 4),
-        16,
-    ),
-    "dinov3": (lambda: DINOv3ViTModel(DINOv3ViTConfig(**WIDE, num_register_tokens=4)), 64, None, (4, 4), 16),
-    "clip": (
-        lambda: CLIPModel(CLIPConfig(vision_config=WIDE | SMALL, text_config=WIDE | TEXT)),
-        None,
-        None,
-        (4, 4),
-        16,
-    ),
-    "siglip": (
-        lambda: SiglipModel(SiglipConfig(vision_config=WIDE | SMALL, text_config=WIDE | TEXT)),
-        None,
-        None,
-        (4, 4),
-        16,
-    ),
-    "siglip tower": (lambda: SiglipVisionModel(SiglipVisionConfig(**WIDE, **SMALL)), None, None, (4, 4), 16),
-    "mobilenet": (lambda: MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.35)), 96, None, (3, 3), 1280),
-    "mobilenet layer": (lambda: MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.35)), 96, 10, (6, 6), 32),
-    "resnet": (
-        lambda: ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])),
-        64,
-        None,
-        (8, 8),
-        16,
-    ),
-    "convnext": (
-        lambda: ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1])),
-        64,
-        None,
-        (2, 2),
-        16,
-    ),
-    "seggpt": (
-        lambda: SegGptForImageSegmentation(
-            SegGptConfig(
-                **SIZES,
-                image_size=(64, 32),
-                patch_size=8,
-                decoder_hidden_size=4,
-                pretrain_image_size=32,
-                merge_index=0,
-                intermediate_hidden_state_indices=[0, 1],
-            )
-        ),
-        None,
-        None,
-        (4, 4),
-        16,
-    ),
+BOTH = {"vision_config": WIDE | SMALL, "text_config": WIDE | TEXT}
+SEGGPT = SIZES | {"image_size": (64, 32), "patch_size": 8, "decoder_hidden_size": 4, "pretrain_image_size": 32}
+SEGGPT |= {"merge_index": 0, "intermediate_hidden_state_indices": [0, 1]}
+DEEP = {"hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1]}
+SHORT = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+DINO2 = SIZES | {"image_size": 28, "patch_size": 14}
+BACKBONES = {  # model, config and its values, image_size, layer -> grid, width
+    "vit": (ViTModel, ViTConfig, WIDE | SMALL, None, None, (4, 4), 16),
+    "vit stretched": (ViTModel, ViTConfig, WIDE | SMALL, (48, 64), None, (6, 8), 16),
+    "dinov2": (t.Dinov2Model, t.Dinov2Config, DINO2, 56, None, (4, 4), 16),
+    "dinov2 registers": (t.Dinov2WithRegistersModel, t.Dinov2WithRegistersConfig, DINO2, 56, None, (4, 4), 16),
+    "dinov3": (t.DINOv3ViTModel, t.DINOv3ViTConfig, WIDE | {"num_register_tokens": 4}, 64, None, (4, 4), 16),
+    "clip": (t.CLIPModel, t.CLIPConfig, BOTH, None, None, (4, 4), 16),
+    "siglip": (t.SiglipModel, t.SiglipConfig, BOTH, None, None, (4, 4), 16),
+    "siglip tower": (t.SiglipVisionModel, t.SiglipVisionConfig, WIDE | SMALL, None, None, (4, 4), 16),
+    "mobilenet": (t.MobileNetV2Model, t.MobileNetV2Config, {"depth_multiplier": 0.35}, 96, None, (3, 3), 1280),
+    "mobilenet layer": (t.MobileNetV2Model, t.MobileNetV2Config, {"depth_multiplier": 0.35}, 96, 10, (6, 6), 32),
+    "resnet": (t.ResNetModel, t.ResNetConfig, SHORT, 64, None, (8, 8), 16),
+    "convnext": (t.ConvNextModel, t.ConvNextConfig, DEEP, 64, None, (2, 2), 16),
+    "seggpt": (t.SegGptForImageSegmentation, t.SegGptConfig, SEGGPT, None, None, (4, 4), 16),
 }
 
 
 def encoder_of(name: str) -> VisionEncoder:
     torch.manual_seed(0)
-    make, size, layer, _, _ = BACKBONES[name]
-    backbone = make()
+    kind, config, values, size, layer, _, _ = BACKBONES[name]
+    backbone = kind(config(**values))
     for module in backbone.modules():
         if isinstance(module, torch.nn.Conv2d):  # fresh ones are so small that deep features vanish
             torch.nn.init.kaiming_normal_(module.weight)
@@ -116,16 +53,14 @@ def encoder_of(name: str) -> VisionEncoder:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_kind_of_backbone_gives_the_same_three_views(name):
     encoder = encoder_of(name)
-    grid, width = BACKBONES[name][3:]
+    grid, width = BACKBONES[name][5:]
     images = torch.rand(3, 3, *encoder.image_size)
     views = encoder(images)
     assert views["grid"].shape == (3, *grid, width) and views["tokens"].shape == (3, 5, encoder.dim)
     assert views["vector"].shape == (3, encoder.dim)
     torch.testing.assert_close(views["vector"].norm(dim=1), torch.ones(3))
     torch.testing.assert_close(torch.nn.functional.normalize(views["tokens"][:, 0], dim=1), views["vector"])
-    if (
-        grid[0] % 2 == 0 and encoder.layer is None
-    ):  # the other four tokens are the quarters of the grid in reading order
+    if grid[0] % 2 == 0 and encoder.layer is None:  # the other four are the quarters of the grid in reading order
         gh, gw = grid[0] // 2, grid[1] // 2
         corners = [views["grid"][:, y : y + gh, x : x + gw].mean((1, 2)) for y in (0, gh) for x in (0, gw)]
         torch.testing.assert_close(views["tokens"][:, 1:], torch.stack(corners, 1))
@@ -223,6 +158,6 @@ def test_what_cannot_be_encoded_is_refused():
     encoder = encoder_of("vit")
     with pytest.raises(ValueError, match=r"takes \(N, 3, 32, 32\).*images.pixels"):
         encoder(torch.rand(1, 3, 40, 40))
-    config = SwinConfig(image_size=64, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4)
+    config = t.SwinConfig(image_size=64, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4)
     with pytest.raises(ValueError, match="64 tokens, fewer than the 16x16 patches"):
-        VisionEncoder(SwinModel(config))(torch.rand(1, 3, 64, 64))
+        VisionEncoder(t.SwinModel(config))(torch.rand(1, 3, 64, 64))

@@ -97,20 +97,6 @@ def test_arrays_of_each_type_mean_the_same_picture():
     assert to_rgb(Image.fromarray(np.full((1, 1), 0.5, np.float32))).getpixel((0, 0)) == (128, 128, 128)
 
 
-def test_files_come_as_path_bytes_or_a_column_of_datasets(tmp_path):
-    image = photo()
-    path = tmp_path / "photo.png"
-    image.save(path)
-    for same in (
-        path,
-        str(path),
-        encoded(image),
-        {"bytes": encoded(image), "path": "gone.png"},
-        {"bytes": None, "path": str(path)},
-    ):
-        assert np.array_equal(np.asarray(to_rgb(same)), np.asarray(image))
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_are_turned_as_exif_says_and_the_mask_belongs_to_the_turned_one(orientation):
     shown = photo(6, 4)
@@ -212,35 +198,13 @@ def test_masks_by_class_black_and_white_void_and_named_values():
 
     classes = np.array([[0, 1, 2, 255, 1]], dtype=np.uint8)
     assert drawn(classes, foreground="any") == [0, 1, 1, 0, 1]
-    assert (
-        drawn(classes, foreground=[1])
-        == drawn(classes, foreground=1)
-        == drawn(classes, foreground={1})
-        == [0, 1, 0, 0, 1]
-    )
+    for one in ([1], 1, {1}):
+        assert drawn(classes, foreground=one) == [0, 1, 0, 0, 1]
     assert drawn(classes, foreground=[9]) == [0, 0, 0, 0, 0]  # no foreground is allowed
     assert drawn(classes, foreground=[255]) == [0, 0, 0, 1, 0]
     assert drawn(classes, foreground="any", void=None) == [0, 1, 1, 1, 1]
     assert drawn(classes, foreground="any", void=2) == [0, 1, 0, 1, 1]
-    pair = np.array([[0, 255, 255, 0, 255]], dtype=np.uint8)
-    assert drawn(pair) == [0, 1, 1, 0, 1] and drawn(pair, foreground=[1]) == [0, 0, 0, 0, 0]
     assert drawn(np.zeros((1, 5))) == [0] * 5
-    for same in (
-        pair > 0,
-        (pair > 0).astype(float),
-        pair.astype(np.int64),
-        torch.tensor(pair),
-        pair.tolist(),
-        np.dstack([pair] * 3),
-        pair[:, :, None],
-        Image.fromarray(pair),
-        Image.fromarray(pair > 0),
-        Image.fromarray(pair).convert("RGB"),
-        Image.fromarray(pair.astype(np.int32)),
-        Image.fromarray(pair.astype(np.uint16) * 9),
-        encoded(Image.fromarray(pair)),
-    ):
-        assert drawn(same) == [0, 1, 1, 0, 1]
     palette = Image.fromarray(classes).convert("P")
     palette.putdata(classes.ravel().tolist())
     palette.putpalette([7, 8, 9] * 256)

@@ -28,7 +28,7 @@ from hf_effdl.vicl.remote_code.examples import CHUNK, Examples, Queries
 from hf_effdl.vicl.remote_code.images import pixels
 from hf_effdl.vicl.remote_code.modeling_visual_in_context import VisualInContextModel
 from hf_effdl.vicl.remote_code.pool_reader import PoolReader
-from hf_effdl.vicl.remote_code.pool_rows import rows_checked, rows_of_ids
+from hf_effdl.vicl.remote_code.pool_rows import groups_of, rows_checked, rows_of_ids
 from hf_effdl.vicl.remote_code.vision_encoder import digest_weights
 from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
@@ -108,7 +108,7 @@ def measure_examples(
     count = _examples_each(model, excluded, candidates)
     _check_pool(pool, model)
     query_rows = _query_rows(pool, queries, rows, excluded, seed)
-    groups = _groups(pool, groups)
+    groups = groups_of(pool, groups)
     folder = old = None
     if cache_dir is not None:
         name = None if metric is None else _name(metric)
@@ -158,15 +158,6 @@ def _check_pool(pool: PoolReader, model: VisualInContextModel) -> None:
         raise ValueError(
             "the pool was made with another encoder than the model's: make it again with encoder=model.encoder"
         )
-
-
-def _groups(pool: PoolReader, groups: Sequence[int | str | None] | None) -> list[str | None] | None:
-    """What each row belongs to, as texts; None where nothing is known."""
-    if groups is None:
-        return pool.groups
-    if len(groups := list(groups)) != len(pool):
-        raise ValueError(f"{len(groups)} groups for a pool of {len(pool)}: pass one for each row, None for no group")
-    return [None if one is None else str(one) for one in groups]
 
 
 def _query_rows(pool: PoolReader, queries: Any, rows: Any, excluded: Tensor, seed: int) -> Tensor:

@@ -64,15 +64,18 @@ def make_pool(
     count: int = 12,
     encoder: VisionEncoder | None = None,
     first: int = 0,
+    groups: list | None = None,
     **options: Any,
 ) -> ExamplePool:
+    data = rows(count, first)
     return ExamplePool.from_dataset(
-        rows(count, first),
+        data if groups is None else data.add_column("group", groups),
         "image",
         LABELS[task],
         encoder=encoder or tiny_encoder(),
         task=task,
         id_column="name",
+        group_column=None if groups is None else "group",
         cache_dir=folder,
         rows_per_shard=7,
         progress=False,

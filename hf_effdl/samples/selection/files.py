@@ -23,7 +23,7 @@ from datasets import Dataset
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from hf_effdl.files import damaged, locked, read_json, write_whole
+from hf_effdl.files import check_folder, damaged, locked, read_json, write_whole
 from hf_effdl.files import digest as digest_of
 from hf_effdl.hub.repos import own_dataset_repo
 from hf_effdl.processes import is_first
@@ -201,6 +201,7 @@ def _located(
     """The record of a config, and the files of its chosen rows and of its scores, downloaded where need be."""
     folder, commit = Path(where), None
     if not folder.is_dir():
+        check_folder(where, revision)
         folder = _download(str(where), [f"*/{RECORD}", f"{config_name}/{CHOSEN}"], revision, token)
         commit = folder.name  # a push between the two downloads does not matter
     configs = sorted(file.parent.name for file in folder.glob(f"*/{RECORD}"))

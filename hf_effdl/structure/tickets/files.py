@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors.torch import save
 from torch import Tensor
 
-from hf_effdl.files import damaged, digest, read_json, read_tensors, write_json, write_whole
+from hf_effdl.files import check_folder, damaged, digest, read_json, read_tensors, write_json, write_whole
 from hf_effdl.structure.groups.record import groups_of, groups_record, listed, named, plain_values, require, whole
 from hf_effdl.structure.tickets.card import CARD, write_ticket_card
 
@@ -73,6 +73,7 @@ def load_ticket(
     """The arguments of the `Ticket` in a folder or a repository."""
     folder = Path(where)
     if not folder.is_dir():
+        check_folder(where, revision)
         patterns = [RECORD, KEPT, WEIGHTS.format("*")]
         try:
             folder = Path(snapshot_download(str(where), revision=revision, token=token, allow_patterns=patterns))

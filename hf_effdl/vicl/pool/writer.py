@@ -318,7 +318,7 @@ def _finish(folder: Path, manifest: Mapping[str, Any], names: Sequence[str], row
     write_manifest(folder, manifest | {"shards": shards, "seen": manifest["seen"] + rows})
     if masks["masks"]:
         print(f"masks: {told(masks)}", file=sys.stderr, flush=True)
-    _warn(rows, skipped, blank=sum(len(entry["blank"]) for entry in entries), full=masks_of(entries)["full"])
+    _warn(rows, skipped, blank=sum(len(entry["blank"]) for entry in entries), masks=masks_of(entries))
 
 
 def masks_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -326,7 +326,7 @@ def masks_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return reduce(added, [entry["masks"] for entry in entries if entry.get("masks")], tally(()))
 
 
-def _warn(rows: int, skipped: Sequence[Sequence[str]], blank: int, full: int) -> None:
+def _warn(rows: int, skipped: Sequence[Sequence[str]], blank: int, masks: Mapping[str, Any]) -> None:
     if skipped:
         shown = "; ".join(f"{id!r}: {reason}" for id, reason in skipped[:SHOWN])
         warnings.warn(f"{len(skipped)} of {rows} rows were skipped: {shown}", stacklevel=5)
@@ -334,7 +334,13 @@ def _warn(rows: int, skipped: Sequence[Sequence[str]], blank: int, full: int) ->
         warnings.warn(
             f"{blank} of {rows} labels mark nothing; they are kept, as examples without an object", stacklevel=5
         )
-    if full:
+    if grey := masks["grey"]:
+        warnings.warn(
+            f"{grey} of {rows} labels have as many values as pictures have, and class maps hardly ever: does "
+            "label_column= name masks?",
+            stacklevel=5,
+        )
+    if full := masks["full"]:
         warnings.warn(
             f"{full} of {rows} labels mark every pixel; they are kept, but look whether foreground= names the "
             "background too",

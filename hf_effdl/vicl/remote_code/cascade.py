@@ -1,6 +1,7 @@
 """The cascade: score the candidates without the frozen model, try a few with it, and let the answers decide."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .cascade_lists import MeasuredLists
 from .cascade_precedents import Precedents
 from .cascade_stages import FIRST, TURNS, FirstStage, Scorer, SecondStage, Tried, Turn, first_columns, gathered
 from .examples import Examples, Queries
+from .pool_rows import group_numbers, groups_of
 from .strategies import best
 from .visual_tasks import find_task
 
@@ -35,8 +37,9 @@ class CascadeSelector(nn.Module):
 
     with m(q, c) the measured performance of example c on pool image q. The examples that are tried are not just those
     of the highest scores: where stage 1 is unsure and examples do well and badly together, it takes some of each kind,
-    so that the best of them can be expected to be best (`best_together`). What a pool image itself measured never
-    enters its own features (leave-one-out), and stage 2 learns on scores of stage 1 from folds without the image.
+    so that the best of them can be expected to be best (`best_together`). What a pool image itself measured, or
+    another of its group (video, patient), never enters its own features (leave-one-out), and stage 2 learns on scores
+    of stage 1 from folds without the image and its group.
 
     A strategy of the pipeline: `model.set_selector(cascade)` keeps it in the model, with which it is saved and pushed
     and whose default it then is; or pass it as `selector=`. Scores are expected performance less the mean of the
@@ -116,6 +119,7 @@ class CascadeSelector(nn.Module):
         *,
         labels: tuple[Tensor, Tensor] | None = None,
         model: Any = None,
+        groups: Sequence[int | str | None] | None = None,
         examples: Examples | None = None,
         progress: bool = True,
     ) -> "CascadeSelector":
@@ -130,6 +134,8 @@ class CascadeSelector(nn.Module):
                 model too; default: what was set there before.
             labels: the name that `measured` had before; will go.
             model: a `VisualInContextModel`; default: the one of the constructor.
+            groups: what each row of the pool belongs to (a video, a patient), None for nothing: nothing is learnt for
+                an image from its own group. Default: the groups that the pool keeps.
             examples: the pool as the model sees it, where there already is one.
             progress: show a bar on the first process.
 
@@ -140,7 +146,7 @@ class CascadeSelector(nn.Module):
 
         Raises:
             ValueError: for performance on another pool, NaN in it, the same performance everywhere, fewer than 10
-                labelled images, or not more candidates than `passes`.
+                labelled images, images of one group alone, or not more candidates than `passes`.
         """
         if labels is not None:
             warnings.warn("labels= is called measured= now: cascade.fit(pool, measured=...)", FutureWarning, 2)
@@ -153,13 +159,14 @@ class CascadeSelector(nn.Module):
             measured = model.measured_candidates, model.measured_performance
         else:
             check_measured(measured, pool)
-        check_enough(measured, model.config.candidates, self.passes)
+        numbers = group_numbers(groups_of(pool, groups), len(pool))
+        check_enough(measured, model.config.candidates, self.passes, numbers)
         if measured[1] is not model.measured_performance:  # there they are looked up for every prediction
             model.set_performance(*(part.cpu() for part in measured), pool.fingerprint)
         examples = examples if examples is not None else Examples(pool, model, find_task(model.config.task))
         with torch.no_grad():
-            lists = MeasuredLists.read(pool, measured, model.config.candidates)
-            precedents = Precedents.of(pool, tuple(part.cpu() for part in measured), lists)
+            lists = MeasuredLists.read(pool, measured, model.config.candidates, numbers)
+            precedents = Precedents.of(pool, tuple(part.cpu() for part in measured), lists, numbers)
             seed = self.seed if self.head == "listwise" else None
             fitted = fit(examples, lists, precedents, passes=self.passes, seed=seed, progress=progress)
         self._keep(fitted, colours=examples.task.name == "colourisation")
@@ -211,8 +218,9 @@ class CascadeSelector(nn.Module):
         known = self._known  # another thread may put another one there
         if known is None or known[0] is not model.measured_performance:
             measured = model.measured_candidates.cpu(), model.measured_performance.cpu()
-            lists = MeasuredLists.read(pool, measured, model.config.candidates)
-            known = self._known = model.measured_performance, Precedents.of(pool, measured, lists)
+            groups = group_numbers(pool.groups, len(pool))
+            lists = MeasuredLists.read(pool, measured, model.config.candidates, groups)
+            known = self._known = model.measured_performance, Precedents.of(pool, measured, lists, groups)
         return known[1]
 
     def stages(self) -> tuple[FirstStage, SecondStage]:

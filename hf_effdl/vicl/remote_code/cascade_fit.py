@@ -261,13 +261,14 @@ def check_model(model: Any, pool: Any) -> None:
         )
 
 
-def check_enough(measured: tuple[Tensor, Tensor], most: int, passes: int) -> None:
+def check_enough(measured: tuple[Tensor, Tensor], most: int, passes: int, groups: Tensor) -> None:
     """Refuse performance that nothing can be learnt from.
 
     Args:
         measured: candidates and performance `(n, K)`.
         most: candidates of an image that are looked at.
         passes: how many are tried.
+        groups: `(n,)` of the pool's rows.
     """
     candidates, performance = (part.cpu() for part in measured)
     known = candidates >= 0
@@ -276,6 +277,11 @@ def check_enough(measured: tuple[Tensor, Tensor], most: int, passes: int) -> Non
         raise ValueError(
             f"{images} pool images were measured on, and a cascade needs {LEAST} or more "
             "(50 to 100 are enough): run measure_examples with more queries="
+        )
+    if len(groups[known.any(1)].unique()) < 2:
+        raise ValueError(
+            "the pool images that were measured on are all of one group, and for each of them a cascade learns from "
+            "other groups: measure on images of several, or pass groups=[None] * len(pool) to learn from the same"
         )
     if float(values.max()) == float(values.min()):
         raise ValueError(

@@ -59,7 +59,8 @@ def train_heads(
         one = number % len(features)
         train, test, part = fold != one, fold == one, features[one]
         _train(ranker, part[train], target[train], known[train], seed + number)
-        held[test] += heads.scores(ranker, part[test], known[test]) * len(features) / HEADS
+        if test.any():  # of few groups there are fewer folds
+            held[test] += heads.scores(ranker, part[test], known[test]) * len(features) / HEADS
     slope = ((held * target).sum() / held.square().sum().clamp(min=1e-12)).clamp(min=1e-6)
     heads.scale.fill_(slope)
     return heads.eval().requires_grad_(False), held * slope

@@ -10,6 +10,29 @@ from torch import Tensor
 FOLDS = 5
 
 
+def own_images(groups: Tensor, own: Tensor, images: Tensor) -> Tensor:
+    """`(B, L)` bool: images that tell of a query what it should not be told, itself and those of its group.
+
+    Args:
+        groups: `(n,)` of the pool's rows, see `group_numbers`.
+        own: `(B,)` rows of the pool that the queries themselves are, -1 for none.
+        images: `(L,)` rows of the pool.
+    """
+    own = torch.as_tensor(own).cpu()
+    return (own >= 0)[:, None] & (groups[own.clamp(min=0)][:, None] == groups[images])
+
+
+def folds_of(groups: Tensor) -> Tensor:
+    """`(L,)` a fold, 0 to 4, for each image: those of a group share one, and folds are about equally large."""
+    _, at, sizes = groups.unique(return_inverse=True, return_counts=True)
+    first = torch.full_like(sizes, len(groups)).scatter_reduce_(0, at, torch.arange(len(at)), "amin")
+    fold, held = torch.zeros_like(sizes), [0] * FOLDS
+    for group in sorted(range(len(sizes)), key=lambda group: (-int(sizes[group]), int(first[group]))):
+        fold[group] = held.index(min(held))
+        held[int(fold[group])] += int(sizes[group])
+    return fold[at]
+
+
 @dataclass
 class MeasuredLists:
     """The measured candidates of the labelled images, the nearest first."""
@@ -18,10 +41,11 @@ class MeasuredLists:
     rows: Tensor  # (L, K), -1 where there is none
     performance: Tensor  # (L, K)
     similarity: Tensor  # (L, K)
+    fold: Tensor  # (L,) 0 to 4: what is learnt for an image is learnt from other folds
 
     @classmethod
-    def read(cls, pool: Any, measured: tuple[Tensor, Tensor], most: int) -> "MeasuredLists":
-        """From candidates and performance `(n, K)`, at most `most` candidates of an image."""
+    def read(cls, pool: Any, measured: tuple[Tensor, Tensor], most: int, groups: Tensor) -> "MeasuredLists":
+        """From candidates and performance `(n, K)`, at most `most` candidates of an image, and groups `(n,)`."""
         candidates, performance = measured[0].cpu().long(), measured[1].cpu().float()
         images = (candidates >= 0).any(1).nonzero()[:, 0]
         # in an order that says nothing of the images, since folds and checks go by it
@@ -34,7 +58,9 @@ class MeasuredLists:
             ]
         ).masked_fill(rows < 0, -torch.inf)
         order = similarity.sort(dim=1, descending=True, stable=True).indices[:, :most]
-        return cls(images, *(part.gather(1, order) for part in (rows, performance, similarity)))
+        return cls(
+            images, *(part.gather(1, order) for part in (rows, performance, similarity)), folds_of(groups[images])
+        )
 
     @property
     def known(self) -> Tensor:
@@ -46,14 +72,10 @@ class MeasuredLists:
         mean = (self.performance * self.known).sum(1) / self.known.sum(1).clamp(min=1)
         return torch.where(self.known, self.performance - mean[:, None], 0.0)
 
-    @property
-    def fold(self) -> Tensor:
-        return torch.arange(len(self.images)) % FOLDS
-
     def pick(self, top: Tensor) -> "MeasuredLists":
         """Of every list the places `top (L', m)`, of the first L' images."""
         parts = (part[: len(top)].gather(1, top) for part in (self.rows, self.performance, self.similarity))
-        return MeasuredLists(self.images[: len(top)], *parts)
+        return MeasuredLists(self.images[: len(top)], *parts, self.fold[: len(top)])
 
     def mean_of(self, scores: Tensor) -> float:
         """Mean performance of what scores `(L', K)` put first."""

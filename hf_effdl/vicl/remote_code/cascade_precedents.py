@@ -25,12 +25,12 @@ class Precedents:
     relations: Relations
 
     @classmethod
-    def of(cls, pool: Any, measured: tuple[Tensor, Tensor], lists: MeasuredLists) -> "Precedents":
-        """Of candidates and performance `(n, K)`, and the lists that a cascade makes of them."""
+    def of(cls, pool: Any, measured: tuple[Tensor, Tensor], lists: MeasuredLists, groups: Tensor) -> "Precedents":
+        """Of candidates and performance `(n, K)`, the lists that a cascade makes of them, and groups `(n,)`."""
         quarters = torch.cat([quarters_of(pool.tokens(rows)) for rows in torch.arange(len(pool)).split(4096)])
         return cls(
-            RowModel(pool.vectors.float(), quarters, *measured),
-            Relations(lists.images, lists.rows, lists.target, len(pool)),
+            RowModel(pool.vectors.float(), quarters, *measured, groups),
+            Relations(lists.images, lists.rows, lists.target, groups),
         )
 
     def without(self, images: Tensor) -> "Precedents":

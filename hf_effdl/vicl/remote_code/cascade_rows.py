@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cascade_lists import own_images
+
 
 WIDTHS = (1.0, 0.3)
 NEIGHBOURS, TEMPERATURE = (5, 15, 40), 0.05
@@ -28,8 +30,9 @@ class RowModel:
 
     sums over the j that c was measured on, mu_c the mean over them; and where only some were measured,
     sum_j k(q, j) R[j, c] / (sum_j k(q, j) + 1). Beside these four, transfer from the 5, 15 and 40 nearest labelled
-    images, weights softmax(cos / 0.05), and mu ("quality"). What a labelled image i itself measured is left out of its
-    own predictions, of mu too: for kernel ridge w_j = -A_ij / A_ii is what the other images alone would give.
+    images, weights softmax(cos / 0.05), and mu ("quality"). What was measured on a labelled image itself, and on the
+    others S of its group, is left out of its own predictions, of mu too: for kernel ridge w = u - u_S A_SS^-1 A_S,
+    u = k A with k = 0 in S, is what the other images alone would give.
 
     `among` transfers from the candidates themselves, which have been matched cell by cell with the query.
 
@@ -38,6 +41,7 @@ class RowModel:
         quarters: `(n, 4 d)` unit vectors of the pool's quarters.
         measured: `(n, K)` rows of the pool, -1 where not measured.
         performance: `(n, K)` of those, larger is better.
+        groups: `(n,)` of the pool's rows, see `group_numbers`; default: every row is one of its own.
     """
 
     names = (
@@ -52,8 +56,11 @@ class RowModel:
     )
     among_names = tuple(f"{name} {softness}" for name in MATCHED for softness in SOFTNESS)
 
-    def __init__(self, vectors: Tensor, quarters: Tensor, measured: Tensor, performance: Tensor) -> None:
+    def __init__(
+        self, vectors: Tensor, quarters: Tensor, measured: Tensor, performance: Tensor, groups: Tensor | None = None
+    ) -> None:
         n = len(vectors)
+        self.groups = torch.arange(n) if groups is None else groups
         self.labelled = (measured >= 0).any(1).nonzero()[:, 0]
         examples, performance = measured[self.labelled].long(), performance[self.labelled].float()
         measured_mask = examples >= 0
@@ -112,33 +119,38 @@ class RowModel:
         Returns:
             `(B, K, 8)` in the order of `names`.
         """
-        places = torch.full((len(vectors),), -1) if own is None else self._positions(own)
-        itself = (places[:, None] == torch.arange(len(self.labelled))) & (places >= 0)[:, None]
+        own = torch.full((len(vectors),), -1) if own is None else own
+        out = own_images(self.groups, own, self.labelled)
         cosines = [queries @ view.T for queries, view in zip((vectors, quarters), self.views, strict=True)]
         kernels = [
             _kernel(cosine, width * unit) for cosine, unit in zip(cosines, self.units, strict=True) for width in WIDTHS
         ]
-        neighbours = [_nearest(cosines[0].masked_fill(itself, -torch.inf), count) for count in NEIGHBOURS]
+        neighbours = [_nearest(cosines[0].masked_fill(out, -torch.inf), count) for count in NEIGHBOURS]
         predict = self._of_complete if self.complete else self._of_sparse
-        every = predict(kernels, neighbours, itself, places)
+        every = predict(kernels, neighbours, out)
         predictions = every.gather(2, rows.clamp(min=0).expand(len(self.names), -1, -1))
         return torch.stack(list(predictions), 2) * (rows >= 0)[..., None]
 
-    def _of_complete(self, kernels: list[Tensor], neighbours: list[Tensor], itself: Tensor, places: Tensor) -> Tensor:
-        """`(8, B, n)` for every example of the pool, where each was measured on all labelled images."""
-        weights = [self._left_out(kernel @ A, A, places) for kernel, A in zip(kernels, self.inverses, strict=True)]
-        weights = torch.stack([*weights, *neighbours]).masked_fill(itself, 0)
-        mean = self._mean(places)
+    def _of_complete(self, kernels: list[Tensor], neighbours: list[Tensor], out: Tensor) -> Tensor:
+        """`(8, B, n)` for every example of the pool, where each was measured on all labelled images.
+
+        Args:
+            kernels, neighbours: `(B, L)` how alike queries and labelled images are; the latter as weights.
+            out: `(B, L)` bool, images that do not count.
+        """
+        weights = [_without_block(kernel, A, out) for kernel, A in zip(kernels, self.inverses, strict=True)]
+        weights = torch.stack([*weights, *neighbours]).masked_fill(out, 0)
+        mean = self._mean(out)
         # the weight of an image that an example was not measured on, its own, goes to the mean
         missing = weights[:, :, self.position.clamp(min=0)] * (self.position >= 0)
         transferred = weights @ self.table + (1 - weights.sum(2, keepdim=True) + missing) * mean
         return torch.cat([transferred, mean[None]])
 
-    def _of_sparse(self, kernels: list[Tensor], neighbours: list[Tensor], itself: Tensor, places: Tensor) -> Tensor:
+    def _of_sparse(self, kernels: list[Tensor], neighbours: list[Tensor], out: Tensor) -> Tensor:
         """The same where each was measured on some."""
         weights = [*kernels, *neighbours, torch.ones_like(kernels[0])]
-        weights = torch.cat([part.masked_fill(itself, 0) for part in weights])
-        shape = (len(self.names), len(places))
+        weights = torch.cat([part.masked_fill(out, 0) for part in weights])
+        shape = (len(self.names), len(out))
         sums = torch.sparse.mm(self.residual, weights.T).T.unflatten(0, shape)
         counts = torch.sparse.mm(self.count, weights.T).T.unflatten(0, shape)
         # how many images' worth of zero everything is drawn to; softmax weights sum to one
@@ -160,10 +172,11 @@ class RowModel:
         Returns:
             `(B, K, 6)` in the order of `among_names`: both of `alike`, each with T = 0.25, 0.5 and 1.
         """
-        place = self._positions(rows)
+        place = torch.where(rows >= 0, self.position[rows.clamp(min=0)], -1)
         labelled = place >= 0
         if own is not None:
-            labelled &= rows != torch.as_tensor(own).cpu()[:, None]
+            own = torch.as_tensor(own).cpu()[:, None]
+            labelled &= (own < 0) | (self.groups[rows.clamp(min=0)] != self.groups[own.clamp(min=0)])
         place, candidates = place.clamp(min=0)[:, None], rows.clamp(min=0)
         if self.complete:
             performance = self.table[place, candidates[:, :, None]]
@@ -180,21 +193,11 @@ class RowModel:
         transferred = (performance * measured_mask) @ weights / (measured_mask @ weights + PRIOR)
         return transferred * (rows >= 0)[..., None]
 
-    @staticmethod
-    def _left_out(weights: Tensor, inverse: Tensor, places: Tensor) -> Tensor:
-        own = places >= 0
-        weights[own] = -inverse[places[own]] / inverse.diagonal()[places[own], None]
-        return weights
-
-    def _mean(self, places: Tensor) -> Tensor:
-        """`(B, n)` mean of every example over the images that it was measured on, without the queries themselves."""
-        own = (places >= 0).float()[:, None]
-        total = self.total - self.table[places.clamp(min=0)] * own
-        return total / (len(self.table) - (self.position >= 0).float() - own).clamp(min=1)
-
-    def _positions(self, own: Tensor) -> Tensor:
-        own = torch.as_tensor(own).cpu()
-        return torch.where(own >= 0, self.position[own.clamp(min=0)], -1)
+    def _mean(self, out: Tensor) -> Tensor:
+        """`(B, n)` mean of every example over the images that it was measured on, all but those that are `out`."""
+        kept = (~out).float()
+        itself = kept[:, self.position.clamp(min=0)] * (self.position >= 0)  # an example is not measured on itself
+        return (self.total - out.float() @ self.table) / (kept.sum(1, keepdim=True) - itself).clamp(min=1)
 
 
 def quarters_of(tokens: Tensor) -> Tensor:
@@ -213,7 +216,16 @@ def _kernel(cosine: Tensor, scale: Tensor) -> Tensor:
     return torch.exp(-(2 - 2 * cosine).clamp(min=0) / scale)
 
 
+def _without_block(kernel: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
+    """Weights `(B, L)` of kernel ridge as if the images `out` were not there, from the inverse with them all."""
+    weights = kernel.masked_fill(out, 0) @ inverse
+    for query in out.any(1).nonzero()[:, 0].tolist():
+        block = inverse[out[query]]
+        weights[query] -= torch.linalg.solve(block[:, out[query]], weights[query, out[query]]) @ block
+    return weights
+
+
 def _nearest(cosine: Tensor, count: int) -> Tensor:
     """Weights `(B, L)` of the `count` most similar images, which sum to one."""
     top, at = cosine.topk(min(count, cosine.shape[1]), 1)
-    return torch.zeros_like(cosine).scatter_(1, at, (top / TEMPERATURE).softmax(1))
+    return torch.zeros_like(cosine).scatter_(1, at, (top / TEMPERATURE).softmax(1).nan_to_num(0))

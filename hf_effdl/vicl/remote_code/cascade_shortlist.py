@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .cascade_lists import own_images
+
 
 DRAWS = 1024
 # of a score's value, so that among equal gains the better score goes first
@@ -21,35 +23,32 @@ class Relations:
         images: `(L,)` rows of the pool on which examples were measured.
         rows: `(L, K)` the examples, -1 where there is none.
         residual: `(L, K)` R of these.
-        size: images in the pool.
+        groups: `(n,)` of the pool's rows, see `group_numbers`.
     """
 
-    def __init__(self, images: Tensor, rows: Tensor, residual: Tensor, size: int) -> None:
+    def __init__(self, images: Tensor, rows: Tensor, residual: Tensor, groups: Tensor) -> None:
         known = rows >= 0
         on = torch.arange(len(images))[:, None].expand_as(rows)
         # an example has few entries, and pools may be large
         self.table = torch.sparse_coo_tensor(
-            torch.stack([rows[known], on[known]]), residual[known], (size, len(images)), check_invariants=False
+            torch.stack([rows[known], on[known]]), residual[known], (len(groups), len(images)), check_invariants=False
         ).coalesce()
         self.unit = residual[known].square().mean().clamp(min=1e-12)
-        self.position = torch.full((size,), -1)
-        self.position[images] = torch.arange(len(images))
+        self.images, self.groups = images, groups
 
     def between(self, rows: Tensor, own: Tensor | None = None) -> Tensor:
         """rho of every pair, `(B, K, K)` in [-1, 1], positive semidefinite.
 
         Args:
             rows: `(B, K)` examples; for -1 the values mean nothing.
-            own: `(B,)` rows of the pool that the queries themselves are, -1 for none: what was measured on these does
-                not count.
+            own: `(B,)` rows of the pool that the queries themselves are, -1 for none: what was measured on these and
+                on their groups does not count.
         """
         some, place = rows.clamp(min=0).unique(return_inverse=True)
         # in float64, so that what follows is positive semidefinite beyond doubt
         columns = self.table.index_select(0, some).to_dense().double()[place]
         if own is not None:
-            at = torch.where(own >= 0, self.position[own.clamp(min=0)], -1)
-            itself = (at[:, None] == torch.arange(columns.shape[2])) & (at >= 0)[:, None]
-            columns = columns.masked_fill(itself[:, None], 0)
+            columns = columns.masked_fill(own_images(self.groups, own, self.images)[:, None], 0)
         columns = columns / (columns.square().sum(2, keepdim=True) + self.unit).sqrt()
         return columns @ columns.transpose(1, 2)
 

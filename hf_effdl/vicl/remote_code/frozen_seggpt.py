@@ -14,6 +14,7 @@ from .backbones import commit_of, load_backbone
 from .encoder_seggpt import MEAN, STD, SegGptFeatures, cell_of, channels, normalised
 from .frozen_model import FrozenModel, check_prompts
 from .vision_encoder import VisionEncoder
+from .writing import check_folder
 
 
 EMBEDDING_TYPES = ("instance", "semantic")
@@ -124,6 +125,7 @@ class SegGptInContext(FrozenModel):
         **settings: Any,
     ) -> "SegGptInContext":
         """Made from the SegGPT in a repository or folder; `settings` are the constructor's."""
+        check_folder(id, revision)
         frozen = cls(load_backbone({"id": id, "revision": revision}, SegGptForImageSegmentation, token), **settings)
         frozen.revision = commit_of(id, revision, token) or revision
         return frozen

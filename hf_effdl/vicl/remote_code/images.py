@@ -23,8 +23,8 @@ def to_rgb(image: Any) -> Image.Image:
 
     Args:
         image: PIL image of any mode; numpy `(H, W)` or `(H, W, 1|3|4)` of bool, uint8, uint16 or floats in [0, 1];
-            path; encoded bytes; `{"bytes", "path"}` of a `datasets.Image(decode=False)` column. PIL modes I and I;16
-            hold 16 bits (scaled by 1 / 257), F holds [0, 1].
+            path; encoded bytes; `{"bytes", "path"}` of a `datasets.Image(decode=False)` column. PIL modes I and
+            I;16 hold 16 bits (scaled by 1 / 257), F holds [0, 1].
 
     Raises:
         ValueError: for an empty image, values outside the range (NaN too), another shape, unreadable bytes.

@@ -25,6 +25,7 @@ EDGE, BLURRED = 4, 8
 STRAY, FLAT = 0.01, 0.0003
 LOSSY = ("JPEG", "MPO")
 SHOWN = 8
+GREY = 100  # values in one mask
 NAME = 'name the object by foreground=, one value or several, or foreground="any" for every value but 0 and void'
 
 
@@ -38,6 +39,7 @@ class Reading:
         value: that the object's pixels held; None: nothing is marked, or the values were named.
         soft: share of pixels between black and white.
         threshold: at which they were decided; None: there are none.
+        grey: whether it has as many values as pictures have, and class maps hardly ever.
     """
 
     white: np.ndarray
@@ -45,6 +47,7 @@ class Reading:
     value: int | None = None
     soft: float = 0.0
     threshold: int | None = None
+    grey: bool = False
 
     def picture(self) -> Image.Image:
         """White on black, PIL L."""
@@ -81,7 +84,7 @@ def read_mask(
     """
     values, counts = _histogram(mask)
     if foreground == ANY:
-        return Reading(_marked(mask, values, void), "every value but 0 and void")
+        return Reading(_marked(mask, values, void), "every value but 0 and void", grey=len(values) > GREY)
     if len(values) > 2 and (soft := _soft(mask, values, counts, lossy)) is not None:
         low, high, threshold = soft
         if foreground is None or (high in foreground and low not in foreground):
@@ -92,7 +95,8 @@ def read_mask(
             "and white can be told apart in one"
         )
     if foreground is not None:
-        return Reading(np.isin(mask, foreground), f"values {', '.join(map(str, foreground))} of a class map")
+        kind = f"values {', '.join(map(str, foreground))} of a class map"
+        return Reading(np.isin(mask, foreground), kind, grey=len(values) > GREY)
     return _unnamed(mask, values, void)
 
 
@@ -321,7 +325,15 @@ def _filled(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def tally(readings: Iterable[Reading]) -> dict[str, Any]:
     """What some masks were taken for, as plain values that can be added up (see `added`)."""
-    total: dict[str, Any] = {"kinds": {}, "values": {}, "soft": 0.0, "thresholds": [], "masks": 0, "full": 0}
+    total: dict[str, Any] = {
+        "kinds": {},
+        "values": {},
+        "soft": 0.0,
+        "thresholds": [],
+        "masks": 0,
+        "full": 0,
+        "grey": 0,
+    }
     for reading in readings:
         one = {
             "kinds": {reading.kind: 1},
@@ -330,6 +342,7 @@ def tally(readings: Iterable[Reading]) -> dict[str, Any]:
             "thresholds": [] if reading.threshold is None else [reading.threshold],
             "masks": 1,
             "full": int(reading.white.all()),
+            "grey": int(reading.grey),
         }
         total = added(total, one)
     return total
@@ -338,7 +351,7 @@ def tally(readings: Iterable[Reading]) -> dict[str, Any]:
 def added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Two tallies as one."""
     return {
-        **{name: one[name] + other[name] for name in ("soft", "masks", "full")},
+        **{name: one.get(name, 0) + other.get(name, 0) for name in ("soft", "masks", "full", "grey")},
         **{
             name: {key: one[name].get(key, 0) + other[name].get(key, 0) for key in {**one[name], **other[name]}}
             for name in ("kinds", "values")

@@ -15,6 +15,7 @@ from .borrowing import borrow
 from .configuration_listwise_ranker import ListwiseRankerConfig
 from .ranker_losses import neural_ndcg_loss, pairwise_margin_loss, ranks
 from .vision_encoder import VisionEncoder
+from .writing import check_folder
 
 
 QUERY, CANDIDATE = 0, 1
@@ -139,6 +140,7 @@ class ListwiseRanker(PreTrainedModel):
             ValueError: where the file lacks weights, which would be drawn at random.
         """
         with_info = kwargs.pop("output_loading_info", False)
+        check_folder(pretrained_model_name_or_path, kwargs.get("revision"))
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, output_loading_info=True)
         check_whole(info["missing_keys"], pretrained_model_name_or_path)
         return (model, info) if with_info else model

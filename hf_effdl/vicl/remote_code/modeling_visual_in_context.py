@@ -18,7 +18,7 @@ from .frozen_seggpt import SegGptInContext
 from .images import BICUBIC
 from .ranker_selector import RankerSelector
 from .vision_encoder import VisionEncoder
-from .writing import filled_beside
+from .writing import check_folder, filled_beside
 
 
 DEFAULT = "BAAI/seggpt-vit-large"
@@ -92,6 +92,7 @@ class VisualInContextModel(PreTrainedModel):
             settings: for `SegGptInContext` (`embedding_type`, `ensemble`) or for `FeatureMatching` (`matching`,
                 `temperature`, `carry`) and its encoder (`image_size`, `layer`).
         """
+        check_folder(backbone, revision)
         config = AutoConfig.from_pretrained(backbone, revision=revision, token=token, trust_remote_code=False)
         frozen = frozen_class(config.model_type).from_pretrained(
             backbone, task=task, revision=revision, token=token, **settings
@@ -156,6 +157,7 @@ class VisualInContextModel(PreTrainedModel):
         dtype = as_dtype(kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None))
         if dtype is not None:  # cast at last, when it is known which encoder it is
             kwargs["dtype"] = torch.float32
+        check_folder(pretrained_model_name_or_path, kwargs.get("revision"))
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, output_loading_info=True)
         check_whole(set(info["missing_keys"]) - {"format"}, pretrained_model_name_or_path)
         model.load_backbones(token, trust)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers.image_utils import load_image
 
 from .examples import Queries
 
@@ -64,6 +65,37 @@ def check_each(name: str, values: Any, images: Any) -> None:
         raise ValueError(f"{name}= must hold one {ONE_OF[name]} for each image")
     if hasattr(values, "__len__") and hasattr(images, "__len__") and len(values) != len(images):
         raise ValueError(f"{len(values)} {name} for {len(images)} images: pass one each")
+
+
+def downloaded(url: str) -> Image.Image:
+    """The image at a URL.
+
+    Raises:
+        ValueError: where it cannot be had.
+    """
+    try:
+        return load_image(url)
+    except Exception as error:  # upstream's client, and with it its errors, are not the same in every version
+        raise ValueError(f"the image at {url} cannot be fetched: {error}") from error
+
+
+def image_of(row: dict[str, Any]) -> Any:
+    """The image in a row of a whole data set: its column `image`, or the only one that holds an image.
+
+    Raises:
+        TypeError: where that is not clear.
+    """
+    if row.keys() & {"bytes", "path"}:
+        return row
+    held = [name for name, value in row.items() if isinstance(value, Image.Image) or is_file(value)]
+    name = "image" if "image" in held else held[0] if len(held) == 1 else None
+    if name is None:
+        raise TypeError(f"got a row with the columns {sorted(row)}: pass the column of images, dataset['image']")
+    return row[name]
+
+
+def is_file(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"bytes", "path"}
 
 
 def walkable(images: Any) -> Any:

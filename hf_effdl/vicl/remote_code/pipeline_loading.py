@@ -13,7 +13,7 @@ from .configuration_visual_in_context import VisualInContextConfig
 from .modeling_visual_in_context import FROZEN, VisualInContextModel, as_dtype, frozen_class
 from .pool_reader import MANIFEST, NAME, PoolReader
 from .vision_encoder import VisionEncoder
-from .writing import copy_file
+from .writing import check_folder, copy_file
 
 
 def load_parts(
@@ -47,6 +47,7 @@ def load_parts(
 
 
 def _model_type(name: str, token: str | bool | None) -> str | None:
+    check_folder(name)
     return PreTrainedConfig.get_config_dict(name, token=token)[0].get("model_type")
 
 

@@ -1,65 +1,46 @@
 """The pipeline: for each image, choose examples from a pool, show them to a frozen vision model, read its answer."""
 
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi
 from PIL import Image
 from torch import Tensor, nn
 from transformers import Pipeline
-from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.image_utils import load_image
 
 from .confidence import certainty, expected_performance
 from .examples import Examples, Queries
 from .frozen_canvas import vote as count_votes
 from .images import pixels, to_rgb
 from .modeling_visual_in_context import KINDS, VisualInContextModel
-from .pipeline_card import write_model_card
-from .pipeline_inputs import ONE_OF, alike, array_of, check_each, fused, is_image, soft_map, walkable
-from .pipeline_loading import is_repository, load_parts, save_pool
+from .pipeline_inputs import (
+    ONE_OF,
+    alike,
+    array_of,
+    check_each,
+    downloaded,
+    fused,
+    image_of,
+    is_image,
+    soft_map,
+    walkable,
+)
+from .pipeline_loading import load_parts
+from .pipeline_options import FORWARD, Options, check_chosen, check_options
 from .pipeline_picture import Answer, Shown, draw_panels
+from .pipeline_saving import pushed, saved
 from .pool_reader import PoolReader
 from .pool_rows import allowed_rows
 from .strategies import find_strategy
 from .visual_tasks import find_task, task_of
-from .writing import copy_file, is_first
 
 
 TASK = "visual-in-context-learning"
-FUSIONS = ("mean", "weighted", "model")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How queries are answered; see `VisualInContextPipeline`."""
-
-    strategy: Any = None
-    num_examples: int = 1
-    fusion: str = "mean"
-    vote: bool = False
-    candidates: int = 50
-    seed: int = 0
-    soft_map: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("num_examples", "candidates"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: pass a whole number of at least 1")
-        if self.fusion not in FUSIONS:
-            raise ValueError(f"fusion={self.fusion!r}: choose one of {FUSIONS}")
-
-
-FORWARD = tuple(field.name for field in fields(Options))
 
 
 class VisualInContextPipeline(Pipeline):
@@ -81,8 +62,9 @@ class VisualInContextPipeline(Pipeline):
             names.
         metric, greater_is_better: what the oracle goes by, see `Examples`; default: the task's own metric.
 
-    Call it with an image (PIL, array, path, bytes) or any number of them; a list, a data set column or a generator is
-    a batch. Options of a call, or of the constructor as defaults:
+    Call it with an image (PIL, array, tensor, path, URL, bytes) or any number of them: a list, a data set (its column
+    `image`, or the only one of images) or a column of one; a generator or a streamed data set, which has no length, is
+    answered by a generator, as it comes. Options of a call, or of the constructor as defaults:
 
         num_examples    m, how many examples are shown (default 1); a smaller pool gives all it has
         fusion          for m > 1: "mean" of the answers to each (default); "weighted" mean by the scores, for a
@@ -170,7 +152,7 @@ class VisualInContextPipeline(Pipeline):
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """See the class. One image gives a dict, a list gives a list, a generator is answered by a generator."""
+        """See the class. One image gives a dict, a list gives a list; what has no length is answered as it comes."""
         if batch_size is None:
             batch_size = self._batch_size or 8
         if not isinstance(batch_size, int) or batch_size < 1:
@@ -187,7 +169,7 @@ class VisualInContextPipeline(Pipeline):
         answers = self._stream(images, given, candidates_where, batch_size, kwargs)
         if alone:
             return next(iter(list(answers)))
-        return answers if isinstance(images, Iterator) else list(answers)
+        return list(answers) if hasattr(images, "__len__") else answers
 
     def _stream(
         self,
@@ -259,30 +241,11 @@ class VisualInContextPipeline(Pipeline):
         What stands in the config is kept, with the strategy and the number of candidates that this pipeline was made
         with; the other options of the constructor are not. Of several processes all call it, and the first one writes.
         """
-        config, first = self.model.config, is_first()
         strategy = self._strategy(self._forward_params.get("strategy"))
-        if isinstance(strategy, str):
-            config.strategy = strategy
-        elif hasattr(strategy, "settings"):
-            self.model.set_selector(strategy)
-        else:
-            warnings.warn(
-                f"the strategy of this pipeline is a {type(strategy).__name__} and cannot be saved: the "
-                f"saved one will use {config.strategy!r}",
-                stacklevel=2,
-            )
-        config.candidates = self._forward_params.get("candidates", config.candidates)
-        if config.frozen_model is not None and (config.pool is None or not is_repository(config.pool)):
-            if first or hasattr(self.pool, "save_pretrained"):  # which waits for the first
-                save_pool(self.pool, Path(save_directory, "pool"))
-            config.pool, config.pool_revision = "pool", None
-        if first:
-            super().save_pretrained(save_directory, **kwargs)
-            # of a pipeline whose code came from the Hub upstream copies the model's files alone
-            for file in (__file__, *get_relative_import_files(__file__)):
-                if Path(file).resolve() != Path(save_directory, Path(file).name).resolve():
-                    copy_file(Path(file), Path(save_directory, Path(file).name))
-            write_model_card(save_directory, config, self.pool, repo_id)
+        candidates = self._forward_params.get("candidates", self.model.config.candidates)
+        with saved(self, Path(save_directory), strategy, candidates, __file__, repo_id) as first:
+            if first:
+                super().save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(
         self,
@@ -303,32 +266,7 @@ class VisualInContextPipeline(Pipeline):
         Returns:
             URL of the commit; None on other processes than the first.
         """
-        if not is_first():
-            return None
-        config = self.model.config
-        if pool_repo_id is not None or config.pool is None or not is_repository(config.pool):
-            if not hasattr(self.pool, "push_to_hub"):
-                raise ValueError(
-                    "the pool was read and not built here: load it with ExamplePool.from_pretrained to "
-                    "push it, or set model.config.pool to its repository"
-                )
-            pool_repo_id = pool_repo_id or f"{repo_id}-pool"
-            self.pool.push_to_hub(pool_repo_id, private=private, token=token)
-            revision = HfApi(token=token).dataset_info(pool_repo_id).sha
-            config.pool, config.pool_revision = pool_repo_id, revision
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            # by hand, since the base class puts an empty template in the place of the card
-            if api.file_exists(repo_id, "README.md"):
-                api.hf_hub_download(repo_id, "README.md", local_dir=folder)
-            self.save_pretrained(folder, repo_id=repo_id)
-            message = commit_message or f"{config.task} in context, examples of {config.pool}"
-            return str(
-                api.upload_folder(
-                    repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=[".cache/*"]
-                )
-            )
+        return pushed(self, repo_id, pool_repo_id, private, token, commit_message)
 
     # ---- the steps of a pipeline
 
@@ -359,7 +297,7 @@ class VisualInContextPipeline(Pipeline):
     def _forward(self, batch: dict[str, Any], **given: Any) -> dict[str, Any]:
         options = Options(**{"candidates": self.model.config.candidates} | given)
         choose = self._chooser(options.strategy)
-        self._check(options, choose)
+        check_options(options, self, choose, self._said(options.strategy))
         self._tell_unused(options)
         queries = Queries(
             batch["cells"],
@@ -383,7 +321,8 @@ class VisualInContextPipeline(Pipeline):
 
     def _answers(self, queries: Queries, choose: Any, options: Options, longest: int) -> dict[str, Any]:
         """Of queries that may be shown the same number of examples."""
-        scores, rows, *answers = self._chosen(choose(queries, self.examples, options.num_examples, longest), queries)
+        chosen = choose(queries, self.examples, options.num_examples, longest)
+        scores, rows, *answers = check_chosen(chosen, queries, len(self.pool))
         weights = torch.full_like(scores, 1 / scores.shape[1])
         if options.fusion == "weighted":
             weights = (scores / choose.temperature).softmax(1)
@@ -394,51 +333,11 @@ class VisualInContextPipeline(Pipeline):
         confidence = self._confidence(painted, scores, choose)
         return {"painted": painted, "rows": rows.tolist(), "scores": scores.tolist(), "confidence": confidence}
 
-    def _chosen(self, chosen: Any, queries: Queries) -> Any:
-        """What a selector gave, if it can be that."""
-        pair = isinstance(chosen, tuple) and len(chosen) in (2, 3)
-        if not pair or not all(isinstance(part, Tensor) for part in chosen):
-            raise TypeError(
-                f"the selector gave {type(chosen).__name__}: it must return (scores, rows) or (scores, rows, "
-                "answers), tensors (B, count)"
-            )
-        scores, rows = chosen[:2]
-        fits = rows.dim() == 2 and rows.shape == scores.shape and len(rows) == len(queries) and rows.shape[1] > 0
-        if not fits or int(rows.min()) < 0 or int(rows.max()) >= len(self.pool):
-            raise ValueError(
-                f"the selector gave scores {tuple(scores.shape)} and rows {tuple(rows.shape)} for {len(queries)} "
-                f"queries: both must be (B, count), with rows of the pool, 0 to {len(self.pool) - 1}"
-            )
-        if queries.allowed is not None and not queries.allowed.gather(1, rows.cpu()).all():
-            raise ValueError(
-                "the selector chose an example that exclude=, groups=, classes= or candidates_where= rules out: have "
-                "it search with examples.nearest(queries, count)"
-            )
-        return chosen
-
     def _confidence(self, painted: Tensor, scores: Tensor, choose: Any) -> list[float | None]:
         if self.visual_task.name == "colourisation":
             return [None] * len(painted)
         sure, learnt = certainty(painted).cpu(), getattr(choose, "confidence", None)
         return (sure if learnt is None else expected_performance(learnt, sure, scores[:, 0].float().cpu())).tolist()
-
-    def _check(self, options: Options, choose: Any) -> None:
-        frozen = self.model.frozen
-        if options.soft_map and self.visual_task.name == "colourisation":
-            raise ValueError("soft_map=True, but colours are not cut in two: the prediction is all there is")
-        if options.vote and getattr(frozen, "arrangements", 1) == 1:
-            raise ValueError(
-                f"vote=True, but {type(frozen).__name__} has no canvas whose cells could be "
-                "arranged in another way: leave vote out"
-            )
-        if options.fusion == "weighted" and not hasattr(choose, "temperature"):
-            raise ValueError(
-                "fusion='weighted' weighs answers by what is expected of their examples, which a fitted "
-                f"CascadeSelector says, but here {self._said(options.strategy)} chooses: {self._remedy()}, or choose "
-                "'mean'"
-            )
-        if not len(self.pool):
-            raise ValueError("the pool is empty: add examples to it")
 
     def _said(self, given: Any) -> str:
         """What chooses, and who said so."""
@@ -447,11 +346,6 @@ class VisualInContextPipeline(Pipeline):
         if given is not None:
             return f"strategy={name}"
         return f"selector={name} of the pipeline" if self.selector is not None else f"{name} of the model's config"
-
-    def _remedy(self) -> str:
-        if getattr(self.model.selector, "kind", None) == "cascade":
-            return "pass strategy='cascade' for the one that the model keeps"
-        return "fit one"
 
     def _tell_unused(self, options: Options) -> None:
         """Say once that a selector which was set on the model since this pipeline was made is not what chooses."""
@@ -543,10 +437,10 @@ class VisualInContextPipeline(Pipeline):
 
     @staticmethod
     def _opened(image: Any) -> Image.Image:
-        if isinstance(image, dict) and not image.keys() & {"bytes", "path"}:
-            raise TypeError(f"got a row with the columns {sorted(image)}: pass the column of images, dataset['image']")
+        if isinstance(image, dict):
+            image = image_of(image)
         if isinstance(image, str) and image.startswith(("http://", "https://")):
-            image = load_image(image)
+            image = downloaded(image)
         if isinstance(image, Tensor):
             image = array_of(image)
         return to_rgb(image)

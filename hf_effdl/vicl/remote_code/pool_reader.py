@@ -43,6 +43,7 @@ from .pool_checks import (
     read_columns,
 )
 from .pool_search import exact_search
+from .writing import check_folder
 
 
 __all__ = ["FORMAT", "MANIFEST", "NAME", "PoolReader", "Shard", "content_fingerprint", "file_digest", "row_digest"]
@@ -165,6 +166,7 @@ class PoolReader:
         """
         if Path(folder_or_repo).is_dir():
             return cls(folder_or_repo)
+        check_folder(folder_or_repo, revision)
         repo_id = str(folder_or_repo)
         try:
             file = hf_hub_download(repo_id, MANIFEST, repo_type="dataset", revision=revision, token=token)

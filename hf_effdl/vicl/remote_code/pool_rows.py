@@ -81,6 +81,26 @@ def column_of(pool: PoolReader, name: str, why: str) -> np.ndarray:
     return np.array(values, dtype=object)
 
 
+def groups_of(pool: PoolReader, groups: Sequence[Any] | None) -> list[str | None] | None:
+    """What each row belongs to, as texts: `groups`, or what the pool keeps; None where nothing is known.
+
+    Raises:
+        ValueError: for another number of groups than rows.
+    """
+    if groups is None:
+        return pool.groups
+    if len(groups := list(groups)) != len(pool):
+        raise ValueError(f"{len(groups)} groups for a pool of {len(pool)}: pass one for each row, None for no group")
+    return [None if one is None else str(one) for one in groups]
+
+
+def group_numbers(groups: Sequence[str | None] | None, count: int) -> Tensor:
+    """`(count,)` one number for all rows of a group; a row of no group has one of its own."""
+    numbers: dict[Any, int] = {}
+    named = [(row,) if one is None else one for row, one in enumerate(groups or [None] * count)]
+    return torch.tensor([numbers.setdefault(one, len(numbers)) for one in named])
+
+
 def of_other_groups(pool: PoolReader, groups: Sequence[Any], why: str = "groups= is given") -> Tensor:
     """`(B, n)` bool: rows that do not belong to the same group as each query; a query of None belongs to none."""
     kept = column_of(pool, "group", why)

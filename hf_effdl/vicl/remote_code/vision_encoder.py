@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedMo
 from .backbones import check_whole, commit_of, config_of, load_backbone
 from .encoder_seggpt import SegGptFeatures
 from .images import BICUBIC
+from .writing import check_folder
 
 
 HALF = (0.5, 0.5, 0.5)
@@ -130,6 +131,7 @@ class VisionEncoder(nn.Module):
         Raises:
             ValueError: where the file lacks weights of the backbone, or the repository asks to run its code.
         """
+        check_folder(id_or_folder, revision)
         trust = bool(options.pop("trust_remote_code", False))
         config = AutoConfig.from_pretrained(id_or_folder, revision=revision, token=token, trust_remote_code=trust)
         backbone, info = _backbone_class(config.model_type).from_pretrained(

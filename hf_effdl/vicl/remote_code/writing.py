@@ -1,4 +1,4 @@
-"""Who of several processes writes, and how files come into being: whole, on the disk, or not at all."""
+"""Who of several processes writes, how files come into being (whole, on the disk, or not at all), which are meant."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,29 @@ def is_first() -> bool:
     """Whether this is the only process or the first of several."""
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     return not several or torch.distributed.get_rank() == 0
+
+
+def check_folder(where: Any, revision: str | None = None) -> None:
+    """Refuse what looks like the path of a folder and is none, before a repository of that name is asked for.
+
+    A path is what is no text, starts with `./`, `../`, `/` or `~`, has more than one slash, or lies in a folder that
+    is there. Names of one word and `owner/name` are repositories where no such folder is.
+
+    Args:
+        where: as it was given; what is neither text nor path is left to others to refuse.
+        revision: only repositories have one.
+
+    Raises:
+        FileNotFoundError: naming it.
+    """
+    if revision is not None or not isinstance(where, str | os.PathLike) or os.path.isdir(where):
+        return
+    name = os.fspath(where)
+    inside = os.path.dirname(name)
+    path = name.startswith(("./", "../", "~")) or os.path.isabs(name) or name.count("/") > 1
+    if path or not isinstance(where, str) or os.path.isdir(inside):
+        near = f", and {inside!r} is one" if os.path.isdir(inside) else ""
+        raise FileNotFoundError(f"there is no folder {name!r}{near}: it is taken for a path, not for a repository")
 
 
 def write_text(target: Path, text: str) -> Path:
