@@ -616,7 +616,7 @@ def test_groups_that_are_not_lifted_keep_their_size_and_so_does_what_they_are_ti
 def equal(a, b):
     assert [group.to_dict() for group in a.groups] == [group.to_dict() for group in b.groups]
     assert a.groups[0].network == b.groups[0].network
-    assert (a.step, list(a.ties), a.curve) == (b.step, list(b.ties), b.curve)
+    assert (a.step, list(a.ties), a.curve, a.start) == (b.step, list(b.ties), b.curve, b.start)
     assert a.units.keys() == b.units.keys() and list(a.units) == list(b.units)
     for name, unit in a.units.items():
         assert unit.keys() == b.units[name].keys()
@@ -644,7 +644,7 @@ def test_the_file_is_read_without_unpickling(tmp_path):
     raw = random_path("resnet", 0).save(tmp_path).read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     meta = json.loads(header["__metadata__"]["sparse_path"])
-    assert {"groups", "shapes", "uses", "ties", "step", "curve", "format"} == set(meta)
+    assert {"groups", "shapes", "uses", "ties", "step", "curve", "start", "format"} == set(meta)
     assert f"{STAGE}.0.layers.0.layer.0.convolution|entered" in header
 
 

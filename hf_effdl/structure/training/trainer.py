@@ -30,7 +30,7 @@ from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.slim.latency import measure_latency
 from hf_effdl.structure.slim.report import effdl_report, get_report, set_report
 from hf_effdl.structure.slim.slim import cut_copy, slim
-from hf_effdl.structure.training.arguments import SplitLBIArguments
+from hf_effdl.structure.training.arguments import SplitLBIArguments, is_pretrained
 from hf_effdl.structure.training.callbacks import FSDP1, SplitLBICallback
 from hf_effdl.structure.training.card import write_structure_card
 from hf_effdl.structure.training.evaluation import example_row, loop_metrics, training_inputs
@@ -76,6 +76,8 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         args = SplitLBIArguments("trainer_output") if args is None else args
         _check_arguments(args)
         super().__init__(model, args, *others, **kwargs)
+        if args.start is None and is_pretrained(self.model):
+            self.args = args = _started_dense(self.model, args)
         self._check_set_up()
         self._groups = groups
         self._found = groups is None
@@ -154,7 +156,7 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         hyper = self.args.split_lbi_kwargs(num_training_steps)
         for group in (self.optimizer if optimizer is None else optimizer).param_groups:
-            group |= {name: hyper[name] for name in ("nu", "path_scale")}
+            group |= {name: hyper.get(name) for name in ("nu", "path_scale", "rise")}
         return super().create_scheduler(num_training_steps, optimizer)
 
     def train(
@@ -438,6 +440,18 @@ def _check_arguments(args: Any) -> None:
         )
     if args.fsdp and int(args.fsdp_config.get("version", 2)) == 1:
         raise ValueError(FSDP1)
+
+
+def _started_dense(model: nn.Module, args: SplitLBIArguments) -> SplitLBIArguments:
+    """The arguments of a path from trained weights, said once."""
+    args = args.started("dense")
+    if is_first():
+        print(
+            f"split LBI: the model has weights from {model.config.name_or_path}, so the path starts dense, with "
+            f"learning_rate={args.learning_rate:g}; start='empty' trains them as if they were fresh",
+            flush=True,
+        )
+    return args
 
 
 def _explain_half_precision(error: RuntimeError, model: nn.Module, inputs: Mapping[str, Any]) -> None:
