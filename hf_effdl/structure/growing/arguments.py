@@ -117,6 +117,7 @@ class GrowingArguments(SplitLBIArguments):
 
 def _refuse(args: TrainingArguments) -> None:
     reasons = {
+        "distill": "by default the teacher is the model at the start, the smallest of all; leave it off",
         "deepspeed": "DeepSpeed flattens the parameters, so there are no units to add to; use DDP",
         "fsdp": "FSDP shards parameters of fixed shapes, and a checkpoint of shards cannot be widened; use DDP",
         "load_best_model_at_end": "the best checkpoint may be of a smaller net than the one at the end, and its "

@@ -247,7 +247,7 @@ class SplitLBI(torch.optim.Optimizer):
 
     @torch.no_grad()
     def dual(self, p: Tensor) -> Tensor:
-        """V of a lifted parameter, with its shape (and sharding), at least float32; before the first step its start."""
+        """V of a lifted parameter, with its shape (and sharding), at least float32; its start before the first."""
         group, _ = self._find(p)
         dual = self.state.get(p, {}).get("dual")
         return initial_dual(group, p) if dual is None else dual.clone()

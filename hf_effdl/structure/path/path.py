@@ -133,7 +133,7 @@ class SparsePath:
         return result
 
     def _survival(self, unit: Mapping[str, Tensor]) -> Tensor:
-        """Of a path that started dense: above 1 for units inside, `||V|| / threshold`; below it, by exit, for others."""
+        """Of a dense start: above 1 for units inside, `||V|| / threshold`; below it, by exit, for others."""
         inside = unit["dual"] > unit["threshold"]
         ratio = unit["dual"] / torch.where(unit["threshold"] > 0, unit["threshold"], 1)  # it has not risen: by ||V||
         left = (unit["left"].clamp_min(1) - 1 + ratio) / max(self.step, 1)

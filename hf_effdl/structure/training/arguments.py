@@ -14,6 +14,7 @@ from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.param_groups import param_groups
 from hf_effdl.structure.optim.checks import BASES, LAM_SCALES, STARTS
 from hf_effdl.structure.optim.schedule import PATH_LENGTHS, derive_path, threshold_rise
+from hf_effdl.structure.training.distill import check_distillation
 
 
 # What the released LeNet recipe of arXiv 2007.02010 sets: rows as units, one absolute threshold, single linear
@@ -53,6 +54,10 @@ class SplitLBIArguments(TrainingArguments):
         max_grad_norm: defaults to 0, no clipping: it would hold back the loss gradient but not the ridge, and fewer
             units would enter.
         bn_batches: training batches for the batch norms of the projected model at each evaluation.
+        distill: share of the loss that is what a teacher says, by default the model as it was at the start, see
+            `Distillation`; 0 trains without one.
+        distill_temperature: see `Distillation`.
+        distill_hidden: see `Distillation`.
 
     Raises:
         ValueError: for a number out of range, an unknown preset, or DeepSpeed.
@@ -86,6 +91,9 @@ class SplitLBIArguments(TrainingArguments):
     )
     ridge_length: float = field(default=3.7, metadata={"help": "Run length, in time constants of the ridge."})
     path_share: float = field(default=1.0, metadata={"help": "Share of the run that is as long as one path."})
+    distill: float = field(default=0.0, metadata={"help": "Share of the loss that a teacher has, in [0, 1]."})
+    distill_temperature: float = field(default=2.0, metadata={"help": "Temperature of teacher and student."})
+    distill_hidden: float = field(default=0.0, metadata={"help": "Factor on the gap between hidden states."})
     bn_batches: int = field(default=8, metadata={"help": "Training batches for the projected model's batch norms."})
 
     def __post_init__(self) -> None:
@@ -118,11 +126,17 @@ class SplitLBIArguments(TrainingArguments):
                 real_number(name, value)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value}: it must be a positive finite number")
+        check_distillation(self.distill, self.distill_temperature, self.distill_hidden)
         real_number("path_share", self.path_share), real_number("momentum", self.momentum)
         if not 0 < self.path_share <= 1:
             raise ValueError(f"path_share={self.path_share}: it is a share of the run, in (0, 1]")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum={self.momentum}: it must be in [0, 1)")
+
+    @property
+    def distills(self) -> bool:
+        """Whether a teacher has a part in the loss."""
+        return self.distill > 0 or self.distill_hidden > 0
 
     def started(self, start: str) -> "SplitLBIArguments":
         """These arguments where the path starts so; a copy, with the learning rate that fits if none was given.

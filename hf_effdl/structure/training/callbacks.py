@@ -23,6 +23,7 @@ from hf_effdl.structure.optim.split_lbi import SplitLBI, unwrap
 from hf_effdl.structure.path.path import FILE_NAME, SparsePath
 from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.training.arguments import LEARNING_RATES, scheduled_rates
+from hf_effdl.structure.training.distill import refuse_without_teacher
 from hf_effdl.structure.training.evaluation import evaluator, example_row, loop_metrics, projected, training_inputs
 
 
@@ -99,6 +100,8 @@ class SplitLBICallback(TrainerCallback):
         refuse_lone_processes()
         model, optimizer = kwargs["model"], unwrap(kwargs["optimizer"])
         check_split_lbi(model, optimizer, "SplitLBICallback needs")
+        if not getattr(args, "distills", True):
+            refuse_without_teacher(state)
         _warn_if_pretrained(model, optimizer, args.learning_rate)
         lifted = [group for group in optimizer.param_groups if group["penalty"] is not None]
         if not lifted:
@@ -220,7 +223,7 @@ def _warn_if_pretrained(model: nn.Module, optimizer: SplitLBI, rate: float) -> N
         logger.warning(
             "the model has weights from %s, and learning_rate=%g is for fresh ones: the path starts with an empty "
             "support, the ridge pulls on every trained unit, and within some dozen steps what was learned can be "
-            "gone. Pass start='dense', or a rate of %g or less; see the page on pretrained models in the documentation",
+            "gone. Pass start='dense', or a rate of %g or less; see the documentation's page on pretrained models",
             source,
             rate,
             LEARNING_RATES[base] / 10,

@@ -33,15 +33,18 @@ from hf_effdl.structure.slim.slim import cut_copy, slim
 from hf_effdl.structure.training.arguments import SplitLBIArguments, is_pretrained
 from hf_effdl.structure.training.callbacks import FSDP1, SplitLBICallback
 from hf_effdl.structure.training.card import write_structure_card
+from hf_effdl.structure.training.distill import Distillation, DistillationMixin, frozen_copy
 from hf_effdl.structure.training.evaluation import example_row, loop_metrics, training_inputs
 from hf_effdl.weighting import WeightedLossMixin
 
 
-class SplitLBITrainer(WeightedLossMixin, Trainer):
+class SplitLBITrainer(DistillationMixin, WeightedLossMixin, Trainer):
     """A `Trainer` whose optimizer is `SplitLBI`: one run gives the dense model and the whole path of smaller ones.
 
     Args:
         groups: the groups to lift; default: found with one training row as example.
+        teacher: the model that `args.distill` takes its part of the loss from; default: a frozen copy of the model as
+            it was given. No checkpoint holds it.
 
     All other arguments are those of `Trainer`; `args` must be `SplitLBIArguments`, and there is no
     `optimizer_cls_and_kwargs`. Where the training data has a column `weight`, it weights the rows' losses, see
@@ -71,6 +74,7 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         args: SplitLBIArguments | None = None,
         *others: Any,
         groups: Sequence[Group] | None = None,
+        teacher: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         args = SplitLBIArguments("trainer_output") if args is None else args
@@ -79,6 +83,8 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         if args.start is None and is_pretrained(self.model):
             self.args = args = _started_dense(self.model, args)
         self._check_set_up()
+        self._teacher = teacher
+        self._take_teacher()
         self._groups = groups
         self._found = groups is None
         self._path: SparsePath | None = None
@@ -90,6 +96,15 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         self._ignore_keys: list[str] | None = None
         # in front of the trackers, so that they see what it adds to the logs
         self.callback_handler.callbacks.insert(0, self.callback)
+
+    def _take_teacher(self) -> None:
+        """Have the teacher, or a copy of the model, teach, if the arguments ask for it."""
+        args = self.args
+        if self._teacher is not None and not args.distills:
+            raise ValueError("teacher= has no say with distill=0: set distill, such as 0.5, or leave the teacher out")
+        if args.distills:
+            teacher = frozen_copy(self.model) if self._teacher is None else self._teacher
+            self.teach(Distillation(teacher, args.distill, args.distill_temperature, args.distill_hidden))
 
     def _check_set_up(self) -> None:
         refuse_lone_processes()
@@ -136,7 +151,11 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         if getattr(self, "_found", False):  # the groups of the model that was made before
             self._groups = self.callback.groups = None
-        return super().call_model_init(trial)
+        model = super().call_model_init(trial)
+        if self.distillation is not None and self._teacher is None:
+            self.model = model
+            self._take_teacher()
+        return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
