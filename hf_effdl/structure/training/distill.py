@@ -67,8 +67,13 @@ def distillation_terms(
     return terms.reshape(len(terms), -1), counted.reshape(len(terms), -1)
 
 
-def hidden_gap(student: Any, teacher: Any, mask: Tensor | None = None) -> Tensor:
-    """Mean over layers of `||h - h'||^2 / ||h'||^2`, of hidden states (B, T, D), where `mask` (B, T) is not 0.
+def hidden_terms(student: Any, teacher: Any) -> Tensor:
+    """What hidden states lack of the teacher's, `||h - h'||^2 / ||h'||^2` at every position, mean over the layers.
+
+    Relative, because a few positions have states many times as large as others.
+
+    Returns:
+        Shape (B, T) for hidden states (B, T, D), else (B, 1).
 
     Raises:
         ValueError: a model without hidden states, or with those of other shapes.
@@ -79,26 +84,25 @@ def hidden_gap(student: Any, teacher: Any, mask: Tensor | None = None) -> Tensor
             "distill_hidden= compares hidden states layer by layer, and these models return none or others in number "
             "or size: set it to 0, or take a teacher of the same depth and width"
         )
-    gaps = []
+    terms = []
     for one, other in zip(mine, theirs, strict=True):
-        if mask is not None and mask.shape == one.shape[:-1]:
-            one, other = one[mask.bool()], other[mask.bool()]
-        one, other = one.float(), other.float()
-        gaps.append((one - other).square().sum() / other.square().sum().clamp_min(torch.finfo(other.dtype).tiny))
-    return torch.stack(gaps).mean()
+        one, other = (h.float() if h.ndim == 3 else h.float().flatten(1)[:, None] for h in (one, other))
+        whole = other.square().sum(-1).clamp_min(torch.finfo(other.dtype).tiny)
+        terms.append((one - other).square().sum(-1) / whole)
+    return torch.stack(terms).mean(0)
 
 
 @dataclass
 class Distillation:
     """A teacher and how much its outputs count.
 
-        loss = (1 - weight) own loss + weight distillation_terms + hidden hidden_gap
+        loss = (1 - weight) own loss + weight distillation_terms + hidden hidden_terms
 
     Args:
         teacher: any model that takes the student's inputs; put into evaluation mode and frozen.
         weight: share of the teacher, in [0, 1].
         temperature: see `distillation_terms`.
-        hidden: factor on `hidden_gap`, not negative; 0 leaves hidden states out.
+        hidden: factor on `hidden_terms`, not negative; 0 leaves hidden states out.
 
     Raises:
         ValueError: for a number out of range.
@@ -186,10 +190,11 @@ class DistillationMixin:
         mine, theirs = _logits(outputs), _logits(taught)
         shifted = _is_shifted(self.accelerator.unwrap_model(model), mine, labels)
         terms, counted = distillation_terms(mine, theirs, labels, temperature=by.temperature, shifted=shifted)
-        dim = None if weights is None else 1
-        part = by.weight * (terms * counted).sum(dim) / counted.sum(dim).clamp(min=1)
+        terms = by.weight * terms
         if by.hidden:
-            part = part + by.hidden * hidden_gap(outputs, taught, inputs.get("attention_mask"))
+            terms = terms + by.hidden * _fitted(hidden_terms(outputs, taught), terms, inputs.get("attention_mask"))
+        dim = None if weights is None else 1
+        part = (terms * counted).sum(dim) / counted.sum(dim).clamp(min=1)
         if weights is not None:
             return self.weighted_share(weights, part, items)
         if items is None:  # Trainer divides by the micro batches
@@ -256,6 +261,14 @@ def _logits(outputs: Any) -> Tensor:
             "compute_loss of your own"
         )
     return logits
+
+
+def _fitted(hidden: Tensor, terms: Tensor, mask: Any) -> Tensor:
+    """Terms of hidden states beside those of outputs: by position as they are, or the mean over the mask of a row."""
+    if hidden.shape == terms.shape:
+        return hidden
+    attended = mask.to(hidden) if isinstance(mask, Tensor) and mask.shape == hidden.shape else torch.ones_like(hidden)
+    return (hidden * attended).sum(1, keepdim=True) / attended.sum(1, keepdim=True).clamp(min=1)
 
 
 def _is_shifted(model: nn.Module, logits: Tensor, labels: Any) -> bool:
