@@ -327,8 +327,11 @@ def test_the_optimizer_takes_anything_or_says_what_is_wrong(groups, value, name)
     only_ours(lambda: SplitLBI(param_groups(net(), []), **{"lr": 0.1, name: value}))
 
 
+SCHEDULE = ["lam", "kappa", "path_length", "ridge_length", "base", "total_lr", "start", "nu"]
+
+
 @FEW
-@given(value=ANYTHING, name=st.sampled_from(["lam", "kappa", "path_length", "ridge_length", "base", "total_lr"]))
+@given(value=ANYTHING, name=st.sampled_from(SCHEDULE))
 def test_the_schedule_takes_anything_or_says_what_is_wrong(value, name):
     only_ours(lambda: derive_path(**{"total_lr": 1.0, name: value}))
 
@@ -351,7 +354,9 @@ def test_tickets_take_anything_or_say_what_is_wrong(groups, value, early):
     only_ours(lambda: SparsePath.from_optimizer(value, groups))
 
 
-SETTINGS = "preset kappa nu path_scale lam lam_scale base momentum path_length path_share learning_rate".split()
+SETTINGS = (
+    "preset kappa nu path_scale lam lam_scale base momentum path_length path_share learning_rate start distill".split()
+)
 
 
 @FEW

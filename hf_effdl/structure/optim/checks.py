@@ -79,7 +79,10 @@ def _check_thresholds(group: dict[str, Any], name: str) -> None:
         check_numbers(group, ("rise",))
     if group["penalty_factor"] is None:
         return
-    factors = torch.as_tensor(group["penalty_factor"], dtype=torch.float64).tolist()
+    try:
+        factors = torch.as_tensor(group["penalty_factor"], dtype=torch.float64).tolist()
+    except (TypeError, ValueError, RuntimeError):
+        factors = None
     if group["penalty"] != "group" or not isinstance(factors, list) or len(factors) != group["units"]:
         raise ValueError(
             f"penalty_factor of group {name!r} must hold one number for each of its {group.get('units', 'no')} units"

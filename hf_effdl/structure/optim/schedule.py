@@ -10,6 +10,8 @@ from hf_effdl.structure.optim.checks import BASES, STARTS
 # With AdamW, whose direction has entries of about one, only trained weights, of some hundredths, need any.
 LEAST_NU = {("sgd", "empty"): 5.0, ("sgd", "dense"): 5.0, ("adamw", "empty"): 0.0, ("adamw", "dense"): 0.02}
 PATH_LENGTHS = {"empty": 2.5, "dense": 1.25}
+# A ridge that pulls trained weights for longer costs the whole net more than it gives the cut one.
+RIDGE_LENGTHS = {"empty": 3.7, "dense": 1.5}
 
 
 def derive_path(
@@ -18,7 +20,7 @@ def derive_path(
     lam: float = 1.0,
     kappa: float = 1.0,
     path_length: float | None = None,
-    ridge_length: float = 3.7,
+    ridge_length: float | None = None,
     base: str = "sgd",
     start: str = "empty",
     nu: float | None = None,
@@ -40,7 +42,7 @@ def derive_path(
             2.5, dense start 1.25.
         ridge_length: length of the run in time constants of the ridge that pulls on units outside the support. Runs
             with a summed learning rate below `5 ridge_length` get fewer, and units without signal may enter too
-            (`entry_of_noise`).
+            (`entry_of_noise`). Default: 3.7, dense start 1.5.
         base: of `SplitLBI`. AdamW's direction does not shrink with the gradient, so no ridge of this form outweighs
             it and nu has no least value; only trained weights, of some hundredths, are not to be pulled much faster
             than AdamW can answer.
@@ -60,7 +62,7 @@ def derive_path(
     one_of("base", base, BASES), one_of("start", start, STARTS)
     path_length = PATH_LENGTHS[start] if path_length is None else real_number("path_length", path_length)
     total_lr, lam, kappa = real_number("total_lr", total_lr), real_number("lam", lam), real_number("kappa", kappa)
-    ridge_length = real_number("ridge_length", ridge_length)
+    ridge_length = RIDGE_LENGTHS[start] if ridge_length is None else real_number("ridge_length", ridge_length)
     if not total_lr > 0 or not ridge_length > 0:
         raise ValueError(f"total_lr={total_lr} and ridge_length={ridge_length} must be positive")
     if not path_length > 1:
@@ -68,8 +70,9 @@ def derive_path(
             f"path_length={path_length}: a unit whose norm stays what it was would not "
             f"{'enter' if start == 'empty' else 'leave'} before the run ends; pass path_length > 1"
         )
-    if nu is None:
-        nu = kappa * max(total_lr / ridge_length, LEAST_NU[base, start])
+    nu = kappa * max(total_lr / ridge_length, LEAST_NU[base, start]) if nu is None else real_number("nu", nu)
+    if not 0 < nu < math.inf:
+        raise ValueError(f"nu={nu}: it must be a positive finite number")
     if start == "empty":
         return {"nu": nu, "path_scale": path_length * lam * nu / total_lr}
     rise = threshold_rise(total_lr, lam=lam, nu=nu, path_scale=1.0, kappa=kappa, path_length=path_length)

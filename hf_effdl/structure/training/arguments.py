@@ -48,7 +48,7 @@ class SplitLBIArguments(TrainingArguments):
         decoupled_weight_decay: see `SplitLBI`; default: as the base has it. Lifted tensors get no weight decay.
         fused: `True` for the compiled step, see `SplitLBI`.
         path_length: see `derive_path`; default 2.5, with a dense start 1.25.
-        ridge_length: see `derive_path`.
+        ridge_length: see `derive_path`; default 3.7, with a dense start 1.5.
         path_share: share of the run, from its start, that is as long as one path, for finding tickets early and for
             growing: with 0.2 a unit of unchanged norm enters after `0.2 / path_length` of the summed learning rate.
         max_grad_norm: defaults to 0, no clipping: it would hold back the loss gradient but not the ridge, and fewer
@@ -89,7 +89,7 @@ class SplitLBIArguments(TrainingArguments):
     path_length: float | None = field(
         default=None, metadata={"help": "Path length, in entry (dense start: exit) times of an unchanged unit."}
     )
-    ridge_length: float = field(default=3.7, metadata={"help": "Run length, in time constants of the ridge."})
+    ridge_length: float | None = field(default=None, metadata={"help": "Run length, in time constants of the ridge."})
     path_share: float = field(default=1.0, metadata={"help": "Share of the run that is as long as one path."})
     distill: float = field(default=0.0, metadata={"help": "Share of the loss that a teacher has, in [0, 1]."})
     distill_temperature: float = field(default=2.0, metadata={"help": "Temperature of teacher and student."})
