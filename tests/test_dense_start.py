@@ -17,9 +17,18 @@ from transformers import (
     set_seed,
 )
 
-from hf_effdl import SplitLBI, SplitLBIArguments, SplitLBITrainer, derive_path
+from hf_effdl import (
+    Distillation,
+    DistillationTrainer,
+    EarlyTicketCallback,
+    GrowingArguments,
+    SplitLBI,
+    SplitLBIArguments,
+    SplitLBITrainer,
+    derive_path,
+)
 from hf_effdl.structure.optim.schedule import exit_share
-from hf_effdl.structure.training.distill import Distillation, DistillationTrainer, distillation_terms, frozen_copy
+from hf_effdl.structure.training.distill import distillation_terms, frozen_copy
 
 
 def rows(*values, dtype=torch.float64):
@@ -169,7 +178,9 @@ def test_a_pretrained_net_starts_dense_and_is_not_erased(pretrained, tmp_path, c
     run = trainer(net, tmp_path, base=base, learning_rate=None, num_train_epochs=5)
     before = run.evaluate_model(net, tiny_run.images(64, 1))["loss"]
     run.train()
-    assert run.state.global_step == 40 and capsys.readouterr().out.count("so the path starts dense") == 1
+    said = capsys.readouterr().out
+    assert run.state.global_step == 40 and said.count("so the path starts dense") == 1
+    assert "a unit of mean, unchanged norm leaves at epoch" in said
     assert (run.args.start, run.args.learning_rate) == ("dense", rate) and run.path.start == "dense"
     assert run.evaluate_model(net, tiny_run.images(64, 1))["loss"] < 2 * before
     left = torch.cat([unit["left"] for unit in run.path.units.values()])
@@ -204,6 +215,16 @@ def test_a_resumed_run_goes_on_as_it_started(tmp_path):
         run = trainer(tiny_run.model(), tmp_path, **saving | changes)
         with pytest.raises(ValueError, match=why):
             run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_what_asks_who_enters_refuses_a_dense_start(tmp_path):
+    for change, why in (({"start": "dense"}, "it starts empty"), ({"distill": 0.5}, "the smallest of all")):
+        with pytest.raises(ValueError, match=why):
+            GrowingArguments(str(tmp_path), use_cpu=True, **change)
+    run = trainer(tiny_run.model(), tmp_path, start="dense", max_steps=1)
+    run.add_callback(EarlyTicketCallback())
+    with pytest.raises(ValueError, match="the path starts dense, so nothing enters"):
+        run.train()
 
 
 # ---- distillation

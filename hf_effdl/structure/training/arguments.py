@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
 from hf_effdl.checks import real_number
+from hf_effdl.processes import is_first
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.param_groups import param_groups
 from hf_effdl.structure.optim.checks import BASES, LAM_SCALES, STARTS
@@ -138,20 +139,6 @@ class SplitLBIArguments(TrainingArguments):
         """Whether a teacher has a part in the loss."""
         return self.distill > 0 or self.distill_hidden > 0
 
-    def started(self, start: str) -> "SplitLBIArguments":
-        """These arguments where the path starts so; a copy, with the learning rate that fits if none was given.
-
-        Raises:
-            ValueError: where these arguments say another start.
-        """
-        if self.start not in (None, start):
-            raise ValueError(f"start={self.start!r} was given, so the path cannot start {start!r}")
-        args = copy(self)
-        args.start = start
-        if start == "dense" and self.takes_default_rate:
-            args.learning_rate = DENSE_LEARNING_RATES[self.base]
-        return args
-
     def split_lbi_kwargs(self, steps: int) -> dict[str, Any]:
         """The keyword arguments of `SplitLBI` for a run of `steps` optimizer steps.
 
@@ -208,6 +195,23 @@ def is_pretrained(model: nn.Module) -> bool:
     """
     named = getattr(getattr(model, "config", None), "name_or_path", "")
     return bool(named) and not all(module.training for module in model.modules())
+
+
+def start_for(model: nn.Module, args: SplitLBIArguments) -> SplitLBIArguments:
+    """The arguments, or where they leave it open and the model is pretrained, a copy with a dense start, said once."""
+    if args.start is not None or not is_pretrained(model):
+        return args
+    args = copy(args)
+    args.start = "dense"
+    if args.takes_default_rate:
+        args.learning_rate = DENSE_LEARNING_RATES[args.base]
+    if is_first():
+        print(
+            f"split LBI: the model has weights from {model.config.name_or_path}, so the path starts dense, with "
+            f"learning_rate={args.learning_rate:g}; start='empty' trains them as if they were fresh",
+            flush=True,
+        )
+    return args
 
 
 def scheduled_rates(args: TrainingArguments, steps: int) -> list[float]:

@@ -151,6 +151,24 @@ class DistillationMixin:
     """
 
     distillation: Distillation | None = None
+    _given_teacher: nn.Module | None = None
+
+    def take_teacher(self, teacher: nn.Module | None = None) -> None:
+        """Have a teacher, or a copy of the model as it is now, teach, if the arguments (`distill`, ...) ask for it."""
+        args, self._given_teacher = self.args, teacher
+        if teacher is not None and not args.distills:
+            raise ValueError("teacher= has no say with distill=0: set distill, such as 0.5, or leave the teacher out")
+        if args.distills:
+            teacher = frozen_copy(self.model) if teacher is None else teacher
+            self.teach(Distillation(teacher, args.distill, args.distill_temperature, args.distill_hidden))
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As in `Trainer`; the new model is its own teacher where the one before was."""
+        model = super().call_model_init(trial)
+        if self.distillation is not None and self._given_teacher is None and getattr(self.args, "distills", False):
+            self.model = model
+            self.take_teacher()
+        return model
 
     def teach(self, distillation: Distillation) -> None:
         """Train with this teacher from now on."""

@@ -30,10 +30,10 @@ from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.slim.latency import measure_latency
 from hf_effdl.structure.slim.report import effdl_report, get_report, set_report
 from hf_effdl.structure.slim.slim import cut_copy, slim
-from hf_effdl.structure.training.arguments import SplitLBIArguments, is_pretrained
+from hf_effdl.structure.training.arguments import SplitLBIArguments, start_for
 from hf_effdl.structure.training.callbacks import FSDP1, SplitLBICallback
 from hf_effdl.structure.training.card import write_structure_card
-from hf_effdl.structure.training.distill import Distillation, DistillationMixin, frozen_copy
+from hf_effdl.structure.training.distill import DistillationMixin
 from hf_effdl.structure.training.evaluation import example_row, loop_metrics, training_inputs
 from hf_effdl.weighting import WeightedLossMixin
 
@@ -80,11 +80,9 @@ class SplitLBITrainer(DistillationMixin, WeightedLossMixin, Trainer):
         args = SplitLBIArguments("trainer_output") if args is None else args
         _check_arguments(args)
         super().__init__(model, args, *others, **kwargs)
-        if args.start is None and is_pretrained(self.model):
-            self.args = args = _started_dense(self.model, args)
+        self.args = args = start_for(self.model, args)
         self._check_set_up()
-        self._teacher = teacher
-        self._take_teacher()
+        self.take_teacher(teacher)
         self._groups = groups
         self._found = groups is None
         self._path: SparsePath | None = None
@@ -96,15 +94,6 @@ class SplitLBITrainer(DistillationMixin, WeightedLossMixin, Trainer):
         self._ignore_keys: list[str] | None = None
         # in front of the trackers, so that they see what it adds to the logs
         self.callback_handler.callbacks.insert(0, self.callback)
-
-    def _take_teacher(self) -> None:
-        """Have the teacher, or a copy of the model, teach, if the arguments ask for it."""
-        args = self.args
-        if self._teacher is not None and not args.distills:
-            raise ValueError("teacher= has no say with distill=0: set distill, such as 0.5, or leave the teacher out")
-        if args.distills:
-            teacher = frozen_copy(self.model) if self._teacher is None else self._teacher
-            self.teach(Distillation(teacher, args.distill, args.distill_temperature, args.distill_hidden))
 
     def _check_set_up(self) -> None:
         refuse_lone_processes()
@@ -151,11 +140,7 @@ class SplitLBITrainer(DistillationMixin, WeightedLossMixin, Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         if getattr(self, "_found", False):  # the groups of the model that was made before
             self._groups = self.callback.groups = None
-        model = super().call_model_init(trial)
-        if self.distillation is not None and self._teacher is None:
-            self.model = model
-            self._take_teacher()
-        return model
+        return super().call_model_init(trial)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -459,18 +444,6 @@ def _check_arguments(args: Any) -> None:
         )
     if args.fsdp and int(args.fsdp_config.get("version", 2)) == 1:
         raise ValueError(FSDP1)
-
-
-def _started_dense(model: nn.Module, args: SplitLBIArguments) -> SplitLBIArguments:
-    """The arguments of a path from trained weights, said once."""
-    args = args.started("dense")
-    if is_first():
-        print(
-            f"split LBI: the model has weights from {model.config.name_or_path}, so the path starts dense, with "
-            f"learning_rate={args.learning_rate:g}; start='empty' trains them as if they were fresh",
-            flush=True,
-        )
-    return args
 
 
 def _explain_half_precision(error: RuntimeError, model: nn.Module, inputs: Mapping[str, Any]) -> None:
