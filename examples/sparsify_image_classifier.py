@@ -19,10 +19,10 @@
     accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/sparsify_image_classifier.py \\
         --config beans.yaml --push_to_hub
 
-The smaller model is fine-tuned for `--finetune_epochs` with plain SGD, and its accuracy printed before and after. The
-default learning rate, 0.1, is for new weights, with which all measurements of this project were made; without
-`--from_scratch` training starts from pretrained weights, which so large a rate destroys: pass a smaller one, such as
-`--learning_rate 0.01`. All fields of `SplitLBIArguments` (a `TrainingArguments`) are arguments too. Several processes
+The smaller model is fine-tuned for `--finetune_epochs` with plain SGD, and its accuracy printed before and after. With
+`--from_scratch` the learning rate is 0.1 by default, and all measurements of this project were made so; without it the
+path starts dense, from the pretrained weights, at a rate of 0.01, as so large a one destroys them. All fields of
+`SplitLBIArguments` (a `TrainingArguments`) are arguments too. Several processes
 on a machine without a GPU need `--use_cpu`.
 """
 
@@ -109,7 +109,7 @@ def finetune(small: torch.nn.Module, epochs: float, trainer: SplitLBITrainer) ->
 
 def main(argv: list[str] | None = None) -> None:
     script, args = parse(sys.argv[1:] if argv is None else argv)
-    if not script.from_scratch and args.learning_rate >= 0.1:
+    if not script.from_scratch and args.learning_rate >= 0.1 and not args.takes_default_rate:
         warnings.warn(
             f"learning rate {args.learning_rate} for pretrained weights: it destroys most of what they know; pass "
             "--learning_rate 0.01 or less, or --from_scratch",

@@ -33,6 +33,7 @@ _PUBLIC = {
     "samples.scores.uncertainty": ["uncertainty"],
     "structure.training.arguments": ["SplitLBIArguments", "scheduled_rates"],
     "structure.training.callbacks": ["SplitLBICallback"],
+    "structure.training.distill": ["Distillation", "DistillationTrainer"],
     "structure.tickets.search": ["EarlyTicketCallback", "find_ticket"],
     "structure.groups.group": ["Group"],
     "structure.groups.param_groups": ["param_groups"],
@@ -109,6 +110,7 @@ if TYPE_CHECKING:
     from hf_effdl.structure.tickets.ticket import Ticket
     from hf_effdl.structure.training.arguments import SplitLBIArguments, scheduled_rates
     from hf_effdl.structure.training.callbacks import SplitLBICallback
+    from hf_effdl.structure.training.distill import Distillation, DistillationTrainer
     from hf_effdl.structure.training.trainer import SplitLBITrainer
     from hf_effdl.vicl.auto import (
         ListwiseRanker,

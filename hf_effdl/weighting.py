@@ -262,18 +262,21 @@ class WeightedLossMixin:
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        if self._has_own_loss and self._rows_of_step is not None:
-            num_items_in_batch = self._rows_of_step
         if self.compute_loss_func is not None:
             outputs, losses = self._own_losses(model, inputs, weights)
         else:
             outputs, losses = self._model_losses(model, inputs, weights, return_outputs)
-        loss = (weights.to(losses.device) * losses).sum()  # at least float32, as the weights are
-        if num_items_in_batch is None:
-            loss = loss / len(weights)
-        else:  # the gradients of the processes are averaged, the rows are counted over all of them
-            loss = loss / num_items_in_batch * (self.accelerator.num_processes * self._undivided)
+        loss = self.weighted_share(weights, losses, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def weighted_share(self, weights: Tensor, losses: Tensor, items: Tensor | int | None = None) -> Tensor:
+        """This process's share of a step's weighted mean, from weights and losses by row."""
+        total = (weights.to(losses.device) * losses).sum()  # at least float32, as the weights are
+        rows = items if self._rows_of_step is None or not self._has_own_loss else self._rows_of_step
+        if rows is None:
+            return total / len(weights)
+        # the gradients of the processes are averaged, the rows are counted over all of them
+        return total / rows * (self.accelerator.num_processes * self._undivided)
 
     def _own_losses(self, model: nn.Module, inputs: dict[str, Any], weights: Tensor) -> tuple[Any, Tensor]:
         """Outputs, and the loss of each row by `compute_loss_func`."""

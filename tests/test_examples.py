@@ -77,7 +77,7 @@ def test_the_classifier_example_finetunes_what_it_slimmed_of_a_half_precision_ch
     ConvNextImageProcessor.from_pretrained(config.parent / "model").save_pretrained(model)
     command = ["--config", str(config), "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out")]
     with pytest.warns(UserWarning, match="0.1 for pretrained weights.*--learning_rate 0.01 or less"):
-        sparsify_image_classifier.main([*command, "--max_steps", "2", "--report_to", "none"])
+        sparsify_image_classifier.main([*command, "--max_steps", "2", "--report_to", "none", "--learning_rate", "0.1"])
     printed = capsys.readouterr().out
     shown = [line for line in printed.splitlines() if line.startswith("accuracy of the model, ")]
     names = [line.removeprefix("accuracy of the model, ").partition(":")[0] for line in shown]

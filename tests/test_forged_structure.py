@@ -298,14 +298,14 @@ def calls(groups):
             "lr kappa nu momentum lam path_scale weight_decay base lam_scale",
             lr=0.1,
         ),
-        *named(derive_path, "lam kappa path_length ridge_length base total_lr", total_lr=1.0),
+        *named(derive_path, "lam kappa path_length ridge_length base total_lr start nu", total_lr=1.0),
         *named(
             partial(EarlyTicketCallback, groups),
             "macs every threshold window patience min_path within at_step at_epoch order widths",
         ),
         *named(
             partial(SplitLBIArguments, "out", use_cpu=True, report_to=[]),
-            "preset kappa nu path_scale lam lam_scale base momentum path_length path_share learning_rate",
+            "preset kappa nu path_scale lam lam_scale base momentum path_length path_share learning_rate start distill",
         ),
         lambda value: Ticket(groups, value, 4),
         lambda value: Ticket(groups, {"0": value}, 4),

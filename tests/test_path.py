@@ -414,7 +414,7 @@ def test_groups_that_are_not_lifted_keep_their_size_and_so_does_what_they_are_ti
 def equal(a, b):
     assert [group.to_dict() for group in a.groups] == [group.to_dict() for group in b.groups]
     assert a.groups[0].network == b.groups[0].network
-    assert (a.step, list(a.ties), a.curve) == (b.step, list(b.ties), b.curve)
+    assert (a.step, list(a.ties), a.curve, a.start) == (b.step, list(b.ties), b.curve, b.start)
     assert a.units.keys() == b.units.keys() and list(a.units) == list(b.units)
     for name, unit in a.units.items():
         assert unit.keys() == b.units[name].keys()

@@ -428,7 +428,10 @@ def test_the_base_sets_the_learning_rate_and_the_least_nu(tmp_path):
     assert SplitLBIArguments(str(tmp_path), nesterov=True, use_cpu=True).split_lbi_kwargs(10)["nesterov"]
 
 
-@pytest.mark.parametrize("changes", [{"base": "adamw", "learning_rate": 0.01}, {"nesterov": True}])
+OTHERS = ({"base": "adamw", "learning_rate": 0.01, "start": "dense"}, {"nesterov": True})
+
+
+@pytest.mark.parametrize("changes", OTHERS)
 def test_a_run_with_another_base_resumes_bit_for_bit_and_slims(tmp_path, changes):
     whole = tiny_run.trainer(str(tmp_path / "whole"), **changes)
     whole.train()

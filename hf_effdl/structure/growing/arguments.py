@@ -45,6 +45,7 @@ class GrowingArguments(SplitLBIArguments):
 
     growth_rounds: int = field(default=2, metadata={"help": "Rounds of growth."})
     growth_until: float = field(default=0.1, metadata={"help": "Share of the run in which the rounds take place."})
+    start: str | None = field(default="empty", metadata={"help": "Growth begins empty.", "choices": ["empty"]})
     growth_threshold: float = field(default=0.8, metadata={"help": "Support share of a saturated group."})
     growth_add: int = field(default=8, metadata={"help": "New units at least."})
     growth_ratio: float = field(default=3.0, metadata={"help": "Factor of growth."})
@@ -63,6 +64,10 @@ class GrowingArguments(SplitLBIArguments):
         if self.path_share is None:
             self.path_share = self.growth_until / self.growth_rounds
         _refuse(self)
+        if self.start != "empty":
+            raise ValueError(
+                f"start={self.start!r}: growing adds units where the support fills up, so it starts empty"
+            )
         super().__post_init__()
         if self.save_strategy == SaveStrategy.BEST:
             raise ValueError(
@@ -112,6 +117,7 @@ class GrowingArguments(SplitLBIArguments):
 
 def _refuse(args: TrainingArguments) -> None:
     reasons = {
+        "distill": "by default the teacher is the model at the start, the smallest of all; leave it off",
         "deepspeed": "DeepSpeed flattens the parameters, so there are no units to add to; use DDP",
         "fsdp": "FSDP shards parameters of fixed shapes, and a checkpoint of shards cannot be widened; use DDP",
         "load_best_model_at_end": "the best checkpoint may be of a smaller net than the one at the end, and its "

@@ -3,10 +3,15 @@
 import math
 
 from hf_effdl.checks import one_of, real_number
+from hf_effdl.structure.optim.checks import BASES, STARTS
 
 
 # Below this the ridge outweighs the loss gradient (of SGD with momentum 0.9) and the net does not train.
-LEAST_NU = 5.0
+# With AdamW, whose direction has entries of about one, only trained weights, of some hundredths, need any.
+LEAST_NU = {("sgd", "empty"): 5.0, ("sgd", "dense"): 5.0, ("adamw", "empty"): 0.0, ("adamw", "dense"): 0.02}
+PATH_LENGTHS = {"empty": 2.5, "dense": 1.25}
+# A ridge that pulls trained weights for longer costs the whole net more than it gives the cut one.
+RIDGE_LENGTHS = {"empty": 3.7, "dense": 1.5}
 
 
 def derive_path(
@@ -14,14 +19,18 @@ def derive_path(
     *,
     lam: float = 1.0,
     kappa: float = 1.0,
-    path_length: float = 2.5,
-    ridge_length: float = 3.7,
+    path_length: float | None = None,
+    ridge_length: float | None = None,
     base: str = "sgd",
+    start: str = "empty",
+    nu: float | None = None,
 ) -> dict[str, float]:
     """nu and path_scale that fit a run of a given length, so that any learning rate travels the path once.
 
-        nu         = kappa max(total_lr / ridge_length, 5)     (without the 5 for AdamW)
-        path_scale = path_length lam nu / total_lr
+        nu         = kappa max(total_lr / ridge_length, least)  with least 5 for SGD; AdamW: 0, dense start 0.02
+        path_scale = path_length lam nu / total_lr              dense start: 1
+
+    and for a dense start also `rise`, see `threshold_rise`.
 
     Args:
         total_lr: sum of the scheduled learning rates over all steps.
@@ -29,35 +38,77 @@ def derive_path(
         kappa: damping.
         path_length: a unit whose norm stays what it was at initialisation enters after `1 / path_length` of the summed
             learning rate; equally, a unit enters if its norm, averaged over the run, passes `1 / path_length` of its
-            initial norm. Above 1.
+            initial norm. With a dense start, a unit of the mean norm that nothing moves leaves then. Above 1; default:
+            2.5, dense start 1.25.
         ridge_length: length of the run in time constants of the ridge that pulls on units outside the support. Runs
             with a summed learning rate below `5 ridge_length` get fewer, and units without signal may enter too
-            (`entry_of_noise`).
+            (`entry_of_noise`). Default: 3.7, dense start 1.5.
         base: of `SplitLBI`. AdamW's direction does not shrink with the gradient, so no ridge of this form outweighs
-            it and nu has no least value.
+            it and nu has no least value; only trained weights, of some hundredths, are not to be pulled much faster
+            than AdamW can answer.
+        start: of `SplitLBI`.
+        nu: the coupling, where it is not to be derived.
 
     Returns:
-        `{"nu": ..., "path_scale": ...}` for `SplitLBI`.
+        `{"nu": ..., "path_scale": ...}` for `SplitLBI`; of a dense start also `"rise"`.
 
     Raises:
-        ValueError: if the path is too short for a unit of unchanged norm to enter.
+        ValueError: if the path is too short for a unit of unchanged norm to enter, or to leave.
 
     Example:
         >>> derive_path(total_lr=37.0)
         {'nu': 10.0, 'path_scale': 0.6756756756756757}
     """
-    one_of("base", base, ("sgd", "adamw"))
+    one_of("base", base, BASES), one_of("start", start, STARTS)
+    path_length = PATH_LENGTHS[start] if path_length is None else real_number("path_length", path_length)
     total_lr, lam, kappa = real_number("total_lr", total_lr), real_number("lam", lam), real_number("kappa", kappa)
-    path_length, ridge_length = real_number("path_length", path_length), real_number("ridge_length", ridge_length)
+    ridge_length = RIDGE_LENGTHS[start] if ridge_length is None else real_number("ridge_length", ridge_length)
     if not total_lr > 0 or not ridge_length > 0:
         raise ValueError(f"total_lr={total_lr} and ridge_length={ridge_length} must be positive")
     if not path_length > 1:
         raise ValueError(
-            f"path_length={path_length}: a unit whose norm stays what it was would not enter before the run ends; "
-            "pass path_length > 1"
+            f"path_length={path_length}: a unit whose norm stays what it was would not "
+            f"{'enter' if start == 'empty' else 'leave'} before the run ends; pass path_length > 1"
         )
-    nu = kappa * max(total_lr / ridge_length, LEAST_NU if base == "sgd" else 0.0)
-    return {"nu": nu, "path_scale": path_length * lam * nu / total_lr}
+    nu = kappa * max(total_lr / ridge_length, LEAST_NU[base, start]) if nu is None else real_number("nu", nu)
+    if not 0 < nu < math.inf:
+        raise ValueError(f"nu={nu}: it must be a positive finite number")
+    if start == "empty":
+        return {"nu": nu, "path_scale": path_length * lam * nu / total_lr}
+    rise = threshold_rise(total_lr, lam=lam, nu=nu, path_scale=1.0, kappa=kappa, path_length=path_length)
+    return {"nu": nu, "path_scale": 1.0, "rise": rise}
+
+
+def threshold_rise(
+    total_lr: float, *, lam: float, nu: float, path_scale: float, kappa: float, path_length: float
+) -> float:
+    """How fast the threshold of a dense start rises, so that a given unit leaves at a given time.
+
+        rise = p / (lam total_lr (1 - exp(-p / path_length))),     p = kappa path_scale total_lr / nu
+
+    where p is how often the run could fill V anew. In units of the mean initial norm, over the share x of the summed
+    learning rate, Gamma of a unit whose weights stay at norm w follows `d Gamma / dx = p (w - Gamma) - lam rise
+    total_lr`, so
+
+        Gamma(x) = w - (lam rise total_lr / p) (1 - exp(-p x)),
+
+    which for w = 1 is 0 at x = 1 / path_length. A unit never leaves where w stays above `lam rise total_lr / p`: V is
+    fed as fast as the threshold rises. A unit whose loss gradient is zero shrinks with Gamma and leaves earlier.
+
+    Args:
+        total_lr: sum of the scheduled learning rates.
+        lam, nu, path_scale, kappa: of `SplitLBI`.
+        path_length: the unit leaves after `1 / path_length` of it.
+    """
+    filled = kappa * path_scale * total_lr / nu
+    return filled / (lam * total_lr * -math.expm1(-filled / path_length))
+
+
+def exit_share(total_lr: float, *, lam: float, nu: float, path_scale: float, rise: float, kappa: float = 1.0) -> float:
+    """Share of the summed learning rate after which a unit of mean, unchanged norm leaves; inf: it never does."""
+    filled = kappa * path_scale * total_lr / nu
+    left = 1 - filled / (lam * rise * total_lr)
+    return -math.log(left) / filled if left > 0 else math.inf
 
 
 def entry_share(total_lr: float, *, lam: float, nu: float, path_scale: float) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_effdl.files import damaged, digest, read_whole
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.record import groups_of, listed, named, number, require, ties_of, whole
+from hf_effdl.structure.optim.checks import STARTS
 
 
 FORMAT = 2  # from which on there is a digest
@@ -76,7 +77,10 @@ def _checked(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
         {name: number(value, "curve") for name, value in named(point, "curve").items()}
         for point in listed(meta["curve"], "curve")
     ]
-    return {"groups": groups, "units": units, "step": step, "ties": ties_of(meta["ties"], groups), "curve": curve}
+    start = meta.get("start", "empty")  # those of 0.1.0 have none
+    require(start in STARTS, "start", f"is not one of {STARTS}")
+    ties = ties_of(meta["ties"], groups)
+    return {"groups": groups, "units": units, "step": step, "ties": ties, "curve": curve, "start": start}
 
 
 def _units_of(group: Group, tensors: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:

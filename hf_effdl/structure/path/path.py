@@ -38,6 +38,8 @@ class SparsePath:
             (`||V||`) and `"weight"` (`||W||` over the lifted slices), float32.
         step: optimizer steps taken at read-out.
         ties: groups whose sizes one config number sets; empty for a model without such a config.
+        start: `"empty"`, or `"dense"`: units were in from the start (entered at step 0), and the order is that of
+            their exits, reversed.
         curve: optional measured points, dicts such as `{"macs": 0.5, "accuracy": 0.98}`.
 
     Example:
@@ -50,6 +52,7 @@ class SparsePath:
     step: int
     ties: Sequence[Tie] = ()
     curve: list[dict[str, float]] = field(default_factory=list)
+    start: str = "empty"
 
     @classmethod
     @torch.no_grad()
@@ -60,10 +63,11 @@ class SparsePath:
         optimizer = unwrap(optimizer)
         if not isinstance(optimizer, SplitLBI):
             raise TypeError(f"a path is read from a SplitLBI optimizer, not {type(optimizer).__name__}")
-        units, step = {}, 0
+        units, step, start = {}, 0, "empty"
         for group in optimizer.param_groups:
             if group["penalty"] != "group":
                 continue
+            start = group["start"]
             state = optimizer.state[group["params"][0]]
             shape = (group["units"],)
             step = max(step, int(state["step"])) if "step" in state else step
@@ -82,7 +86,7 @@ class SparsePath:
                 f"the optimizer does not lift group {missing[0]!r} ({len(missing)} in all are missing); it holds "
                 f"{list(units)}. Build it from these groups with param_groups(model, groups)"
             )
-        return cls(list(groups), units, step, list(ties))
+        return cls(list(groups), units, step, list(ties), start=start)
 
     # ---- what is in
 
@@ -107,23 +111,33 @@ class SparsePath:
 
         Args:
             order: `"dual"`: `||V|| / threshold`, divided by its mean over the group. It orders units that entered and
-                units that never did on one scale. `"entry"`: rank by (entry step, -||W||) inside the group, as in the
-                authors' code, so that every group gives up the same share.
+                units that never did on one scale; with a dense start it is the share of the run that a unit stayed
+                for, at most 1, where it left. `"entry"`: rank by (entry step, -||W||) inside the group, as in the
+                authors' code, so that every group gives up the same share; with a dense start by exit instead.
         """
         one_of("order", order, ORDERS)
         result = {}
         for name, unit in self.units.items():
+            if order == "dual" or self.start == "dense":
+                score = self._survival(unit) if self.start == "dense" else unit["dual"] / unit["threshold"]
             if order == "dual":
-                score = unit["dual"] / unit["threshold"]
                 result[name] = score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)
             else:
                 entered = torch.where(unit["entered"] < 0, torch.iinfo(torch.int64).max, unit["entered"])
+                entered = entered if self.start == "empty" else -score
                 by_norm = torch.argsort(unit["weight"], stable=True)
                 ranking = by_norm[torch.argsort(entered[by_norm], descending=True, stable=True)]
                 rank = torch.empty(len(ranking))
                 rank[ranking] = torch.arange(1, len(ranking) + 1, dtype=torch.float32)
                 result[name] = rank / len(ranking)
         return result
+
+    def _survival(self, unit: Mapping[str, Tensor]) -> Tensor:
+        """Of a dense start: above 1 for units inside, `||V|| / threshold`; below it, by exit, for others."""
+        inside = unit["dual"] > unit["threshold"]
+        ratio = unit["dual"] / torch.where(unit["threshold"] > 0, unit["threshold"], 1)  # it has not risen: by ||V||
+        left = (unit["left"].clamp_min(1) - 1 + ratio) / max(self.step, 1)
+        return torch.where(inside, ratio, left)
 
     def select(
         self,
@@ -210,6 +224,7 @@ class SparsePath:
         meta = {
             "step": self.step,
             "curve": self.curve,
+            "start": self.start,
             **groups_record(self.groups),
             "ties": [[tie.steps, dict(tie.shares), dict(tie.fields)] for tie in self.ties],
         }
@@ -247,4 +262,4 @@ class SparsePath:
         """
         kept = selected or {name: inside.nonzero().flatten() for name, inside in self.support.items()}
         words = ("selected", "not selected") if selected else ("in the support", "left again")
-        return plot_path(self.units, self.scores(order), kept, self.step, self.curve, words)
+        return plot_path(self.units, self.scores(order), kept, self.step, self.curve, words, self.start)

@@ -18,6 +18,7 @@ def plot_path(
     step: int,
     curve: Sequence[Mapping[str, float]],
     words: tuple[str, str],
+    start: str = "empty",
 ) -> Any:
     """See `SparsePath.plot`.
 
@@ -28,6 +29,7 @@ def plot_path(
         step: the last one.
         curve: measured points; none: no right panel.
         words: what the two colours mean.
+        start: see `SparsePath`.
     """
     from matplotlib.lines import Line2D
 
@@ -44,7 +46,8 @@ def plot_path(
     left.set_ylim(len(scores) - 0.5, -0.5)
     left.set_xlim(0, max(step, 1) * 1.01)
     left.set_xlabel("optimizer step (a bar is one unit, from its entry to its exit)")
-    left.set_title("When each unit entered the support", loc="left", fontsize=11)
+    event = "entered" if start == "empty" else "left"
+    left.set_title(f"When each unit {event} the support", loc="left", fontsize=11)
     colours = [Line2D([], [], color=colour, lw=4) for colour in (CHOSEN, OTHER)]
     left.legend(colours, words, loc="lower left", fontsize=8, framealpha=0.9)
     if curve:

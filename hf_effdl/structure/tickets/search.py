@@ -19,6 +19,7 @@ from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.record import groups_of, groups_record
 from hf_effdl.structure.groups.ties import Tie, config_ties
+from hf_effdl.structure.optim.schedule import PATH_LENGTHS
 from hf_effdl.structure.optim.sharding import is_sharded
 from hf_effdl.structure.optim.split_lbi import SplitLBI, unwrap
 from hf_effdl.structure.path.budget import one_budget
@@ -414,6 +415,7 @@ def _one_path(args: TrainingArguments, optimizer: SplitLBI, steps: int) -> float
     group = next(group for group in optimizer.param_groups if group["penalty"] == "group")
     defaults = SplitLBIArguments.__dataclass_fields__
     length, share = (getattr(args, name, defaults[name].default) for name in ("path_length", "path_share"))
+    length = length or PATH_LENGTHS["empty"]
     if group["lam_scale"] == "init":
         return length * group["lam"] * group["nu"] / group["path_scale"]
     return sum(scheduled_rates(args, steps)[: max(1, round(share * steps))])
@@ -479,6 +481,11 @@ def _check_run(model: nn.Module, optimizer: Any) -> None:
         raise ValueError(
             "the weights are sharded (FSDP2), and a ticket holds whole ones: find it with DDP, which a "
             "search this short rarely needs more than"
+        )
+    if any(group["start"] == "dense" for group in optimizer.param_groups):
+        raise ValueError(
+            "the path starts dense, so nothing enters by which units could settle early; pass start='empty' and a "
+            "model with fresh weights"
         )
     if not any(group["penalty"] == "group" for group in optimizer.param_groups):
         raise ValueError(

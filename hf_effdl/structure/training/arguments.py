@@ -1,6 +1,7 @@
 """`SplitLBIArguments`: the settings of a split LBI run, and what they mean for a run of a given length."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +10,12 @@ from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
 from hf_effdl.checks import real_number
+from hf_effdl.processes import is_first
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.param_groups import param_groups
-from hf_effdl.structure.optim.checks import BASES, LAM_SCALES
-from hf_effdl.structure.optim.schedule import derive_path
+from hf_effdl.structure.optim.checks import BASES, LAM_SCALES, STARTS
+from hf_effdl.structure.optim.schedule import PATH_LENGTHS, derive_path, threshold_rise
+from hf_effdl.structure.training.distill import check_distillation
 
 
 # What the released LeNet recipe of arXiv 2007.02010 sets: rows as units, one absolute threshold, single linear
@@ -21,6 +24,7 @@ PAPER = {"lam_scale": "none", "nu": 20.0, "path_scale": 1.0}
 
 PRESETS = ("default", "paper")
 LEARNING_RATES = {"sgd": 0.1, "adamw": 0.003}
+DENSE_LEARNING_RATES = {"sgd": 0.01, "adamw": 1e-4}  # for trained weights
 
 
 @dataclass
@@ -36,24 +40,33 @@ class SplitLBIArguments(TrainingArguments):
         lam: see `SplitLBI`.
         lam_scale: see `SplitLBI`; default: what the preset says, `"init"` or `"none"`.
         base: `"sgd"` or `"adamw"`, see `SplitLBI`. `adam_beta1`, `adam_beta2` and `adam_epsilon` are its settings.
-        learning_rate: defaults to 0.1 with SGD and 0.003 with AdamW.
+        start: `"empty"`, a path from no unit to all of them, for fresh weights; `"dense"`, from all of them to few,
+            for trained ones, see `SplitLBI`. Default: `SplitLBITrainer` takes `"dense"` for a model that came from
+            `from_pretrained` (`is_pretrained`) and says so, else `"empty"`. A resumed run goes on as it started.
+        learning_rate: defaults to 0.1 with SGD and 0.003 with AdamW; with a dense start to 0.01 and 0.0001.
         momentum: of the SGD base.
         nesterov: of the SGD base.
         decoupled_weight_decay: see `SplitLBI`; default: as the base has it. Lifted tensors get no weight decay.
         fused: `True` for the compiled step, see `SplitLBI`.
-        path_length: see `derive_path`.
-        ridge_length: see `derive_path`.
+        path_length: see `derive_path`; default 2.5, with a dense start 1.25.
+        ridge_length: see `derive_path`; default 3.7, with a dense start 1.5.
         path_share: share of the run, from its start, that is as long as one path, for finding tickets early and for
             growing: with 0.2 a unit of unchanged norm enters after `0.2 / path_length` of the summed learning rate.
         max_grad_norm: defaults to 0, no clipping: it would hold back the loss gradient but not the ridge, and fewer
             units would enter.
         bn_batches: training batches for the batch norms of the projected model at each evaluation.
+        distill: share of the loss that is what a teacher says, by default the model as it was at the start, see
+            `Distillation`; 0 trains without one.
+        distill_temperature: see `Distillation`.
+        distill_hidden: see `Distillation`.
 
     Raises:
         ValueError: for a number out of range, an unknown preset, or DeepSpeed.
     """
 
-    learning_rate: float | None = field(default=None, metadata={"help": "Default: 0.1 (SGD) or 0.003 (AdamW)."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Default: 0.1 (SGD) or 0.003 (AdamW); dense start: 0.01 or 0.0001."}
+    )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 does not clip."})
     preset: str = field(
         default="default", metadata={"help": "Which settings to start from.", "choices": ["default", "paper"]}
@@ -70,9 +83,18 @@ class SplitLBIArguments(TrainingArguments):
     nesterov: bool = field(default=False, metadata={"help": "Nesterov momentum for the SGD base."})
     decoupled_weight_decay: bool | None = field(default=None, metadata={"help": "Default: only for AdamW."})
     fused: bool | None = field(default=None, metadata={"help": "Compiled optimizer step; needs a compiler."})
-    path_length: float = field(default=2.5, metadata={"help": "Path length, in entry times of an unchanged unit."})
-    ridge_length: float = field(default=3.7, metadata={"help": "Run length, in time constants of the ridge."})
+    start: str | None = field(
+        default=None,
+        metadata={"help": "Where the path starts; default: dense if pretrained.", "choices": list(STARTS)},
+    )
+    path_length: float | None = field(
+        default=None, metadata={"help": "Path length, in entry (dense start: exit) times of an unchanged unit."}
+    )
+    ridge_length: float | None = field(default=None, metadata={"help": "Run length, in time constants of the ridge."})
     path_share: float = field(default=1.0, metadata={"help": "Share of the run that is as long as one path."})
+    distill: float = field(default=0.0, metadata={"help": "Share of the loss that a teacher has, in [0, 1]."})
+    distill_temperature: float = field(default=2.0, metadata={"help": "Temperature of teacher and student."})
+    distill_hidden: float = field(default=0.0, metadata={"help": "Factor on the gap between hidden states."})
     bn_batches: int = field(default=8, metadata={"help": "Training batches for the projected model's batch norms."})
 
     def __post_init__(self) -> None:
@@ -83,12 +105,13 @@ class SplitLBIArguments(TrainingArguments):
             )
         if self.base not in BASES:
             raise ValueError(f"base={self.base!r}: it must be one of {BASES}")
+        self.takes_default_rate = self.learning_rate is None
         if self.learning_rate is None:
-            self.learning_rate = LEARNING_RATES[self.base]
+            self.learning_rate = (DENSE_LEARNING_RATES if self.start == "dense" else LEARNING_RATES)[self.base]
         super().__post_init__()
         _check_schedule(self)
         self._check_numbers()
-        for name, choices in (("preset", PRESETS), ("lam_scale", (None, *LAM_SCALES))):
+        for name, choices in (("preset", PRESETS), ("lam_scale", (None, *LAM_SCALES)), ("start", (None, *STARTS))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: it must be one of {choices}")
         if self.nesterov and (self.base != "sgd" or not self.momentum):
@@ -104,11 +127,17 @@ class SplitLBIArguments(TrainingArguments):
                 real_number(name, value)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value}: it must be a positive finite number")
+        check_distillation(self.distill, self.distill_temperature, self.distill_hidden)
         real_number("path_share", self.path_share), real_number("momentum", self.momentum)
         if not 0 < self.path_share <= 1:
             raise ValueError(f"path_share={self.path_share}: it is a share of the run, in (0, 1]")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum={self.momentum}: it must be in [0, 1)")
+
+    @property
+    def distills(self) -> bool:
+        """Whether a teacher has a part in the loss."""
+        return self.distill > 0 or self.distill_hidden > 0
 
     def split_lbi_kwargs(self, steps: int) -> dict[str, Any]:
         """The keyword arguments of `SplitLBI` for a run of `steps` optimizer steps.
@@ -117,22 +146,25 @@ class SplitLBIArguments(TrainingArguments):
             >>> SplitLBIArguments("out", lr_scheduler_type="constant").split_lbi_kwargs(steps=370)["nu"]
             10.0
         """
-        given = {"nu": self.nu, "path_scale": self.path_scale, "lam_scale": self.lam_scale}
+        start = self.start or "empty"
+        total = sum(scheduled_rates(self, steps)[: max(1, round(self.path_share * steps))])
+        lengths = {"lam": self.lam, "kappa": self.kappa, "path_length": self.path_length}
         if self.preset == "paper":
-            preset: dict[str, Any] = dict(PAPER)
+            chosen: dict[str, Any] = dict(PAPER)
         else:
-            total = sum(scheduled_rates(self, steps)[: max(1, round(self.path_share * steps))])
-            lengths = {"path_length": self.path_length, "ridge_length": self.ridge_length, "base": self.base}
-            preset = {"lam_scale": "init", **derive_path(total, lam=self.lam, kappa=self.kappa, **lengths)}
-            if self.nu is not None:
-                preset["path_scale"] = self.path_length * self.lam * self.nu / total
-        chosen = preset | {name: value for name, value in given.items() if value is not None}
+            ridge = {"ridge_length": self.ridge_length, "base": self.base, "start": start, "nu": self.nu}
+            chosen = {"lam_scale": "init", **derive_path(total, **lengths, **ridge)}
+        given = {"nu": self.nu, "path_scale": self.path_scale, "lam_scale": self.lam_scale}
+        chosen |= {name: value for name, value in given.items() if value is not None}
+        if start == "dense":
+            lengths["path_length"] = self.path_length or PATH_LENGTHS[start]
+            chosen["rise"] = threshold_rise(total, nu=chosen["nu"], path_scale=chosen["path_scale"], **lengths)
         rounded = {name: float(f"{value:.12g}") if name != "lam_scale" else value for name, value in chosen.items()}
         settings = {
             name: getattr(self, name)
             for name in ("kappa", "lam", "base", "momentum", "nesterov", "fused", "decoupled_weight_decay")
         }
-        settings |= {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
+        settings |= {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon, "start": start}
         return {"lr": self.learning_rate, **settings, **rounded}
 
     def split_lbi_params(
@@ -153,6 +185,33 @@ def _check_schedule(args: TrainingArguments) -> None:
             "follows from the learning rates of the whole run: take one that is known beforehand, such as 'cosine' or "
             "'linear'"
         )
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether a model came from `from_pretrained`.
+
+    It has a name then, and is in evaluation mode, also inside a PEFT model that wraps it. One made from a named
+    config alone is in training mode, as is one that was trained since.
+    """
+    named = getattr(getattr(model, "config", None), "name_or_path", "")
+    return bool(named) and not all(module.training for module in model.modules())
+
+
+def start_for(model: nn.Module, args: SplitLBIArguments) -> SplitLBIArguments:
+    """The arguments, or where they leave it open and the model is pretrained, a copy with a dense start, said once."""
+    if args.start is not None or not is_pretrained(model):
+        return args
+    args = copy(args)
+    args.start = "dense"
+    if args.takes_default_rate:
+        args.learning_rate = DENSE_LEARNING_RATES[args.base]
+    if is_first():
+        print(
+            f"split LBI: the model has weights from {model.config.name_or_path}, so the path starts dense, with "
+            f"learning_rate={args.learning_rate:g}; start='empty' trains them as if they were fresh",
+            flush=True,
+        )
+    return args
 
 
 def scheduled_rates(args: TrainingArguments, steps: int) -> list[float]:

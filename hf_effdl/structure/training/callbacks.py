@@ -17,12 +17,13 @@ from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.group import Group, Groups
 from hf_effdl.structure.groups.ties import Tie, config_ties
-from hf_effdl.structure.optim.schedule import entry_of_noise, entry_share
+from hf_effdl.structure.optim.schedule import entry_of_noise, entry_share, exit_share
 from hf_effdl.structure.optim.sharding import is_sharded, whole
 from hf_effdl.structure.optim.split_lbi import SplitLBI, unwrap
 from hf_effdl.structure.path.path import FILE_NAME, SparsePath
 from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.training.arguments import LEARNING_RATES, scheduled_rates
+from hf_effdl.structure.training.distill import refuse_without_teacher
 from hf_effdl.structure.training.evaluation import evaluator, example_row, loop_metrics, projected, training_inputs
 
 
@@ -99,6 +100,8 @@ class SplitLBICallback(TrainerCallback):
         refuse_lone_processes()
         model, optimizer = kwargs["model"], unwrap(kwargs["optimizer"])
         check_split_lbi(model, optimizer, "SplitLBICallback needs")
+        if not getattr(args, "distills", True):
+            refuse_without_teacher(state)
         _warn_if_pretrained(model, optimizer, args.learning_rate)
         lifted = [group for group in optimizer.param_groups if group["penalty"] is not None]
         if not lifted:
@@ -215,11 +218,12 @@ def _warn_if_pretrained(model: nn.Module, optimizer: SplitLBI, rate: float) -> N
     """Say what a learning rate for fresh weights does to trained ones."""
     source = getattr(getattr(model, "config", None), "name_or_path", "")
     base = optimizer.param_groups[0]["base"]
-    if source and is_first() and rate > LEARNING_RATES[base] / 5:
+    started_empty = optimizer.param_groups[0]["start"] == "empty"
+    if source and started_empty and is_first() and rate > LEARNING_RATES[base] / 5:
         logger.warning(
             "the model has weights from %s, and learning_rate=%g is for fresh ones: the path starts with an empty "
             "support, the ridge pulls on every trained unit, and within some dozen steps what was learned can be "
-            "gone. Start from %g or less, and see the page on pretrained models in the documentation",
+            "gone. Pass start='dense', or a rate of %g or less; see the documentation's page on pretrained models",
             source,
             rate,
             LEARNING_RATES[base] / 10,
@@ -268,14 +272,15 @@ def _describe_path(rates: Sequence[float], epochs: float, group: Mapping[str, An
     line += "".join(f", {name}={value:.4g}" for name, value in hyper.items())
     if group["lam_scale"] != "init":
         return line + "; thresholds are not relative to the initial norm, so no entry time can be foretold"
+    if group["start"] == "dense":
+        return line + _describe_exits(rates, epochs, hyper | {name: group[name] for name in ("rise", "kappa")})
     share = entry_share(total, **hyper)
     if share > 1:
         raise ValueError(
             f"the path is too short: a unit of unchanged norm would enter after {share:.3g} times this run ({line}). "
             "Train longer, raise learning_rate or path_scale, or lower nu; derive_path chooses both so that it fits"
         )
-    step = next(k for k, seen in enumerate(accumulate(rates), 1) if seen >= share * total * (1 - 1e-9))
-    line += f": a median unit, of unchanged norm, enters at epoch {epochs * step / len(rates):.2f} of {epochs:.2f}"
+    line += f": a median unit, of unchanged norm, enters at epoch {_epoch_of(share, rates, epochs)}"
     if hyper["nu"] > 100 * group["kappa"] * total:
         return line + ". There is no ridge to speak of: the order of the units says which are large"
     noise = entry_of_noise(total, **hyper, kappa=group["kappa"])
@@ -285,6 +290,19 @@ def _describe_path(rates: Sequence[float], epochs: float, group: Mapping[str, An
             "support says little; the order of the units still does. Train longer or with a higher learning_rate"
         )
     return line
+
+
+def _describe_exits(rates: Sequence[float], epochs: float, hyper: Mapping[str, float]) -> str:
+    """The line's end for a path that starts dense."""
+    share = exit_share(sum(rates), **hyper)
+    when = f"leaves at epoch {_epoch_of(share, rates, epochs)}" if share <= 1 else "stays"
+    return f", rise={hyper['rise']:.4g}: the path starts dense, and a unit of mean, unchanged norm {when}"
+
+
+def _epoch_of(share: float, rates: Sequence[float], epochs: float) -> str:
+    """When a share of the summed learning rate is spent."""
+    step = next(k for k, seen in enumerate(accumulate(rates), 1) if seen >= share * sum(rates) * (1 - 1e-9))
+    return f"{epochs * step / len(rates):.2f} of {epochs:.2f}"
 
 
 def _steps_per_epoch(args: TrainingArguments, dataloader: Any, state: TrainerState) -> float:

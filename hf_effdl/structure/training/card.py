@@ -164,6 +164,7 @@ def _recipe(trainer: Any, more: Mapping[str, Any]) -> dict[str, Any]:
         of_base = {"betas": group["betas"], "eps": group["eps"]}
     return {
         "preset": args.preset,
+        "path starts": group["start"],
         "epochs": args.num_train_epochs,
         "batch size": args.train_batch_size * args.world_size,
         "learning rate": args.learning_rate,

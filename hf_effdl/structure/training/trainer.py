@@ -30,18 +30,21 @@ from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.slim.latency import measure_latency
 from hf_effdl.structure.slim.report import effdl_report, get_report, set_report
 from hf_effdl.structure.slim.slim import cut_copy, slim
-from hf_effdl.structure.training.arguments import SplitLBIArguments
+from hf_effdl.structure.training.arguments import SplitLBIArguments, start_for
 from hf_effdl.structure.training.callbacks import FSDP1, SplitLBICallback
 from hf_effdl.structure.training.card import write_structure_card
+from hf_effdl.structure.training.distill import DistillationMixin
 from hf_effdl.structure.training.evaluation import example_row, loop_metrics, training_inputs
 from hf_effdl.weighting import WeightedLossMixin
 
 
-class SplitLBITrainer(WeightedLossMixin, Trainer):
+class SplitLBITrainer(DistillationMixin, WeightedLossMixin, Trainer):
     """A `Trainer` whose optimizer is `SplitLBI`: one run gives the dense model and the whole path of smaller ones.
 
     Args:
         groups: the groups to lift; default: found with one training row as example.
+        teacher: the model that `args.distill` takes its part of the loss from; default: a frozen copy of the model as
+            it was given. No checkpoint holds it.
 
     All other arguments are those of `Trainer`; `args` must be `SplitLBIArguments`, and there is no
     `optimizer_cls_and_kwargs`. Where the training data has a column `weight`, it weights the rows' losses, see
@@ -71,12 +74,15 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
         args: SplitLBIArguments | None = None,
         *others: Any,
         groups: Sequence[Group] | None = None,
+        teacher: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         args = SplitLBIArguments("trainer_output") if args is None else args
         _check_arguments(args)
         super().__init__(model, args, *others, **kwargs)
+        self.args = args = start_for(self.model, args)
         self._check_set_up()
+        self.take_teacher(teacher)
         self._groups = groups
         self._found = groups is None
         self._path: SparsePath | None = None
@@ -154,7 +160,7 @@ class SplitLBITrainer(WeightedLossMixin, Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         hyper = self.args.split_lbi_kwargs(num_training_steps)
         for group in (self.optimizer if optimizer is None else optimizer).param_groups:
-            group |= {name: hyper[name] for name in ("nu", "path_scale")}
+            group |= {name: hyper.get(name) for name in ("nu", "path_scale", "rise")}
         return super().create_scheduler(num_training_steps, optimizer)
 
     def train(

@@ -38,6 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any], torch.dtype, tuple[str, ...]]] = {
     "nesterov": ("fsdp", SGD | {"nesterov": True, "decoupled_weight_decay": True}, torch.float32, ()),
     "plain": ("fsdp", PLAIN, torch.float64, ("sharded",)),
     "adamw": ("fsdp", ADAMW, torch.float64, ("full", "sharded")),
+    "dense": ("fsdp", SGD | {"start": "dense", "rise": 0.5}, torch.float64, ("full", "sharded")),
     "bfloat16": ("fsdp", ADAMW, torch.bfloat16, ("full", "sharded")),
 }
 
