@@ -21,7 +21,7 @@ from hf_effdl.structure.groups.inputs import (
     logger,
     one_row,
 )
-from hf_effdl.structure.groups.trace import trace
+from hf_effdl.structure.groups.finders.trace import trace
 from hf_effdl.structure.groups.trial import keep_removable, settings_for
 
 

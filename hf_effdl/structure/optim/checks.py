@@ -15,9 +15,10 @@ from hf_effdl.structure.optim.sharding import local, on_any_process, whole
 PENALTIES = (None, "l1", "group")
 LAM_SCALES = ("init", "none")
 BASES = ("sgd", "adamw")
+STARTS = ("empty", "dense")
 POSITIVE = ("lr", "kappa", "nu", "lam", "path_scale")
 # What V, the thresholds and the record of a lifted group rest on.
-FIXED = ("penalty", "name", "axis", "block", "scale", "units", "lam", "lam_scale", "base")
+FIXED = ("penalty", "name", "axis", "block", "scale", "units", "lam", "lam_scale", "base", "start", "penalty_factor")
 
 
 def dual_dtype(p: Tensor) -> torch.dtype:
@@ -25,19 +26,27 @@ def dual_dtype(p: Tensor) -> torch.dtype:
 
 
 def initial_size(group: Mapping[str, Any], params: Sequence[Tensor]) -> Tensor:
-    """Thresholds of a group, by unit (`"group"`) or for its one tensor (`"l1"`), from the weights now."""
+    """Thresholds of a group, by unit (`"group"`) or for its one tensor (`"l1"`), from the weights now.
+
+    With `start="dense"` what they rise in units of: all of a group alike, from the mean norm of V at the start.
+    """
     tensors = [p.detach().to(dual_dtype(p)) for p in params]
     if group["penalty"] == "l1":
         size = whole(tensors[0].square().mean()).sqrt()
     else:
         size = unit_norm(tensors, group["axis"], group["block"], group["scale"])
-    return group["lam"] * (size if group["lam_scale"] == "init" else torch.ones_like(size))
+    if group["lam_scale"] != "init":
+        size = torch.ones_like(size)
+    elif group["start"] == "dense":
+        size = (size.mean() / group["kappa"]).expand_as(size)
+    factor = group["penalty_factor"]
+    return group["lam"] * (size if factor is None else size * size.new_tensor(factor))
 
 
 def check_group(group: dict[str, Any]) -> None:
     """Refuse a param group that cannot be worked on; fills in `name`, `units` and one value per tensor."""
     name = group.setdefault("name", "unnamed")
-    for key, choices in (("base", BASES), ("penalty", PENALTIES), ("lam_scale", LAM_SCALES)):
+    for key, choices in (("base", BASES), ("penalty", PENALTIES), ("lam_scale", LAM_SCALES), ("start", STARTS)):
         if group[key] not in choices:
             raise ValueError(f"{key}={group[key]!r} in group {name!r}: it must be one of {choices}")
     check_numbers(group, POSITIVE)
@@ -53,9 +62,31 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"group {name!r} has penalty={group['penalty']!r} but no parameters; remove it")
     if group["penalty"] == "group":
         _check_units(group, name)
+    _check_thresholds(group, name)
     check_devices(group)
     if group["lam_scale"] == "init" and all(p.device.type != "meta" for p in group["params"]):
         _check_initial_sizes(group, name)
+
+
+def _check_thresholds(group: dict[str, Any], name: str) -> None:
+    """Refuse thresholds that would not rise, or whose factors are not one positive number per unit."""
+    if group["start"] == "dense":
+        if group["rise"] is None:
+            raise ValueError(
+                f"start='dense' in group {name!r} needs rise=, how fast the threshold rises; derive_path(total_lr, "
+                "start='dense') gives it"
+            )
+        check_numbers(group, ("rise",))
+    if group["penalty_factor"] is None:
+        return
+    factors = torch.as_tensor(group["penalty_factor"], dtype=torch.float64).tolist()
+    if group["penalty"] != "group" or not isinstance(factors, list) or len(factors) != group["units"]:
+        raise ValueError(
+            f"penalty_factor of group {name!r} must hold one number for each of its {group.get('units', 'no')} units"
+        )
+    if not all(0 < factor < float("inf") for factor in factors):
+        raise ValueError(f"penalty_factor of group {name!r} must hold positive finite numbers")
+    group["penalty_factor"] = factors
 
 
 def _check_types(group: Mapping[str, Any], name: str) -> None:
@@ -173,7 +204,7 @@ def check_unchanged(groups: Sequence[Mapping[str, Any]], before: Sequence[Mappin
         )
     for group, old in zip(groups, before or [None] * len(groups), strict=True):
         if old is None or _was_edited(group, old):
-            check_numbers(group, POSITIVE[1:])
+            check_numbers(group, POSITIVE[1:] if group["start"] == "empty" else (*POSITIVE[1:], "rise"))
             check_devices(group)
 
 

@@ -7,6 +7,10 @@ from hf_effdl.checks import one_of, real_number
 
 # Below this the ridge outweighs the loss gradient (of SGD with momentum 0.9) and the net does not train.
 LEAST_NU = 5.0
+# The same for AdamW and trained weights: its direction has entries of about one, and trained weights entries of some
+# hundredths.
+LEAST_NU_OF_TRAINED = 0.02
+PATH_LENGTHS = {"empty": 2.5, "dense": 1.25}
 
 
 def derive_path(
@@ -14,9 +18,11 @@ def derive_path(
     *,
     lam: float = 1.0,
     kappa: float = 1.0,
-    path_length: float = 2.5,
+    path_length: float | None = None,
     ridge_length: float = 3.7,
     base: str = "sgd",
+    start: str = "empty",
+    nu: float | None = None,
 ) -> dict[str, float]:
     """nu and path_scale that fit a run of a given length, so that any learning rate travels the path once.
 

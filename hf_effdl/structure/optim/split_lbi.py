@@ -13,10 +13,9 @@ from hf_effdl.structure.optim.checks import (
     check_group,
     check_same_groups,
     check_unchanged,
-    dual_dtype,
     snapshot,
 )
-from hf_effdl.structure.optim.kernel import Kernel
+from hf_effdl.structure.optim.kernel import Kernel, initial_dual, raise_thresholds
 from hf_effdl.structure.optim.plain import PlainStep, unit_factor
 from hf_effdl.structure.optim.prox import per_entry, soft_threshold
 from hf_effdl.structure.optim.sharding import local, sharded_like
@@ -40,6 +39,14 @@ class SplitLBI(torch.optim.Optimizer):
 
     V starts at 0, so the structure starts empty; a unit is in the support from the step at which its `||V||` passes
     its threshold. `lr=0` moves neither W nor V.
+
+    Trained weights start the other way round, `start="dense"`, a proximal pruning path: V starts at W / kappa and the
+    threshold at 0, so Gamma starts at W and the structure is whole. Every step begins with
+
+        lifted:            threshold <- threshold + rise lr (lam times the mean initial `||V||` of the group)
+
+    A unit leaves when its `||V||` falls under its threshold, and may come back. What the loss holds against the ridge
+    goes on feeding V; what nothing holds gives way and leaves. The reverse order of the exits is the path.
 
     A parameter that is not lifted takes the step of `torch.optim.SGD(lr=kappa * lr)` or of
     `torch.optim.AdamW(lr=kappa * lr)`.
@@ -75,7 +82,7 @@ class SplitLBI(torch.optim.Optimizer):
         lam: strength of the penalty, > 0.
         lam_scale: `"init"`: the threshold of a unit is `lam` times its initial norm over the lifted slices (`"l1"`:
             times the root mean square of the initial tensor), so that a unit enters for what it learns and not for how
-            it was initialised. `"none"`: the threshold is `lam`, as in the paper.
+            it was initialised; with a dense start see above. `"none"`: the threshold is `lam`, as in the paper.
         path_scale: factor on the step of V alone, > 0.
         fused: `True`: one compiled pass over W, gradient, momentum and V that carries each unit's norm over to the
             next step, for float32, float64 and bfloat16: a C++ loop on CPU, built once per machine (some seconds); on
@@ -87,8 +94,14 @@ class SplitLBI(torch.optim.Optimizer):
         eps: of the AdamW base.
         decoupled_weight_decay: `W <- W - kappa lr weight_decay W` instead of the coupled form. `None`: as the base's
             name says, `False` for SGD and `True` for AdamW.
+        start: `"empty"`, or `"dense"` for trained weights, see above.
+        rise: of a dense start, > 0: how fast its threshold rises, per learning rate; `derive_path` gives it.
 
-    State: one tensor more than the base (V, at least float32) and four numbers per unit. Gamma is never stored.
+    A param group may also carry `penalty_factor`, a positive number per unit (what a unit costs, say) that its
+    threshold is multiplied with.
+
+    State: one tensor more than the base (V, at least float32) and four numbers per unit, five with a dense start.
+    Gamma is never stored.
 
     Raises:
         ValueError: for a number out of range, an unknown penalty or base, units that differ between the tensors of a
@@ -132,6 +145,8 @@ class SplitLBI(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         decoupled_weight_decay: bool | None = None,
+        start: str = "empty",
+        rise: float | None = None,
     ) -> None:
         self.fused = fused
         defaults = {
@@ -148,7 +163,10 @@ class SplitLBI(torch.optim.Optimizer):
             "betas": betas,
             "eps": eps,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "start": start,
+            "rise": rise,
             "penalty": None,
+            "penalty_factor": None,
         }
         super().__init__(params, defaults)
 
@@ -203,6 +221,7 @@ class SplitLBI(torch.optim.Optimizer):
         if not kernel.finite():
             check_finite_gradients(self.param_groups)
         kernel.prepare(self.state)
+        raise_thresholds(self.param_groups, self.state)
         kernel.step(self.state)
         self._before = [snapshot(group) for group in self.param_groups]
         return loss
@@ -228,10 +247,10 @@ class SplitLBI(torch.optim.Optimizer):
 
     @torch.no_grad()
     def dual(self, p: Tensor) -> Tensor:
-        """V of a lifted parameter, with its shape (and sharding), at least float32; zeros before the first step."""
-        self._find(p)
+        """V of a lifted parameter, with its shape (and sharding), at least float32; before the first step its start."""
+        group, _ = self._find(p)
         dual = self.state.get(p, {}).get("dual")
-        return torch.zeros_like(p, dtype=dual_dtype(p)) if dual is None else dual.clone()
+        return initial_dual(group, p) if dual is None else dual.clone()
 
     @torch.no_grad()
     def gamma(self, p: Tensor) -> Tensor:
@@ -239,7 +258,7 @@ class SplitLBI(torch.optim.Optimizer):
         group, index = self._find(p)
         dual = self.dual(p)
         if "dual" not in self.state.get(p, {}):
-            return dual
+            return dual * group["kappa"]  # 0, or all of W
         if group["penalty"] == "l1":
             part = group["kappa"] * soft_threshold(local(dual), self.state[p]["threshold"])
         else:
@@ -262,6 +281,9 @@ class SplitLBI(torch.optim.Optimizer):
                         f"{tuple(p.shape)} here and {tuple(dual.shape)} there. Resume with the model that was trained"
                     )
         super().load_state_dict(state_dict)
+        for group in self.param_groups:  # a saved path goes on as it started; those of 0.1.0 all started empty
+            for name, before in (("start", "empty"), ("rise", None), ("penalty_factor", None)):
+                group.setdefault(name, before)
         self._before = self.kernel = None
         # torch casts float state to the parameter's dtype, which would round V of a bfloat16 model and turn step
         # numbers into floats.
