@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from hf_effdl.checks import one_of
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.counting import network_of
-from hf_effdl.structure.groups.group import BATCH_NORMS, CONVS, Group, Groups, check_module
+from hf_effdl.structure.groups.finders.blocks import find_blocks
+from hf_effdl.structure.groups.finders.counts import with_counts
+from hf_effdl.structure.groups.finders.trace import trace
+from hf_effdl.structure.groups.group import BATCH_NORMS, CONVS, Group, Groups, Network, check_module
 from hf_effdl.structure.groups.inputs import (
     call,
     copy_of,
@@ -21,7 +24,7 @@ from hf_effdl.structure.groups.inputs import (
     logger,
     one_row,
 )
-from hf_effdl.structure.groups.finders.trace import trace
+from hf_effdl.structure.groups.surgery import has_inputs_first
 from hf_effdl.structure.groups.trial import keep_removable, settings_for
 
 
@@ -69,10 +72,31 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
         inputs = one_row(example_inputs, copy) if example_inputs is not None else guess_inputs(copy)
         network = network_of(copy, inputs)
         _even_out(copy, inputs)
-        traced, skipped = trace(copy, inputs, network)
-        groups = keep_removable(settings_for(copy, inputs, labels_of(example_inputs, copy)), traced, skipped)
+        found, skipped = _find(copy, inputs, network)
+        settings = settings_for(copy, inputs, labels_of(example_inputs, copy))
+        groups = keep_removable(settings, with_counts(copy, settings[0], found), skipped)
     _report_skipped(groups, skipped, model)
     return _lift(groups, model, unit)
+
+
+def _find(copy: nn.Module, inputs: Any, network: Network) -> tuple[list[Group], dict[str, str]]:
+    """Groups to try out, and why others are left out: blocks of transformers, then what the tracer finds besides."""
+    blocks = find_blocks(copy, inputs, network)
+    if blocks.groups and blocks.is_all:
+        return blocks.groups, blocks.skipped
+    try:
+        traced, skipped = trace(copy, inputs, network)
+    except ValueError as error:
+        if not blocks.groups:
+            raise
+        logger.info("only blocks of a transformer are looked for: %s", error)
+        return blocks.groups, blocks.skipped
+    taken = {(part.tensor, part.axis) for group in traced for part in group.slices}
+    besides = [g for g in blocks.groups if not any((part.tensor, part.axis) in taken for part in g.slices)]
+    own = {group.name for group in besides}
+    position = {name: i for i, name in enumerate([*network.shapes, *dict(copy.named_buffers())])}
+    groups = sorted([*traced, *besides], key=lambda group: position[group.slices[0].tensor])
+    return groups, {name: why for name, why in (skipped | blocks.skipped).items() if name not in own}
 
 
 def _report_skipped(groups: Sequence[Group], skipped: Mapping[str, str], model: nn.Module) -> None:
@@ -91,6 +115,9 @@ def _traceable_copy(model: nn.Module) -> nn.Module:
             fill_zeros(p)
             if p.numel() == max(p.shape, default=1):  # a vector; say a layer scale of 1e-6
                 p.copy_(p.abs().clamp_min(0.1).copysign(p))
+        for module in copy.modules():  # keys and values kept for later are no output of the network
+            if getattr(getattr(module, "config", None), "use_cache", False):
+                module.config.use_cache = False
         for name, buffer in copy.named_buffers():
             if not name.rpartition(".")[2].startswith("running_"):  # of those, zeros hide nothing
                 fill_zeros(buffer)
@@ -116,7 +143,8 @@ def _even_out(model: nn.Module, inputs: Any) -> None:
             module.bias.div_(size.clamp_min(1))
         return module.forward(*args, **kwargs)
 
-    layers = [module for module in model.modules() if isinstance(module, (*CONVS, nn.Linear))]
+    kinds = (*CONVS, nn.Linear)
+    layers = [module for module in model.modules() if isinstance(module, kinds) or has_inputs_first(module)]
     hooks = [module.register_forward_hook(hook, with_kwargs=True) for module in layers]
     for module in model.modules():
         if isinstance(module, BATCH_NORMS):
@@ -182,7 +210,10 @@ class _Claims:
                 self._claim(group, "row")
 
     def _claim(self, group: Group, *roles: str) -> bool:
-        names = [part.tensor for part in group.slices if part.role in roles]
+        parts = [part for part in group.slices if part.role in roles]
+        if not all(group.fills(part) for part in parts):  # the optimizer's units fill a tensor's axis
+            return False
+        names = [part.tensor for part in parts]
         tensors = {name: self.model.get_parameter(name) for name in names}
         # zero-initialised norms have no size to start from, and what is frozen shows no signal
         names = [name for name, p in tensors.items() if p.requires_grad and p.detach().any()]
