@@ -32,6 +32,11 @@ def trace_network(model: nn.Module, inputs: Any) -> Network:
     return network_of(copy, one_row(inputs, copy))
 
 
+def is_transposed(view: Tensor, weight: Tensor) -> bool:
+    """Whether a view of a weight, which may be square, is the weight transposed."""
+    return view.ndim == 2 and (view.shape, view.stride()) != (weight.shape, weight.stride())
+
+
 class _Products(TorchFunctionMode):
     """Multiply-accumulates of products that a forward pass makes itself, with no layer.
 
@@ -79,7 +84,7 @@ class _Products(TorchFunctionMode):
         if found is None or not self.waiting or given.numel() != self.last or weight.ndim != 2:
             return
         name, p = found
-        axis = axis if weight.shape == p.shape else 1 - axis
+        axis = 1 - axis if is_transposed(weight, p) else axis
         if self.waiting % p.shape[axis] == 0:
             before = self.between.get(name, (axis, 0))[1]
             self.between[name] = (axis, before + self.waiting // p.shape[axis])

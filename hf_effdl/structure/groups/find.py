@@ -34,20 +34,22 @@ UNITS = ("default", "row", "paper")
 def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "default") -> Groups:
     """Find the units of a model that can be removed, each with all its tensor slices.
 
-    A copy of the model is traced with Torch-Pruning's dependency graph, so module and model names play no part and
-    the model itself stays as it is. Every group found is tried out: taking random units out of the copy must give the
-    same output as silencing them, in eval and in train mode, with labels where the model takes them, on inputs as
-    they are and larger, up to pixels, and on a batch. Groups that fail are left out with a warning, and so are those
-    that hold layers other than plain and depthwise convolutions, linear layers and batch norms (subclasses included),
-    or that a concatenation joins. A depthwise convolution belongs to the units that it filters. Inputs and outputs of
-    the model are never groups. What is frozen (`requires_grad=False`) shows no signal and is not lifted.
+    In transformers a unit is a neuron of an FFN (gated or not), an attention head, or a key/value head together with
+    the query heads that read it; gradients of one forward pass of a copy say what reaches what. Convolutional networks
+    are traced with Torch-Pruning's dependency graph. Module and model names play no part, and the model itself stays
+    as it is. Every group found is tried out: taking random units out of the copy must give the same output as
+    silencing them, in eval and in train mode, with labels where the model takes them, on inputs as they are and larger,
+    up to pixels, and on a batch. Groups that fail are left out with a warning, and so are those that hold layers other than
+    plain and depthwise convolutions, linear layers and batch norms (subclasses included), or that a concatenation
+    joins. A depthwise convolution belongs to the units that it filters. Inputs and outputs of the model are never
+    groups. What is frozen (`requires_grad=False`) shows no signal and is not lifted.
 
     Args:
-        model: any module, of transformers, timm or your own; convolutional networks are what this release is tested
-            on.
+        model: any module, of transformers, timm or your own.
         example_inputs: a tensor, a tuple of positional or a dict of keyword tensors with a batch axis. Default: made
-            from the config of a transformers vision model, else guessed from the first layer (with a warning, since
-            MACs depend on it). `labels` in a dict serve the trial alone; without them some are made up.
+            from the config of a transformers model of images or text (32 tokens), else guessed from the first layer
+            (with a warning, since MACs depend on it). `labels` in a dict serve the trial alone; without them some are
+            made up.
         unit: which tensors of a group the penalty sees. `"default"`: with batch norm, its weight and the next layers'
             input slices (a row in front of batch norm is scale-free); without, the producer rows, unless another group
             has them already, then the input slices. `"row"`: the producer rows. `"paper"`: the rows of convolutions,

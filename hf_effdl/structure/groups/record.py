@@ -51,18 +51,19 @@ def _check_apart(groups: Sequence[Group]) -> None:
 
 
 def ties_of(values: Any, groups: Sequence[Group]) -> list[Tie]:
-    """The ties in a record, `[[steps, shares, fields], ...]`, of these groups; raises as `groups_of` does."""
+    """The ties in a record, `[[steps, shares, fields, held], ...]`, of these groups; raises as `groups_of` does."""
     units = {group.name: group.units for group in groups}
     ties = []
     for tie in listed(values, "ties"):
-        require(len(listed(tie, "ties")) == 3, "ties", f"has {len(tie)} values where there are 3")
-        steps, shares, fields = whole(tie[0], "ties", 1, LARGEST), named(tie[1], "ties"), named(tie[2], "ties")
+        require(len(listed(tie, "ties")) in (3, 4), "ties", f"has {len(tie)} values where there are 3 or 4")
+        steps, shares = whole(tie[0], "ties", 1, LARGEST), named(tie[1], "ties")
+        fields, held = (named(values, "ties") for values in (*tie[2:], {})[:2])
         for name, share in shares.items():
             size = whole(share, "ties", 1, LARGEST) * steps
             require(units.get(name) == size, "ties", f"gives {size} units to {name!r}, which has {units.get(name)}")
-        for value in fields.values():
+        for value in (*fields.values(), *held.values()):
             whole(value, "ties", 1, LARGEST)
-        ties.append(Tie(steps, shares, fields))
+        ties.append(Tie(steps, shares, fields, held))
     return ties
 
 

@@ -105,9 +105,14 @@ def set_sizes(module: nn.Module) -> None:
 
 
 def share_config(model: nn.Module, config: Any) -> None:
-    """Give a config to a transformers model and to its parts, which share one object, in place."""
+    """Give a config to a transformers model and to its parts, which share one object, in place.
+
+    A part with a config of its own, as the encoder of a T5, keeps that.
+    """
+    before = getattr(model, "config", None)
     for module in model.modules():
-        if type(getattr(module, "config", None)) is type(config):
+        own = getattr(module, "config", None)
+        if type(own) is type(config) and (own is before or own.to_dict() == before.to_dict()):
             module.config = config
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hf_effdl.structure.groups.counting import is_transposed
 from hf_effdl.structure.groups.inputs import call
 
 
@@ -85,9 +86,9 @@ class _Recorder(TorchFunctionMode):
         if not isinstance(tensor, Tensor):
             return None, False
         name, p = self.places.get(tensor.data_ptr(), (None, None))
-        if p is None or (tensor is not p and tensor.shape != p.shape[::-1]):
+        if p is None or sorted(tensor.shape) != sorted(p.shape):
             return None, False
-        return name, tensor is not p
+        return name, is_transposed(tensor, p)
 
 
 def _operands(kind: str, args: Sequence[Any], kwargs: Any) -> tuple[Any, Any, Any, int] | None:
