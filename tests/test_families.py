@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import transformers
+from models import renamed
 from torch import nn
 
 from hf_effdl import find_groups, slim
 from hf_effdl.structure.groups.counting import trace_network
 from hf_effdl.structure.groups.surgery import mask
-from models import renamed
 
 
 TEXT = {"input_ids": torch.arange(5, 15)[None]}
@@ -30,6 +30,9 @@ PROMPT = {
     name: IMAGE["pixel_values"][..., :16, :16] for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")
 }
 
+DISTIL = SMALL | {"dim": 48, "n_layers": 2, "n_heads": 8, "hidden_dim": 64}
+FALCON = WORDS | {"num_kv_heads": 4, "new_decoder_architecture": True}
+
 # class of the model, its settings, inputs; units of the heads of every layer; which kinds a stock config can say
 FAMILIES = {
     "BERT": ("BertModel", WORDS, TEXT, [8, 8], "ffn"),
@@ -47,7 +50,7 @@ MORE = {
     "SigLIP": ("SiglipVisionModel", PIXELS, IMAGE, [8, 8], "ffn"),
     "CLIP": ("CLIPModel", CLIP, TEXT | IMAGE, [8] * 4, "ffn"),
     "RoBERTa": ("RobertaModel", WORDS, TEXT, [8, 8], "ffn"),
-    "DistilBERT": ("DistilBertModel", SMALL | {"dim": 48, "n_layers": 2, "n_heads": 8, "hidden_dim": 64}, TEXT, [8, 8], "ffn"),
+    "DistilBERT": ("DistilBertModel", DISTIL, TEXT, [8, 8], "ffn"),
     "Qwen2": ("Qwen2ForCausalLM", GQA, TEXT, [4, 4], "ffn heads"),
     "Qwen3": ("Qwen3ForCausalLM", GQA, TEXT, [4, 4], "ffn heads"),
     "Mistral": ("MistralForCausalLM", GQA, TEXT, [4, 4], "ffn heads"),
@@ -55,7 +58,7 @@ MORE = {
     "Gemma 3": ("Gemma3ForCausalLM", GQA, TEXT, [4, 4], "ffn heads"),
     "SmolLM": ("LlamaForCausalLM", GQA | {"tie_word_embeddings": True}, TEXT, [4, 4], "ffn heads"),
     "GPT-NeoX": ("GPTNeoXForCausalLM", WORDS, TEXT, [8, 8], "ffn"),
-    "Falcon": ("FalconForCausalLM", WORDS | {"num_kv_heads": 4, "new_decoder_architecture": True}, TEXT, [4, 4], "ffn"),
+    "Falcon": ("FalconForCausalLM", FALCON, TEXT, [4, 4], "ffn"),
     "SegGPT": ("SegGptModel", SEGGPT, PROMPT, [8, 8], "ffn"),
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ import torch
 from models import NETS, build, lenet, logits, randomise_norms, recount, vgg
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import ResNetForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import ResNetForImageClassification
 
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups

@@ -38,10 +38,10 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
     the query heads that read it; gradients of one forward pass of a copy say what reaches what. Convolutional networks
     are traced with Torch-Pruning's dependency graph. Module and model names play no part, and the model itself stays
     as it is. Every group found is tried out: taking random units out of the copy must give the same output as
-    silencing them, in eval and in train mode, with labels where the model takes them, on inputs as they are and larger,
-    up to pixels, and on a batch. Groups that fail are left out with a warning, and so are those that hold layers other than
-    plain and depthwise convolutions, linear layers and batch norms (subclasses included), or that a concatenation
-    joins. A depthwise convolution belongs to the units that it filters. Inputs and outputs of the model are never
+    silencing them, in eval and in train mode, with labels where the model takes them, on inputs as they are and
+    larger, up to pixels, and on a batch. Groups that fail are left out with a warning, and so are those that hold
+    layers other than plain and depthwise convolutions, linear layers and batch norms (subclasses included), or that a
+    concatenation joins. A depthwise convolution belongs to the units that it filters. Inputs and outputs of the model are never
     groups. What is frozen (`requires_grad=False`) shows no signal and is not lifted.
 
     Args:
@@ -60,7 +60,7 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: the model cannot be traced, or no group was found; names the modules seen.
+        ValueError: the model cannot be traced, its weights are quantised, or no group was found; names the modules.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
@@ -69,6 +69,7 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
     """
     check_module(model, "find_groups")
     one_of("unit", unit, UNITS)
+    _check_weights(model)
     with random_state_kept():
         copy = _traceable_copy(model)
         inputs = one_row(example_inputs, copy) if example_inputs is not None else guess_inputs(copy)
@@ -79,6 +80,16 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
         groups = keep_removable(settings, with_counts(copy, settings[0], found), skipped)
     _report_skipped(groups, skipped, model)
     return _lift(groups, model, unit)
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Refuse weights that are no floating point numbers: those of a unit could be neither silenced nor fitted."""
+    for name, p in model.named_parameters():
+        if not p.is_floating_point() or p.dtype.itemsize == 1:
+            raise ValueError(
+                f"{name} is quantised ({p.dtype}), so no units can be taken out; load the model without "
+                "quantization_config, slim it, and quantise the smaller one"
+            )
 
 
 def _find(copy: nn.Module, inputs: Any, network: Network) -> tuple[list[Group], dict[str, str]]:

@@ -50,7 +50,7 @@ def _fewest(model: nn.Module, setting: Setting, group: Group) -> tuple[tuple[str
     for size in dict.fromkeys([*sizes, len(candidates)]):
         for counts in combinations(candidates, size):
             changed = [replace(group, counts=counts)]
-            if all(is_removable(setting, changed, seed) for seed in (0, 1)):
+            if all(is_removable(setting, changed, seed) for seed in ((0, 1) if counts else (0,))):
                 return counts
     return ()
 
