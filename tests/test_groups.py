@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from models import NETS, build, lenet, logits, randomise_norms, recount, resnet, vgg
+from models import NETS, build, lenet, logits, randomise_norms, recount, renamed, resnet, vgg
 from torch import nn
 
 from hf_effdl.structure.groups.find import find_groups
@@ -228,22 +228,6 @@ def test_finding_leaves_model_gradients_modes_hooks_and_random_states_alone():
     for name, p in model.named_parameters():
         assert p.grad is grads[name] and torch.equal(p.grad, values[name])
     assert all(p is model.get_parameter(name) for group in found for name, p in group.tensors.items())
-
-
-def renamed(model):
-    """The same network with another class name and another name for every submodule.
-
-    Attributes that a forward pass uses stay reachable, but outside the registry that names are made from.
-    """
-    draw = random.Random(0)
-    for module in list(model.modules()):
-        children = dict(module._modules)
-        module._modules.clear()
-        for name, child in children.items():
-            module.__dict__[name] = child
-            module._modules[f"x{draw.randrange(10**9)}"] = child
-    model.__class__ = type("Zebra", (type(model),), {})
-    return model
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -9,12 +9,7 @@ import pytest
 import torch
 from models import NETS, build, lenet, logits, randomise_norms, recount, vgg
 from torch import nn
-from transformers import (
-    AutoModelForImageClassification,
-    ResNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import ResNetForImageClassification
 
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
@@ -314,21 +309,6 @@ def test_slim_sizes_of_another_architecture_are_refused(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=message):
             ResNetForImageClassification.from_pretrained(tmp_path)
-
-
-def test_the_neurons_of_a_transformer_slim_and_load_too(tmp_path):
-    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
-    config = ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model, x = ViTForImageClassification(config).eval(), torch.randn(2, 3, 8, 8)
-    groups = find_groups(model, x)
-    assert [group.units for group in groups] == [12, 12]
-    uniform = slim(model, groups, 0.5)
-    assert uniform.config.intermediate_size == 6 and getattr(uniform.config, "quantization_config", None) is None
-    free = slim(model, groups, {groups[0].name: [0, 3, 4]})
-    free.save_pretrained(tmp_path)
-    assert torch.equal(run(ViTForImageClassification.from_pretrained(tmp_path).eval(), x), run(free, x))
 
 
 # ---- batch norm

@@ -1,5 +1,7 @@
 """Small networks that several test files use, with an example input each."""
 
+import random
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -105,3 +107,21 @@ def recount(model: nn.Module, inputs: Tensor) -> dict[str, int]:
     for hook in hooks:
         hook.remove()
     return {"params": sum(p.numel() for p in model.parameters()), "macs": macs}
+
+
+def renamed(model: nn.Module, lists: bool = True) -> nn.Module:
+    """The same network with another class name and another name for every submodule, in lists too.
+
+    Attributes that a forward pass uses stay reachable, but outside the registry that names are made from.
+    """
+    draw = random.Random(0)
+    for module in list(model.modules()):
+        if isinstance(module, nn.ModuleList) and not lists:
+            continue
+        children = dict(module._modules)
+        module._modules.clear()
+        for name, child in children.items():
+            module.__dict__[name] = child
+            module._modules[f"x{draw.randrange(10**9)}"] = child
+    model.__class__ = type("Zebra", (type(model),), {})
+    return model

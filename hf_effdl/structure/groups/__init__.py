@@ -1,7 +1,7 @@
 """Groups of units.
 
 group.py         the noun: `Group`, its slices, and the `Network` it was found in
-find.py          `find_groups`: trace (trace.py) on example inputs (inputs.py), then try each group out (trial.py)
+find.py          `find_groups`: what finders/ see on example inputs (inputs.py), each group tried out (trial.py)
 counting.py      multiply-accumulates of every weight
 surgery.py       silencing and removing units in place, and the sizes that layers report
 record.py        groups as plain values in files, checked when they are read

@@ -13,13 +13,17 @@ from hf_effdl.structure.groups.inputs import call, copy_of, describe, logger, on
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (*CONVS, *TRANSPOSED, nn.Linear)
 LAYER_FUNCTIONS = ("linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
-MATRIX_FUNCTIONS = ("matmul", "mm")
+MATRIX_FUNCTIONS = ("matmul", "mm", "bmm")
+# with one more operand in front, which is added
+ADDED_FUNCTIONS = ("addmm", "baddbmm")
 LOOKUPS = (nn.Embedding, nn.EmbeddingBag)  # no products
 
 
 def network_of(model: nn.Module, inputs: Any) -> Network:
     """Shapes of a model's parameters and how often one input row uses each; the model is in eval mode."""
-    return Network({name: tuple(p.shape) for name, p in model.named_parameters()}, _Uses(model).of(inputs))
+    counted = _Uses(model)
+    uses = counted.of(inputs)
+    return Network({name: tuple(p.shape) for name, p in model.named_parameters()}, uses, counted.products)
 
 
 def trace_network(model: nn.Module, inputs: Any) -> Network:
@@ -28,26 +32,63 @@ def trace_network(model: nn.Module, inputs: Any) -> Network:
     return network_of(copy, one_row(inputs, copy))
 
 
+def is_transposed(view: Tensor, weight: Tensor) -> bool:
+    """Whether a view of a weight, which may be square, is the weight transposed."""
+    return view.ndim == 2 and (view.shape, view.stride()) != (weight.shape, weight.stride())
+
+
 class _Products(TorchFunctionMode):
-    """Multiply-accumulates per weight entry of products that a forward pass makes itself, with no layer."""
+    """Multiply-accumulates of products that a forward pass makes itself, with no layer.
+
+    With a weight: per weight entry, in `uses`. Of activations with each other, as in attention: in `between`, per
+    entry along the input axis of the weight that reads the last result; what none reads is not counted.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.places = {p.untyped_storage().data_ptr(): (name, p) for name, p in model.named_parameters() if p.ndim > 1}
         self.uses: dict[str, int] = {}
+        self.between: dict[str, tuple[int, int]] = {}
+        self.waiting, self.last = 0, 0  # products of activations since the last weight, entries of the last one
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         kind = getattr(func, "__name__", "").strip("_")
-        if kind in (*LAYER_FUNCTIONS, *MATRIX_FUNCTIONS) and len(args) > 1:
+        if kind in ADDED_FUNCTIONS:
+            args = args[1:]
+        if kind in (*LAYER_FUNCTIONS, *MATRIX_FUNCTIONS, *ADDED_FUNCTIONS) and len(args) > 1:
             first, second = args[:2]
-            if kind in MATRIX_FUNCTIONS:
+            if kind not in LAYER_FUNCTIONS:
                 self._add(first, result.numel() * first.shape[-1])
                 self._add(second, result.numel() * first.shape[-1])
+                self._wait(result, first, second)
             else:
                 outer = first if "transpose" in kind else result
                 self._add(second, outer.numel() * second[0].numel())
+            self._read(first, second, 1 if kind == "linear" else 0)
+        elif kind == "scaled_dot_product_attention" and len(args) > 2:
+            tokens = args[1].shape[-2]
+            self.waiting += tokens * (args[0].numel() + result.numel())
+            self.last = result.numel()
         return result
+
+    def _wait(self, result: Tensor, first: Tensor, second: Tensor) -> None:
+        """Remember a product of two activations until a weight reads it; an outer product only scales."""
+        weights = any(tensor.untyped_storage().data_ptr() in self.places for tensor in (first, second))
+        if not weights and first.shape[-1] > 1:
+            self.waiting += result.numel() * first.shape[-1]
+            self.last = result.numel()
+
+    def _read(self, given: Tensor, weight: Any, axis: int) -> None:
+        found = self.places.get(weight.untyped_storage().data_ptr()) if isinstance(weight, Tensor) else None
+        if found is None or not self.waiting or given.numel() != self.last or weight.ndim != 2:
+            return
+        name, p = found
+        axis = 1 - axis if is_transposed(weight, p) else axis
+        if self.waiting % p.shape[axis] == 0:
+            before = self.between.get(name, (axis, 0))[1]
+            self.between[name] = (axis, before + self.waiting // p.shape[axis])
+        self.waiting = self.last = 0
 
     def _add(self, weight: Any, products: int) -> None:
         found = self.places.get(weight.untyped_storage().data_ptr()) if isinstance(weight, Tensor) else None
@@ -67,6 +108,7 @@ class _Uses:
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.module_names = {module: name for name, module in model.named_modules()}
         self.uses: dict[str, int] = {}
+        self.products: dict[str, tuple[int, int]] = {}
         self.seen: dict[nn.Module, None] = {}
 
     @torch.no_grad()
@@ -85,6 +127,7 @@ class _Uses:
             for handle in hooks:
                 handle.remove()
         self.uses |= {name: count for name, count in functions.uses.items() if name not in self.uses}
+        self.products = functions.between
         self._name_what_is_not_counted()
         return self.uses
 

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from hf_effdl.checks import one_of
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.counting import network_of
-from hf_effdl.structure.groups.group import BATCH_NORMS, CONVS, Group, Groups, check_module
+from hf_effdl.structure.groups.finders.blocks import find_blocks
+from hf_effdl.structure.groups.finders.counts import with_counts
+from hf_effdl.structure.groups.finders.trace import trace
+from hf_effdl.structure.groups.group import BATCH_NORMS, CONVS, Group, Groups, Network, check_module
 from hf_effdl.structure.groups.inputs import (
     call,
     copy_of,
@@ -21,7 +24,7 @@ from hf_effdl.structure.groups.inputs import (
     logger,
     one_row,
 )
-from hf_effdl.structure.groups.trace import trace
+from hf_effdl.structure.groups.surgery import has_inputs_first
 from hf_effdl.structure.groups.trial import keep_removable, settings_for
 
 
@@ -31,20 +34,22 @@ UNITS = ("default", "row", "paper")
 def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "default") -> Groups:
     """Find the units of a model that can be removed, each with all its tensor slices.
 
-    A copy of the model is traced with Torch-Pruning's dependency graph, so module and model names play no part and
-    the model itself stays as it is. Every group found is tried out: taking random units out of the copy must give the
-    same output as silencing them, in eval and in train mode, with labels where the model takes them, on inputs as
-    they are and larger, up to pixels, and on a batch. Groups that fail are left out with a warning, and so are those
-    that hold layers other than plain and depthwise convolutions, linear layers and batch norms (subclasses included),
-    or that a concatenation joins. A depthwise convolution belongs to the units that it filters. Inputs and outputs of
-    the model are never groups. What is frozen (`requires_grad=False`) shows no signal and is not lifted.
+    In transformers a unit is a neuron of an FFN (gated or not), an attention head, or a key/value head together with
+    the query heads that read it; gradients of one forward pass of a copy say what reaches what. Convolutional networks
+    are traced with Torch-Pruning's dependency graph. Module and model names play no part, and the model itself stays
+    as it is. Every group found is tried out: taking random units out of the copy must give the same output as
+    silencing them, in eval and in train mode, with labels where the model takes them, on inputs as they are and
+    larger, up to pixels, and on a batch. Groups that fail are left out with a warning, and so are those that hold
+    layers other than plain and depthwise convolutions, linear layers and batch norms (subclasses included), or that a
+    concatenation joins. A depthwise convolution belongs to the units that it filters. Inputs and outputs of the model are never
+    groups. What is frozen (`requires_grad=False`) shows no signal and is not lifted.
 
     Args:
-        model: any module, of transformers, timm or your own; convolutional networks are what this release is tested
-            on.
+        model: any module, of transformers, timm or your own.
         example_inputs: a tensor, a tuple of positional or a dict of keyword tensors with a batch axis. Default: made
-            from the config of a transformers vision model, else guessed from the first layer (with a warning, since
-            MACs depend on it). `labels` in a dict serve the trial alone; without them some are made up.
+            from the config of a transformers model of images or text (32 tokens), else guessed from the first layer
+            (with a warning, since MACs depend on it). `labels` in a dict serve the trial alone; without them some are
+            made up.
         unit: which tensors of a group the penalty sees. `"default"`: with batch norm, its weight and the next layers'
             input slices (a row in front of batch norm is scale-free); without, the producer rows, unless another group
             has them already, then the input slices. `"row"`: the producer rows. `"paper"`: the rows of convolutions,
@@ -55,7 +60,7 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: the model cannot be traced, or no group was found; names the modules seen.
+        ValueError: the model cannot be traced, its weights are quantised, or no group was found; names the modules.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
@@ -64,15 +69,47 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
     """
     check_module(model, "find_groups")
     one_of("unit", unit, UNITS)
+    _check_weights(model)
     with random_state_kept():
         copy = _traceable_copy(model)
         inputs = one_row(example_inputs, copy) if example_inputs is not None else guess_inputs(copy)
         network = network_of(copy, inputs)
         _even_out(copy, inputs)
-        traced, skipped = trace(copy, inputs, network)
-        groups = keep_removable(settings_for(copy, inputs, labels_of(example_inputs, copy)), traced, skipped)
+        found, skipped = _find(copy, inputs, network)
+        settings = settings_for(copy, inputs, labels_of(example_inputs, copy))
+        groups = keep_removable(settings, with_counts(copy, settings[0], found), skipped)
     _report_skipped(groups, skipped, model)
     return _lift(groups, model, unit)
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Refuse weights that are no floating point numbers: those of a unit could be neither silenced nor fitted."""
+    for name, p in model.named_parameters():
+        if not p.is_floating_point() or p.dtype.itemsize == 1:
+            raise ValueError(
+                f"{name} is quantised ({p.dtype}), so no units can be taken out; load the model without "
+                "quantization_config, slim it, and quantise the smaller one"
+            )
+
+
+def _find(copy: nn.Module, inputs: Any, network: Network) -> tuple[list[Group], dict[str, str]]:
+    """Groups to try out, and why others are left out: blocks of transformers, then what the tracer finds besides."""
+    blocks = find_blocks(copy, inputs, network)
+    if blocks.groups and blocks.is_all:
+        return blocks.groups, blocks.skipped
+    try:
+        traced, skipped = trace(copy, inputs, network)
+    except ValueError as error:
+        if not blocks.groups:
+            raise
+        logger.info("only blocks of a transformer are looked for: %s", error)
+        return blocks.groups, blocks.skipped
+    taken = {(part.tensor, part.axis) for group in traced for part in group.slices}
+    besides = [g for g in blocks.groups if not any((part.tensor, part.axis) in taken for part in g.slices)]
+    own = {group.name for group in besides}
+    position = {name: i for i, name in enumerate([*network.shapes, *dict(copy.named_buffers())])}
+    groups = sorted([*traced, *besides], key=lambda group: position[group.slices[0].tensor])
+    return groups, {name: why for name, why in (skipped | blocks.skipped).items() if name not in own}
 
 
 def _report_skipped(groups: Sequence[Group], skipped: Mapping[str, str], model: nn.Module) -> None:
@@ -91,6 +128,9 @@ def _traceable_copy(model: nn.Module) -> nn.Module:
             fill_zeros(p)
             if p.numel() == max(p.shape, default=1):  # a vector; say a layer scale of 1e-6
                 p.copy_(p.abs().clamp_min(0.1).copysign(p))
+        for module in copy.modules():  # keys and values kept for later are no output of the network
+            if getattr(getattr(module, "config", None), "use_cache", False):
+                module.config.use_cache = False
         for name, buffer in copy.named_buffers():
             if not name.rpartition(".")[2].startswith("running_"):  # of those, zeros hide nothing
                 fill_zeros(buffer)
@@ -116,7 +156,8 @@ def _even_out(model: nn.Module, inputs: Any) -> None:
             module.bias.div_(size.clamp_min(1))
         return module.forward(*args, **kwargs)
 
-    layers = [module for module in model.modules() if isinstance(module, (*CONVS, nn.Linear))]
+    kinds = (*CONVS, nn.Linear)
+    layers = [module for module in model.modules() if isinstance(module, kinds) or has_inputs_first(module)]
     hooks = [module.register_forward_hook(hook, with_kwargs=True) for module in layers]
     for module in model.modules():
         if isinstance(module, BATCH_NORMS):
@@ -182,7 +223,10 @@ class _Claims:
                 self._claim(group, "row")
 
     def _claim(self, group: Group, *roles: str) -> bool:
-        names = [part.tensor for part in group.slices if part.role in roles]
+        parts = [part for part in group.slices if part.role in roles]
+        if not all(group.fills(part) for part in parts):  # the optimizer's units fill a tensor's axis
+            return False
+        names = [part.tensor for part in parts]
         tensors = {name: self.model.get_parameter(name) for name in names}
         # zero-initialised norms have no size to start from, and what is frozen shows no signal
         names = [name for name, p in tensors.items() if p.requires_grad and p.detach().any()]

@@ -5,6 +5,7 @@ Sparsifying, counting, slimming and growing are all verbs on this one noun.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -29,13 +30,21 @@ class Slice:
         block: consecutive entries per unit along that axis (height times width where a convolution is flattened, the
             outputs per channel of a depthwise convolution).
         role: `"row"` (producer weight), `"bias"`, `"scale"` and `"shift"` (norm weight and bias), `"mean"` and `"var"`
-            (running statistics) or `"input"` (consumer weight).
+            (running statistics), `"table"` (entries that go along, as a column of a table of position biases) or
+            `"input"` (consumer weight).
+        start: first entry along that axis; queries, keys and values that lie in one tensor start at three places.
     """
 
     tensor: str
     axis: int
     block: int
     role: str
+    start: int = 0
+
+    def entries(self, units: Tensor) -> Tensor:
+        """Where some units lie along the axis, unit after unit: `(len(units) * block,)` from `(len(units),)`."""
+        first = self.start + units[:, None] * self.block
+        return (first + torch.arange(self.block, device=units.device)).flatten()
 
 
 @dataclass(frozen=True)
@@ -45,10 +54,13 @@ class Network:
     Args:
         shapes: shape of every parameter, by name.
         uses: multiply-accumulates per entry of the parameter and input row (output positions of a convolution).
+        products: multiply-accumulates of activations with each other, as in attention: `{tensor: (axis, number)}`, the
+            number per entry along that axis of the weight that reads the result.
     """
 
     shapes: dict[str, tuple[int, ...]]
     uses: dict[str, int]
+    products: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def sizes(self, groups: Iterable["Group"], kept: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter when `kept[name]` units of each group stay; groups not named keep all."""
@@ -56,16 +68,20 @@ class Network:
         for group in groups:
             for part in group.slices:
                 if part.tensor in sizes:
-                    sizes[part.tensor][part.axis] = kept.get(group.name, group.units) * part.block
+                    sizes[part.tensor][part.axis] -= (group.units - kept.get(group.name, group.units)) * part.block
         return {name: tuple(size) for name, size in sizes.items()}
 
     def count(self, groups: Iterable["Group"] = (), kept: Mapping[str, int] | None = None) -> dict[str, int]:
         """Parameters and multiply-accumulates per input row when `kept[name]` units of each group stay.
 
-        Groups that `kept` does not name keep all. Only convolutions and linear layers count as multiply-accumulates.
+        Groups that `kept` does not name keep all. Convolutions, linear layers and the products of attention count as
+        multiply-accumulates.
         """
-        numel = {name: prod(size) for name, size in self.sizes(groups, kept or {}).items()}
-        return {"params": sum(numel.values()), "macs": sum(uses * numel[name] for name, uses in self.uses.items())}
+        sizes = self.sizes(groups, kept or {})
+        numel = {name: prod(size) for name, size in sizes.items()}
+        macs = sum(uses * numel[name] for name, uses in self.uses.items())
+        macs += sum(number * sizes[name][axis] for name, (axis, number) in self.products.items())
+        return {"params": sum(numel.values()), "macs": macs}
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +97,7 @@ class Group:
         tensors: the lifted parameters themselves, by name.
         equalise: scale every lifted tensor by its mean initial norm per unit, so that tensors of different size weigh
             the same.
+        counts: numbers that modules keep of the units (of heads, say): `(module, attribute, number per unit)`.
     """
 
     name: str
@@ -90,6 +107,7 @@ class Group:
     network: Network = field(repr=False)
     tensors: Mapping[str, nn.Parameter] = field(default_factory=dict, repr=False)
     equalise: bool = True
+    counts: tuple[tuple[str, str, int], ...] = ()
 
     @property
     def params(self) -> int:
@@ -137,7 +155,7 @@ class Group:
         scale = [1.0] * len(params)
         if self.equalise:
             for i, (p, part) in enumerate(zip(params, self.lifted_slices, strict=True)):
-                mean = rows_of(p, part).norm(dim=1).mean().item()
+                mean = rows_of(p, part, self.units).norm(dim=1).mean().item()
                 if mean == 0:
                     raise ValueError(
                         f"{part.tensor} of group {self.name!r} is all zeros: its initial norm is zero and gives it no "
@@ -163,19 +181,35 @@ class Group:
         parts = self.lifted_slices or [part for part in self.slices if part.role == "row"]
         squared = torch.zeros(self.units)
         for part in parts:
-            norm = rows_of(model.get_parameter(part.tensor), part).norm(dim=1).float().cpu()
+            norm = rows_of(model.get_parameter(part.tensor), part, self.units).norm(dim=1).float().cpu()
             squared += (norm / norm.mean().clamp_min(torch.finfo(norm.dtype).tiny)).square()
         return squared.sqrt()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; the network is stored once beside the groups."""
-        parts = [[part.tensor, part.axis, part.block, part.role] for part in self.slices]
-        return {"name": self.name, "units": self.units, "lifted": list(self.lifted), "slices": parts}
+        # the start is said of slices that leave room for others: records had none while there were no such slices
+        parts = [
+            [part.tensor, part.axis, part.block, part.role, *([] if self.fills(part) else [part.start])]
+            for part in self.slices
+        ]
+        counts = {"counts": [list(count) for count in self.counts]} if self.counts else {}
+        return {"name": self.name, "units": self.units, "lifted": list(self.lifted), "slices": parts} | counts
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], network: Network) -> "Group":
         parts = tuple(Slice(*part) for part in values["slices"])
-        return cls(values["name"], values["units"], parts, tuple(values["lifted"]), network)
+        counts = tuple((module, attribute, number) for module, attribute, number in values.get("counts", ()))
+        return cls(values["name"], values["units"], parts, tuple(values["lifted"]), network, counts=counts)
+
+    def fills(self, part: Slice) -> bool:
+        """Whether the units are all that lies along the axis of a slice."""
+        shape = self.network.shapes.get(part.tensor)  # a buffer has none, and nobody shares it
+        return shape is None or shape[part.axis] == self.units * part.block
+
+    def units_in(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """How many units a model has whose parameters have other shapes after units were cut or grown."""
+        part = next(part for part in self.slices if part.tensor in shapes and self.fills(part))
+        return shapes[part.tensor][part.axis] // part.block
 
 
 class Groups(list):
@@ -194,9 +228,9 @@ class Groups(list):
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def rows_of(tensor: Tensor, part: Slice) -> Tensor:
+def rows_of(tensor: Tensor, part: Slice, units: int) -> Tensor:
     """A view or copy with one row per unit, `(units, entries)`."""
-    return tensor.detach().movedim(part.axis, 0).reshape(tensor.shape[part.axis] // part.block, -1)
+    return tensor.detach().narrow(part.axis, part.start, units * part.block).movedim(part.axis, 0).reshape(units, -1)
 
 
 def regroup(groups: Sequence[Group], model: nn.Module) -> Groups:
@@ -207,14 +241,28 @@ def regroup(groups: Sequence[Group], model: nn.Module) -> Groups:
         model: has all tensors of the groups.
     """
     parameters = dict(model.named_parameters())
-    network = Network({name: tuple(p.shape) for name, p in parameters.items()}, groups[0].network.uses)
+    network = replace(groups[0].network, shapes={name: tuple(p.shape) for name, p in parameters.items()})
+    units = {group.name: group.units_in(network.shapes) for group in groups}
+    starts = _starts(groups, units)
     result = Groups()
     for group in groups:
-        part = next(part for part in group.slices if part.tensor in parameters)
-        units = parameters[part.tensor].shape[part.axis] // part.block
         tensors = {name: parameters[name] for name in group.lifted}
-        result.append(replace(group, units=units, network=network, tensors=tensors))
+        slices = tuple(replace(part, start=starts[group.name, part]) for part in group.slices)
+        result.append(replace(group, units=units[group.name], slices=slices, network=network, tensors=tensors))
     return result
+
+
+def _starts(groups: Sequence[Group], units: Mapping[str, int]) -> dict[tuple[str, Slice], int]:
+    """Where every slice starts once its group has another number of units, by group and slice."""
+    parts = [(group, part) for group in groups for part in group.slices]
+    parts.sort(key=lambda pair: (pair[1].tensor, pair[1].axis, pair[1].start))
+    starts = {}
+    for _, along in groupby(parts, key=lambda pair: (pair[1].tensor, pair[1].axis)):
+        moved = 0
+        for group, part in along:
+            starts[group.name, part] = part.start + moved
+            moved += (units[group.name] - group.units) * part.block
+    return starts
 
 
 def check_module(model: Any, function: str) -> None:

@@ -16,6 +16,7 @@ from hf_effdl.structure.groups.group import CONVS
 
 
 logger = logging.getLogger(__name__)
+TOKENS = 32  # in a made-up text
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -218,16 +219,17 @@ def _likely_labels(inputs: Mapping[str, Any]) -> Iterator[Tensor]:
 
 
 def guess_inputs(model: nn.Module) -> Any:
-    """One random row for a model: by the config of a vision model, else by its first layer.
+    """One random row for a model: by the config of a transformers model of images or text, else by its first layer.
 
     Raises:
         ValueError: if none is accepted.
     """
     device, config = _device(model), getattr(model, "config", None)
+    tokens = _tokens(model, device)
+    if tokens:
+        return tokens
     if getattr(model, "main_input_name", None) == "pixel_values" and hasattr(config, "num_channels"):
-        size = getattr(config, "image_size", None) or 224
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        return {"pixel_values": torch.randn(1, config.num_channels, height, width, device=device)}
+        return {"pixel_values": _image(config, device)}
     for shape in _likely_shapes(model):
         inputs = torch.randn(shape, device=device)
         try:
@@ -238,6 +240,31 @@ def guess_inputs(model: nn.Module) -> Any:
         logger.warning("no example_inputs given: tracing %s with inputs of shape %s", type(model).__name__, shape)
         return inputs
     raise ValueError(f"cannot make inputs for {describe(model)}; pass example_inputs=")
+
+
+def _image(config: Any, device: torch.device) -> Tensor:
+    size = getattr(config, "image_size", None) or 224
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return torch.randn(1, config.num_channels, height, width, device=device)
+
+
+def _tokens(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """Random tokens for a transformers model of text, with an image where it takes one too; else nothing."""
+    config = getattr(model, "config", None)
+    text = getattr(config, "text_config", config)
+    takes = inspect.signature(model.forward).parameters
+    if not isinstance(getattr(text, "vocab_size", None), int) or "input_ids" not in takes:
+        return {}
+    length = min(TOKENS, getattr(text, "max_position_embeddings", None) or TOKENS)
+    # the first tokens are special: padding, say
+    inputs = {"input_ids": torch.randint(min(5, text.vocab_size - 1), text.vocab_size, (1, length), device=device)}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = inputs["input_ids"].clone()
+    vision = getattr(config, "vision_config", None)
+    if "pixel_values" in takes and hasattr(vision, "num_channels"):
+        inputs["pixel_values"] = _image(vision, device)
+    logger.info("no example_inputs given: %s is tried out and counted on %d tokens", type(model).__name__, length)
+    return inputs
 
 
 def _likely_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:

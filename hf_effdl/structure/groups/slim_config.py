@@ -14,7 +14,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_effdl.structure.groups.record import LARGEST, listed, named, require, whole
-from hf_effdl.structure.groups.surgery import set_sizes
+from hf_effdl.structure.groups.surgery import has_inputs_first, set_sizes
 
 
 QUANT_METHOD = "hf_effdl"
@@ -26,17 +26,37 @@ class SlimConfig(QuantizationConfigMixin):
     """Sizes of the layers that differ from what the stock config builds.
 
     Layers are numbered in the order in which the model registers them, among its convolutions, linear layers and batch
-    norms: names of submodules change between releases of transformers, their order does not.
+    norms: names of submodules change between releases of transformers, their order does not. So are the parameters
+    that lie in none of those, and, for each attribute, the modules that have it.
 
     Args:
         layers: `{number: [outputs, inputs]}` for convolutions and linear layers, `{number: [features]}` for norms;
             `None` for a size that the stock config says, so that it can still be changed at loading (`num_labels`,
             say).
         count: how many such layers the model has, to notice a model of another architecture.
+        tables: `{number: shape}` of other parameters, a table of position biases with a column per head, say.
+        counts: `{attribute: {number: value}}` of whole numbers that modules keep of their units.
     """
 
-    def __init__(self, layers: dict[str, list[int | None]], count: int, **_: Any) -> None:
+    def __init__(
+        self,
+        layers: dict[str, list[int | None]],
+        count: int,
+        tables: dict[str, list[int]] | None = None,
+        counts: dict[str, dict[str, int]] | None = None,
+        **_: Any,
+    ) -> None:
         self.quant_method = QUANT_METHOD
+        self.tables = {
+            _number(at, "tables"): [whole(size, f"table {at}", 1, LARGEST) for size in listed(shape, f"table {at}")]
+            for at, shape in named(tables or {}, "tables").items()
+        }
+        self.counts = {}
+        for attribute, values in named(counts or {}, "counts").items():
+            plain = attribute.isidentifier() and not attribute.startswith("_")
+            require(plain, "counts", f"names the attribute {attribute[:20]!r}")
+            entries = named(values, f"counts of {attribute}").items()
+            self.counts[attribute] = {_number(at, "counts"): whole(n, "counts", 1, LARGEST) for at, n in entries}
         self.count = whole(count, "count", 0, LARGEST)
         self.layers = {}
         for number, sizes in dict(layers if isinstance(layers, Mapping) else named(layers, "layers")).items():
@@ -44,6 +64,10 @@ class SlimConfig(QuantizationConfigMixin):
             require(at.isdecimal() and len(at) < 9 and int(at) < count, "layers", f"numbers a layer {at[:20]!r}")
             require(len(listed(sizes, f"layer {at}")) in (1, 2), f"layer {at}", "is no list of one or two sizes")
             self.layers[at] = [None if size is None else whole(size, f"layer {at}", 1, LARGEST) for size in sizes]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; what holds nothing is not said."""
+        return {name: value for name, value in super().to_dict().items() if value or name not in ("tables", "counts")}
 
     @classmethod
     def of(cls, model: nn.Module) -> "SlimConfig":
@@ -59,7 +83,10 @@ class SlimConfig(QuantizationConfigMixin):
             for i, (layer, other) in enumerate(zip(mine, theirs, strict=True))
             if _sizes(layer) != _sizes(other)
         }
-        return cls(layers, len(mine))
+        pairs = zip(_tables(model), _tables(stock), strict=True)
+        shapes = [(tuple(own[2].shape), tuple(other[2].shape)) for own, other in pairs]
+        tables = {str(i): list(own) for i, (own, other) in enumerate(shapes) if own != other}
+        return cls(layers, len(mine), tables, _counts_that_differ(model, stock))
 
 
 @register_quantizer(QUANT_METHOD)
@@ -82,6 +109,16 @@ class SlimQuantizer(HfQuantizer):
                     "load it with the class it was saved from"
                 )
             _resize(layer, sizes)
+        _resize_tables(model, wanted.tables)
+        for attribute, values in wanted.counts.items():
+            modules = _modules_with(model, attribute)
+            for number, value in values.items():
+                if int(number) >= len(modules):
+                    raise ValueError(
+                        f"this checkpoint sets {attribute} of module {number}, but {type(model).__name__} has "
+                        f"{len(modules)} such modules; load it with the class it was saved from"
+                    )
+                setattr(modules[int(number)], attribute, value)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -105,11 +142,65 @@ class SlimQuantizer(HfQuantizer):
         return True
 
 
+def _number(text: str, where: str) -> str:
+    require(text.isdecimal() and len(text) < 9, where, f"has the number {text[:20]!r}")
+    return text
+
+
+def _is_sized(module: nn.Module) -> bool:
+    return isinstance(module, _SIZED) or has_inputs_first(module)
+
+
 def _sized_layers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, _SIZED)]
+    return [module for module in model.modules() if _is_sized(module)]
+
+
+def _tables(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Module, name there and value of every parameter that lies in no sized layer."""
+    modules = [module for module in model.modules() if not _is_sized(module)]
+    return [(module, name, p) for module in modules for name, p in module.named_parameters(recurse=False)]
+
+
+def _resize_tables(model: nn.Module, wanted: Mapping[str, list[int]]) -> None:
+    tables = _tables(model)
+    for number, shape in wanted.items():
+        module, name, p = tables[int(number)] if int(number) < len(tables) else (None, None, None)
+        if p is None or p.ndim != len(shape):
+            raise ValueError(
+                f"parameter {number} of this checkpoint has shape {shape}, which fits none of "
+                f"{type(model).__name__}; load it with the class it was saved from"
+            )
+        new = torch.empty(shape, dtype=p.dtype, device=p.device)
+        setattr(module, name, nn.Parameter(new, p.requires_grad))
+        set_sizes(module)
+
+
+def _modules_with(model: nn.Module, attribute: str) -> list[nn.Module]:
+    """The modules, sized layers aside, that keep a whole number of that name."""
+    return [m for m in model.modules() if type(vars(m).get(attribute)) is int and not _is_sized(m)]
+
+
+def _counts_that_differ(model: nn.Module, stock: nn.Module) -> dict[str, dict[str, int]]:
+    """Whole numbers of modules that are not what the stock class sets, by attribute and place."""
+    names = {
+        name
+        for module in model.modules()
+        if not _is_sized(module) and not isinstance(module, nn.Embedding)
+        for name, value in vars(module).items()
+        if type(value) is int and not name.startswith("_")
+    }
+    counts = {}
+    for name in sorted(names):
+        pairs = zip(_modules_with(model, name), _modules_with(stock, name), strict=False)
+        values = [(getattr(mine, name), getattr(theirs, name)) for mine, theirs in pairs]
+        differ = {str(i): mine for i, (mine, theirs) in enumerate(values) if mine != theirs}
+        counts |= {name: differ} if differ else {}
+    return counts
 
 
 def _sizes(layer: nn.Module) -> list[int]:
+    if has_inputs_first(layer):
+        return list(layer.weight.shape[::-1])
     if isinstance(layer, nn.modules.batchnorm._NormBase):
         return [layer.num_features]
     return list(layer.weight.shape[:2])
@@ -121,6 +212,8 @@ def _resize(layer: nn.Module, wanted: list[int | None]) -> None:
         if tensor.ndim == 0:  # the norm's batch counter
             continue
         shape = [*sizes[: tensor.ndim], *tensor.shape[len(sizes) :]]
+        if tensor.ndim == 2 and has_inputs_first(layer):
+            shape = shape[::-1]
         new = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
         setattr(layer, name, nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new)
     set_sizes(layer)

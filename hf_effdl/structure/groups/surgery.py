@@ -1,5 +1,6 @@
 """Silencing and removing units, in place, and the sizes that layers report afterwards."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,14 +22,19 @@ def mask(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) 
     for group in groups:
         if group.name not in kept:
             continue
-        gone = torch.ones(group.units, dtype=torch.bool)
-        gone[kept[group.name].cpu()] = False
+        gone = _gone(group, kept)
         for part in group.slices:
             if part.role in PRODUCERS:
                 tensor = model.get_parameter(part.tensor)
-                index = gone.repeat_interleave(part.block).nonzero().flatten().to(tensor.device)
-                tensor.index_fill_(part.axis, index, 0)
+                tensor.index_fill_(part.axis, part.entries(gone).to(tensor.device), 0)
     return model
+
+
+def _gone(group: Group, kept: Mapping[str, Tensor]) -> Tensor:
+    """Indices of the units that are not kept."""
+    gone = torch.ones(group.units, dtype=torch.bool)
+    gone[kept[group.name].cpu()] = False
+    return gone.nonzero().flatten()
 
 
 @torch.no_grad()
@@ -40,19 +46,34 @@ def cut(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -
         groups: the groups that `kept` speaks of.
         kept: ascending indices of the kept units by group name; groups not named keep all.
     """
+    gone: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
     for group in groups:
-        if group.name not in kept:
-            continue
-        for part in group.slices:
-            module, leaf = _owner(model, part.tensor)
-            old = getattr(module, leaf)
-            index = (
-                torch.arange(group.units * part.block).view(group.units, part.block)[kept[group.name].cpu()].flatten()
-            )
-            new = old.detach().index_select(part.axis, index.to(old.device)).clone()
-            setattr(module, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
-            set_sizes(module)
+        if group.name in kept:
+            _set_counts(model, group, len(kept[group.name]))
+            for part in group.slices:
+                gone[part.tensor, part.axis].append(part.entries(_gone(group, kept)))
+    for (name, axis), entries in gone.items():
+        module, leaf = _owner(model, name)
+        old = getattr(module, leaf)
+        stays = torch.ones(old.shape[axis], dtype=torch.bool)
+        stays[torch.cat(entries)] = False
+        new = old.detach().index_select(axis, stays.nonzero().flatten().to(old.device)).clone()
+        setattr(module, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        set_sizes(module)
     return model
+
+
+def _set_counts(model: nn.Module, group: Group, units: int) -> None:
+    """Bring the numbers that modules keep of a group's units in line with how many are left."""
+    for path, attribute, number in group.counts:
+        module = model.get_submodule(path)
+        now = vars(module).get(attribute)
+        if type(now) is not int or now != group.units * number:
+            raise ValueError(
+                f"{path}.{attribute} is {now!r}, but the {group.units} units of group {group.name!r} make it "
+                f"{group.units * number}; call find_groups on this model"
+            )
+        setattr(module, attribute, units * number)
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -60,10 +81,21 @@ def is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1
 
 
+def has_inputs_first(module: nn.Module) -> bool:
+    """Whether a layer is a linear one whose weight has the inputs on axis 0: `Conv1D` of transformers."""
+    sizes = (getattr(module, "nx", None), getattr(module, "nf", None))
+    weight = getattr(module, "weight", None)
+    return None not in sizes and isinstance(weight, nn.Parameter) and weight.ndim == 2 and not any(module.children())
+
+
 def set_sizes(module: nn.Module) -> None:
     """Bring the sizes that a layer reports in line with its tensors."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif has_inputs_first(module):
+        module.nx, module.nf = module.weight.shape
     elif isinstance(module, nn.modules.conv._ConvNd):
         if is_depthwise(module):  # by the sizes before; outputs per channel stay
             module.groups = module.weight.shape[0] * module.in_channels // module.out_channels
@@ -73,9 +105,14 @@ def set_sizes(module: nn.Module) -> None:
 
 
 def share_config(model: nn.Module, config: Any) -> None:
-    """Give a config to a transformers model and to its parts, which share one object, in place."""
+    """Give a config to a transformers model and to its parts, which share one object, in place.
+
+    A part with a config of its own, as the encoder of a T5, keeps that.
+    """
+    before = getattr(model, "config", None)
     for module in model.modules():
-        if type(getattr(module, "config", None)) is type(config):
+        own = getattr(module, "config", None)
+        if type(own) is type(config) and (own is before or own.to_dict() == before.to_dict()):
             module.config = config
 
 

@@ -4,12 +4,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_effdl.structure.groups.group import Group
+
+
+MOST = 5  # numbers that hang together, of which all choices are tried
+HEAD_SIZE = "head_dim"  # the entry under which the configs of transformers keep the size of a head
 
 
 @dataclass(frozen=True)
@@ -23,11 +28,17 @@ class Tie:
         steps: how many there are.
         shares: units per step of every group.
         fields: value per step of every config entry, e.g. `{"hidden_sizes.0": 4}`.
+        held: config entries that must be set to a value whatever the step, e.g. `{"head_dim": 64}`.
     """
 
     steps: int
     shares: Mapping[str, int]
     fields: Mapping[str, int] = field(default_factory=dict)
+    held: Mapping[str, int] = field(default_factory=dict)
+
+    def to_list(self) -> list[Any]:
+        """Plain values."""
+        return [self.steps, dict(self.shares), dict(self.fields), *([dict(self.held)] if self.held else [])]
 
 
 def complete_ties(ties: Iterable[Tie], sizes: Mapping[str, int]) -> list[Tie]:
@@ -79,10 +90,11 @@ def config_ties(model: nn.Module, groups: Sequence[Group]) -> list[Tie]:
 
     Every integer of the config is doubled in turn and the model built on the meta device; tensors that grew along an
     axis of a group tie that group to the number. Groups that share a number, and numbers that share a group, make one
-    `Tie`. For a transformers ResNet: the stem and the first stage, then one tie per stage.
+    `Tie`. For a transformers ResNet: the stem and the first stage, then one tie per stage; for a ViT the FFN of all
+    layers (`intermediate_size`) and the heads of all layers (`num_attention_heads`, with `head_dim` held).
 
     A number that also sets other sizes (`hidden_sizes` of a ConvNeXt), or rounds them (`min_depth` of a MobileNetV2),
-    ties nothing. As long as one group is free the config cannot say the sizes anyway, so then there are no ties.
+    ties nothing: its groups are free.
 
     Args:
         model: a `PreTrainedModel`; any other module has no ties.
@@ -91,12 +103,12 @@ def config_ties(model: nn.Module, groups: Sequence[Group]) -> list[Tie]:
     shapes = _shapes_as_built(model)
     if shapes is None:
         return []
-    values = dict(_integers(model.config))
-    ties = _joined(
-        {name: _groups_set_by(name, values[name], model, groups, shapes) for name in values}, values, groups
-    )
-    complete = {name for tie in ties for name in tie.shares} == {group.name for group in groups}
-    return ties if complete and all(_is_true(tie, model, groups) for tie in ties) else []
+    ties = _ties_of(_integers(model.config), model, groups, shapes)
+    tied = {name for tie in ties for name in tie.shares}
+    free = [group for group in groups if group.name not in tied and all(part.block == 1 for part in group.slices)]
+    # an entry that is not set (`n_inner`) may set sizes once it is
+    unset = [(name, units) for name in _unset(model.config) for units in {group.units for group in free}]
+    return ties + _ties_of(unset, model, free, shapes)
 
 
 def _shapes_as_built(model: nn.Module) -> dict[str, tuple[int, ...]] | None:
@@ -108,34 +120,111 @@ def _shapes_as_built(model: nn.Module) -> dict[str, tuple[int, ...]] | None:
     return shapes if shapes == {name: tuple(p.shape) for name, p in model.named_parameters()} else None
 
 
-def _groups_set_by(
-    name: str, value: int, model: nn.Module, groups: Sequence[Group], shapes: Mapping[str, tuple[int, ...]]
-) -> set[str]:
-    """The groups that double with one number of the config."""
-    grown = _meta_shapes(type(model), model.config, {name: 2 * value}) or {}
+@dataclass(frozen=True)
+class _Effect:
+    """What doubling one number of a config does.
 
-    def doubles(tensor: str, axis: int) -> bool:
-        old, new = shapes.get(tensor, ()), grown.get(tensor, ())
-        return len(new) == len(old) > axis and new[axis] == 2 * old[axis]
+    Args:
+        entry, value: the number.
+        names: of the groups whose units double.
+        held: further entries that must be set so that it does no more.
+        is_clean: whether nothing else changes.
+    """
 
-    return {group.name for group in groups for part in group.slices if doubles(part.tensor, part.axis)}
+    entry: str
+    value: int
+    names: frozenset[str]
+    held: Mapping[str, int]
+    is_clean: bool
 
 
-def _joined(touched: Mapping[str, set[str]], values: Mapping[str, int], groups: Sequence[Group]) -> list[Tie]:
-    """One tie per set of config numbers and groups that hang together."""
+def _ties_of(
+    entries: Iterable[tuple[str, int]],
+    model: nn.Module,
+    groups: Sequence[Group],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> list[Tie]:
+    """The ties that some config numbers make."""
+    effects: dict[str, _Effect] = {}
+    for entry, value in entries:
+        if entry not in effects and (effect := _effect(entry, value, model, groups, shapes)):
+            effects[entry] = effect
     ties = []
-    for fields, names in _components(touched):
-        units = {group.name: group.units for group in groups if group.name in names}
-        steps = math.gcd(*(values[entry] for entry in fields), *units.values())
-        shares = {name: count // steps for name, count in units.items()}
-        ties.append(Tie(steps, shares, {entry: values[entry] // steps for entry in fields}))
+    for together in _components(list(effects.values())):
+        clean = [effect for effect in together if effect.is_clean]
+        whole = _joined(together, groups)
+        if _is_true(whole, model, groups):
+            ties.append(whole)
+        else:
+            ties += [tie for part in _components(clean) if (tie := _largest_true(part, model, groups))]
     return ties
 
 
+def _largest_true(effects: Sequence[_Effect], model: nn.Module, groups: Sequence[Group]) -> Tie | None:
+    """A tie of as many of some numbers as say sizes of their groups together: all, or all but a head's size."""
+    for count in range(len(effects), 0, -1) if len(effects) < MOST else ():
+        for some in combinations(effects, count):
+            tie = _joined(some, groups)
+            if _is_true(tie, model, groups):
+                return tie
+    return None
+
+
+def _effect(
+    entry: str, value: int, model: nn.Module, groups: Sequence[Group], shapes: Mapping[str, tuple[int, ...]]
+) -> _Effect | None:
+    """What doubling one number does; None if it doubles no group."""
+    for held in ({}, *_head_sizes(entry, value, groups)):
+        grown = _meta_shapes(type(model), model.config, {**held, entry: 2 * value}) or {}
+        changed = {
+            (name, axis)
+            for name, shape in shapes.items()
+            for axis, (old, new) in enumerate(zip(shape, grown.get(name, ()), strict=False))
+            if new != old
+        }
+        doubled = {(name, axis) for name, axis in changed if grown[name][axis] == 2 * shapes[name][axis]}
+        names = {group.name for group in groups for part in group.slices if (part.tensor, part.axis) in doubled}
+        own = {(part.tensor, part.axis) for group in groups if group.name in names for part in group.slices}
+        if names:
+            return _Effect(entry, value, frozenset(names), held, changed <= own and grown.keys() == shapes.keys())
+        if changed:
+            return None
+    return None
+
+
+def _head_sizes(entry: str, value: int, groups: Sequence[Group]) -> list[dict[str, int]]:
+    """Sizes of a head to hold: where it is not held, the number of heads divides the width up."""
+    head_dim = f"{entry.rpartition('.')[0]}.{HEAD_SIZE}".removeprefix(".")
+    sizes = {
+        min(part.block for part in group.slices if part.role == "row") for group in groups if value % group.units == 0
+    }
+    return [{head_dim: size} for size in sorted(sizes - {1})]
+
+
+def _joined(effects: Iterable[_Effect], groups: Sequence[Group]) -> Tie:
+    """One tie of config numbers and groups that hang together."""
+    names = {name for effect in effects for name in effect.names}
+    units = {group.name: group.units for group in groups if group.name in names}
+    steps = math.gcd(*(effect.value for effect in effects), *units.values())
+    shares = {name: count // steps for name, count in units.items()}
+    held = {name: value for effect in effects for name, value in effect.held.items()}
+    return Tie(steps, shares, {effect.entry: effect.value // steps for effect in effects}, held)
+
+
 def _is_true(tie: Tie, model: nn.Module, groups: Sequence[Group]) -> bool:
-    """Whether the stock class, told one step less, builds what the tie foretells: no other sizes, no rounding."""
-    step = tie.steps - 1 or 2
-    return stock_builds(model, groups, [tie], {name: share * step for name, share in tie.shares.items()})
+    """Whether the stock class, told other steps, builds what the tie foretells: no other sizes, no rounding.
+
+    Some steps it may refuse (heads that do not divide the width); of one less, half and twice as many it takes one.
+    """
+    tries = dict.fromkeys((tie.steps - 1 or 2, tie.steps // 2 or 2, 2 * tie.steps))
+    built = []
+    for step in tries:
+        sizes = {name: share * step for name, share in tie.shares.items()}
+        changes = _config_changes([tie], sizes)
+        built.append(_meta_shapes(type(model), model.config, changes))
+        if built[-1] is not None:
+            return built[-1] == groups[0].network.sizes(groups, sizes)
+    return False
 
 
 def stock_builds(model: nn.Module, groups: Sequence[Group], ties: Iterable[Tie], sizes: Mapping[str, int]) -> bool:
@@ -147,12 +236,14 @@ def stock_builds(model: nn.Module, groups: Sequence[Group], ties: Iterable[Tie],
         model: as its config builds it.
         groups: all its groups.
         ties: of the model; those without config entries are passed over.
-        sizes: units of every group that the ties name; others keep all.
+        sizes: units of every group that the ties name. Others are free: no config says their sizes anyway.
     """
+    ties = list(ties)
     changes = _config_changes(ties, sizes)
     if changes is None:
         return False
-    return _meta_shapes(type(model), model.config, changes) == groups[0].network.sizes(groups, sizes)
+    tied = {name: sizes[name] for tie in ties if tie.fields for name in tie.shares if name in sizes}
+    return _meta_shapes(type(model), model.config, changes) == groups[0].network.sizes(groups, tied)
 
 
 def stock_config(model: nn.Module, ties: Sequence[Tie], sizes: Mapping[str, int]) -> Any | None:
@@ -180,7 +271,8 @@ def _config_changes(ties: Iterable[Tie], sizes: Mapping[str, int]) -> dict[str, 
         steps = {sizes[name] / share for name, share in tie.shares.items() if name in sizes}
         if len(steps) != 1 or not (step := steps.pop()).is_integer():
             return None
-        changes |= {entry: int(step) * value for entry, value in tie.fields.items()}
+        if step != tie.steps:
+            changes |= {entry: int(step) * value for entry, value in tie.fields.items()} | tie.held
     return changes
 
 
@@ -189,28 +281,36 @@ def _is_custom(config: Any) -> bool:
 
 
 def _integers(config: Any) -> list[tuple[str, int]]:
-    """All positive integers of a config, those in lists as `name.index`."""
+    """All positive integers of a config, those in lists as `name.index`, those in configs inside as `name.entry`."""
     result = []
     for name, value in config.to_dict().items():
-        entries = (
-            [(name, value)]
-            if not isinstance(value, (list, tuple))
-            else [(f"{name}.{i}", entry) for i, entry in enumerate(value)]
-        )
+        if hasattr(getattr(config, name, None), "to_dict"):
+            entries = [(f"{name}.{inner}", entry) for inner, entry in _integers(getattr(config, name))]
+        elif isinstance(value, (list, tuple)):
+            entries = [(f"{name}.{i}", entry) for i, entry in enumerate(value)]
+        else:
+            entries = [(name, value)]
         result += [(key, entry) for key, entry in entries if type(entry) is int and entry > 0]
     return result
 
 
+def _unset(config: Any) -> list[str]:
+    """All entries of a config that are None and may be integers, to all appearance."""
+    return [name for name, value in config.to_dict().items() if value is None and not name.startswith("_")]
+
+
 def _changed(config: Any, changes: Mapping[str, int]) -> Any:
-    """A copy of a config with some of its integers changed; `name.index` is an entry of a list."""
+    """A copy of a config with some of its integers changed; `name.index` is an entry of a list, or of a config."""
     config = deepcopy(config)
     for name, value in changes.items():
-        owner, _, index = name.partition(".")
-        if index:
-            entries = list(getattr(config, owner))
-            entries[int(index)] = value
-            value = entries
-        setattr(config, owner, value)
+        owner, (*path, last) = config, name.split(".")
+        for step in path[:-1] if last.isdecimal() else path:
+            owner = getattr(owner, step)
+        if last.isdecimal():
+            entries = list(getattr(owner, path[-1]))
+            entries[int(last)] = value
+            last, value = path[-1], entries
+        setattr(owner, last, value)
     return config
 
 
@@ -226,15 +326,15 @@ def _meta_shapes(
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def _components(touched: Mapping[str, set[str]]) -> list[tuple[list[str], set[str]]]:
-    """Config entries that share a group, and the groups of each such set: `[(entries, groups), ...]`."""
-    merged: list[tuple[list[str], set[str]]] = []
-    for entry, names in ((entry, names) for entry, names in touched.items() if names):
-        entries, together, apart = [entry], set(names), []
-        for other_entries, other_names in merged:
-            if together & other_names:
-                entries, together = other_entries + entries, together | other_names
+def _components(effects: Sequence[_Effect]) -> list[list[_Effect]]:
+    """Config entries that share a group, directly or through others."""
+    merged: list[list[_Effect]] = []
+    for effect in effects:
+        together, apart = [effect], []
+        for others in merged:
+            if effect.names & {name for other in others for name in other.names}:
+                together = others + together
             else:
-                apart.append((other_entries, other_names))
-        merged = [*apart, (entries, together)]
+                apart.append(others)
+        merged = [*apart, together]
     return merged

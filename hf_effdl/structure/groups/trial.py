@@ -92,7 +92,8 @@ def settings_for(model: nn.Module, inputs: Any, labels: Any = None) -> list[Sett
     """
     draws = 2 if sum(p.numel() for p in model.parameters()) < SMALL else 1
     settings = [Setting(model, inputs, draws=draws).doubled()]
-    settings += [_at_scale(model, inputs, scale, draws) for scale in SCALES]
+    has_sizes = any(tensor.is_floating_point() for tensor in all_values(inputs))  # tokens have none
+    settings += [_at_scale(model, inputs, scale, draws) for scale in SCALES if has_sizes]
     training, labelled = _training(model), with_labels(model, inputs, labels)
     rows = _cheap_batch(inputs)
     heads = [_that_runs(model, rows, f" on a batch of {BATCH} rows")]

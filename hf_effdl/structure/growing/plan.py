@@ -1,6 +1,7 @@
 """What grows in a round, and by how much; from the share of units in the support alone."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from torch import nn
@@ -58,7 +59,7 @@ def plan_growth(
     saturated = _saturated(ties, support, args.growth_threshold)
     if not saturated:
         return {}
-    wishes = [Tie(_steps_wished(tie, args), tie.shares, tie.fields) for tie in saturated]
+    wishes = [replace(tie, steps=_steps_wished(tie, args)) for tie in saturated]
     # a limit of costs 0 and 1, because bounds hold exactly
     limit = Limit("growth", 0.5, lambda sizes: float(not fits(groups, before | sizes, args)))
     cut = Cut(wishes, _alike_for_all(saturated, wishes), limit, _stock_widths(model, groups, ties))

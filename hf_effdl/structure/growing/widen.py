@@ -192,6 +192,11 @@ def _check_group(group: Group, add: int, shared: set[str], tensors: Mapping[str,
             f"no layer reads the units of group {group.name!r}: they are outputs of the model, whose number is not "
             "for widen to change; a transformers model takes num_labels= at from_pretrained"
         )
+    if group.counts or not all(group.fills(part) and part.role != "table" for part in group.slices):
+        raise ValueError(
+            f"group {group.name!r} cannot be widened: its units share a tensor with others, or modules count them; "
+            "widen the other groups"
+        )
     for part in group.slices:
         if part.tensor in shared:
             raise ValueError(

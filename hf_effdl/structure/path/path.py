@@ -226,7 +226,7 @@ class SparsePath:
             "curve": self.curve,
             "start": self.start,
             **groups_record(self.groups),
-            "ties": [[tie.steps, dict(tie.shares), dict(tie.fields)] for tie in self.ties],
+            "ties": [tie.to_list() for tie in self.ties],
         }
         tensors = {
             f"{name}|{key}": value.to(torch.int32 if value.dtype == torch.int64 else torch.float32).contiguous()

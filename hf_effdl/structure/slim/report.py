@@ -56,10 +56,8 @@ def effdl_report(
     if latency:
         report["latency_ms"] = _change(*(round(ms, 4) for ms in measure_latency([model, small], inputs)))
     shapes = {name: tuple(p.shape) for name, p in small.named_parameters()}
-    firsts = [(group, group.slices[0]) for group in groups if group.slices]
     report["units"] = {
-        group.name: {"before": group.units, "after": shapes[part.tensor][part.axis] // part.block}
-        for group, part in firsts
+        group.name: {"before": group.units, "after": group.units_in(shapes)} for group in groups if group.slices
     }
     timed = {"latency_batch": _rows_in(inputs)} if latency else {}
     return report | {"budget": dict(budget), **timed, "device": next(model.parameters()).device.type}

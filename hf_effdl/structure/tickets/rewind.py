@@ -204,11 +204,12 @@ def silence(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Tensor
     for group in groups:
         outside = torch.ones(group.units, dtype=torch.bool)
         outside[kept.get(group.name, slice(None))] = False
+        outside = outside.nonzero().flatten()
         for part in group.slices:
             if part.role not in ("mean", "var"):
                 shape = model.get_parameter(part.tensor).shape
                 mask = gone.setdefault(part.tensor, torch.zeros(shape, dtype=torch.bool))
-                mask.index_fill_(part.axis, outside.repeat_interleave(part.block).nonzero().flatten(), True)
+                mask.index_fill_(part.axis, part.entries(outside), True)
     for name, mask in gone.items():
         p = model.get_parameter(name)
         p.masked_fill_(mask.to(p.device), 0)

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from hf_effdl.random_state import random_state_kept
-from hf_effdl.structure.groups.group import PRODUCERS, Group
+from hf_effdl.structure.groups.group import PRODUCERS, Group, Slice
 from hf_effdl.structure.groups.inputs import evaluating
 from hf_effdl.structure.optim.prox import per_entry
 from hf_effdl.structure.optim.sharding import local
@@ -60,12 +60,19 @@ def projected(
                 for part in group.slices if group.name in outside else ():
                     if part.role in PRODUCERS:
                         p = named[part.tensor]
-                        local(p).masked_fill_(per_entry(outside[group.name], p, part.axis, part.block), 0)
+                        local(p).masked_fill_(per_entry(_entries_of(outside[group.name], p, part), p, part.axis, 1), 0)
         yield model
     finally:
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
                 tensor.copy_(saved[name])
+
+
+def _entries_of(units: Tensor, tensor: Tensor, part: Slice) -> Tensor:
+    """Which entries along a slice's axis belong to some units, `(size of the axis,)` from `(units,)`, both bool."""
+    entries = units.new_zeros(tensor.shape[part.axis])
+    entries[part.entries(units.nonzero().flatten())] = True
+    return entries
 
 
 def _zero_single_weights(optimizer: SplitLBI) -> None:

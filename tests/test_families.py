@@ -1,0 +1,125 @@
+"""Units of transformers: found, cut, saved, loaded; a family of models at a time, tiny and random."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from models import renamed
+from torch import nn
+
+from hf_effdl import find_groups, slim
+from hf_effdl.structure.groups.counting import trace_network
+from hf_effdl.structure.groups.surgery import mask
+
+
+TEXT = {"input_ids": torch.arange(5, 15)[None]}
+IMAGE = {"pixel_values": torch.linspace(-1, 1, 3 * 32 * 32).sin().view(1, 3, 32, 32)}
+SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 64}
+SMALL = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+WORDS = SIZES | SMALL | {"max_position_embeddings": 40}
+PIXELS = SIZES | {"image_size": 32, "patch_size": 8}
+GQA = WORDS | {"num_key_value_heads": 4, "head_dim": 6}
+GPT2 = SMALL | {"n_embd": 48, "n_layer": 2, "n_head": 8, "n_positions": 40}
+T5 = SMALL | {"d_model": 48, "d_kv": 6, "d_ff": 64, "num_layers": 2, "num_heads": 8, "decoder_start_token_id": 0}
+SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 24, "depths": [1, 1], "num_heads": [4, 8], "window_size": 4}
+CLIP = {"text_config": WORDS | {"eos_token_id": 14}, "vision_config": PIXELS, "projection_dim": 16}
+
+SEGGPT = PIXELS | {"image_size": [32, 16], "mlp_dim": 64, "intermediate_hidden_state_indices": [1], "merge_index": 0}
+PROMPT = {
+    name: IMAGE["pixel_values"][..., :16, :16] for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")
+}
+
+DISTIL = SMALL | {"dim": 48, "n_layers": 2, "n_heads": 8, "hidden_dim": 64}
+FALCON = WORDS | {"num_kv_heads": 4, "new_decoder_architecture": True}
+
+# class of the model, its settings, inputs; units of the heads of every layer; which kinds a stock config can say
+FAMILIES = {
+    "BERT": ("BertModel", WORDS, TEXT, [8, 8], "ffn"),
+    "ViT": ("ViTForImageClassification", PIXELS, IMAGE, [8, 8], "ffn heads"),
+    "DINOv2": ("Dinov2Model", PIXELS | {"mlp_ratio": 4}, IMAGE, [8, 8], "ffn heads"),
+    "Swin": ("SwinModel", SWIN, IMAGE, [4, 8], ""),
+    "GPT-2": ("GPT2LMHeadModel", GPT2, TEXT, [8, 8], "ffn"),
+    "T5": ("T5ForConditionalGeneration", T5, TEXT | {"decoder_input_ids": TEXT["input_ids"]}, [], "ffn"),
+    "Llama": ("LlamaForCausalLM", GQA, TEXT, [4, 4], "ffn heads"),
+    "MQA": ("LlamaForCausalLM", GQA | {"num_key_value_heads": 1}, TEXT, [], "ffn"),
+}
+MORE = {
+    "DeiT": ("DeiTModel", PIXELS, IMAGE, [8, 8], "ffn heads"),
+    "BEiT": ("BeitModel", PIXELS | {"use_relative_position_bias": True}, IMAGE, [8, 8], "ffn"),
+    "SigLIP": ("SiglipVisionModel", PIXELS, IMAGE, [8, 8], "ffn"),
+    "CLIP": ("CLIPModel", CLIP, TEXT | IMAGE, [8] * 4, "ffn"),
+    "RoBERTa": ("RobertaModel", WORDS, TEXT, [8, 8], "ffn"),
+    "DistilBERT": ("DistilBertModel", DISTIL, TEXT, [8, 8], "ffn"),
+    "Qwen2": ("Qwen2ForCausalLM", GQA, TEXT, [4, 4], "ffn heads"),
+    "Qwen3": ("Qwen3ForCausalLM", GQA, TEXT, [4, 4], "ffn heads"),
+    "Mistral": ("MistralForCausalLM", GQA, TEXT, [4, 4], "ffn heads"),
+    "Gemma 2": ("Gemma2ForCausalLM", GQA, TEXT, [4, 4], "ffn heads"),
+    "Gemma 3": ("Gemma3ForCausalLM", GQA, TEXT, [4, 4], "ffn heads"),
+    "SmolLM": ("LlamaForCausalLM", GQA | {"tie_word_embeddings": True}, TEXT, [4, 4], "ffn heads"),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", WORDS, TEXT, [8, 8], "ffn"),
+    "Falcon": ("FalconForCausalLM", FALCON, TEXT, [4, 4], "ffn"),
+    "SegGPT": ("SegGptModel", SEGGPT, PROMPT, [8, 8], "ffn"),
+}  # fmt: skip
+
+
+def build(name: str) -> tuple[nn.Module, dict]:
+    cls, settings, inputs, *_ = (FAMILIES | MORE)[name]
+    cls = getattr(transformers, cls)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = cls(cls.config_class(**settings)).eval()
+        with torch.no_grad():
+            for p in model.parameters():  # fresh weights are so small that a silent unit would hardly show
+                p.add_(0.2 * torch.randn_like(p))
+    return model, inputs
+
+
+def outputs(model: nn.Module, inputs: dict) -> list[torch.Tensor]:
+    with torch.no_grad():
+        values = model(**inputs).to_tuple()
+        values = [value for value in values if isinstance(value, torch.Tensor)]
+        if model.can_generate():
+            given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+            said = model.generate(
+                **given, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+            values += [said.sequences, *said.logits]
+    return values
+
+
+def kinds(groups: list, units: list[int]) -> dict[str, list]:
+    """The groups of FFNs, and those of heads."""
+    by_kind = {"ffn": [], "heads": []}
+    for group in groups:
+        by_kind["heads" if any(part.block > 1 for part in group.slices) else "ffn"].append(group)
+    assert [group.units for group in by_kind["heads"]] == units
+    return {kind: members for kind, members in by_kind.items() if members}
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+def test_units_of_a_family_are_found_whatever_it_is_called_and_cut_saved_and_loaded(name, tmp_path):
+    model, inputs = build(name)
+    *_, units, stock = (FAMILIES | MORE)[name]
+    groups = find_groups(model, inputs)
+    other = find_groups(renamed(copy.deepcopy(model), lists=False), inputs)
+    assert [(g.units, g.params, g.macs, len(g.slices)) for g in groups] == [
+        (g.units, g.params, g.macs, len(g.slices)) for g in other
+    ]
+    draw = torch.Generator().manual_seed(0)
+    for kind, members in kinds(groups, units).items():
+        for share in (0.75, 0.5):
+            kept = {
+                g.name: torch.randperm(g.units, generator=draw)[: int(share * g.units)].sort().values for g in members
+            }
+            small = slim(model, groups, kept)
+            expected = outputs(mask(copy.deepcopy(model), groups, kept), inputs)
+            assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+            assert trace_network(small, inputs).count() == groups[0].network.count(
+                groups, {n: len(i) for n, i in kept.items()}
+            )
+            small.save_pretrained(tmp_path)
+            is_stock = getattr(small.config, "quantization_config", None) is None
+            assert is_stock == (kind in stock), kind
+            for smaller in (small, type(model).from_pretrained(tmp_path).eval()):
+                torch.testing.assert_close(outputs(smaller, inputs), expected, atol=1e-5, rtol=1e-5)
