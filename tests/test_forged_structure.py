@@ -305,7 +305,8 @@ def calls(groups):
         ),
         *named(
             partial(SplitLBIArguments, "out", use_cpu=True, report_to=[]),
-            "preset kappa nu path_scale lam lam_scale base momentum path_length path_share learning_rate start distill",
+            "preset kappa nu path_scale lam lam_scale base momentum path_length path_share learning_rate start "
+            "distill",
         ),
         lambda value: Ticket(groups, value, 4),
         lambda value: Ticket(groups, {"0": value}, 4),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import NETS, build, lenet, logits, randomise_norms, recount, vgg
 from torch import nn
-from transformers import ResNetForImageClassification
+from transformers import AutoModelForImageClassification, ResNetForImageClassification
 
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups

@@ -14,7 +14,8 @@ from transformers.trainer_callback import ExportableState
 
 from hf_effdl.checks import real_number
 from hf_effdl.files import digest
-from hf_effdl.weighting import COLUMN, IGNORED, WeightedLossMixin, find_task
+from hf_effdl.row_losses import COLUMN, IGNORED, find_task
+from hf_effdl.weighting import WeightedLossMixin
 
 
 MARK = "TeacherMark"
