@@ -216,7 +216,7 @@ def test_slim_equals_the_masked_model_and_leaves_the_trained_one(trained):
     from copy import deepcopy
 
     before = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
-    small = trained.slim(macs=0.5, widths="free").eval()
+    small = trained.slim(macs=0.5, widths="free", calibration=False).eval()
     kept = trained.path.select(macs=0.5, widths="free")
     silent = mask(deepcopy(trained.model), trained.groups, kept).eval()
     x = torch.randn(4, 1, 16, 16)
@@ -224,8 +224,19 @@ def test_slim_equals_the_masked_model_and_leaves_the_trained_one(trained):
     assert_same({name: tensor.clone() for name, tensor in trained.model.state_dict().items()}, before)
 
 
+def test_slim_refits_on_training_rows_unless_told_otherwise(trained):
+    small, own = trained.slim(macs=0.5), trained.slim(macs=0.5, calibration=[torch.randn(20, 1, 16, 16)], score="obs")
+    report = small.config.effdl_report["calibration"]
+    assert report["score"] == "path" and report["rows"] + report["held_out"] == len(trained.train_dataset)
+    assert report["error"] < report["error_without"]
+    other = own.config.effdl_report
+    assert other["calibration"]["score"] == "obs" and other["calibration"]["rows"] == 16
+    assert other["units"] == small.config.effdl_report["units"]
+    assert "calibration" not in trained.slim(macs=0.5, calibration=False).config.effdl_report
+
+
 def test_batch_norm_is_re_estimated_on_request_only(trained):
-    kept, estimated = trained.slim(macs=0.6), trained.slim(macs=0.6, bn_batches=4)
+    kept, estimated = (trained.slim(macs=0.6, calibration=False, bn_batches=n) for n in (0, 4))
     stats = [{n: b for n, b in net.named_buffers() if n.endswith("running_mean")} for net in (kept, estimated)]
     dense = dict(trained.model.named_buffers())
     assert all(set(b.tolist()) <= set(dense[n].tolist()) for n, b in stats[0].items())

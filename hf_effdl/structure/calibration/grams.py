@@ -1,6 +1,6 @@
 """Grams: what the consumers of a group are given and should say, summed up over calibration rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ from hf_effdl.structure.calibration.replay import Replay
 from hf_effdl.structure.calibration.taps import Heard, Joint, Taps
 
 
+POSITIONS = 2**15  # of one batch; of more, as many images have, only one in so many is looked at
+LARGEST = 2**26  # numbers that patches of one piece of a batch may be
 QUIET = 0.01  # of the median size: answers smaller than that count as that
 
 
@@ -120,8 +122,22 @@ def _add(
         if joint is not None and len(heard.stream) > call:
             missing = expected.stream[call].float() - heard.stream[call].float()
             wanted = consumer.outputs(heard.said[call]).float() + consumer.by_position(missing) / joint.scale
-        rows = consumer.rows(given)
         if mask is not None and given.ndim == 3 and given.shape[:2] == mask.shape:
             there = mask.flatten().bool()
-            rows, wanted, size = rows[there], wanted[there], size[there]
-        gram.add(rows, wanted, size)
+            gram.add(consumer.rows(given)[there], wanted[there], size[there])
+            continue
+        step = -(-len(wanted) // POSITIONS)
+        for place, piece in _pieces(consumer, given, len(wanted)):
+            rows = consumer.rows(piece)
+            chosen = slice(place, place + len(rows), step)
+            gram.add(rows[::step], wanted[chosen], size[chosen])
+
+
+def _pieces(consumer: Consumer, given: Tensor, positions: int) -> Iterator[tuple[int, Tensor]]:
+    """Rows of a batch that fit into memory as patches of a convolution, and the place of their first position."""
+    if consumer.layer.weight.ndim == 2:
+        yield 0, given
+        return
+    each = positions // len(given)  # of a row
+    rows = max(1, LARGEST // (each * consumer.inputs))
+    yield from ((start * each, given[start : start + rows]) for start in range(0, len(given), rows))

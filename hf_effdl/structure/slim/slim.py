@@ -89,27 +89,51 @@ def slim(
         chosen = {}
         sizes = sizes_for_share(complete_ties(ties, units), units, share, round_to)
     wishes = {name: Wish(size, chosen.get(name)) for name, size in sizes.items()}
-    if calibration is None:
-        _check_no_calibration(score, ridge, intercept)
-        kept, report = (
-            {group.name: wishes[group.name].kept(group.norm(model)) for group in groups if group.name in wishes},
-            {},
-        )
-        small = cut_copy(model, groups, kept)
-    else:
-        settings = {"score": score or "activation", "ridge": ridge, "intercept": intercept}
-        done = compensate(model, groups, wishes, calibration, **settings)
-        kept, report = done.kept, {"calibration": done.report}
-        small = cut_copy(done.model, groups, kept)
-    forget_report(small)
-    if isinstance(model, PreTrainedModel):  # only those are built from their config
-        set_config(small, ties, units | {name: len(index) for name, index in kept.items()})
+    settings = {"score": score, "ridge": ridge, "intercept": intercept}
+    small, report = take_out(model, groups, wishes, ties, calibration, **settings)
     if example_inputs is not None:
-        budget = {name: len(index) for name, index in kept.items()} if isinstance(keep, Mapping) else {"keep": share}
+        budget = sizes if isinstance(keep, Mapping) else {"keep": share}
         report = effdl_report(model, small, example_inputs, groups, budget) | report
     if report:
         set_report(small, report)
     return small
+
+
+def take_out(
+    model: nn.Module,
+    groups: Sequence[Group],
+    wishes: Mapping[str, Wish],
+    ties: Sequence[Tie],
+    calibration: Iterable[Any] | None,
+    score: str | None = None,
+    ridge: float | None = None,
+    intercept: bool = False,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A copy of a model without the units that a wish leaves out, and the report of its calibration; see `slim`.
+
+    Args:
+        model: left as it is.
+        groups: of the model.
+        wishes: what stays, by group; other groups stay whole.
+        ties: of the model.
+        calibration, score, ridge, intercept: see `slim`.
+    """
+    members = [group for group in groups if group.name in wishes]
+    if calibration is None:
+        _check_no_calibration(score, ridge, intercept)
+        kept = {group.name: wishes[group.name].kept(group.norm(model)) for group in members}
+        small, report = cut_copy(model, groups, kept), {}
+    else:
+        done = compensate(
+            model, groups, wishes, calibration, score=score or "activation", ridge=ridge, intercept=intercept
+        )
+        kept = done.kept
+        small, report = cut_copy(done.model, groups, kept), {"calibration": done.report}
+    forget_report(small)
+    if isinstance(model, PreTrainedModel):  # only those are built from their config
+        units = {group.name: group.units for group in groups}
+        set_config(small, ties, units | {name: len(index) for name, index in kept.items()})
+    return small, report
 
 
 def _check_no_calibration(score: str | None, ridge: float | None, intercept: bool) -> None:

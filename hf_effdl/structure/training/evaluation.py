@@ -200,15 +200,22 @@ def evaluate_model(
 # ---- rows for a model
 
 
-def training_inputs(dataloader: Any, batches: int, model: nn.Module) -> Iterator[dict[str, Any]]:
-    """A few batches of training inputs without labels, spread evenly over the data, the same on every process."""
+def training_inputs(dataloader: Any, batches: int, model: nn.Module, labels: bool = False) -> Iterator[dict[str, Any]]:
+    """A few batches of training inputs, spread evenly over the data, the same on every process.
+
+    Args:
+        dataloader: of training.
+        batches: how many.
+        model: what it cannot do without stays; its device is that of the batches.
+        labels: whether labels stay.
+    """
     dataset, size = dataloader.dataset, getattr(dataloader, "batch_size", None) or 1
     if isinstance(dataset, IterableDataset):
         rows: Any = list(islice(dataset, batches * size))
     else:
         count = min(len(dataset), batches * size)
         rows = Subset(dataset, [i * len(dataset) // count for i in range(count)])
-    device, unused = next(model.parameters()).device, _not_inputs(model)
+    device, unused = next(model.parameters()).device, {"weight"} if labels else _not_inputs(model)
     for batch in DataLoader(rows, batch_size=size, collate_fn=dataloader.collate_fn):
         yield send_to_device({k: v for k, v in batch.items() if k not in unused}, device)
 

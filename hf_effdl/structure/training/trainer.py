@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import wraps
@@ -17,28 +17,26 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from hf_effdl.files import read_json
-from hf_effdl.processes import decided, forget_accelerate, is_first, refuse_lone_processes
+from hf_effdl.processes import forget_accelerate, is_first, refuse_lone_processes
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.group import Group, Groups
 from hf_effdl.structure.groups.inputs import evaluating
-from hf_effdl.structure.groups.ties import stock_builds
 from hf_effdl.structure.optim.sharding import is_sharded
 from hf_effdl.structure.optim.split_lbi import SplitLBI
 from hf_effdl.structure.path.path import SparsePath
 from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
-from hf_effdl.structure.slim.latency import measure_latency
-from hf_effdl.structure.slim.report import effdl_report, get_report, set_report
-from hf_effdl.structure.slim.slim import cut_copy, slim
+from hf_effdl.structure.slim.report import get_report
 from hf_effdl.structure.training.arguments import SplitLBIArguments, start_for
 from hf_effdl.structure.training.callbacks import FSDP1, SplitLBICallback
 from hf_effdl.structure.training.card import write_structure_card
 from hf_effdl.structure.training.distill import DistillationMixin
 from hf_effdl.structure.training.evaluation import example_row, loop_metrics, training_inputs
+from hf_effdl.structure.training.slimming import SlimMixin
 from hf_effdl.weighting import WeightedLossMixin
 
 
-class SplitLBITrainer(DistillationMixin, WeightedLossMixin, Trainer):
+class SplitLBITrainer(SlimMixin, DistillationMixin, WeightedLossMixin, Trainer):
     """A `Trainer` whose optimizer is `SplitLBI`: one run gives the dense model and the whole path of smaller ones.
 
     Args:
@@ -120,15 +118,16 @@ class SplitLBITrainer(DistillationMixin, WeightedLossMixin, Trainer):
         """The groups of the model; found at first use."""
         if self._groups is None:
             unit = "paper" if self.args.preset == "paper" else "default"
-            row = example_row(self._rows(), labels=True)
+            row = example_row(self.rows(), labels=True)
             self._groups = self.callback.groups = find_groups(self.model, row, unit=unit)
         return self._groups
 
     def example(self) -> dict[str, Any]:
         """One training (or evaluation) row as the model receives it."""
-        return example_row(self._rows(), self.model)
+        return example_row(self.rows(), self.model)
 
-    def _rows(self) -> Any:
+    def rows(self) -> Any:
+        """The loader that example rows come from: of training, or else of evaluation."""
         if self.train_dataset is not None:
             return self.get_train_dataloader()
         if self.eval_dataset is None:
@@ -219,80 +218,6 @@ class SplitLBITrainer(DistillationMixin, WeightedLossMixin, Trainer):
             buffer.copy_(trained)  # also those that no checkpoint holds
         broadcast(dict(copy.named_buffers()))  # every process has its own batch statistics; the first one's are saved
         return copy.train(model.training)
-
-    def slim(
-        self,
-        macs: float | None = None,
-        params: float | None = None,
-        latency: float | None = None,
-        keep: float | None = None,
-        *,
-        order: str | None = None,
-        widths: str = "stock",
-        round_to: int | None = None,
-        bn_batches: int = 0,
-        latency_batch: int = 32,
-    ) -> nn.Module:
-        """A physically smaller model that holds one budget, chosen along the path.
-
-        Args:
-            macs, params, latency, keep: the budget, a share in (0, 1]; exactly one. See `SparsePath.select`.
-            order: see `SparsePath.scores`; default `"dual"`, or `"entry"` with the paper preset.
-            widths: `"stock"`: sizes that the stock config can say, so that anyone's `from_pretrained` loads it;
-                `"free"`: every group on its own, which `from_pretrained` loads after `import hf_effdl`.
-            round_to: sizes are multiples of this; default: 1, and with `latency` multiples of 16 where they fit. See
-                `SparsePath.select`.
-            bn_batches: re-estimate the batch norms on so many training batches (0: keep the dense model's statistics).
-            latency_batch: rows per forward pass when latency is measured; 0 measures none, and the report has none.
-
-        Returns:
-            The smaller model; the report (MACs, parameters and latency before and after, units) stands in
-            `small.config.effdl_report` (`small.effdl_report` for a module without a config).
-        """
-        if latency_batch < 0 or (latency_batch == 0 and latency is not None):
-            raise ValueError(
-                f"latency_batch={latency_batch}: it must be at least 1 to measure latency, or 0 where latency is not "
-                "the budget, to leave it out of the report"
-            )
-        path, model = self.path, self.plain_model()
-        inputs = self._latency_inputs(max(latency_batch, 1))
-        order = order or ("entry" if self.args.preset == "paper" else "dual")
-        budget = {"macs": macs, "params": params, "latency": latency, "keep": keep}
-        options = {"order": order, "widths": widths, "round_to": round_to}
-        if latency is not None:
-            options["measure"] = self._latency_ratio(model, inputs)
-        if widths == "stock" and path.ties:
-            units = {group.name: group.units for group in self.groups}
-            options["allowed"] = lambda sizes: stock_builds(model, self.groups, path.ties, units | sizes)
-        small = slim(model, self.groups, decided(lambda: path.select(**budget, **options)))
-        if bn_batches:
-            with random_state_kept():
-                recalibrate_batch_norm(small, training_inputs(self.get_train_dataloader(), bn_batches, small))
-        given = {name: value for name, value in budget.items() if value is not None}
-        report = decided(lambda: effdl_report(model, small, inputs, self.groups, given, latency_batch > 0))
-        set_report(small, report | {"order": order})
-        forget_accelerate(small)
-        return small
-
-    def _latency_ratio(self, model: nn.Module, inputs: Any) -> Callable[[Mapping[str, Tensor]], float]:
-        """A function that measures the share of the model's latency that kept units have."""
-        # about 0.3 s of the whole model a time
-        rounds = max(5, min(15, int(300 / measure_latency([model], inputs, repeats=3, seconds=0.0)[0])))
-
-        def measure(kept: Mapping[str, Tensor]) -> float:
-            pair = [model, cut_copy(model, self.groups, kept)]
-            whole, part = measure_latency(pair, inputs, repeats=rounds, seconds=0.002)
-            return part / whole
-
-        return measure
-
-    def _latency_inputs(self, rows: int) -> dict[str, Any]:
-        example = self.example()
-        device = next(self.model.parameters()).device
-        return {
-            name: value.repeat(rows, *[1] * (value.ndim - 1)).to(device) if isinstance(value, Tensor) else value
-            for name, value in example.items()
-        }
 
     def evaluation_loop(self, *args: Any, ignore_keys: list[str] | None = None, **kwargs: Any) -> EvalLoopOutput:
         self._ignore_keys = ignore_keys  # the projected model is evaluated in the same way
