@@ -67,8 +67,8 @@ def derive_path(
         raise ValueError(f"total_lr={total_lr} and ridge_length={ridge_length} must be positive")
     if not path_length > 1:
         raise ValueError(
-            f"path_length={path_length}: a unit whose norm stays what it was would not "
-            f"{'enter' if start == 'empty' else 'leave'} before the run ends; pass path_length > 1"
+            f"path_length={path_length}: a unit whose norm stays what it was would not enter before the run ends "
+            "(with a dense start: leave); pass path_length > 1"
         )
     nu = kappa * max(total_lr / ridge_length, LEAST_NU[base, start]) if nu is None else real_number("nu", nu)
     if not 0 < nu < math.inf:
