@@ -14,7 +14,7 @@ from torch import nn
 from hf_effdl import LinearProbes, UncertaintySelector, load_selection
 from hf_effdl.samples.probes import scoring
 from hf_effdl.samples.probes.probes import Probes
-from hf_effdl.samples.probes.row_marks import row_marks
+from hf_effdl.samples.probes.row_marks import content_ids, row_marks
 from hf_effdl.samples.selection.selection import Selection
 
 
@@ -74,6 +74,12 @@ def test_small_numbers_and_grids_do_not_collide():
     assert len(row_marks(Dataset.from_dict({"x": x}), ["x"]).unique()) == len(np.unique(x, axis=0))
     grid = Dataset.from_dict({"x": x[:50].reshape(50, 4, 6)}, features=Features({"x": Array2D((4, 6), "float32")}))
     assert len(row_marks(grid, ["x"]).unique()) == len(np.unique(x[:50], axis=0))
+
+
+def test_ids_by_content_are_the_marks_but_of_rows_that_repeat():
+    data = concatenate_datasets([rows(50), rows(50).select(range(10)), rows(50).select(range(5))])
+    ids, marks = content_ids(data, ["x"]), row_marks(data, ["x"])
+    assert len(ids.unique()) == 65 and ids[:50].equal(marks[:50])
 
 
 def files(*paths) -> Dataset:

@@ -4,6 +4,7 @@
 a sampler can use, by the formulas of `scores/dynamics.py`.
 """
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast, gather, send_to_device
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_effdl.files import damaged, digest, read_sealed, sealed, sweep, write_whole
+from hf_effdl.files import SEALED, damaged, digest, read_sealed, sealed, sweep, write_whole
 from hf_effdl.processes import refuse_lone_processes, same_fate, together
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.samples.probes.row_marks import row_marks
@@ -274,28 +276,38 @@ def _identity(dataset: Any) -> str | None:
     return digest([part.numpy().tobytes() for part in marks])
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A record and its notes; a `ValueError` where it is damaged, or none."""
-    record, notes = read_sealed(file, REMEDY)
+def _head(file: Path) -> tuple[int, str | None]:
+    """How many rows a record is of, and which, from the file's head alone."""
+    try:
+        with safe_open(file, "pt") as stored:
+            [recorded] = stored.get_slice(RECORDED[0]).get_shape()
+            notes = json.loads((stored.metadata() or {}).get(SEALED, "{}"))
+            return recorded, notes.get(ROWS)
+    except (SafetensorError, ValueError, AttributeError) as error:
+        raise damaged(file, str(error), REMEDY) from error
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """A record; a `ValueError` where it is damaged, or none."""
+    record, _ = read_sealed(file, REMEDY)
     if missing := sorted(set(RECORDED) - set(record)):
         raise damaged(file, f"it lacks {missing}", REMEDY)
     kinds = {(record[name].dtype, record[name].ndim, record[name].numel()) for name in RECORDED}
     if kinds != {(torch.float32, 1, record[RECORDED[0]].numel())}:
         raise damaged(file, f"it holds no float32 number a row, but {sorted(map(str, kinds))}", REMEDY)
-    return record, notes or {}
+    return record
 
 
 def _check_rows(folder: Path, rows: int | None = None, identity: str | None = None) -> None:
     """All records are of the same rows, the given ones."""
     for file in _files(folder).values():
-        record, notes = _read(file)
-        recorded = len(record[RECORDED[0]])
+        recorded, noted = _head(file)
         if rows is not None and recorded != rows:
             raise ValueError(
                 f"{file} is a record of {recorded} rows, but the dataset has {rows} now, and rows are known by their "
                 "place. Resume with the same data, or train without resume_from_checkpoint, which starts records anew"
             )
-        rows, noted = recorded, notes.get(ROWS)
+        rows = recorded
         if None not in (identity, noted) and noted != identity:
             raise ValueError(
                 f"{file} is a record of other rows: their labels, content or order are not those of the dataset or of "
@@ -328,7 +340,7 @@ def load_dynamics(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not files:
         raise FileNotFoundError(f"no epoch-*.safetensors in {folder}: a Trainer with DynamicsCallback() writes them")
     _check_rows(folder)
-    records = [_read(file)[0] for file in files.values()]
+    records = [_read(file) for file in files.values()]
     stacked = {name: torch.stack([record[name] for record in records]) for name in RECORDED}
     return {"epoch": torch.tensor(list(files)), **stacked, "correct": stacked["margin"] > 0}
 
