@@ -65,6 +65,12 @@ def test_two_processes_fit_the_same_cascade(tmp_path, capsys, monkeypatch):
         assert two["scores"][name] == pytest.approx(each, abs=1e-5)
 
 
+def test_a_misspelt_argument_is_told_as_argparse_tells_it(capsys):
+    with pytest.raises(SystemExit):
+        fit_cascade.parse(["--macss", "3"])
+    assert "error: unrecognized arguments: --macss 3" in capsys.readouterr().err
+
+
 def test_settings_come_from_a_file_and_the_command_line(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("dataset_name: some/photos\nlabel_budget: 0\nhead: listwise\n")

@@ -1,12 +1,17 @@
 """Models, pipelines and pools as files: whole or refused, from anybody, saved again and again, changed by several."""
 
+import copy
 import io
 import json
+import operator
 import os
+import random
 import shutil
 import socket
 import sys
 import threading
+import time
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -289,6 +294,78 @@ FORGED = {
 }
 
 
+BAD = (None, True, -1, 10**12, 1e308, float("nan"), "../../x", [], {}, ["x"] * 3, {"a": 1})
+
+
+# of an encoder: another one, which will be told from the model's by its fingerprint
+NAMES = [("id", None), ("id", "../../x"), ("revision", "../../x"), ("layer", -1), ("image_size", None)]
+
+
+def places(value, at=()):
+    """Of every value in a tree of plain ones, the keys that lead to it; of a list the first one's."""
+    for key, one in (
+        value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
+    ):
+        yield (*at, key)
+        yield from places(one, (*at, key))
+
+
+def forged(value, at, bad):
+    value = copy.deepcopy(value)
+    reduce(operator.getitem, at[:-1], value)[at[-1]] = bad
+    return value
+
+
+@pytest.mark.parametrize("share", [slice(25), pytest.param(slice(25, None), marks=pytest.mark.slow)])
+def test_a_forged_manifest_is_refused_at_once_or_changes_nothing(good, tmp_path, share):
+    manifest, whole = json.loads((good / "pool.json").read_text()), PoolReader(good)
+    every = [(at, bad) for at in places(manifest) for bad in BAD]
+    random.Random(0).shuffle(every)
+    assert len(every) > 400
+    (tmp_path / "data").symlink_to(good / "data")
+    for at, bad in every[share]:
+        (tmp_path / "pool.json").write_text(json.dumps(forged(manifest, at, bad)))
+        begun = time.process_time()
+        try:
+            pool = PoolReader(tmp_path)
+        except ValueError as error:
+            assert "download the repository again" in str(error) or "install a newer one" in str(error), (at, bad)
+        else:
+            assert pool.ids == whole.ids and pool.files(5) == whole.files(5) and pool.task == whole.task, (at, bad)
+            assert torch.equal(pool.search(pool.vectors, 3)[1], whole.search(whole.vectors, 3)[1]), (at, bad)
+            assert pool.encoder == whole.encoder or (at[-1], bad) in NAMES, (at, bad)
+        assert time.process_time() - begun < 2, (at, bad)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    model, cascade = make_model(), CascadeSelector()
+    model.set_performance(torch.zeros(40, 5, dtype=torch.long), torch.ones(40, 5), "0" * 64)
+    cascade.pool_fingerprint = "0" * 64
+    model.set_selector(cascade).save_pretrained(folder / "model")
+    ListwiseRanker(ListwiseRankerConfig(hidden_size=8, num_attention_heads=2)).save_pretrained(folder / "ranker")
+    return folder
+
+
+@pytest.mark.parametrize("share", [slice(5), pytest.param(slice(5, 250), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [VisualInContextModel, ListwiseRanker])
+def test_a_forged_config_is_refused_with_an_error_of_ours_or_read(models, tmp_path, kind, share):
+    folder = models / {VisualInContextModel: "model", ListwiseRanker: "ranker"}[kind]
+    config = json.loads((folder / "config.json").read_text())
+    every = [(at, bad) for at in places(config) for bad in BAD if at != ("dtype",)]  # which is upstream's
+    random.Random(0).shuffle(every)
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    for at, bad in every[share]:
+        (tmp_path / "config.json").write_text(json.dumps(forged(config, at, bad)))
+        begun = time.process_time()
+        try:
+            kind.from_pretrained(tmp_path)
+        except (ValueError, TypeError, OSError):
+            pass
+        assert time.process_time() - begun < 2, (at, bad)
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     return make(tmp_path_factory.mktemp("good")).folder
@@ -296,13 +373,12 @@ def good(tmp_path_factory):
 
 @pytest.mark.parametrize("name", FORGED)
 def test_what_no_pool_holds_is_refused_when_it_is_opened(good, tmp_path, name):
-    copy = tmp_path / "copy"
-    shutil.copytree(good, copy)
-    manifest = json.loads((copy / "pool.json").read_text())
-    FORGED[name](copy, manifest)
-    (copy / "pool.json").write_text(json.dumps(manifest))
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    manifest = json.loads((tmp_path / "pool.json").read_text())
+    FORGED[name](tmp_path, manifest)
+    (tmp_path / "pool.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="download the repository again"):
-        PoolReader(copy)
+        PoolReader(tmp_path)
 
 
 def test_images_are_read_by_few_readers_and_bombs_by_none(tmp_path):

@@ -5,7 +5,8 @@ in the file of the model that uses them.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+
+# layers, and any other size, of a backbone
+DEEPEST, LARGEST = 1000, 2**31
 
 
 def source_of(
@@ -40,6 +45,17 @@ def source_of(
     return {"id": id, "revision": revision or commit_of(id)}
 
 
+def _check_sizes(values: dict[str, Any]) -> None:
+    """Refuse sizes that no backbone has and that would fill the memory, or take for ever."""
+    for name, value in values.items():
+        most = DEEPEST if "layers" in name or "depth" in name else LARGEST
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, dict):
+                _check_sizes(one)
+            elif isinstance(one, int | float) and not abs(one) <= most:  # NaN is not
+                raise ValueError(f"the config of the backbone has {name}={one}: no model is as large")
+
+
 def is_named(source: dict[str, Any]) -> bool:
     """Whether the weights are in a repository of their own."""
     return "id" in source
@@ -52,6 +68,7 @@ def config_of(source: dict[str, Any], token: str | bool | None = None, trust: bo
             source["id"], revision=source["revision"], token=token, trust_remote_code=trust
         )
     values = dict(source["config"])
+    _check_sizes(values)
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
@@ -72,8 +89,29 @@ def load_backbone(
     return kind.from_config(config) if hasattr(kind, "from_config") else kind._from_config(config)
 
 
-def check_whole(missing: Iterable[str], where: Any) -> None:
-    """Refuse a file that lacks tensors: what stands in their place was never learnt.
+@contextmanager
+def plain_errors(where: Any) -> Iterator[None]:
+    """Have what goes wrong deep inside, where a config holds what no model has, told as an error of the files.
+
+    Args:
+        where: they come from.
+
+    Raises:
+        ValueError: instead of errors other than those of files, values, types and missing packages.
+    """
+    try:
+        yield
+    except (OSError, ValueError, TypeError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{where}: no model can be made as its config.json says ({type(error).__name__}: {str(error)[:200]}): "
+            "download it again, or save the model again"
+        ) from error
+
+
+def check_whole(missing: Iterable[str], where: Any, unexpected: Iterable[str] = ()) -> None:
+    """Refuse a file that lacks tensors, since what stands in their place was never learnt, or holds some for nothing.
 
     Raises:
         ValueError: naming some.
@@ -83,6 +121,11 @@ def check_whole(missing: Iterable[str], where: Any) -> None:
         raise ValueError(
             f"{where}: the model's file lacks {len(names)} tensors that its config names ({shown}): download it "
             "again, or save the model again"
+        )
+    if names := sorted(unexpected):
+        raise ValueError(
+            f"{where}: the model's file holds {len(names)} tensors that its config has no place for "
+            f"({', '.join(names[:3])}): config.json is not the one that was saved with them; download both again"
         )
 
 

@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 
 
 HEADS = ("none", "own", "tied")
+LARGEST = {"num_hidden_layers": 1000, "head_layers": 1000}
 COUNTS = (
     "hidden_size",
     "input_size",
@@ -97,6 +98,8 @@ class ListwiseRankerConfig(PreTrainedConfig):
                 continue
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: pass a whole number of at least 1")
+            if value > LARGEST.get(name, 2**20):
+                raise ValueError(f"{name}={value!r}: no ranker is as large")
         if not isinstance(self.list_length, int) or self.list_length < 2:
             raise ValueError(f"list_length={self.list_length!r}: a list has two items or more")
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .backbones import check_whole
+from .backbones import check_whole, plain_errors
 from .borrowing import borrow
 from .configuration_listwise_ranker import ListwiseRankerConfig
 from .ranker_losses import neural_ndcg_loss, pairwise_margin_loss, ranks
@@ -141,8 +141,10 @@ class ListwiseRanker(PreTrainedModel):
         """
         with_info = kwargs.pop("output_loading_info", False)
         check_folder(pretrained_model_name_or_path, kwargs.get("revision"))
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, output_loading_info=True)
-        check_whole(info["missing_keys"], pretrained_model_name_or_path)
+        where = pretrained_model_name_or_path
+        with plain_errors(where):
+            model, info = super().from_pretrained(where, *args, **kwargs, output_loading_info=True)
+        check_whole(info["missing_keys"], pretrained_model_name_or_path, info["unexpected_keys"])
         return (model, info) if with_info else model
 
     def attach(self, encoder: VisionEncoder) -> "ListwiseRanker":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from .backbones import check_whole, is_named, source_of
+from .backbones import check_whole, is_named, plain_errors, source_of
 from .borrowing import borrow
 from .cascade import CascadeSelector
 from .configuration_visual_in_context import VisualInContextConfig
@@ -158,9 +158,11 @@ class VisualInContextModel(PreTrainedModel):
         if dtype is not None:  # cast at last, when it is known which encoder it is
             kwargs["dtype"] = torch.float32
         check_folder(pretrained_model_name_or_path, kwargs.get("revision"))
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, output_loading_info=True)
-        check_whole(set(info["missing_keys"]) - {"format"}, pretrained_model_name_or_path)
-        model.load_backbones(token, trust)
+        where = pretrained_model_name_or_path
+        with plain_errors(where):
+            model, info = super().from_pretrained(where, *args, **kwargs, output_loading_info=True)
+            check_whole(set(info["missing_keys"]) - {"format"}, where)
+            model.load_backbones(token, trust)
         if dtype is not None:
             model.cast(dtype)
         return (model, info) if with_info else model

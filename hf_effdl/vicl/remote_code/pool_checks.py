@@ -69,6 +69,7 @@ ENCODER_FIELDS: Fields = {"fingerprint": _text}
 ENCODER_OPTIONS: Fields = {
     "id": _named,
     "revision": _named,
+    "layer": lambda value: value is None or (type(value) is int and abs(value) < 1000),
     "image_size": lambda value: value is None or _sides(value),
 }
 SETTINGS: Fields = {
@@ -102,6 +103,7 @@ MASK_FIELDS: Fields = {
     "masks": _whole,
     "full": _whole,
 }
+MASK_OPTIONS: Fields = {"grey": _whole}
 
 
 def _check(what: str, values: Any, fields: Fields, optional: bool = False) -> None:
@@ -147,7 +149,9 @@ def check_entry(entry: Any) -> None:
     """
     _check("a shard", entry, SHARD_FIELDS)
     if "masks" in entry:
-        _check(f"the shard {entry['name']}, of its masks,", entry["masks"], MASK_FIELDS)
+        what = f"the shard {entry['name']}, of its masks,"
+        _check(what, entry["masks"], MASK_FIELDS)
+        _check(what, entry["masks"], MASK_OPTIONS, optional=True)
     for name in ("dropped", "blank"):
         if not _places(entry[name], entry["rows"]):
             raise ValueError(f"the shard {entry['name']} has {name}={str(entry[name])[:80]}")
