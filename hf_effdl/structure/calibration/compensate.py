@@ -1,7 +1,7 @@
 """Going through the groups, layer after layer: who goes, and how the layers behind do without."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -199,13 +199,18 @@ class _Walk:
         """Take the units that go from the layers behind, in the way that moves the outputs least."""
         behind = self.readers[group.name]
         tries: list[tuple[float, float | None, Weights]] = []
-        for ridge in [None, *self._ridges(group, grams, kept)]:
+
+        def error(ridge: float | None) -> float:
             weights = behind.without(kept) if ridge is None else behind.refitted(grams, kept, ridge, self.intercept)
             behind.write(weights)
             tries.append((self.judge.error(self.ensemble.slim), ridge, weights))
-        error, ridge, best = min(tries, key=lambda entry: entry[0])
+            return tries[-1][0]
+
+        without = error(None)
+        _descend(self._ridges(group, grams, kept), error)
+        least, ridge, best = min(tries, key=lambda entry: entry[0])
         behind.write(best)
-        return {"ridge": ridge, "error": error, "error_without": tries[0][0]}
+        return {"ridge": ridge, "error": least, "error_without": without}
 
     def _ridges(self, group: Group, grams: Sequence[Gram], kept: Tensor) -> list[float]:
         columns = self.readers[group.name].kept_columns(kept)
@@ -262,3 +267,18 @@ def _order(model: nn.Module, readers: Mapping[str, Readers], batch: Any) -> dict
         for handle in handles:
             handle.remove()
     return reached
+
+
+def _descend(values: Sequence[float], error: Callable[[float], float]) -> None:
+    """Look from the middle of ascending values to the side on which an error falls, for as long as it falls."""
+    if not values:
+        return
+    middle = len(values) // 2
+    least = start = error(values[middle])
+    for side in (reversed(values[:middle]), values[middle + 1 :]):
+        for value in side:
+            if (found := error(value)) >= least:
+                break
+            least = found
+        if least < start:
+            return
