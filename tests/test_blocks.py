@@ -75,7 +75,9 @@ def expected(order: str) -> list[list[int]]:
     return [[start + u * n + i for start, n in starts for i in range(n)] for u in range(keys)]
 
 
-@pytest.mark.parametrize("order", ["plain", "halves", "pairs", "all q, k, v", "by head", "all grouped", "by head grouped"])
+@pytest.mark.parametrize(
+    "order", ["plain", "halves", "pairs", "all q, k, v", "by head", "all grouped", "by head grouped"]
+)
 def test_units_are_found_in_any_order_and_said_rightly_after_a_cut(order):
     model = Net(order)
     groups = find_groups(model, X)
@@ -83,13 +85,20 @@ def test_units_are_found_in_any_order_and_said_rightly_after_a_cut(order):
     rows = [part for part in group.slices if part.role == "row"]
     found = [[i for part in rows for i in part.entries(torch.tensor([u])).tolist()] for u in range(group.units)]
     assert found == expected(order)
-    assert [(name, n) for _, name, n in group.counts] == [("heads", HEADS // group.units)] * (order[:3] in ("all", "by "))
+    assert [(name, n) for _, name, n in group.counts] == [("heads", HEADS // group.units)] * (
+        order[:3] in ("all", "by ")
+    )
     back = groups_of(groups_record(groups))
     assert [(g.slices, g.counts, g.network) for g in back] == [(group.slices, group.counts, group.network)]
     small = slim(model, groups, {group.name: [0, 2]})
     assert small.decoy == model.decoy
     [moved], [anew] = regroup(groups, small), find_groups(reset(small), X)
-    assert (moved.units, moved.slices, moved.counts, moved.network.count()) == (2, anew.slices, anew.counts, anew.network.count())
+    assert (moved.units, moved.slices, moved.counts, moved.network.count()) == (
+        2,
+        anew.slices,
+        anew.counts,
+        anew.network.count(),
+    )
 
 
 def reset(model: nn.Module) -> nn.Module:
@@ -97,3 +106,42 @@ def reset(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     model.__class__ = type("Small", (Net,), {"units": model.decoy})
     return model
+
+
+@pytest.mark.parametrize(
+    "where, value, words",
+    [
+        (("groups", 0, "slices", 1, 4), 0, "two slices of the same part of many.weight"),
+        (("groups", 0, "slices", 1, 4), 70, "says 6 times 4 along axis 0 of many.weight"),
+        (("groups", 0, "slices", 1, 4), -1, "no number it can be"),
+        (("groups", 0, "counts", 0, 1), "__class__", "names the attribute '__class__'"),
+        (("groups", 0, "counts", 0), ["", "heads"], "has 2 values where there are 3"),
+        (("groups", 0, "counts", 0, 2), 0, "no number it can be"),
+        (("products", "last.weight"), [2, 5], "names axis 2"),
+        (("products", "absent"), [0, 5], "which has no shape"),
+    ],
+)
+def test_a_forged_entry_of_a_block_is_refused_by_its_name(where, value, words):
+    record = copy.deepcopy(groups_record(find_groups(Net("all q, k, v"), X)))
+    *path, last = where
+    entry = record
+    for key in path:
+        entry = entry[key]
+    entry[last] = value
+    with pytest.raises(ValueError, match=words):
+        groups_of(record)
+
+
+def test_a_count_that_is_no_longer_true_is_not_overwritten():
+    model = Net("all q, k, v")
+    groups = find_groups(model, X)
+    model.heads = 3
+    with pytest.raises(ValueError, match="heads is 3, but the 6 units of group 'many' make it 6; call find_groups"):
+        slim(model, groups, 0.5)
+
+
+def test_quantised_weights_are_refused_with_what_to_do():
+    model = Net("plain")
+    model.last.weight = nn.Parameter(torch.ones(8, 5, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="last.weight is quantised .torch.int8.*without quantization_config"):
+        find_groups(model, X)

@@ -41,8 +41,8 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
     silencing them, in eval and in train mode, with labels where the model takes them, on inputs as they are and
     larger, up to pixels, and on a batch. Groups that fail are left out with a warning, and so are those that hold
     layers other than plain and depthwise convolutions, linear layers and batch norms (subclasses included), or that a
-    concatenation joins. A depthwise convolution belongs to the units that it filters. Inputs and outputs of the model are never
-    groups. What is frozen (`requires_grad=False`) shows no signal and is not lifted.
+    concatenation joins. A depthwise convolution belongs to the units that it filters. Inputs and outputs of the model
+    are never groups. What is frozen (`requires_grad=False`) shows no signal and is not lifted.
 
     Args:
         model: any module, of transformers, timm or your own.
