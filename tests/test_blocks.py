@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from hf_effdl import find_groups, slim
 from hf_effdl.structure.groups.group import regroup
 from hf_effdl.structure.groups.record import groups_of, groups_record
+from hf_effdl.structure.groups.slim_config import SlimConfig
 
 
 HEADS, SIZE, READERS = 6, 4, 2  # heads, their size, query heads per key/value head
@@ -145,3 +146,17 @@ def test_quantised_weights_are_refused_with_what_to_do():
     model.last.weight = nn.Parameter(torch.ones(8, 5, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="last.weight is quantised .torch.int8.*without quantization_config"):
         find_groups(model, X)
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"tables": {"x": [1]}}, "has the number 'x'"),
+        ({"tables": {"0": [0]}}, "no number it can be"),
+        ({"counts": {"_parameters": {"0": 1}}}, "names the attribute '_parameters'"),
+        ({"counts": {"heads": {"0": "8"}}}, "no number it can be"),
+    ],
+)
+def test_forged_sizes_of_a_slim_model_are_refused_by_their_entry(given, words):
+    with pytest.raises(ValueError, match=words):
+        SlimConfig({}, 3, **given)

@@ -31,6 +31,10 @@ PROMPT = {
 }
 
 DISTIL = SMALL | {"dim": 48, "n_layers": 2, "n_heads": 8, "hidden_dim": 64}
+BART = SMALL | {"d_model": 48, "max_position_embeddings": 40, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+BART |= {f"{half}_{name}": n for half in ("encoder", "decoder") for name, n in (("layers", 1), ("attention_heads", 8))}
+OPT = WORDS | {"ffn_dim": 64, "word_embed_proj_dim": 48}
+MODERN = WORDS | {"eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 FALCON = WORDS | {"num_kv_heads": 4, "new_decoder_architecture": True}
 
 # class of the model, its settings, inputs; units of the heads of every layer; which kinds a stock config can say
@@ -59,6 +63,9 @@ MORE = {
     "SmolLM": ("LlamaForCausalLM", GQA | {"tie_word_embeddings": True}, TEXT, [4, 4], "ffn heads"),
     "GPT-NeoX": ("GPTNeoXForCausalLM", WORDS, TEXT, [8, 8], "ffn"),
     "Falcon": ("FalconForCausalLM", FALCON, TEXT, [4, 4], "ffn"),
+    "BART": ("BartModel", BART, TEXT, [8] * 3, "ffn"),
+    "OPT": ("OPTForCausalLM", OPT, TEXT, [8, 8], "ffn"),
+    "ModernBERT": ("ModernBertModel", MODERN, TEXT, [8, 8], "ffn"),
     "SegGPT": ("SegGptModel", SEGGPT, PROMPT, [8, 8], "ffn"),
 }  # fmt: skip
 
