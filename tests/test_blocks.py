@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from hf_effdl import find_groups, slim
 from hf_effdl.structure.groups.group import regroup
 from hf_effdl.structure.groups.record import groups_of, groups_record
+from hf_effdl.structure.groups.slim_config import SlimConfig
 
 
 HEADS, SIZE, READERS = 6, 4, 2  # heads, their size, query heads per key/value head
@@ -106,3 +107,56 @@ def reset(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     model.__class__ = type("Small", (Net,), {"units": model.decoy})
     return model
+
+
+@pytest.mark.parametrize(
+    "where, value, words",
+    [
+        (("groups", 0, "slices", 1, 4), 0, "two slices of the same part of many.weight"),
+        (("groups", 0, "slices", 1, 4), 70, "says 6 times 4 along axis 0 of many.weight"),
+        (("groups", 0, "slices", 1, 4), -1, "no number it can be"),
+        (("groups", 0, "counts", 0, 1), "__class__", "names the attribute '__class__'"),
+        (("groups", 0, "counts", 0), ["", "heads"], "has 2 values where there are 3"),
+        (("groups", 0, "counts", 0, 2), 0, "no number it can be"),
+        (("products", "last.weight"), [2, 5], "names axis 2"),
+        (("products", "absent"), [0, 5], "which has no shape"),
+    ],
+)
+def test_a_forged_entry_of_a_block_is_refused_by_its_name(where, value, words):
+    record = copy.deepcopy(groups_record(find_groups(Net("all q, k, v"), X)))
+    *path, last = where
+    entry = record
+    for key in path:
+        entry = entry[key]
+    entry[last] = value
+    with pytest.raises(ValueError, match=words):
+        groups_of(record)
+
+
+def test_a_count_that_is_no_longer_true_is_not_overwritten():
+    model = Net("all q, k, v")
+    groups = find_groups(model, X)
+    model.heads = 3
+    with pytest.raises(ValueError, match="heads is 3, but the 6 units of group 'many' make it 6; call find_groups"):
+        slim(model, groups, 0.5)
+
+
+def test_quantised_weights_are_refused_with_what_to_do():
+    model = Net("plain")
+    model.last.weight = nn.Parameter(torch.ones(8, 5, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="last.weight is quantised .torch.int8.*without quantization_config"):
+        find_groups(model, X)
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"tables": {"x": [1]}}, "has the number 'x'"),
+        ({"tables": {"0": [0]}}, "no number it can be"),
+        ({"counts": {"_parameters": {"0": 1}}}, "names the attribute '_parameters'"),
+        ({"counts": {"heads": {"0": "8"}}}, "no number it can be"),
+    ],
+)
+def test_forged_sizes_of_a_slim_model_are_refused_by_their_entry(given, words):
+    with pytest.raises(ValueError, match=words):
+        SlimConfig({}, 3, **given)

@@ -31,6 +31,10 @@ PROMPT = {
 }
 
 DISTIL = SMALL | {"dim": 48, "n_layers": 2, "n_heads": 8, "hidden_dim": 64}
+BART = SMALL | {"d_model": 48, "max_position_embeddings": 40, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+BART |= {f"{half}_{name}": n for half in ("encoder", "decoder") for name, n in (("layers", 1), ("attention_heads", 8))}
+OPT = WORDS | {"ffn_dim": 64, "word_embed_proj_dim": 48}
+MODERN = WORDS | {"eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 FALCON = WORDS | {"num_kv_heads": 4, "new_decoder_architecture": True}
 
 # class of the model, its settings, inputs; units of the heads of every layer; which kinds a stock config can say
@@ -38,13 +42,13 @@ FAMILIES = {
     "BERT": ("BertModel", WORDS, TEXT, [8, 8], "ffn"),
     "ViT": ("ViTForImageClassification", PIXELS, IMAGE, [8, 8], "ffn heads"),
     "DINOv2": ("Dinov2Model", PIXELS | {"mlp_ratio": 4}, IMAGE, [8, 8], "ffn heads"),
-    "Swin": ("SwinModel", SWIN, IMAGE, [4, 8], ""),
     "GPT-2": ("GPT2LMHeadModel", GPT2, TEXT, [8, 8], "ffn"),
-    "T5": ("T5ForConditionalGeneration", T5, TEXT | {"decoder_input_ids": TEXT["input_ids"]}, [], "ffn"),
     "Llama": ("LlamaForCausalLM", GQA, TEXT, [4, 4], "ffn heads"),
-    "MQA": ("LlamaForCausalLM", GQA | {"num_key_value_heads": 1}, TEXT, [], "ffn"),
 }
 MORE = {
+    "Swin": ("SwinModel", SWIN, IMAGE, [4, 8], ""),
+    "T5": ("T5ForConditionalGeneration", T5, TEXT | {"decoder_input_ids": TEXT["input_ids"]}, [], "ffn"),
+    "MQA": ("LlamaForCausalLM", GQA | {"num_key_value_heads": 1}, TEXT, [], "ffn"),
     "DeiT": ("DeiTModel", PIXELS, IMAGE, [8, 8], "ffn heads"),
     "BEiT": ("BeitModel", PIXELS | {"use_relative_position_bias": True}, IMAGE, [8, 8], "ffn"),
     "SigLIP": ("SiglipVisionModel", PIXELS, IMAGE, [8, 8], "ffn"),
@@ -59,6 +63,9 @@ MORE = {
     "SmolLM": ("LlamaForCausalLM", GQA | {"tie_word_embeddings": True}, TEXT, [4, 4], "ffn heads"),
     "GPT-NeoX": ("GPTNeoXForCausalLM", WORDS, TEXT, [8, 8], "ffn"),
     "Falcon": ("FalconForCausalLM", FALCON, TEXT, [4, 4], "ffn"),
+    "BART": ("BartModel", BART, TEXT, [8] * 3, "ffn"),
+    "OPT": ("OPTForCausalLM", OPT, TEXT, [8, 8], "ffn"),
+    "ModernBERT": ("ModernBertModel", MODERN, TEXT, [8, 8], "ffn"),
     "SegGPT": ("SegGptModel", SEGGPT, PROMPT, [8, 8], "ffn"),
 }  # fmt: skip
 
@@ -123,3 +130,10 @@ def test_units_of_a_family_are_found_whatever_it_is_called_and_cut_saved_and_loa
             assert is_stock == (kind in stock), kind
             for smaller in (small, type(model).from_pretrained(tmp_path).eval()):
                 torch.testing.assert_close(outputs(smaller, inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_units_that_several_layers_or_heads_share_are_left_out_with_the_reason(caplog):
+    find_groups(*build("MQA"))
+    assert "self_attn.v_proj: what model.layers.0.self_attn.k_proj makes goes into every one of them" in caplog.text
+    find_groups(*build("T5"))
+    assert "SelfAttention.relative_attention_bias.weight goes with the units of several layers" in caplog.text

@@ -64,7 +64,7 @@ class Consumer:
         """The columns of some units, `(units, columns each)`."""
         kernel = prod(self.layer.weight.shape[2:])
         width = self.part.block * kernel
-        start = getattr(self.part, "start", 0) * kernel
+        start = self.part.start * kernel
         return start + units[:, None] * width + torch.arange(width)
 
     def kept_columns(self, kept: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def _by_unit(consumer: Consumer, products: Tensor, rows: int) -> Tensor:
     """Products of inputs and gradients summed over a row's positions and a unit's entries, `(rows, units)`."""
     axis = -1 if consumer.layer.weight.ndim == 2 else -(consumer.layer.weight.ndim - 1)
     products = products.movedim(axis, -1).reshape(rows, -1, products.shape[axis]).sum(1)
-    start = getattr(consumer.part, "start", 0)
+    start = consumer.part.start
     own = products[:, start : start + consumer.units * consumer.part.block]
     return own.unflatten(1, (consumer.units, consumer.part.block)).sum(2)
 

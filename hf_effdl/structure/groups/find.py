@@ -104,11 +104,11 @@ def _find(copy: nn.Module, inputs: Any, network: Network) -> tuple[list[Group], 
             raise
         logger.info("only blocks of a transformer are looked for: %s", error)
         return blocks.groups, blocks.skipped
-    taken = {(part.tensor, part.axis) for group in traced for part in group.slices}
-    besides = [g for g in blocks.groups if not any((part.tensor, part.axis) in taken for part in g.slices)]
-    own = {group.name for group in besides}
+    taken = {(part.tensor, part.axis) for group in blocks.groups for part in group.slices}
+    besides = [g for g in traced if not any((part.tensor, part.axis) in taken for part in g.slices)]
+    own = {group.name for group in blocks.groups}
     position = {name: i for i, name in enumerate([*network.shapes, *dict(copy.named_buffers())])}
-    groups = sorted([*traced, *besides], key=lambda group: position[group.slices[0].tensor])
+    groups = sorted([*blocks.groups, *besides], key=lambda group: position[group.slices[0].tensor])
     return groups, {name: why for name, why in (skipped | blocks.skipped).items() if name not in own}
 
 

@@ -216,14 +216,11 @@ def _is_true(tie: Tie, model: nn.Module, groups: Sequence[Group]) -> bool:
 
     Some steps it may refuse (heads that do not divide the width); of one less, half and twice as many it takes one.
     """
-    tries = dict.fromkeys((tie.steps - 1 or 2, tie.steps // 2 or 2, 2 * tie.steps))
-    built = []
-    for step in tries:
+    for step in dict.fromkeys((tie.steps - 1 or 2, tie.steps // 2 or 2, 2 * tie.steps)):
         sizes = {name: share * step for name, share in tie.shares.items()}
-        changes = _config_changes([tie], sizes)
-        built.append(_meta_shapes(type(model), model.config, changes))
-        if built[-1] is not None:
-            return built[-1] == groups[0].network.sizes(groups, sizes)
+        built = _meta_shapes(type(model), model.config, _config_changes([tie], sizes))
+        if built is not None:
+            return built == groups[0].network.sizes(groups, sizes)
     return False
 
 

@@ -77,7 +77,7 @@ def find_blocks(model: nn.Module, inputs: Any, network: Network) -> Blocks:
         others = [other for leaf in reading.leaves for other in readers[leaf]]
         if reading.kind == APART and all((other.kind, other.slices) == (APART, reading.slices) for other in others):
             found[reading.slices].append(reading)
-        elif reading.kind != DENSE and all(other.kind != DENSE for other in others):
+        elif reading.kind == OPEN or (reading.kind == APART and all(other.kind != DENSE for other in others)):
             is_all = False
     position = {name: i for i, name in enumerate(network.shapes)}
     groups = [_group(same, network, position) for same in found.values()]

@@ -27,15 +27,14 @@ def with_counts(model: nn.Module, setting: Setting, groups: Sequence[Group]) -> 
         setting: to try them out on.
         groups: without counts.
     """
-    wanted: dict[Any, tuple[tuple[str, str, int], ...] | None] = {}
+    wanted: dict[Any, list[tuple[int, str, int]]] = {}  # modules by their place between the layers
     result = []
     for group in groups:
-        parent = _parent(group)
-        kind = (tuple(type(module) for module in _modules(model, group)), len(group.slices))
+        between = dict(_between(model, group))
+        paths, kind = list(between), (*map(type, between.values()), len(group.slices))
         if kind not in wanted:
-            found = _fewest(model, setting, group)
-            wanted[kind] = tuple((f"{path}.".removeprefix(parent), name, n) for path, name, n in found)
-        counts = tuple(((parent + path).removesuffix("."), name, n) for path, name, n in wanted[kind])
+            wanted[kind] = [(paths.index(path), name, n) for path, name, n in _fewest(model, setting, group)]
+        counts = tuple((paths[place], name, n) for place, name, n in wanted[kind])
         fits = all(getattr(model.get_submodule(p), name, None) == group.units * n for p, name, n in counts)
         result.append(replace(group, counts=counts) if fits else group)
     return result
@@ -46,8 +45,7 @@ def _fewest(model: nn.Module, setting: Setting, group: Group) -> tuple[tuple[str
     candidates = list(_candidates(model, group))
     if not candidates:
         return ()
-    sizes = [size for size in range(min(MOST, len(candidates)) + 1)]
-    for size in dict.fromkeys([*sizes, len(candidates)]):
+    for size in dict.fromkeys([*range(min(MOST, len(candidates)) + 1), len(candidates)]):
         for counts in combinations(candidates, size):
             changed = [replace(group, counts=counts)]
             if all(is_removable(setting, changed, seed) for seed in ((0, 1) if counts else (0,))):
@@ -81,10 +79,6 @@ def _between(model: nn.Module, group: Group) -> Iterator[tuple[str, nn.Module]]:
         leads = any(part.tensor.startswith(path + "." if path else "") for part in group.slices)
         if inside and leads and any(module.children()):
             yield path, module
-
-
-def _modules(model: nn.Module, group: Group) -> list[nn.Module]:
-    return [module for _, module in _between(model, group)]
 
 
 def _parent(group: Group) -> str:
