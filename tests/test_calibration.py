@@ -62,7 +62,7 @@ def stack(seed: int = 0, **options) -> tuple[nn.Module, list, list[torch.Tensor]
 
 def weighted(rows, wanted, size):
     """The least squares problem of a Gram, written out: rows and targets times the roots of their weights."""
-    weights = 1 / size.clamp_min(0.01 * size.median())
+    weights = 1 / size.clamp_min(0.01 * size.log().mean().exp())
     return rows * weights.sqrt()[:, None], wanted * weights.sqrt()[:, None]
 
 
@@ -144,7 +144,7 @@ def held_out_error(model, small, batches):
     with torch.no_grad():
         whole, part = model(rows).flatten(0, 1), small(rows).flatten(0, 1)
     size = whole.square().sum(1)
-    return float(((whole - part).square().sum(1) / size.clamp_min(0.01 * size.median())).mean())
+    return float(((whole - part).square().sum(1) / size.clamp_min(0.01 * size.log().mean().exp())).mean())
 
 
 @pytest.mark.parametrize("score", [*SCORES, "random"])
@@ -251,7 +251,8 @@ def consumed(seed: int = 0, block: int = 1):
     rows = rows @ torch.randn(6 * block, 6 * block, generator=generator)
     consumer = Consumer("", layer, Slice("weight", 1, block, "input"), 6)
     gram, wanted = Gram.empty(consumer), layer(rows).detach()
-    gram.add(rows, wanted, wanted.square().sum(1))
+    size = wanted.square().sum(1)
+    gram.add(rows, wanted, size, float(0.01 * size.log().mean().exp()))
     return consumer, gram, *weighted(rows, wanted, wanted.square().sum(1))
 
 

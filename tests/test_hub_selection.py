@@ -134,7 +134,7 @@ def test_a_changed_number_or_name_in_the_record_is_damage(selector, pool, tmp_pa
 def test_wrong_folders_are_refused_by_name(selector, pool, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no selection"):
         Selection.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a repository id"):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
         Selection.load(tmp_path / "absent")
     selector.select(pool, 20)
     folder = selector.selection.save(tmp_path, "r20")

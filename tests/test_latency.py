@@ -300,7 +300,7 @@ def test_the_trainer_reports_the_asked_and_the_measured_latency(run, monkeypatch
         timed.append([copy.copy(model) for model in models])
         return [float(sum(p.numel() for p in net.parameters())) for net in models]
 
-    monkeypatch.setattr("hf_effdl.structure.training.trainer.measure_latency", clock)
+    monkeypatch.setattr("hf_effdl.structure.training.slimming.measure_latency", clock)
     monkeypatch.setattr("hf_effdl.structure.slim.report.measure_latency", clock)
     small = run.slim(latency=0.6, latency_batch=64)
     report = small.config.effdl_report
@@ -311,7 +311,7 @@ def test_the_trainer_reports_the_asked_and_the_measured_latency(run, monkeypatch
 
 
 def test_without_latency_the_trainer_times_nothing(run, monkeypatch):
-    for module in ("training.trainer", "slim.report"):
+    for module in ("training.slimming", "slim.report"):
         monkeypatch.setattr(f"hf_effdl.structure.{module}.measure_latency", None)
     report = run.slim(macs=0.6, latency_batch=0).config.effdl_report
     assert "latency_ms" not in report and report["macs"]["ratio"] <= 0.6

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from hf_effdl.checks import one_of, real_number
 from hf_effdl.processes import is_first, same_fate
 from hf_effdl.structure.calibration.batches import Calibration, answer, first_rows, split_rows
-from hf_effdl.structure.calibration.grams import Ensemble, Gram
+from hf_effdl.structure.calibration.grams import Ensemble, Gram, typical_sizes
 from hf_effdl.structure.calibration.joints import joints_of
 from hf_effdl.structure.calibration.judge import Judge
 from hf_effdl.structure.calibration.readers import Readers, Weights
@@ -166,8 +166,10 @@ class _Walk:
             whole, copy = replay_of(model, layers, example), replay_of(slim, layers, example)
             joints = joints_of(slim, {name: behind.consumers for name, behind in readers.items()}, example)
             order = _order(slim, readers, example)
+        originals = [c.in_model(model) for behind in readers.values() for c in behind.consumers]
+        sizes = typical_sizes(whole, originals, fit)
         ordered = sorted(groups, key=lambda group: order.get(group.name, len(order)))
-        return cls(Ensemble(whole, copy, fit), readers, joints, ordered, rows, Judge(whole, held_out))
+        return cls(Ensemble(whole, copy, fit, sizes), readers, joints, ordered, rows, Judge(whole, held_out))
 
     def losses(self) -> dict[str, Tensor]:
         """Scores by the loss, of all groups, on the model as it was."""

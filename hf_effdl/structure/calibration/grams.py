@@ -1,6 +1,6 @@
 """Grams: what the consumers of a group are given and should say, summed up over calibration rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from hf_effdl.structure.calibration.taps import Heard, Joint, Taps
 
 POSITIONS = 2**15  # of one batch; of more, as many images have, only one in so many is looked at
 LARGEST = 2**26  # numbers that patches of one piece of a batch may be
-QUIET = 0.01  # of the median size: answers smaller than that count as that
+QUIET = 0.01  # of the typical size: answers smaller than that count as that
 
 
 @dataclass(eq=False)
@@ -52,12 +52,15 @@ class Gram:
         square, wide = torch.zeros(inputs, inputs, **kind), torch.zeros(outputs, inputs, **kind)
         return cls(square, wide, torch.zeros(inputs, **kind), torch.zeros(outputs, **kind), torch.zeros((), **kind))
 
-    def add(self, rows: Tensor, wanted: Tensor, size: Tensor) -> None:
-        """Add positions: inputs, what should be said to them, and the squared size of what the whole model says."""
+    def add(self, rows: Tensor, wanted: Tensor, size: Tensor, quiet: float = 0.0) -> None:
+        """Add positions: inputs, what should be said to them, and the squared size of what the whole model says.
+
+        Sizes below `quiet` count as that.
+        """
         said = size > 0  # blank places, say
         rows, wanted, size = rows[said].float(), wanted[said].float(), size[said]
         if len(rows):
-            weights = 1 / size.clamp_min(QUIET * size.median())
+            weights = 1 / size.clamp_min(quiet)
             weighted = rows * weights[:, None]
             self.products += weighted.T @ rows
             self.targets += wanted.T @ weighted
@@ -81,11 +84,13 @@ class Ensemble:
         whole: as it was.
         slim: of the same architecture.
         batches: by number; this process's share.
+        sizes: squared size that the answers of each layer typically have in the whole model.
     """
 
     whole: Replay
     slim: Replay
     batches: dict[int, Any] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
 
     def grams(self, consumers: Sequence[Consumer], joints: Sequence[Joint | None]) -> list[Gram]:
         """The Gram of every consumer of a group, over all batches and all processes.
@@ -107,12 +112,59 @@ class Ensemble:
                 heard = slim.listen(lambda: self.slim.run(batch, number))  # noqa: B023
                 for place, gram in enumerate(grams):
                     pair = (originals[place], expected[place]), (consumers[place], heard[place])
-                    _add(gram, *pair, joints[place], mask_of(batch))
+                    quiet = QUIET * self.sizes.get(consumers[place].name, 0.0)
+                    _add(gram, *pair, joints[place], mask_of(batch), quiet)
         return [gram.over_processes() for gram in grams]
 
 
+@torch.no_grad()
+def typical_sizes(whole: Replay, consumers: Sequence[Consumer], batches: Mapping[int, Any]) -> dict[str, float]:
+    """By layer, the typical squared size of its answers without bias, over all processes; see `geometric_mean`.
+
+    Args:
+        whole: the whole model.
+        consumers: its layers.
+        batches: this process's share, by number.
+    """
+    sums = {consumer.name: torch.zeros(2, dtype=torch.float64) for consumer in consumers}
+
+    def hook_for(consumer: Consumer) -> Any:
+        def hook(layer: Any, args: tuple, said: Tensor) -> None:
+            sums[consumer.name] += log_sums(consumer.outputs(said.detach()).float().square().sum(1))
+
+        return hook
+
+    handles = [consumer.layer.register_forward_hook(hook_for(consumer)) for consumer in consumers]
+    try:
+        with same_fate():
+            for number, batch in batches.items():
+                whole.run(batch, number)
+    finally:
+        for handle in handles:
+            handle.remove()
+    device = next(whole.model.parameters()).device
+    return {name: geometric_mean(total, device) for name, total in sums.items()}
+
+
+def log_sums(sizes: Tensor) -> Tensor:
+    """The sum of the logarithms of what is above zero, and how many those are."""
+    sizes = sizes[sizes > 0].double().cpu()
+    return torch.stack([sizes.log().sum(), sizes.new_tensor(len(sizes))])
+
+
+def geometric_mean(sums: Tensor, device: torch.device) -> float:
+    """The mean of `log_sums` over all processes: a size that a few huge ones do not move, and that adds up."""
+    total = summed(sums.to(device, torch.float32 if device.type == "mps" else None))
+    return float((total[0] / total[1]).exp()) if total[1] else 0.0
+
+
 def _add(
-    gram: Gram, whole: tuple[Consumer, Heard], slim: tuple[Consumer, Heard], joint: Joint | None, mask: Tensor | None
+    gram: Gram,
+    whole: tuple[Consumer, Heard],
+    slim: tuple[Consumer, Heard],
+    joint: Joint | None,
+    mask: Tensor | None,
+    quiet: float,
 ) -> None:
     """Add all calls of a consumer in one forward pass."""
     (original, expected), (consumer, heard) = whole, slim
@@ -124,13 +176,13 @@ def _add(
             wanted = consumer.outputs(heard.said[call]).float() + consumer.by_position(missing) / joint.scale
         if mask is not None and given.ndim == 3 and given.shape[:2] == mask.shape:
             there = mask.flatten().bool()
-            gram.add(consumer.rows(given)[there], wanted[there], size[there])
+            gram.add(consumer.rows(given)[there], wanted[there], size[there], quiet)
             continue
         step = -(-len(wanted) // POSITIONS)
         for place, piece in _pieces(consumer, given, len(wanted)):
             rows = consumer.rows(piece)
             chosen = slice(place, place + len(rows), step)
-            gram.add(rows[::step], wanted[chosen], size[chosen])
+            gram.add(rows[::step], wanted[chosen], size[chosen], quiet)
 
 
 def _pieces(consumer: Consumer, given: Tensor, positions: int) -> Iterator[tuple[int, Tensor]]:

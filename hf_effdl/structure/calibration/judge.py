@@ -7,12 +7,12 @@ from torch import Tensor
 
 from hf_effdl.processes import same_fate, summed
 from hf_effdl.structure.calibration.batches import mask_of
+from hf_effdl.structure.calibration.grams import QUIET, geometric_mean, log_sums
 from hf_effdl.structure.calibration.replay import Replay
 from hf_effdl.structure.groups.inputs import output_tensors
 
 
 WIDE = 1024  # of an axis longer than that, so many fixed places are looked at: a vocabulary would fill the memory
-QUIET = 0.01  # of the median size: an output smaller than that counts as that
 
 
 class Judge:
@@ -33,6 +33,14 @@ class Judge:
             if not all(bool(output.isfinite().all()) for outputs in self.expected.values() for output in outputs):
                 name = type(whole.model).__name__
                 raise ValueError(f"the outputs of {name} on calibration rows are not finite: check rows and weights")
+        self.quiet = self._quiet(next(whole.model.parameters()).device)
+
+    def _quiet(self, device: torch.device) -> list[float]:
+        """By output, the squared size below which a position counts as that."""
+        outputs = list(zip(*self.expected.values(), strict=True))
+        return [
+            QUIET * geometric_mean(sum(log_sums(part.square().sum(1)) for part in parts), device) for parts in outputs
+        ]
 
     @torch.no_grad()
     def error(self, slim: Replay) -> float:
@@ -41,8 +49,8 @@ class Judge:
         total = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         with same_fate():
             for number, expected in self.expected.items():
-                for before, now in zip(expected, self._said(slim, number), strict=True):
-                    total += _relative_error(before, now).to(total)
+                for before, now, quiet in zip(expected, self._said(slim, number), self.quiet, strict=True):
+                    total += _relative_error(before, now, quiet).to(total)
         total = summed(total)
         error = float(total[0] / total[1])
         return error if error == error else float("inf")  # nothing is worse than NaN
@@ -57,10 +65,10 @@ class Judge:
         return [_positions(output, mask_of(batch)) for output in outputs if output.ndim]
 
 
-def _relative_error(before: Tensor, now: Tensor) -> Tensor:
+def _relative_error(before: Tensor, now: Tensor, quiet: float) -> Tensor:
     """The sum over positions of the relative squared error, and their number."""
     wrong, size = (before - now).square().sum(1), before.square().sum(1)
-    relative = wrong / size.clamp_min(QUIET * size.median()).clamp_min(torch.finfo(size.dtype).tiny)
+    relative = wrong / size.clamp_min(max(quiet, torch.finfo(size.dtype).tiny))
     return torch.stack([relative.sum(), relative.new_tensor(len(relative))])
 
 

@@ -19,6 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from hf_effdl.random_state import random_state_kept
+from hf_effdl.structure.calibration.batches import HELD_OUT
 from hf_effdl.structure.groups.group import PRODUCERS, Group, Slice
 from hf_effdl.structure.groups.inputs import evaluating
 from hf_effdl.structure.optim.prox import per_entry
@@ -200,7 +201,9 @@ def evaluate_model(
 # ---- rows for a model
 
 
-def training_inputs(dataloader: Any, batches: int, model: nn.Module, labels: bool = False) -> Iterator[dict[str, Any]]:
+def training_inputs(
+    dataloader: Any, batches: int, model: nn.Module, labels: bool = False, share: tuple[int, int] = (0, 1)
+) -> Iterator[dict[str, Any]]:
     """A few batches of training inputs, spread evenly over the data, the same on every process.
 
     Args:
@@ -208,6 +211,7 @@ def training_inputs(dataloader: Any, batches: int, model: nn.Module, labels: boo
         batches: how many.
         model: what it cannot do without stays; its device is that of the batches.
         labels: whether labels stay.
+        share: a process's number and how many there are, to share the rows among them five at a time.
     """
     dataset, size = dataloader.dataset, getattr(dataloader, "batch_size", None) or 1
     if isinstance(dataset, IterableDataset):
@@ -215,6 +219,8 @@ def training_inputs(dataloader: Any, batches: int, model: nn.Module, labels: boo
     else:
         count = min(len(dataset), batches * size)
         rows = Subset(dataset, [i * len(dataset) // count for i in range(count)])
+    mine = [i for i in range(len(rows)) if i // HELD_OUT % share[1] == share[0]]
+    rows = Subset(rows, mine) if share[1] > 1 else rows
     device, unused = next(model.parameters()).device, {"weight"} if labels else _not_inputs(model)
     for batch in DataLoader(rows, batch_size=size, collate_fn=dataloader.collate_fn):
         yield send_to_device({k: v for k, v in batch.items() if k not in unused}, device)

@@ -103,9 +103,9 @@ class SlimMixin:
             return wanted
         loader = self.rows()
         batches = -(-CALIBRATION_ROWS // (getattr(loader, "batch_size", None) or 1))
+        share = self.args.process_index, self.args.world_size
         with random_state_kept():  # rows may be augmented at random
-            rows = list(training_inputs(loader, batches, model, labels=score == "fisher"))
-        return rows[self.args.process_index :: self.args.world_size] or rows
+            return list(training_inputs(loader, batches, model, labels=score == "fisher", share=share))
 
     def _latency_ratio(self, model: nn.Module, inputs: Any) -> Callable[[Mapping[str, Tensor]], float]:
         """A function that measures the share of the model's latency that kept units have."""
