@@ -217,8 +217,40 @@ def slim_latency(script, patch, made) -> list[str]:
     return ["--seeds", "2", "--nets", "resnet18"]
 
 
+def arms_made(script, patch, made) -> list[str]:
+    """Both scripts on pretrained models, with arms that nothing is computed for."""
+
+    def smaller(model, groups, share, score, batches, seed) -> list:
+        made.append((share, score, seed))
+        return [SimpleNamespace(model=None, refit=refit, facts={"held-out error": 0.1}) for refit in (False, True)]
+
+    patch.setattr(script, "smaller", smaller)
+    return ["--arms", "random", "obs", "--seeds", "0", "1", "--kept", "0.5"]
+
+
+def pretrained_minilm(script, patch, made) -> list[str]:
+    def run(texts, seed, *given) -> SimpleNamespace:
+        speed = {"macs": 0.5, "latency 1": 0.5, "latency 32": 0.5}
+        told = {"after": lambda model, epochs: 90.0 - epochs, "speed": lambda share: speed}
+        return SimpleNamespace(seed=seed, model=None, groups=[], calibration=[], **told)
+
+    patch.setattr(script, "read", lambda: None)
+    patch.setattr(script, "Run", run)
+    return arms_made(script, patch, made)
+
+
+def pretrained_dinov2(script, patch, made) -> list[str]:
+    model = SimpleNamespace(eval=lambda: SimpleNamespace(config=SimpleNamespace(hidden_size=4, mlp_ratio=4)))
+    patch.setattr(script, "AutoModel", SimpleNamespace(from_pretrained=lambda name: model))
+    patch.setattr(script, "read", lambda *given: script.Photos([], [images_of(2, 1)[0]], images_of(4)[1]))
+    patch.setattr(script, "find_groups", lambda *given: [])
+    patch.setattr(script, "sized", lambda *given: [])
+    patch.setattr(script, "features", lambda *given: torch.ones(4, 3, 2))
+    return arms_made(script, patch, made)
+
+
 MAKERS: tuple[Maker, ...] = (growth_mnist, selection_banking77, selection_digits, selection_speed, slim_latency)
-MAKERS += (structure_mnist, tickets_mnist, vicl_digits, vicl_pets)
+MAKERS += (pretrained_dinov2, pretrained_minilm, structure_mnist, tickets_mnist, vicl_digits, vicl_pets)
 MADE_UP = {maker.__name__: maker for maker in MAKERS}
 
 

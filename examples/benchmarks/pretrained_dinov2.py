@@ -129,8 +129,9 @@ def run(options, seed: int, file: RowFile) -> None:
         seconds = round(looking + time.process_time() - start, 1)  # finding the groups belongs to it
         for small in pair:
             row = {"kept": share, "arm": score, "refit": small.refit, "rows": options.rows, "seed": seed}
-            found = measures(features(small.model, photos.test), whole, photos.breeds) | {"seconds": seconds}
-            file.add(row | found | small.facts, hide=())
+            if file.key_of(row) not in file:
+                found = measures(features(small.model, photos.test), whole, photos.breeds) | {"seconds": seconds}
+                file.add(row | found | small.facts, hide=())
 
 
 def _neurons(model: nn.Module) -> int:

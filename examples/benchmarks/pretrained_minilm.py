@@ -37,14 +37,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pretrained_arms import REFITS, SCORES, Smaller, cell, sized, smaller
+from pretrained_arms import REFITS, SCORES, cell, sized, smaller
 from rows import RowFile, machine, parser_of
 from selection_banking77 import Texts, minilm, read
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_effdl import find_groups
+from hf_effdl import find_groups, slim
 from hf_effdl.structure.slim.latency import measure_latency
 
 
@@ -94,11 +94,10 @@ class Tokens:
         found = self.tokenizer.pad(rows, return_tensors="pt")
         return {name: found[name] for name in ("input_ids", "attention_mask")} | {"labels": self.labels[places]}
 
-    def batches(self, places: Tensor, size: int = BATCH) -> list[dict[str, Tensor]]:
-        return [self.batch(part) for part in places.split(size)]
-
-    def by_length(self) -> Tensor:
-        return torch.tensor([len(ids) for ids in self.ids]).argsort()
+    def batches(self, places: Tensor, size: int) -> list[dict[str, Tensor]]:
+        """Of rows alike in length: less padding."""
+        lengths = torch.tensor([len(self.ids[i]) for i in places.tolist()])
+        return [self.batch(part) for part in places[lengths.argsort(stable=True)].split(size)]
 
 
 def train(model: nn.Module, data: Tokens, places: Tensor, epochs: int, rate: float, head: float, seed: int) -> None:
@@ -130,8 +129,7 @@ def train(model: nn.Module, data: Tokens, places: Tensor, epochs: int, rate: flo
 def accuracy(model: nn.Module, data: Tokens) -> float:
     """Percent of the rows that a model is right about."""
     right = 0
-    for places in data.by_length().split(128):
-        batch = data.batch(places)
+    for batch in data.batches(torch.arange(len(data.labels)), 128):
         right += int((model(**batch).logits.argmax(1) == batch["labels"]).sum())
     return round(100 * right / len(data.labels), 3)
 
@@ -156,9 +154,9 @@ class Run:
         self.train_rows, self.test_rows = Tokens(tokenizer, *texts.train), Tokens(tokenizer, *texts.test)
         rng = torch.Generator().manual_seed(seed)
         self.places = torch.randperm(len(texts.train[1]), generator=rng)[: sizes[0]]
-        self.calibration = self.train_rows.batches(self.places[: sizes[1]])
+        self.calibration = self.train_rows.batches(self.places[: sizes[1]], 64)
         self._fine_tune(work / f"minilm-{sizes[0]}-{seed}.pt")
-        example = {name: value[:1] for name, value in self.train_rows.batch(self.train_rows.by_length()[-1:]).items()}
+        example = {name: value[:1] for name, value in self.calibration[-1].items()}
         self.groups = sized(find_groups(self.model, example), encoder.config.intermediate_size)
 
     def _fine_tune(self, file: Path) -> None:
@@ -177,9 +175,9 @@ class Run:
             train(model, self.train_rows, self.places, epochs, RATE / 2, HEAD_RATE / 2, 100 + self.seed)
         return accuracy(model, self.test_rows)
 
-    def speed(self, small: nn.Module, share: float) -> dict[str, float]:
+    def speed(self, share: float) -> dict[str, float]:
         """MACs of the encoder and latency at batch 1 and 32, beside the dense model's."""
-        network = self.groups[0].network
+        network, small = self.groups[0].network, slim(self.model, self.groups, share)
         kept = {group.name: round(share * group.units) for group in self.groups}
         found = {"macs": network.count(self.groups, kept)["macs"] / network.count()["macs"]}
         for rows in (1, 32):
@@ -195,17 +193,25 @@ def rows_of(run: Run, share: float, score: str, epochs: Sequence[int], file: Row
     keys = {(share, score, refit, n, run.seed) for refit in REFITS for n in epochs}
     if all(key in file for key in keys):
         return
-    start = time.perf_counter()
-    pair: list[Smaller] = list(smaller(run.model, run.groups, share, score, run.calibration, run.seed))
-    seconds = round(time.perf_counter() - start, 1)
+    start = time.process_time()
+    pair = list(smaller(run.model, run.groups, share, score, run.calibration, run.seed))
+    seconds = round(time.process_time() - start, 1)
     for small in pair:
         for n in epochs:
             row = {"kept": share, "arm": score, "refit": small.refit, "epochs": n, "seed": run.seed}
             if file.key_of(row) not in file:
                 file.add(row | {"accuracy": run.after(small.model, n)} | small.facts | {"seconds": seconds}, hide=())
-    key = {"kept": share, "arm": "latency", "refit": None, "epochs": 0, "seed": run.seed}
-    if file.key_of(key) not in file:
-        file.add(key | run.speed(pair[0].model, share) | machine(), hide=("platform",))
+
+
+def other_rows(run: Run, shares: Sequence[float], file: RowFile) -> None:
+    """The dense model's accuracy and the widths' latency, where they are missing."""
+    row = {"kept": 1.0, "arm": "dense", "refit": None, "epochs": 0, "seed": run.seed}
+    if file.key_of(row) not in file:
+        file.add(row | {"accuracy": run.after(run.model, 0)} | machine(), hide=("platform",))
+    for share in shares:
+        row = {"kept": share, "arm": "latency", "refit": None, "epochs": 0, "seed": run.seed}
+        if file.key_of(row) not in file:
+            file.add(row | run.speed(share), hide=())
 
 
 # ---- the table
@@ -256,9 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     texts = read()
     for seed in options.seeds:
         run = Run(texts, seed, options.work, tuple(options.sizes))
-        if (1.0, "dense", None, 0, seed) not in file:
-            row = {"kept": 1.0, "arm": "dense", "refit": None, "epochs": 0, "seed": seed}
-            file.add(row | {"accuracy": run.after(run.model, 0)}, hide=())
+        other_rows(run, options.kept, file)
         for share in options.kept:
             for score in options.arms:
                 rows_of(run, share, score, options.epochs, file)
