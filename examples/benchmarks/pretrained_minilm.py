@@ -220,9 +220,10 @@ def other_rows(run: Run, shares: Sequence[float], file: RowFile) -> None:
 def table(rows: list[dict]) -> None:
     """Mean accuracy over seeds, and how far behind the dense model of the same seed."""
     dense = {row["seed"]: row["accuracy"] for row in rows if row["arm"] == "dense"}
-    print(f"dense: {cell(list(dense.values()))} % on {len(dense)} seeds; means ± standard error over seeds\n")
+    print(f"dense: {cell(list(dense.values()))} %, seeds {sorted(dense)}; means ± standard error over seeds\n")
     for epochs in sorted({row["epochs"] for row in rows}):
-        print(f"after {epochs} more epochs: accuracy % (points behind the dense model of the same seed)\n")
+        when = f"after {epochs} more epochs" if epochs else "without a training step"
+        print(f"{when}: accuracy % (points behind the dense model of the same seed)\n")
         print("| FFN kept | units by | as they are | refitted | seeds |\n|---|---|---|---|---|")
         for share in KEPT:
             for score in SCORES:
