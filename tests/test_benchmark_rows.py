@@ -222,7 +222,7 @@ def slim_latency(script, patch, made) -> list[str]:
 def arms_made(script, patch, made) -> list[str]:
     """Both scripts on pretrained models, with arms that nothing is computed for."""
 
-    def smaller(model, groups, share, score, batches, seed) -> list:
+    def smaller(model, groups, share, score, batches, seed, ridge=None) -> list:
         made.append((share, score, seed))
         return [SimpleNamespace(model=None, refit=refit, facts={"held-out error": 0.1}) for refit in (False, True)]
 

@@ -22,10 +22,12 @@ the next layers as they are and once with them refitted by least squares (`slim(
     pip install "hf_effdl[bench]"
     python examples/benchmarks/pretrained_minilm.py                     # three seeds: about an hour on one thread
     python examples/benchmarks/pretrained_minilm.py --epochs 0 1        # also after one more epoch of training
+    python examples/benchmarks/pretrained_minilm.py --ridge 0.01        # one ridge instead of the best of some
     python examples/benchmarks/pretrained_minilm.py --table
 
 The texts are looked for in `banking77/train.csv` and `test.csv` under HF_EFFDL_DATA. Fine-tuned models are kept in
-`--work`. Rows go to `--out` as one JSON line per (kept, arm, refit, epochs, seed); rows already there are skipped.
+`--work`. Rows go to `--out` as one JSON line per (kept, arm, refit, ridge, epochs, seed); rows that are there are
+skipped.
 """
 
 import os
@@ -188,17 +190,17 @@ class Run:
         return found
 
 
-def rows_of(run: Run, share: float, score: str, epochs: Sequence[int], file: RowFile) -> None:
-    """All rows of one score and share that are missing."""
-    keys = {(share, score, refit, n, run.seed) for refit in REFITS for n in epochs}
-    if all(key in file for key in keys):
+def rows_of(run: Run, share: float, score: str, ridge: float | None, epochs: Sequence[int], file: RowFile) -> None:
+    """All rows of one score and share that are missing; with a ridge only those of the refitted model."""
+    refits = REFITS if ridge is None else (True,)
+    if all((share, score, refit, ridge, n, run.seed) in file for refit in refits for n in epochs):
         return
     start = time.process_time()
-    pair = list(smaller(run.model, run.groups, share, score, run.calibration, run.seed))
+    pair = list(smaller(run.model, run.groups, share, score, run.calibration, run.seed, ridge))
     seconds = round(time.process_time() - start, 1)
     for small in pair:
-        for n in epochs:
-            row = {"kept": share, "arm": score, "refit": small.refit, "epochs": n, "seed": run.seed}
+        for n in epochs if small.refit in refits else ():
+            row = {"kept": share, "arm": score, "refit": small.refit, "ridge": ridge, "epochs": n, "seed": run.seed}
             if file.key_of(row) not in file:
                 file.add(row | {"accuracy": run.after(small.model, n)} | small.facts | {"seconds": seconds}, hide=())
 
@@ -224,10 +226,13 @@ def table(rows: list[dict]) -> None:
     for epochs in sorted({row["epochs"] for row in rows}):
         when = f"after {epochs} more epochs" if epochs else "without a training step"
         print(f"{when}: accuracy % (points behind the dense model of the same seed)\n")
-        print("| FFN kept | units by | as they are | refitted | seeds |\n|---|---|---|---|---|")
+        fixed = sorted({row["ridge"] for row in rows if row.get("ridge") is not None})
+        heads = ["as they are", "refitted", *(f"refitted, ridge {ridge:g}" for ridge in fixed), "seeds"]
+        print(f"| FFN kept | units by | {' | '.join(heads)} |\n|---|---{'|---' * len(heads)}|")
+        kinds = [*((refit, None) for refit in REFITS), *((True, ridge) for ridge in fixed)]
         for share in KEPT:
             for score in SCORES:
-                found = [cells(rows, (share, score, refit, epochs), dense) for refit in REFITS]
+                found = [cells(rows, (share, score, *kind, epochs), dense) for kind in kinds]
                 if any(found):
                     texts = [f"{cell([a for a, _ in part])} ({cell([b for _, b in part])})" for part in found]
                     print(f"| {share:.0%} | {score} | {' | '.join(texts)} | {max(map(len, found))} |")
@@ -243,7 +248,8 @@ def table(rows: list[dict]) -> None:
 
 def cells(rows: list[dict], key: tuple, dense: dict[int, float]) -> list[tuple[float, float]]:
     """Accuracy and points behind, by seed."""
-    mine = [row for row in rows if (row["kept"], row["arm"], row["refit"], row["epochs"]) == key]
+    names = ("kept", "arm", "refit", "ridge", "epochs")
+    mine = [row for row in rows if tuple(row.get(name) for name in names) == key]
     return [(row["accuracy"], dense[row["seed"]] - row["accuracy"]) for row in mine if row["seed"] in dense]
 
 
@@ -253,11 +259,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kept", type=float, nargs="+", default=KEPT)
     parser.add_argument("--arms", nargs="+", choices=SCORES, default=SCORES)
     parser.add_argument("--epochs", type=int, nargs="+", default=(0,), help="more epochs after the cut")
+    parser.add_argument("--ridge", type=float, default=None, help="of every refit; default: chosen on held-out rows")
     parser.add_argument("--sizes", type=int, nargs=2, default=(ROWS, CALIBRATION), metavar=("TRAINING", "CALIBRATION"))
     parser.add_argument("--work", type=Path, default=Path("runs/banking77"), help="where fine-tuned models are kept")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    file = RowFile(options.out, ("kept", "arm", "refit", "epochs", "seed"))
+    file = RowFile(options.out, ("kept", "arm", "refit", "ridge", "epochs", "seed"))
     if options.table:
         return table(file.rows)
     texts = read()
@@ -266,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         other_rows(run, options.kept, file)
         for share in options.kept:
             for score in options.arms:
-                rows_of(run, share, score, options.epochs, file)
+                rows_of(run, share, score, options.ridge, options.epochs, file)
         print(f"seed {seed} is done", file=sys.stderr)
     table(file.rows)
 
