@@ -26,6 +26,8 @@ PRINTED = (
     "tickets_mnist",
     "growth_mnist",
     "slim_latency",
+    "pretrained_minilm",
+    "pretrained_dinov2",
     "selection_digits",
     "selection_banking77",
     "sampling_scale",

@@ -19,6 +19,8 @@ from benchmarks import FOLDER, importable
 TABLES = {
     "growth_mnist": ("bbab0e6473f08673", "MNIST, 60,000 rows, 6 epochs"),
     "pool_scale": ("4553905212a8ac3d", "| rows | noise | probes |"),
+    "pretrained_minilm": ("6a157b2de7b031cd", "| 25% | obs | "),
+    "pretrained_dinov2": ("68733731484bd7db", "| 50% | 64 | activation | yes | "),
     "sampling_scale": ("97a6552bd4990ef7", "| plan_shards | "),
     "selection_banking77": ("38ef61edbcc2b455", "| P default + probe set, p_label |"),
     "selection_digits": ("126466cc4b5aa821", "| AUM, CCS (pool) |"),
@@ -217,8 +219,40 @@ def slim_latency(script, patch, made) -> list[str]:
     return ["--seeds", "2", "--nets", "resnet18"]
 
 
+def arms_made(script, patch, made) -> list[str]:
+    """Both scripts on pretrained models, with arms that nothing is computed for."""
+
+    def smaller(model, groups, share, score, batches, seed, ridge=None) -> list:
+        made.append((share, score, seed))
+        return [SimpleNamespace(model=None, refit=refit, facts={"held-out error": 0.1}) for refit in (False, True)]
+
+    patch.setattr(script, "smaller", smaller)
+    return ["--arms", "random", "obs", "--seeds", "0", "1", "--kept", "0.5"]
+
+
+def pretrained_minilm(script, patch, made) -> list[str]:
+    def run(texts, seed, *given) -> SimpleNamespace:
+        speed = {"macs": 0.5, "latency 1": 0.5, "latency 32": 0.5}
+        told = {"after": lambda model, epochs: 90.0 - epochs, "speed": lambda share: speed}
+        return SimpleNamespace(seed=seed, model=None, groups=[], calibration=[], **told)
+
+    patch.setattr(script, "read", lambda: None)
+    patch.setattr(script, "Run", run)
+    return arms_made(script, patch, made)
+
+
+def pretrained_dinov2(script, patch, made) -> list[str]:
+    model = SimpleNamespace(eval=lambda: SimpleNamespace(config=SimpleNamespace(hidden_size=4, mlp_ratio=4)))
+    patch.setattr(script, "AutoModel", SimpleNamespace(from_pretrained=lambda name: model))
+    patch.setattr(script, "read", lambda *given: script.Photos([], [images_of(2, 1)[0]], images_of(4)[1]))
+    patch.setattr(script, "find_groups", lambda *given: [])
+    patch.setattr(script, "sized", lambda *given: [])
+    patch.setattr(script, "features", lambda *given: torch.ones(4, 3, 2))
+    return arms_made(script, patch, made)
+
+
 MAKERS: tuple[Maker, ...] = (growth_mnist, selection_banking77, selection_digits, selection_speed, slim_latency)
-MAKERS += (structure_mnist, tickets_mnist, vicl_digits, vicl_pets)
+MAKERS += (pretrained_dinov2, pretrained_minilm, structure_mnist, tickets_mnist, vicl_digits, vicl_pets)
 MADE_UP = {maker.__name__: maker for maker in MAKERS}
 
 

@@ -1,0 +1,114 @@
+"""What scripts make of pretrained models: a smaller checkpoint of any of them, and the benchmarks' arithmetic."""
+
+import pytest
+import torch
+from benchmarks import FOLDER, importable
+from torch import nn
+from transformers import BertConfig, BertModel, BertTokenizerFast, BitImageProcessor, Dinov2Config, Dinov2Model
+
+from hf_effdl import find_groups
+
+
+WORDS = [f"w{i}" for i in range(40)]
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def small_bert() -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(BertConfig(vocab_size=45, intermediate_size=32, **SIZES)).eval()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A text encoder, an image encoder, a file of texts and a folder of images."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    small_bert().save_pretrained(folder / "bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder / "bert")
+    Dinov2Model(Dinov2Config(image_size=28, patch_size=14, **SIZES)).save_pretrained(folder / "dinov2")
+    size = {"height": 28, "width": 28}
+    BitImageProcessor(size=size, crop_size=size, do_center_crop=False).save_pretrained(folder / "dinov2")
+    rng = torch.Generator().manual_seed(0)
+    draws = torch.randint(40, (60, 6), generator=rng).tolist()
+    (folder / "texts.txt").write_text("\n".join(" ".join(WORDS[i] for i in row) for row in draws) + "\n\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def script():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER.parent))
+        import slim_pretrained
+
+        yield slim_pretrained
+
+
+def arguments(inputs, *more: str) -> list[str]:
+    named = {"--model_name_or_path": inputs / "bert", "--dataset_name": inputs / "texts.txt", "--max_length": 8}
+    return [*(str(part) for pair in named.items() for part in pair), "--output_dir", str(inputs / "out"), *more]
+
+
+def test_a_smaller_checkpoint_is_stock_and_nearer_to_the_model_than_without_refits(script, inputs, capsys):
+    script.main(arguments(inputs))
+    assert "needs nothing but transformers" in capsys.readouterr().out
+    small = BertModel.from_pretrained(inputs / "out")
+    assert small.config.intermediate_size == 16 and small.config.num_attention_heads == 2
+    told = small.config.effdl_report
+    assert told["calibration"]["rows"] + told["calibration"]["held_out"] == 60
+    assert told["calibration"]["error"] < told["calibration"]["error_without"] and told["macs"]["ratio"] < 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--column", "question"], "not 'question'; set --column"),
+        (["--model_class", "NoSuchModel"], "set --model_class"),
+        (["--keep", "0"], "keep"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_does_not_fit_is_refused_with_what_to_change(script, inputs, change, message):
+    with pytest.raises(ValueError, match=message):
+        script.main(arguments(inputs, *change))
+
+
+# ---- benchmarks
+
+
+@pytest.fixture
+def benchmarks():
+    with importable("pretrained_arms", "pretrained_minilm", "pretrained_dinov2") as found:
+        yield found
+
+
+def test_both_kinds_of_an_arm_lack_the_same_units_and_chance_is_the_seeds(benchmarks):
+    arms, model = benchmarks["pretrained_arms"], small_bert()
+    batches = [{"input_ids": torch.randint(45, (10, 6), generator=torch.Generator().manual_seed(1))}]
+    groups = arms.sized(find_groups(model, {"input_ids": batches[0]["input_ids"][:1]}), 32)
+    rows = {
+        seed: [arm.model.encoder.layer[1].intermediate.dense.weight for arm in found]
+        for seed in (0, 1)
+        for found in [list(arms.smaller(model, groups, 0.5, "random", batches, seed))]
+    }
+    assert len(groups) == 2 and rows[0][0].shape == (16, 16)
+    assert torch.equal(*rows[0]) and torch.equal(*rows[1]) and not torch.equal(rows[0][0], rows[1][0])
+
+
+def test_a_class_score_is_that_of_the_mean_over_the_tokens_that_are_there(benchmarks):
+    model = benchmarks["pretrained_minilm"].Classifier(small_bert(), 3)
+    ids, mask = torch.randint(5, 45, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    padded = torch.cat([ids, torch.zeros(2, 3, dtype=torch.long)], 1)
+    there = torch.cat([mask, torch.zeros(2, 3, dtype=torch.long)], 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(padded, there).logits, model(ids, mask).logits, atol=1e-5, rtol=1e-5)
+        said = model(ids, mask, labels=torch.tensor([0, 2]))
+    assert said.loss == nn.functional.cross_entropy(said.logits, torch.tensor([0, 2]))
+
+
+def test_features_that_did_not_move_are_at_no_distance_and_the_nearest_is_another_photo(benchmarks):
+    measures, whole = benchmarks["pretrained_dinov2"].measures, torch.zeros(4, 2, 3)
+    whole[:, :, 0], whole[1, 0, 1], whole[2:, 0, 0], whole[2:, 0, 2] = 1, 0.1, -1, 2
+    found = measures(whole, whole, torch.tensor([0, 0, 1, 2]))
+    assert found == {"cosine CLS": pytest.approx(1), "cosine patch": pytest.approx(1), "error": 0, "breed": 50}
+    moved = measures(-whole, whole, torch.tensor([0, 0, 1, 1]))
+    assert moved == {"cosine CLS": pytest.approx(-1), "cosine patch": pytest.approx(-1), "error": 2, "breed": 100}
