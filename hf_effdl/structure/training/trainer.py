@@ -348,7 +348,7 @@ class SplitLBITrainer(SlimMixin, DistillationMixin, WeightedLossMixin, Trainer):
         """Push a slim model with its card to the Hub; returns the commit's URL."""
         repo_id = create_repo(repo_id, private=private, exist_ok=True, token=self.args.hub_token).repo_id
         with tempfile.TemporaryDirectory() as folder:
-            self.save_slim(small, folder, model_name=repo_id.split("/")[-1], repo_id=repo_id, **card)
+            self.save_slim(small, folder, **{"model_name": repo_id.split("/")[-1], **card}, repo_id=repo_id)
             return str(
                 upload_folder(
                     repo_id=repo_id,
