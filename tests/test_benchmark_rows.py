@@ -19,7 +19,7 @@ from benchmarks import FOLDER, importable
 TABLES = {
     "growth_mnist": ("bbab0e6473f08673", "MNIST, 60,000 rows, 6 epochs"),
     "pool_scale": ("4553905212a8ac3d", "| rows | noise | probes |"),
-    "pretrained_minilm": ("6a157b2de7b031cd", "| 25% | obs | "),
+    "pretrained_minilm": ("ef5dcb777816ea23", "| 25% | obs | "),
     "pretrained_dinov2": ("68733731484bd7db", "| 50% | 64 | activation | yes | "),
     "sampling_scale": ("97a6552bd4990ef7", "| plan_shards | "),
     "selection_banking77": ("38ef61edbcc2b455", "| P default + probe set, p_label |"),

@@ -234,7 +234,7 @@ def table(rows: list[dict]) -> None:
             for score in SCORES:
                 found = [cells(rows, (share, score, *kind, epochs), dense) for kind in kinds]
                 if any(found):
-                    texts = [f"{cell([a for a, _ in part])} ({cell([b for _, b in part])})" for part in found]
+                    texts = ["{} ({})".format(*map(cell, zip(*part))) if part else "-" for part in found]
                     print(f"| {share:.0%} | {score} | {' | '.join(texts)} | {max(map(len, found))} |")
         print()
     print("| FFN kept | MACs | latency, batch 1 | batch 32 | latency / MACs, batch 32 |\n|---|---|---|---|---|")
