@@ -19,7 +19,7 @@ from benchmarks import FOLDER, importable
 TABLES = {
     "growth_mnist": ("bbab0e6473f08673", "MNIST, 60,000 rows, 6 epochs"),
     "pool_scale": ("4553905212a8ac3d", "| rows | noise | probes |"),
-    "pretrained_minilm": ("ef5dcb777816ea23", "| 25% | obs | "),
+    "pretrained_minilm": ("5bf8a60134163abf", "| 25% | obs | "),
     "pretrained_dinov2": ("68733731484bd7db", "| 50% | 64 | activation | yes | "),
     "sampling_scale": ("97a6552bd4990ef7", "| plan_shards | "),
     "selection_banking77": ("38ef61edbcc2b455", "| P default + probe set, p_label |"),
@@ -234,7 +234,7 @@ def pretrained_minilm(script, patch, made) -> list[str]:
     def run(texts, seed, *given) -> SimpleNamespace:
         speed = {"macs": 0.5, "latency 1": 0.5, "latency 32": 0.5}
         told = {"after": lambda model, epochs: 90.0 - epochs, "speed": lambda share: speed}
-        return SimpleNamespace(seed=seed, model=None, groups=[], calibration=[], **told)
+        return SimpleNamespace(seed=seed, model=None, groups=[], calibration=[], calibrated_on=None, **told)
 
     patch.setattr(script, "read", lambda: None)
     patch.setattr(script, "Run", run)

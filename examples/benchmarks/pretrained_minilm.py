@@ -23,6 +23,7 @@ the next layers as they are and once with them refitted by least squares (`slim(
     python examples/benchmarks/pretrained_minilm.py                     # three seeds: about an hour on one thread
     python examples/benchmarks/pretrained_minilm.py --epochs 0 1        # also after one more epoch of training
     python examples/benchmarks/pretrained_minilm.py --ridge 0.01        # one ridge instead of the best of some
+    python examples/benchmarks/pretrained_minilm.py --sizes 3000 3000 --arms obs   # all training rows calibrate
     python examples/benchmarks/pretrained_minilm.py --table
 
 The texts are looked for in `banking77/train.csv` and `test.csv` under HF_EFFDL_DATA. Fine-tuned models are kept in
@@ -156,6 +157,7 @@ class Run:
         self.train_rows, self.test_rows = Tokens(tokenizer, *texts.train), Tokens(tokenizer, *texts.test)
         rng = torch.Generator().manual_seed(seed)
         self.places = torch.randperm(len(texts.train[1]), generator=rng)[: sizes[0]]
+        self.calibrated_on = None if sizes[1] == CALIBRATION else sizes[1]
         self.calibration = self.train_rows.batches(self.places[: sizes[1]], 64)
         self._fine_tune(work / f"minilm-{sizes[0]}-{seed}.pt")
         example = {name: value[:1] for name, value in self.calibration[-1].items()}
@@ -191,9 +193,9 @@ class Run:
 
 
 def rows_of(run: Run, share: float, score: str, ridge: float | None, epochs: Sequence[int], file: RowFile) -> None:
-    """All rows of one score and share that are missing; with a ridge only those of the refitted model."""
-    refits = REFITS if ridge is None else (True,)
-    if all((share, score, refit, ridge, n, run.seed) in file for refit in refits for n in epochs):
+    """All rows of one score and share that are missing; with a ridge or more rows only the refitted model's."""
+    refits = REFITS if ridge is None and run.calibrated_on is None else (True,)
+    if all((share, score, refit, ridge, run.calibrated_on, n, run.seed) in file for refit in refits for n in epochs):
         return
     start = time.process_time()
     pair = list(smaller(run.model, run.groups, share, score, run.calibration, run.seed, ridge))
@@ -201,6 +203,7 @@ def rows_of(run: Run, share: float, score: str, ridge: float | None, epochs: Seq
     for small in pair:
         for n in epochs if small.refit in refits else ():
             row = {"kept": share, "arm": score, "refit": small.refit, "ridge": ridge, "epochs": n, "seed": run.seed}
+            row |= {} if run.calibrated_on is None else {"calibration": run.calibrated_on}
             if file.key_of(row) not in file:
                 file.add(row | {"accuracy": run.after(small.model, n)} | small.facts | {"seconds": seconds}, hide=())
 
@@ -227,9 +230,12 @@ def table(rows: list[dict]) -> None:
         when = f"after {epochs} more epochs" if epochs else "without a training step"
         print(f"{when}: accuracy % (points behind the dense model of the same seed)\n")
         fixed = sorted({row["ridge"] for row in rows if row.get("ridge") is not None})
-        heads = ["as they are", "refitted", *(f"refitted, ridge {ridge:g}" for ridge in fixed), "seeds"]
+        more = sorted({row["calibration"] for row in rows if row.get("calibration") is not None})
+        heads = ["as they are", "refitted", *(f"refitted, ridge {ridge:g}" for ridge in fixed)]
+        heads += [*(f"refitted on {count:,} rows" for count in more), "seeds"]
         print(f"| FFN kept | units by | {' | '.join(heads)} |\n|---|---{'|---' * len(heads)}|")
-        kinds = [*((refit, None) for refit in REFITS), *((True, ridge) for ridge in fixed)]
+        kinds = [*((refit, None, None) for refit in REFITS), *((True, ridge, None) for ridge in fixed)]
+        kinds += [(True, None, count) for count in more]
         for share in KEPT:
             for score in SCORES:
                 found = [cells(rows, (share, score, *kind, epochs), dense) for kind in kinds]
@@ -248,7 +254,7 @@ def table(rows: list[dict]) -> None:
 
 def cells(rows: list[dict], key: tuple, dense: dict[int, float]) -> list[tuple[float, float]]:
     """Accuracy and points behind, by seed."""
-    names = ("kept", "arm", "refit", "ridge", "epochs")
+    names = ("kept", "arm", "refit", "ridge", "calibration", "epochs")
     mine = [row for row in rows if tuple(row.get(name) for name in names) == key]
     return [(row["accuracy"], dense[row["seed"]] - row["accuracy"]) for row in mine if row["seed"] in dense]
 
@@ -264,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/banking77"), help="where fine-tuned models are kept")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    file = RowFile(options.out, ("kept", "arm", "refit", "ridge", "epochs", "seed"))
+    file = RowFile(options.out, ("kept", "arm", "refit", "ridge", "calibration", "epochs", "seed"))
     if options.table:
         return table(file.rows)
     texts = read()
