@@ -54,10 +54,34 @@ def split_rows(batches: Any, model: nn.Module) -> Calibration:
         seen += rows
         fit += _some(batch, ~is_held)
         held_out += _some(batch, is_held)
+    fit, held_out = _joined(fit), _joined(held_out)
     if not held_out:
         logger.warning("%d calibration rows are too few to hold some out: refits are judged by the same rows", seen)
         held_out = fit
     return Calibration(fit, held_out, (sum(map(count_rows, fit)), sum(map(count_rows, held_out))))
+
+
+def _joined(parts: list[Any]) -> list[Any]:
+    """Parts of one shape put together, up to so many rows as the largest of them has times `HELD_OUT`."""
+    limit = HELD_OUT * max(map(count_rows, parts), default=0)
+    result: list[Any] = []
+    for part in parts:
+        if result and count_rows(result[-1]) + count_rows(part) <= limit and _fit_together(result[-1], part):
+            part = {name: torch.cat([result[-1][name], value]) for name, value in part.items()}
+            result.pop()
+        result.append(part)
+    return result
+
+
+def _fit_together(one: Any, other: Any) -> bool:
+    """Whether two batches are dicts of tensors with the same entries, all with the rows along their first axis."""
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping) or one.keys() != other.keys():
+        return False
+    pairs = [(one[name], other[name]) for name in one]
+    if not all(isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim and b.ndim for a, b in pairs):
+        return False
+    alike = all(a.shape[1:] == b.shape[1:] and a.dtype == b.dtype for a, b in pairs)
+    return alike and all(len(a) == count_rows(one) and len(b) == count_rows(other) for a, b in pairs)
 
 
 def _listed(batches: Any) -> list[Any]:
