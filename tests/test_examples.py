@@ -107,7 +107,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(config, monkeypatc
 def test_the_classifier_example_runs_as_it_is_launched_and_reports_once(launcher, config, tmp_path):
     given = f"--config {config} --max_steps 2 --output_dir out --widths free"
     out = run(*launcher, str(SCRIPT), *given.split(), cwd=tmp_path)
-    assert out.count("median unit") == 1 and out.count("slim model in") == 1
+    assert out.count("so the path starts dense") == 1 and out.count("slim model in") == 1
     import hf_effdl  # noqa: F401 - knows the free widths
 
     check(tmp_path / "out")
