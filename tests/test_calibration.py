@@ -414,3 +414,17 @@ def test_a_layer_that_no_row_reaches_is_cut_without_a_refit(caplog):
     small = slim(model, [group], {"up": [0, 1, 2]}, calibration=[rows])
     assert "are not refitted" in caplog.text
     assert torch.allclose(small(rows), slim(model, [group], {"up": [0, 1, 2]})(rows), atol=1e-6)
+
+
+def test_a_smaller_stock_model_loads_exports_and_is_quantised_as_any(tmp_path):
+    model, batch = bert(), texts()
+    groups = [group for group in find_groups(model, {**texts(1), "labels": None}) if group.units == 24]
+    slim(model, groups, 0.5, calibration=[batch]).save_pretrained(tmp_path)
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert loaded.config.intermediate_size == 12 and not hasattr(loaded.config, "quantization_config")
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    expected = loaded(**inputs).logits.detach()
+    exported = torch.export.export(loaded, (), inputs).module()
+    assert torch.allclose(exported(**inputs)["logits"], expected, atol=1e-5)
+    small = torch.ao.quantization.quantize_dynamic(copy.deepcopy(loaded), {nn.Linear}, dtype=torch.qint8)
+    assert torch.nn.functional.cosine_similarity(small(**inputs).logits, expected).min() > 0.9
