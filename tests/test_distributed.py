@@ -89,12 +89,8 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["ddp-uninterrupted", "sharded-uninterrupted", "ddp", "sharded", "full"])
 def test_training_on_two_processes_equals_one_also_when_resumed(runs, alone, name):
-    # weights, path, support and coupling in the log, evaluations of the projected model
-    found, expected = torch.load(runs / f"{name}.pt", weights_only=True), dict(alone)
-    # the slim model, refitted by least squares on rows that come in other batches
-    for part in ("slim", "slim logits"):
-        assert_close(found.pop(part), expected.pop(part), 1e-3)
-    assert_close(found, expected)
+    # weights, path, support and coupling in the log, evaluations of the projected model, the slim model
+    assert_close(torch.load(runs / f"{name}.pt", weights_only=True), alone)
 
 
 @pytest.mark.parametrize("name", ["ddp", "sharded"])

@@ -126,8 +126,8 @@ def vit_run(folder: str, **changes: object) -> tuple[SplitLBITrainer, int]:
     net = ViTForImageClassification(ViTConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     args = SplitLBIArguments(folder, **{**tiny_run.SHARED, "save_strategy": "no", "eval_strategy": "no", **changes})
     run = SplitLBITrainer(net, args, train_dataset=tiny_run.images(64, 1))
-    kinds = [group.name.rpartition(".")[2] for group in run.groups]
-    assert kinds == ["q_proj", "fc1", "q_proj", "fc1"]
+    parts = ("attention.q_proj", "mlp.fc1")
+    assert [group.name for group in run.groups] == [f"vit.layers.{i}.{part}" for i in range(2) for part in parts]
     calls = []
     net.vit.layers[0].mlp.fc1.register_forward_hook(lambda *_: calls.append(0))
     run.train()

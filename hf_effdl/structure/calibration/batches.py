@@ -122,6 +122,11 @@ def _some(batch: Any, chosen: Tensor) -> list[Any]:
     return [each_input(take, batch)]
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision is too little to sum up or to compare in; double precision stays."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def without_labels(batch: Any) -> Any:
     """What the model sees of a batch: a loss is none of its answers."""
     return {name: value for name, value in batch.items() if name != LABELS} if isinstance(batch, Mapping) else batch

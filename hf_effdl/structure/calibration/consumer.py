@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_effdl.structure.calibration.batches import at_least_float32
 from hf_effdl.structure.groups.group import Slice
 
 
@@ -32,8 +33,8 @@ class Consumer:
 
     @property
     def matrix(self) -> Tensor:
-        """The weight as `(outputs, inputs)`, in float32."""
-        weight = self.layer.weight.detach().float()
+        """The weight as `(outputs, inputs)`, in float32 or better."""
+        weight = at_least_float32(self.layer.weight.detach())
         return weight.T if self._is_transposed else weight.flatten(1)
 
     @property

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_effdl.processes import same_fate, summed
-from hf_effdl.structure.calibration.batches import mask_of
+from hf_effdl.structure.calibration.batches import at_least_float32, mask_of
 from hf_effdl.structure.calibration.consumer import Consumer
 from hf_effdl.structure.calibration.replay import Replay
 from hf_effdl.structure.calibration.taps import Heard, Joint, Taps
@@ -58,7 +58,7 @@ class Gram:
         Sizes below `quiet` count as that.
         """
         said = size > 0  # blank places, say
-        rows, wanted, size = rows[said].float(), wanted[said].float(), size[said]
+        rows, wanted, size = at_least_float32(rows[said]), at_least_float32(wanted[said]), size[said]
         if len(rows):
             weights = 1 / size.clamp_min(quiet)
             weighted = rows * weights[:, None]
@@ -130,7 +130,7 @@ def typical_sizes(whole: Replay, consumers: Sequence[Consumer], batches: Mapping
 
     def hook_for(consumer: Consumer) -> Any:
         def hook(layer: Any, args: tuple, said: Tensor) -> None:
-            sums[consumer.name] += log_sums(consumer.outputs(said.detach()).float().square().sum(1))
+            sums[consumer.name] += log_sums(at_least_float32(consumer.outputs(said.detach())).square().sum(1))
 
         return hook
 
@@ -169,11 +169,11 @@ def _add(
     """Add all calls of a consumer in one forward pass."""
     (original, expected), (consumer, heard) = whole, slim
     for call, (given, said) in enumerate(zip(heard.given, expected.said, strict=True)):
-        wanted = original.outputs(said).float()
+        wanted = at_least_float32(original.outputs(said))
         size = wanted.square().sum(1)
         if joint is not None and len(heard.stream) > call:
-            missing = expected.stream[call].float() - heard.stream[call].float()
-            wanted = consumer.outputs(heard.said[call]).float() + consumer.by_position(missing) / joint.scale
+            missing = at_least_float32(expected.stream[call]) - at_least_float32(heard.stream[call])
+            wanted = at_least_float32(consumer.outputs(heard.said[call])) + consumer.by_position(missing) / joint.scale
         if mask is not None and given.ndim == 3 and given.shape[:2] == mask.shape:
             there = mask.flatten().bool()
             gram.add(consumer.rows(given)[there], wanted[there], size[there], quiet)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_effdl.processes import same_fate, summed
-from hf_effdl.structure.calibration.batches import mask_of
+from hf_effdl.structure.calibration.batches import at_least_float32, mask_of
 from hf_effdl.structure.calibration.grams import QUIET, geometric_mean, log_sums
 from hf_effdl.structure.calibration.replay import Replay
 from hf_effdl.structure.groups.inputs import output_tensors
@@ -73,8 +73,8 @@ def _relative_error(before: Tensor, now: Tensor, quiet: float) -> Tensor:
 
 
 def _positions(output: Tensor, mask: Tensor | None) -> Tensor:
-    """An output as `(positions, numbers)` in float32: tokens where it has some, else rows."""
-    output = output.detach().float()
+    """An output as `(positions, numbers)` in float32 or better: tokens where it has some, else rows."""
+    output = at_least_float32(output.detach())
     if output.shape[-1] > WIDE and output.ndim <= 3:
         output = output[..., torch.linspace(0, output.shape[-1] - 1, WIDE).long().to(output.device)]
     if output.ndim == 1:

@@ -30,7 +30,7 @@ def refit(gram: Gram, kept: Tensor, ridge: float, intercept: bool = False) -> tu
         targets = targets - weights * torch.outer(said, mean)
     result = torch.zeros_like(targets)
     result[:, kept] = solve(products[kept][:, kept], targets[:, kept].T, ridge).T
-    return result.float(), (said - result @ mean).float() if intercept else None
+    return result, said - result @ mean if intercept else None
 
 
 def solve(products: Tensor, targets: Tensor, ridge: float) -> Tensor:

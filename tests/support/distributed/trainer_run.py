@@ -116,12 +116,11 @@ def outcome(run: SplitLBITrainer) -> dict[str, Any]:
         if "train_loss" not in entry
     ]
     with torch.no_grad():
-        logits, slim_logits = (model.eval()(rows)["logits"] for model in (net, small))
+        logits = {name: model.eval()(rows)["logits"] for name, model in (("dense", net), ("slim", small))}
     return {
         "weights": {name: tensor.clone() for name, tensor in net.state_dict().items()},
         "slim": {name: tensor.clone() for name, tensor in small.state_dict().items()},
         "logits": logits,
-        "slim logits": slim_logits,
         "path": run.path.units,
         "log": log,
         "masked": run.evaluate_masked(),
