@@ -13,12 +13,10 @@ Holding the keys of a whole budget would save a reading, but memory would grow w
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +26,8 @@ from hf_effdl.samples.drawing.checks import check_choice, check_rows, check_seed
 from hf_effdl.samples.drawing.draws import priority_chances, priority_keys
 from hf_effdl.samples.drawing.hashing import hash_ids, hashed_uniform
 from hf_effdl.samples.drawing.probabilities import ROOM
-from hf_effdl.samples.drawing.weights import WEIGHTS, check_bias, loss_weights, weight_column
+from hf_effdl.samples.drawing.shard_files import Shards
+from hf_effdl.samples.drawing.weights import WEIGHTS, check_bias, loss_weights
 
 
 # Readers of Parquet folders pass over names that begin with _ or a dot.
@@ -154,179 +153,6 @@ def _planned(sample: "_Sample", folder: "_Folder") -> dict[str, Any]:
     folder.keep(MANIFEST, plan)
     (folder.path / PROGRESS).unlink(missing_ok=True)
     return plan
-
-
-# ---- the input
-
-
-@dataclass(frozen=True)
-class Shards:
-    """Score tables in Parquet files, read batch by batch.
-
-    Attributes:
-        inputs: of each file `file`, `rows`, `size` and `mtime_ns`.
-        score, id_column, weighed_by: columns that are read; the last two may be None.
-        batch_rows, workers: see `plan_shards`.
-    """
-
-    inputs: list[dict[str, Any]]
-    score: str
-    id_column: str | None
-    weighed_by: str | None
-    batch_rows: int
-    workers: int | None
-
-    @classmethod
-    def open(
-        cls,
-        files: Sequence[str | os.PathLike] | str | os.PathLike,
-        score: str,
-        id_column: str | None,
-        weights: str,
-        batch_rows: int,
-        workers: int | None,
-    ) -> Self:
-        """The files, if they have the columns; see `plan_shards` for what is raised."""
-        files = [os.fspath(file) for file in ([files] if isinstance(files, (str, os.PathLike)) else files)]
-        if not files or len({os.path.realpath(file) for file in files}) < len(files):
-            raise ValueError(f"files={files}: pass one file or more, and each of them once")
-        inputs, schemas = zip(*map(_look_into, files), strict=True)
-        if id_column == "row_id" and not any("row_id" in schema.names for schema in schemas):
-            id_column = None
-        weighed_by = weight_column(weights, score, schemas[0].names)
-        columns = {"score": score, "id_column": id_column, "weights": weighed_by}
-        for argument, name in columns.items():
-            for file, schema in zip(files, schemas, strict=True) if name else ():
-                _check_column(file, schema, argument, name)
-        if id_column is not None:
-            _check_one_type(files, [schema.field(id_column).type for schema in schemas], id_column)
-        return cls(list(inputs), score, id_column, weighed_by, batch_rows, workers)
-
-    @property
-    def rows(self) -> int:
-        return sum(shard["rows"] for shard in self.inputs)
-
-    def changed(self) -> bool:
-        """Whether a file is another one than when it was opened."""
-        return any(shard != shard | _stamp(shard["file"]) for shard in self.inputs)
-
-    def id_type(self, k: int) -> Any:
-        """The Arrow type of the row ids."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        if self.id_column is None:
-            return pa.int64()
-        return pq.read_schema(self.inputs[k]["file"]).field(self.id_column).type
-
-    def batches(
-        self, k: int, weighing: bool = False
-    ) -> Iterator[tuple[Any, Tensor | list[str], Tensor, Tensor | None]]:
-        """Of every batch: row ids as an Arrow array and as the hash takes them, scores, what weights are made of."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        file, row = self.inputs[k]["file"], 0
-        first = sum(shard["rows"] for shard in self.inputs[:k])
-        extra = self.weighed_by if weighing else None
-        columns = list(dict.fromkeys(name for name in (self.score, self.id_column, extra) if name is not None))
-        with pq.ParquetFile(file, pre_buffer=False) as reader:
-            for batch in reader.iter_batches(self.batch_rows, columns=columns, use_threads=False):
-                scores = _numbers(batch, self.score, file, row)
-                if self.id_column is None:
-                    ids = pa.array(torch.arange(first + row, first + row + len(batch)).numpy())
-                else:
-                    ids = batch.column(self.id_column)
-                names = _names(ids, self.id_column, file, row)
-                yield ids, names, scores, None if extra is None else _numbers(batch, extra, file, row)
-                row += len(batch)
-
-    def each(self, reading: Callable[[int], Any]) -> list[Any]:
-        """A reading of all shards, in threads, as Arrow and torch release the interpreter's lock."""
-        threads = torch.get_num_threads()
-        workers = self.workers or min(len(self.inputs), threads)
-        # a shard is a thread's work; torch would divide each of its small steps once more and wait for the parts
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(workers) as pool:
-                futures = [pool.submit(reading, k) for k in range(len(self.inputs))]
-                try:
-                    return [future.result() for future in futures]
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
-        finally:
-            torch.set_num_threads(threads)
-
-
-def _look_into(file: str) -> tuple[dict[str, Any], Any]:
-    """What a plan remembers of a file, and its Arrow schema."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        stamp = _stamp(file)
-        with pq.ParquetFile(file) as reader:
-            return {"file": file, "rows": reader.metadata.num_rows} | stamp, reader.schema_arrow
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} is not a Parquet file: {error}") from error
-
-
-def _check_column(file: str, schema: Any, argument: str, name: str) -> None:
-    """Raise where a file lacks the column, or where it holds neither numbers nor, for ids, texts."""
-    from pyarrow import types
-
-    if name not in schema.names:
-        near = get_close_matches(name, schema.names, 3, 0.4)
-        raise ValueError(
-            f"{file} has no column {name!r}; its columns are {schema.names}"
-            + (f", near ones {near}" if near else "")
-            + f"; change {argument}="
-        )
-    kind = schema.field(name).type
-    fits, what = (types.is_integer, types.is_floating), "numbers"
-    if argument == "id_column":
-        fits, what = (types.is_integer, types.is_string, types.is_large_string), "integers or texts"
-    if not any(test(kind) for test in fits):
-        raise TypeError(f"{file}: column {name!r} is of type {kind}; cast it to {what}, or change {argument}=")
-
-
-def _check_one_type(files: list[str], types: list[Any], name: str) -> None:
-    """Raise where a column is of several types."""
-    for file, kind in zip(files, types, strict=True):
-        if kind != types[0]:
-            raise TypeError(f"{file}: column {name!r} is of type {kind}, in {files[0]} of {types[0]}; make them alike")
-
-
-def _stamp(file: str) -> dict[str, int]:
-    stat = os.stat(file)
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-def _numbers(batch: Any, name: str, file: str, row: int) -> Tensor:
-    """A column as a tensor of non-negative numbers."""
-    values = torch.tensor(batch.column(name).to_numpy(zero_copy_only=False))  # nothing becomes NaN
-    values = values if values.is_floating_point() else values.double()
-    low, high = values.aminmax()
-    if not (low >= 0 and high < math.inf):
-        bad = int((~(values.isfinite() & (values >= 0))).nonzero()[0])
-        raise ValueError(
-            f"{file}: column {name!r} is {values[bad].item()} at row {row + bad} (missing counts as "
-            "NaN); score such rows again so that they are finite and not negative, or leave them out"
-        )
-    return values
-
-
-def _names(ids: Any, name: str | None, file: str, row: int) -> Tensor | list[str]:
-    """Row ids as the hash takes them."""
-    import pyarrow as pa
-
-    if ids.null_count:
-        bad = ids.is_null().index(True).as_py()
-        raise ValueError(
-            f"{file}: column {name!r} is missing at row {row + bad}; give every row an id, or set id_column=None"
-        )
-    return torch.tensor(ids.to_numpy()) if pa.types.is_integer(ids.type) else ids.to_pylist()
 
 
 # ---- the sample
