@@ -336,7 +336,7 @@ def test_keep_rounds_up_to_what_the_config_can_say():
         ({"keep": 0.5, "order": "norm"}, "order='norm': it must be one of"),
         ({"macs": 0.5, "widths": "narrow"}, "widths='narrow': it must be 'stock' or 'free'"),
         ({"macs": 0.5, "round_to": 0}, "round_to=0 and least=2 must be at least 1"),
-        ({"macs": 0.5, "least": 0}, "round_to=1 and least=0 must be at least 1"),
+        ({"macs": 0.5, "least": 0}, "round_to=None and least=0 must be at least 1"),
     ],
 )
 def test_bad_budgets_are_refused_with_the_argument_to_change(given, message):

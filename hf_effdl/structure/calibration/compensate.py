@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from hf_effdl.checks import one_of, real_number
 from hf_effdl.processes import is_first, same_fate
 from hf_effdl.structure.calibration.batches import Calibration, answer, first_rows, split_rows
-from hf_effdl.structure.calibration.grams import Ensemble, Gram, typical_sizes
+from hf_effdl.structure.calibration.grams import Ensemble, Gram, Pair, answer_sizes, geometric_mean
 from hf_effdl.structure.calibration.joints import joints_of
 from hf_effdl.structure.calibration.judge import Judge
 from hf_effdl.structure.calibration.readers import Readers, Weights
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 SCORES = ("magnitude", "activation", "obs", "fisher")
 RIDGES = (0.001, 0.01, 0.1)  # in units of the mean diagonal
+GAIN = 1e-5  # of a relative error: less is lost in rounding
 SAFE_RIDGE = 0.1  # the least where there are fewer positions than inputs to fit on them
 
 
@@ -96,8 +97,9 @@ def compensate(
     """Choose units by what the model does on calibration rows, and refit the layers that read those that go.
 
     Group after group in the order in which the forward pass reaches the layers behind, each on the model as the groups
-    before have left it. A fifth of the rows is held out: a refit is taken, and its ridge chosen, only if the model's
-    own outputs there come nearer to what they were; and in the end all refits together must beat none at all.
+    before have left it. A fifth of the rows is held out: a refit is taken, and its ridge chosen, only if what the layers
+    behind say there comes nearer to what they should say; and in the end the model's own outputs on those rows must come
+    nearer to what they were with all refits than with none at all.
 
     Args:
         model: left as it is.
@@ -121,7 +123,7 @@ def compensate(
             grams = walk.grams(group)
             wish = wishes[group.name]
             if wish.is_open:
-                values = losses[group.name] if losses else walk.score(score, group, grams, wish.size)
+                values = losses[group.name] if losses else walk.score(score, group, grams[0], wish.size)
                 kept[group.name] = wish.kept(check_finite(values, group.name))
             else:
                 kept[group.name] = wish.chosen
@@ -138,7 +140,7 @@ class _Walk:
     """A copy of the model on its way from group to group.
 
     Args:
-        ensemble: the model and its copy, on the rows to fit on.
+        ensemble: the model and its copy, on all rows.
         readers: of every group, layers of the copy.
         joints: of every reader.
         groups: in the order in which a forward pass reaches the first layer behind them.
@@ -159,17 +161,20 @@ class _Walk:
     def of(cls, model: nn.Module, slim: nn.Module, groups: Sequence[Group], rows: Calibration) -> "_Walk":
         readers = {group.name: Readers.of(slim, group) for group in groups}
         layers = [consumer.name for behind in readers.values() for consumer in behind.consumers]
-        fit = dict(enumerate(rows.fit))
         held_out = {-1 - number: batch for number, batch in enumerate(rows.held_out)}
         with same_fate():
             example = first_rows(rows)
             whole, copy = replay_of(model, layers, example), replay_of(slim, layers, example)
             joints = joints_of(slim, {name: behind.consumers for name, behind in readers.items()}, example)
             order = _order(slim, readers, example)
-        originals = [c.in_model(model) for behind in readers.values() for c in behind.consumers]
-        sizes = typical_sizes(whole, originals, fit)
+        whole.is_settled = True
+        with answer_sizes([c.in_model(model) for behind in readers.values() for c in behind.consumers]) as sums:
+            judge = Judge(whole, held_out)
+        device = next(model.parameters()).device
+        sizes = {name: geometric_mean(total, device) for name, total in sums.items()}
         ordered = sorted(groups, key=lambda group: order.get(group.name, len(order)))
-        return cls(Ensemble(whole, copy, fit, sizes), readers, joints, ordered, rows, Judge(whole, held_out))
+        batches = dict(enumerate(rows.fit)) | held_out
+        return cls(Ensemble(whole, copy, batches, sizes), readers, joints, ordered, rows, judge)
 
     def losses(self) -> dict[str, Tensor]:
         """Scores by the loss, of all groups, on the model as it was."""
@@ -178,16 +183,14 @@ class _Walk:
 
     def advance(self, group: Group) -> None:
         """Pass over what comes before a group's readers in both models from now on."""
-        fit, held_out = self.ensemble.batches, self.judge.batches
-        slim = self.ensemble.slim
-        layers = [consumer.layer for consumer in self.readers[group.name].consumers]
-        start = slim.block_of(layers)
+        batches, slim = self.ensemble.batches, self.ensemble.slim
+        start = slim.block_of([consumer.layer for consumer in self.readers[group.name].consumers])
         with same_fate():
-            slim.advance(start, {**fit, **held_out})
-            self.ensemble.whole.advance(start, fit)
+            slim.advance(start, batches)
+            self.ensemble.whole.advance(start, batches)
 
-    def grams(self, group: Group) -> list[Gram]:
-        """What the readers of a group are given by now, and should say."""
+    def grams(self, group: Group) -> Pair:
+        """What the readers of a group are given by now, and should say; on rows to fit on and on those held out."""
         return self.ensemble.grams(self.readers[group.name].consumers, self.joints[group.name])
 
     def score(self, score: str, group: Group, grams: Sequence[Gram], size: int) -> Tensor:
@@ -197,22 +200,22 @@ class _Walk:
         consumers = self.readers[group.name].consumers
         return activation(consumers, grams) if score == "activation" else obs(consumers, grams, size)
 
-    def settle(self, group: Group, grams: Sequence[Gram], kept: Tensor) -> dict[str, Any]:
-        """Take the units that go from the layers behind, in the way that moves the outputs least."""
-        behind = self.readers[group.name]
-        tries: list[tuple[float, float | None, Weights]] = []
+    def settle(self, group: Group, grams: Pair, kept: Tensor) -> dict[str, Any]:
+        """Take the units that go from the layers behind, in the way that moves least what those say."""
+        behind, (fit, held_out) = self.readers[group.name], grams
+        cut = behind.without(kept)
+        without = behind.error(held_out, cut)
+        tries: list[tuple[float, float | None, Weights]] = [(without - GAIN, None, cut)]
 
-        def error(ridge: float | None) -> float:
-            weights = behind.without(kept) if ridge is None else behind.refitted(grams, kept, ridge, self.intercept)
-            behind.write(weights)
-            tries.append((self.judge.error(self.ensemble.slim), ridge, weights))
+        def error(ridge: float) -> float:
+            weights = behind.refitted(fit, kept, ridge, self.intercept)
+            tries.append((behind.error(held_out, weights), ridge, weights))
             return tries[-1][0]
 
-        without = error(None)
-        _descend(self._ridges(group, grams, kept), error)
+        _descend(self._ridges(group, fit, kept), error)
         least, ridge, best = min(tries, key=lambda entry: entry[0])
         behind.write(best)
-        return {"ridge": ridge, "error": least, "error_without": without}
+        return {"ridge": ridge, "error": without if ridge is None else least, "error_without": without}
 
     def _ridges(self, group: Group, grams: Sequence[Gram], kept: Tensor) -> list[float]:
         columns = self.readers[group.name].kept_columns(kept)
@@ -239,8 +242,8 @@ class _Walk:
             name: [(consumer.matrix.clone(), consumer.bias) for consumer in behind.consumers]
             for name, behind in self.readers.items()
         }
-        self.ensemble.slim.rewind()
         error = self.judge.error(self.ensemble.slim)
+        self.ensemble.slim.rewind()
         for name, behind in self.readers.items():
             behind.write(behind.without(kept[name]))
         without = self.judge.error(self.ensemble.slim)

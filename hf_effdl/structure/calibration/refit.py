@@ -6,7 +6,7 @@ from torch import Tensor
 from hf_effdl.structure.calibration.grams import Gram
 
 
-def refit(gram: Gram, kept: Tensor, ridge: float, intercept: bool = False) -> tuple[Tensor, Tensor | None]:
+def refit(gram: Gram, kept: Tensor, ridge: float, intercept: bool = False, toward=None) -> tuple[Tensor, Tensor | None]:
     """The matrix that says with some inputs, as nearly as it can, what a layer should say.
 
     `W_S = C[:, S] (G[S, S] + r I)^-1` minimises `sum w |t - W_S a_S|^2 + r |W_S|^2` over the positions of the Gram,
@@ -29,7 +29,18 @@ def refit(gram: Gram, kept: Tensor, ridge: float, intercept: bool = False) -> tu
         products = products - weights * torch.outer(mean, mean)
         targets = targets - weights * torch.outer(said, mean)
     result = torch.zeros_like(targets)
-    result[:, kept] = solve(products[kept][:, kept], targets[:, kept].T, ridge).T
+    square, wide = products[kept][:, kept], targets[:, kept]
+    import os
+    if os.environ.get("DIAG"):
+        size = square.diagonal().clamp_min(1e-6 * square.diagonal().mean()).sqrt()
+    else:
+        size = torch.ones(len(square), dtype=square.dtype)
+    square, wide = square / size / size[:, None], wide / size
+    old = 0
+    if os.environ.get("TOWARD") and toward is not None:
+        old = toward.to(square)[:, kept] * size
+        wide = wide - old @ square
+    result[:, kept] = (solve(square, wide.T, ridge).T + old) / size
     return result, said - result @ mean if intercept else None
 
 
