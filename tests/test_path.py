@@ -463,6 +463,21 @@ def test_a_tie_among_any_groups_moves_them_together():
         assert (sizes["0"], sizes["3"]) in ((6, 16), (3, 8))
 
 
+def test_where_a_config_says_many_units_they_go_in_blocks_and_groups_that_it_does_not_say_stay_whole(
+    monkeypatch, caplog
+):
+    path = random_path("lenet", 0)
+    path.ties = [Tie(16, {"3": 1}, {"channels": 1})]
+    for wide, block in ((17, 1), (16, 4)):
+        monkeypatch.setattr("hf_effdl.structure.groups.ties.WIDE", wide)
+        monkeypatch.setattr("hf_effdl.structure.groups.ties.BLOCK", 4)
+        sizes = [sizes_of(path.select(macs=share)) for share in (0.95, 0.9, 0.85)]
+        assert all(set(size) == {"3"} for size in sizes) and "0, 7" in caplog.text
+        assert all(size["3"] % block == 0 for size in sizes)
+        assert any(size["3"] % 4 for size in sizes) == (block == 1)
+    assert set(sizes_of(path.select(macs=0.9, widths="free"))) == {"0", "3", "7"}
+
+
 @pytest.mark.parametrize("round_to, possible", [(1, {4, 8, 12, 16}), (4, {4, 8, 12, 16}), (6, {12, 16}), (8, {8, 16})])
 def test_rounding_counts_units_not_steps_of_a_tie(round_to, possible):
     path = random_path("lenet", 0)

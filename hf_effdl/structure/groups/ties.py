@@ -14,7 +14,7 @@ from hf_effdl.structure.groups.group import Group
 
 
 MOST = 5  # numbers that hang together, of which all choices are tried
-WIDE, BLOCK, BY_SIZE = 512, 16, 0  # `round_to=BY_SIZE`: multiples of a block where a config says many, else of one
+WIDE, BLOCK, BY_SIZE = 1024, 16, 0  # `round_to=BY_SIZE`: multiples of a block where a config says many, else of one
 HEAD_SIZE = "head_dim"  # the entry under which the configs of transformers keep the size of a head
 
 
