@@ -18,10 +18,10 @@
         --output_dir runs/smol --num_train_epochs 1 --macs 0.8
 
 The data set is a text file with a row per line, a folder from `save_to_disk`, or an id on the Hub; its rows are put
-together and cut into sequences of `--max_length` tokens. The path starts dense, from the pretrained weights, with AdamW
-as its base. The layers behind what goes are refitted on training rows (`trainer.slim`), and the smaller model is
-fine-tuned with the larger one as its teacher. The loss per token on the other rows is printed of all three. All fields of
-`SplitLBIArguments` (a `TrainingArguments`) are arguments too. Without training at all: `slim_pretrained.py`.
+together and cut into sequences of `--max_length` tokens. The path starts dense, from the pretrained weights, with
+AdamW as its base. The layers behind what goes are refitted on training rows (`trainer.slim`), and the smaller model is
+fine-tuned with the larger one as its teacher. The loss per token on the other rows is printed of all three. All fields
+of `SplitLBIArguments` (a `TrainingArguments`) are arguments too. Without training at all: `slim_pretrained.py`.
 """
 
 import sys

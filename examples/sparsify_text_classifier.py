@@ -21,8 +21,8 @@
 
 The path starts dense, from the pretrained weights, with AdamW as its base. The layers behind what goes are refitted on
 training rows (`trainer.slim`), and the smaller model is fine-tuned with the larger one as its teacher. Accuracy is
-printed of all three. All fields of `SplitLBIArguments` (a `TrainingArguments`) are arguments too. Several processes on a
-machine without a GPU need `--use_cpu`.
+printed of all three. All fields of `SplitLBIArguments` (a `TrainingArguments`) are arguments too. Several processes on
+a machine without a GPU need `--use_cpu`.
 """
 
 import sys

@@ -33,7 +33,7 @@ class SmallerArguments(ConfigArguments):
 
 
 def finetune(small: nn.Module, trainer: SplitLBITrainer, script: SmallerArguments) -> nn.Module:
-    """The smaller model after some epochs of AdamW, with the larger one as its teacher, in the same setting otherwise."""
+    """The smaller model after some epochs of AdamW, with the larger one as its teacher, in the same setting else."""
     alike = (
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
@@ -66,7 +66,7 @@ def finetune(small: nn.Module, trainer: SplitLBITrainer, script: SmallerArgument
 
 
 def run(trainer: SplitLBITrainer, script: SmallerArguments, metric: str, **card: str) -> dict[str, dict[str, float]]:
-    """Train along the path, take the smaller model, fine-tune it, save or push both; the metric of each of the three."""
+    """Train along the path, take the smaller model, fine-tune it, save or push both; what is measured of each."""
     args = trainer.args
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     results = {"dense, split LBI": trainer.evaluate_model(trainer.plain_model())}

@@ -167,7 +167,7 @@ def test_the_examples_on_texts_train_slim_and_teach_a_stock_model(script, metric
 
 def test_too_little_text_for_two_sequences_is_refused(texts, tmp_path):
     (tmp_path / "texts.txt").write_text("cat dog\n")
-    line = f"--model_name_or_path {texts.parent / 'model'} --dataset_name {tmp_path / 'texts.txt'} --output_dir {tmp_path}"
+    line = f"--model_name_or_path {texts.parent / 'model'} --dataset_name {tmp_path / 'texts.txt'} --output_dir out"
     with pytest.raises(ValueError, match="holds 0 sequences of 128 tokens.*--max_length"):
         sparsify_causal_lm.main([*line.split(), "--use_cpu"])
 

@@ -117,7 +117,9 @@ def run(options, seed: int, file: RowFile) -> None:
     model = AutoModel.from_pretrained(options.encoder).eval()
     photos = read(options.encoder, options.rows, options.test, seed)
     start = time.process_time()
-    groups = sized(find_groups(model, {"pixel_values": photos.test[0][:1]}), _neurons(model))
+    found = find_groups(model, {"pixel_values": photos.test[0][:1]})
+    groups = sized(found, _neurons(model))
+    others = [group for group in found if group not in groups]
     looking = time.process_time() - start
     whole = features(model, photos.test)
     key = {"kept": 1.0, "arm": "dense", "refit": None, "rows": options.rows, "seed": seed}
@@ -125,7 +127,7 @@ def run(options, seed: int, file: RowFile) -> None:
         file.add(key | measures(whole, whole, photos.breeds) | {"seconds": looking} | machine(), hide=("platform",))
     for share, score in missing:
         start = time.process_time()
-        pair = list(smaller(model, groups, share, score, photos.calibration, seed))
+        pair = list(smaller(model, groups, share, score, photos.calibration, seed, others=others))
         seconds = round(looking + time.process_time() - start, 1)  # finding the groups belongs to it
         for small in pair:
             row = {"kept": share, "arm": score, "refit": small.refit, "rows": options.rows, "seed": seed}

@@ -14,19 +14,19 @@
 
 SmolLM2-135M-Instruct, a Llama of 30 layers with 1536 FFN neurons and 3 key/value heads each. Every layer keeps the
 same number of neurons, or of key/value heads with the query heads that read them. Units stay by chance, norm,
-activation, Fisher's score or OBS; the same units stand once with the next layers as they are and once with them refitted
-by least squares (`slim(..., calibration=)`). The text is WikiText-2's validation file: perplexity is measured on the
-first `--tokens` tokens of its second half, in windows of 512. 256 sequences of 128 tokens calibrate; they come from
-another text, as told by `--calibration`: `instructions` (questions and answers of GSM8K and three kinds of
-instructions, another domain than the test's) or `wikitext` (the first half of the file).
+activation, Fisher's score or OBS; the same units stand once with the next layers as they are and once with them
+refitted by least squares (`slim(..., calibration=)`). The text is WikiText-2's validation file: perplexity is measured
+on the first `--tokens` tokens of its second half, in windows of 512. 256 sequences of `--length` tokens calibrate;
+they come from another text, as told by `--calibration`: `instructions` (questions and answers of GSM8K and three kinds
+of instructions, another domain than the test's) or `wikitext` (the first half of the file).
 
     python examples/benchmarks/pretrained_smollm2.py --model HuggingFaceTB/SmolLM2-135M-Instruct
     python examples/benchmarks/pretrained_smollm2.py --cuts heads:0.667 --arms random obs --seeds 0
     python examples/benchmarks/pretrained_smollm2.py --table
 
-Texts are looked for in `wikitext2`, `gsm8k` and `instructions` under HF_EFFDL_DATA; `--model` (or HF_EFFDL_SMOLLM2) is a
-model id or a folder. Rows go to `--out` as one JSON line per (cut, arm, refit, calibration, seed); rows that are there
-are skipped.
+Texts are looked for in `wikitext2`, `gsm8k` and `instructions` under HF_EFFDL_DATA; `--model` or HF_EFFDL_SMOLLM2 is
+a model id or a folder. Rows go to `--out` as one JSON line per (cut, arm, refit, calibration, length, seed); rows that
+are there are skipped.
 """
 
 import json
@@ -50,8 +50,8 @@ from hf_effdl.structure.slim.latency import measure_latency
 DATA = Path(os.environ.get("HF_EFFDL_DATA", Path(__file__).parents[3] / "shared" / "data"))
 MODEL = os.environ.get("HF_EFFDL_SMOLLM2", "HuggingFaceTB/SmolLM2-135M-Instruct")
 CUTS = ("ffn:0.75", "ffn:0.5", "heads:0.667")
-SEQUENCES, LENGTH, BATCH, WINDOW = 256, 128, 16, 512
-KEYS = ("cut", "arm", "refit", "calibration", "seed")
+SEQUENCES, LENGTH, BATCH, WINDOW = 256, 128, 32, 512
+KEYS = ("cut", "arm", "refit", "calibration", "length", "seed")
 
 
 # ---- texts
@@ -83,11 +83,11 @@ def instructions() -> str:
     return "\n\n".join(rows[i] for i in order[:4000])
 
 
-def calibration(tokenizer: Any, source: str, seed: int) -> list[dict[str, Tensor]]:
+def calibration(tokenizer: Any, source: str, length: int, seed: int) -> list[dict[str, Tensor]]:
     """Sequences that start anywhere in the text, as batches; the model's own tokens are the labels."""
     text = tokens_of(tokenizer, wikitext()[0] if source == "wikitext" else instructions())
-    starts = torch.randperm(len(text) // LENGTH, generator=torch.Generator().manual_seed(seed))[:SEQUENCES] * LENGTH
-    rows = text[starts[:, None] + torch.arange(LENGTH)]
+    starts = torch.randperm(len(text) // length, generator=torch.Generator().manual_seed(seed))[:SEQUENCES] * length
+    rows = text[starts[:, None] + torch.arange(length)]
     return [{"input_ids": part, "labels": part} for part in rows.split(BATCH)]
 
 
@@ -151,7 +151,7 @@ def run(options: Any, file: RowFile) -> None:
     text = tokens_of(tokenizer, wikitext()[1])[: options.tokens]
     windows = text[: len(text) // WINDOW * WINDOW].view(-1, WINDOW)
     dense = losses(model, windows)
-    if (None, "dense", None, None, None) not in file:
+    if (None, "dense", None, None, None, None) not in file:
         said = {"arm": "dense", "perplexity": math.exp(dense.mean()), "tokens": windows.numel()}
         file.add(said | machine(), hide=("platform",))
     start = time.process_time()
@@ -159,17 +159,18 @@ def run(options: Any, file: RowFile) -> None:
     looking = time.process_time() - start
     for cut in options.cuts:
         some, share = members(groups, model, cut)
-        row = {"cut": cut, "arm": "speed", "refit": None, "calibration": None, "seed": None}
+        row = {"cut": cut, "arm": "speed", "refit": None}
         if file.key_of(row) not in file:
             file.add(row | speed(model, slim(model, some, share), windows[:1, :LENGTH]), hide=())
     for seed in options.seeds:
         for cut, arm in ((cut, arm) for arm in options.arms for cut in options.cuts):
-            key = {"cut": cut, "arm": arm, "calibration": options.calibration, "seed": seed}
+            key = {"cut": cut, "arm": arm, "calibration": options.calibration, "length": options.length, "seed": seed}
             if any(file.key_of(key | {"refit": refit}) not in file for refit in REFITS):
                 some, share = members(groups, model, cut)
-                batches = calibration(tokenizer, options.calibration, seed)
+                batches = calibration(tokenizer, options.calibration, options.length, seed)
+                others = [group for group in groups if group not in some]
                 start = time.process_time()
-                pair = list(smaller(model, some, share, arm, batches, seed))
+                pair = list(smaller(model, some, share, arm, batches, seed, others=others))
                 seconds = round(looking + time.process_time() - start, 1)
                 for small in pair:
                     found = compared(small.model, windows, dense) | small.facts | {"seconds": seconds}
@@ -184,11 +185,12 @@ def table(rows: list[dict]) -> None:
     for row in rows:
         if row["arm"] == "dense":
             print(f"whole model: perplexity {row['perplexity']:.2f} on {row['tokens']:,} tokens\n")
-    print("| kept | units by | calibrated on | as they are | refitted | ratio to the whole | seconds | seeds |")
+    print("| kept | units by | 256 sequences of | as they are | refitted | ratio to the whole | seconds | seeds |")
     print("|---" * 8 + "|")
-    keys = [(row["cut"], row["arm"], row["calibration"]) for row in rows if row.get("calibration")]
+    fitted_rows = [row for row in rows if "length" in row]
+    keys = [(row["cut"], row["arm"], f"{row['calibration']}, {row['length']} tokens") for row in fitted_rows]
     for cut, arm, source in sorted(dict.fromkeys(keys), key=lambda key: (order(key[0]), SCORES.index(key[1]), key[2])):
-        mine = [row for row in rows if (row.get("cut"), row["arm"], row["calibration"]) == (cut, arm, source)]
+        mine = [row for row, key in zip(fitted_rows, keys, strict=True) if key == (cut, arm, source)]
         plain, fitted = ([row for row in mine if row["refit"] is refit] for refit in REFITS)
         texts = [cell([row["perplexity"] for row in some]) for some in (plain, fitted)]
         texts += [cell([row["ratio"] for row in fitted], 3), cell([row["seconds"] for row in fitted], 0)]
@@ -212,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cuts", nargs="+", default=CUTS, help="ffn:SHARE or heads:SHARE")
     parser.add_argument("--arms", nargs="+", choices=SCORES, default=SCORES)
     parser.add_argument("--calibration", choices=("instructions", "wikitext"), default="instructions")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a sequence that calibrates")
     parser.add_argument("--tokens", type=int, default=16384, help="how many perplexity is measured on")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

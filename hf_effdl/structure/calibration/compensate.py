@@ -1,6 +1,7 @@
 """Going through the groups, layer after layer: who goes, and how the layers behind do without."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ from hf_effdl.structure.groups.inputs import evaluating
 logger = logging.getLogger(__name__)
 
 SCORES = ("magnitude", "activation", "obs", "fisher")
-RIDGES = (0.001, 0.01, 0.1)  # in units of the mean diagonal
+RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)  # in units of the mean diagonal
+SLOW = 60.0  # seconds that a calibration may take without a word
 GAIN = 1e-5  # of a relative error: less is lost in rounding
 SAFE_RIDGE = 0.1  # the least where there are fewer positions than inputs to fit on them
 
@@ -48,6 +50,11 @@ class Wish:
     def is_open(self) -> bool:
         """Whether a score has a say."""
         return self.chosen is None or len(self.chosen) < self.size
+
+    @classmethod
+    def all_of(cls, group: Group) -> "Wish":
+        """Every unit of a group."""
+        return cls(group.units, torch.arange(group.units))
 
     def kept(self, score: Tensor) -> Tensor:
         """Ascending indices of the units that stay: the chosen ones, then those of the highest score."""
@@ -97,14 +104,15 @@ def compensate(
     """Choose units by what the model does on calibration rows, and refit the layers that read those that go.
 
     Group after group in the order in which the forward pass reaches the layers behind, each on the model as the groups
-    before have left it. A fifth of the rows is held out: a refit is taken, and its ridge chosen, only if what the layers
-    behind say there comes nearer to what they should say; and in the end the model's own outputs on those rows must come
-    nearer to what they were with all refits than with none at all.
+    before have left it. A fifth of the rows is held out: a refit is taken, and its ridge chosen, only if what the
+    layers behind say there comes nearer to what they should say; and in the end the model's own outputs on those rows
+    must come nearer to what they were with all refits than with none at all.
 
     Args:
         model: left as it is.
         groups: of the model.
-        wishes: what stays, by group; other groups stay whole.
+        wishes: what stays, by group; other groups stay whole, and the layers behind them make up for what
+            is lost before.
         batches: an iterable of inputs, see `split_rows`; on several processes each has its own share.
         score: which units stay where a wish leaves that open: one of `SCORES`.
         ridge: in units of the mean diagonal of the Gram; default: the best of `RIDGES`.
@@ -112,27 +120,26 @@ def compensate(
     """
     check_settings(score, ridge, intercept)
     slim = deepcopy(model).eval()
+    asked, wishes = wishes, {group.name: wishes.get(group.name) or Wish.all_of(group) for group in groups}
     with evaluating(model):
-        walk = _Walk.of(model, slim, [group for group in groups if group.name in wishes], split_rows(batches, model))
+        walk = _Walk.of(model, slim, groups, split_rows(batches, model))
         walk.ridge, walk.intercept = ridge, intercept
         losses = walk.losses() if score == "fisher" and any(wish.is_open for wish in wishes.values()) else {}
-        kept: dict[str, Tensor] = {}
+        kept = {group.name: torch.arange(group.units) for group in groups}
         steps: dict[str, Any] = {}
         for group in transformers_logging.tqdm(walk.groups, desc="refitting", unit=" groups", disable=not is_first()):
-            walk.advance(group)
-            grams = walk.grams(group)
             wish = wishes[group.name]
-            if wish.is_open:
-                values = losses[group.name] if losses else walk.score(score, group, grams[0], wish.size)
-                kept[group.name] = wish.kept(check_finite(values, group.name))
-            else:
-                kept[group.name] = wish.chosen
-            steps[group.name] = walk.settle(group, grams, kept[group.name])
+            if steps or wish.size < group.units:  # else nothing is lost yet
+                walk.advance(group)
+                grams = walk.grams(group)
+                if wish.size < group.units:
+                    kept[group.name] = walk.chosen(wish, group, grams[0], score, losses)
+                steps[group.name] = walk.settle(group, grams, kept[group.name])
         report = {"rows": walk.rows.rows[0], "held_out": walk.rows.rows[1], "score": score}
         report |= walk.against_none(kept)
     for copied, module in zip(slim.modules(), model.modules(), strict=True):
         copied.training = module.training
-    return Compensated(slim, kept, report | {"groups": steps})
+    return Compensated(slim, {name: kept[name] for name in asked}, report | {"groups": steps})
 
 
 @dataclass
@@ -168,8 +175,10 @@ class _Walk:
             joints = joints_of(slim, {name: behind.consumers for name, behind in readers.items()}, example)
             order = _order(slim, readers, example)
         whole.is_settled = True
+        start = time.perf_counter()
         with answer_sizes([c.in_model(model) for behind in readers.values() for c in behind.consumers]) as sums:
             judge = Judge(whole, held_out)
+        _say_cost(time.perf_counter() - start, rows.rows)
         device = next(model.parameters()).device
         sizes = {name: geometric_mean(total, device) for name, total in sums.items()}
         ordered = sorted(groups, key=lambda group: order.get(group.name, len(order)))
@@ -193,7 +202,16 @@ class _Walk:
         """What the readers of a group are given by now, and should say; on rows to fit on and on those held out."""
         return self.ensemble.grams(self.readers[group.name].consumers, self.joints[group.name])
 
-    def score(self, score: str, group: Group, grams: Sequence[Gram], size: int) -> Tensor:
+    def chosen(
+        self, wish: Wish, group: Group, grams: Sequence[Gram], score: str, losses: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Ascending indices of the units of a group that stay."""
+        if not wish.is_open:
+            return wish.chosen
+        values = losses[group.name] if losses else self._score(score, group, grams, wish.size)
+        return wish.kept(check_finite(values, group.name))
+
+    def _score(self, score: str, group: Group, grams: Sequence[Gram], size: int) -> Tensor:
         """What the units of a group are worth by now."""
         if score == "magnitude":
             return group.norm(self.ensemble.slim.model)
@@ -251,6 +269,19 @@ class _Walk:
             for name, behind in self.readers.items():
                 behind.write(fitted[name])
         return {"error": min(error, without), "error_without": without, "refitted": error < without}
+
+
+def _say_cost(seconds: float, rows: tuple[int, int]) -> None:
+    """Say how long it will take, where that is long, from how long one pass over the rows held out took."""
+    fit, held_out = rows
+    # over all rows once through the whole model, twice through its copy; over those held out twice more
+    seconds *= 3 * (fit + held_out) / held_out + 2
+    if seconds > SLOW and is_first():
+        logger.warning(
+            "calibration on %d rows will take about %.0f minutes; fewer rows, or shorter ones, take less",
+            fit + held_out,
+            max(1, seconds / 60),
+        )
 
 
 def _order(model: nn.Module, readers: Mapping[str, Readers], batch: Any) -> dict[str, int]:

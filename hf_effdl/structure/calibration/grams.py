@@ -1,6 +1,6 @@
 """Grams: what the consumers of a group are given and should say, summed up over calibration rows."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,7 +53,9 @@ class Gram:
         # the first has no float64
         kind = {"dtype": torch.float32 if weight.device.type == "mps" else torch.float64, "device": weight.device}
         inputs, outputs = consumer.inputs, weight.numel() // consumer.inputs
-        return cls(*(torch.zeros(size, **kind) for size in ((inputs, inputs), (outputs, inputs), inputs, outputs, (), ())))
+        return cls(
+            *(torch.zeros(size, **kind) for size in ((inputs, inputs), (outputs, inputs), inputs, outputs, (), ()))
+        )
 
     def add(self, rows: Tensor, wanted: Tensor, size: Tensor, quiet: float = 0.0) -> None:
         """Add positions: inputs, what should be said to them, and the squared size of what the whole model says.

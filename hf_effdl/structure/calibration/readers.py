@@ -55,8 +55,8 @@ class Readers:
         result = self.without(kept)
         for place, (gram, columns) in enumerate(zip(grams, self.kept_columns(kept), strict=True)):
             if gram.positions:
-                bias = self.original[place][1]
-                fitted, shift = refit(gram, columns, ridge, intercept and bias is not None, self.original[place][0])
+                matrix, bias = self.original[place]
+                fitted, shift = refit(gram, columns, ridge, intercept and bias is not None, matrix)
                 result[place] = fitted, bias if shift is None else bias + shift.to(bias)
         return result
 

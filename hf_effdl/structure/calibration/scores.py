@@ -14,7 +14,7 @@ from hf_effdl.structure.calibration.grams import Gram
 from hf_effdl.structure.calibration.refit import inverse
 
 
-ROUNDS = 64  # in which units leave; between them what is left takes over
+ROUNDS = 32  # in which units leave; between them what is left takes over
 OBS_RIDGE = 0.01
 
 
@@ -95,7 +95,8 @@ class _Surgeon:
         left = torch.cat([staying, others])
         share = torch.linalg.solve(self.inverse[going][:, going], self.inverse[going][:, left])
         self.matrix = self.matrix[:, left] - self.matrix[:, going] @ share
-        self.inverse = self.inverse[left][:, left] - self.inverse[left][:, going] @ share
+        rows = self.inverse[left]
+        self.inverse = rows[:, left] - rows[:, going] @ share
         self.units = len(staying) // self.width
 
     def _columns(self, units: Tensor) -> Tensor:

@@ -170,8 +170,8 @@ class SparsePath:
             widths: `"stock"` moves groups together that one config number sizes (`ties`), and leaves others whole, so
                 that the result is a stock config; without ties, and with `"free"`, every group is sized alone.
             round_to: sizes are multiples of this (a group smaller than it stays whole). They round down, so that the
-                budget is never exceeded; with `keep` they round up. Default: 16 where a config number says at least 1024
-                units, as those of a transformer's FFNs, else 1; with `latency`, which falls in steps
+                budget is never exceeded; with `keep` they round up. Default: 16 where a config number says at least
+                1024 units, as those of a transformer's FFNs, else 1; with `latency`, which falls in steps
                 of 8 or 16 channels, multiples of 16 (in small groups of 8, 4, 2 or 1), and others only where those
                 leave more than 3 % of the budget unused.
             least: units that every group keeps at least, as long as the budget can be held that way; else 1.
@@ -220,7 +220,7 @@ class SparsePath:
         whole = [name for tie in ties if tie not in tied for name in tie.shares]
         if whole:
             logger.warning(
-                "no config number says how many units %s have: they stay whole; widths='free' takes units out there too",
+                "no config number says how many units %s have: they stay whole; widths='free' takes units out there",
                 ", ".join(whole),
             )
         return tied

@@ -37,10 +37,12 @@ def slim(
     the sizes go to `config.quantization_config` and `from_pretrained` needs `import hf_effdl`.
 
     With `calibration` the layers that read the removed units are refitted, so that they do without: by least squares
-    on their inputs, `W_S = W G[:, S] (G[S, S] + r I)^-1` with `G` the Gram of the inputs and `S` those that stay, each
-    position weighted by one over the squared size of what the layer says there. Group after group, on the model as it
-    is by then. A fifth of the rows is held out: refits are taken, and their ridge is chosen, by how near the model's
-    outputs there come to those of the whole model. No labels and no training; the report says what was taken.
+    on their inputs, `W G[:, S] G[S, S]^-1` with `G` the Gram of the inputs and `S` those that stay, with a ridge
+    towards the weights as they were, each position weighted by one over the squared size of what the layer says there.
+    Group after group, on the model as it is by then; behind groups that stay whole, what was lost before is made up
+    for. A fifth of the rows is held out: refits are taken, and their ridge is chosen, by how near what the layer says
+    there comes to what it should say, and all together by the model's outputs. No labels and no training; the report
+    says what was taken.
 
     Args:
         model: left as it is.
@@ -56,7 +58,7 @@ def slim(
             default without calibration. With it also `"activation"`: by how much of what the next layers say comes
             through them, the default; `"obs"`: by what their leaving costs once the others have taken over;
             `"fisher"`: by the first-order change of the loss (batches with `labels`).
-        ridge: `r`, in units of the mean diagonal of `G[S, S]`; default: the best of four on the held-out rows.
+        ridge: in units of the mean diagonal of `G[S, S]`; default: for each layer the best of some on held-out rows.
         intercept: refit the biases too.
 
     Returns:
