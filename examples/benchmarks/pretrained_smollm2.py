@@ -153,15 +153,11 @@ def run(options: Any, file: RowFile) -> None:
     dense = losses(model, windows)
     if (None, "dense", None, None, None, None) not in file:
         said = {"arm": "dense", "perplexity": math.exp(dense.mean()), "tokens": windows.numel()}
+        said["precision"] = options.precision
         file.add(said | machine(), hide=("platform",))
     start = time.process_time()
     groups = find_groups(model, {"input_ids": windows[:1, :32]})
     looking = time.process_time() - start
-    for cut in options.cuts:
-        some, share = members(groups, model, cut)
-        row = {"cut": cut, "arm": "speed", "refit": None}
-        if file.key_of(row) not in file:
-            file.add(row | speed(model, slim(model, some, share), windows[:1, :LENGTH]), hide=())
     for seed in options.seeds:
         for cut, arm in ((cut, arm) for arm in options.arms for cut in options.cuts):
             key = {"cut": cut, "arm": arm, "calibration": options.calibration, "length": options.length, "seed": seed}
@@ -175,6 +171,11 @@ def run(options: Any, file: RowFile) -> None:
                 for small in pair:
                     found = compared(small.model, windows, dense) | small.facts | {"seconds": seconds}
                     file.add(key | {"refit": small.refit} | found, hide=("ridges",))
+    for cut in options.cuts:
+        row = {"cut": cut, "arm": "speed"}
+        if file.key_of(row) not in file:
+            some, share = members(groups, model, cut)
+            file.add(row | speed(model, slim(model, some, share), windows[:1, :LENGTH]), hide=())
 
 
 # ---- the table
@@ -215,9 +216,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=SCORES, default=SCORES)
     parser.add_argument("--calibration", choices=("instructions", "wikitext"), default="instructions")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a sequence that calibrates")
+    parser.add_argument("--precision", choices=("highest", "medium"), default="highest", help="medium: bf16 products")
     parser.add_argument("--tokens", type=int, default=16384, help="how many perplexity is measured on")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision(options.precision)
     file = RowFile(options.out, KEYS)
     if not options.table:
         run(options, file)
