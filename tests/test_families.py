@@ -68,6 +68,10 @@ MORE = {
     "Falcon": ("FalconForCausalLM", FALCON, TEXT, [4, 4], "ffn"),
     "BART": ("BartModel", BART, TEXT, [8] * 3, "ffn"),
     "OPT": ("OPTForCausalLM", OPT, TEXT, [8, 8], "ffn"),
+    "Phi-3": ("Phi3ForCausalLM", GQA, TEXT, [], "ffn"),
+    "BLOOM": ("BloomForCausalLM", SMALL | {"hidden_size": 48, "n_layer": 2, "n_head": 8}, TEXT, [], ""),
+    "ALBERT": ("AlbertModel", WORDS | {"embedding_size": 16}, TEXT, [8], "ffn"),
+    "Mixtral": ("MixtralForCausalLM", GQA | {"num_local_experts": 4}, TEXT, [4, 4], "heads"),
     "ModernBERT": ("ModernBertModel", MODERN, TEXT, [8, 8], "ffn"),
     "SegGPT": ("SegGptModel", SEGGPT, PROMPT, [8, 8], "ffn"),
 }  # fmt: skip
@@ -140,6 +144,8 @@ def test_units_that_several_layers_or_heads_share_are_left_out_with_the_reason(c
     assert "self_attn.v_proj: what model.layers.0.self_attn.k_proj makes goes into every one of them" in caplog.text
     find_groups(*build("T5"))
     assert "SelfAttention.relative_attention_bias.weight goes with the units of several layers" in caplog.text
+    find_groups(*build("Mixtral"))
+    assert "layers.0.mlp.experts (MixtralExperts)" in caplog.text and "no units are found inside" in caplog.text
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from hf_effdl.structure.calibration.judge import Judge
 from hf_effdl.structure.calibration.readers import Readers, Weights
 from hf_effdl.structure.calibration.replay import replay_of
 from hf_effdl.structure.calibration.scores import activation, check_finite, fisher, obs
-from hf_effdl.structure.calibration.taps import Joint
+from hf_effdl.structure.calibration.taps import Joint, count_calls
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.inputs import evaluating
 
@@ -150,6 +150,7 @@ class _Walk:
         ensemble: the model and its copy, on all rows.
         readers: of every group, layers of the copy.
         joints: of every reader.
+        calls: of the readers of every group and their joints in a forward pass.
         groups: in the order in which a forward pass reaches the first layer behind them.
         rows: fitted on and held out.
         judge: of the rows held out.
@@ -158,6 +159,7 @@ class _Walk:
     ensemble: Ensemble
     readers: Mapping[str, Readers]
     joints: Mapping[str, Sequence[Joint | None]]
+    calls: Mapping[str, int]
     groups: Sequence[Group]
     rows: Calibration
     judge: Judge
@@ -172,7 +174,9 @@ class _Walk:
         with same_fate():
             example = first_rows(rows)
             whole, copy = replay_of(model, layers, example), replay_of(slim, layers, example)
-            joints = joints_of(slim, {name: behind.consumers for name, behind in readers.items()}, example)
+            consumers = {name: behind.consumers for name, behind in readers.items()}
+            joints = joints_of(slim, consumers, example)
+            calls = count_calls(slim, consumers, joints, lambda: answer(slim, example))
             order = _order(slim, readers, example)
         whole.is_settled = True
         start = time.perf_counter()
@@ -183,7 +187,7 @@ class _Walk:
         sizes = {name: geometric_mean(total, device) for name, total in sums.items()}
         ordered = sorted(groups, key=lambda group: order.get(group.name, len(order)))
         batches = dict(enumerate(rows.fit)) | held_out
-        return cls(Ensemble(whole, copy, batches, sizes), readers, joints, ordered, rows, judge)
+        return cls(Ensemble(whole, copy, batches, sizes), readers, joints, calls, ordered, rows, judge)
 
     def losses(self) -> dict[str, Tensor]:
         """Scores by the loss, of all groups, on the model as it was."""
@@ -200,7 +204,8 @@ class _Walk:
 
     def grams(self, group: Group) -> Pair:
         """What the readers of a group are given by now, and should say; on rows to fit on and on those held out."""
-        return self.ensemble.grams(self.readers[group.name].consumers, self.joints[group.name])
+        name = group.name
+        return self.ensemble.grams(self.readers[name].consumers, self.joints[name], self.calls[name])
 
     def chosen(
         self, wish: Wish, group: Group, grams: Sequence[Gram], score: str, losses: Mapping[str, Tensor]

@@ -115,7 +115,7 @@ class Ensemble:
     batches: dict[int, Any] = field(default_factory=dict)
     sizes: dict[str, float] = field(default_factory=dict)
 
-    def grams(self, consumers: Sequence[Consumer], joints: Sequence[Joint | None]) -> Pair:
+    def grams(self, consumers: Sequence[Consumer], joints: Sequence[Joint | None], calls: int = 0) -> Pair:
         """The Grams of every consumer of a group, over all processes: of the rows to fit on, and of those held out.
 
         A consumer is to say what it says in the whole model, and beside that what the layers before it have failed to
@@ -124,10 +124,11 @@ class Ensemble:
         Args:
             consumers: layers of the slim model.
             joints: of each.
+            calls: see `Taps`.
         """
         originals = [consumer.in_model(self.whole.model) for consumer in consumers]
-        whole = Taps(self.whole.model, originals, joints)
-        slim = Taps(self.slim.model, consumers, joints)
+        whole = Taps(self.whole.model, originals, joints, calls)
+        slim = Taps(self.slim.model, consumers, joints, calls)
         fit, held_out = ([Gram.empty(consumer) for consumer in consumers] for _ in range(2))
         with same_fate():
             for number, batch in self.batches.items():
