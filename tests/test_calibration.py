@@ -240,6 +240,8 @@ def test_layers_behind_groups_that_stay_whole_make_up_for_what_is_lost_before_th
     alone, all_of_them = (slim(model, part, keep, calibration=batches) for part in (groups[:3], groups))
     assert [p.shape for p in alone.parameters()] == [p.shape for p in all_of_them.parameters()]
     rows = torch.randn(40, 5, 8)
+    part = slim(model, groups, {group.name: 6 / 16 for group in groups[:3]}, calibration=batches, score="obs")
+    assert [p.shape for p in part.parameters()] == [p.shape for p in alone.parameters()]
     errors = [float((small(rows) - model(rows)).square().mean()) for small in (alone, all_of_them)]
     assert errors[1] < errors[0]
 

@@ -285,7 +285,7 @@ def table(rows: list[dict]) -> None:
     dense = {row["seed"]: row["accuracy"] for row in rows if row["arm"] == "dense"}
     print(f"dense: {cell(list(dense.values()))} %, seeds {sorted(dense)}; means ± standard error over seeds\n")
     shown = [row for row in rows if row["arm"] in ARMS]
-    for units, epochs, teacher in sorted({_part(row) for row in shown}, key=str):
+    for units, epochs, teacher in sorted({_part(row) for row in shown}, key=lambda part: (part[0] or "", str(part))):
         what, when = units or "FFN", f"after {epochs} more epochs" if epochs else "without a training step"
         taught = "" if teacher is None else f", with a teacher's share of {teacher:g}"
         print(f"{what}, {when}{taught}: accuracy % (points behind the dense model of the same seed)\n")

@@ -1,5 +1,6 @@
 """Taking units out for good: the same class with smaller dense tensors."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -47,8 +48,8 @@ def slim(
     Args:
         model: left as it is.
         groups: from `find_groups(model)`.
-        keep: share of every group's units, in (0, 1]: the units of highest `score` stay; or the indices of the kept
-            units by group name, where groups not named keep all.
+        keep: share of every group's units, in (0, 1]: the units of highest `score` stay; or by group name a share (a
+            float) or the indices of the kept units, where groups not named keep all.
         round_to: sizes round up to a multiple of this, by norm; never above what the group has.
         example_inputs: a tensor, tuple or dict that the model accepts; with it, what slimming changed is measured and
             stands in `small.config.effdl_report` (`small.effdl_report` for a module without a config).
@@ -84,8 +85,7 @@ def slim(
     ties = config_ties(model, groups)
     units = {group.name: group.units for group in groups}
     if isinstance(keep, Mapping):
-        chosen = {name: _indices(name, value, units) for name, value in keep.items()}
-        sizes = {name: min(units[name], -(-len(index) // round_to) * round_to) for name, index in chosen.items()}
+        chosen, sizes = _wanted(keep, units, round_to)
     else:
         _, share = one_budget(keep=keep)
         chosen = {}
@@ -164,10 +164,26 @@ def cut_copy(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Tenso
     return small
 
 
+def _wanted(
+    keep: Mapping[str, Any], units: Mapping[str, int], round_to: int
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """By group, the units that are certain to stay, where `keep` names any, and how many stay."""
+    if unknown := [name for name in keep if name not in units]:
+        raise ValueError(f"keep names group {unknown[0]!r}, which is not among {list(units)}")
+    chosen, sizes = {}, {}
+    for name, value in keep.items():
+        if isinstance(value, float):
+            _, share = one_budget(**{f"keep[{name!r}]": value})
+            count = math.ceil(share * units[name] - 1e-9)
+        else:
+            chosen[name] = _indices(name, value, units)
+            count = len(chosen[name])
+        sizes[name] = min(units[name], -(-count // round_to) * round_to)
+    return chosen, sizes
+
+
 def _indices(name: str, value: Any, units: Mapping[str, int]) -> Tensor:
     """Kept units of a group as ascending indices; they may come as a mask."""
-    if name not in units:
-        raise ValueError(f"keep names group {name!r}, which is not among {list(units)}")
     if isinstance(value, np.ndarray) and value.dtype in (np.uint16, np.uint32, np.uint64):  # torch can do little there
         value = value.astype(np.int64)
     try:
