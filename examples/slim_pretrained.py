@@ -22,10 +22,10 @@
         --output_dir runs/lean --keep 0.75
 
 Every layer keeps that share of its FFN neurons, and the layer behind is refitted on the rows so that it does without
-the others; so are the layers behind the heads, to make up for what is lost before them. The data set is a text file with
-a row per line, a folder of images, a folder from `save_to_disk`, or an id on the Hub. A fifth of the rows is held out;
-what is printed and stands in the checkpoint's config as `effdl_report` are parameters, multiply-accumulates and latency
-of one row, and the relative squared error of the outputs on those.
+the others; so are the layers behind the heads, to make up for what is lost before them. The data set is a text file
+with a row per line, a folder of images, a folder from `save_to_disk`, or an id on the Hub. A fifth of the rows is held
+out; what is printed and stands in the checkpoint's config as `effdl_report` are parameters, multiply-accumulates and
+latency of one row, and the relative squared error of the outputs on those.
 """
 
 import sys
