@@ -13,6 +13,7 @@ from hf_effdl.structure.calibration.batches import at_least_float32, mask_of
 from hf_effdl.structure.calibration.consumer import Consumer
 from hf_effdl.structure.calibration.replay import Replay
 from hf_effdl.structure.calibration.taps import Heard, Joint, Taps
+from hf_effdl.structure.groups.inputs import full_precision
 
 
 POSITIONS = 2**15  # of one batch; of more, as many images have, only one in so many is looked at
@@ -67,8 +68,9 @@ class Gram:
         if len(rows):
             weights = 1 / size.clamp_min(quiet)
             weighted = rows * weights[:, None]
-            self.products += weighted.T @ rows
-            self.targets += wanted.T @ weighted
+            with full_precision():
+                self.products += weighted.T @ rows
+                self.targets += wanted.T @ weighted
             self.sums += weighted.sum(0)
             self.target_sums += weights @ wanted
             self.weights += weights.sum()

@@ -19,6 +19,7 @@ from hf_effdl.structure.groups.inputs import (
     copy_of,
     describe,
     fill_zeros,
+    full_precision,
     guess_inputs,
     labels_of,
     logger,
@@ -70,7 +71,7 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
     check_module(model, "find_groups")
     one_of("unit", unit, UNITS)
     _check_weights(model)
-    with random_state_kept():
+    with random_state_kept(), full_precision():  # rounding would hide whether a unit can go
         copy = _traceable_copy(model)
         inputs = one_row(example_inputs, copy) if example_inputs is not None else guess_inputs(copy)
         network = network_of(copy, inputs)
