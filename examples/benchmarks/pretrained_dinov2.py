@@ -173,16 +173,20 @@ def _neurons(model: nn.Module) -> int:
 def table(rows: list[dict]) -> None:
     """Means over seeds; seconds are the processor's, of looking for groups, choosing and refitting."""
     dense = [row for row in rows if row["arm"] == "dense"]
-    texts = [cell([row[name] for row in dense], MEASURES[name]) for name in ("breed", "IoU nearest", "IoU best")]
+    texts = [cell(_values(dense, name), MEASURES[name]) for name in ("breed", "IoU nearest", "IoU best")]
     print("whole encoder: breed of the nearest {} %, IoU by the nearest {}, by the best of ten {}\n".format(*texts))
     print(f"| FFN kept | calibration photos | units by | refitted | {' | '.join(MEASURES)} | seeds |")
     print("|---" * (5 + len(MEASURES)) + "|")
     keys = [(row["kept"], row["rows"], row["arm"], row["refit"]) for row in rows if row["arm"] != "dense"]
     for key in sorted(dict.fromkeys(keys), key=lambda key: (-key[0], key[1], ARMS.index(key[2]), key[3])):
         mine = [row for row in rows if (row["kept"], row["rows"], row["arm"], row["refit"]) == key]
-        texts = [cell([row[name] for row in mine], digits) for name, digits in MEASURES.items()]
+        texts = [cell(_values(mine, name), digits) for name, digits in MEASURES.items()]
         told = f"{key[0]:.0%} | {key[1]} | {key[2]} | {'yes' if key[3] else 'no'}"
         print(f"| {told} | {' | '.join(texts)} | {len(mine)} |")
+
+
+def _values(rows: list[dict], name: str) -> list[float]:
+    return [row[name] for row in rows if name in row]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
