@@ -33,6 +33,17 @@ def soft_map(painted: Tensor, size: tuple[int, int]) -> np.ndarray:
     return nn.functional.interpolate(white, tuple(size), mode="bilinear", align_corners=False)[0, 0].cpu().numpy()
 
 
+def plain_instances(found: dict[str, Tensor], size: tuple[int, int], masks: bool) -> list[dict[str, Any]]:
+    """Objects of one query, as `Sam3InContext.instances` gives them, in pixels of the query `(H, W)`, best first."""
+    height, width = size
+    boxes = (found["boxes"].float().cpu() * torch.tensor([width, height] * 2)).round().int().tolist()
+    instances = [{"score": score, "box": box} for score, box in zip(found["scores"].tolist(), boxes, strict=True)]
+    if masks:
+        for one, mask in zip(instances, found["masks"], strict=True):
+            one["mask"] = np.uint8(soft_map(mask[None], size) >= 0.5)
+    return instances
+
+
 def alike(queries: Queries, longest: int) -> Iterator[tuple[Tensor, Queries]]:
     """Queries that may be shown the same number of examples, with their places: lists of one length are a tensor."""
     if queries.allowed is None:

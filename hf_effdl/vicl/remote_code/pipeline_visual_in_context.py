@@ -27,6 +27,7 @@ from .pipeline_inputs import (
     fused,
     image_of,
     is_image,
+    plain_instances,
     soft_map,
     walkable,
 )
@@ -76,6 +77,7 @@ class VisualInContextPipeline(Pipeline):
         candidates      K (default: the config's, 50), at least m; a smaller pool gives shorter lists
         seed            of the random strategy
         soft_map        also give how white the answer is, before it is cut in two (not for colourisation)
+        instances       also give every object that was found, for a frozen model that tells them apart (SAM 3)
         labels          labels of the queries, as many, read as those of the pool's data set; for the oracle
         exclude         for each image the ids of examples that it must not be shown: a text, a list of them, or None
         groups          what each image belongs to (a video, a patient, a photo): no example of the same group of the
@@ -87,12 +89,13 @@ class VisualInContextPipeline(Pipeline):
     Returns:
         For one image a dict, for several a list of them:
         `{"prediction", "example_ids", "scores", "confidence"}`; ids and scores of the m examples shown, best first;
-        with `soft_map=True` also `"soft_map"`, float32 `(H, W)` in [0, 1]. The confidence is, where a fitted
-        `CascadeSelector` chooses, the performance that was seen on pool images for answers as sure as this one; else
-        how far from grey the answer is, in [0, 1], which is not calibrated (None for colourisation). The prediction
-        is, for segmentation, a uint8 array `(H, W)` of the query's size, 1 for the object; for detection `[x0, y0, x1,
-        y1]` in the query's pixels, or None where nothing was found; for colourisation an RGB PIL image of the query's
-        size.
+        with `soft_map=True` also `"soft_map"`, float32 `(H, W)` in [0, 1]; with `instances=True` also `"instances"`,
+        best first, dicts of a `score`, a `box` `[x0, y0, x1, y1]` and, for segmentation, a `mask`. The confidence is,
+        where a fitted `CascadeSelector` chooses, the performance that was seen on pool images for answers as sure as
+        this one; else how far from grey the answer is, in [0, 1], which is not calibrated (None for colourisation).
+        The prediction is, for segmentation, a uint8 array `(H, W)` of the query's size, 1 for the object; for
+        detection `[x0, y0, x1, y1]` in the query's pixels, or None where nothing was found; for colourisation an RGB
+        PIL image of the query's size.
 
     Raises:
         ValueError: for a pool of another task or made with another encoder, unknown options, labels that are missing
@@ -311,7 +314,8 @@ class VisualInContextPipeline(Pipeline):
         order = [place for places, _ in answers for place in places.tolist()]
         painted = torch.cat([part["painted"] for _, part in answers])
         back = torch.tensor(order).argsort()
-        lists = {name: sum((part[name] for _, part in answers), []) for name in ("rows", "scores", "confidence")}
+        names = ("rows", "scores", "confidence", *(["instances"] if options.instances else []))
+        lists = {name: sum((part[name] for _, part in answers), []) for name in names}
         return {
             "painted": painted[back.to(painted.device)],
             "sizes": batch["sizes"],
@@ -326,12 +330,17 @@ class VisualInContextPipeline(Pipeline):
         weights = torch.full_like(scores, 1 / scores.shape[1])
         if options.fusion == "weighted":
             weights = (scores / choose.temperature).softmax(1)
-        if answers and options.fusion != "model" and not options.vote:  # the frozen model has answered already
+        found: dict[str, Any] = {}
+        if options.instances:
+            frozen = self.model.frozen
+            found["instances"] = frozen.instances(frozen.encode(queries.cells), *self.examples.encoded(rows))
+            painted = frozen.painted(found["instances"])
+        elif answers and options.fusion != "model" and not options.vote:  # the frozen model has answered already
             painted = fused(answers[0], weights)
         else:
             painted = self._painted(queries.cells, rows, weights, options)
         confidence = self._confidence(painted, scores, choose)
-        return {"painted": painted, "rows": rows.tolist(), "scores": scores.tolist(), "confidence": confidence}
+        return found | {"painted": painted, "rows": rows.tolist(), "scores": scores.tolist(), "confidence": confidence}
 
     def _confidence(self, painted: Tensor, scores: Tensor, choose: Any) -> list[float | None]:
         if self.visual_task.name == "colourisation":
@@ -385,6 +394,8 @@ class VisualInContextPipeline(Pipeline):
         if outputs["soft_map"]:
             for answer, painted, size in zip(answers, outputs["painted"], outputs["sizes"]):
                 answer["soft_map"] = soft_map(painted, size)
+        for answer, found, size in zip(answers, outputs.get("instances", ()), outputs["sizes"]):
+            answer["instances"] = plain_instances(found, size, masks=self.visual_task.name == "segmentation")
         return answers
 
     def _answer(
