@@ -232,7 +232,7 @@ class Sam3InContext(FrozenModel):
         return ((canvas - 0.5) / 0.5).to(self.model.device, self.model.dtype)
 
     def _boxes(self, labels: Tensor, places: list[Rectangle]) -> tuple[Tensor, Tensor]:
-        """Of each example the object's centre and size, in shares of the canvas `(B, m, 4)`, and where there is one."""
+        """Of each example the object's centre and size in shares of the canvas `(B, m, 4)`, and if there is one."""
         white = labels.float().mean(2) >= 0.5
         corners, marked = largest_boxes(white.flatten(0, 1))
         height, width = self.image_size

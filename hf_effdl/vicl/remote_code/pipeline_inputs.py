@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.image_utils import load_image
 
 from .examples import Queries
+from .images import to_rgb
 
 
 # what is given for each image of a call
@@ -76,6 +77,17 @@ def check_each(name: str, values: Any, images: Any) -> None:
         raise ValueError(f"{name}= must hold one {ONE_OF[name]} for each image")
     if hasattr(values, "__len__") and hasattr(images, "__len__") and len(values) != len(images):
         raise ValueError(f"{len(values)} {name} for {len(images)} images: pass one each")
+
+
+def opened_query(image: Any) -> Image.Image:
+    """PIL RGB of whatever a pipeline is asked with."""
+    if isinstance(image, dict):
+        image = image_of(image)
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        image = downloaded(image)
+    if isinstance(image, Tensor):
+        image = array_of(image)
+    return to_rgb(image)
 
 
 def downloaded(url: str) -> Image.Image:

@@ -10,6 +10,7 @@ from .examples import Queries
 
 
 FUSIONS = ("mean", "weighted", "model")
+EXTRA = ("instances", "presence")  # options that add to what is said of each query
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Options:
     seed: int = 0
     soft_map: bool = False
     instances: bool = False
+    presence: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "candidates"):
@@ -84,8 +86,9 @@ def check_options(options: Options, pipe: Any, choose: Any, said: str) -> None:
         ValueError: naming the option.
     """
     frozen, pool, kept = pipe.model.frozen, pipe.pool, pipe.model.selector
-    if options.soft_map and pipe.visual_task.name == "colourisation":
-        raise ValueError("soft_map=True, but colours are not cut in two: the prediction is all there is")
+    for name in ("soft_map", "presence"):
+        if getattr(options, name) and pipe.visual_task.name == "colourisation":
+            raise ValueError(f"{name}=True, but colours are not cut in two: the prediction is all there is")
     if options.instances:
         _check_instances(options, frozen)
     if options.vote and getattr(frozen, "arrangements", 1) == 1:
