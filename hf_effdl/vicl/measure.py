@@ -12,7 +12,6 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
@@ -28,7 +27,7 @@ from hf_effdl.vicl.remote_code.examples import CHUNK, Examples, Queries
 from hf_effdl.vicl.remote_code.images import pixels
 from hf_effdl.vicl.remote_code.modeling_visual_in_context import VisualInContextModel
 from hf_effdl.vicl.remote_code.pool_reader import PoolReader
-from hf_effdl.vicl.remote_code.pool_rows import classes_of, groups_of, rows_checked, rows_of_ids
+from hf_effdl.vicl.remote_code.pool_rows import classes_of, fellows, groups_of, rows_checked, rows_of_ids
 from hf_effdl.vicl.remote_code.vision_encoder import digest_weights
 from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
@@ -272,14 +271,10 @@ class Work:
 
     def allowed(self, rows: Tensor) -> Tensor | None:
         """`(B, n)` bool: examples that each of some images may be shown; None: all."""
-        if not self.excluded.any() and self.groups is None and self.classes is None:
-            return None
-        allowed = (~self.excluded).expand(len(rows), -1).clone()
-        for kept, same in ((self.groups, False), (self.classes, True)):
-            if kept is not None:
-                column = np.array(kept, dtype=object)
-                mine = [((column == one) == same) | (one is None) for one in column[rows.numpy()]]
-                allowed &= torch.from_numpy(np.stack(mine).astype(bool))
+        allowed = fellows(rows, self.groups, self.classes)
+        if self.excluded.any():
+            there = (~self.excluded).expand(len(rows), -1)
+            allowed = there.clone() if allowed is None else allowed & there
         return allowed
 
     def tell_cost(self, parts: Sequence[Tensor], processes: int) -> None:

@@ -1,7 +1,6 @@
 """The pipeline: for each image, choose examples from a pool, show them to a frozen vision model, read its answer."""
 
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,7 +17,8 @@ from .examples import Examples, Queries
 from .frozen_canvas import vote as count_votes
 from .images import pixels
 from .label_maps import label_maps
-from .modeling_visual_in_context import KINDS, VisualInContextModel
+from .modeling_visual_in_context import VisualInContextModel
+from .pipeline_choice import Choice
 from .pipeline_inputs import (
     ONE_OF,
     alike,
@@ -37,7 +37,6 @@ from .pipeline_picture import draw_panels
 from .pipeline_saving import pushed, saved
 from .pool_reader import PoolReader
 from .pool_rows import allowed_rows
-from .strategies import find_strategy
 from .visual_tasks import find_task, task_of
 
 
@@ -55,10 +54,11 @@ class VisualInContextPipeline(Pipeline):
             a backbone (SegGPT, or any vision encoder for feature matching), see `VisualInContextModel.from_backbone`;
             where the pool was made with another encoder than the backbone, that one is loaded too.
         selector: how examples are chosen: "random", "nearest", "static", "dense", "transfer", "oracle"; a fitted
-            `CascadeSelector` or a `RankerSelector`, or "cascade" or "ranker" for one that the model keeps; or a
-            callable `(queries, examples, count, candidates) -> (scores, rows)`, and, where it knows them, the answers
-            `(B, count, 3, h, w)` to each. Default: the model's `config.strategy`, which is "cascade" where it keeps
-            one.
+            `CascadeSelector` or a `RankerSelector`, or "cascade" or "ranker" for one that the model keeps; "auto" for
+            the best of those that need no label of the query, as tried on images of the pool (`self_check` says what
+            was found); or a callable `(queries, examples, count, candidates) -> (scores, rows)`, and, where it knows
+            them, the answers `(B, count, 3, h, w)` to each. Default: the model's `config.strategy`, which is
+            "cascade" where it keeps one.
         pool: an `ExamplePool` or `PoolReader`, or a repository or folder of one; default: the one that the config
             names.
         metric, greater_is_better: what the oracle goes by, see `Examples`; default: the task's own metric.
@@ -142,8 +142,7 @@ class VisualInContextPipeline(Pipeline):
         self.label_task = task_of(model.config.task, getattr(pool, "manifest", {}).get("settings", {}))
         super().__init__(model=model, **kwargs)
         self.examples = Examples(pool, model, self.visual_task, metric, greater_is_better)
-        self._kept = model.selector  # as far as the user of this pipeline has been told
-        self._chooser(None)
+        self._choice = Choice(self)
 
     def __call__(
         self,
@@ -224,7 +223,7 @@ class VisualInContextPipeline(Pipeline):
         images, labels = list(images), None if labels is None else list(labels)
         if outputs is None:
             outputs = self(images, labels=labels, **options)
-        own = self._strategy(options.get("strategy", self._forward_params.get("strategy")))
+        own = self._choice.strategy(options.get("strategy", self._forward_params.get("strategy")))
         answers = [(own if isinstance(own, str) else getattr(own, "kind", ""), outputs)]
         answers += [(name, self(images, labels=labels, strategy=name)) for name in beside]
         picture = draw_panels(rows_shown(self, images, answers, labels), self.visual_task.name, height)
@@ -292,7 +291,7 @@ class VisualInContextPipeline(Pipeline):
         What stands in the config is kept, with the strategy and the number of candidates that this pipeline was made
         with; the other options of the constructor are not. Of several processes all call it, and the first one writes.
         """
-        strategy = self._strategy(self._forward_params.get("strategy"))
+        strategy = self._choice.strategy(self._forward_params.get("strategy"))
         candidates = self._forward_params.get("candidates", self.model.config.candidates)
         with saved(self, Path(save_directory), strategy, candidates, __file__, repo_id) as first:
             if first:
@@ -349,9 +348,9 @@ class VisualInContextPipeline(Pipeline):
 
     def _forward(self, batch: dict[str, Any], **given: Any) -> dict[str, Any]:
         options = Options(**{"candidates": self.model.config.candidates} | given)
-        choose = self._chooser(options.strategy)
-        check_options(options, self, choose, self._said(options.strategy))
-        self._tell_unused(options)
+        choose = self._choice.selector(options.strategy)
+        check_options(options, self, choose, self._choice.said(options.strategy))
+        self._choice.tell_unused(options.strategy, self._forward_params.get("strategy"))
         queries = Queries(
             batch["cells"],
             self.model.encoder(batch["views"]),
@@ -394,27 +393,6 @@ class VisualInContextPipeline(Pipeline):
         confidence = confidence_of(self.visual_task.name, painted, scores, getattr(choose, "confidence", None))
         return found | {"painted": painted, "rows": rows.tolist(), "scores": scores.tolist(), "confidence": confidence}
 
-    def _said(self, given: Any) -> str:
-        """What chooses, and who said so."""
-        strategy = self._strategy(given)
-        name = repr(strategy) if isinstance(strategy, str) else f"a {type(strategy).__name__}"
-        if given is not None:
-            return f"strategy={name}"
-        return f"selector={name} of the pipeline" if self.selector is not None else f"{name} of the model's config"
-
-    def _tell_unused(self, options: Options) -> None:
-        """Say once that a selector which was set on the model since this pipeline was made is not what chooses."""
-        kept, before, own = self.model.selector, self._kept, self._forward_params.get("strategy")
-        if kept is before or options.strategy is not own:  # nothing new, or this call says who chooses
-            return
-        self._kept = kept
-        if kept is not None and self._strategy(own) not in (kept.kind, kept):
-            warnings.warn(
-                f"the model keeps a {type(kept).__name__} since set_selector, but {self._said(own)} chooses, as "
-                f"before: pass strategy={kept.kind!r}, or make the pipeline without selector=",
-                stacklevel=2,
-            )
-
     def _painted(self, cells: Tensor, rows: Tensor, weights: Tensor, options: Options) -> Tensor:
         """The frozen model's answers to the queries `cells`, shown the examples `rows`, as one `(B, 3, h, w)`."""
         images, labels = self.examples.encoded(rows)
@@ -455,16 +433,7 @@ class VisualInContextPipeline(Pipeline):
         each = [frozen.predict(encoded, images[:, j : j + 1], labels[:, j : j + 1], layout) for j in range(m)]
         return fused(torch.stack(each, 1), weights)
 
-    def _strategy(self, given: Any) -> Any:
-        return next(value for value in (given, self.selector, self.model.config.strategy) if value is not None)
-
-    def _chooser(self, given: Any) -> Any:
-        strategy, kept = self._strategy(given), self.model.selector
-        if strategy not in KINDS:
-            return find_strategy(strategy)
-        if kept is None or kept.kind != strategy:
-            raise ValueError(
-                f"strategy={strategy!r}, but the model keeps {'none' if kept is None else kept.kind}: "
-                "model.set_selector(...) with a fitted CascadeSelector, or a RankerSelector"
-            )
-        return kept
+    @property
+    def self_check(self) -> dict[str, Any]:
+        """What was found on images of the pool, which "auto" goes by, see `check_strategies`."""
+        return self._choice.self_check

@@ -120,6 +120,23 @@ def of_other_groups(pool: PoolReader, groups: Sequence[Any], why: str = "groups=
     )
 
 
+def fellows(rows: Tensor, groups: Sequence[Any] | None, classes: Sequence[Any] | None) -> Tensor | None:
+    """`(B, n)` bool: of pool rows, those that are of another group and the same class; None: no column is known.
+
+    Args:
+        rows: `(B,)`.
+        groups, classes: one for each row of the pool; None for a row of none, and for no column.
+    """
+    allowed = None
+    for kept, same in ((groups, False), (classes, True)):
+        if kept is not None:
+            column = np.array(kept, dtype=object)
+            mine = [((column == one) == same) | (one is None) for one in column[rows.numpy()]]
+            mine = torch.from_numpy(np.stack(mine).astype(bool))
+            allowed = mine if allowed is None else allowed & mine
+    return allowed
+
+
 def allowed_rows(
     pool: PoolReader,
     count: int,
