@@ -31,7 +31,7 @@ def test_what_is_looked_up_is_what_would_be_run(pool):
     assert run["images"] == found["images"] == COUNT and set(found["performance"]) == {"nearest", "dense", "transfer"}
     for name in ("nearest", "dense"):
         assert run["performance"][name] == pytest.approx(found["performance"][name], abs=1e-5)
-        rows = [STRATEGIES[name](asked_of(pool, row), examples_of(pool, model), 1, K)[1][0, 0] for row in range(COUNT)]
+        rows = STRATEGIES[name](asked_of(pool, range(COUNT)), examples_of(pool, model), 1, K)[1][:, 0].tolist()
         table = model.measured_candidates, model.measured_performance
         values = [float(table[1][i][table[0][i] == row]) for i, row in enumerate(rows)]
         assert found["performance"][name] == pytest.approx(sum(values) / COUNT, abs=1e-5)
@@ -40,8 +40,8 @@ def test_what_is_looked_up_is_what_would_be_run(pool):
     )
 
 
-def asked_of(pool, row):
-    return strategy_check._queries(examples_of(pool, make_model()), torch.tensor([row]), None, labelled=False)
+def asked_of(pool, rows):
+    return strategy_check._queries(examples_of(pool, make_model()), torch.tensor(list(rows)), None, labelled=False)
 
 
 @pytest.mark.parametrize(("good", "expected"), [(True, "dense"), (False, "nearest")])
@@ -65,13 +65,13 @@ def test_a_lead_that_may_be_luck_is_none(pool, monkeypatch):
     model = make_model(encoder=pool.encoder_module)
     rows, _ = measure_examples(model, pool, candidates=K, progress=False)
     leads = []
-    for seed in range(30):
+    for seed in range(12):
         noise = torch.rand(rows.shape, generator=torch.Generator().manual_seed(seed))
         model.set_performance(rows, noise, pool.fingerprint)
         leads.append(check_strategies(examples_of(pool, model), K)["ahead"]["transfer"])
     means, errors = torch.tensor(leads).T
     # an image's own measurements say nothing of what is taken for it: no lead on average
-    assert abs(means.mean()) < 3 * means.std() / 30**0.5 and abs(errors.mean() / means.std() - 1) < 0.4
+    assert abs(means.mean()) < 3 * means.std() / 12**0.5 and abs(errors.mean() / means.std() - 1) < 0.6
 
 
 def test_transfer_leaves_out_what_was_measured_on_the_query_itself(pool):
@@ -79,11 +79,11 @@ def test_transfer_leaves_out_what_was_measured_on_the_query_itself(pool):
     rows, values = measure_examples(model, pool, candidates=K, queries=20, progress=False)
     for row in range(0, COUNT, 7):
         model.set_performance(rows, values, pool.fingerprint)
-        scores, shown = STRATEGIES["transfer"](asked_of(pool, row), examples_of(pool, model), K, K)
+        scores, shown = STRATEGIES["transfer"](asked_of(pool, [row]), examples_of(pool, model), K, K)
         fewer = rows.clone(), values.clone()
         fewer[0][row], fewer[1][row] = -1, 0
         model.set_performance(*fewer, pool.fingerprint)
-        others, same = STRATEGIES["transfer"](asked_of(pool, row), examples_of(pool, model), K, K)
+        others, same = STRATEGIES["transfer"](asked_of(pool, [row]), examples_of(pool, model), K, K)
         torch.testing.assert_close(scores, others)
         assert torch.equal(shown, same)
 
