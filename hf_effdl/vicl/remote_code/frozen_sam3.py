@@ -163,6 +163,7 @@ class Sam3InContext(FrozenModel):
 
     # ---- finding
 
+    @torch.no_grad()
     def predict(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:
         """The labels of the queries.
 
@@ -180,7 +181,9 @@ class Sam3InContext(FrozenModel):
             TypeError: for tensors that are not floating.
             ValueError: for other sizes, no example, values outside [0, 1] or NaN, or an unknown arrangement.
         """
-        return self.painted(self.instances(queries, images, labels, arrangement)).to(queries)
+        # one after the other: masks of all objects of many queries would fill the memory
+        pictures = [self._picture(**vars(found)) for found in self._search(queries, images, labels, arrangement)]
+        return torch.stack(pictures).to(queries)[:, None].expand(-1, 3, -1, -1)
 
     @torch.no_grad()
     def instances(
