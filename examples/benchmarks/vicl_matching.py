@@ -15,10 +15,11 @@
 
 """What feature matching gains from several layers, matching both ways, and features without directions of position.
 
-Masks are carried over from one example: the nearest of the pool, and the best of the 50 nearest. Photos of pets
-(every second of 600; 60 queries, a pool of 240) and scenes of digits (`examples/digit_scenes.py`; 40 queries, a pool of 120), at
-224 x 224, answers scored by IoU at 56 x 56. Encoders: an ImageNet MobileNetV2 (data folder: HF_EFFDL_DATA) and a
-DINOv2-small in a folder of your own (`--dinov2`). Layers and the number of directions were chosen on parts of seed 10.
+Masks are carried over from one example: the nearest of the pool, and the best of the 50 nearest. Photos of pets (every
+second of 600; 60 queries, a pool of 240) and scenes of digits (`examples/digit_scenes.py`; 40 queries, a pool of 120),
+at 224 x 224, answers scored by IoU at 56 x 56. Encoders: an ImageNet MobileNetV2 (data folder: HF_EFFDL_DATA) and a
+DINOv2-small in a folder of your own (`--dinov2`). Layers and the number of directions were chosen on another split of
+a quarter of the photos, and on scenes of another seed.
 
     python examples/benchmarks/vicl_matching.py --dinov2 FOLDER      # 25 minutes on one thread
     python examples/benchmarks/vicl_matching.py --table
