@@ -12,6 +12,7 @@ from .backbones import check_whole, is_named, plain_errors, source_of
 from .borrowing import borrow
 from .cascade import CascadeSelector
 from .configuration_visual_in_context import VisualInContextConfig
+from .frozen_mae_vqgan import MaeVqganInContext
 from .frozen_matching import FeatureMatching
 from .frozen_model import FrozenModel
 from .frozen_sam3 import Sam3InContext
@@ -25,7 +26,7 @@ from .writing import check_folder, filled_beside
 DEFAULT = "BAAI/seggpt-vit-large"
 # frozen models that can be saved, by the name of their kind
 FROZEN: dict[str, type[FrozenModel]] = {
-    frozen.kind: frozen for frozen in (SegGptInContext, Sam3InContext, FeatureMatching)
+    frozen.kind: frozen for frozen in (SegGptInContext, Sam3InContext, MaeVqganInContext, FeatureMatching)
 }
 # selectors that a model can keep, by the name of the strategy
 KINDS = {selector.kind: selector for selector in (CascadeSelector, RankerSelector)}
