@@ -9,7 +9,7 @@
 # hf_effdl = { path = ".." }
 # ///
 
-"""Convert the published checkpoints of MAE-VQGAN into a folder that `MaeVqganForImageInpainting.from_pretrained` loads.
+"""Convert the published checkpoints of MAE-VQGAN, for `MaeVqganForImageInpainting.from_pretrained`.
 
     python examples/convert_mae_vqgan.py --mae checkpoint-1000.pth --vqgan last.ckpt --out mae-vqgan
 
@@ -54,8 +54,8 @@ def read(file: Path, key: str) -> dict[str, Tensor]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, by what is in it
         raise ValueError(
-            f"{file} cannot be read as tensors and plain values ({str(error).splitlines()[0][:200]}): where you trust it, "
-            f"save its tensors alone, torch.save({{{key!r}: torch.load(file, weights_only=False)[{key!r}]}}, file)"
+            f"{file} cannot be read as tensors and plain values ({str(error).splitlines()[0][:200]}): where you trust "
+            f"it, save its tensors alone, torch.save({{{key!r}: torch.load(file, weights_only=False)[{key!r}]}}, file)"
         ) from error
     tensors = content.get(key) if isinstance(content, Mapping) else None
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
