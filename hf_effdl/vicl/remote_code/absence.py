@@ -153,7 +153,7 @@ def calibrate(
     numbers = torch.tensor([one.group for one in asked])
     found = asdict(fit_presence(features, present, numbers, false_alarms, pool.fingerprint))
     pipe.model.config.absence = found
-    return found
+    return dict(found)  # what is done to it is not done to the model
 
 
 @dataclass(frozen=True)
