@@ -161,10 +161,14 @@ def print_table(rows: list[dict]) -> None:
         name: 100 * np.mean([one[name] for one in kept])
         for name in ("false_alarm_rate", "false alarms", "found_rate", "found")
     }
-    print(
-        f"absence, asked for {100 * FALSE_ALARMS:.0f} % false alarms: {means['false_alarm_rate']:.1f} % on pool "
-        f"images, {means['false alarms']:.1f} % on queries; found {means['found_rate']:.1f} % and {means['found']:.1f} %"
+    pool, queries = (
+        f"{means[alarms]:.1f} % false alarms and {means[found]:.1f} % found on {where}"
+        for alarms, found, where in (
+            ("false_alarm_rate", "found_rate", "pool images"),
+            ("false alarms", "found", "queries"),
+        )
     )
+    print(f"absence, asked for {100 * FALSE_ALARMS:.0f} % false alarms: {pool}, {queries}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
