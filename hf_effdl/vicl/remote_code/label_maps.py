@@ -26,7 +26,7 @@ def _classes(pipe: Any, classes: Sequence[str] | None) -> list[str]:
         raise ValueError(
             f"a label map is of masks, and this pipeline is for {pipe.visual_task.name}: call it by class"
         )
-    known = list(dict.fromkeys(one for one in sorted(filter(None, column_of(pipe.pool, "class", "label_map")))))
+    known = sorted(set(filter(None, column_of(pipe.pool, "class", "label_map"))))
     if classes is None:
         return known
     classes = [classes] if isinstance(classes, str | int) else list(classes)
