@@ -86,16 +86,16 @@ class VisualInContextModel(PreTrainedModel):
         token: str | bool | None = None,
         **settings: Any,
     ) -> "VisualInContextModel":
-        """A model from a repository or folder: its SegGPT or SAM 3, else feature matching on its encoder.
+        """A model from a repository or folder: its SegGPT, SAM 3 or MAE-VQGAN, else feature matching.
 
         Args:
             backbone: e.g. `BAAI/seggpt-vit-large` or `facebook/dinov2-base`.
             task: "segmentation", "detection" or "colourisation".
-            encoder: encoder for retrieval; default: the backbone itself. A SAM 3 needs one.
+            encoder: encoder for retrieval; default: the backbone itself. SAM 3 and MAE-VQGAN need one.
             revision: of the backbone.
             settings: for `SegGptInContext` (`embedding_type`, `ensemble`), for `Sam3InContext` (`text`, `threshold`,
-                `paint`), or for `FeatureMatching` (`matching`, `temperature`, `carry`) and its encoder (`image_size`,
-                `layer`).
+                `paint`), or for `FeatureMatching` (`matching`, `temperature`, `carry`, `layers`, `positions`) and its
+                encoder (`image_size`, `layer`).
         """
         check_folder(backbone, revision)
         config = AutoConfig.from_pretrained(backbone, revision=revision, token=token, trust_remote_code=False)
