@@ -156,6 +156,10 @@ def test_a_pipeline_says_whether_the_object_is_there(pipe, tmp_path, monkeypatch
     pipe.save_pretrained(tmp_path)
     again = VisualInContextPipeline(tmp_path)(photos(), presence=True, classes=["cat"] * 5)
     assert [one["presence"] for one in again] == pytest.approx([one["presence"] for one in answers], abs=1e-5)
+    for name, value in (("weights", [1.0]), ("centre", None), ("threshold", "0"), ("more", 1)):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="not what calibrate_absence writes"):
+            patch.setitem(pipe.model.config.absence, name, value)
+            pipe(photos(), presence=True)
     monkeypatch.setitem(pipe.model.config.absence, "pool_fingerprint", "another")
     with pytest.raises(ValueError, match="calibrated on the pool another"):
         pipe(photos(), presence=True)

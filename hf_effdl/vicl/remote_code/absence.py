@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -217,8 +217,25 @@ def check_calibrated(config: Any, pool: Any) -> None:
         raise ValueError(
             "presence=True, but when an object is absent was not learnt: run pipe.calibrate_absence() first"
         )
+    if not _is_whole(config.absence):
+        raise ValueError("config.absence is not what calibrate_absence writes: run pipe.calibrate_absence() again")
     if config.absence["pool_fingerprint"] != pool.fingerprint:
         raise ValueError(
             f"absence was calibrated on the pool {config.absence['pool_fingerprint']}, but this is "
             f"{pool.fingerprint}: another one, or it was changed since; run pipe.calibrate_absence() again"
         )
+
+
+def _is_whole(absence: Any) -> bool:
+    names, sizes = {field.name for field in fields(Presence)}, {"centre": 0, "spread": 0, "weights": 1}
+    return (
+        isinstance(absence, dict)
+        and absence.keys() == names
+        and all(
+            isinstance(absence[name], list)
+            and len(absence[name]) == len(FEATURES) + more
+            and all(isinstance(value, int | float) for value in absence[name])
+            for name, more in sizes.items()
+        )
+        and isinstance(absence["threshold"], int | float)
+    )
