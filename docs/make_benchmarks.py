@@ -33,6 +33,7 @@ PRINTED = (
     "sampling_scale",
     "vicl_pets",
     "vicl_digits",
+    "vicl_matching",
     "pool_scale",
     "selection_speed",
 )
