@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from answers import tiny_seggpt
 from scenes import SIZE, tiny_encoder
 from transformers import ResNetConfig, ResNetModel
 
@@ -172,6 +173,14 @@ def test_a_cosine_of_several_layers_is_the_mean_of_theirs():
     torch.testing.assert_close(single[2], FeatureMatching(tiny_encoder()).encode(images).unflatten(1, (16, -1)))
     with pytest.raises(ValueError, match="layer=7: ViTModel has 2"):
         FeatureMatching(tiny_encoder(), layers=[7]).encode(images)
+
+
+def test_a_model_that_has_one_map_matches_that():
+    encoder, images = VisionEncoder(tiny_seggpt()), prompts()[0]
+    plainly = FeatureMatching(encoder).encode(images)
+    torch.testing.assert_close(FeatureMatching(encoder, layers=[None]).encode(images), plainly)
+    with pytest.raises(ValueError, match="SegGptForImageSegmentation has one map of features"):
+        FeatureMatching(encoder, layers=[1, None]).encode(images)
 
 
 def test_maps_of_a_convolutional_net_are_brought_to_the_largest():
