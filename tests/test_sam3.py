@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from answers import photos, plain
+from safetensors.torch import save_file
 from scenes import make_model, make_pool, tiny_encoder
 from tiny_sam3 import SIDE, tiny_sam3, tiny_tokenizer, torchvision_or_its_place
 from torch.nn import functional as F
@@ -209,6 +210,25 @@ def test_saved_it_answers_the_same_where_this_package_cannot_be_imported(pools, 
     loaded = travelled(str(tmp_path / "saved"))
     assert type(loaded.model.frozen).__module__.startswith("transformers_modules")
     assert [plain(one) for one in loaded(photos())] == expected
+
+
+def test_a_checkpoint_for_videos_is_read_and_known_by_its_name(tmp_path):
+    """As the published one is: the images' model inside, under a prefix, beside a tracker."""
+    model = tiny_sam3()
+    tiny_tokenizer().save_pretrained(tmp_path)
+    values = {
+        "model_type": "sam3_video",
+        "architectures": ["Sam3VideoModel"],
+        "detector_config": model.config.to_dict(),
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    tensors = {f"detector_model.{name}": value for name, value in model.state_dict().items()}
+    save_file(tensors | {"tracker_model.x": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = Sam3InContext.from_pretrained(str(tmp_path), threshold=0.01)
+    assert found.id == str(tmp_path) and found.image_size == CELL
+    queries, images, labels = prompts(m=1)
+    expected = frozen(tokens=found.tokens)(queries, images, labels)
+    torch.testing.assert_close(found(queries, images, labels), expected)
 
 
 def test_a_name_is_enough_where_the_pool_brings_its_encoder(pools, tmp_path):

@@ -134,6 +134,7 @@ class Sam3InContext(FrozenModel):
         """Made from `settings` and the source of its backbone."""
         source = settings["backbone"]
         model = load_backbone(source, _class_of(config_of(source, token).model_type), token, trust)
+        model.config.name_or_path = source.get("id") or ""
         frozen = cls(model, **{name: settings[name] for name in ("text", "tokens", "threshold", "paint")})
         frozen.revision = source.get("revision")
         return frozen
@@ -155,6 +156,7 @@ class Sam3InContext(FrozenModel):
         config = AutoConfig.from_pretrained(id, revision=revision, token=token)
         tokenizer = AutoTokenizer.from_pretrained(id, revision=revision, token=token)
         model = load_backbone({"id": id, "revision": revision}, _class_of(config.model_type), token)
+        model.config.name_or_path = id  # a checkpoint for videos has its images' config inside, without a name
         if task == "detection":
             settings.setdefault("paint", "box")
         frozen = cls(model, tokenizer, **settings)
