@@ -34,6 +34,7 @@ PRINTED = (
     "vicl_pets",
     "vicl_digits",
     "vicl_matching",
+    "vicl_classes",
     "pool_scale",
     "selection_speed",
 )
