@@ -46,6 +46,7 @@ _PUBLIC = {
     "structure.growing.widen": ["widen"],
     "structure.path.path": ["SparsePath"],
     "structure.slim.batch_norm": ["recalibrate_batch_norm"],
+    "structure.slim.family": ["choose"],
     "structure.slim.slim": ["slim"],
     "structure.optim.schedule": ["derive_path"],
     "structure.optim.split_lbi": ["SplitLBI"],
@@ -111,6 +112,7 @@ if TYPE_CHECKING:
     from hf_effdl.structure.optim.update import split_lbi_update
     from hf_effdl.structure.path.path import SparsePath
     from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
+    from hf_effdl.structure.slim.family import choose
     from hf_effdl.structure.slim.slim import slim
     from hf_effdl.structure.tickets.rewind import rewind, transfer
     from hf_effdl.structure.tickets.search import EarlyTicketCallback, find_ticket
