@@ -115,7 +115,7 @@ def structure_row(*given: Any) -> dict:
 
 
 def structure_mnist(script, patch, made) -> list[str]:
-    patch.setattr(script, "mnist", lambda split: images_of(40, 1, 2, 2))
+    patch.setattr(script, "mnist", lambda split, net="": images_of(40, 1, 2, 2))
     patch.setattr(script, "one_row", lambda *given: made.append(given[1:3]) or structure_row(*given))
     return ["--arms", "path, early", "global L2", "--seeds", "2"]
 
@@ -126,7 +126,7 @@ def growth_row(setting, arm, seed, grown) -> dict:
 
 
 def growth_mnist(script, patch, made) -> list[str]:
-    patch.setattr(script, "mnist", lambda split: images_of(40, 1, 2, 2))
+    patch.setattr(script, "mnist", lambda split, net="": images_of(40, 1, 2, 2))
     arms = sys.modules["growth_arms"]
     patch.setattr(arms, "one_row", lambda *given: made.append(given[1:3]) or growth_row(*given))
     return ["--arms", "dense", "grown", "final from scratch", "--seeds", "1", "2", "--rows", "40"]
@@ -147,7 +147,7 @@ def moved_row(setting, seed, made) -> dict:
 
 
 def tickets_mnist(script, patch, made) -> list[str]:
-    patch.setattr(script, "mnist", lambda split: images_of(40, 1, 2, 2))
+    patch.setattr(script, "mnist", lambda split, net="": images_of(40, 1, 2, 2))
     patch.setattr(script, "rows_of_seed", lambda *given: ticket_rows(*given, made))
     patch.setattr(script, "transfer_rows", lambda setting, seed, *given, **named: [moved_row(setting, seed, made)])
     return ["--seeds", "1", "2"]

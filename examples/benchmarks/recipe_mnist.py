@@ -14,8 +14,8 @@
 The recipe: the dense net trains until the units that the budget would keep no longer change, at most a fifth of the
 run; the others are cut out, the layers behind are refitted on 512 training images, batch norm is re-estimated, and the
 small net has the rest of the epochs on a whole schedule of its own. Nets, rows and schedules are those of
-`structure_mnist.py`, images shrunk to 14x14 by means of 2x2 pixels unless `--size 28`; 11 epochs in all for every arm
-but those "at equal MACs".
+`structure_mnist.py`, by default the conv-BN net on images shrunk to 14x14; 11 epochs in all for every arm but those
+"at equal MACs".
 
 - path, group lasso (same unit), global L2, random: the order that cuts; all search for as many steps as the path does;
 - no refit: the path's, without least squares at the cut;
@@ -28,22 +28,21 @@ but those "at equal MACs".
     python examples/benchmarks/recipe_mnist.py --seeds 6 7 8 9 10
     python examples/benchmarks/recipe_mnist.py --table
 
-Rows go to `--out` as one JSON line per finished (net, size, budget, arm, seed); rows already there are skipped. Training
+Rows go to `--out` as one JSON line per finished (net, budget, arm, seed); rows already there are skipped. Training
 MACs are counted in those of the dense net's 11 epochs; what calibration and batch norm take is left out.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rows import RowFile, machine, mean_and_error, parser_of
 from structure_mnist import BATCH, SETTINGS, accuracy, build, lasso_prox, mnist, path_of, rates, sgd, train
-from torch import Tensor, nn
+from torch import Tensor
 from trainer_rows import Classifier
 from transformers.utils import logging
 
@@ -78,7 +77,7 @@ SCRATCH = (
 )
 ARMS = (*RECIPE, *SCRATCH)
 SCORES = ("fisher", "obs", "activation")
-KEYS = ("net", "size", "budget", "arm", "seed")
+KEYS = ("net", "budget", "arm", "seed")
 
 
 @dataclass
@@ -123,6 +122,7 @@ class Found:
     step: int
     settled: bool
     lifted: list[dict]
+    distances: list[float | None] = field(default_factory=list)  # between the selections of the last looks
 
 
 class Stop(Exception):
@@ -164,7 +164,7 @@ def search(run: Run, how: str, seed: int, budget: float, until: int | None = Non
         run.fit(model, lrs, seed, optimizer=optimizer, after_step=look)
     except Stop:
         settled = True
-    return Found(model, groups, optimizer, len(seen), settled, lifted)
+    return Found(model, groups, optimizer, len(seen), settled, lifted, [look["distance"] for look in settling.looks])
 
 
 def macs_of(groups: Sequence[Any], kept: dict[str, Tensor]) -> float:
@@ -240,8 +240,9 @@ def one_row(run: Run, arm: str, seed: int, budget: float, searched: Callable[...
     run.fit(small, rates(run.net, steps, run.settings["lr"]), 2000 + seed)
     facts |= {"after": run.accuracy(small), "macs": macs, "cost": (spent + steps * macs) / run.steps}
     facts |= {"found": ours.step / run.steps, "settled": ours.settled, "steps": steps}
+    facts["distances"] = ours.distances if arm == OURS else None
     facts["units"] = {name: len(index) for name, index in kept.items()}
-    row = {"net": run.net, "size": run.data[0].shape[-1], "budget": budget, "arm": arm, "seed": seed}
+    row = {"net": run.net, "budget": budget, "arm": arm, "seed": seed}
     return row | facts | {"seconds": time.perf_counter() - start}
 
 
@@ -249,11 +250,11 @@ def one_row(run: Run, arm: str, seed: int, budget: float, searched: Callable[...
 
 
 def table(rows: list[dict]) -> None:
-    for cell in sorted({tuple(row[key] for key in KEYS[:3]) for row in rows}, reverse=True):
-        of = {(row["arm"], row["seed"]): row for row in rows if tuple(row[key] for key in KEYS[:3]) == cell}
+    for cell in sorted({tuple(row[key] for key in KEYS[:2]) for row in rows}, reverse=True):
+        of = {(row["arm"], row["seed"]): row for row in rows if tuple(row[key] for key in KEYS[:2]) == cell}
         seeds = sorted({seed for arm, seed in of if arm == OURS})
-        net, size, budget = cell
-        print(f"\n{net}, {size}x{size}, {budget:.0%} of the MACs: {len(seeds)} seeds ({', '.join(map(str, seeds))})")
+        net, budget = cell
+        print(f"\n{net}, {budget:.0%} of the MACs: {len(seeds)} seeds ({', '.join(map(str, seeds))})")
         print("| arm | accuracy % at the cut | after | path ahead by (SE) | training MACs | search |")
         print("|---|---|---|---|---|---|")
         for arm in ARMS:
@@ -276,30 +277,27 @@ def line(arm: str, mine: list[dict], ours: list[dict]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__, "recipe_mnist")
-    parser.add_argument("--net", choices=sorted(SETTINGS), default="bn")
+    parser.add_argument("--net", choices=sorted(SETTINGS), default="bn14")
     parser.add_argument("--seeds", type=int, nargs="*", default=[6, 7, 8, 9, 10])
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=ARMS, metavar="ARM", help="only these arms")
     parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS)
     parser.add_argument("--rows", type=int, default=20000, help="training rows")
-    parser.add_argument("--size", type=int, choices=(14, 28), default=14, help="pixels of an image's side")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
     file = RowFile(options.out, KEYS)
     if options.table:
         return table(file.rows)
-
-    def shrunk(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return F.avg_pool2d(images, 28 // options.size), labels
-
-    images, labels = mnist("train")
-    run = Run(options.net, shrunk(images[: options.rows], labels[: options.rows]), shrunk(*mnist("test")))
+    images, labels = mnist("train", options.net)
+    run = Run(options.net, (images[: options.rows], labels[: options.rows]), mnist("test", options.net))
     searched = lru_cache(1)(lambda seed, budget: search(run, "path", seed, budget))
     for seed in options.seeds:
         for budget in options.budgets:
             for arm in options.arms:
-                if (options.net, options.size, budget, arm, seed) not in file:
-                    file.add(one_row(run, arm, seed, budget, searched) | machine(), hide=("platform", "units"))
+                if (options.net, budget, arm, seed) not in file:
+                    file.add(
+                        one_row(run, arm, seed, budget, searched) | machine(), hide=("platform", "units", "distances")
+                    )
     table(file.rows)
 
 

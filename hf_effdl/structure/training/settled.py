@@ -69,7 +69,9 @@ class SettledCallback(TrainerCallback, ExportableState):
     def __init__(self, groups: Sequence[Group] | None = None, **settings: Any) -> None:
         self.groups = groups
         if unknown := settings.keys() - self.DEFAULTS.keys():
-            raise TypeError(f"{type(self).__name__} has no settings {sorted(unknown)}; there are {list(self.DEFAULTS)}")
+            raise TypeError(
+                f"{type(self).__name__} has no settings {sorted(unknown)}; there are {list(self.DEFAULTS)}"
+            )
         self.settings = {**self.DEFAULTS, **settings}
         self.check_settings()
         self.budget = {name: share for name in BUDGETS if (share := self.settings[name]) is not None}

@@ -13,9 +13,10 @@ from accelerate.utils import broadcast
 from torch import nn
 from transformers import Trainer
 
-from hf_effdl.checks import real_number
+from hf_effdl.checks import one_of, real_number
 from hf_effdl.processes import decided, forget_accelerate, together
 from hf_effdl.random_state import random_state_kept
+from hf_effdl.structure.calibration.compensate import SCORES
 from hf_effdl.structure.groups.ties import config_ties
 from hf_effdl.structure.path.budget import one_budget
 from hf_effdl.structure.path.path import SparsePath
@@ -83,6 +84,7 @@ class SmallMixin:
             >>> trainer.push_slim(small, "your-name/quarter")                # doctest: +SKIP
         """
         settings = self._settings(epochs, learning_rate, self.args.learning_rate / 2, distill)
+        _check_teacher(teacher, settings["distill"])
         size = sum(p.numel() for p in small.parameters())
         folder = Path(output_dir or Path(self.args.output_dir) / f"tuned-{size}")
         if has_checkpoints(folder) and not resume_from_checkpoint:
@@ -155,11 +157,11 @@ class SmallMixin:
         """
         budget = dict([one_budget(macs=macs, params=params, keep=keep)])
         settings = self._settings(epochs, learning_rate, self.args.learning_rate, distill)
+        one_of("score", score, ("path", *SCORES))
         callback = SettledCallback(self.groups, **budget, order=order, widths=widths, within=within, **settling)
         folder = Path(self.args.output_dir) / FOLDER
         self._check_search(folder, resume_from_checkpoint)
-        if settings["distill"] == 0 and teacher is not None:
-            raise ValueError("teacher= has no say with distill=0: set distill, such as 0.5, or leave the teacher out")
+        _check_teacher(teacher, settings["distill"])
         bn_batches = self.args.bn_batches if bn_batches is None else bn_batches
         self.args.load_best_model_at_end = False  # the net is taken where the search stops, not where it was best
         how = {"settings": callback.settings, "score": score, "bn_batches": bn_batches}
@@ -270,8 +272,6 @@ class SmallMixin:
 
     def _teacher_for(self, teacher: nn.Module | None, share: float) -> nn.Module | None:
         if share == 0:
-            if teacher is not None:
-                raise ValueError("teacher= has no say with distill=0: set distill, such as 0.5, or leave it out")
             return None
         if teacher is None and self.distillation is not None:
             return self.distillation.teacher
@@ -339,6 +339,11 @@ class SmallMixin:
         metrics = self._measure(name, small)
         steps = {"steps": self.tuner.state.global_step}
         set_report(small, (get_report(small) or {}) | {"tuned": settings | steps | {"metrics": metrics}})
+
+
+def _check_teacher(teacher: nn.Module | None, share: float) -> None:
+    if share == 0 and teacher is not None:
+        raise ValueError("teacher= has no say with distill=0: set distill, such as 0.5, or leave the teacher out")
 
 
 def _plain(how: dict[str, Any]) -> dict[str, Any]:

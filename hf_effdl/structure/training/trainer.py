@@ -50,8 +50,8 @@ class SplitLBITrainer(SmallMixin, SlimMixin, DistillationMixin, WeightedLossMixi
     `WeightedLossMixin`.
 
     `results` holds the rows of the model card's table by name, e.g. `{"dense, plain SGD": {"accuracy": 0.98, "params":
-    78394}}`; left empty, the card shows `measured`, which `finetune` and `train_small` fill, or else the last evaluation
-    of the dense and of the projected model.
+    78394}}`; left empty, the card shows `measured`, which `finetune` and `train_small` fill, or else the last
+    evaluation of the dense and of the projected model.
 
     Processes: DDP, and FSDP2 with whole weights on every process at the start. `path`, `slim` and what evaluates are
     then for all processes to call; saving and pushing a slim model is for one.
