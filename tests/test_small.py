@@ -154,8 +154,9 @@ def test_files_of_another_run_are_neither_mixed_in_nor_lost(trained, tmp_path):
     before = sorted(map(str, out.rglob("*")))
     with pytest.raises(ValueError, match=BEGUN):
         small_run.trainer(out).train_small(**small_run.SETTINGS)
-    with pytest.raises(ValueError, match="was cut with settings="):
-        small_run.trainer(out).train_small(**small_run.SETTINGS | {"macs": 0.4}, resume_from_checkpoint=True)
+    for change, message in (({"macs": 0.4}, "of a run with search="), ({"distill": 0.0}, "of a run with small=")):
+        with pytest.raises(ValueError, match=message):
+            small_run.trainer(out).train_small(**small_run.SETTINGS | change, resume_from_checkpoint=True)
     assert sorted(map(str, out.rglob("*"))) == before
     args = GrowingArguments(str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match="a GrowingTrainer"):

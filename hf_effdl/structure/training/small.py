@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from hf_effdl.checks import one_of, real_number
 from hf_effdl.processes import decided, forget_accelerate, together
@@ -25,7 +25,7 @@ from hf_effdl.structure.slim.report import forget_report, get_report, set_report
 from hf_effdl.structure.slim.slim import cut_copy, set_config
 from hf_effdl.structure.training.card import logged_rows
 from hf_effdl.structure.training.checkpoints import has_checkpoints, newest
-from hf_effdl.structure.training.distill import Distillation, DistillationMixin, frozen_copy
+from hf_effdl.structure.training.distill import Distillation, DistillationMixin, frozen_copy, refuse_without_teacher
 from hf_effdl.structure.training.evaluation import training_inputs
 from hf_effdl.structure.training.settled import SettledCallback
 from hf_effdl.structure.training.start import FILE_NAME, Start, read_weights
@@ -164,7 +164,7 @@ class SmallMixin:
         _check_teacher(teacher, settings["distill"])
         bn_batches = self.args.bn_batches if bn_batches is None else bn_batches
         self.args.load_best_model_at_end = False  # the net is taken where the search stops, not where it was best
-        how = {"settings": callback.settings, "score": score, "bn_batches": bn_batches}
+        how = {"search": callback.settings, "score": score, "bn_batches": bn_batches, "small": dict(settings)}
         if (folder / FILE_NAME).is_file():
             small, facts = self._taken_up(folder, how)
         else:
@@ -237,7 +237,7 @@ class SmallMixin:
         changed = [name for name, value in _plain(how).items() if facts["how"][name] != value]
         if changed:
             raise ValueError(
-                f"{folder} holds a small net that was cut with {changed[0]}={facts['how'][changed[0]]}, not "
+                f"{folder} holds a small net of a run with {changed[0]}={facts['how'][changed[0]]}, not "
                 f"{_plain(how)[changed[0]]}: pass the same again, or another output_dir"
             )
         model = self.plain_model()
@@ -300,8 +300,11 @@ class SmallMixin:
         )
         if teacher is not None:
             tuner.teach(Distillation(teacher, settings["distill"], args.distill_temperature, args.distill_hidden))
+        checkpoint = newest(folder, args.world_size) if resumes else None
+        if checkpoint and teacher is None:
+            refuse_without_teacher(TrainerState.load_from_json(f"{checkpoint}/trainer_state.json"))
         together()
-        tuner.train(newest(folder, args.world_size) if resumes else None)
+        tuner.train(checkpoint)
         broadcast(dict(small.named_buffers()))  # every process has its own batch statistics
         forget_accelerate(small)
         self.tuner = tuner
