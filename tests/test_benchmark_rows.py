@@ -120,6 +120,17 @@ def structure_mnist(script, patch, made) -> list[str]:
     return ["--arms", "path, early", "global L2", "--seeds", "2"]
 
 
+def recipe_row(run, arm, seed, budget, searched) -> dict:
+    row = {"net": run.net, "budget": budget, "arm": arm, "seed": seed, "before": 50.0, "after": 90.0 + seed}
+    return row | {"macs": budget, "cost": 0.3, "found": 0.2, "settled": False}
+
+
+def recipe_mnist(script, patch, made) -> list[str]:
+    patch.setattr(script, "mnist", lambda split, net="": images_of(40, 1, 2, 2))
+    patch.setattr(script, "one_row", lambda *given: made.append(given[1:4]) or recipe_row(*given))
+    return ["--arms", "path", "random", "scratch, uniform widths", "--seeds", "6", "7"]
+
+
 def growth_row(setting, arm, seed, grown) -> dict:
     row = {"accuracy": 90.0, "params": 10, "seconds": 1.0, "macs": 5, "training_macs": 100.0}
     return row | ({"history": [{"step": 3, "from": 2, "to": 4}], "curve": []} if arm == "grown" else {})
@@ -251,8 +262,28 @@ def pretrained_dinov2(script, patch, made) -> list[str]:
     return arms_made(script, patch, made)
 
 
+def pretrained_resnet20(script, patch, made) -> list[str]:
+    patch.setattr(script, "trained", lambda file: None)
+    patch.setattr(script, "read", lambda *given: script.Images([], [{"pixel_values": torch.zeros(1, 3, 2, 2)}]))
+    patch.setattr(script, "find_groups", lambda *given: [])
+    patch.setattr(script, "share_for", lambda groups, budget: (budget, budget))
+    patch.setattr(script, "accuracy", lambda *given: 90.0)
+    patch.setattr(script, "recalibrate_batch_norm", lambda *given: None)
+    return [*arms_made(script, patch, made)[:-2], "--budgets", "0.5"]
+
+
 MAKERS: tuple[Maker, ...] = (growth_mnist, selection_banking77, selection_digits, selection_speed, slim_latency)
-MAKERS += (pretrained_dinov2, pretrained_minilm, structure_mnist, tickets_mnist, vicl_digits, vicl_pets)
+MAKERS += (pretrained_dinov2, pretrained_minilm, pretrained_resnet20, recipe_mnist)
+MAKERS += (structure_mnist, tickets_mnist, vicl_digits, vicl_pets)
+    pretrained_dinov2,
+    pretrained_minilm,
+    pretrained_resnet20,
+    recipe_mnist,
+    structure_mnist,
+    tickets_mnist,
+    vicl_digits,
+    vicl_pets,
+)
 MADE_UP = {maker.__name__: maker for maker in MAKERS}
 
 

@@ -14,8 +14,8 @@
 The recipe: the dense net trains until the units that the budget would keep no longer change, at most a fifth of the
 run; the others are cut out, the layers behind are refitted on 512 training images, batch norm is re-estimated, and the
 small net has the rest of the epochs on a whole schedule of its own. Nets, rows and schedules are those of
-`structure_mnist.py`, by default the conv-BN net on images shrunk to 14x14; 11 epochs in all for every arm but those
-"at equal MACs".
+`structure_mnist.py`, by default the conv-BN net on 10,000 images shrunk to 14x14; 11 epochs in all for every arm but
+those "at equal MACs".
 
 - path, group lasso (same unit), global L2, random: the order that cuts; all search for as many steps as the path does;
 - no refit: the path's, without least squares at the cut;
@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 from rows import RowFile, machine, mean_and_error, parser_of
-from structure_mnist import BATCH, SETTINGS, accuracy, build, lasso_prox, mnist, path_of, rates, sgd, train
+from structure_mnist import BATCH, ROWS, SETTINGS, accuracy, build, lasso_prox, mnist, path_of, rates, sgd, train
 from torch import Tensor
 from trainer_rows import Classifier
 from transformers.utils import logging
@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[6, 7, 8, 9, 10])
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=ARMS, metavar="ARM", help="only these arms")
     parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS)
-    parser.add_argument("--rows", type=int, default=20000, help="training rows")
+    parser.add_argument("--rows", type=int, help="training rows")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
@@ -289,6 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.table:
         return table(file.rows)
     images, labels = mnist("train", options.net)
+    options.rows = options.rows or ROWS.get(options.net, 20_000)
     run = Run(options.net, (images[: options.rows], labels[: options.rows]), mnist("test", options.net))
     searched = lru_cache(1)(lambda seed, budget: search(run, "path", seed, budget))
     for seed in options.seeds:
