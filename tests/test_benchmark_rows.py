@@ -275,15 +275,6 @@ def pretrained_resnet20(script, patch, made) -> list[str]:
 MAKERS: tuple[Maker, ...] = (growth_mnist, selection_banking77, selection_digits, selection_speed, slim_latency)
 MAKERS += (pretrained_dinov2, pretrained_minilm, pretrained_resnet20, recipe_mnist)
 MAKERS += (structure_mnist, tickets_mnist, vicl_digits, vicl_pets)
-    pretrained_dinov2,
-    pretrained_minilm,
-    pretrained_resnet20,
-    recipe_mnist,
-    structure_mnist,
-    tickets_mnist,
-    vicl_digits,
-    vicl_pets,
-)
 MADE_UP = {maker.__name__: maker for maker in MAKERS}
 
 

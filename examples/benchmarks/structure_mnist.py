@@ -520,7 +520,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if options.recipe == "paper":
                 row = paper_row(options.net, seed, data, test, arm.partition(",")[0], cache)
             else:
-                row = one_row(options.net, arm, seed, data, test, settings, cache, budgets=options.budgets)
+                row = one_row(options.net, arm, seed, data, test, settings, cache, MNIST, options.budgets)
             file.add(row, hide=("budgets",))
     table(file.rows)
 
