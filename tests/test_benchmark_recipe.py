@@ -14,7 +14,8 @@ def script():
 ARMS = (
     "path",
     "group lasso",
-    "path, no refit",
+    "new weights, path's widths",
+    "path, refitted",
     "OBS, path's widths",
     "scratch, uniform widths",
     "scratch, path's widths, equal MACs",
@@ -44,7 +45,7 @@ def test_all_arms_hold_the_budget_and_train_for_as_long_or_for_as_many_macs(scri
         else:
             assert row["cost"] == pytest.approx(rows["path"]["cost"], rel=0.5 / row["steps"])
     units = rows["path"]["units"]
-    assert all(rows[arm]["units"] == units for arm in rows if "path's widths" in arm or "refit" in arm)
+    assert all(rows[arm]["units"] == units for arm in rows if "path" in arm)
     shares = [size / of for size, of in zip(rows["scratch, uniform widths"]["units"].values(), (16, 24, 32, 32))]
     assert max(shares) - min(shares) < 1 / 16
 

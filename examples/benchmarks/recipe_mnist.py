@@ -12,15 +12,16 @@
 """The recipe of `trainer.train_small` on MNIST beside other orders by the same recipe, and beside no order at all.
 
 The recipe: the dense net trains until the units that the budget would keep no longer change, at most a fifth of the
-run; the others are cut out, the layers behind are refitted on 512 training images, batch norm is re-estimated, and the
-small net has the rest of the epochs on a whole schedule of its own. Nets, rows and schedules are those of
+run; the others are cut out, batch norm is re-estimated, and the small net has the rest of the epochs on a whole
+schedule of its own. Nets, rows and schedules are those of
 `structure_mnist.py`, by default the conv-BN net on 10,000 images shrunk to 14x14; 11 epochs in all for every arm but
 those "at equal MACs".
 
 - path, group lasso (same unit), global L2, random: the order that cuts; all search for as many steps as the path does;
-- no refit: the path's, without least squares at the cut;
-- Fisher, OBS, activation: as many units of every layer as the path keeps, chosen by what the net that the path trained
-  does on 512 training images (`slim(score=)`);
+- refitted: the layers behind the cut are refitted by least squares on 512 training images (`calibration=`);
+- new weights, path's widths: the small net starts from new weights; the search is paid for its widths alone;
+- Fisher, OBS: as many units of every layer as the path keeps, chosen by what the net that the path trained does on 512
+  training images (`score=`);
 - random order, path's widths: as many, drawn at random;
 - scratch: new weights for all of the epochs, with the path's widths or with one share of every layer (uniform);
 - scratch, equal MACs: the same with as many training MACs as the path's recipe takes, search included.
@@ -47,9 +48,8 @@ from trainer_rows import Classifier
 from transformers.utils import logging
 
 from hf_effdl import SparsePath, SplitLBI, derive_path, find_groups, recalibrate_batch_norm, slim
-from hf_effdl.structure.calibration.compensate import Wish
+from hf_effdl.structure.calibration.compensate import Wish, compensate
 from hf_effdl.structure.path.settling import Settling, pack
-from hf_effdl.structure.slim.slim import take_out
 
 
 WITHIN, LOOKS = 0.2, 50  # the bound of a search, and how often a run is looked at
@@ -58,17 +58,18 @@ BUDGETS = (0.25, 0.1)
 CALIBRATION = 512
 OURS = "path"
 # arm -> (what trains the dense net, what orders the units); scratch arms have neither
+REFITTED = ", refitted"
 RECIPE = {
     "path": ("path", "dual"),
     "group lasso": ("lasso", "norm"),
     "global L2": ("sgd", "l2"),
     "random": ("sgd", "random"),
-    "path, no refit": ("path", "dual"),
+    "new weights, path's widths": ("path", "dual"),
+    "random order, path's widths": ("path", "drawn"),
     "Fisher, path's widths": ("path", "fisher"),
     "OBS, path's widths": ("path", "obs"),
-    "activation, path's widths": ("path", "activation"),
-    "random order, path's widths": ("path", "drawn"),
 }
+RECIPE |= {arm + REFITTED: RECIPE[arm] for arm in ("path", "group lasso", "global L2", "random")}
 SCRATCH = (
     "scratch, path's widths",
     "scratch, uniform widths",
@@ -76,7 +77,6 @@ SCRATCH = (
     "scratch, uniform widths, equal MACs",
 )
 ARMS = (*RECIPE, *SCRATCH)
-SCORES = ("fisher", "obs", "activation")
 KEYS = ("net", "budget", "arm", "seed")
 
 
@@ -199,14 +199,15 @@ def by_recipe(run: Run, arm: str, seed: int, budget: float, ours: Found) -> tupl
     trained = {"model": found.model, "groups": found.groups, "optimizer": found.optimizer}
     path, order = path_of("dual" if how == "path" else scoring, trained, seed)
     kept = path.select(macs=budget, order=order)
+    images = run.rows(CALIBRATION, 128)
     if scoring == "drawn":
         kept = drawn(kept, found.groups, seed)
-    batches = None if arm.endswith("no refit") else run.rows(CALIBRATION, 128)
-    if scoring in SCORES:
+    if scoring in ("fisher", "obs"):
         wishes = {name: Wish(len(index)) for name, index in kept.items()}
-        small, _ = take_out(found.model, found.groups, wishes, (), batches, score=scoring)
-    else:
-        small = slim(found.model, found.groups, kept, calibration=batches)
+        kept = compensate(found.model, found.groups, wishes, images, score=scoring).kept
+    small = slim(found.model, found.groups, kept, calibration=images if arm.endswith(REFITTED) else None)
+    if arm.startswith("new weights"):
+        renew(small, seed)
     recalibrate_batch_norm(small.net, run.data[0][:4000].split(1000))
     return small, facts | {"before": run.accuracy(small), "kept": kept}
 
@@ -214,12 +215,15 @@ def by_recipe(run: Run, arm: str, seed: int, budget: float, ours: Found) -> tupl
 def from_scratch(arm: str, seed: int, budget: float, ours: Found, kept: dict[str, Tensor]) -> tuple[Classifier, dict]:
     if "uniform" in arm:
         kept = uniform(ours.groups, budget)
-    small = slim(ours.model, ours.groups, kept)
+    return renew(slim(ours.model, ours.groups, kept), seed), {"kept": kept}
+
+
+def renew(model: Classifier, seed: int) -> Classifier:
     torch.manual_seed(1000 + seed)
-    for module in small.modules():
+    for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    return small, {"kept": kept}
+    return model
 
 
 def one_row(run: Run, arm: str, seed: int, budget: float, searched: Callable[..., Found]) -> dict:
