@@ -46,7 +46,7 @@ def test_one_call_is_a_search_a_cut_and_a_plain_training(tmp_path):
     small = run.train_small(**small_run.SEARCH)
     again = small_run.trainer(tmp_path / "two")
     ticket = find_ticket(again, **small_run.SEARCH)
-    expected = again.slim(macs=0.5)
+    expected = again.slim(macs=0.5, calibration=False)
     recalibrate_batch_norm(expected, training_inputs(again.get_train_dataloader(), 8, expected))
     by_hand(expected, again.train_dataset, tmp_path / "three", max_steps=48 - ticket.step)
     assert_same(tensors(small), tensors(expected))
@@ -115,7 +115,7 @@ def test_what_is_asked_for_reaches_the_small_net(tmp_path):
         metric_for_best_model="loss",
     )
     run.eval_dataset = tiny_run.images(16, 5)
-    small = run.train_small(params=0.6, epochs=2, learning_rate=0.01, calibration=False, within=0.4)
+    small = run.train_small(params=0.6, epochs=2, learning_rate=0.01, within=0.4)
     optimizer = run.tuner.optimizer.optimizer
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["lr"] == 0.01
     assert run.tuner.state.global_step == 16 and run.tuner.state.best_model_checkpoint

@@ -18,7 +18,7 @@ from hf_effdl import SplitLBITrainer
 
 
 SEARCH = {"macs": 0.5, "within": 0.5, "every": 3, "threshold": 0.3}
-SETTINGS = {**SEARCH, "distill": 0.3}
+SETTINGS = {**SEARCH, "distill": 0.3, "calibration": True}
 CLOCK = "latency_ms"
 
 

@@ -115,7 +115,7 @@ class SmallMixin:
         teacher: nn.Module | None = None,
         order: str = "dual",
         widths: str = "stock",
-        calibration: bool | Iterable[Any] = True,
+        calibration: bool | Iterable[Any] = False,
         score: str = "path",
         bn_batches: int | None = None,
         resume_from_checkpoint: bool = False,
@@ -125,7 +125,7 @@ class SmallMixin:
 
         1. The dense net trains until the units that the budget would keep no longer change, as in `find_ticket`; the
            path is travelled in the first `within` of the run.
-        2. The other units are cut out, the layers behind refitted on training rows, batch norms re-estimated.
+        2. The other units are cut out, batch norms re-estimated, and with `calibration` the layers behind refitted.
         3. The small net trains for the rest of the run, on a whole learning rate schedule of its own.
 
         A run that is killed at any moment and started again with `resume_from_checkpoint=True` goes on to the same
@@ -140,7 +140,8 @@ class SmallMixin:
             distill: the teacher's share of the small net's loss, see `Distillation`.
             teacher: default: the path's own teacher if there is one, else the dense net where its search stopped.
             order, widths: see `SparsePath.select`.
-            calibration, score: see `slim`.
+            calibration, score: see `slim`. By default nothing is refitted: a net that trains this long afterwards has
+                been no better for it, see the benchmarks.
             bn_batches: training batches for the batch norms; default: as in the arguments.
             resume_from_checkpoint: go on from what the output folder holds, from the beginning where that is nothing.
             settling: others of `EarlyTicketCallback`: `every`, `threshold`, `window`, `patience`, `min_path`.
