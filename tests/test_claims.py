@@ -22,16 +22,27 @@ LATE_L2 = (STRUCTURE, ("bn", "0.1"), "path, late", "global L2")
 LATE_LASSO = (STRUCTURE, ("bn", "0.1"), "path, late", "group lasso, same unit")
 EARLY_LASSO = (STRUCTURE, ("bn", "0.1"), "group lasso, same unit, early", "path, early")
 SCRATCH = (STRUCTURE, ("bn", "0.1"), "scratch, widths of path", "path, early")
+NEW_25, NEW_10 = ((STRUCTURE, ("bn14", budget), "path, early", "random, early") for budget in ("0.25", "0.1"))
+NEW_L2, NEW_BN = ((STRUCTURE, ("bn14", "0.25"), "path, early", f"{arm}, early") for arm in ("global L2", "BN weight"))
+UNIFORM, WIDTHS = (f"scratch, {widths} widths, equal MACs" for widths in ("uniform", "path's"))
+SMALL_25 = (RECIPE, ("bn14", 0.25), "path", UNIFORM)
+SMALL_25_WIDTHS = (RECIPE, ("bn14", 0.25), "path", WIDTHS)
+SMALL_25_NEW = (RECIPE, ("bn14", 0.25), "path", "new weights, path's widths")
+SMALL_25_RANDOM = (RECIPE, ("bn14", 0.25), "path", "random")
+SMALL_10 = (RECIPE, ("bn14", 0.1), UNIFORM, "path")
+SMALL_10_WIDTHS = (RECIPE, ("bn14", 0.1), WIDTHS, "path")
+REFITTED = (RECIPE, ("bn14", 0.1), "path", "path, refitted")
+RECIPES = (SMALL_25, SMALL_25_WIDTHS, SMALL_25_NEW, SMALL_25_RANDOM, SMALL_10, SMALL_10_WIDTHS, REFITTED)
 TICKET_25 = (TICKETS, ("lenet", 0.25), "path ticket, late", "dense")
 TICKET_10 = (TICKETS, ("lenet", 0.1), "path ticket, late", "dense")
 GROWN = (GROWTH, (), "final from scratch", "grown")
 CLAIMS = {
-    "README.md": (LATE_L2, LATE_LASSO, SCRATCH, TICKET_25, TICKET_10, GROWN),
-    "docs/benchmarks/structure.md": (EARLY_LASSO, SCRATCH),
-    "docs/smaller/finetuning.md": (SCRATCH,),
+    "README.md": (LATE_L2, LATE_LASSO, NEW_25, NEW_10, SMALL_25, SMALL_10, TICKET_25, TICKET_10, GROWN),
+    "docs/benchmarks/structure.md": (EARLY_LASSO, SCRATCH, NEW_25, NEW_10, NEW_L2, NEW_BN, *RECIPES),
+    "docs/smaller/finetuning.md": (SMALL_25, SMALL_25_WIDTHS, SMALL_10),
     "docs/smaller/growing.md": (GROWN,),
     "docs/benchmarks/growth.md": (GROWN,),
-    "model_cards/structure_mnist.md": (EARLY_LASSO, SCRATCH),
+    "model_cards/structure_mnist.md": (EARLY_LASSO, SCRATCH, NEW_25, NEW_10),
 }
 
 
