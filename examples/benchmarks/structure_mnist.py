@@ -446,7 +446,8 @@ def arms_table(title: str, rows: list[dict], schedule: tuple[int, int]) -> None:
     seeds = sorted({seed for arm, seed in of if arm == OURS})
     print(
         f"\n{title}: accuracy % before -> after fine-tuning, mean over {len(seeds)} seeds, "
-        f"{', '.join(map(str, seeds))} (paired difference of {OURS}, SE); training MACs at 50, 25, 10 % beside the dense net's"
+        f"{', '.join(map(str, seeds))} (paired difference of {OURS}, SE); training MACs at 50, 25, 10 % beside the "
+        "dense net's"
     )
     print(
         f"| arm | dense | {' | '.join(f'{b:.0%} MACs' for b in BUDGETS)} | training MACs | params, latency at 25 % |"

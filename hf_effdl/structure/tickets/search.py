@@ -187,7 +187,7 @@ class EarlyTicketCallback(SettledCallback):
             within=within,
             at_step=at_step,
             at_epoch=at_epoch,
-            weights_at=list(weights_at),
+            weights_at=weights_at,
         )
 
     def begin(self) -> None:
@@ -310,6 +310,10 @@ def _check_given(settings: dict[str, Any]) -> None:
         settings["at_step"] = whole_number("at_step", settings["at_step"], 1)
         if settings["at_epoch"] is not None:
             raise ValueError("give at_step or at_epoch, not both")
-    for step in settings["weights_at"]:
+    steps = settings["weights_at"]
+    if isinstance(steps, str | bytes) or not isinstance(steps, Sequence):
+        raise TypeError(f"weights_at={steps!r}: pass a list of steps")
+    settings["weights_at"] = list(steps)
+    for step in steps:
         if type(step) is not int or step < 0:
             raise ValueError(f"weights_at={settings['weights_at']}: they must be steps, whole numbers not below 0")

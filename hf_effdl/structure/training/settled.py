@@ -14,7 +14,7 @@ from transformers.trainer_callback import ExportableState
 from hf_effdl.checks import one_of, real_number, whole_number
 from hf_effdl.processes import agreed
 from hf_effdl.structure.groups.find import find_groups
-from hf_effdl.structure.groups.group import Group
+from hf_effdl.structure.groups.group import Group, check_groups
 from hf_effdl.structure.groups.record import groups_of, groups_record
 from hf_effdl.structure.groups.ties import Tie, config_ties
 from hf_effdl.structure.optim.schedule import PATH_LENGTHS
@@ -74,6 +74,8 @@ class SettledCallback(TrainerCallback, ExportableState):
             )
         self.settings = {**self.DEFAULTS, **settings}
         self.check_settings()
+        if groups is not None:
+            check_groups(groups, type(self).__name__)
         self.budget = {name: share for name in BUDGETS if (share := self.settings[name]) is not None}
         self.ties: Sequence[Tie] = ()
         self.begin()
