@@ -183,6 +183,10 @@ def test_finetuning_is_a_plain_training_with_its_accuracy_on_the_card(tmp_path):
     assert all(f"| {name} |" in card.read_text() for name in names)
     with pytest.raises(ValueError, match="has checkpoints of an earlier run"):
         run.finetune(run.slim(macs=0.5), epochs=2)
+    killed = shutil.copytree(run.tuner.args.output_dir, tmp_path / "killed")
+    shutil.rmtree(killed / "checkpoint-16")
+    again = run.finetune(run.slim(macs=0.5), epochs=2, output_dir=killed, resume_from_checkpoint=True)
+    assert_same(tensors(again), tensors(small))
     other = run.finetune(run.slim(macs=0.5), epochs=1, distill=0.5, bn_batches=0, output_dir=tmp_path / "taught")
     assert run.tuner.distillation.weight == 0.5 and not torch.equal(*(next(m.parameters()) for m in (other, small)))
     assert_same(tensors(run.tuner.distillation.teacher), tensors(run.model))
