@@ -32,7 +32,17 @@ SMALL_25_RANDOM = (RECIPE, ("bn14", 0.25), "path", "random")
 SMALL_10 = (RECIPE, ("bn14", 0.1), UNIFORM, "path")
 SMALL_10_WIDTHS = (RECIPE, ("bn14", 0.1), WIDTHS, "path")
 REFITTED = (RECIPE, ("bn14", 0.1), "path", "path, refitted")
-RECIPES = (SMALL_25, SMALL_25_WIDTHS, SMALL_25_NEW, SMALL_25_RANDOM, SMALL_10, SMALL_10_WIDTHS, REFITTED)
+REFITTED_LASSO = (RECIPE, ("bn14", 0.1), "group lasso, refitted", "group lasso")
+RECIPES = (
+    REFITTED_LASSO,
+    SMALL_25,
+    SMALL_25_WIDTHS,
+    SMALL_25_NEW,
+    SMALL_25_RANDOM,
+    SMALL_10,
+    SMALL_10_WIDTHS,
+    REFITTED,
+)
 TICKET_25 = (TICKETS, ("lenet", 0.25), "path ticket, late", "dense")
 TICKET_10 = (TICKETS, ("lenet", 0.1), "path ticket, late", "dense")
 GROWN = (GROWTH, (), "final from scratch", "grown")

@@ -140,8 +140,8 @@ class SmallMixin:
             distill: the teacher's share of the small net's loss, see `Distillation`.
             teacher: default: the path's own teacher if there is one, else the dense net where its search stopped.
             order, widths: see `SparsePath.select`.
-            calibration, score: see `slim`. By default nothing is refitted: a net that trains this long afterwards has
-                been no better for it, see the benchmarks.
+            calibration, score: see `slim`. By default nothing is refitted: the path's nets, which train this long
+                afterwards, have been no better for it, see the benchmarks.
             bn_batches: training batches for the batch norms; default: as in the arguments.
             resume_from_checkpoint: go on from what the output folder holds, from the beginning where that is nothing.
             settling: others of `EarlyTicketCallback`: `every`, `threshold`, `window`, `patience`, `min_path`.
