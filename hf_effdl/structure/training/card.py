@@ -96,7 +96,7 @@ def write_structure_card(
         dataset=_listed(dataset),
         dataset_args=dataset_args,
         rows=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
-        recipe=_recipe(trainer, facts["recipe"]),
+        recipe=_recipe(trainer, facts["recipe"] | _of_small_net(report or {})),
         citation=CITATION,
         growth=facts["growth"],
         **_results(trainer, report, facts["whole"]),
@@ -127,7 +127,8 @@ def _model_index(name: str, task: str | None, datasets: Sequence[str], metrics: 
 
 def _results(trainer: Any, report: Mapping[str, Any] | None, whole: str) -> dict[str, Any]:
     """The table of results, and whether plain SGD is in it."""
-    rows = [{"name": name, **values} for name, values in trainer.results.items()] or _logged_rows(trainer, whole)
+    told = trainer.results or trainer.measured
+    rows = [{"name": name, **values} for name, values in told.items()] or logged_rows(trainer, whole)
     if report is not None and report["params"]["after"] not in [row.get("params") for row in rows]:
         rows.append({"name": "slim", **{key: report[key]["after"] for key in SIZES if key in report}})
     table = markdown_table(rows, {"name": "model", **_metric_names(rows), **SIZES})
@@ -138,7 +139,7 @@ def _metric_names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {name: name for row in rows for name in row if name not in ("name", *SIZES)}
 
 
-def _logged_rows(trainer: Any, whole: str) -> list[dict[str, Any]]:
+def logged_rows(trainer: Any, whole: str) -> list[dict[str, Any]]:
     """The last evaluation in the log, of the whole net and of the projected one, with the net's size."""
     counts = trainer.groups[0].network.count()
     logged = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
@@ -176,6 +177,19 @@ def _path_facts(path: SparsePath, report: Mapping[str, Any] | None, folder: str 
 
 
 # ---- settings
+
+
+def _of_small_net(report: Mapping[str, Any]) -> dict[str, Any]:
+    """How a slim model was trained since, as its report has it."""
+    lines: dict[str, Any] = {}
+    if search := report.get("search"):
+        settled = "" if search["settled"] else ", not settled"
+        lines["units cut at step"] = f"{search['step']} of {search['of']}{settled}"
+    if tuned := report.get("tuned"):
+        lines["small net, steps"] = tuned["steps"]
+        lines["small net, learning rate"] = tuned["learning_rate"]
+        lines["small net, teacher's share"] = tuned["distill"]
+    return lines
 
 
 def _recipe(trainer: Any, more: Mapping[str, Any]) -> dict[str, Any]:
