@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_refused_with_what_to_change(script, inputs, change
 
 @pytest.fixture
 def benchmarks():
-    with importable("pretrained_arms", "pretrained_minilm", "pretrained_dinov2") as found:
+    with importable("pretrained_arms", "pretrained_minilm", "pretrained_dinov2", "pretrained_resnet20") as found:
         yield found
 
 
@@ -125,3 +125,21 @@ def test_masks_come_from_the_nearest_other_photo_or_the_best_of_some(benchmarks)
     assert script.by_example(model, found, masks, 28) == {"IoU nearest": 1, "IoU best": 1}
     said = script.by_example(model, found, masks[torch.randperm(12, generator=torch.Generator().manual_seed(0))], 28)
     assert said["IoU nearest"] < said["IoU best"]
+
+
+def test_every_block_of_the_resnet_keeps_the_largest_share_that_holds_the_budget(benchmarks):
+    script, x = benchmarks["pretrained_resnet20"], torch.randn(2, 3, 32, 32)
+    model = script.ResNet20(width=4).eval()
+    groups = find_groups(model, {"pixel_values": x})
+    assert len(groups) == 9 and {group.name for group in groups} == {
+        f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in (0, 1, 2)
+    }
+    share, macs = script.share_for(groups, 0.5)
+    sizes = [max(1, round((share + step) * group.units)) for step in (0, 1 / 4) for group in groups]
+    network, names = groups[0].network, [group.name for group in groups]
+    held, over = (network.count(groups, dict(zip(names, part, strict=True))) for part in (sizes[:9], sizes[9:]))
+    whole = network.count()["macs"]
+    assert macs == held["macs"] / whole <= 0.5 < over["macs"] / whole
+    batch = {"pixel_values": x, "labels": torch.tensor([1, 2])}
+    small = list(benchmarks["pretrained_arms"].smaller(model, groups, share, "fisher", [batch]))
+    assert all(found.model(x)["logits"].shape == (2, 10) for found in small)
