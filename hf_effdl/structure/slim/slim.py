@@ -82,7 +82,7 @@ def slim(
         raise ValueError("slim got no groups; find_groups(model) returns them")
     round_to = whole_number("round_to", round_to, 1)
     if score is not None:
-        one_of("score", score, SCORES)
+        one_of("score", score, (*SCORES, "path"))  # of a path it is said later what to do
     check_same_network(groups, model)
     ties = config_ties(model, groups)
     units = {group.name: group.units for group in groups}
