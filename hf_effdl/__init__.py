@@ -6,6 +6,7 @@ vicl/         better prompts: which labelled example a frozen vision model shoul
 metrics/      metrics for `evaluate.load`
 hub/          what cards and repositories of all three share
 weighting     `WeightedTrainer`, which trains on a column of weights; `row_losses`: the loss of every row
+weighted_sft  `WeightedSFTTrainer`, the same for TRL's fine-tuning of language models
 files, processes, pictures, checks, random_state, version    one place each for what all of them need
 """
 
@@ -72,6 +73,7 @@ _PUBLIC = {
     "vicl.remote_code.ranker_reliable": ["reliable_rows"],
     "vicl.remote_code.frozen_seggpt": ["SegGptInContext"],
     "vicl.remote_code.vision_encoder": ["VisionEncoder"],
+    "weighted_sft": ["WeightedSFTTrainer"],
     "weighting": ["WeightedTrainer"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
@@ -133,6 +135,7 @@ if TYPE_CHECKING:
     from hf_effdl.vicl.remote_code.ranker_reliable import reliable_rows
     from hf_effdl.vicl.remote_code.ranker_selector import RankerSelector
     from hf_effdl.vicl.remote_code.vision_encoder import VisionEncoder
+    from hf_effdl.weighted_sft import WeightedSFTTrainer
     from hf_effdl.weighting import WeightedTrainer
 
 

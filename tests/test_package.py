@@ -22,6 +22,7 @@ ROOMS = (
     "random_state",
     "row_losses",
     "weighting",
+    "weighted_sft",
 )  # single files at the root
 
 # Rooms of each pillar, lowest floor first: a file imports its own room and rooms on lower floors, never one beside it.
@@ -237,6 +238,7 @@ def test_functions_are_short_and_plain():
 PRIVATE_UPSTREAM = {
     "_set_signature_columns_if_needed": "Trainer offers no other way to keep a column",
     "_signature_columns": "Trainer offers no other way to keep a column",
+    "_prepare_dataset": "SFTTrainer drops all columns but two when it packs rows",
     "_is_accelerate_prepared": "Accelerate has no call that takes its marks off a copy of a model",
     "_original_forward": "Accelerate has no call that takes its marks off a copy of a model",
     "_fingerprint": "datasets has no public name for a data set's identity",
