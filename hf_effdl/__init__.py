@@ -30,6 +30,8 @@ _PUBLIC = {
     "samples.selection.selection": ["Selection", "load_selection"],
     "samples.selection.selector": ["UncertaintySelector"],
     "samples.drawing.shards": ["plan_shards"],
+    "samples.language.probes": ["LanguageProbes", "train_language_probes"],
+    "samples.language.scorer": ["SFTScorer"],
     "samples.probes.trained_probes": ["train_probes"],
     "samples.scores.uncertainty": ["uncertainty"],
     "structure.training.arguments": ["SplitLBIArguments", "scheduled_rates"],
@@ -86,6 +88,8 @@ if TYPE_CHECKING:
     from hf_effdl.samples.drawing.presets import active_plan, default_plan, paper_plan
     from hf_effdl.samples.drawing.probabilities import inclusion_probabilities
     from hf_effdl.samples.drawing.shards import plan_shards
+    from hf_effdl.samples.language.probes import LanguageProbes, train_language_probes
+    from hf_effdl.samples.language.scorer import SFTScorer
     from hf_effdl.samples.probes.dynamics_callback import DynamicsCallback, dynamics_scores, load_dynamics
     from hf_effdl.samples.probes.linear_probes import LinearProbes
     from hf_effdl.samples.probes.probes import Probes
