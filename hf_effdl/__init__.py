@@ -27,6 +27,10 @@ _PUBLIC = {
     "samples.drawing.probabilities": ["inclusion_probabilities"],
     "samples.probes.probes": ["Probes"],
     "samples.drawing.draws": ["PrioritySampler", "draw", "priority_sample"],
+    "samples.scale.join_shards": ["join_shards"],
+    "samples.scale.score_shards": ["score_shards"],
+    "samples.scale.scorers": ["ProbeScorer"],
+    "samples.scale.streams": ["select_stream"],
     "samples.selection.selection": ["Selection", "load_selection"],
     "samples.selection.selector": ["UncertaintySelector"],
     "samples.drawing.shards": ["plan_shards"],
@@ -94,6 +98,10 @@ if TYPE_CHECKING:
     from hf_effdl.samples.probes.linear_probes import LinearProbes
     from hf_effdl.samples.probes.probes import Probes
     from hf_effdl.samples.probes.trained_probes import train_probes
+    from hf_effdl.samples.scale.join_shards import join_shards
+    from hf_effdl.samples.scale.score_shards import score_shards
+    from hf_effdl.samples.scale.scorers import ProbeScorer
+    from hf_effdl.samples.scale.streams import select_stream
     from hf_effdl.samples.scores.noise import fit_label_noise, noise_rate
     from hf_effdl.samples.scores.uncertainty import uncertainty
     from hf_effdl.samples.selection.selection import Selection, load_selection
