@@ -27,6 +27,8 @@ _PUBLIC = {
     "samples.drawing.probabilities": ["inclusion_probabilities"],
     "samples.probes.probes": ["Probes"],
     "samples.drawing.draws": ["PrioritySampler", "draw", "priority_sample"],
+    "samples.rounds.answers": ["ColumnAnswers", "CsvAnswers"],
+    "samples.rounds.learner": ["ActiveLearner"],
     "samples.scale.join_shards": ["join_shards"],
     "samples.scale.score_shards": ["score_shards"],
     "samples.scale.scorers": ["ProbeScorer"],
@@ -98,6 +100,8 @@ if TYPE_CHECKING:
     from hf_effdl.samples.probes.linear_probes import LinearProbes
     from hf_effdl.samples.probes.probes import Probes
     from hf_effdl.samples.probes.trained_probes import train_probes
+    from hf_effdl.samples.rounds.answers import ColumnAnswers, CsvAnswers
+    from hf_effdl.samples.rounds.learner import ActiveLearner
     from hf_effdl.samples.scale.join_shards import join_shards
     from hf_effdl.samples.scale.score_shards import score_shards
     from hf_effdl.samples.scale.scorers import ProbeScorer

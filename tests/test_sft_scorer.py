@@ -14,7 +14,8 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import TrainingArguments
 
 from hf_effdl import SFTScorer, train_language_probes, uncertainty
-from hf_effdl.samples.language.choosing import choose, clusters, damaged_rows, match_threshold, near_copies
+from hf_effdl.samples.drawing.clusters import clusters
+from hf_effdl.samples.language.choosing import choose, damaged_rows, mismatched_rows, near_copies
 from hf_effdl.samples.language.rows import encode
 from hf_effdl.samples.scores.token_scores import answer_scores, coarse_log_probs, kept_tokens
 
@@ -41,7 +42,8 @@ def test_merged_tokens_keep_their_probability(top):
 
 def test_scores_of_answers_are_means_over_their_tokens():
     z, given, answer = drawn(9, 4, 6).log_softmax(2), torch.arange(9) % 6, torch.tensor([0] * 2 + [1] * 3 + [2] * 4)
-    found = answer_scores(z, given, answer, 3)
+    end = torch.tensor([1, 3, 8])
+    found = answer_scores(z, given, answer, end)
     p = z.exp().mean(1)
     for i in range(3):
         rows = answer == i
@@ -54,7 +56,7 @@ def test_scores_of_answers_are_means_over_their_tokens():
             "u_y": uncertainty(mine, tokens).square().mean().sqrt(),
             "u_x": uncertainty(mine).square().mean().sqrt(),
             "spread": log_given.mean(0).std(),
-            "loss_end": -p[rows][-1, tokens[-1]].log(),
+            "loss_end": -p[end[i], given[end[i]]].log(),
             "entropy": -(p[rows] * p[rows].log()).sum(1).mean(),
             "el2n": (mine.exp() - torch.eye(6)[tokens][:, None]).norm(dim=2).mean(),
             "hits": (p[rows][:, :-1].argmax(1) == tokens).double().mean(),
@@ -218,16 +220,16 @@ def test_adapters_are_probes_and_are_kept(tmp_path):
 # ---- choosing
 
 
-@pytest.mark.parametrize("price", [1.0, 4.0])
-def test_mismatched_answers_are_told_by_the_mirror_of_their_contrast(price):
-    good, bad = drawn(4000).abs() + 0.3, drawn(1000, seed=1) * 0.6
-
-    def cost(t: float) -> float:
-        return price * int((bad > t).sum()) + int((good <= t).sum())
-
-    best = min(map(cost, torch.linspace(0, 3, 200).tolist()))
-    assert cost(match_threshold(torch.cat([good, bad]), price)) < 1.1 * best < 0.7 * cost(0.0)
-    assert match_threshold(good) == 0.0
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
+def test_mismatched_answers_are_counted_by_those_below_zero(share):
+    bad = round(4000 * share)
+    match = torch.cat([drawn(bad) * 0.5, 0.2 + drawn(4000 - bad, seed=1).abs()])
+    found = mismatched_rows(match, spare=1.0)
+    assert int(found.sum()) == pytest.approx(bad, rel=0.1)
+    worst = match.sort().values[bad]
+    assert (found[:bad] == (match[:bad] <= worst)).double().mean() > 0.95
+    assert mismatched_rows(match)[:bad].sum() > found[:bad].sum()
+    assert not mismatched_rows(match[bad:]).any()
 
 
 def planted() -> tuple[dict, torch.Tensor]:
@@ -235,7 +237,7 @@ def planted() -> tuple[dict, torch.Tensor]:
     centre = torch.eye(32)[torch.arange(80) % 2].double() * 4
     table = {"match": 2 + drawn(80).abs(), "loss_end": drawn(80, seed=1).abs(), "loss": drawn(80, seed=2).abs()}
     table |= {"embedding": centre + 0.5 * drawn(80, 32, seed=3), "tokens": torch.arange(80) % 7 + 3}
-    table["match"][:4] = torch.tensor([-0.5, 0.5, -0.1, 0.2])
+    table["match"][:4] = torch.tensor([-0.5, 0.5, 0.1, 0.2])
     table["loss_end"][4:8] = 12.0
     table["embedding"][8:12] = table["embedding"][12:16]
     table["loss"][8:12] = table["loss"][12:16] + 0.1
@@ -245,12 +247,12 @@ def planted() -> tuple[dict, torch.Tensor]:
 def test_damaged_rows_are_found_and_left_out():
     table, groups = planted()
     found = damaged_rows(table, groups)
-    assert found["mismatched"].nonzero().flatten().tolist() == [0, 1, 2, 3]
+    assert found["mismatched"].nonzero().flatten().tolist() == [0, 2, 3]  # thrice the one below zero
     assert set(range(4, 8)) <= set(found["cut off"].nonzero().flatten().tolist())
     assert found["repeated"].nonzero().flatten().tolist() == [8, 9, 10, 11]
     good = int((~torch.stack(list(found.values())).any(0)).sum())
     plan = choose(table, good, groups=groups)
-    assert plan.positions.min() >= 12
+    assert set(plan.positions.tolist()).isdisjoint({0, 2, 3, *range(4, 12)})
     assert len(choose(table, 80, groups=groups)) == 80  # where the budget asks for more, the others come too
 
 

@@ -45,7 +45,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from hf_effdl import SFTScorer, train_language_probes
-from hf_effdl.samples.language.choosing import choose, clusters, damaged_rows
+from hf_effdl.samples.drawing.clusters import clusters
+from hf_effdl.samples.language.choosing import choose, damaged_rows
 from hf_effdl.samples.language.rows import encode
 
 

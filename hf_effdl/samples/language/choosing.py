@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_effdl.checks import one_of, whole_number
-from hf_effdl.samples.drawing.checks import check_seed
+from hf_effdl.checks import one_of
 from hf_effdl.samples.drawing.hashing import hashed_uniform, integer_ids
 from hf_effdl.samples.drawing.plan import Plan, make_plan
 
@@ -24,8 +23,8 @@ METHODS = (
     "uncertainty",
     "nearest",
 )
-# a row whose answer belongs to another prompt does as much harm as so many good ones do good
-PRICE = 4.0
+# rows that are left out for each that is expected to have an answer to another prompt
+SPARE = 1.5
 # robust standard deviations above the median from which the end of an answer counts as missing
 CUT_OFF = 4.0
 DUPLICATE = 0.995
@@ -35,39 +34,32 @@ CHUNK = 2048
 # ---- rows that are not to be trained on
 
 
-def match_threshold(match: Tensor, price: float = PRICE) -> float:
-    """The `match`, 0 or more, above which answers pass for their prompt's own.
+def mismatched_rows(match: Tensor, spare: float = SPARE) -> Tensor:
+    """Rows whose answer may belong to another prompt: the `2 * spare * #(match < 0)` of least `match`, as a mask.
 
     `match` is how much likelier an answer is under its own prompt than under another row's. Where the answer belongs
-    to neither, both prompts are alike to it, so such rows lie around zero, as often on one side as on the other. So
-    there are about as many of them above t as there are rows below -t, which neither labels nor a second model need
-    to tell; and t is where
-
-        price * #(match < -t)  +  #(0 < match <= t) - #(-t <= match < 0)
-        mismatched rows kept      rows lost that were none
-
-    is least.
+    to neither, both prompts are alike to it, so such rows lie around zero, as often on one side as on the other, and
+    hardly any other row is below: there are about twice as many of them as rows below zero. Neither labels nor a
+    second model are needed to tell.
 
     Args:
         match: `(N,)`.
-        price: of a mismatched row that is kept, in good rows that are lost.
+        spare: how many rows are left out for each that is expected to be mismatched, as they overlap with others.
 
     Example:
-        >>> match_threshold(torch.tensor([-0.2, 0.2, 0.5, 0.6, 0.7, 0.8])) == torch.tensor(0.2).item()
-        True
+        >>> mismatched_rows(torch.tensor([-0.2, 0.1, 0.2, 0.6, 0.7, 0.8]), spare=1.0).tolist()
+        [True, True, False, False, False, False]
     """
-    bad = (-match[match < 0]).sort().values.contiguous()
-    good = match[match > 0].sort().values.contiguous()
-    steps = torch.cat([bad.new_zeros(1), bad, good]).unique()
-    below = torch.searchsorted(bad, steps, right=True)
-    cost = price * (len(bad) - below) + torch.searchsorted(good, steps, right=True) - below
-    return steps[cost.argmin()].item()
+    count = min(len(match), round(2 * spare * int((match < 0).sum())))
+    left_out = torch.zeros(len(match), dtype=torch.bool)
+    left_out[match.topk(count, largest=False).indices] = True
+    return left_out
 
 
 def damaged_rows(table: Mapping[str, Tensor], groups: Tensor) -> dict[str, Tensor]:
     """Masks of rows that look damaged, by what is wrong with them.
 
-        mismatched    `match` not above `match_threshold`: the answer is as likely after another row's prompt
+        mismatched    see `mismatched_rows`: the answer is as likely after another row's prompt
         cut off       `loss_end` far above its cluster's median: the end of the answer comes as a surprise
         repeated      nearly the same as another row, which the probes find likelier
 
@@ -77,7 +69,7 @@ def damaged_rows(table: Mapping[str, Tensor], groups: Tensor) -> dict[str, Tenso
     """
     found = {}
     if "match" in table and table["match"].any():
-        found["mismatched"] = table["match"] <= match_threshold(table["match"])
+        found["mismatched"] = mismatched_rows(table["match"])
     if "loss_end" in table:
         found["cut off"] = outliers(table["loss_end"], groups) > CUT_OFF
     if "embedding" in table:
@@ -109,39 +101,6 @@ def near_copies(embeddings: Tensor, loss: Tensor, groups: Tensor, least: float =
             before = torch.arange(start + len(part))[None] < torch.arange(start, start + len(part))[:, None]
             copies[part] = (near & before).any(1)
     return copies
-
-
-def clusters(embeddings: Tensor, count: int | None = None, seed: int = 0, rounds: int = 25) -> Tensor:
-    """k-means of embeddings of unit length, `(N,)` int64.
-
-    Args:
-        embeddings: `(N, d)`.
-        count: of clusters; default: the root of half the rows, 100 at most.
-        seed: of the start, by k-means++.
-        rounds: of Lloyd's algorithm, at most.
-
-    Source: Arthur and Vassilvitskii, "k-means++", SODA 2007.
-    """
-    rows = len(embeddings)
-    count = max(1, min(100, round((rows / 2) ** 0.5))) if count is None else whole_number("clusters", count, 1)
-    if count > rows:
-        raise ValueError(f"clusters={count} of {rows} rows; set fewer")
-    x = torch.nn.functional.normalize(embeddings.double(), dim=1)
-    generator = torch.Generator().manual_seed(check_seed(seed) % 2**63)
-    centres = x[torch.randint(rows, (1,), generator=generator)]
-    while len(centres) < count:
-        far = (2 - 2 * (x @ centres.T).amax(1)).clamp(min=1e-12)
-        centres = torch.cat([centres, x[torch.multinomial(far, 1, generator=generator)]])
-    nearest = (x @ centres.T).argmax(1)
-    for _ in range(rounds):
-        sums = torch.zeros_like(centres).index_add_(0, nearest, x)
-        full = sums.norm(dim=1) > 0
-        centres[full] = torch.nn.functional.normalize(sums[full], dim=1)
-        moved = (x @ centres.T).argmax(1)
-        if moved.equal(nearest):
-            break
-        nearest = moved
-    return nearest
 
 
 # ---- rows that are

@@ -120,6 +120,7 @@ class Batch:
         tail: tokens from the end that hold all answers, and the one before each.
         given: `(T,)` the answers' tokens, row after row.
         row: `(T,)` of which row each is.
+        end: `(rows,)` which of the T tokens ends each answer: the last end-of-text token, or else the last.
         column: `(T,)` where in the last `tail` positions what a model says of it stands.
     """
 
@@ -127,11 +128,12 @@ class Batch:
     tail: int
     given: Tensor
     row: Tensor
+    end: Tensor
     column: Tensor
 
 
-def batch_of(rows: Sequence[Encoded], padding: int) -> Batch:
-    """Some rows as a batch."""
+def batch_of(rows: Sequence[Encoded], padding: int, end: int | None = None) -> Batch:
+    """Some rows as a batch; `end` is the end-of-text token."""
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), padding)
     mask = torch.zeros_like(ids)
@@ -145,8 +147,15 @@ def batch_of(rows: Sequence[Encoded], padding: int) -> Batch:
         tail,
         torch.tensor([token for row in rows for token in row.answer]),
         torch.tensor([i for i, row in enumerate(rows) for _ in row.answer]),
+        torch.tensor([len(row.answer) for row in rows]).cumsum(0)
+        - torch.tensor([_from_end(row.answer, end) for row in rows]),
         torch.cat([torch.arange(tail - 1 - len(row.answer), tail - 1) for row in rows]),
     )
+
+
+def _from_end(answer: Sequence[int], end: int | None) -> int:
+    """How far from its end, at least 1, an answer has its last end token; 1 where it has none, as if cut off."""
+    return 1 + answer[::-1].index(end) if end in answer else 1
 
 
 def batches_of(rows: Sequence[Encoded], tokens: int) -> list[list[int]]:

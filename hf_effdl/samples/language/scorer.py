@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 from hf_effdl.checks import whole_number
 from hf_effdl.files import digest, read_sealed, sealed, sweep, write_whole
 from hf_effdl.processes import is_first, refuse_lone_processes, same_fate
+from hf_effdl.samples.drawing.clusters import clusters
 from hf_effdl.samples.drawing.plan import Plan
-from hf_effdl.samples.language.choosing import choose, clusters
+from hf_effdl.samples.language.choosing import choose
 from hf_effdl.samples.language.probes import LanguageProbes, ask
 from hf_effdl.samples.language.rows import Encoded, batch_of, batches_of, encode
 from hf_effdl.samples.probes.row_marks import content_ids
@@ -278,7 +279,7 @@ class SFTScorer:
         """Batch by batch, numbers of rows and what all probes say of them."""
         padding = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
         for numbers in batches_of(rows, self.batch_tokens):
-            batch = batch_of([rows[i] for i in numbers], padding)
+            batch = batch_of([rows[i] for i in numbers], padding, self.tokenizer.eos_token_id)
             given, z, found = batch.given.to(self.probes.device), [], {}
             for m, model in enumerate(self.probes.each()):
                 logits, hidden = ask(model, batch, embed=m == 0 and (self.embed or self.contrast))
@@ -290,7 +291,7 @@ class SFTScorer:
                     found |= {} if hidden is None else _means(hidden, batch.inputs["attention_mask"], lengths)
                 pieces = zip(logits.split(CHUNK), kept.split(CHUNK), strict=True)
                 z.append(torch.cat([coarse_log_probs(one, tokens) for one, tokens in pieces]))
-            scores = answer_scores(torch.stack(z, 1), place, batch.row.to(given.device), len(numbers))
+            scores = answer_scores(torch.stack(z, 1), place, batch.row.to(given.device), batch.end.to(given.device))
             first = z[0].gather(1, place[:, None])[:, 0].double()
             found["first"] = _mean_by_row(-first, batch.row.to(given.device), len(numbers))
             yield numbers, found | scores

@@ -48,7 +48,7 @@ def coarse_log_probs(logits: Tensor, kept: Tensor) -> Tensor:
     return torch.cat([log_probs.gather(1, kept), others], 1).clamp(min=LEAST_LOG)
 
 
-def answer_scores(z: Tensor, given: Tensor, answer: Tensor, answers: int) -> dict[str, Tensor]:
+def answer_scores(z: Tensor, given: Tensor, answer: Tensor, end: Tensor) -> dict[str, Tensor]:
     """Scores of answers, each a mean over its own tokens, so that long ones are not above short ones.
 
     With `Z_m` the log-probabilities of probe m and `p = mean_m exp Z_m`:
@@ -59,7 +59,7 @@ def answer_scores(z: Tensor, given: Tensor, answer: Tensor, answers: int) -> dic
         hits        share of tokens that are the likeliest of the kept ones under p
         entropy     mean over tokens of the entropy of p
         el2n        mean over tokens and probes of ||exp Z_m - onehot(y)||
-        loss_end    -log p[y] of the last token: where an answer was cut off, its end comes as a surprise
+        loss_end    -log p[y] of the end token: where an answer was cut off, its end comes as a surprise
         u_y, u_x    root of the mean over tokens of `uncertainty` squared, with and without the given token
         spread      standard deviation over probes of the answer's mean log-likelihood
 
@@ -69,7 +69,7 @@ def answer_scores(z: Tensor, given: Tensor, answer: Tensor, answers: int) -> dic
         z: `(T, M, K)` log-probabilities of K classes, the last being all tokens that are not kept.
         given: `(T,)` column of each given token.
         answer: `(T,)` number of the answer that a token belongs to, in order.
-        answers: how many there are; each has a token.
+        end: `(answers,)` which of the T tokens ends each answer.
 
     Returns:
         `{name: (answers,)}`, float64.
@@ -83,6 +83,7 @@ def answer_scores(z: Tensor, given: Tensor, answer: Tensor, answers: int) -> dic
     log_given = z.gather(2, given[:, None, None].expand(-1, probes, 1))[..., 0]
     hot = torch.nn.functional.one_hot(given, z.shape[2])
     log_p = p.gather(1, given[:, None])[:, 0].log()
+    answers = len(end)
     counts = torch.zeros(answers, dtype=torch.float64, device=z.device)
     counts.index_add_(0, answer, torch.ones_like(log_p))
 
@@ -92,9 +93,6 @@ def answer_scores(z: Tensor, given: Tensor, answer: Tensor, answers: int) -> dic
         return total / counts.view(-1, *[1] * (values.ndim - 1))
 
     likelihood = mean(log_given)
-    last = torch.full((answers,), -1, device=z.device).scatter_reduce_(
-        0, answer, torch.arange(len(answer), device=z.device), "amax"
-    )
     scores = {
         "loss": -likelihood.mean(1),
         "perplexity": (-likelihood.mean(1)).exp(),
@@ -102,7 +100,7 @@ def answer_scores(z: Tensor, given: Tensor, answer: Tensor, answers: int) -> dic
         "hits": mean((p[:, :-1].argmax(1) == given).double()),
         "entropy": mean(entropy_of(p)),
         "el2n": mean((each - hot[:, None]).norm(dim=2).mean(1)),
-        "loss_end": -log_p[last],
+        "loss_end": -log_p[end],
     }
     if probes > 1:
         scores |= {
