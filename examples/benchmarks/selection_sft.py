@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "hf_effdl[trl]",
+#     "hf_effdl[examples,trl]",
 #     "datasets>=5.1",
 #     "peft>=0.21",
 #     "torch>=2.6",
@@ -58,6 +58,7 @@ ARMS += ("el2n", "uncertainty")
 # scores by which a damaged row could be told, and whether it has more or less of them
 SIGNS = {"match": -1, "ifd": 1, "loss": 1, "p_answer": -1, "el2n": 1, "u_y": 1, "spread": 1, "loss_end": 1}
 HELD_OUT, SEEDED, SHARE = 12, 10, 0.4  # rows a kind, rows a kind, share of the pool's tokens
+LEAST = 12  # tokens of an answer
 TRAINING = {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "lr_scheduler_type": "cosine", "warmup_steps": 2}
 TRAINING |= {"report_to": "none", "use_cpu": True, "bf16": True, "disable_tqdm": True, "save_strategy": "no"}
 TRAINING |= {"logging_strategy": "no", "activation_checkpointing": False, "optim": "adamw_torch"}
@@ -91,7 +92,7 @@ def drawn(tokenizer: Any, count: int, longest: int, seed: int) -> dict[str, list
         for question, answer in pairs:
             if len(question) + len(answer) < 8 * longest and answer.strip() and len(kept) < count:
                 row = encode({"messages": talk(question, answer)}, tokenizer, 10**6)
-                if len(row) <= longest and len(row.answer) >= 12:
+                if len(row) <= longest and len(row.answer) >= LEAST:
                     kept.append((question, answer))
         found[kind] = kept
     return found
