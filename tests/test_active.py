@@ -11,7 +11,7 @@ from datasets import Dataset
 from forked import Script
 
 from hf_effdl import ActiveLearner, ColumnAnswers, CsvAnswers
-from hf_effdl.samples.rounds.strategies import STRATEGIES, gradients_apart, next_rows, typical, uncertain
+from hf_effdl.samples.rounds.strategies import STRATEGIES, diverse, gradients_apart, next_rows, typical
 
 
 def files(folder) -> dict[str, dict]:
@@ -139,12 +139,14 @@ def test_typical_rows_come_from_clusters_without_labels():
     assert sorted((chosen % 4).tolist()) == [0, 2, 3] and 0 not in chosen
 
 
-def test_uncertain_rows_are_spread_over_the_features():
+def test_rows_with_small_margins_are_spread_over_the_features():
     x = torch.eye(6).repeat_interleave(10, 0) + 0.01 * torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
-    scores = torch.full((60,), 1e-6)
-    scores[::10] = 1.0
-    assert uncertain(scores, x, 6, 0).tolist() == list(range(0, 60, 10))
-    assert len(uncertain(scores, torch.ones(60, 2), 6, 0)) == 6
+    margins = torch.rand(60, generator=torch.Generator().manual_seed(1)) / 2 + 0.5
+    margins[::10] = 0.1  # one in each place, of which the first has many more
+    margins[1:4] = 0.0
+    assert sorted(diverse(margins, x, 6, 0).tolist())[3:] == [30, 40, 50]
+    assert len(set(diverse(margins, torch.ones(60, 2), 6, 0).tolist())) == 6
+    assert diverse(margins, x, 60, 0).unique().numel() == 60
 
 
 def test_the_largest_scores_are_taken_and_the_regime_follows_the_accuracy():
@@ -153,7 +155,7 @@ def test_the_largest_scores_are_taken_and_the_regime_follows_the_accuracy():
     assert next_rows("entropy", 3, labelled, table=table).tolist() == [5, 6, 7]
     assert next_rows("margin", 3, labelled, table=table).tolist() == [0, 1, 2]
     x = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
-    for accuracy, strategy in ((0.5, "typical"), (0.95, "uncertainty"), (None, "typical")):
+    for accuracy, strategy in ((0.5, "typical"), (0.95, "diverse"), (None, "typical")):
         found = next_rows("default", 4, labelled, x, table, accuracy=accuracy)
         assert found.equal(next_rows(strategy, 4, labelled, x, table))
 

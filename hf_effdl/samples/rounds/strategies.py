@@ -9,14 +9,13 @@ from torch.nn.functional import normalize
 from hf_effdl.checks import one_of
 from hf_effdl.samples.drawing.checks import check_seed
 from hf_effdl.samples.drawing.clusters import clusters
-from hf_effdl.samples.drawing.draws import priority_sample
 from hf_effdl.samples.drawing.hashing import hashed_uniform
 
 
-STRATEGIES = ("default", "random", "entropy", "margin", "uncertainty", "badge", "typical")
+STRATEGIES = ("default", "random", "entropy", "margin", "diverse", "badge", "typical")
 # the accuracy from which uncertain rows are worth more than typical ones
-GOOD = 0.86
-NEIGHBOURS, MOST_CLUSTERS = 20, 500
+GOOD = 0.7
+NEIGHBOURS, MOST_CLUSTERS, WIDER = 20, 500, 4
 
 
 def next_rows(
@@ -34,12 +33,11 @@ def next_rows(
     ==============  =========================================================================================
     strategy        rows
     ==============  =========================================================================================
-    `default`       `typical` until the probes are right on 86 % of rows they did not see, then `uncertainty`
+    `default`       `typical` until the probes are right on 70 % of rows they did not see, then `diverse`
     `random`        uniform
     `entropy`       the largest entropy of the mean prediction
     `margin`        the smallest margin between the two likeliest classes
-    `uncertainty`   in proportion to `u_x`, each predicted class and no part of the features above its share:
-                    one draw from each of `count` clusters
+    `diverse`       small margins in different places: of the rows with the smallest, clustered, one from each
     `badge`         k-means++ over gradients of the last layer, `(p - onehot(argmax)) x features`
     `typical`       TypiClust: of the largest clusters without a label, the row in the densest place
     ==============  =========================================================================================
@@ -64,33 +62,32 @@ def next_rows(
     if not 0 < count <= len(left):
         raise ValueError(f"count={count}: {len(left)} rows have no label yet; ask about 1 to that many")
     if strategy == "default":
-        strategy = "uncertainty" if accuracy is not None and accuracy >= GOOD else "typical"
+        strategy = "diverse" if accuracy is not None and accuracy >= GOOD else "typical"
     if table is None and strategy != "random":
         strategy = "typical"
-    if strategy in ("uncertainty", "badge", "typical") and features is None:
+    if strategy in ("diverse", "badge", "typical") and features is None:
         raise ValueError(f"strategy={strategy!r} needs features of the rows; pass embed=, or strategy='margin'")
     chosen = {
         "random": lambda: hashed_uniform(seed, left).topk(count).indices,
         "entropy": lambda: table["entropy"][left].topk(count).indices,
         "margin": lambda: table["margin"][left].topk(count, largest=False).indices,
-        "uncertainty": lambda: uncertain(table["u_x"][left], features[left], count, seed),
+        "diverse": lambda: diverse(table["margin"][left], features[left], count, seed),
         "badge": lambda: gradients_apart(probabilities[left], features[left], count, seed),
         "typical": lambda: typical(features, labelled, count, seed),
     }[strategy]()
     return left[chosen].sort().values
 
 
-def uncertain(scores: Tensor, features: Tensor, count: int, seed: int) -> Tensor:
-    """One row of each of `count` clusters, drawn in proportion to its score; the rest where clusters are fewer."""
-    groups = clusters(features, min(count, MOST_CLUSTERS), seed)
-    chosen = torch.zeros(len(scores), dtype=torch.bool)
+def diverse(margins: Tensor, features: Tensor, count: int, seed: int) -> Tensor:
+    """Of the rows with the smallest margins, `WIDER` times as many as asked for, the smallest of each of `count`
+    clusters; the rest where clusters are fewer by margin alone."""
+    narrow = margins.topk(min(len(margins), WIDER * count), largest=False).indices
+    groups = clusters(features[narrow], min(count, MOST_CLUSTERS), seed)
+    first = torch.zeros(len(narrow), dtype=torch.bool)
     for group in groups.unique():
-        rows = (groups == group).nonzero().flatten()
-        chosen[rows[priority_sample(scores[rows], 1, seed=seed, row_ids=rows)[0]]] = True
-    left = (~chosen).nonzero().flatten()
-    if missing := count - int(chosen.sum()):
-        chosen[left[priority_sample(scores[left], missing, seed=seed, row_ids=left)[0]]] = True
-    return chosen.nonzero().flatten()
+        first[(groups == group).nonzero()[0]] = True  # `narrow` begins with the smallest
+    order = torch.cat([narrow[first], narrow[~first]])
+    return order[:count]
 
 
 def gradients_apart(p: Tensor, features: Tensor, count: int, seed: int) -> Tensor:
