@@ -57,7 +57,7 @@ class ScriptArguments(ConfigArguments):
     num_probes: int = field(default=4, metadata={"help": "Number of probes."})
     probe_steps: int = field(default=50, metadata={"help": "Steps of training for each."})
     budget: int = field(default=100_000, metadata={"help": "Tokens to choose."})
-    method: str = field(default="default", metadata={"help": "How rows are chosen, see `choose` in the reference."})
+    method: str = field(default="default", metadata={"help": "How rows are chosen, e.g. random, balanced, ifd."})
     lora_rank: int = field(default=16, metadata={"help": "Of the adapter that is trained; 0: all weights."})
     compare: bool = field(default=False, metadata={"help": "Also train on as many random tokens."})
 

@@ -320,6 +320,19 @@ def test_baselines_take_the_rows_that_they_name(scored):
     assert 3 in made.plan.positions
 
 
+def test_scores_of_others_are_refused(scored):
+    changed = scored.map(lambda row, i: row | ({"messages": ROWS["messages"][0]} if i == 3 else {}), with_indices=True)
+    for made, data, message in (
+        (scorer(seeds=(0, 1, 3)), scored, "20 of 20 rows have the scores of other probes"),
+        (scorer(top=4), scored, "20 of 20"),
+        (scorer(), changed, "1 of 20 rows"),
+        (scorer(), scored.remove_columns("score_key"), "no 'score_key'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made.select(data, 5)
+    assert len(scorer().select(scored.select(range(10, 20)), 5)) == 5
+
+
 def test_cost_counts_tokens_and_probes():
     cost = scorer().cost(ROWS, epochs=2, parameters=1000)
     sizes = [encode(row, tokenizer(), 1024) for row in ROWS]

@@ -23,7 +23,8 @@ from hf_effdl.samples.drawing.plan import Plan
 from hf_effdl.samples.language.choosing import choose
 from hf_effdl.samples.language.probes import LanguageProbes, ask
 from hf_effdl.samples.language.rows import Encoded, batch_of, batches_of, encode
-from hf_effdl.samples.probes.row_marks import content_ids
+from hf_effdl.samples.probes.row_marks import content_ids, row_marks
+from hf_effdl.samples.probes.scoring import SCORE_KEY
 from hf_effdl.samples.scores.token_scores import answer_scores, coarse_log_probs, kept_tokens
 
 
@@ -123,7 +124,8 @@ class SFTScorer:
         return digest(json.dumps(settings))
 
     def score(self, data: Dataset, progress: bool = True) -> Dataset:
-        """The data set with the score columns added; several processes share the parts and all get the whole.
+        """The data set with the score columns added, and `score_key`, by which `select` knows scores of other probes,
+        settings or rows. Several processes share the parts and all get the whole.
 
         Says first what the pass costs, and then what it took.
 
@@ -150,9 +152,10 @@ class SFTScorer:
         table = {name: torch.cat([tables[part.start][name] for part in parts]) for name in self.columns}
         if loud:
             print(f"scored {len(rows)} rows in {time.perf_counter() - start:.0f} s on {state.num_processes} processes")
+        keys = self._keys(data)
         for name, values in table.items():
             data = data.add_column(name, values.tolist() if values.ndim == 1 else list(values.numpy()))
-        return data
+        return data.add_column(SCORE_KEY, keys.tolist())
 
     def select(
         self, data: Dataset, budget: int, unit: str = "rows", method: str = "default", query: Dataset | None = None
@@ -163,20 +166,23 @@ class SFTScorer:
             data: rows, scored or not.
             budget: rows, or tokens that the chosen rows stay within.
             unit: `"rows"` or `"tokens"`.
-            method: see `choose`; the default keeps rows that look whole, and draws uniformly over clusters.
+            method: `"default"` (rows that do not look damaged, uniform with equal shares for clusters), `"random"`,
+                `"balanced"`, `"length"`, `"mid-perplexity"`, `"top-perplexity"`, `"ifd"`, `"el2n"`, `"uncertainty"` or
+                `"nearest"` to the rows of `query`.
             query: rows of what the model is to be good at, for `method="nearest"`.
 
         Returns:
             The chosen rows in the data set's order, with `weight` (1) and `inclusion_probability`; without the scores.
         """
         scored = data if set(self.columns) <= set(data.column_names) else self.score(data)
+        self._check_scores(scored)
         table = self.table(scored)
         groups = clusters(table["embedding"], self.clusters, self.seed) if self.embed else None
         asked = None if query is None else self.table(self.score(query, progress=False))["embedding"]
         ids = content_ids(scored, [name for name in COLUMNS if name in scored.column_names])
         options = {"unit": unit, "method": method, "seed": self.seed, "row_ids": ids}
         self.plan = choose(table, budget, groups=groups, query=asked, **options)
-        subset = scored.select(self.plan.positions.tolist()).remove_columns(self.columns)
+        subset = scored.select(self.plan.positions.tolist()).remove_columns([*self.columns, SCORE_KEY])
         subset = subset.add_column("weight", self.plan.weights.tolist())
         return subset.add_column("inclusion_probability", self.plan.probabilities.tolist())
 
@@ -231,8 +237,25 @@ class SFTScorer:
         if not isinstance(data, Dataset) or not len(data):
             what = "an empty data set" if isinstance(data, Dataset) else f"a {type(data).__name__}"
             raise ValueError(f"data is {what}; pass a datasets.Dataset with rows, or shards to score_shards")
-        if taken := [name for name in self.columns if name in data.column_names]:
+        if taken := [name for name in (*self.columns, SCORE_KEY) if name in data.column_names]:
             raise ValueError(f"the data set has the columns {taken} already; remove_columns({taken}) to score it anew")
+
+    def _keys(self, data: Dataset) -> Tensor:
+        """Another number for other rows, probes or settings, `(rows,)` int64."""
+        return row_marks(data, [name for name in COLUMNS if name in data.column_names]) ^ int(self.key[:15], 16)
+
+    def _check_scores(self, scored: Dataset) -> None:
+        """Refuse scores that are not these probes' of these rows."""
+        if SCORE_KEY not in scored.column_names:
+            raise ValueError(
+                f"the data set has score columns, but no {SCORE_KEY!r}; remove_columns({self.columns}) first"
+            )
+        other = int((torch.tensor(scored[SCORE_KEY][:]) != self._keys(scored)).sum())
+        if other:
+            raise ValueError(
+                f"{other} of {len(scored)} rows have the scores of other probes or settings, or were changed since; "
+                f"remove_columns({[*self.columns, SCORE_KEY]}) to score them anew"
+            )
 
     def _encoded(self, data: Dataset) -> list[Encoded]:
         names = [name for name in COLUMNS if name in data.column_names]
