@@ -1,7 +1,7 @@
 """Training dynamics: how a model's prediction of each training row moves from epoch to epoch, and scores made of it.
 
-`row_dynamics` is what one epoch leaves of a row; `mean_el2n`, `aum`, `forgetting`, `dyn_unc` and `dual` turn such records into
-scores, as their papers define them. All functions are pure.
+`row_dynamics` is what one epoch leaves of a row; `mean_el2n`, `aum`, `forgetting`, `dyn_unc` and `dual` turn such
+records into scores, as their papers define them. All functions are pure.
 """
 
 from collections.abc import Sequence
