@@ -357,8 +357,8 @@ def dynamics_scores(
 ) -> dict[str, Tensor]:
     """Five difficulties of every row of a recorded run: all non-negative, all higher where a row is harder.
 
-    So each can be given to a sampler as it is. EL2N, forgetting, dynamic uncertainty and DUAL are so by definition. The
-    area under the margin is turned round: `"aum"` is `max_j AUM_j - AUM_i`, how far a row's mean margin lies below the
+    So each can be given to a sampler as it is. All but the area under the margin are so by definition. That
+    is turned round: `"aum"` is `max_j AUM_j - AUM_i`, how far a row's mean margin lies below the
     largest one, which keeps the order and the distances. `aum(load_dynamics(folder)["margin"])` is the paper's.
 
     Args:
