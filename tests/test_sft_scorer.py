@@ -345,6 +345,7 @@ def test_cost_counts_tokens_and_probes():
 # ---- bad input
 
 
+FEW = ROWS.select(range(3))
 TALK = {"messages": [[{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]]}
 
 
@@ -375,12 +376,22 @@ def test_what_cannot_score_is_refused():
     broken = llama()
     torch.nn.init.constant_(broken.lm_head.weight, math.nan)
     with pytest.raises(ValueError, match="probe 1 gives NaN"):
-        SFTScorer([llama(), broken], tokenizer()).score(ROWS)
+        SFTScorer([llama(), broken], tokenizer()).score(FEW)
     with pytest.raises(ValueError, match="budget=2 tokens"):
-        scorer().select(ROWS, 2, "tokens")
+        scorer().select(FEW, 2, "tokens")
     with pytest.raises(ValueError, match="needs query="):
-        scorer().select(ROWS, 2, method="nearest")
+        scorer().select(FEW, 2, method="nearest")
     with pytest.raises(ValueError, match="method='best'"):
-        scorer().select(ROWS, 2, method="best")
+        scorer().select(FEW, 2, method="best")
+    for method, bare in (
+        ("ifd", {"contrast": False}),
+        ("nearest", {"embed": False}),
+        ("uncertainty", {"seeds": (0,)}),
+    ):
+        made = scorer(**bare)
+        with pytest.raises(ValueError, match=f"method='{method}' needs the columns"):
+            made.select(FEW, 2, method=method, query=FEW)
+    with pytest.raises(ValueError, match="score with embed=True"):
+        scorer(embed=False).select(FEW, 2)
     with pytest.raises(ValueError, match="num_probes=1"):
-        train_language_probes(llama, None, ROWS, tokenizer(), num_probes=1)
+        train_language_probes(llama, None, FEW, tokenizer(), num_probes=1)

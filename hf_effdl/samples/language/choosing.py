@@ -23,6 +23,7 @@ METHODS = (
     "uncertainty",
     "nearest",
 )
+NEEDED = {"ifd": ["ifd"], "uncertainty": ["u_x"], "nearest": ["embedding"]}
 # rows that are left out for each that is expected to have an answer to another prompt
 SPARE = 1.5
 # robust standard deviations above the median from which the end of an answer counts as missing
@@ -152,7 +153,11 @@ def choose(
     one_of("unit", unit, ("rows", "tokens"))
     one_of("method", method, METHODS)
     if groups is None and method in ("default", "balanced", "uncertainty"):
-        raise ValueError(f"method={method!r} takes shares of clusters; pass groups=")
+        raise ValueError(f"method={method!r} takes shares of clusters; score with embed=True, or pass groups=")
+    if missing := [name for name in NEEDED.get(method, ()) if name not in table]:
+        raise ValueError(
+            f"method={method!r} needs the columns {missing}; score with contrast=True, embed=True and two probes or more"
+        )
     options = {"seed": seed, "row_ids": row_ids, "weights": "none"}
     plan = _planner(dict(table), method, groups, query, options)
     settings = {"method": method, "unit": unit, "budget": budget}

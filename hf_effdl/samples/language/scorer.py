@@ -178,7 +178,7 @@ class SFTScorer:
         self._check_scores(scored)
         table = self.table(scored)
         groups = clusters(table["embedding"], self.clusters, self.seed) if self.embed else None
-        asked = None if query is None else self.table(self.score(query, progress=False))["embedding"]
+        asked = None if query is None or not self.embed else self.table(self.score(query, progress=False))["embedding"]
         ids = content_ids(scored, [name for name in COLUMNS if name in scored.column_names])
         options = {"unit": unit, "method": method, "seed": self.seed, "row_ids": ids}
         self.plan = choose(table, budget, groups=groups, query=asked, **options)
