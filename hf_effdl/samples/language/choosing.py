@@ -156,7 +156,7 @@ def choose(
         raise ValueError(f"method={method!r} takes shares of clusters; score with embed=True, or pass groups=")
     if missing := [name for name in NEEDED.get(method, ()) if name not in table]:
         raise ValueError(
-            f"method={method!r} needs the columns {missing}; score with contrast=True, embed=True and two probes or more"
+            f"method={method!r} needs the columns {missing}; score with contrast=True, embed=True and two probes"
         )
     options = {"seed": seed, "row_ids": row_ids, "weights": "none"}
     plan = _planner(dict(table), method, groups, query, options)
