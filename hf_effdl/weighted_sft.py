@@ -19,8 +19,13 @@ from hf_effdl.weighting import check_column, check_weights, columns_of, refuse_n
 
 try:
     from trl import SFTTrainer, pack_dataset
-except ImportError as error:
-    raise ImportError("WeightedSFTTrainer needs TRL; pip install hf_effdl[trl]") from error
+except ImportError:
+
+    class SFTTrainer:
+        """In the place of TRL's, so that the package can be looked at without it."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            raise ImportError("WeightedSFTTrainer needs TRL; pip install hf_effdl[trl]")
 
 
 TOKENS, TURNS = "token_weights", "turn_weights"

@@ -101,6 +101,14 @@ def test_a_killed_run_goes_on_and_leaves_the_same_files(source, scored, tmp_path
     assert not [file for file in tmp_path.iterdir() if "scores" not in file.name]  # nothing left beside them
 
 
+def test_two_calls_for_one_folder_share_the_shards(source, scored, tmp_path):
+    both = [Script("scale_run.py", Path(source[0]).parent, tmp_path, 0.02, env=CPU) for _ in range(2)]
+    for script in both:
+        script.finish()
+    for file in scored[0].glob("*scores*"):
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+
+
 def test_an_error_keeps_the_shards_before_it_and_names_the_row(tmp_path):
     files = shards(tmp_path / "rows", (10, 10, 10))
     table = pq.read_table(files[1]).set_column(0, "text", pa.array(["x"] * 7 + [""] + ["x"] * 2))

@@ -1,5 +1,8 @@
 """Fine-tuning on weights of rows, turns and tokens: which loss, on which tokens, and what is refused."""
 
+import runpy
+import sys
+
 import pytest
 import torch
 from chat import TEMPLATE, llama, tokenizer
@@ -194,6 +197,13 @@ TALK, PAIRS = rows("talk"), rows()
 def test_what_has_no_weighted_loss_is_refused_at_once(data, changes, options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         made(tmp_path, data, options=options, **changes)
+
+
+def test_without_trl_the_name_is_there_and_says_what_to_install(monkeypatch):
+    file = sys.modules[WeightedSFTTrainer.__module__].__file__
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(ImportError, match="pip install hf_effdl"):
+        runpy.run_path(file)["WeightedSFTTrainer"](llama(), train_dataset=rows())
 
 
 def test_a_mean_other_than_one_warns(tmp_path):
