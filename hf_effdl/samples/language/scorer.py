@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, normalize
 from tqdm.auto import tqdm
 
 from hf_effdl.checks import whole_number
-from hf_effdl.files import digest, read_sealed, sealed, sweep, write_whole
+from hf_effdl.files import digest, locked, read_sealed, sealed, sweep, write_whole
 from hf_effdl.processes import is_first, refuse_lone_processes, same_fate
 from hf_effdl.samples.drawing.clusters import clusters
 from hf_effdl.samples.drawing.plan import Plan
@@ -268,13 +268,14 @@ class SFTScorer:
             return self._part(rows)
         name = digest(json.dumps([key, [[*vars(row).values()] for row in rows]]))[:24]
         file = Path(self.cache_dir) / f"part-{name}.safetensors"
-        sweep(file.parent, file.name)
-        try:
-            return read_sealed(file)[0]
-        except (FileNotFoundError, ValueError):
-            table = self._part(rows)
-            write_whole(file, sealed(table))
-            return table
+        with locked(file.parent, f".lock-{name}"):  # another run may be at it
+            sweep(file.parent, file.name)
+            try:
+                return read_sealed(file)[0]
+            except (FileNotFoundError, ValueError):
+                table = self._part(rows)
+                write_whole(file, sealed(table))
+                return table
 
     def _part(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         tables: dict[str, Tensor] = {}

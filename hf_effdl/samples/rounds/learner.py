@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_effdl.checks import one_of, whole_number
-from hf_effdl.files import digest, read_json, sweep, write_json
+from hf_effdl.files import digest, locked, read_json, sweep, write_json
 from hf_effdl.processes import agreed, decided, is_first, together
 from hf_effdl.samples.drawing.checks import check_seed
 from hf_effdl.samples.probes.linear_probes import LinearProbes
@@ -197,8 +197,9 @@ class ActiveLearner:
     def _keep(self, step: dict[str, Any]) -> None:
         self.history[step["number"] :] = [step]
         if is_first():
-            sweep(self.folder, "round-*.json")
-            write_json(self._file(step["number"]), self._job | step)
+            with locked(self.folder):
+                sweep(self.folder, "round-*.json")
+                write_json(self._file(step["number"]), self._job | step)
         together()
 
     def _read(self) -> list[dict[str, Any]]:

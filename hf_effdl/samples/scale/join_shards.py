@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_effdl.files import sweep, write_whole
+from hf_effdl.files import locked, sweep, write_whole
 from hf_effdl.samples.scale.score_shards import Shard, reader
 
 
@@ -60,8 +60,9 @@ def join_shards(
     folder, start, written = Path(output_dir), 0, []
     for k, (source, other) in enumerate(zip(sources, others, strict=True)):
         output = folder / f"joined-{k:05d}-of-{len(sources):05d}.parquet"
-        sweep(folder, output.name)
-        write_whole(output, _Pair(source, other, id_column, start).write)
+        with locked(folder, f".lock-{k}"):
+            sweep(folder, output.name)
+            write_whole(output, _Pair(source, other, id_column, start).write)
         written.append(output)
         start += source.rows
     return written

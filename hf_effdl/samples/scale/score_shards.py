@@ -180,7 +180,7 @@ class _Work:
     def finish(self, k: int) -> None:
         """Write the scores of shard k, unless they are there."""
         output = self.output(k)
-        with locked(self.folder, f".{output.name}.lock"):
+        with locked(self.folder, f".lock-{k}"):
             if not self._is_whole(k):
                 sweep(self.folder, output.name)
                 write_whole(output, lambda part: self._write(k, part))
