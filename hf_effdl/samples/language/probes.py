@@ -175,7 +175,10 @@ def train_language_probes(
 def _plain(args: TrainingArguments) -> dict[str, Any]:
     """What of the arguments decides the weights."""
     aside = ("output_dir", "logging", "report", "run_name", "push", "hub", "save", "disable_tqdm", "eval")
-    return {name: repr(value) for name, value in args.to_dict().items() if not name.startswith(aside)}
+    plain = {
+        name: repr(value) for name, value in args.to_dict().items() if not name.startswith((*aside, "local_rank"))
+    }
+    return plain | {"processes": args.world_size}
 
 
 def _train(
