@@ -17,10 +17,10 @@
 
 SmolLM2-135M-Instruct with LoRA. The pool has rows of four kinds (GSM8K, code, role play, tool use), equally many, none
 longer than `--longest` tokens; in the damaged pool a fifth of them are spoilt, a third each: answers swapped between
-questions of a kind, cut off in the middle, and rows replaced by copies of others. Two LoRA probes, trained on samples
-of a clean seed set, score the pool. Every arm chooses within the same number of tokens, and trains as
-many epochs; what counts is the loss of held-out answers, the mean over the kinds. `clean` leaves out exactly
-the spoilt rows and draws as the default does.
+questions of a kind, cut off in the middle, and rows replaced by copies of others. The model itself scores the
+pool, or with `--probes M` that many adapters trained on samples of a clean seed set. Every arm chooses within the same
+number of tokens, and trains as many epochs; what counts is the loss of held-out answers, the mean over the kinds.
+`clean` leaves out exactly the spoilt rows and draws as the default does.
 
     python examples/benchmarks/selection_sft.py --model FOLDER          # three seeds: about an hour on one core
     python examples/benchmarks/selection_sft.py --table
@@ -144,17 +144,24 @@ class Pool:
         self.data = data_of(tokenizer, options, seed, damage)
         self.work = options.work / f"{damage:g}-{seed}"
         start = time.process_time()
-        args = TrainingArguments(str(options.work / f"probes-{seed}"), num_train_epochs=2, **TRAINING)
-        made = {"num_probes": 2, "max_length": options.longest, "seed": seed, "peft_config": self.adapter()}
-        probes = train_language_probes(self.model, args, self.data["seed"], tokenizer, **made)
+        probes = self.probes()
         trained = time.process_time()
         settings = {"max_length": options.longest, "batch_tokens": 768, "cache_dir": self.work, "seed": seed}
-        self.scorer = SFTScorer(probes, **settings)
+        self.scorer = SFTScorer(probes, tokenizer, **settings)
         self.scored = self.scorer.score(self.data["pool"])
         self.table = self.scorer.table(self.scored)
         self.seconds = {"probes": trained - start, "scoring": time.process_time() - trained}
         self.groups = clusters(self.table["embedding"], None, seed)
         self.budget = int(SHARE * int(self.table["tokens"].sum()))
+
+    def probes(self) -> Any:
+        """Adapters trained on the seed set, or the model itself as the only probe."""
+        if not self.options.probes:
+            return [self.model()]
+        args = TrainingArguments(str(self.options.work / f"probes-{self.seed}"), num_train_epochs=2, **TRAINING)
+        made = {"max_length": self.options.longest, "seed": self.seed, "peft_config": self.adapter()}
+        made["num_probes"] = self.options.probes
+        return train_language_probes(self.model, args, self.data["seed"], self.tokenizer, **made)
 
     def model(self) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.options.model, dtype=torch.bfloat16)
@@ -176,6 +183,7 @@ class Pool:
                 found[name] = {
                     score: area(sign * self.table[score][bad], sign * self.table[score][whole])
                     for score, sign in SIGNS.items()
+                    if score in self.table
                 }
         left = torch.stack(list(damaged_rows(self.table, self.groups).values())).any(0)
         out = {
@@ -279,7 +287,7 @@ def print_scores(rows: list[dict]) -> None:
     if kinds:
         print("\nProbability that a damaged row is told from a whole one, mean over seeds\n")
         print(f"| score | {' | '.join(kinds)} |\n|---|{'---|' * len(kinds)}")
-        for score in SIGNS:
+        for score in (score for score in SIGNS if all(score in row["auc"][kind] for row in rows for kind in kinds)):
             means = [mean_and_error([row["auc"][kind][score] for row in rows]) for kind in kinds]
             print(f"| {score} | {' | '.join('{:.2f} ({:.2f})'.format(*one) for one in means)} |")
     for row in rows[:1]:
@@ -297,11 +305,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=40, help="of each kind in the pool")
     parser.add_argument("--longest", type=int, default=128, help="tokens a row")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--probes", type=int, default=0, help="adapters that score; 0: the model itself does")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--damage", type=float, nargs="+", default=[0.2, 0.0])
     parser.add_argument("--arms", nargs="*", default=[*ARMS, "base"], choices=[*ARMS, "base"])
     options = parser.parse_args(argv)
-    fixed = {"pool": options.rows, "longest": options.longest, "epochs": options.epochs}
+    fixed = {"pool": options.rows, "longest": options.longest, "epochs": options.epochs, "probes": options.probes}
     rows = RowFile(options.out, ("damage", "seed", "arm"), fixed)
     if not options.table:
         torch.set_num_threads(options.threads)
@@ -310,6 +319,7 @@ def main(argv: list[str] | None = None) -> None:
             for seed in options.seeds:
                 arms = [arm for arm in ("scores", *options.arms) if (damage, seed, arm) not in rows]
                 arms = [arm for arm in arms if damage or arm != "clean"]
+                arms = [arm for arm in arms if options.probes or arm != "uncertainty"]
                 pool = Pool(options, tokenizer, seed, damage) if arms else None
                 for arm in arms:
                     found = pool.told() | {"seconds": pool.seconds} if arm == "scores" else pool.row(arm)
