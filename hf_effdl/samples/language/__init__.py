@@ -3,5 +3,5 @@
 rows      texts, pairs and conversations as tokens
 probes    adapters on a small model, trained on bootstrap samples
 scorer    the pass over the data, and the selection
-choosing  damaged rows, near duplicates, clusters, and what other methods would choose from the same scores
+choosing  damaged rows, near copies, and what other methods would choose from the same scores
 """

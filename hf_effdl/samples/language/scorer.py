@@ -262,6 +262,11 @@ class SFTScorer:
         plain = data.select_columns(names).with_format(None) if names else data
         return [encode(row, self.tokenizer, self.max_length, f"row {i}") for i, row in enumerate(plain)]
 
+    @property
+    def _padding(self) -> int:
+        """A token for places that are masked."""
+        return self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
+
     def _kept_part(self, rows: Sequence[Encoded], key: str) -> dict[str, Tensor]:
         """The scores of a part, from the folder if they are there, else into it."""
         if self.cache_dir is None:
@@ -278,8 +283,8 @@ class SFTScorer:
                 return table
 
     def _part(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """The scores of rows that are scored together."""
         tables: dict[str, Tensor] = {}
-        prompts: Tensor | None = None
         for numbers, found in self._asked(rows):
             for name, values in found.items():
                 if name not in tables:
@@ -290,10 +295,9 @@ class SFTScorer:
         tables["answer_tokens"] = torch.tensor([len(row.answer) for row in rows])
         first = tables.pop("first")
         if self.contrast:
-            start = [
-                token for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if token is not None
-            ]
-            alone = [Encoded(start[:1], row.answer) if start and row.asked else row for row in rows]
+            start = self.tokenizer.bos_token_id
+            start = self.tokenizer.eos_token_id if start is None else start
+            alone = [Encoded([start], row.answer) if start is not None and row.asked else row for row in rows]
             tables["loss_alone"] = self._losses(alone)
             tables["ifd"] = (first - tables["loss_alone"]).exp()
             tables["match"] = self._losses(other_prompts(rows, prompts, self.max_length)) - first
@@ -301,9 +305,8 @@ class SFTScorer:
 
     def _asked(self, rows: Sequence[Encoded]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Batch by batch, numbers of rows and what all probes say of them."""
-        padding = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
         for numbers in batches_of(rows, self.batch_tokens):
-            batch = batch_of([rows[i] for i in numbers], padding, self.tokenizer.eos_token_id)
+            batch = batch_of([rows[i] for i in numbers], self._padding, self.tokenizer.eos_token_id)
             given, z, found = batch.given.to(self.probes.device), [], {}
             for m, model in enumerate(self.probes.each()):
                 logits, hidden = ask(model, batch, embed=m == 0 and (self.embed or self.contrast))
@@ -322,13 +325,10 @@ class SFTScorer:
 
     def _losses(self, rows: Sequence[Encoded]) -> Tensor:
         """The first probe's loss of each row's answer, `(rows,)` float64."""
-        padding, losses = (
-            self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
-            torch.zeros(len(rows)).double(),
-        )
+        losses = torch.zeros(len(rows), dtype=torch.float64)
         with self.probes.first() as model:
             for numbers in batches_of(rows, self.batch_tokens):
-                batch = batch_of([rows[i] for i in numbers], padding)
+                batch = batch_of([rows[i] for i in numbers], self._padding)
                 logits, _ = ask(model, batch)
                 pieces = zip(logits.split(CHUNK), batch.given.to(logits.device).split(CHUNK), strict=True)
                 terms = torch.cat([cross_entropy(one.float(), given, reduction="none") for one, given in pieces])
