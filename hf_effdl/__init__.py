@@ -7,15 +7,18 @@ metrics/      metrics for `evaluate.load`
 hub/          what cards and repositories of all three share
 weighting     `WeightedTrainer`, which trains on a column of weights; `row_losses`: the loss of every row
 weighted_sft  `WeightedSFTTrainer`, the same for TRL's fine-tuning of language models
+registration  how transformers comes to know slim models
 files, processes, pictures, checks, random_state, version    one place each for what all of them need
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# registers how a slim model is loaded, so that from_pretrained needs this import and nothing else
-from hf_effdl.structure.groups import slim_config as _slim_config  # noqa: F401
+from hf_effdl.registration import register as _register
 from hf_effdl.version import __version__ as __version__
+
+
+_register()  # how a slim model is loaded: from_pretrained needs this import and nothing else
 
 
 _PUBLIC = {

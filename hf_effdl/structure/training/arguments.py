@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
-from hf_effdl.checks import real_number
+from hf_effdl.checks import flag, real_number, whole_number
 from hf_effdl.processes import is_first
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.param_groups import param_groups
@@ -114,6 +114,11 @@ class SplitLBIArguments(TrainingArguments):
         for name, choices in (("preset", PRESETS), ("lam_scale", (None, *LAM_SCALES)), ("start", (None, *STARTS))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: it must be one of {choices}")
+        self.bn_batches = whole_number("bn_batches", self.bn_batches, 0)
+        flag("nesterov", self.nesterov)
+        for name in ("fused", "decoupled_weight_decay"):
+            if getattr(self, name) is not None:
+                flag(name, getattr(self, name))
         if self.nesterov and (self.base != "sgd" or not self.momentum):
             raise ValueError(
                 f"nesterov=True needs base='sgd' and momentum > 0; here base={self.base!r} and "
@@ -216,6 +221,9 @@ def start_for(model: nn.Module, args: SplitLBIArguments) -> SplitLBIArguments:
 
 def scheduled_rates(args: TrainingArguments, steps: int) -> list[float]:
     """The learning rate of each of `steps` optimizer steps, as the arguments schedule it."""
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(f"args is a {type(args).__name__}: pass the TrainingArguments of the run")
+    steps = whole_number("steps", steps, 0)
     _check_schedule(args)
     dummy = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=args.learning_rate)
     scheduler = get_scheduler(
