@@ -11,7 +11,16 @@ from datasets import Dataset
 from forked import Script
 from sft_score_run import ROWS, scorer
 from torch.nn.functional import cosine_similarity, cross_entropy
-from transformers import TrainingArguments
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    TrainingArguments,
+    set_seed,
+)
 
 from hf_effdl import SFTScorer, train_language_probes, uncertainty
 from hf_effdl.samples.drawing.clusters import clusters
@@ -121,6 +130,24 @@ def test_neither_batches_nor_the_order_of_rows_change_scores(changes):
     order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
     other = (two := scorer(part_rows=20, **changes)).table(two.score(ROWS.select(order.tolist())))
     assert_close(other, {name: values[order] for name, values in whole.items()}, 2e-5)
+
+
+WIDE = {"vocab_size": SIZES["vocab_size"], "hidden_size": 16, "num_hidden_layers": 1, "initializer_range": 0.5}
+OTHERS = {
+    "learned places": lambda: GPT2LMHeadModel(GPT2Config(**WIDE, num_attention_heads=2, max_position_embeddings=128)),
+    "no places": lambda: BloomForCausalLM(BloomConfig(**WIDE, num_attention_heads=2)),
+    "recurrent": lambda: MambaForCausalLM(MambaConfig(**WIDE, state_size=4)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_padding_changes_nothing_in_other_architectures(name):
+    set_seed(0)
+    model, data = OTHERS[name](), ROWS.select(range(6))
+    one, several = (SFTScorer([model], tokenizer(), batch_tokens=tokens) for tokens in (1, 4096))
+    alone = one.table(one.score(data, progress=False))
+    assert alone["loss"].std() > 0.01
+    assert_close(several.table(several.score(data, progress=False)), alone, 2e-4)
 
 
 def test_the_answer_of_a_pair_of_messages_is_that_of_the_conversation():
