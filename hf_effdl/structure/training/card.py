@@ -1,12 +1,13 @@
 """The card of a `SplitLBITrainer` run: of the dense model with its path, or of a slim model taken from it."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_effdl.files import write_whole
 from hf_effdl.hub.cards import markdown_table, write_card
@@ -25,6 +26,7 @@ SIZES = {"params": "parameters", "macs": "MACs", "latency_ms": "latency, ms"}
 AUTO_CLASSES = {"image-classification": "AutoModelForImageClassification"}
 CLOCKS = ("runtime", "per_second", "preparation_time")
 PICTURE = "sparse_path.png"
+REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")  # what the Hub takes for the name of a data set
 
 
 def write_structure_card(
@@ -33,6 +35,9 @@ def write_structure_card(
     small: Any = None,
     *,
     repo_id: str | None = None,
+    revision: str | None = None,
+    family: Sequence[str] = (),
+    family_picture: str | None = None,
     model_name: str | None = None,
     finetuned_from: str | None = None,
     tasks: str | list[str] | None = None,
@@ -49,6 +54,8 @@ def write_structure_card(
         folder: made where it does not exist.
         small: the slim model the card is for; None for the dense model.
         repo_id: repository named in the loading snippet; default: `args.hub_model_id`, else the folder's name.
+        revision: of it, that the slim model is in; default: its main branch.
+        family: revisions of all sizes there, where the card is for all of them, and `family_picture`: of their curve.
 
     The other arguments are those of `Trainer.create_model_card`.
     """
@@ -64,6 +71,8 @@ def write_structure_card(
         library_name="transformers",
         base_model=finetuned_from,
         pipeline_tag=task,
+        datasets=[name for name in _listed(dataset) if REPO.fullmatch(name)] or None,
+        **_model_index(model_name or repo_id, task, _listed(dataset), (trainer.results or {}).get(revision)),
         tags=list(dict.fromkeys([*_listed(tags), *trainer._tag_names, *_tags_there(Path(folder) / "README.md")])),
     )
     report = None if small is None else getattr(config or model, "effdl_report", None)
@@ -77,6 +86,9 @@ def write_structure_card(
         slim=small is not None,
         report=report,
         repo_id=repo_id,
+        revision=revision,
+        family=list(family),
+        family_picture=family_picture,
         custom=getattr(config, "quantization_config", None) is not None,
         version=__version__,
         task=task,
@@ -84,7 +96,7 @@ def write_structure_card(
         dataset=_listed(dataset),
         dataset_args=dataset_args,
         rows=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
-        recipe=_recipe(trainer, facts["recipe"]),
+        recipe=_recipe(trainer, facts["recipe"] | _of_small_net(report or {})),
         citation=CITATION,
         growth=facts["growth"],
         **_results(trainer, report, facts["whole"]),
@@ -103,9 +115,20 @@ def _tags_there(card: Path) -> list[str]:
 # ---- results
 
 
+def _model_index(name: str, task: str | None, datasets: Sequence[str], metrics: Mapping[str, Any] | None) -> dict:
+    """What a card's data say of results: those of a model on one data set, where both are known."""
+    values = {key: value for key, value in (metrics or {}).items() if key not in SIZES and isinstance(value, float)}
+    if len(datasets) != 1 or not task or not values:
+        return {}
+    data = {"task_type": task, "dataset_type": datasets[0], "dataset_name": datasets[0]}
+    results = [EvalResult(**data, metric_type=key, metric_value=value) for key, value in values.items()]
+    return {"model_name": name, "eval_results": results}
+
+
 def _results(trainer: Any, report: Mapping[str, Any] | None, whole: str) -> dict[str, Any]:
     """The table of results, and whether plain SGD is in it."""
-    rows = [{"name": name, **values} for name, values in trainer.results.items()] or _logged_rows(trainer, whole)
+    told = trainer.results or trainer.measured
+    rows = [{"name": name, **values} for name, values in told.items()] or logged_rows(trainer, whole)
     if report is not None and report["params"]["after"] not in [row.get("params") for row in rows]:
         rows.append({"name": "slim", **{key: report[key]["after"] for key in SIZES if key in report}})
     table = markdown_table(rows, {"name": "model", **_metric_names(rows), **SIZES})
@@ -116,7 +139,7 @@ def _metric_names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {name: name for row in rows for name in row if name not in ("name", *SIZES)}
 
 
-def _logged_rows(trainer: Any, whole: str) -> list[dict[str, Any]]:
+def logged_rows(trainer: Any, whole: str) -> list[dict[str, Any]]:
     """The last evaluation in the log, of the whole net and of the projected one, with the net's size."""
     counts = trainer.groups[0].network.count()
     logged = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
@@ -154,6 +177,19 @@ def _path_facts(path: SparsePath, report: Mapping[str, Any] | None, folder: str 
 
 
 # ---- settings
+
+
+def _of_small_net(report: Mapping[str, Any]) -> dict[str, Any]:
+    """How a slim model was trained since, as its report has it."""
+    lines: dict[str, Any] = {}
+    if search := report.get("search"):
+        settled = "" if search["settled"] else ", not settled"
+        lines["units cut at step"] = f"{search['step']} of {search['of']}{settled}"
+    if tuned := report.get("tuned"):
+        lines["small net, steps"] = tuned["steps"]
+        lines["small net, learning rate"] = tuned["learning_rate"]
+        lines["small net, teacher's share"] = tuned["distill"]
+    return lines
 
 
 def _recipe(trainer: Any, more: Mapping[str, Any]) -> dict[str, Any]:
