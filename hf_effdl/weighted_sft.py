@@ -80,6 +80,8 @@ class WeightedSFTTrainer(SFTTrainer):
     ) -> None:
         self._check_data(train_dataset)
         self._check_loss(args, options.get("compute_loss_func"))
+        if getattr(args, "device", None) is not None:  # asking for it joins the other processes
+            refuse_lone_processes()  # before the model is loaded
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **options)
         refuse_lone_processes()
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
