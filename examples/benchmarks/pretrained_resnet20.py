@@ -3,6 +3,7 @@
 # dependencies = [
 #     "hf_effdl[examples]",
 #     "pillow>=11",
+#     "torch-pruning==1.6.1",
 #     "torch>=2.6",
 # ]
 #

@@ -2,6 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "hf_effdl[examples]",
+#     "torch-pruning==1.6.1",
 #     "torch>=2.6",
 # ]
 #
