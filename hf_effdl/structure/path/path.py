@@ -106,10 +106,12 @@ class SparsePath:
 
     # ---- who goes first
 
-    def scores(self, order: str = "dual") -> dict[str, Tensor]:
+    def scores(self, order: str = "dual", relative: bool = True) -> dict[str, Tensor]:
         """A score per unit; the lowest goes first. Comparable over groups.
 
         Args:
+            relative: whether `"dual"` scores are divided by their mean over the group; without, a group may have
+                nothing but strong units.
             order: `"dual"`: `||V|| / threshold`, divided by its mean over the group. It orders units that entered and
                 units that never did on one scale; with a dense start it is the share of the run that a unit stayed
                 for, at most 1, where it left. `"entry"`: rank by (entry step, -||W||) inside the group, as in the
@@ -121,7 +123,8 @@ class SparsePath:
             if order == "dual" or self.start == "dense":
                 score = self._survival(unit) if self.start == "dense" else unit["dual"] / unit["threshold"]
             if order == "dual":
-                result[name] = score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)
+                mean = score.mean().clamp_min(torch.finfo(score.dtype).tiny)
+                result[name] = score / mean if relative else score
             else:
                 entered = torch.where(unit["entered"] < 0, torch.iinfo(torch.int64).max, unit["entered"])
                 entered = entered if self.start == "empty" else -score

@@ -27,7 +27,7 @@ from hf_effdl.structure.optim.split_lbi import SplitLBI
 from hf_effdl.structure.path.path import SparsePath
 from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.slim.report import get_report
-from hf_effdl.structure.training.arguments import SplitLBIArguments, start_for
+from hf_effdl.structure.training.arguments import WALK, SplitLBIArguments, start_for
 from hf_effdl.structure.training.callbacks import FSDP1, SplitLBICallback
 from hf_effdl.structure.training.card import write_structure_card
 from hf_effdl.structure.training.distill import DistillationMixin
@@ -158,8 +158,9 @@ class SplitLBITrainer(SlimMixin, DistillationMixin, WeightedLossMixin, Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         hyper = self.args.split_lbi_kwargs(num_training_steps)
+        names = ["nu", "path_scale", "rise", *(["lam"] if self.args.lam_scale == WALK else [])]
         for group in (self.optimizer if optimizer is None else optimizer).param_groups:
-            group |= {name: hyper.get(name) for name in ("nu", "path_scale", "rise")}
+            group |= {name: hyper.get(name) for name in names}
         return super().create_scheduler(num_training_steps, optimizer)
 
     def train(
