@@ -1,0 +1,251 @@
+"""Arms of the benchmarks on LoRA ranks: adapters of one rank everywhere, and ways to as many parameters elsewhere.
+
+All arms adapt the same base on the same rows, in as many steps of AdamW, with warm-up over a tenth and linear decay.
+
+    uniform         every module has the same rank from the start
+    SVD             of the trained uniform adapter of the largest rank: the largest singular values over all modules
+    path            `SplitLBITrainer`, which trains all ranks; at the end those that its path puts first
+    path, whole     as many ranks of each module, but in the leading singular directions of the whole adapter
+    path, early     the path has half of the steps; what it chose then trains for the other half
+    random, early   the same with ranks drawn by chance
+    AdaLoRA         PEFT's, from the largest rank to a mean rank, with a rate of its own
+"""
+
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from rows import RowFile, mean_and_error
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from hf_effdl import SparsePath, SplitLBIArguments, SplitLBITrainer, find_groups, select_lora_ranks
+from hf_effdl.structure.groups.group import rows_of
+
+
+KEYS = ("arm", "budget", "seed")
+Made = Iterator[tuple[str, float, nn.Module]]  # an arm, a share of the parameters of all ranks, a model
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all arms share.
+
+    Args:
+        base: makes the model to adapt.
+        config: more of `LoraConfig`, with `target_modules`.
+        rank: the largest.
+        rows: of training, as `collate` takes them.
+        collate: rows to a batch.
+        steps: of a whole run.
+        rates: learning rates, of LoRA and of AdaLoRA.
+        batch: rows of a step.
+        measure: what is reported of a model.
+    """
+
+    base: Callable[[], nn.Module]
+    config: Mapping[str, Any]
+    rank: int
+    rows: Sequence[Mapping[str, Any]]
+    collate: Callable[[list], Any]
+    steps: int
+    rates: tuple[float, float]
+    batch: int
+    measure: Callable[[nn.Module], Mapping[str, float]]
+
+
+def adapted(task: Task, seed: int, config: type[LoraConfig] = LoraConfig, **ranks: Any) -> PeftModel:
+    """The base with a fresh adapter."""
+    set_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's, about a name of transformers
+        return get_peft_model(task.base(), config(**ranks, **task.config))
+
+
+def fit(
+    task: Task,
+    model: nn.Module,
+    steps: int,
+    seed: int,
+    path: bool = False,
+    rate: float | None = None,
+    watch: Any = None,
+) -> Trainer:
+    """Train a model in place."""
+    kind, arguments = (SplitLBITrainer, SplitLBIArguments) if path else (Trainer, TrainingArguments)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = arguments(
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=task.batch,
+            train_sampling_strategy="group_by_length",
+            learning_rate=rate or task.rates[0],
+            warmup_steps=max(1, steps // 10),
+            lr_scheduler_type="linear",
+            max_grad_norm=0.0,
+            seed=seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            remove_unused_columns=False,
+            **({"base": "adamw"} if path else {}),
+        )
+        rows = {"train_dataset": task.rows, "data_collator": task.collate}
+        trainer = kind(model, settings, callbacks=[watch] if watch else [], **rows)
+        trainer.train()
+    model.eval()
+    return trainer
+
+
+# ---- ranks in an order of one's own
+
+
+def path_of(model: PeftModel, scores: Mapping[str, Tensor]) -> SparsePath:
+    """A path that has ranks in the order of some scores."""
+    groups, units = find_groups(model), {}
+    for group in groups:
+        score, none = scores[group.name].float(), torch.full((group.units,), -1)
+        units[group.name] = {"dual": score, "threshold": torch.ones_like(score), "weight": score}
+        units[group.name] |= {"entered": none, "left": none}
+    return SparsePath(groups, units, 0)
+
+
+def by_chance(model: PeftModel, seed: int) -> SparsePath:
+    rng = torch.Generator().manual_seed(seed)
+    return path_of(model, {group.name: torch.rand(group.units, generator=rng) for group in find_groups(model)})
+
+
+@torch.no_grad()
+def in_singular_directions(model: PeftModel) -> tuple[PeftModel, dict[str, Tensor]]:
+    """The same adapter with its ranks at right angles, the largest first, and their singular values."""
+    turned, sizes = select_lora_ranks(model, by_chance(model, 0), 1.0, orthogonalise=True), {}
+    for group in find_groups(turned):
+        part = group.slices[0]
+        sizes[group.name] = rows_of(turned.get_parameter(part.tensor), part, group.units).norm(dim=1)
+    return turned, sizes
+
+
+def parameters(model: PeftModel) -> int:
+    """Of A and B; AdaLoRA's of the ranks that it left, with their singular values."""
+    config = model.active_peft_config
+    if config.peft_type != "ADALORA":
+        return sum(group.params * group.units for group in find_groups(model))
+    count = 0
+    for name, ranks in config.rank_pattern.items():
+        layer = model.get_submodule(name.partition(".lora_E")[0])
+        count += sum(ranks) * (layer.in_features + layer.out_features + 1)
+    return count
+
+
+# ---- arms
+
+
+def uniform(task: Task, budgets: Sequence[float], seed: int) -> Made:
+    for budget in (1.0, *budgets):
+        rank = max(1, round(task.rank * budget))
+        model = adapted(task, seed, r=rank, lora_alpha=rank)
+        fit(task, model, task.steps, seed)
+        yield "uniform", budget, model
+        if rank == task.rank:
+            turned, sizes = in_singular_directions(model)
+            for share in budgets:
+                yield "SVD", share, select_lora_ranks(turned, path_of(turned, sizes), share)
+
+
+def path(task: Task, budgets: Sequence[float], seed: int) -> Made:
+    model = adapted(task, seed, r=task.rank, lora_alpha=task.rank)
+    run = fit(task, model, task.steps, seed, path=True)
+    yield "path", 1.0, model
+    turned, _ = in_singular_directions(model)
+    for budget in budgets:
+        small = select_lora_ranks(model, run.path, budget)
+        yield "path", budget, small
+        counts = {name: pair["after"] for name, pair in small.effdl_report["units"].items()}
+        leading = {name: (torch.arange(task.rank) < count).float() for name, count in counts.items()}
+        yield (
+            "path, whole",
+            budget,
+            select_lora_ranks(turned, path_of(turned, leading), sum(counts.values()), unit="ranks"),
+        )
+
+
+def early(task: Task, budgets: Sequence[float], seed: int) -> Made:
+    model, half = adapted(task, seed, r=task.rank, lora_alpha=task.rank), task.steps // 2
+    run = fit(task, model, half, seed, path=True)
+    for budget in budgets:
+        for name, order in (("path, early", run.path), ("random, early", by_chance(model, seed))):
+            small = select_lora_ranks(model, order, budget)
+            fit(task, small, task.steps - half, 1000 + seed)
+            yield name, budget, small
+
+
+class Allocation(TrainerCallback):
+    """AdaLoRA decides after every step, while the gradients are there."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step)
+
+
+def adalora(task: Task, budgets: Sequence[float], seed: int) -> Made:
+    times = {"total_step": task.steps, "tinit": task.steps // 10, "tfinal": task.steps // 3}
+    for budget in budgets:
+        ranks = {"init_r": task.rank, "target_r": max(1, round(task.rank * budget)), "lora_alpha": task.rank}
+        model = adapted(task, seed, AdaLoraConfig, **ranks, **times)
+        fit(task, model, task.steps, seed, rate=task.rates[1], watch=Allocation())
+        yield "AdaLoRA", budget, model
+
+
+FAMILIES: dict[Callable[..., Made], tuple[str, ...]] = {
+    early: ("path, early", "random, early"),
+    uniform: ("uniform", "SVD"),
+    path: ("path", "path, whole"),
+    adalora: ("AdaLoRA",),
+}
+ARMS = tuple(arm for arms in FAMILIES.values() for arm in arms)
+
+
+def add_rows(task: Task, arms: Sequence[str], budgets: Sequence[float], seed: int, file: RowFile) -> None:
+    """The rows of a seed that are missing."""
+    for make, names in FAMILIES.items():
+        wanted = [(arm, budget, seed) for arm in names if arm in arms for budget in budgets]
+        if all(key in file for key in wanted):
+            continue
+        for arm, budget, model in make(task, budgets, seed):
+            if (arm, budget, seed) not in file:
+                row = {"arm": arm, "budget": budget, "seed": seed, "params": parameters(model)}
+                file.add(row | dict(task.measure(model)), hide=())
+
+
+# ---- the table
+
+
+def table(rows: Sequence[Mapping[str, Any]], name: str, digits: int = 2) -> str:
+    """Means over seeds, by arm and budget, and how far ahead of SVD, paired by seed."""
+    values = {tuple(row[key] for key in KEYS): row[name] for row in rows}
+    sizes = {key[:2]: [row["params"] for row in rows if (row["arm"], row["budget"]) == key[:2]] for key in values}
+    lines = [
+        f"| share of the parameters | arm | parameters | {name} | ahead of SVD | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for budget in sorted({row["budget"] for row in rows}, reverse=True):
+        for arm in ("uniform", "SVD", "AdaLoRA", "random, early", "path", "path, whole", "path, early"):
+            mine = {seed: value for (a, b, seed), value in values.items() if (a, b) == (arm, budget)}
+            ahead = [v - values["SVD", budget, s] for s, v in mine.items() if ("SVD", budget, s) in values]
+            if mine:
+                count = sum(sizes[arm, budget]) / len(mine)
+                gap = "" if arm == "SVD" or not ahead else cell(ahead, digits, "+")
+                cells = [f"{budget:.4g}", arm, f"{count:,.0f}", cell(list(mine.values()), digits), gap, str(len(mine))]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """`mean ± standard error` over seeds."""
+    mean, error = mean_and_error(values)
+    return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "")
