@@ -36,6 +36,7 @@ _PUBLIC = {
     "structure.training.distill": ["Distillation", "DistillationTrainer"],
     "structure.tickets.search": ["EarlyTicketCallback", "find_ticket"],
     "structure.groups.group": ["Group"],
+    "structure.lora.picture": ["plot_lora_ranks"],
     "structure.lora.select": ["select_lora_ranks"],
     "structure.groups.param_groups": ["param_groups"],
     "structure.growing.arguments": ["GrowingArguments"],
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
     from hf_effdl.structure.growing.deepen import deepen
     from hf_effdl.structure.growing.trainer import GrowingTrainer, GrowthCallback
     from hf_effdl.structure.growing.widen import widen
+    from hf_effdl.structure.lora.picture import plot_lora_ranks
     from hf_effdl.structure.lora.select import select_lora_ranks
     from hf_effdl.structure.optim.schedule import derive_path, walk_path
     from hf_effdl.structure.optim.split_lbi import SplitLBI

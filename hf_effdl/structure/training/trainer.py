@@ -20,6 +20,7 @@ from hf_effdl.files import read_json
 from hf_effdl.processes import forget_accelerate, is_first, refuse_lone_processes
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
+from hf_effdl.structure.groups.finders.lora import has_adapter
 from hf_effdl.structure.groups.group import Group, Groups
 from hf_effdl.structure.groups.inputs import evaluating
 from hf_effdl.structure.optim.sharding import is_sharded
@@ -327,11 +328,11 @@ class SplitLBITrainer(SlimMixin, DistillationMixin, WeightedLossMixin, Trainer):
         )
 
     def save_slim(self, small: nn.Module, folder: str | os.PathLike[str], **card: Any) -> Path:
-        """Save a slim model with its processor, path, picture and card into a folder.
+        """Save a slim model, or an adapter of chosen ranks, with its processor, path, picture and card into a folder.
 
         `card` takes the arguments of `create_model_card`, and `repo_id` for the loading snippet.
         """
-        if not isinstance(small, PreTrainedModel):
+        if not isinstance(small, PreTrainedModel) and not has_adapter(small):
             raise TypeError(
                 f"{type(small).__name__} is no transformers model, so it has no config to load it by; save its "
                 "state_dict yourself, or wrap the net in a PreTrainedModel"
@@ -346,7 +347,7 @@ class SplitLBITrainer(SlimMixin, DistillationMixin, WeightedLossMixin, Trainer):
         return target
 
     def push_slim(self, small: nn.Module, repo_id: str, *, private: bool | None = None, **card: Any) -> str:
-        """Push a slim model with its card to the Hub; returns the commit's URL."""
+        """Push a slim model, or an adapter of chosen ranks, with its card to the Hub; returns the commit's URL."""
         repo_id = create_repo(repo_id, private=private, exist_ok=True, token=self.args.hub_token).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_slim(small, folder, **{"model_name": repo_id.split("/")[-1], **card}, repo_id=repo_id)
@@ -355,7 +356,7 @@ class SplitLBITrainer(SlimMixin, DistillationMixin, WeightedLossMixin, Trainer):
                     repo_id=repo_id,
                     folder_path=folder,
                     token=self.args.hub_token,
-                    commit_message="Slim model chosen along its sparse path",
+                    commit_message="Units chosen along the sparse path",
                 )
             )
 
