@@ -118,7 +118,7 @@ def walk_path(
         `{"nu": ..., "path_scale": ..., "lam": ...}` for `SplitLBI(..., base="adamw")`.
 
     Raises:
-        ValueError: for rates that sum to zero, or a number out of range.
+        ValueError: for fewer than two steps with a rate, or a number out of range.
 
     Example:
         >>> {name: round(value, 4) for name, value in walk_path([0.001] * 300).items()}
@@ -137,6 +137,8 @@ def walk_path(
         dual += 2 * feed * both + feed**2 * weight
         both = decay * (both + feed * weight)
         weight = decay**2 * weight + (kappa * rate) ** 2
+    if not dual > 0:
+        raise ValueError(f"{len(rates)} steps are too few for a walk: it takes two whose rate is not zero")
     return {"nu": nu, "path_scale": path_scale, "lam": WALK_MARGIN * lam * math.sqrt(dual)}
 
 

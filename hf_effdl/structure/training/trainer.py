@@ -147,7 +147,7 @@ class SplitLBITrainer(SlimMixin, DistillationMixin, WeightedLossMixin, Trainer):
             model = self.model if model is None else model
             params = self.args.split_lbi_params(model, self.groups, self.get_decay_parameter_names(model))
             # nu and path_scale follow when the length of the run is known
-            self.optimizer = SplitLBI(params, **self.args.split_lbi_kwargs(max(self.state.max_steps, 1)))
+            self.optimizer = SplitLBI(params, **self.args.split_lbi_kwargs(self.state.max_steps or 100))
             if self.is_fsdp_enabled:  # next the model is sharded, in place
                 self._skeleton = _copy_without_weights(model, "meta")
                 # groups that hold the whole tensors would keep them in memory
