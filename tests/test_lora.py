@@ -16,10 +16,13 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_effdl import (
+    GrowingArguments,
+    GrowingTrainer,
     SparsePath,
     SplitLBI,
     SplitLBIArguments,
     find_groups,
+    find_ticket,
     param_groups,
     plot_lora_ranks,
     select_lora_ranks,
@@ -393,9 +396,13 @@ def test_a_path_of_a_bare_loop_is_read_and_loads_again(tmp_path):
     assert_same(*(dict(one.state_dict()) for one in small))
 
 
-def test_a_whole_model_is_not_slimmed_by_the_path_of_an_adapter(run):
+def test_what_needs_units_of_the_model_itself_refuses_an_adapter(run, tmp_path):
     with pytest.raises(ValueError, match="call select_lora_ranks"):
         run.slim(keep=0.5)
+    with pytest.raises(ValueError, match="growing has no use for the ranks"):
+        GrowingTrainer(run.model, GrowingArguments(str(tmp_path), base="adamw", use_cpu=True))
+    with pytest.raises(ValueError, match="a ticket has no use for the ranks"):
+        find_ticket(lora_run.trainer(tmp_path), params=0.5)
 
 
 def test_the_picture_counts_ranks_inside(run):
@@ -405,6 +412,7 @@ def test_the_picture_counts_ranks_inside(run):
     assert len(left.lines) == 5 and right.texts[0].get_text() == str(int(next(iter(run.path.support.values())).sum()))
 
 
+@pytest.mark.slow
 def test_an_adapter_is_pushed_with_its_card_and_loads_where_the_package_is_not(tmp_path):
     code = """
     import sys; sys.path.insert(0, {support!r})

@@ -16,6 +16,7 @@ from hf_effdl.checks import one_of, real_number, whole_number
 from hf_effdl.files import read_tensors, write_whole
 from hf_effdl.processes import agreed
 from hf_effdl.structure.groups.find import find_groups
+from hf_effdl.structure.groups.finders.lora import refuse_adapter
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.record import groups_of, groups_record
 from hf_effdl.structure.groups.ties import Tie, config_ties
@@ -477,6 +478,7 @@ def _last_step(settings: Mapping[str, Any], state: TrainerState) -> int:
 def _check_run(model: nn.Module, optimizer: Any) -> None:
     """Refuse a run that no ticket can be read from."""
     check_split_lbi(model, optimizer, "a ticket is read from")
+    refuse_adapter(model, "a ticket")
     if any(is_sharded(p) for p in model.parameters()):
         raise ValueError(
             "the weights are sharded (FSDP2), and a ticket holds whole ones: find it with DDP, which a "

@@ -30,6 +30,15 @@ def has_adapter(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
+def refuse_adapter(model: nn.Module, what: str) -> None:
+    """Refuse a model with an adapter for what needs units of the model's own."""
+    if has_adapter(model):
+        raise ValueError(
+            f"{what} has no use for the ranks of an adapter, and the weights it adapts are frozen: pass the model "
+            "without one, or choose ranks with select_lora_ranks after SplitLBITrainer.train()"
+        )
+
+
 def lora_groups(model: nn.Module) -> Groups:
     """One group per module that the active LoRA adapter adapts, named as the module; see `find_groups`.
 
