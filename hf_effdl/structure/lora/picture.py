@@ -62,7 +62,7 @@ def _draw_steps(axis: Any, path: SparsePath, kinds: Iterable[str]) -> None:
     for i, kind in enumerate(kinds):
         units = [unit for name, unit in path.units.items() if place_of(name)[1] == kind]
         style = ("-", "--", ":", "-.")[i % 4]
-        axis.plot(steps, sum(inside_at(unit, steps) for unit in units), style, label=kind, lw=1.6)
+        axis.plot(steps.numpy(), sum(inside_at(unit, steps) for unit in units).numpy(), style, label=kind, lw=1.6)
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("ranks in the support")
     axis.set_title("When ranks entered", loc="left", fontsize=11)
@@ -80,7 +80,7 @@ def _draw_modules(axis: Any, kinds: list[str], rows: list[dict[str, Any]]) -> No
 
     values = torch.tensor([[float(row.get(kind, "nan")) for kind in kinds] for row in rows])
     shades = LinearSegmentedColormap.from_list("ranks", ["#ffffff", LINE])
-    axis.imshow(values, cmap=shades, vmin=0, vmax=max(values.nan_to_num().max().item(), 1), aspect="auto")
+    axis.imshow(values.numpy(), cmap=shades, vmin=0, vmax=max(values.nan_to_num().max().item(), 1), aspect="auto")
     middle = values.nan_to_num().max() / 2
     for y, row in enumerate(values.tolist()):
         for x, value in enumerate(row):
