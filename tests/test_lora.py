@@ -7,13 +7,14 @@ from copy import deepcopy
 import lora_run
 import pytest
 import torch
+from benchmarks import importable
 from compare import assert_close, assert_same
 from conftest import ROOT
 from datasets import Dataset, DatasetDict
 from forked import Script
 from hub import LoopbackHub
 from lora_run import adapted, bert
-from peft import AdaLoraConfig, IA3Config, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import BertTokenizerFast, GPT2Config, GPT2LMHeadModel
 
@@ -78,6 +79,7 @@ ADAPTERS = {
     "convolutions, DoRA": (convolutions, {"target_modules": ["first", "last"], "use_dora": True}),
     "half precision": (lambda: bert().bfloat16(), {}),
     "named": (bert, {"adapter_name": "mine"}),
+    "another beside it": (bert, {}),
 }
 
 
@@ -97,6 +99,8 @@ def trained(name: str) -> tuple[PeftModel, SparsePath]:
     """An adapter with random weights, and a path that leaves every third module without strong ranks."""
     config = ADAPTERS[name][1]
     net = adapted(fresh(name), **config)
+    if name == "another beside it":
+        net.add_adapter("other", LoraConfig(r=2, target_modules=["query", "key"]))
     generator = torch.Generator().manual_seed(2)
     for p in net.parameters():
         if p.requires_grad:
@@ -467,3 +471,38 @@ def test_the_example_adapts_selects_trains_on_and_saves(tmp_path, monkeypatch, c
     loaded = PeftModel.from_pretrained(bert(), tmp_path / "out")
     assert sum(loaded.peft_config["default"].rank_pattern.values()) == 2
     assert "fine-tuned for 1 epochs" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_arms_of_the_benchmarks_keep_their_budgets_and_rows_that_are_there(tmp_path):
+    def collate(rows):
+        return {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
+
+    with importable("lora_arms", "rows") as found:
+        arms, rows = found["lora_arms"], found["rows"]
+        config = {"target_modules": ["query", "output.dense"], "modules_to_save": ["classifier"]}
+        steps, rates, batch = 6, (0.01, 0.01), 8
+        settings = (bert, config, 4, lora_run.texts(24, 1), collate, steps, rates, batch)
+        task = arms.Task(*settings, lambda model: {"accuracy": float(said(model).sum())})
+        file = rows.RowFile(tmp_path / "rows.jsonl", arms.KEYS)
+        arms.add_rows(task, arms.ARMS, (0.5,), 0, file)
+        lines = {(row["arm"], row["budget"]): row["params"] for row in file.rows}
+        whole = lines["path", 1.0]
+        assert {arm for arm, budget in lines if budget == 0.5} == set(arms.ARMS)
+        assert lines["uniform", 1.0] == whole and lines["uniform", 0.5] == whole / 2
+        assert all(lines[arm, 0.5] <= whole / 2 for arm in set(arms.ARMS) - {"AdaLoRA"})
+        assert lines["path, whole", 0.5] == lines["path", 0.5]
+        arms.add_rows(task, arms.ARMS, (0.5,), 0, file)
+        assert len(file.rows) == len(lines)
+        printed = arms.table(file.rows, "accuracy").splitlines()
+    assert len(printed) == len(lines) + 2 and "| 0.5 | SVD |" in printed[5]
+
+
+def test_turning_ranks_to_singular_directions_changes_nothing():
+    """Reference: the singular values of each product, by torch."""
+    net, _ = trained("plain")
+    with importable("lora_arms") as found:
+        turned, sizes = found["lora_arms"].in_singular_directions(net)
+    torch.testing.assert_close(said(turned), said(net))
+    for group in find_groups(net):
+        b, a = (net.get_parameter(part.tensor) for part in group.slices)
+        torch.testing.assert_close(sizes[group.name].double(), torch.linalg.svdvals(b @ a)[:4], rtol=1e-5, atol=1e-5)

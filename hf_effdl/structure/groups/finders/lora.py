@@ -15,10 +15,6 @@ from hf_effdl.structure.groups.group import CONVS, Group, Groups, Network, Slice
 
 # They move a part of the base weights into the adapter, or have ranks that cancel each other.
 ENTANGLED = ("pissa", "olora", "corda", "lora_ga", "loftq", "orthogonal")
-REMEDY = (
-    "train it as it is and save it with path_initial_model_for_weight_conversion=, which makes a plain LoRA adapter; "
-    "or begin with init_lora_weights=True"
-)
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -98,7 +94,7 @@ def _check_config(config: Any) -> None:
     if isinstance(init, str) and init.lower().startswith(ENTANGLED):
         raise ValueError(
             f"init_lora_weights={init!r} puts a part of the base weights into the adapter, or ranks that cancel each "
-            f"other, so that no rank can go alone: {REMEDY}"
+            "other, so that no rank can go alone; begin with init_lora_weights=True, 'gaussian' or 'eva'"
         )
     if config.target_parameters:
         raise ValueError(f"target_parameters={config.target_parameters}: ranks are chosen of target_modules only")
