@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -36,7 +37,13 @@ def multiplied():
 
 
 def net(name, seed=0, rows=4):
-    """A net with the batch norms of a trained one, its groups, and a batch with labels."""
+    """A net with the batch norms of a trained one, its groups, and a batch with labels; each caller has its own."""
+    model, groups, *batch = known_net(name, seed, rows)
+    return copy.deepcopy(model), groups, *batch
+
+
+@cache
+def known_net(name, seed, rows):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name in NETS:

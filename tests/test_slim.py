@@ -192,13 +192,14 @@ def test_kept_units_may_be_any_list_of_indices_or_a_mask():
         ({"0": [0.5]}, "keep\\['0'\\] must hold distinct unit indices"),
         ({"0": [[0, 1]]}, "keep\\['0'\\] must hold distinct unit indices"),
         ({"0": [True, False]}, "keep\\['0'\\] must hold distinct unit indices, at least one, or a mask of 6 units"),
-        ({"0": [6]}, "the group has 6 units"),
-        ({"0": [-1, 2]}, "the group has 6 units"),
+        ({"0": [6]}, "keep\\['0'\\] holds unit 6; the group has 6 units, 0 to 5"),
+        ({"0": [2, -1]}, "keep\\['0'\\] holds unit -1; the group has 6 units"),
+        ({"0": "half"}, "keep\\['0'\\]='half': it must be unit indices or a mask"),
     ],
 )
 def test_bad_kept_units_are_refused_before_anything_is_cut(keep, message):
     model, groups, _ = trained("vgg")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         slim(model, groups, keep)
 
 

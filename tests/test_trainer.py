@@ -241,6 +241,9 @@ def test_batch_norm_is_re_estimated_on_request_only(trained):
     dense = dict(trained.model.named_buffers())
     assert all(set(b.tolist()) <= set(dense[n].tolist()) for n, b in stats[0].items())
     assert any(not torch.equal(stats[0][n], stats[1][n]) for n in stats[0])
+    for refused in (trained.slim, trained.evaluate_path, trained.evaluate_masked):
+        with pytest.raises(ValueError, match="bn_batches='8': it must be a whole number, at least 0"):
+            refused(bn_batches="8")
     assert_same(
         {n: p.detach() for n, p in kept.named_parameters()}, {n: p.detach() for n, p in estimated.named_parameters()}
     )

@@ -120,8 +120,8 @@ class _Uses:
                 call(self.model, inputs)
         except Exception as error:
             raise ValueError(
-                f"{describe(self.model)} does not run on the example inputs ({type(error).__name__}: {error}); pass "
-                "example_inputs= that model(example_inputs) accepts"
+                f"{type(self.model).__name__} does not run on the example inputs ({type(error).__name__}: {error}); "
+                f"pass example_inputs= that model(example_inputs) accepts. It is a {describe(self.model)}"
             ) from error
         finally:
             for handle in hooks:

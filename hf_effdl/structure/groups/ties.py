@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from hf_effdl.structure.groups.group import Group
 
 
 MOST = 5  # numbers that hang together, of which all choices are tried
+KEPT = 256  # configs of a class whose shapes are kept
+_SHAPES: WeakKeyDictionary[type[nn.Module], dict[str, dict[str, tuple[int, ...]] | None]] = WeakKeyDictionary()
 HEAD_SIZE = "head_dim"  # the entry under which the configs of transformers keep the size of a head
 
 
@@ -314,10 +317,27 @@ def _changed(config: Any, changes: Mapping[str, int]) -> Any:
 def _meta_shapes(
     cls: type[nn.Module], config: Any, changes: Mapping[str, int] | None = None
 ) -> dict[str, tuple[int, ...]] | None:
-    """Parameter shapes of the model that the changed config builds; None where it builds none."""
+    """Parameter shapes of the model that the changed config builds; None where it builds none.
+
+    Finding groups, slimming and growing ask the same of a model again and again, so that answers are kept.
+    """
+    try:
+        config = _changed(config, changes or {})
+    except Exception:  # noqa: BLE001 - a changed config may break any of its own checks
+        return None
+    known = _SHAPES.setdefault(cls, {})
+    key = repr(config.to_dict())
+    if key not in known:
+        if len(known) >= KEPT:
+            known.clear()
+        known[key] = _shapes_of(cls, config)
+    return known[key]
+
+
+def _shapes_of(cls: type[nn.Module], config: Any) -> dict[str, tuple[int, ...]] | None:
     try:
         with torch.device("meta"):
-            model = cls(_changed(config, changes or {}))
+            model = cls(config)
     except Exception:  # noqa: BLE001 - a changed config may break any of the model's own checks
         return None
     return {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -168,7 +168,10 @@ def _indices(name: str, value: Any, units: Mapping[str, int]) -> Tensor:
         raise ValueError(f"keep names group {name!r}, which is not among {list(units)}")
     if isinstance(value, np.ndarray) and value.dtype in (np.uint16, np.uint32, np.uint64):  # torch can do little there
         value = value.astype(np.int64)
-    index = torch.as_tensor(value).detach().cpu()
+    try:
+        index = torch.as_tensor(value).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"keep[{name!r}]={value!r}: it must be unit indices or a mask; {error}") from error
     if index.dtype == torch.bool and index.shape == (units[name],):
         index = index.nonzero().flatten()
     whole = not (index.is_floating_point() or index.dtype == torch.bool)
@@ -177,8 +180,11 @@ def _indices(name: str, value: Any, units: Mapping[str, int]) -> Tensor:
             f"keep[{name!r}] must hold distinct unit indices, at least one, or a mask of {units[name]} units; "
             f"got {value}" + _hint_at_mask(index, units[name])
         )
-    if index.min() < 0 or index.max() >= units[name]:
-        raise ValueError(f"keep[{name!r}] has index {int(index.max())} or below 0; the group has {units[name]} units")
+    outside = index[(index < 0) | (index >= units[name])]
+    if len(outside):
+        raise ValueError(
+            f"keep[{name!r}] holds unit {int(outside[0])}; the group has {units[name]} units, 0 to {units[name] - 1}"
+        )
     return index.long().sort().values
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 
+from hf_effdl.checks import whole_number
 from hf_effdl.processes import is_first, refuse_lone_processes
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
@@ -92,7 +93,7 @@ class SplitLBICallback(TrainerCallback):
         self.evaluate: Callable[[Any], dict[str, Any]] | None = None  # of a trainer that evaluates by itself
         self.is_training = False
         self.compute_metrics = compute_metrics
-        self.bn_batches = bn_batches
+        self.bn_batches = whole_number("bn_batches", bn_batches, 0)
         self.ties: Sequence[Tie] = ()
 
     def on_train_begin(

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_effdl.checks import whole_number
 from hf_effdl.processes import decided, forget_accelerate
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.calibration.compensate import Wish
@@ -69,6 +70,7 @@ class SlimMixin:
                 f"latency_batch={latency_batch}: it must be at least 1 to measure latency, or 0 where latency is not "
                 "the budget, to leave it out of the report"
             )
+        bn_batches = whole_number("bn_batches", bn_batches, 0)
         path, model = self.path, self.plain_model()
         if has_adapter(model):
             raise ValueError(

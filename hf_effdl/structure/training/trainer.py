@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
+from hf_effdl.checks import whole_number
 from hf_effdl.files import read_json
 from hf_effdl.processes import forget_accelerate, is_first, refuse_lone_processes
 from hf_effdl.random_state import random_state_kept
@@ -261,6 +262,7 @@ class SplitLBITrainer(SlimMixin, DistillationMixin, WeightedLossMixin, Trainer):
         Budgets that the model cannot be slimmed to are left out. The points also stand in `trainer.path.curve`.
         """
         self._check_trained("evaluate_path")
+        bn_batches = whole_number("bn_batches", bn_batches, 0)
         curve = []
         for share in shares:
             try:
@@ -279,6 +281,7 @@ class SplitLBITrainer(SlimMixin, DistillationMixin, WeightedLossMixin, Trainer):
     def evaluate_masked(self, bn_batches: int = 8) -> dict[str, float]:
         """Loss and metrics of the model projected on the support as it is now."""
         self._check_trained("evaluate_masked")
+        bn_batches = whole_number("bn_batches", bn_batches, 0)
         model = self.accelerator.unwrap_model(self.model)
         with random_state_kept(), self.callback.projection(self.args, self.state, model, self.optimizer):
             recalibrate_batch_norm(model, training_inputs(self.get_train_dataloader(), bn_batches, model))
