@@ -375,6 +375,25 @@ def test_a_resumed_run_equals_its_uninterrupted_one_bit_for_bit(run, tmp_path):
     assert_same(lora_run.outcome(again), lora_run.outcome(run))
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"bf16": True},
+        {"activation_checkpointing": True},
+        {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "save_steps": 4},
+    ],
+    ids=lambda mode: next(iter(mode)),
+)
+def test_what_a_run_in_another_mode_leaves_is_selected_from(mode, tmp_path):
+    run = lora_run.trainer(tmp_path, adapted(bert()), max_steps=8, eval_steps=4, **mode)
+    run.train()
+    small = select_lora_ranks(run.model, run.path, 0.4)
+    scores, units = run.path.scores(relative=False), small.effdl_report["units"]
+    kept = {name: scores[name].topk(pair["after"]).indices for name, pair in units.items()}
+    expected = run.evaluate_model(mask(run.model, run.groups, kept))["loss"]
+    assert run.evaluate_model(small)["loss"] == pytest.approx(expected, abs=1e-4 if "bf16" in mode else 1e-6)
+
+
 def test_two_processes_equal_one(run, tmp_path):
     Script("lora_run.py", tmp_path, "--processes", 2, processes=2).finish()
     assert_close(torch.load(tmp_path / "final.pt", weights_only=True), lora_run.outcome(run))
