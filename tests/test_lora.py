@@ -214,12 +214,14 @@ def test_tied_adapters_are_refused():
 # ---- selecting
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("directions", ["trained", "kept"])
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_what_is_selected_computes_what_the_masked_adapter_does_also_loaded_by_peft_and_merged(name, turned, tmp_path):
+def test_what_is_selected_computes_what_the_masked_adapter_does_also_loaded_by_peft_and_merged(
+    name, directions, tmp_path
+):
     net, path = trained(name)
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    small = select_lora_ranks(net, path, 0.4, orthogonalise=turned)
+    small = select_lora_ranks(net, path, 0.4, directions=directions)
     assert_same(dict(net.state_dict()), before)
     scores, report = path.scores(relative=False), small.effdl_report
     kept = {module: scores[module].topk(pair["after"]).indices for module, pair in report["units"].items()}
@@ -234,6 +236,19 @@ def test_what_is_selected_computes_what_the_masked_adapter_does_also_loaded_by_p
     assert sum(stored.values()) == report["ranks"]["after"]
     for other in (small, loaded, small.merge_and_unload()):
         torch.testing.assert_close(said(other), expected, **tolerance)
+
+
+@pytest.mark.parametrize("name", ["plain", "embedding", "Conv1D", "convolutions", "rsLoRA"])
+def test_whole_directions_are_the_best_of_so_many(name):
+    """Reference: torch's singular value decomposition of what the whole adapter adds to a module."""
+    net, path = trained(name)
+    small = select_lora_ranks(net, path, 0.4, directions="whole")
+    for module, pair in small.effdl_report["units"].items():
+        added = [one.get_submodule(module) for one in (net, small)]
+        whole, part = (layer.get_delta_weight("default").flatten(1) if hasattr(layer, "r") else 0 for layer in added)
+        u, s, v = torch.linalg.svd(whole, full_matrices=False)
+        kept = pair["after"]
+        torch.testing.assert_close(part + 0 * whole, u[:, :kept] * s[:kept] @ v[:kept])
 
 
 def test_a_selected_adapter_is_trained_selected_and_saved_again(tmp_path):
@@ -283,6 +298,7 @@ def test_budgets_are_shares_or_numbers(budget, unit, left):
         ({"budget": 2}, ValueError, "the smallest adapter of these modules costs 64"),
         ({"unit": "macs"}, ValueError, "unit='macs'"),
         ({"order": "size"}, ValueError, "order='size'"),
+        ({"directions": "all"}, ValueError, "directions='all'"),
         ({"path": "runs"}, TypeError, "needs the SparsePath"),
         ({"model": bert}, TypeError, "needs a PeftModel, not BertForSequenceClassification"),
         ({"model": lambda: adapted(bert(), r=3)}, ValueError, "has 4 ranks there and 3 here"),
@@ -514,14 +530,3 @@ def test_arms_of_the_benchmarks_keep_their_budgets_and_rows_that_are_there(tmp_p
         assert len(file.rows) == len(lines)
         printed = arms.table(file.rows, "accuracy").splitlines()
     assert len(printed) == len(lines) + 2 and "| 0.5 | SVD |" in printed[5]
-
-
-def test_turning_ranks_to_singular_directions_changes_nothing():
-    """Reference: the singular values of each product, by torch."""
-    net, _ = trained("plain")
-    with importable("lora_arms") as found:
-        turned, sizes = found["lora_arms"].in_singular_directions(net)
-    torch.testing.assert_close(said(turned), said(net))
-    for group in find_groups(net):
-        b, a = (net.get_parameter(part.tensor) for part in group.slices)
-        torch.testing.assert_close(sizes[group.name].double(), torch.linalg.svdvals(b @ a)[:4], rtol=1e-5, atol=1e-5)

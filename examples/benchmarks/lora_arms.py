@@ -1,13 +1,15 @@
 """Arms of the benchmarks on LoRA ranks: adapters of one rank everywhere, and ways to as many parameters elsewhere.
 
-All arms adapt the same base on the same rows, in as many steps of AdamW, with warm-up over a tenth and linear decay.
+All arms adapt the same base on the same rows, in as many steps of AdamW at the same rates: warm-up over a tenth, then
+constant, and linear decay over the second half.
 
-    uniform         every module has the same rank from the start
+    uniform         every module has the same rank from the start; below one, only some modules have one
     SVD             of the trained uniform adapter of the largest rank: the largest singular values over all modules
     path            `SplitLBITrainer`, which trains all ranks; at the end those that its path puts first
     path, whole     as many ranks of each module, but in the leading singular directions of the whole adapter
-    path, early     the path has half of the steps; what it chose then trains for the other half
-    random, early   the same with ranks drawn by chance
+    path, early     the same after half of the steps; what is left then trains for the other half
+    SVD, early      the same with ranks by the singular values of that moment
+    random, early   the same with numbers of ranks by chance
     AdaLoRA         PEFT's, from the largest rank to a mean rank, with a rate of its own
 """
 
@@ -45,6 +47,7 @@ class Task:
         rates: learning rates, of LoRA and of AdaLoRA.
         batch: rows of a step.
         measure: what is reported of a model.
+        few: modules that a uniform adapter of less than one rank adapts.
     """
 
     base: Callable[[], nn.Module]
@@ -56,36 +59,39 @@ class Task:
     rates: tuple[float, float]
     batch: int
     measure: Callable[[nn.Module], Mapping[str, float]]
+    few: Sequence[str] = ()
 
 
-def adapted(task: Task, seed: int, config: type[LoraConfig] = LoraConfig, **ranks: Any) -> PeftModel:
+def adapted(task: Task, seed: int, config: type[LoraConfig] = LoraConfig, **settings: Any) -> PeftModel:
     """The base with a fresh adapter."""
     set_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's, about a name of transformers
-        return get_peft_model(task.base(), config(**ranks, **task.config))
+        return get_peft_model(task.base(), config(**{**task.config, **settings}))
 
 
-def fit(
-    task: Task,
-    model: nn.Module,
-    steps: int,
-    seed: int,
-    path: bool = False,
-    rate: float | None = None,
-    watch: Any = None,
-) -> Trainer:
+def schedule(task: Task, part: str) -> dict[str, Any]:
+    """Steps and rates of a whole run, or of its first or second half."""
+    half, warm = task.steps // 2, max(1, task.steps // 10)
+    if part == "first":
+        return {"max_steps": half, "warmup_steps": warm, "lr_scheduler_type": "constant_with_warmup"}
+    if part == "second":
+        return {"max_steps": task.steps - half, "warmup_steps": 2, "lr_scheduler_type": "linear"}
+    decay = {"num_stable_steps": half - warm, "num_decay_steps": task.steps - half}
+    named = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": decay}
+    return {"max_steps": task.steps, "warmup_steps": warm, **named}
+
+
+def fit(task: Task, model: nn.Module, seed: int, kind: str = "plain", part: str = "all", watch: Any = None) -> Trainer:
     """Train a model in place."""
-    kind, arguments = (SplitLBITrainer, SplitLBIArguments) if path else (Trainer, TrainingArguments)
+    path = kind == "path"
+    trainer_class, arguments = (SplitLBITrainer, SplitLBIArguments) if path else (Trainer, TrainingArguments)
     with tempfile.TemporaryDirectory() as folder:
         settings = arguments(
             folder,
-            max_steps=steps,
             per_device_train_batch_size=task.batch,
             train_sampling_strategy="group_by_length",
-            learning_rate=rate or task.rates[0],
-            warmup_steps=max(1, steps // 10),
-            lr_scheduler_type="linear",
+            learning_rate=task.rates[kind == "adalora"],
             max_grad_norm=0.0,
             seed=seed,
             save_strategy="no",
@@ -94,10 +100,11 @@ def fit(
             disable_tqdm=True,
             use_cpu=True,
             remove_unused_columns=False,
+            **schedule(task, part),
             **({"base": "adamw"} if path else {}),
         )
         rows = {"train_dataset": task.rows, "data_collator": task.collate}
-        trainer = kind(model, settings, callbacks=[watch] if watch else [], **rows)
+        trainer = trainer_class(model, settings, callbacks=[watch] if watch else [], **rows)
         trainer.train()
     model.eval()
     return trainer
@@ -121,14 +128,13 @@ def by_chance(model: PeftModel, seed: int) -> SparsePath:
     return path_of(model, {group.name: torch.rand(group.units, generator=rng) for group in find_groups(model)})
 
 
-@torch.no_grad()
-def in_singular_directions(model: PeftModel) -> tuple[PeftModel, dict[str, Tensor]]:
-    """The same adapter with its ranks at right angles, the largest first, and their singular values."""
-    turned, sizes = select_lora_ranks(model, by_chance(model, 0), 1.0, orthogonalise=True), {}
+def by_size(model: PeftModel) -> SparsePath:
+    """The order of the singular values of what the adapter adds to each module, over all modules."""
+    turned, sizes = select_lora_ranks(model, by_chance(model, 0), 1.0, directions="whole"), {}
     for group in find_groups(turned):
         part = group.slices[0]
         sizes[group.name] = rows_of(turned.get_parameter(part.tensor), part, group.units).norm(dim=1)
-    return turned, sizes
+    return path_of(model, sizes)
 
 
 def parameters(model: PeftModel) -> int:
@@ -147,41 +153,37 @@ def parameters(model: PeftModel) -> int:
 
 
 def uniform(task: Task, budgets: Sequence[float], seed: int) -> Made:
-    for budget in (1.0, *budgets):
-        rank = max(1, round(task.rank * budget))
-        model = adapted(task, seed, r=rank, lora_alpha=rank)
-        fit(task, model, task.steps, seed)
+    model = adapted(task, seed, r=task.rank, lora_alpha=task.rank)
+    fit(task, model, seed)
+    yield "uniform", 1.0, model
+    sizes = by_size(model)
+    for budget in budgets:
+        yield "SVD", budget, select_lora_ranks(model, sizes, budget, directions="whole")
+    for budget in budgets:
+        rank = round(task.rank * budget)
+        fewer = {} if rank else {"target_modules": list(task.few)}
+        model = adapted(task, seed, r=rank or 1, lora_alpha=rank or 1, **fewer)
+        fit(task, model, seed)
         yield "uniform", budget, model
-        if rank == task.rank:
-            turned, sizes = in_singular_directions(model)
-            for share in budgets:
-                yield "SVD", share, select_lora_ranks(turned, path_of(turned, sizes), share)
 
 
 def path(task: Task, budgets: Sequence[float], seed: int) -> Made:
     model = adapted(task, seed, r=task.rank, lora_alpha=task.rank)
-    run = fit(task, model, task.steps, seed, path=True)
+    run = fit(task, model, seed, "path")
     yield "path", 1.0, model
-    turned, _ = in_singular_directions(model)
     for budget in budgets:
-        small = select_lora_ranks(model, run.path, budget)
-        yield "path", budget, small
-        counts = {name: pair["after"] for name, pair in small.effdl_report["units"].items()}
-        leading = {name: (torch.arange(task.rank) < count).float() for name, count in counts.items()}
-        yield (
-            "path, whole",
-            budget,
-            select_lora_ranks(turned, path_of(turned, leading), sum(counts.values()), unit="ranks"),
-        )
+        yield "path", budget, select_lora_ranks(model, run.path, budget)
+        yield "path, whole", budget, select_lora_ranks(model, run.path, budget, directions="whole")
 
 
 def early(task: Task, budgets: Sequence[float], seed: int) -> Made:
-    model, half = adapted(task, seed, r=task.rank, lora_alpha=task.rank), task.steps // 2
-    run = fit(task, model, half, seed, path=True)
+    model = adapted(task, seed, r=task.rank, lora_alpha=task.rank)
+    run = fit(task, model, seed, "path", "first")
+    orders = {"path, early": run.path, "SVD, early": by_size(model), "random, early": by_chance(model, seed)}
     for budget in budgets:
-        for name, order in (("path, early", run.path), ("random, early", by_chance(model, seed))):
-            small = select_lora_ranks(model, order, budget)
-            fit(task, small, task.steps - half, 1000 + seed)
+        for name, order in orders.items():
+            small = select_lora_ranks(model, order, budget, directions="whole")
+            fit(task, small, 1000 + seed, part="second")
             yield name, budget, small
 
 
@@ -197,13 +199,15 @@ def adalora(task: Task, budgets: Sequence[float], seed: int) -> Made:
     for budget in budgets:
         ranks = {"init_r": task.rank, "target_r": max(1, round(task.rank * budget)), "lora_alpha": task.rank}
         model = adapted(task, seed, AdaLoraConfig, **ranks, **times)
-        fit(task, model, task.steps, seed, rate=task.rates[1], watch=Allocation())
+        allocator = model.base_model.rankallocator
+        allocator.target_bgt = round(task.rank * budget * len(allocator.name_set))  # also below one rank a module
+        fit(task, model, seed, "adalora", watch=Allocation())
         yield "AdaLoRA", budget, model
 
 
 FAMILIES: dict[Callable[..., Made], tuple[str, ...]] = {
-    early: ("path, early", "random, early"),
     uniform: ("uniform", "SVD"),
+    early: ("path, early", "SVD, early", "random, early"),
     path: ("path", "path, whole"),
     adalora: ("AdaLoRA",),
 }
@@ -234,7 +238,7 @@ def table(rows: Sequence[Mapping[str, Any]], name: str, digits: int = 2) -> str:
         "|---|---|---|---|---|---|",
     ]
     for budget in sorted({row["budget"] for row in rows}, reverse=True):
-        for arm in ("uniform", "SVD", "AdaLoRA", "random, early", "path", "path, whole", "path, early"):
+        for arm in ARMS:
             mine = {seed: value for (a, b, seed), value in values.items() if (a, b) == (arm, budget)}
             ahead = [v - values["SVD", budget, s] for s, v in mine.items() if ("SVD", budget, s) in values]
             if mine:

@@ -41,6 +41,7 @@ DATA = Path(os.environ.get("HF_EFFDL_DATA", Path(__file__).parents[3] / "shared"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS, RANK, IGNORED = 256, 16, -100
 RATES = (5e-4, 2e-3)
+FEW = ["q_proj", "v_proj"]
 BUDGETS = (0.25, 0.0625)
 
 
@@ -108,10 +109,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         def base() -> nn.Module:
             return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
 
+        def measure(model: nn.Module) -> dict[str, float]:
+            return {"loss": loss_of(model, test)}
+
         for seed in options.seeds:
             rows, config = read("train", options.rows, tokenizer, seed), {"target_modules": TARGETS}
             settings = (collate, options.steps, tuple(options.rates), options.batch)
-            task = Task(base, config, RANK, rows, *settings, lambda model: {"loss": loss_of(model, test)})
+            task = Task(base, config, RANK, rows, *settings, measure, FEW)
             add_rows(task, options.arms, options.budgets, seed, file)
         print({name: machine()[name] for name in ("cpus", "threads", "torch", "date")})
     print(table(file.rows, "loss", digits=4))

@@ -18,6 +18,7 @@ from hf_effdl.structure.path.path import ORDERS, SparsePath
 
 
 PREFIX = "base_model.model."
+DIRECTIONS = ("trained", "kept", "whole")
 
 
 @torch.no_grad()
@@ -28,14 +29,15 @@ def select_lora_ranks(
     *,
     unit: str = "params",
     order: str = "dual",
-    orthogonalise: bool = False,
+    directions: str = "trained",
     inplace: bool = False,
 ) -> nn.Module:
     """A smaller plain LoRA adapter: the ranks that a budget keeps along the path, over all modules.
 
     Ranks are taken from one list, the best first, as long as they fit. What comes out computes what the adapter with
-    the other ranks silent does: `rank_pattern` says each module's rank, `alpha_pattern` keeps its scaling, and a
-    module that is left without a rank is no longer adapted. PEFT alone loads, merges and serves it.
+    the other ranks silent does (unless `directions="whole"`): `rank_pattern` says each module's rank, `alpha_pattern`
+    keeps its scaling, and a module that is left without a rank is no longer adapted. PEFT alone loads, merges and
+    serves it.
 
     Args:
         model: a `PeftModel` with one active LoRA adapter (rsLoRA and DoRA too), as it was trained; stays as it is.
@@ -43,8 +45,10 @@ def select_lora_ranks(
         budget: a share in (0, 1] of the adapter's ranks, or a whole number from 2 on.
         unit: what the budget counts: `"params"` of the adapter's A and B, or `"ranks"`.
         order: see `SparsePath.scores`; scores of different modules are compared as they are.
-        orthogonalise: rewrite each module's kept ranks as the singular value decomposition of their product: the same
-            outputs, but for rounding, by ranks at right angles, the largest first.
+        directions: what a module's ranks are. `"trained"`: those that the path chose, as they are. `"kept"`: the
+            singular directions of their product: the same outputs, but for rounding, by ranks at right angles, the
+            largest first. `"whole"`: the path says how many, and they are the leading singular directions of the
+            product of all the module's ranks, which loses least of it; for an adapter that is not trained on.
         inplace: make `model` itself smaller instead of a copy, which takes as much memory as the whole model.
 
     Returns:
@@ -62,7 +66,7 @@ def select_lora_ranks(
         >>> small.save_pretrained("adapter")                                  # doctest: +SKIP
     """
     _check_types(model, path)
-    one_of("order", order, ORDERS)
+    one_of("order", order, ORDERS), one_of("directions", directions, DIRECTIONS)
     adapter, groups = active_adapter(model), lora_groups(model)
     _check_path(path, groups)
     costs = {group.name: group.params for group in groups}
@@ -73,12 +77,14 @@ def select_lora_ranks(
     kept = ranks_within(path.scores(order, relative=False), paid, limit, least)
     small = model if inplace else copy_of(model)
     forget_accelerate(small)
+    if directions == "whole":
+        _turn(small, groups)
+        kept = {name: torch.arange(len(ranks)) for name, ranks in kept.items()}
     _shrink(small, adapter, groups, kept)
-    if orthogonalise:
-        for group in groups:
-            if len(kept[group.name]):
-                _orthogonalise(small, group)
-    small.effdl_report = _report(groups, kept, costs) | {"budget": {unit: budget}, "order": order}
+    if directions == "kept":
+        _turn(small, [group for group in groups if len(kept[group.name])])
+    told = {"budget": {unit: budget}, "order": order, "directions": directions}
+    small.effdl_report = _report(groups, kept, costs) | told
     return small
 
 
@@ -162,9 +168,13 @@ def _name_targets(config: Any, stay: list[str], gone: list[str]) -> None:
         config.exclude_modules = ambiguous
 
 
-@torch.no_grad()
-def _orthogonalise(model: nn.Module, group: Group) -> None:
-    """B A by its singular values: `B <- U S, A <- V`."""
+def _turn(model: nn.Module, groups: list[Group]) -> None:
+    """B A by its singular values, the largest first, in place: `B <- U S, A <- V`."""
+    for group in groups:
+        _turn_one(model, group)
+
+
+def _turn_one(model: nn.Module, group: Group) -> None:
     first, second = (model.get_parameter(part.tensor) for part in group.slices)
     # B is (outputs, ranks), A is (ranks, inputs), each with the axes of a convolution's kernel behind
     b, a = (first, second) if group.slices[0].axis else (second, first)
