@@ -114,7 +114,7 @@ def path_of(net, generator) -> SparsePath:
         never = torch.full((group.units,), -1)
         score = torch.rand(group.units, generator=generator) * (0.01 if i % 3 == 0 else 1)
         units[group.name] = {"dual": score, "threshold": torch.ones(group.units), "weight": score}
-        units[group.name] |= {"entered": never, "left": never}
+        units[group.name] |= {"entered": never, "left": never, "gradient": score}
     return SparsePath(groups, units, 5)
 
 
@@ -214,20 +214,26 @@ def test_tied_adapters_are_refused():
 # ---- selecting
 
 
-@pytest.mark.parametrize("directions", ["trained", "kept"])
+@pytest.mark.parametrize("order", ["effect", "dual"])
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_what_is_selected_computes_what_the_masked_adapter_does_also_loaded_by_peft_and_merged(
-    name, directions, tmp_path
-):
+def test_what_is_selected_computes_what_the_masked_adapter_does_also_loaded_by_peft_and_merged(name, order, tmp_path):
     net, path = trained(name)
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    small = select_lora_ranks(net, path, 0.4, directions=directions)
+    small = select_lora_ranks(net, path, 0.4, order=order)
     assert_same(dict(net.state_dict()), before)
-    scores, report = path.scores(relative=False), small.effdl_report
-    kept = {module: scores[module].topk(pair["after"]).indices for module, pair in report["units"].items()}
-    assert 0.2 < report["params"]["ratio"] <= 0.4 and len(set(map(len, kept.values()))) > 1
-    expected = said(mask(deepcopy(net), find_groups(net), kept))
+    report = small.effdl_report
+    whole = (
+        select_lora_ranks(net, path, 1.0) if order == "effect" else net
+    )  # in singular directions, the largest first
     tolerance = {"atol": 3e-2, "rtol": 1e-1} if name == "half precision" else {"atol": 1e-9, "rtol": 1e-9}
+    torch.testing.assert_close(said(whole), said(net), **tolerance)
+    scores = path.scores(relative=False)
+    kept = {}
+    for module, pair in report["units"].items():
+        best = scores[module].topk(pair["after"]).indices
+        kept[module] = torch.arange(pair["after"]) if order == "effect" else best
+    assert 0.2 < report["params"]["ratio"] <= 0.4 and len(set(map(len, kept.values()))) > 1
+    expected = said(mask(deepcopy(whole), find_groups(whole), kept))
     assert not torch.allclose(said(net), expected, **tolerance)
     small.save_pretrained(tmp_path)
     folder = tmp_path / "mine" if name == "named" else tmp_path
@@ -239,16 +245,25 @@ def test_what_is_selected_computes_what_the_masked_adapter_does_also_loaded_by_p
 
 
 @pytest.mark.parametrize("name", ["plain", "embedding", "Conv1D", "convolutions", "rsLoRA"])
-def test_whole_directions_are_the_best_of_so_many(name):
+def test_the_directions_of_the_largest_effect_are_kept_and_each_module_has_its_best(name):
     """Reference: torch's singular value decomposition of what the whole adapter adds to a module."""
     net, path = trained(name)
-    small = select_lora_ranks(net, path, 0.4, directions="whole")
-    for module, pair in small.effdl_report["units"].items():
-        added = [one.get_submodule(module) for one in (net, small)]
-        whole, part = (layer.get_delta_weight("default").flatten(1) if hasattr(layer, "r") else 0 for layer in added)
+    small, effects, gone = select_lora_ranks(net, path, 0.4), [], []
+    for group in find_groups(net):
+        layers = [one.get_submodule(group.name) for one in (net, small)]
+        whole, part = (layer.get_delta_weight("default").flatten(1) if hasattr(layer, "r") else 0 for layer in layers)
         u, s, v = torch.linalg.svd(whole, full_matrices=False)
-        kept = pair["after"]
+        kept = small.effdl_report["units"][group.name]["after"]
         torch.testing.assert_close(part + 0 * whole, u[:, :kept] * s[:kept] @ v[:kept])
+        size = net.get_parameter(group.slices[1].tensor)
+        size = size.norm() / group.units**0.5
+        effect = s[: group.units] / layers[0].scaling["default"] / size
+        effect = effect * path.units[group.name]["gradient"].norm() / group.units**0.5
+        effects += [(value.item(), group.params) for value in effect[:kept]]
+        gone += [(value.item(), group.params) for value in effect[kept:]]
+    left = small.effdl_report["params"]["before"] * 0.4 - small.effdl_report["params"]["after"]
+    assert max((value for value, cost in gone if cost <= left), default=0) <= min(value for value, _ in effects)
+    assert sum(value for value, _ in effects) > sum(value for value, _ in gone)
 
 
 def test_a_selected_adapter_is_trained_selected_and_saved_again(tmp_path):
@@ -286,7 +301,7 @@ def test_ranks_fill_a_budget_from_the_best_down():
 )
 def test_budgets_are_shares_or_numbers(budget, unit, left):
     net, path = trained("plain")
-    assert select_lora_ranks(net, path, budget, unit=unit).effdl_report["ranks"]["after"] == left
+    assert select_lora_ranks(net, path, budget, unit=unit, order="dual").effdl_report["ranks"]["after"] == left
 
 
 @pytest.mark.parametrize(
@@ -298,7 +313,6 @@ def test_budgets_are_shares_or_numbers(budget, unit, left):
         ({"budget": 2}, ValueError, "the smallest adapter of these modules costs 64"),
         ({"unit": "macs"}, ValueError, "unit='macs'"),
         ({"order": "size"}, ValueError, "order='size'"),
-        ({"directions": "all"}, ValueError, "directions='all'"),
         ({"path": "runs"}, TypeError, "needs the SparsePath"),
         ({"model": bert}, TypeError, "needs a PeftModel, not BertForSequenceClassification"),
         ({"model": lambda: adapted(bert(), r=3)}, ValueError, "has 4 ranks there and 3 here"),
@@ -342,13 +356,27 @@ def test_labels_drawn_anew_select_no_rank_and_true_labels_most_and_all_that_a_bu
         run.train()
         shares[collate] = torch.cat(list(run.path.support.values())).float().mean().item()
     assert shares[lora_run.redrawn] == 0 and shares[None] > 0.5
-    small = select_lora_ranks(run.model, run.path, 0.3)
+    small = select_lora_ranks(run.model, run.path, 0.3, order="dual")
     inside = {name: int(support.sum()) for name, support in run.path.support.items()}
     assert all(pair["after"] <= inside[name] for name, pair in small.effdl_report["units"].items())
     for unit in (worst := deepcopy(run.path)).units.values():
         unit["dual"] = 1 / unit["dual"]
-    others = select_lora_ranks(run.model, worst, 0.3)
-    assert run.evaluate_model(small)["loss"] < run.evaluate_model(others)["loss"] - 0.05
+    chosen = [
+        small,
+        select_lora_ranks(run.model, worst, 0.3, order="dual"),
+        select_lora_ranks(run.model, run.path, 0.3),
+    ]
+    by_path, against_it, by_effect = (run.evaluate_model(one)["loss"] for one in chosen)
+    assert by_effect < by_path < against_it - 0.05
+
+
+def test_a_path_without_gradients_is_refused_for_effects_only():
+    net, path = trained("plain")
+    for unit in path.units.values():
+        del unit["gradient"]
+    with pytest.raises(ValueError, match="pass order='dual'"):
+        select_lora_ranks(net, path, 0.5)
+    assert select_lora_ranks(net, path, 0.5, order="dual")
 
 
 @pytest.mark.parametrize(
@@ -404,9 +432,9 @@ def test_what_a_run_in_another_mode_leaves_is_selected_from(mode, tmp_path):
     run = lora_run.trainer(tmp_path, adapted(bert()), max_steps=8, eval_steps=4, **mode)
     run.train()
     small = select_lora_ranks(run.model, run.path, 0.4)
-    scores, units = run.path.scores(relative=False), small.effdl_report["units"]
-    kept = {name: scores[name].topk(pair["after"]).indices for name, pair in units.items()}
-    expected = run.evaluate_model(mask(run.model, run.groups, kept))["loss"]
+    whole = select_lora_ranks(run.model, run.path, 1.0)
+    kept = {name: torch.arange(pair["after"]) for name, pair in small.effdl_report["units"].items()}
+    expected = run.evaluate_model(mask(whole, find_groups(whole), kept))["loss"]
     assert run.evaluate_model(small)["loss"] == pytest.approx(expected, abs=1e-4 if "bf16" in mode else 1e-6)
 
 
@@ -417,7 +445,7 @@ def test_two_processes_equal_one(run, tmp_path):
 
 def test_the_masked_evaluation_is_that_of_the_selected_adapter(run):
     support = sum(int(inside.sum()) for inside in run.path.support.values())
-    small = select_lora_ranks(run.model, run.path, support, unit="ranks")
+    small = select_lora_ranks(run.model, run.path, support, unit="ranks", order="dual")
     masked = run.evaluate_masked()
     assert masked["loss"] == pytest.approx(run.evaluate_model(small)["loss"], abs=1e-9)
     assert 0 < support < 36 and masked["loss"] != run.evaluate_model(run.model)["loss"]
@@ -525,7 +553,6 @@ def test_arms_of_the_benchmarks_keep_their_budgets_and_rows_that_are_there(tmp_p
         assert {arm for arm, budget in lines if budget == 0.5} == set(arms.ARMS)
         assert lines["uniform", 1.0] == whole and lines["uniform", 0.5] == whole / 2
         assert all(lines[arm, 0.5] <= whole / 2 for arm in set(arms.ARMS) - {"AdaLoRA"})
-        assert lines["path, whole", 0.5] == lines["path", 0.5]
         arms.add_rows(task, arms.ARMS, (0.5,), 0, file)
         assert len(file.rows) == len(lines)
         printed = arms.table(file.rows, "accuracy").splitlines()

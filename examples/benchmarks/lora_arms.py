@@ -3,14 +3,15 @@
 All arms adapt the same base on the same rows, in as many steps of AdamW at the same rates: warm-up over a tenth, then
 constant, and linear decay over the second half.
 
-    uniform         every module has the same rank from the start; below one, only some modules have one
-    SVD             of the trained uniform adapter of the largest rank: the largest singular values over all modules
-    path            `SplitLBITrainer`, which trains all ranks; at the end those that its path puts first
-    path, whole     as many ranks of each module, but in the leading singular directions of the whole adapter
-    path, early     the same after half of the steps; what is left then trains for the other half
-    SVD, early      the same with ranks by the singular values of that moment
-    random, early   the same with numbers of ranks by chance
-    AdaLoRA         PEFT's, from the largest rank to a mean rank, with a rate of its own
+    uniform          every module has the same rank from the start; below one, only some modules have one
+    SVD              of the trained uniform adapter of the largest rank: the largest singular values over all modules
+    effect           of the same adapter: the directions of the largest effect, as `select_lora_ranks` has it
+    path             `SplitLBITrainer`, and `select_lora_ranks` at the end
+    path, columns    the same with ranks as they were trained, by the path alone (order="dual")
+    path, early      `select_lora_ranks` after half of the steps; what is left then trains for the other half
+    SVD, early       the same with the largest singular values of that moment
+    random, early    the same with numbers of ranks by chance, in the leading singular directions
+    AdaLoRA          PEFT's, from the largest rank to a mean rank, with a rate of its own
 """
 
 import tempfile
@@ -119,22 +120,55 @@ def path_of(model: PeftModel, scores: Mapping[str, Tensor]) -> SparsePath:
     for group in groups:
         score, none = scores[group.name].float(), torch.full((group.units,), -1)
         units[group.name] = {"dual": score, "threshold": torch.ones_like(score), "weight": score}
-        units[group.name] |= {"entered": none, "left": none}
+        units[group.name] |= {"entered": none, "left": none, "gradient": torch.ones_like(score)}
     return SparsePath(groups, units, 0)
 
 
-def by_chance(model: PeftModel, seed: int) -> SparsePath:
+def ordered(model: PeftModel, scores: Mapping[str, Tensor], budget: float) -> PeftModel:
+    """The ranks of the highest scores."""
+    return select_lora_ranks(model, path_of(model, scores), budget, order="dual")
+
+
+def by_chance(model: PeftModel, seed: int) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(seed)
-    return path_of(model, {group.name: torch.rand(group.units, generator=rng) for group in find_groups(model)})
+    return {group.name: torch.rand(group.units, generator=rng) for group in find_groups(model)}
 
 
-def by_size(model: PeftModel) -> SparsePath:
-    """The order of the singular values of what the adapter adds to each module, over all modules."""
-    turned, sizes = select_lora_ranks(model, by_chance(model, 0), 1.0, directions="whole"), {}
-    for group in find_groups(turned):
-        part = group.slices[0]
-        sizes[group.name] = rows_of(turned.get_parameter(part.tensor), part, group.units).norm(dim=1)
-    return path_of(model, sizes)
+def norms(model: PeftModel, place: int) -> dict[str, Tensor]:
+    """Norm of every rank's slice of B (place 0) or A (place 1), by module."""
+    parts = {group.name: (group.slices[place], group.units) for group in find_groups(model)}
+    return {name: rows_of(model.get_parameter(p.tensor), p, units).norm(dim=1) for name, (p, units) in parts.items()}
+
+
+@dataclass(frozen=True)
+class Turned:
+    """An adapter with its ranks in singular directions, the largest first.
+
+    Args:
+        model: that computes what it did.
+        sizes: the singular values by module.
+        effects: these, times the root mean square of the gradient, where a plain AdamW's state is given.
+    """
+
+    model: PeftModel
+    sizes: Mapping[str, Tensor]
+    effects: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, model: PeftModel, optimizer: Any = None) -> "Turned":
+        turned = select_lora_ranks(model, path_of(model, by_chance(model, 0)), 1.0)
+        sizes, others, effects = norms(turned, 0), norms(model, 1), {}
+        for group in find_groups(model) if optimizer is not None else ():
+            square = optimizer.state[model.get_parameter(group.slices[0].tensor)]["exp_avg_sq"]
+            factor = square.mean().sqrt() / others[group.name].square().mean().sqrt()
+            effects[group.name] = sizes[group.name] * factor
+        return cls(turned, sizes, effects)
+
+    def cut_to(self, ranks: Mapping[str, int]) -> PeftModel:
+        """The leading directions, so many of each module."""
+        places = {name: torch.arange(len(size)) for name, size in self.sizes.items()}
+        path = path_of(self.model, {name: (place < ranks[name]).float() for name, place in places.items()})
+        return select_lora_ranks(self.model, path, sum(ranks.values()), unit="ranks", order="dual")
 
 
 def parameters(model: PeftModel) -> int:
@@ -154,11 +188,12 @@ def parameters(model: PeftModel) -> int:
 
 def uniform(task: Task, budgets: Sequence[float], seed: int) -> Made:
     model = adapted(task, seed, r=task.rank, lora_alpha=task.rank)
-    fit(task, model, seed)
+    run = fit(task, model, seed)
     yield "uniform", 1.0, model
-    sizes = by_size(model)
+    turned = Turned.of(model, run.optimizer.optimizer)
     for budget in budgets:
-        yield "SVD", budget, select_lora_ranks(model, sizes, budget, directions="whole")
+        yield "SVD", budget, ordered(turned.model, turned.sizes, budget)
+        yield "effect", budget, ordered(turned.model, turned.effects, budget)
     for budget in budgets:
         rank = round(task.rank * budget)
         fewer = {} if rank else {"target_modules": list(task.few)}
@@ -173,16 +208,21 @@ def path(task: Task, budgets: Sequence[float], seed: int) -> Made:
     yield "path", 1.0, model
     for budget in budgets:
         yield "path", budget, select_lora_ranks(model, run.path, budget)
-        yield "path, whole", budget, select_lora_ranks(model, run.path, budget, directions="whole")
+        yield "path, columns", budget, select_lora_ranks(model, run.path, budget, order="dual")
 
 
 def early(task: Task, budgets: Sequence[float], seed: int) -> Made:
     model = adapted(task, seed, r=task.rank, lora_alpha=task.rank)
     run = fit(task, model, seed, "path", "first")
-    orders = {"path, early": run.path, "SVD, early": by_size(model), "random, early": by_chance(model, seed)}
+    turned, chance = Turned.of(model), by_chance(model, seed)
     for budget in budgets:
-        for name, order in orders.items():
-            small = select_lora_ranks(model, order, budget, directions="whole")
+        drawn = ordered(model, chance, budget).effdl_report["units"]
+        smaller = {
+            "path, early": select_lora_ranks(model, run.path, budget),
+            "SVD, early": ordered(turned.model, turned.sizes, budget),
+            "random, early": turned.cut_to({name: pair["after"] for name, pair in drawn.items()}),
+        }
+        for name, small in smaller.items():
             fit(task, small, 1000 + seed, part="second")
             yield name, budget, small
 
@@ -206,9 +246,9 @@ def adalora(task: Task, budgets: Sequence[float], seed: int) -> Made:
 
 
 FAMILIES: dict[Callable[..., Made], tuple[str, ...]] = {
-    uniform: ("uniform", "SVD"),
+    uniform: ("uniform", "SVD", "effect"),
     early: ("path, early", "SVD, early", "random, early"),
-    path: ("path", "path, whole"),
+    path: ("path", "path, columns"),
     adalora: ("AdaLoRA",),
 }
 ARMS = tuple(arm for arms in FAMILIES.values() for arm in arms)

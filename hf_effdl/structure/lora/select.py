@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_effdl.checks import one_of
 from hf_effdl.processes import forget_accelerate
 from hf_effdl.structure.groups.finders.lora import active_adapter, lora_groups
-from hf_effdl.structure.groups.group import Group
+from hf_effdl.structure.groups.group import Group, rows_of
 from hf_effdl.structure.groups.inputs import copy_of
 from hf_effdl.structure.groups.surgery import cut
 from hf_effdl.structure.lora.budget import limit_of, ranks_within
@@ -18,7 +18,7 @@ from hf_effdl.structure.path.path import ORDERS, SparsePath
 
 
 PREFIX = "base_model.model."
-DIRECTIONS = ("trained", "kept", "whole")
+EFFECT = "effect"
 
 
 @torch.no_grad()
@@ -28,27 +28,32 @@ def select_lora_ranks(
     budget: float = 0.5,
     *,
     unit: str = "params",
-    order: str = "dual",
-    directions: str = "trained",
+    order: str = "effect",
     inplace: bool = False,
 ) -> nn.Module:
     """A smaller plain LoRA adapter: the ranks that a budget keeps along the path, over all modules.
 
-    Ranks are taken from one list, the best first, as long as they fit. What comes out computes what the adapter with
-    the other ranks silent does (unless `directions="whole"`): `rank_pattern` says each module's rank, `alpha_pattern`
-    keeps its scaling, and a module that is left without a rank is no longer adapted. PEFT alone loads, merges and
-    serves it.
+    Ranks are taken from one list, the best first, as long as they fit; what comes out computes what the adapter with
+    the other ranks silent does. `rank_pattern` says each module's rank, `alpha_pattern` keeps its scaling, and a
+    module that is left without a rank is no longer adapted. PEFT alone loads, merges and serves it.
+
+    By default the ranks are first turned to the singular directions of each module's product, which changes no output:
+    as they were trained, the columns of B are much alike, and leaving one out loses a part of what all of them say. A
+    direction of singular value s counts with its effect, its share of the Fisher information but for a factor:
+
+        effect = s g / |a|
+
+    with g the root mean square of the gradient's entries in the lifted tensor (`path.units[name]["gradient"]`) and |a|
+    that of the norms of the other tensor's ranks, so that a module counts for what the loss would say, and not for how
+    far it moved alone.
 
     Args:
         model: a `PeftModel` with one active LoRA adapter (rsLoRA and DoRA too), as it was trained; stays as it is.
         path: of that run, `trainer.path`.
         budget: a share in (0, 1] of the adapter's ranks, or a whole number from 2 on.
         unit: what the budget counts: `"params"` of the adapter's A and B, or `"ranks"`.
-        order: see `SparsePath.scores`; scores of different modules are compared as they are.
-        directions: what a module's ranks are. `"trained"`: those that the path chose, as they are. `"kept"`: the
-            singular directions of their product: the same outputs, but for rounding, by ranks at right angles, the
-            largest first. `"whole"`: the path says how many, and they are the leading singular directions of the
-            product of all the module's ranks, which loses least of it; for an adapter that is not trained on.
+        order: `"effect"`, as above; or `"dual"` or `"entry"`, ranks as they were trained, see `SparsePath.scores`:
+            scores of different modules are compared as they are.
         inplace: make `model` itself smaller instead of a copy, which takes as much memory as the whole model.
 
     Returns:
@@ -57,8 +62,8 @@ def select_lora_ranks(
 
     Raises:
         TypeError: `model` is no `PeftModel`, or `path` no `SparsePath`.
-        ValueError: a budget out of range or too small for one rank, a path of another adapter, or an adapter whose
-            ranks cannot go one at a time (see `find_groups`).
+        ValueError: a budget out of range or too small for one rank, a path of another adapter or without gradients, or
+            an adapter whose ranks cannot go one at a time (see `find_groups`).
 
     Example:
         >>> trainer.train()                                                   # doctest: +SKIP
@@ -66,25 +71,19 @@ def select_lora_ranks(
         >>> small.save_pretrained("adapter")                                  # doctest: +SKIP
     """
     _check_types(model, path)
-    one_of("order", order, ORDERS), one_of("directions", directions, DIRECTIONS)
+    one_of("order", order, (EFFECT, *ORDERS))
     adapter, groups = active_adapter(model), lora_groups(model)
-    _check_path(path, groups)
+    _check_path(path, groups, order)
     costs = {group.name: group.params for group in groups}
-    ranks = {group.name: group.units for group in groups}
-    limit = limit_of(budget, unit, costs, ranks)
+    limit = limit_of(budget, unit, costs, {group.name: group.units for group in groups})
     least = {group.name: _least(model.get_submodule(group.name), adapter) for group in groups}
     paid = costs if unit == "params" else dict.fromkeys(costs, 1)
-    kept = ranks_within(path.scores(order, relative=False), paid, limit, least)
     small = model if inplace else copy_of(model)
     forget_accelerate(small)
-    if directions == "whole":
-        _turn(small, groups)
-        kept = {name: torch.arange(len(ranks)) for name, ranks in kept.items()}
+    scores = _effects(small, groups, path) if order == EFFECT else path.scores(order, relative=False)
+    kept = ranks_within(scores, paid, limit, least)
     _shrink(small, adapter, groups, kept)
-    if directions == "kept":
-        _turn(small, [group for group in groups if len(kept[group.name])])
-    told = {"budget": {unit: budget}, "order": order, "directions": directions}
-    small.effdl_report = _report(groups, kept, costs) | told
+    small.effdl_report = _report(groups, kept, costs) | {"budget": {unit: budget}, "order": order}
     return small
 
 
@@ -100,13 +99,17 @@ def _check_types(model: Any, path: Any) -> None:
         raise TypeError(f"select_lora_ranks needs the SparsePath of the run (trainer.path), not {type(path).__name__}")
 
 
-def _check_path(path: SparsePath, groups: list[Group]) -> None:
+def _check_path(path: SparsePath, groups: list[Group], order: str) -> None:
     there, here = {name: len(unit["dual"]) for name, unit in path.units.items()}, {g.name: g.units for g in groups}
     if there != here:
         name = next(name for name in [*here, *there] if here.get(name) != there.get(name))
         raise ValueError(
             f"the path is of another adapter: {name} has {there.get(name, 'no')} ranks there and "
             f"{here.get(name, 'no')} here; pass the path of the run that trained this adapter"
+        )
+    if order == EFFECT and not all("gradient" in unit for unit in path.units.values()):
+        raise ValueError(
+            "order='effect' needs the gradients that a run with base='adamw' leaves in its path; pass order='dual'"
         )
 
 
@@ -168,13 +171,22 @@ def _name_targets(config: Any, stay: list[str], gone: list[str]) -> None:
         config.exclude_modules = ambiguous
 
 
-def _turn(model: nn.Module, groups: list[Group]) -> None:
-    """B A by its singular values, the largest first, in place: `B <- U S, A <- V`."""
+# ---- effects
+
+
+def _effects(model: nn.Module, groups: list[Group], path: SparsePath) -> dict[str, Tensor]:
+    """Turn all ranks to singular directions, in place, and say what each is worth, by module."""
+    effects = {}
     for group in groups:
-        _turn_one(model, group)
+        other = group.slices[1]
+        size = rows_of(model.get_parameter(other.tensor), other, group.units).float().square().sum(1).mean().sqrt()
+        gradient = path.units[group.name]["gradient"].square().mean().sqrt()
+        effects[group.name] = (_turn(model, group) * gradient / size.clamp_min(1e-12).cpu()).float()
+    return effects
 
 
-def _turn_one(model: nn.Module, group: Group) -> None:
+def _turn(model: nn.Module, group: Group) -> Tensor:
+    """B A by its singular values, the largest first, in place: `B <- U S, A <- V`; the values of all ranks."""
     first, second = (model.get_parameter(part.tensor) for part in group.slices)
     # B is (outputs, ranks), A is (ranks, inputs), each with the axes of a convolution's kernel behind
     b, a = (first, second) if group.slices[0].axis else (second, first)
@@ -187,6 +199,7 @@ def _turn_one(model: nn.Module, group: Group) -> None:
     b.zero_(), a.zero_()
     b.reshape(outputs, rank)[:, :found] = (q_b @ u * s).to(b.dtype)
     a.reshape(rank, inputs)[:found] = (v @ q_a.T).to(a.dtype)
+    return torch.nn.functional.pad(s, (0, rank - found)).cpu()
 
 
 def _report(groups: list[Group], kept: Mapping[str, Tensor], costs: Mapping[str, int]) -> dict[str, Any]:
