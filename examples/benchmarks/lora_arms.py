@@ -5,11 +5,11 @@ constant, and linear decay over the second half.
 
     uniform          every module has the same rank from the start; below one, only some modules have one
     SVD              of the trained uniform adapter of the largest rank: the largest singular values over all modules
-    effect           of the same adapter: the directions of the largest effect, as `select_lora_ranks` has it
+    effect           of the same adapter: the directions of the largest effect, as `order="effect"` has it
     path             `SplitLBITrainer`, and `select_lora_ranks` at the end
-    path, columns    the same with ranks as they were trained, by the path alone (order="dual")
+    path, effect     the same with order="effect"
+    path, columns    the same with ranks as they were trained, by the path alone, order="dual"
     path, early      `select_lora_ranks` after half of the steps; what is left then trains for the other half
-    SVD, early       the same with the largest singular values of that moment
     random, early    the same with numbers of ranks by chance, in the leading singular directions
     AdaLoRA          PEFT's, from the largest rank to a mean rank, with a rate of its own
 """
@@ -208,6 +208,7 @@ def path(task: Task, budgets: Sequence[float], seed: int) -> Made:
     yield "path", 1.0, model
     for budget in budgets:
         yield "path", budget, select_lora_ranks(model, run.path, budget)
+        yield "path, effect", budget, select_lora_ranks(model, run.path, budget, order="effect")
         yield "path, columns", budget, select_lora_ranks(model, run.path, budget, order="dual")
 
 
@@ -219,7 +220,6 @@ def early(task: Task, budgets: Sequence[float], seed: int) -> Made:
         drawn = ordered(model, chance, budget).effdl_report["units"]
         smaller = {
             "path, early": select_lora_ranks(model, run.path, budget),
-            "SVD, early": ordered(turned.model, turned.sizes, budget),
             "random, early": turned.cut_to({name: pair["after"] for name, pair in drawn.items()}),
         }
         for name, small in smaller.items():
@@ -247,8 +247,8 @@ def adalora(task: Task, budgets: Sequence[float], seed: int) -> Made:
 
 FAMILIES: dict[Callable[..., Made], tuple[str, ...]] = {
     uniform: ("uniform", "SVD", "effect"),
-    early: ("path, early", "SVD, early", "random, early"),
-    path: ("path", "path, columns"),
+    early: ("path, early", "random, early"),
+    path: ("path", "path, effect", "path, columns"),
     adalora: ("AdaLoRA",),
 }
 ARMS = tuple(arm for arms in FAMILIES.values() for arm in arms)

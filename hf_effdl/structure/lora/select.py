@@ -18,7 +18,7 @@ from hf_effdl.structure.path.path import ORDERS, SparsePath
 
 
 PREFIX = "base_model.model."
-EFFECT = "effect"
+SIZE, EFFECT = "size", "effect"
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def select_lora_ranks(
     budget: float = 0.5,
     *,
     unit: str = "params",
-    order: str = "effect",
+    order: str = "size",
     inplace: bool = False,
 ) -> nn.Module:
     """A smaller plain LoRA adapter: the ranks that a budget keeps along the path, over all modules.
@@ -38,22 +38,18 @@ def select_lora_ranks(
     module that is left without a rank is no longer adapted. PEFT alone loads, merges and serves it.
 
     By default the ranks are first turned to the singular directions of each module's product, which changes no output:
-    as they were trained, the columns of B are much alike, and leaving one out loses a part of what all of them say. A
-    direction of singular value s counts with its effect, its share of the Fisher information but for a factor:
-
-        effect = s g / |a|
-
-    with g the root mean square of the gradient's entries in the lifted tensor (`path.units[name]["gradient"]`) and |a|
-    that of the norms of the other tensor's ranks, so that a module counts for what the loss would say, and not for how
-    far it moved alone.
+    as they were trained, the columns of B are much alike, and leaving one out loses a part of what all of them say.
+    A direction counts by its size, singular value times scaling, or by its effect, its share of the Fisher information
+    but for a factor, singular value times `g / |a|`, with g the root mean square of the gradient's entries in the
+    lifted tensor (`path.units[name]["gradient"]`) and |a| that of the norms of the other tensor's ranks.
 
     Args:
         model: a `PeftModel` with one active LoRA adapter (rsLoRA and DoRA too), as it was trained; stays as it is.
         path: of that run, `trainer.path`.
         budget: a share in (0, 1] of the adapter's ranks, or a whole number from 2 on.
         unit: what the budget counts: `"params"` of the adapter's A and B, or `"ranks"`.
-        order: `"effect"`, as above; or `"dual"` or `"entry"`, ranks as they were trained, see `SparsePath.scores`:
-            scores of different modules are compared as they are.
+        order: `"size"` or `"effect"`, as above; or `"dual"` or `"entry"`, ranks as they were trained, see
+            `SparsePath.scores`: scores of different modules are compared as they are.
         inplace: make `model` itself smaller instead of a copy, which takes as much memory as the whole model.
 
     Returns:
@@ -71,7 +67,7 @@ def select_lora_ranks(
         >>> small.save_pretrained("adapter")                                  # doctest: +SKIP
     """
     _check_types(model, path)
-    one_of("order", order, (EFFECT, *ORDERS))
+    one_of("order", order, (SIZE, EFFECT, *ORDERS))
     adapter, groups = active_adapter(model), lora_groups(model)
     _check_path(path, groups, order)
     costs = {group.name: group.params for group in groups}
@@ -80,7 +76,7 @@ def select_lora_ranks(
     paid = costs if unit == "params" else dict.fromkeys(costs, 1)
     small = model if inplace else copy_of(model)
     forget_accelerate(small)
-    scores = _effects(small, groups, path) if order == EFFECT else path.scores(order, relative=False)
+    scores = path.scores(order, relative=False) if order in ORDERS else _worths(small, groups, path, order)
     kept = ranks_within(scores, paid, limit, least)
     _shrink(small, adapter, groups, kept)
     small.effdl_report = _report(groups, kept, costs) | {"budget": {unit: budget}, "order": order}
@@ -109,7 +105,7 @@ def _check_path(path: SparsePath, groups: list[Group], order: str) -> None:
         )
     if order == EFFECT and not all("gradient" in unit for unit in path.units.values()):
         raise ValueError(
-            "order='effect' needs the gradients that a run with base='adamw' leaves in its path; pass order='dual'"
+            "order='effect' needs the gradients that a run with base='adamw' leaves in its path; pass another order"
         )
 
 
@@ -171,18 +167,20 @@ def _name_targets(config: Any, stay: list[str], gone: list[str]) -> None:
         config.exclude_modules = ambiguous
 
 
-# ---- effects
+# ---- singular directions
 
 
-def _effects(model: nn.Module, groups: list[Group], path: SparsePath) -> dict[str, Tensor]:
+def _worths(model: nn.Module, groups: list[Group], path: SparsePath, order: str) -> dict[str, Tensor]:
     """Turn all ranks to singular directions, in place, and say what each is worth, by module."""
-    effects = {}
+    worths, adapter = {}, active_adapter(model)
     for group in groups:
-        other = group.slices[1]
-        size = rows_of(model.get_parameter(other.tensor), other, group.units).float().square().sum(1).mean().sqrt()
-        gradient = path.units[group.name]["gradient"].square().mean().sqrt()
-        effects[group.name] = (_turn(model, group) * gradient / size.clamp_min(1e-12).cpu()).float()
-    return effects
+        factor = torch.tensor(float(model.get_submodule(group.name).scaling[adapter]))
+        if order == EFFECT:
+            other = group.slices[1]
+            size = rows_of(model.get_parameter(other.tensor), other, group.units).float().square().sum(1).mean().sqrt()
+            factor = path.units[group.name]["gradient"].square().mean().sqrt() / size.clamp_min(1e-12).cpu()
+        worths[group.name] = (_turn(model, group) * factor).float()
+    return worths
 
 
 def _turn(model: nn.Module, group: Group) -> Tensor:
