@@ -28,6 +28,7 @@ PRINTED = (
     "slim_latency",
     "pretrained_minilm",
     "pretrained_dinov2",
+    "lora_ranks_banking77",
     "selection_digits",
     "selection_banking77",
     "sampling_scale",
