@@ -25,11 +25,11 @@ demo: $(READY)
 
 # One file a worker at a time, as its tests share what they have made; what measures time comes last, alone.
 test: $(READY)
-	$(BIN)/python -m pytest -n logical --dist loadfile -m "not slow and not alone"
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -m "not slow and not alone"
 	$(BIN)/python -m pytest tests -m "alone and not slow"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n logical --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -m "not alone"
 	$(BIN)/python -m pytest tests -m alone
 
 # The tables of docs/benchmarks are committed; `python docs/make_benchmarks.py` makes them again from new rows.

@@ -6,15 +6,18 @@ vicl/         better prompts: which labelled example a frozen vision model shoul
 metrics/      metrics for `evaluate.load`
 hub/          what cards and repositories of all three share
 weighting     `WeightedTrainer`, which trains on a column of weights; `row_losses`: the loss of every row
+registration  how transformers comes to know slim models
 files, processes, pictures, checks, random_state, version    one place each for what all of them need
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# registers how a slim model is loaded, so that from_pretrained needs this import and nothing else
-from hf_effdl.structure.groups import slim_config as _slim_config  # noqa: F401
+from hf_effdl.registration import register as _register
 from hf_effdl.version import __version__ as __version__
+
+
+_register()  # how a slim model is loaded: from_pretrained needs this import and nothing else
 
 
 _PUBLIC = {
@@ -45,6 +48,7 @@ _PUBLIC = {
     "structure.growing.widen": ["widen"],
     "structure.path.path": ["SparsePath"],
     "structure.slim.batch_norm": ["recalibrate_batch_norm"],
+    "structure.slim.family": ["choose"],
     "structure.slim.slim": ["slim"],
     "structure.optim.schedule": ["derive_path", "walk_path"],
     "structure.optim.split_lbi": ["SplitLBI"],
@@ -108,6 +112,7 @@ if TYPE_CHECKING:
     from hf_effdl.structure.optim.update import split_lbi_update
     from hf_effdl.structure.path.path import SparsePath
     from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
+    from hf_effdl.structure.slim.family import choose
     from hf_effdl.structure.slim.slim import slim
     from hf_effdl.structure.tickets.rewind import rewind, transfer
     from hf_effdl.structure.tickets.search import EarlyTicketCallback, find_ticket

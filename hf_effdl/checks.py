@@ -1,8 +1,12 @@
-"""Numbers that settings may have, refused by name."""
+"""What settings and arguments may be, refused by name."""
 
 import operator
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 
 def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
@@ -35,6 +39,29 @@ def whole_number(name: str, value: Any, least: int) -> int:
     if number is None or number < least:
         raise ValueError(f"{name}={value!r}: it must be a whole number, at least {least}")
     return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, also NumPy's, as a bool; raises ValueError for anything else."""
+    if not _is_bool(value) or getattr(value, "size", 1) != 1 or isinstance(value, Tensor):
+        raise ValueError(f"{name}={value!r}: it must be True or False")
+    return bool(value)
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    """A real tensor, as it came; raises TypeError for anything else."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: pass a torch tensor, torch.as_tensor(...)")
+    if value.is_complex():
+        raise TypeError(f"{name} is a {value.dtype} tensor: pass real numbers")
+    return value
+
+
+def path(name: str, value: Any) -> Path:
+    """A text or path, as a path; raises TypeError for anything else."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} is a {type(value).__name__}: pass the path of a file or folder")
+    return Path(value)
 
 
 def _is_bool(value: Any) -> bool:

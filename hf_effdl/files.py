@@ -56,13 +56,16 @@ def check_folder(where: Any, revision: str | None = None) -> None:
     is there. Names of one word and `owner/name` are repositories where no such folder is.
 
     Args:
-        where: as it was given; what is neither text nor path is left to others to refuse.
+        where: as it was given.
         revision: only repositories have one.
 
     Raises:
+        TypeError: it is neither text nor path.
         FileNotFoundError: naming it.
     """
-    if revision is not None or not isinstance(where, str | os.PathLike) or os.path.isdir(where):
+    if not isinstance(where, str | os.PathLike):
+        raise TypeError(f"{type(where).__name__} is no place to load from: pass the path of a folder, or a repository")
+    if revision is not None or os.path.isdir(where):
         return
     name = os.fspath(where)
     inside = os.path.dirname(name)

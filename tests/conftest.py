@@ -23,6 +23,15 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 collect_ignore = ["fixtures"]  # what earlier versions saved, also code
 ROOT = Path(__file__).parents[1]
+# they begin first, so that two workers end together
+LONGEST = (
+    "test_docs.py",
+    "test_growing.py",
+    "test_examples.py",
+    "test_distributed.py",
+    "test_grow.py",
+    "test_tickets.py",
+)
 DATA = Path(os.environ.get("HF_EFFDL_DATA", ROOT.parent / "shared" / "data"))
 
 
@@ -39,6 +48,11 @@ def imported_modules_are_not_collected():
     """Accelerate collects garbage at every turn, which takes long among all that the tests have imported."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 class _Deprecations(logging.Handler):

@@ -2,16 +2,16 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_effdl.checks import path, real_number, tensor, whole_number
 from hf_effdl.files import digest, write_whole
 
 
@@ -47,11 +47,14 @@ def near_duplicates(vectors: Tensor, of: Tensor | Sequence[int], threshold: floa
 
     Source: held-out queries whose copies are in the pool are no test of what was learnt on it.
     """
+    tensor("vectors", vectors)
     if vectors.dim() != 2 or not vectors.is_floating_point():
         raise ValueError(f"vectors is {vectors.dtype} of shape {tuple(vectors.shape)}: pass (n, d) floating point")
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold={threshold}: it is a cosine, in (0, 1]")
-    of = torch.as_tensor(of, device=vectors.device)
+    _check_threshold(threshold)
+    try:
+        of = torch.as_tensor(of, device=vectors.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"of={of!r}: pass rows of `vectors`, as whole numbers, or vectors; {error}") from error
     rows = _rows_in(of, vectors)
     duplicate = torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
     for marks, block in zip(duplicate.split(ROWS), vectors.split(ROWS)):
@@ -62,6 +65,11 @@ def near_duplicates(vectors: Tensor, of: Tensor | Sequence[int], threshold: floa
     if rows is not None:
         duplicate[rows] = False
     return duplicate.nonzero()[:, 0]
+
+
+def _check_threshold(threshold: float) -> None:
+    if not 0 < real_number("threshold", threshold) <= 1:
+        raise ValueError(f"threshold={threshold}: it is a cosine, in (0, 1]")
 
 
 def _rows_in(of: Tensor, vectors: Tensor) -> Tensor | None:
@@ -150,13 +158,14 @@ def split_pool(
         >>> split_pool(["a", "b", "c", "d"], queries=["b"], vectors=torch.eye(4)[[0, 1, 1, 2]])
         Split(queries=('b',), pool=('a', 'd'), dropped=('c',))
     """
-    ids = list(ids)
+    _check_threshold(threshold)
+    ids = _listed("ids", ids)
     if len(set(ids)) != len(ids):
         raise ValueError(f"{len(ids) - len(set(ids))} of the ids occur twice: name every image once")
     rows = _query_rows(ids, queries, seed)
     dropped: set[int] = set()
     if vectors is not None:
-        if len(vectors) != len(ids):
+        if len(tensor("vectors", vectors)) != len(ids):
             raise ValueError(f"{len(vectors)} vectors for {len(ids)} ids: pass one row for each")
         dropped = set(near_duplicates(vectors, rows, threshold).tolist())
     taken = dropped.union(rows)
@@ -171,15 +180,26 @@ def split_pool(
 
 def _query_rows(ids: Sequence[str], queries: int | Iterable[str], seed: int) -> list[int]:
     """Places of the queries among ids: drawn, or named."""
-    if isinstance(queries, Integral):
+    if isinstance(queries, Integral) and not isinstance(queries, bool):
         if not 0 < queries < len(ids):
             raise ValueError(f"queries={queries} of {len(ids)} images: pass at least 1, and fewer than there are")
-        return torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:queries].tolist()
+        return torch.randperm(len(ids), generator=torch.Generator().manual_seed(whole_number("seed", seed, -(2**63))))[
+            :queries
+        ].tolist()
     places = {id: row for row, id in enumerate(ids)}
-    queries = [queries] if isinstance(queries, str) else list(queries)
+    queries = [queries] if isinstance(queries, str) else _listed("queries", queries)
     if unknown := [id for id in queries if id not in places]:
         raise ValueError(f"queries holds {unknown[0]!r}, which is not in ids ({len(unknown)} such)")
     return [places[id] for id in queries]
+
+
+def _listed(name: str, values: Any) -> list[str]:
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}={values!r}: pass a list of ids")
+    values = list(values)
+    if wrong := [value for value in values if not isinstance(value, Hashable)]:
+        raise TypeError(f"{name} holds {wrong[0]!r}: ids are texts")
+    return values
 
 
 def write_splits(file: str | os.PathLike[str], splits: Mapping[str, Split]) -> None:
@@ -202,6 +222,9 @@ def write_splits(file: str | os.PathLike[str], splits: Mapping[str, Split]) -> N
         ...     read_splits(f"{folder}/splits.json")
         {'seed 0': Split(queries=('b',), pool=('a', 'd'), dropped=('c',))}
     """
+    path("file", file)
+    if not isinstance(splits, Mapping) or not all(isinstance(split, Split) for split in splits.values()):
+        raise TypeError(f"splits is a {type(splits).__name__}: pass {{name: Split, ...}}")
     if not splits:
         raise ValueError("splits is empty: pass {name: Split, ...}")
     ids = sorted({id for split in splits.values() for part in PARTS for id in getattr(split, part)})
@@ -227,7 +250,7 @@ def read_splits(file: str | os.PathLike[str]) -> dict[str, Split]:
         ValueError: for a file that is not one of these, was changed since, or is of a later format.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = json.loads(path("file", file).read_text(encoding="utf-8"))
         version, stored, ids, table = (content[key] for key in ("format", "sha256", "ids", "splits"))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -391,6 +391,13 @@ class LoopbackHub(ThreadingHTTPServer):
         commit = repo.commit(deleted | written, header["summary"], header["description"], branch)
         return {"success": True, "commitOid": commit.oid, "commitUrl": f"{self._web_url(repo)}/commit/{commit.oid}"}
 
+    @route("POST", rf"{API}/branch/(?P<branch>[^/]+)")
+    def _branch(self, request: Request, repo: Repo, branch: str) -> Any:
+        if branch in repo.branches:
+            raise HubError(409, f"Reference already exists: refs/heads/{branch}")
+        repo.branches[branch] = repo.head.oid
+        return {}
+
     @route("GET", rf"{WEB}/resolve/{REVISION}/(?P<path>.+)")
     def _download(self, request: Request, repo: Repo, commit: Commit, path: str) -> Any:
         if path not in commit.tree:

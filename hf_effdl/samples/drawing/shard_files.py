@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from hf_effdl.checks import path
 from hf_effdl.samples.drawing.weights import weight_column
 
 
@@ -42,7 +43,8 @@ class Shards:
         workers: int | None,
     ) -> Self:
         """The files, if they have the columns; see `plan_shards` for what is raised."""
-        files = [os.fspath(file) for file in ([files] if isinstance(files, (str, os.PathLike)) else files)]
+        files = [files] if isinstance(files, (str, os.PathLike)) or not isinstance(files, Iterable) else files
+        files = [os.fspath(path("files", file)) for file in files]
         if not files or len({os.path.realpath(file) for file in files}) < len(files):
             raise ValueError(f"files={files}: pass one file or more, and each of them once")
         inputs, schemas = zip(*map(_look_into, files), strict=True)

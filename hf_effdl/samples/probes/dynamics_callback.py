@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_effdl.checks import path
 from hf_effdl.files import SEALED, damaged, digest, read_sealed, sealed, sweep, write_whole
 from hf_effdl.processes import refuse_lone_processes, same_fate, together
 from hf_effdl.random_state import random_state_kept
@@ -86,6 +87,8 @@ class DynamicsCallback(TrainerCallback):
         for name, value in {"every": every, "batch_size": 1 if batch_size is None else batch_size}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: it must be a whole number, 1 or more")
+        if data_collator is not None and not callable(data_collator):
+            raise TypeError(f"data_collator is a {type(data_collator).__name__}: pass a function of a list of rows")
         self.every = every
         self.batch_size = batch_size
         self.dataset = None if dataset is None else _map_style(dataset)
@@ -334,7 +337,7 @@ def load_dynamics(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     Example:
         >>> load_dynamics("trainer_output")["correct"].float().mean(1)  # accuracy per epoch    # doctest: +SKIP
     """
-    folder = Path(folder)
+    folder = path("folder", folder)
     folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
     files = _files(folder)
     if not files:

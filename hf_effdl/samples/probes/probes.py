@@ -68,6 +68,8 @@ class Probes:
         names: Sequence[str] | None = None,
         probe_set: ProbeSet | None = None,
     ) -> None:
+        if not isinstance(models, Sequence) or not all(isinstance(model, nn.Module) for model in models):
+            raise TypeError(f"models is a {type(models).__name__} of something else: pass a list of trained models")
         self.models = list(models)
         if len(self.models) < LEAST_PROBES:
             raise ValueError(

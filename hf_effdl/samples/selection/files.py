@@ -199,9 +199,9 @@ def _located(
     where: str | os.PathLike[str], config_name: str, revision: str | None, token: str | bool | None
 ) -> tuple[dict[str, Any], list[Path]]:
     """The record of a config, and the files of its chosen rows and of its scores, downloaded where need be."""
+    check_folder(where, revision)
     folder, commit = Path(where), None
     if not folder.is_dir():
-        check_folder(where, revision)
         folder = _download(str(where), [f"*/{RECORD}", f"{config_name}/{CHOSEN}"], revision, token)
         commit = folder.name  # a push between the two downloads does not matter
     configs = sorted(file.parent.name for file in folder.glob(f"*/{RECORD}"))

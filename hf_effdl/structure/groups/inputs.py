@@ -132,7 +132,7 @@ def one_row(inputs: Any, model: nn.Module) -> Any:
     device = _device(model)
 
     def first(value: Any) -> Any:
-        value = torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+        value = torch.as_tensor(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" else value
         if not isinstance(value, Tensor):
             return value
         value = (value[:1] if value.ndim else value).detach().to(device)

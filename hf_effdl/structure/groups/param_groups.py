@@ -1,10 +1,11 @@
 """All parameters of a model as torch param groups: the lifted ones by group, the rest by weight decay."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from hf_effdl.checks import real_number
 from hf_effdl.structure.groups.group import Group, check_groups, check_module
 
 
@@ -26,9 +27,18 @@ def param_groups(
         weight_decay: for the parameters named in `decay`.
         decay: names of the parameters with weight decay; default: all with two or more axes.
         l1: names of parameters to lift one weight at a time.
+
+    Raises:
+        TypeError: `decay` or `l1` is no list of texts.
+        ValueError: for a name that no parameter has, a frozen lifted tensor, or a weight decay that is negative.
     """
     check_module(model, "param_groups")
     check_groups(groups, "param_groups")
+    if not 0 <= real_number("weight_decay", weight_decay) < float("inf"):
+        raise ValueError(f"weight_decay={weight_decay}: it must not be negative, and finite")
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    l1 = _names("l1", l1, known)
+    decay = None if decay is None else _names("decay", decay, known)
     lifted = [group for group in groups if group.lifted]
     _check_not_frozen(lifted, model)
     result = [{**group.param_group(model), "weight_decay": 0.0} for group in lifted]
@@ -40,6 +50,17 @@ def param_groups(
     if decay is None:
         decay = [name for name, p in rest.items() if p.ndim > 1]
     return [*result, *_by_decay(rest, set(decay), weight_decay)]
+
+
+def _names(argument: str, names: Any, known: Collection[str]) -> list[str]:
+    """Names of parameters, as a list."""
+    if isinstance(names, str | bytes) or not isinstance(names, Iterable):
+        raise TypeError(f"{argument}={names!r}: pass a list of names of parameters")
+    names = list(names)
+    unknown = [name for name in names if not isinstance(name, str) or name not in known]
+    if unknown:
+        raise ValueError(f"{argument} names {unknown[0]!r}, which is no parameter of the model")
+    return names
 
 
 def _check_not_frozen(groups: Iterable[Group], model: nn.Module) -> None:

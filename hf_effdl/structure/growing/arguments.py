@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hf_effdl.checks import whole_number
+from hf_effdl.checks import flag, real_number, whole_number
 from hf_effdl.structure.growing.new_units import INITS
 from hf_effdl.structure.path.path import WIDTHS
 from hf_effdl.structure.training.arguments import SplitLBIArguments
@@ -79,16 +79,17 @@ class GrowingArguments(SplitLBIArguments):
             setattr(self, name, whole_number(name, getattr(self, name), 1))
         for name in ("max_macs", "max_params", "max_width"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
+            if value is not None and not 0 < real_number(name, value) < float("inf"):
                 raise ValueError(f"{name}={value!r}: it must be a positive number, or None for no bound")
-        if not 0 < self.growth_until < 1:
+        flag("growth_release", self.growth_release)
+        if not 0 < real_number("growth_until", self.growth_until) < 1:
             raise ValueError(
                 f"growth_until={self.growth_until}: it is a share of the run, above 0 and below 1; what "
                 "grows at the end is not trained any more"
             )
-        if not 0 < self.growth_threshold <= 1:
+        if not 0 < real_number("growth_threshold", self.growth_threshold) <= 1:
             raise ValueError(f"growth_threshold={self.growth_threshold}: it is a share of units, in (0, 1]")
-        if not 1 <= self.growth_ratio < float("inf"):
+        if not 1 <= real_number("growth_ratio", self.growth_ratio) < float("inf"):
             raise ValueError(f"growth_ratio={self.growth_ratio}: it must be a finite factor, at least 1")
         for name, choices in (("growth_init", INITS), ("widths", WIDTHS)):
             if getattr(self, name) not in choices:

@@ -17,6 +17,9 @@ from hf_effdl.structure.slim.report import forget_report
 from hf_effdl.structure.slim.slim import set_config
 
 
+MOST_UNITS = 2**20
+
+
 def widen(
     model: nn.Module,
     group: Group,
@@ -185,6 +188,8 @@ def _check_types(model: Any, groups: Any, add: Any, seed: Any) -> None:
 
 
 def _check_group(group: Group, add: int, shared: set[str], tensors: Mapping[str, Tensor]) -> None:
+    if add > MOST_UNITS:
+        raise ValueError(f"add={add} for group {group.name!r}: no layer is as wide")
     if add < 1:
         raise ValueError(f"add={add} for group {group.name!r}: it must be at least 1; slim takes units out")
     if not any(part.role == "input" for part in group.slices):

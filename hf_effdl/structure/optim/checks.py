@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_effdl.checks import real_number
+from hf_effdl.checks import flag, real_number
 from hf_effdl.structure.optim.prox import unit_norm
 from hf_effdl.structure.optim.sharding import local, on_any_process, whole
 
@@ -140,6 +140,9 @@ def _check_momentum(group: Mapping[str, Any], name: str) -> None:
         real_number("betas", beta)
     if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas={group['betas']} in group {name!r}: they must be two numbers in [0, 1)")
+    flag("nesterov", group["nesterov"])
+    if group["decoupled_weight_decay"] is not None:
+        flag("decoupled_weight_decay", group["decoupled_weight_decay"])
     if group["nesterov"] and (group["base"] != "sgd" or not group["momentum"]):
         raise ValueError(
             f"nesterov=True in group {name!r} needs base='sgd' with a momentum above 0; it has base={group['base']!r} "

@@ -66,9 +66,11 @@ def derive_path(
     path_length = PATH_LENGTHS[start] if path_length is None else real_number("path_length", path_length)
     total_lr, lam, kappa = real_number("total_lr", total_lr), real_number("lam", lam), real_number("kappa", kappa)
     ridge_length = RIDGE_LENGTHS[start] if ridge_length is None else real_number("ridge_length", ridge_length)
-    if not total_lr > 0 or not ridge_length > 0:
-        raise ValueError(f"total_lr={total_lr} and ridge_length={ridge_length} must be positive")
-    if not path_length > 1:
+    numbers = {"total_lr": total_lr, "lam": lam, "kappa": kappa, "ridge_length": ridge_length}
+    for name, value in numbers.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value}: it must be a positive finite number")
+    if not 1 < path_length < math.inf:
         raise ValueError(
             f"path_length={path_length}: a unit whose norm stays what it was would not enter before the run ends "
             "(with a dense start: leave); pass path_length > 1"

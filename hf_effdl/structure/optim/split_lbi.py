@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_effdl.checks import flag
 from hf_effdl.structure.optim.checks import (
     check_dense_gradients,
     check_finite_gradients,
@@ -148,7 +149,7 @@ class SplitLBI(torch.optim.Optimizer):
         start: str = "empty",
         rise: float | None = None,
     ) -> None:
-        self.fused = fused
+        self.fused = fused if fused is None else flag("fused", fused)
         defaults = {
             "lr": lr,
             "kappa": kappa,

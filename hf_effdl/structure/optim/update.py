@@ -7,7 +7,10 @@ Source: Fu et al., "DessiLBI: Exploring Structural Sparsity of Deep Networks via
 (https://arxiv.org/abs/2007.02010) and its journal version (https://arxiv.org/abs/1905.09449).
 """
 
+import torch
 from torch import Tensor
+
+from hf_effdl.checks import real_number, tensor
 
 
 def split_lbi_update(
@@ -49,6 +52,19 @@ def split_lbi_update(
         >>> split_lbi_update(w, v, torch.zeros(2), torch.zeros(2), lr=0.1, kappa=1.0, nu=1.0)
         (tensor([0.9000, 0.9000]), tensor([0.1000, 0.1000]))
     """
+    tensors = {"weight": weight, "dual": dual, "gamma": gamma, "direction": direction}
+    shapes = {name: tuple(tensor(name, value).shape) for name, value in tensors.items()}
+    if len(set(shapes.values())) > 1 or not dual.is_floating_point():
+        raise ValueError(f"shapes {shapes}, dual in {dual.dtype}: all have one shape, and V is floating point")
+    lr, kappa, nu = real_number("lr", lr), real_number("kappa", kappa), real_number("nu", nu)
+    if not (nu > 0 and kappa > 0):
+        raise ValueError(f"kappa={kappa}, nu={nu}: both must be positive")
+    path_scale = real_number("path_scale", path_scale)
+    largest = torch.finfo(dual.dtype).max
+    if any(abs(number) > largest for number in (kappa * lr, kappa * lr / nu, path_scale * lr / nu)):
+        raise ValueError(
+            f"lr={lr}, kappa={kappa}, nu={nu}, path_scale={path_scale}: no step is as large in {dual.dtype}"
+        )
     new_weight, new_dual = weight.to(dual.dtype, copy=True), dual.clone()
     update_in_place(new_weight, new_dual, new_weight - gamma, direction, lr, kappa, nu, path_scale)
     return new_weight.to(weight.dtype), new_dual

@@ -5,7 +5,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_effdl.structure.groups.group import check_module
 from hf_effdl.structure.groups.inputs import call, evaluating
@@ -26,6 +26,8 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
         ValueError: for no batches; the statistics are then as they were.
     """
     check_module(model, "recalibrate_batch_norm")
+    if isinstance(batches, str | bytes | Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches is a {type(batches).__name__}: pass a list of inputs as the model takes them")
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return model

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_effdl.checks import whole_number
-from hf_effdl.structure.calibration.compensate import Wish, compensate
+from hf_effdl.checks import one_of, whole_number
+from hf_effdl.structure.calibration.compensate import SCORES, Wish, compensate
 from hf_effdl.structure.groups.group import Group, check_groups, check_module, check_same_network
 from hf_effdl.structure.groups.surgery import cut, share_config
 from hf_effdl.structure.groups.ties import Tie, complete_ties, config_ties, sizes_for_share, stock_config
@@ -78,6 +78,8 @@ def slim(
     if not groups:
         raise ValueError("slim got no groups; find_groups(model) returns them")
     round_to = whole_number("round_to", round_to, 1)
+    if score is not None:
+        one_of("score", score, SCORES)
     check_same_network(groups, model)
     ties = config_ties(model, groups)
     units = {group.name: group.units for group in groups}

@@ -12,20 +12,19 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_effdl.checks import one_of, real_number, whole_number
 from hf_effdl.files import read_tensors, write_whole
 from hf_effdl.processes import agreed
 from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.finders.lora import refuse_adapter
-from hf_effdl.structure.groups.group import Group
+from hf_effdl.structure.groups.group import Group, check_groups
 from hf_effdl.structure.groups.record import groups_of, groups_record
 from hf_effdl.structure.groups.ties import Tie, config_ties
 from hf_effdl.structure.optim.schedule import PATH_LENGTHS
 from hf_effdl.structure.optim.sharding import is_sharded
 from hf_effdl.structure.optim.split_lbi import SplitLBI, unwrap
-from hf_effdl.structure.path.budget import one_budget
-from hf_effdl.structure.path.path import ORDERS, WIDTHS, SparsePath
+from hf_effdl.structure.path.path import SparsePath
 from hf_effdl.structure.tickets.files import WEIGHTS, State, packed, state_digest
+from hf_effdl.structure.tickets.settings import check_settings
 from hf_effdl.structure.tickets.settling import Settling, pack
 from hf_effdl.structure.tickets.ticket import Ticket
 from hf_effdl.structure.training.arguments import SplitLBIArguments, scheduled_rates
@@ -198,9 +197,11 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
             "within": within,
             "at_step": at_step,
             "at_epoch": at_epoch,
-            "weights_at": list(weights_at),
+            "weights_at": weights_at,
         }
-        _check_settings(self.settings)
+        check_settings(self.settings)
+        if groups is not None:
+            check_groups(groups, "EarlyTicketCallback")
         self.budget = {
             name: share for name in ("macs", "params", "keep") if (share := self.settings[name]) is not None
         }
@@ -423,39 +424,6 @@ def _one_path(args: TrainingArguments, optimizer: SplitLBI, steps: int) -> float
 
 
 # ---- what cannot be
-
-
-def _check_settings(settings: dict[str, Any]) -> None:
-    """Refuse settings that are out of range; numbers become those of Python."""
-    budgets = {name: settings[name] for name in ("macs", "params", "keep")}
-    if any(share is not None for share in budgets.values()):
-        name, share = one_budget(**budgets)
-        settings[name] = share
-    for name, choices in (("order", ORDERS), ("widths", WIDTHS)):
-        one_of(name, settings[name], choices)
-    for name in ("threshold", "within", "min_path", "at_epoch"):
-        if name != "at_epoch" or settings[name] is not None:
-            settings[name] = real_number(name, settings[name])
-    for name in ("threshold", "within"):
-        if not 0 < settings[name] <= 1:
-            raise ValueError(f"{name}={settings[name]}: it is a share, in (0, 1]")
-    if not settings["min_path"] >= 0:
-        raise ValueError(f"min_path={settings['min_path']}: it is a path time, not below 0 (1 is one whole path)")
-    for name, least in (("window", 2), ("patience", 1), ("every", 1), ("at_step", 1)):
-        if name in ("window", "patience") or settings[name] is not None:
-            settings[name] = whole_number(name, settings[name], least)
-    _check_given(settings)
-
-
-def _check_given(settings: Mapping[str, Any]) -> None:
-    """Refuse steps and epochs to take a ticket or weights at that no run has."""
-    if settings["at_epoch"] is not None and not settings["at_epoch"] > 0:
-        raise ValueError(f"at_epoch={settings['at_epoch']}: it must be above 0")
-    if settings["at_step"] is not None and settings["at_epoch"] is not None:
-        raise ValueError("give at_step or at_epoch, not both")
-    for step in settings["weights_at"]:
-        if type(step) is not int or step < 0:
-            raise ValueError(f"weights_at={settings['weights_at']}: they must be steps, whole numbers not below 0")
 
 
 def _last_step(settings: Mapping[str, Any], state: TrainerState) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
-from hf_effdl.checks import real_number
+from hf_effdl.checks import flag, real_number, whole_number
 from hf_effdl.processes import is_first
 from hf_effdl.structure.groups.finders.lora import has_adapter, lora_groups
 from hf_effdl.structure.groups.group import Group
@@ -124,6 +124,11 @@ class SplitLBIArguments(TrainingArguments):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: it must be one of {choices}")
+        self.bn_batches = whole_number("bn_batches", self.bn_batches, 0)
+        flag("nesterov", self.nesterov)
+        for name in ("fused", "decoupled_weight_decay"):
+            if getattr(self, name) is not None:
+                flag(name, getattr(self, name))
         if self.nesterov and (self.base != "sgd" or not self.momentum):
             raise ValueError(
                 f"nesterov=True needs base='sgd' and momentum > 0; here base={self.base!r} and "
@@ -283,6 +288,9 @@ def _check_fresh_adapter(args: SplitLBIArguments) -> None:
 
 def scheduled_rates(args: TrainingArguments, steps: int) -> list[float]:
     """The learning rate of each of `steps` optimizer steps, as the arguments schedule it."""
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(f"args is a {type(args).__name__}: pass the TrainingArguments of the run")
+    steps = whole_number("steps", steps, 0)
     _check_schedule(args)
     dummy = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=args.learning_rate)
     scheduler = get_scheduler(

@@ -1,12 +1,13 @@
 """The card of a `SplitLBITrainer` run: of the dense model with its path, or of a slim model taken from it."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_effdl.files import write_whole
 from hf_effdl.hub.cards import markdown_table, write_card
@@ -28,6 +29,7 @@ AUTO_CLASSES = {"image-classification": "AutoModelForImageClassification"}
 CLOCKS = ("runtime", "per_second", "preparation_time")
 PICTURE = "sparse_path.png"
 RANKS_PICTURE = "lora_ranks.png"
+REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")  # what the Hub takes for the name of a data set
 
 
 def write_structure_card(
@@ -36,6 +38,9 @@ def write_structure_card(
     small: Any = None,
     *,
     repo_id: str | None = None,
+    revision: str | None = None,
+    family: Sequence[str] = (),
+    family_picture: str | None = None,
     model_name: str | None = None,
     finetuned_from: str | None = None,
     tasks: str | list[str] | None = None,
@@ -52,6 +57,8 @@ def write_structure_card(
         folder: made where it does not exist.
         small: the slim model the card is for; None for the dense model.
         repo_id: repository named in the loading snippet; default: `args.hub_model_id`, else the folder's name.
+        revision: of it, that the slim model is in; default: its main branch.
+        family: revisions of all sizes there, where the card is for all of them, and `family_picture`: of their curve.
 
     The other arguments are those of `Trainer.create_model_card`.
     """
@@ -67,6 +74,8 @@ def write_structure_card(
         library_name="transformers",
         base_model=finetuned_from,
         pipeline_tag=task,
+        datasets=[name for name in _listed(dataset) if REPO.fullmatch(name)] or None,
+        **_model_index(model_name or repo_id, task, _listed(dataset), (trainer.results or {}).get(revision)),
         tags=list(dict.fromkeys([*_listed(tags), *trainer._tag_names, *_tags_there(Path(folder) / "README.md")])),
     )
     facts = trainer.card_facts(folder)
@@ -93,6 +102,9 @@ def write_structure_card(
         kind=kind,
         slim=small is not None,
         report=report,
+        revision=revision,
+        family=list(family),
+        family_picture=family_picture,
         custom=getattr(config, "quantization_config", None) is not None,
         auto_class=AUTO_CLASSES.get(task, kind),
         growth=facts["growth"],
@@ -111,6 +123,16 @@ def _tags_there(card: Path) -> list[str]:
 
 
 # ---- results
+
+
+def _model_index(name: str, task: str | None, datasets: Sequence[str], metrics: Mapping[str, Any] | None) -> dict:
+    """What a card's data say of results: those of a model on one data set, where both are known."""
+    values = {key: value for key, value in (metrics or {}).items() if key not in SIZES and isinstance(value, float)}
+    if len(datasets) != 1 or not task or not values:
+        return {}
+    data = {"task_type": task, "dataset_type": datasets[0], "dataset_name": datasets[0]}
+    results = [EvalResult(**data, metric_type=key, metric_value=value) for key, value in values.items()]
+    return {"model_name": name, "eval_results": results}
 
 
 def _results(trainer: Any, report: Mapping[str, Any] | None, whole: str) -> dict[str, Any]:

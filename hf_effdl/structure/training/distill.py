@@ -120,6 +120,8 @@ class Distillation:
 
     def __post_init__(self) -> None:
         check_distillation(self.weight, self.temperature, self.hidden)
+        if not isinstance(self.teacher, nn.Module):
+            raise TypeError(f"teacher is a {type(self.teacher).__name__}: pass the model to learn from")
         self.teacher.eval().requires_grad_(False)
 
     def fingerprint(self) -> str:

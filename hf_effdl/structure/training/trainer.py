@@ -34,11 +34,12 @@ from hf_effdl.structure.training.callbacks import FSDP1, SplitLBICallback
 from hf_effdl.structure.training.card import write_structure_card
 from hf_effdl.structure.training.distill import DistillationMixin
 from hf_effdl.structure.training.evaluation import example_row, loop_metrics, training_inputs
+from hf_effdl.structure.training.family import FamilyMixin
 from hf_effdl.structure.training.slimming import SlimMixin
 from hf_effdl.weighting import WeightedLossMixin
 
 
-class SplitLBITrainer(SlimMixin, DistillationMixin, WeightedLossMixin, Trainer):
+class SplitLBITrainer(FamilyMixin, SlimMixin, DistillationMixin, WeightedLossMixin, Trainer):
     """A `Trainer` whose optimizer is `SplitLBI`: one run gives the dense model and the whole path of smaller ones.
 
     Args:

@@ -148,6 +148,8 @@ class PoolReader:
     """
 
     def __init__(self, folder: str | os.PathLike[str], commit: str | None = None) -> None:
+        if not isinstance(folder, str | os.PathLike):
+            raise TypeError(f"folder is a {type(folder).__name__}: pass the path of a pool")
         folder = Path(folder).absolute()
         self._open(folder, _manifest(folder), commit)
         if sum(entry["index_bytes"] for entry in self.manifest["shards"]) <= HASHED:
@@ -164,9 +166,9 @@ class PoolReader:
             revision: branch, tag or commit of the repository; default: its main branch.
             token: for a private repository; default: the saved login.
         """
+        check_folder(folder_or_repo, revision)
         if Path(folder_or_repo).is_dir():
             return cls(folder_or_repo)
-        check_folder(folder_or_repo, revision)
         repo_id = str(folder_or_repo)
         try:
             file = hf_hub_download(repo_id, MANIFEST, repo_type="dataset", revision=revision, token=token)

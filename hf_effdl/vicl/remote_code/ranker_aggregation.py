@@ -7,6 +7,7 @@ from torch import Tensor
 
 
 METHODS = ("hodge", "borda")
+MOST_ITEMS = 2**15  # of which every two are counted
 
 
 def aggregate_rankings(lists: Tensor | Sequence[Sequence[int]], num_items: int, method: str = "hodge") -> Tensor:
@@ -78,8 +79,8 @@ def comparison_counts(lists: Tensor | Sequence[Sequence[int]], num_items: int) -
                 [0., 0., 0.]], dtype=torch.float64)
     """
     lists = _padded(lists)
-    if isinstance(num_items, bool) or not isinstance(num_items, int) or num_items < 2:
-        raise ValueError(f"num_items={num_items!r}: pass the number of items, at least 2")
+    if isinstance(num_items, bool) or not isinstance(num_items, int) or not 2 <= num_items <= MOST_ITEMS:
+        raise ValueError(f"num_items={num_items!r}: pass the number of items, at least 2 and at most {MOST_ITEMS:,}")
     batched = lists.dim() == 3
     if not batched:
         lists = lists[None]

@@ -12,6 +12,8 @@ from .ranker_covering_tables import ALPHABET, DESIGNS
 
 # larger designs of the table that a smaller one is tried to be cut out of
 LARGER = 8
+MOST_POINTS = 10_000
+MOST_PLACES = 2**28  # in the lists of one call
 
 
 def schoenheim_bound(v: int, k: int) -> int:
@@ -195,7 +197,11 @@ def knock_out(rank: Callable[[Tensor], Tensor], v: int, k: int, batch: int = 1) 
     Source: Partial2Global (arXiv 2405.15279), the naive aggregation.
     """
     _check(v, k, "candidates", "a list")
+    if not callable(rank) or batch is None:
+        raise TypeError(f"rank={rank!r}, batch={batch!r}: pass a function of lists (batch, lists, k), and how many")
     _positive(batch=batch)
+    if batch * v > MOST_PLACES:
+        raise ValueError(f"batch={batch} queries of v={v} candidates do not fit into memory: pass a smaller batch")
     left = torch.arange(v).expand(batch, v)
     ranked = []
     while left.shape[1] > 1:
@@ -347,6 +353,8 @@ def _check(v: int, k: int, points: str = "points", block: str = "a block") -> No
     for name, value in (("v", v), ("k", k)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise TypeError(f"{name}={value!r}: pass a whole number")
+    if v > MOST_POINTS:
+        raise ValueError(f"v={v} {points}: more than {MOST_POINTS:,} would take days; pass fewer")
     if v < 2:
         raise ValueError(f"v={v} {points}: there is nothing to compare; pass at least 2")
     if k < 2:

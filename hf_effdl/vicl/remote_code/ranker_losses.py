@@ -1,5 +1,9 @@
 """What a list-wise ranker is trained with: a differentiable NDCG, a margin on pairs, and the ranks both start from."""
 
+import math
+from numbers import Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -62,8 +66,7 @@ def soft_permutation(scores: Tensor, temperature: float = 1.0, *, mask: Tensor |
     Source: Grover et al., arXiv 1903.08850, theorem 1.
     """
     mask = _checked("scores", scores, mask)
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: it must be positive; 1 is usual")
+    _positive("temperature", temperature)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     k = scores.shape[1]
     cells = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
@@ -160,6 +163,7 @@ def pairwise_margin_loss(scores: Tensor, metric: Tensor, margin: float = 1.0, *,
     Source: the loss of arXiv 2405.15279, section 3.2, with the sign that puts the better one first.
     """
     _same_shape(scores, metric, "metric")
+    _positive("margin", margin, -math.inf)
     _checked("scores", scores, mask)
     mask = _checked("metric", metric, mask)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -173,16 +177,31 @@ def pairwise_margin_loss(scores: Tensor, metric: Tensor, margin: float = 1.0, *,
     return ((hinge * pairs).sum(1) / pairs.sum(1)).mean()
 
 
+def _is_tensor(name: str, values: Any) -> None:
+    if not isinstance(values, Tensor) or values.is_complex():
+        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"{name} is a {kind}: pass a tensor of real numbers")
+
+
+def _positive(name: str, value: Any, least: float = 0.0) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool) or not least < value < math.inf:
+        raise ValueError(f"{name}={value!r}: it must be a finite number above {least:g}; 1 is usual")
+
+
 def _same_shape(scores: Tensor, other: Tensor, name: str) -> None:
+    _is_tensor("scores", scores)
+    _is_tensor(name, other)
     if scores.shape != other.shape:
         raise ValueError(f"scores {tuple(scores.shape)} and {name} {tuple(other.shape)}: both must be (B, k)")
 
 
 def _checked(name: str, values: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask, after the values were looked at; None where nothing is padded."""
+    _is_tensor(name, values)
     if values.dim() != 2 or values.shape[1] < 2 or not len(values):
         raise ValueError(f"{name} of shape {tuple(values.shape)}: pass (B, k), lists of k >= 2 items")
     if mask is not None:
+        _is_tensor("mask", mask)
         if mask.shape != values.shape or mask.dtype != torch.bool:
             raise ValueError(
                 f"mask is {mask.dtype} {tuple(mask.shape)}: pass bool {tuple(values.shape)}, True for "

@@ -1,6 +1,7 @@
 """The reliable part of a pool: examples that do well where they are similar, leaving out those that do not."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -93,8 +94,12 @@ def reliable_rows(
 
     Source: RH-Partial2Global (arXiv 2509.25989), the reliable set, with alpha = 0.85.
     """
-    if not 0 <= drop < 1:
-        raise ValueError(f"drop={drop}: pass the share of the pool to leave out, at least 0 and below 1")
+    tables = {"candidates": candidates, "performance": performance, "similarity": similarity}
+    for name, table in tables.items():
+        if not isinstance(table, Tensor) or table.is_complex():
+            raise TypeError(f"{name} is a {type(table).__name__}: pass a tensor (n, K) of real numbers")
+    if not isinstance(drop, Real) or isinstance(drop, bool) or not 0 <= drop < 1:
+        raise ValueError(f"drop={drop!r}: pass the share of the pool to leave out, at least 0 and below 1")
     if candidates.dim() != 2 or not candidates.shape == performance.shape == similarity.shape:
         raise ValueError(
             f"candidates {tuple(candidates.shape)}, performance {tuple(performance.shape)} and similarity "

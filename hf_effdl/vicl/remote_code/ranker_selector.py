@@ -1,6 +1,6 @@
 """The strategy of the list-wise ranker: many short lists of a query's candidates, made into one ranking."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -246,12 +246,16 @@ def _by_length(
     rankers: ListwiseRanker | Sequence[ListwiseRanker] | Mapping[int, ListwiseRanker],
 ) -> Mapping[int, ListwiseRanker]:
     if not isinstance(rankers, Mapping):
-        several = [rankers] if isinstance(rankers, nn.Module) else list(rankers)
+        several = [rankers] if isinstance(rankers, nn.Module) or not isinstance(rankers, Iterable) else list(rankers)
+        if not all(isinstance(ranker, ListwiseRanker) for ranker in several):
+            raise TypeError(f"rankers={rankers!r}: pass a ListwiseRanker, a list of them, or {{length: ranker}}")
         rankers = {ranker.config.list_length: ranker for ranker in several}
         if len(rankers) < len(several):
             raise ValueError(
                 f"{len(several)} rankers for lists of {list(rankers)}: pass {{length: ranker}} with different lengths"
             )
+    if not all(isinstance(length, int) for length in rankers):
+        raise TypeError(f"rankers of lengths {list(rankers)}: lengths are whole numbers")
     if not rankers or min(rankers) < 2:
         raise ValueError(f"rankers for lists of {list(rankers)}: pass one or more, for lists of 2 items or more")
     return rankers

@@ -1,0 +1,185 @@
+"""Models of several sizes in one repository: what is pushed, what loads, and which one is chosen."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+from hub import LoopbackHub
+from huggingface_hub import ModelCard
+from transformers import AutoModelForImageClassification
+
+from hf_effdl import choose
+from hf_effdl.structure.slim.family import FILE_NAME, family_record, read_family, write_family
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """A trained run, its family in a folder, and one of the models after a change of its own."""
+    home = tmp_path_factory.mktemp("family")
+    run = tiny_run.trainer(home / "run", num_train_epochs=1, save_strategy="no")
+    run.train()
+    own = run.slim(macs=0.4, calibration=False, latency_batch=0)
+    with torch.no_grad():
+        own.classifier[1].bias.add_(1.0)
+    slim = {0.7: run.slim(macs=0.7, calibration=False), 0.4: own}
+    revisions = run.save_family(slim, home / "fam", dataset="tester/patches", tasks="image-classification")
+    return run, home / "fam", revisions, slim
+
+
+def test_every_size_loads_and_the_largest_from_the_top(family):
+    run, folder, revisions, models = family
+    assert revisions == ["macs-0.7", "macs-0.4"] and run.results == {}
+    x = torch.linspace(-1, 1, 512).view(2, 1, 16, 16)
+    for place, share in ((".", 0.7), ("macs-0.7", 0.7), ("macs-0.4", 0.4)):
+        loaded = AutoModelForImageClassification.from_pretrained(folder / place).eval()
+        torch.testing.assert_close(loaded(x).logits, models[share].eval()(x).logits, rtol=0, atol=0)
+    record = read_family(folder)
+    for member, share in zip(record["members"], (0.7, 0.4), strict=True):
+        assert member["macs"] == models[share].config.effdl_report["macs"]["after"]
+        assert member["metrics"] == pytest.approx(run.evaluate_model(models[share]))
+    timed, untimed = (member["latency_ms"] for member in record["members"])
+    assert record["metric"] == "accuracy" and timed > 0 and untimed is None
+
+
+def test_the_cards_show_all_sizes_and_results_of_their_own(family):
+    run, folder, revisions, models = family
+    top, small = (ModelCard.load(folder / place / "README.md") for place in (".", "macs-0.4"))
+    for card in (top, small):
+        assert all(f"| {name} |" in card.text for name in ("dense", *revisions))
+    assert 'choose("fam"' in top.text and "family.png" in top.text and (folder / "family.png").stat().st_size > 5_000
+    assert 'from_pretrained("fam", revision="macs-0.4")' in small.text and small.data.datasets == ["tester/patches"]
+    found = {result.metric_type: result.metric_value for result in small.data.eval_results}
+    assert found["accuracy"] == pytest.approx(run.evaluate_model(models[0.4])["accuracy"])
+
+
+def member(revision, accuracy, macs, latency):
+    metrics = {} if accuracy is None else {"loss": 1.0, "accuracy": accuracy}
+    timed = {} if latency is None else {"latency_ms": latency}
+    return (
+        {"revision": revision, "class": "ResNetForImageClassification", "macs": macs, "params": macs // 2}
+        | timed
+        | {"metrics": metrics}
+    )
+
+
+def written(folder, *members, metric="accuracy"):
+    inputs = {"pixel_values": torch.zeros(4, 1, 16, 16)}
+    write_family(folder, family_record([member(*values) for values in members], metric, inputs))
+    return folder
+
+
+SIZES = [("a", 0.9, 1000, 9.0), ("b", 0.95, 500, 5.0), ("c", 0.7, 100, 1.0)]
+
+
+@pytest.mark.parametrize(
+    "bounds, metric, chosen",
+    [
+        ({"latency_ms": 100}, "accuracy", "b"),  # the most accurate, not the largest
+        ({"latency_ms": 100}, None, "a"),
+        ({"latency_ms": 5.0}, "accuracy", "b"),
+        ({"latency_ms": 4.99}, "accuracy", "c"),
+        ({"macs": 499}, "accuracy", "c"),
+        ({"params": 250, "latency_ms": 5}, None, "b"),
+        ({"params": 249, "latency_ms": 5}, None, "c"),
+    ],
+)
+def test_the_best_within_all_bounds_is_chosen(bounds, metric, chosen, tmp_path):
+    assert choose(written(tmp_path, *SIZES, metric=metric), **bounds) == chosen
+
+
+def test_where_asked_the_models_are_timed_here_and_not_believed(family, tmp_path):
+    _, folder, _, _ = family
+    with pytest.raises(ValueError, match="macs-0.4 was not timed: pass device="):
+        choose(folder, latency_ms=1e-9)
+    assert choose(folder, latency_ms=1e6, device="cpu") in ("macs-0.7", "macs-0.4")
+    with pytest.raises(ValueError, match="no model of .* is within {'latency_ms': 1e-09}: .*'macs-0.7'.*'macs-0.4'"):
+        choose(folder, latency_ms=1e-9, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "bounds, message",
+    [
+        ({}, "give one bound or more"),
+        ({"macs": 0}, "each above 0"),
+        ({"macs": "few"}, "macs='few': it must be a number"),
+        ({"macs": 5}, "no model of .* is within {'macs': 5.0}"),
+        ({"macs": 500, "device": "cpu"}, "device='cpu' measures how long a pass takes: give latency_ms="),
+    ],
+)
+def test_bounds_that_nothing_is_within_are_refused(bounds, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        choose(written(tmp_path, *SIZES), **bounds)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"members": []},
+        {"members": [member("../x", 0.9, 1, 1.0)]},
+        {"members": [member("a", 0.9, -1, 1.0)]},
+        {"members": [{"revision": "a"}]},
+        {"members": "all"},
+        {"inputs": {"x": ["torch.float32", 10**12]}},
+        {"inputs": {"x": ["os.system", 1]}},
+        {"metric": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("signed", [True, False])
+def test_records_of_strangers_are_refused_by_name(change, signed, tmp_path):
+    written(tmp_path, *SIZES)
+    record = {**json.loads((tmp_path / FILE_NAME).read_text()), **change}
+    if signed:
+        write_family(tmp_path, {name: value for name, value in record.items() if name != "sha256"})
+    else:
+        (tmp_path / FILE_NAME).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="entry|format|damaged|upgrade"):
+        choose(tmp_path, latency_ms=1.0)
+
+
+def test_bad_budgets_are_refused_before_anything_is_made(family, tmp_path):
+    run, folder, _, models = family
+    for budgets in ([], "half", [0.5, 0.5], [0.5, 2], [0.0], {0.5: torch.nn.Linear(1, 1)}, [0.5, None]):
+        with pytest.raises((ValueError, TypeError), match="budgets"):
+            run.save_family(budgets, tmp_path / "none")
+    with pytest.raises(ValueError, match="budget='time': it must be one of"):
+        run.save_family([0.5], tmp_path / "none", budget="time")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(FileNotFoundError, match="holds no family: there is no family.json"):
+        choose(folder / "macs-0.4", macs=1)
+
+
+PUSH = """
+import sys; sys.path.insert(0, {support!r})
+import tiny_run
+run = tiny_run.trainer("run", num_train_epochs=1, save_strategy="no")
+run.train()
+options = {{"calibration": False, "latency_batch": 8}}
+for turn in range(2):  # a push that was cut off is repeated
+    urls = run.push_family([0.7, 0.4], "tester/family", options=options)
+print(*urls)
+"""
+LOAD = """
+import hf_effdl
+from transformers import AutoModelForImageClassification
+name = hf_effdl.choose("tester/family", macs={macs})
+model = AutoModelForImageClassification.from_pretrained("tester/family", revision=name)
+print(name, model.config.effdl_report["macs"]["after"])
+"""
+
+
+@pytest.mark.slow
+def test_a_family_is_pushed_chosen_from_and_loaded_over_http(tmp_path):
+    with LoopbackHub() as hub:
+        support = str(Path(tiny_run.__file__).parent)
+        printed = hub.run(PUSH.format(support=support), tmp_path / "push").splitlines()[-1]
+        assert printed.split() == ["macs-0.7", "macs-0.4", "main"]
+        repo = hub.repos["model", "tester/family"]
+        assert not any(path.startswith("macs-") for path in repo.head.tree)  # each size in its own revision alone
+        record = json.loads(repo.head.tree[FILE_NAME])
+        small = record["members"][1]["macs"]
+        name, macs = hub.run(LOAD.format(macs=small), tmp_path / "load").split()[-2:]
+        assert name == "macs-0.4" and int(macs) == small
