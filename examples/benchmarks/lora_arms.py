@@ -270,11 +270,11 @@ def add_rows(task: Task, arms: Sequence[str], budgets: Sequence[float], seed: in
 
 
 def table(rows: Sequence[Mapping[str, Any]], name: str, digits: int = 2) -> str:
-    """Means over seeds, by arm and budget, and how far ahead of SVD, paired by seed."""
+    """Means over seeds, by arm and budget, and the difference from SVD, paired by seed."""
     values = {tuple(row[key] for key in KEYS): row[name] for row in rows}
     sizes = {key[:2]: [row["params"] for row in rows if (row["arm"], row["budget"]) == key[:2]] for key in values}
     lines = [
-        f"| share of the parameters | arm | parameters | {name} | ahead of SVD | seeds |",
+        f"| share of the parameters | arm | parameters | {name} | minus SVD | seeds |",
         "|---|---|---|---|---|---|",
     ]
     for budget in sorted({row["budget"] for row in rows}, reverse=True):
