@@ -34,6 +34,8 @@ PRINTED = (
     "sampling_scale",
     "vicl_pets",
     "vicl_digits",
+    "vicl_matching",
+    "vicl_classes",
     "pool_scale",
     "selection_speed",
 )

@@ -61,12 +61,15 @@ _PUBLIC = {
     "vicl.auto": [
         "ListwiseRanker",
         "ListwiseRankerConfig",
+        "MaeVqganConfig",
+        "MaeVqganForImageInpainting",
         "VisualInContextConfig",
         "VisualInContextModel",
         "VisualInContextPipeline",
     ],
     "vicl.remote_code.cascade": ["CascadeSelector"],
     "vicl.remote_code.ranker_designs": ["covering_design", "knock_out"],
+    "vicl.remote_code.frozen_mae_vqgan": ["MaeVqganInContext"],
     "vicl.remote_code.frozen_matching": ["FeatureMatching"],
     "vicl.held_out": ["near_duplicates", "read_splits", "split_pool", "write_splits"],
     "vicl.measure": ["measure_examples"],
@@ -76,6 +79,7 @@ _PUBLIC = {
     "vicl.ranking.ranker_trainer": ["RankerTrainer"],
     "vicl.ranking.ranking_lists": ["RankingLists"],
     "vicl.remote_code.ranker_reliable": ["reliable_rows"],
+    "vicl.remote_code.frozen_sam3": ["Sam3InContext"],
     "vicl.remote_code.frozen_seggpt": ["SegGptInContext"],
     "vicl.remote_code.vision_encoder": ["VisionEncoder"],
     "weighting": ["WeightedTrainer"],
@@ -124,6 +128,8 @@ if TYPE_CHECKING:
     from hf_effdl.vicl.auto import (
         ListwiseRanker,
         ListwiseRankerConfig,
+        MaeVqganConfig,
+        MaeVqganForImageInpainting,
         VisualInContextConfig,
         VisualInContextModel,
         VisualInContextPipeline,
@@ -134,7 +140,9 @@ if TYPE_CHECKING:
     from hf_effdl.vicl.ranking.ranker_trainer import RankerTrainer
     from hf_effdl.vicl.ranking.ranking_lists import RankingLists
     from hf_effdl.vicl.remote_code.cascade import CascadeSelector
+    from hf_effdl.vicl.remote_code.frozen_mae_vqgan import MaeVqganInContext
     from hf_effdl.vicl.remote_code.frozen_matching import FeatureMatching
+    from hf_effdl.vicl.remote_code.frozen_sam3 import Sam3InContext
     from hf_effdl.vicl.remote_code.frozen_seggpt import SegGptInContext
     from hf_effdl.vicl.remote_code.ranker_aggregation import aggregate_rankings
     from hf_effdl.vicl.remote_code.ranker_designs import covering_design, knock_out

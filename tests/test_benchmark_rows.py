@@ -30,6 +30,8 @@ TABLES = {
     "structure_mnist": ("d1b3af52ac8a92b5", "| path, early | "),
     "tickets_mnist": ("ba4ef91e0d5c1d1e", "| path ticket, late (5 seeds) |"),
     "vicl_digits": ("e128df34e7f403f0", "segmentation, oracle less nearest: "),
+    "vicl_classes": ("4d5952ab2881141c", "cascade of all classes, ahead of one for each class: +0.0"),
+    "vicl_matching": ("aca2439b359ef955", "| pets | DINOv2-small | soft, several layers | "),
     "vicl_pets": ("fb8683ba0231a518", "| cascade 10, weighted | 10 |"),
 }
 

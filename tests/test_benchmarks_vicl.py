@@ -8,6 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from scenes import SIZE, tiny_encoder
+
+from hf_effdl import FeatureMatching
+from hf_effdl.vicl.remote_code.visual_tasks import Segmentation
 
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
@@ -119,3 +123,31 @@ def test_queries_and_their_near_duplicates_are_not_in_a_pool(benchmarks, monkeyp
     assert kept == set(split.pool) and not kept & {*split.queries, *split.dropped}
     with pytest.raises(AssertionError, match="not those of the split file"):
         pets.without_copies(photos, members[:100], members, 0, 0)
+
+
+def test_leads_of_feature_matching_are_paired_and_maps_that_are_kept_answer_as_pictures_do(benchmarks, monkeypatch):
+    module = benchmarks("vicl_matching")
+    for name, value in (("ENCODERS", (None, (0, None), 2)), ("PETS", (3, 8, 1)), ("DIGITS", (3, 8))):
+        monkeypatch.setitem(getattr(module, name), "tiny", value)
+    monkeypatch.setattr(module, "CANDIDATES", 4)
+    encoder, images = tiny_encoder(), torch.rand(11, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    labels = (
+        (torch.rand(11, 1, 56, 56, generator=torch.Generator().manual_seed(1)) > 0.4).float().expand(-1, 3, -1, -1)
+    )
+    maps = encoder.maps(images, module.kept_layers("tiny"))
+    data = SimpleNamespace(vectors=encoder(images)["vector"], labels=labels, maps=maps)
+    rows = module.rows_of(data, encoder, {"data": "pets", "encoder": "tiny", "seed": 0})
+    assert [row["arm"] for row in rows] == list(module.ARMS) and rows[0]["oracle ahead"] == [0, 0]
+    for row in rows:
+        for name in ("nearest", "oracle", "random"):
+            assert row[f"{name} ahead"][0] == pytest.approx(row[name] - rows[0][name], abs=2e-5)
+    queries, pool = module.split("pets", "tiny", 0)
+    shown = pool[(data.vectors[queries] @ data.vectors[pool].T).argmax(1)]
+    model = FeatureMatching(encoder, "mutual", layers=(0, None), positions=2)
+    painted = model(images[queries], images[shown][:, None], labels[shown][:, None])
+    assert rows[-1]["nearest"] == pytest.approx(float(Segmentation().score(painted, labels[queries]).mean()), abs=1e-4)
+
+
+def test_the_pool_of_small_classes_has_14_to_23_rows_of_each(benchmarks):
+    scenes = benchmarks("vicl_classes").pool_scenes(0)
+    assert [sum(scene.label == digit for scene in scenes) for digit in range(10)] == list(range(14, 24))

@@ -1,11 +1,16 @@
 """Feature matching against loops in numpy."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from answers import tiny_seggpt
 from scenes import SIZE, tiny_encoder
+from transformers import ResNetConfig, ResNetModel
 
-from hf_effdl import FeatureMatching
+from hf_effdl import FeatureMatching, VisionEncoder
+from hf_effdl.vicl.remote_code.frozen_matching import position_directions
 
 
 GREY = np.array([0.299, 0.587, 0.114])
@@ -69,6 +74,11 @@ def by_hand(model, query, images, labels):
         elif model.matching == "soft":
             weights = np.exp((cosines - cosines.max()) / model.temperature)
             answers.append(sum(weight * value for weight, value in zip(weights / weights.sum(), values)))
+        elif model.matching == "mutual":
+            there = np.exp(cosines / model.temperature)
+            back = np.array([sum(np.exp(other @ e / model.temperature) for other in asked) for e in known])
+            weights = there / there.sum() * there / back
+            answers.append(sum(weight * value for weight, value in zip(weights / weights.sum(), values)))
         else:
             white, black = (sum(s * e for s, e in zip(share, known)) for share in (values[:, 0], 1 - values[:, 0]))
             white, black = (side / max(np.linalg.norm(side), 1e-12) for side in (white, black))
@@ -86,6 +96,7 @@ def by_hand(model, query, images, labels):
         {},
         {"form": "nearest"},
         {"form": "prototype"},
+        {"form": "mutual"},
         {"temperature": 0.2},
         {"carry": "difference"},
         {"form": "nearest", "carry": "difference"},
@@ -123,7 +134,11 @@ def test_labels_of_one_colour_are_no_special_case(form, value):
         torch.testing.assert_close(answers, torch.full_like(answers, value))
 
 
-@pytest.mark.parametrize("options", [{}, {"form": "nearest"}, {"form": "prototype"}, {"carry": "difference"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"form": "nearest"}, {"form": "prototype"}, {"form": "mutual", "layers": [0, None]}, {"carry": "difference"}],
+    ids=str,
+)
 def test_neither_the_rest_of_a_batch_nor_the_order_of_examples_matters(options):
     model = matching(**options)
     queries, images, labels = prompts(3, 4, black_and_white=True)
@@ -148,6 +163,90 @@ def test_kept_encodings_serve_another_object(carry):
     torch.testing.assert_close(fresh.predict(model.encode(queries), encoded, labels), answers)
 
 
+def test_a_cosine_of_several_layers_is_the_mean_of_theirs():
+    images = prompts()[0]
+    joint = FeatureMatching(tiny_encoder(), layers=[0, 1, None]).encode(images).unflatten(1, (16, -1))
+    single = [
+        FeatureMatching(tiny_encoder(), layers=[layer]).encode(images).unflatten(1, (16, -1)) for layer in (0, 1, None)
+    ]
+    torch.testing.assert_close(joint[0] @ joint[1].T, sum(one[0] @ one[1].T for one in single) / 3)
+    torch.testing.assert_close(single[2], FeatureMatching(tiny_encoder()).encode(images).unflatten(1, (16, -1)))
+    with pytest.raises(ValueError, match="layer=7: ViTModel has 2"):
+        FeatureMatching(tiny_encoder(), layers=[7]).encode(images)
+
+
+def test_a_model_that_has_one_map_matches_that():
+    encoder, images = VisionEncoder(tiny_seggpt()), prompts()[0]
+    plainly = FeatureMatching(encoder).encode(images)
+    torch.testing.assert_close(FeatureMatching(encoder, layers=[None]).encode(images), plainly)
+    with pytest.raises(ValueError, match="SegGptForImageSegmentation has one map of features"):
+        FeatureMatching(encoder, layers=[1, None]).encode(images)
+
+
+def test_maps_of_a_convolutional_net_are_brought_to_the_largest():
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+    encoder = VisionEncoder(ResNetModel(config), image_size=64)
+    images = torch.rand(2, 3, 64, 64)
+    sizes = [tuple(one.shape[1:]) for one in encoder.maps(images, [1, 2])]
+    assert sizes == [(16, 16, 8), (8, 8, 12)]
+    model = FeatureMatching(encoder, layers=[1, 2])
+    assert model.encode(images).shape == (2, 16 * 16 * 20)
+    assert model(images, images[:, None], images[:, None]).shape == images.shape
+
+
+class Placed(torch.nn.Module):
+    """What is in a cell, and, a good deal louder, where it is."""
+
+    image_size, resample = (SIZE, SIZE), 3
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(3, 12, generator=generator))
+        self.where = torch.randn(16, 2, generator=generator) @ torch.randn(2, 12, generator=generator)
+
+    def forward(self, images):
+        cells = torch.nn.functional.avg_pool2d(images - 0.5, SIZE // 4).permute(0, 2, 3, 1)
+        return {"grid": cells @ self.weight + 3 * self.where.view(4, 4, 12)}
+
+
+def test_where_a_cell_is_can_be_taken_out():
+    image = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    moved = image.roll(SIZE // 4, 3)
+    found = {}
+    for positions in (0, 2):
+        model = FeatureMatching(Placed(), "nearest", positions=positions)
+        one, other = (model.encode(part).view(4, 4, 12) for part in (image, moved))
+        best = (one.flatten(0, 1) @ other.flatten(0, 1).T).argmax(1).view(4, 4)
+        found[positions] = best, (one - other.roll(-1, 1)).abs().max()
+    expected = torch.arange(16).view(4, 4).roll(-1, 1)  # of a cell of the image, where it went
+    assert (found[2][0] == expected).sum() >= 15 and found[2][1] < 0.2
+    assert (found[0][0] == expected).sum() <= 2 and found[0][1] > 1
+
+
+def test_directions_are_of_unit_length_and_the_largest_first():
+    maps = torch.randn(5, 3, 4, 8, generator=torch.Generator().manual_seed(0))
+    directions = position_directions(maps, 3)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(3))
+    spread = (maps.mean(0).flatten(0, 1) @ directions).std(0)
+    assert (spread.diff() < 0).all()
+    for count in (8, 12):
+        with pytest.raises(ValueError, match=f"positions={count}: 8 numbers at 12 places have fewer"):
+            position_directions(maps, count)
+
+
+def test_made_again_from_its_settings_it_answers_the_same():
+    queries, images, labels = prompts()
+    for options in ({}, {"layers": [0, None], "positions": 2, "matching": "mutual"}):
+        model = FeatureMatching(tiny_encoder(), **options)
+        settings = model.settings()
+        assert {"layers", "positions"} & settings.keys() == options.keys() - {"matching"}
+        config = {"config": json.loads(model.backbone.config.to_json_string(use_diff=False))}
+        again = FeatureMatching.from_settings(settings | {"backbone": config})
+        again.encoder.backbone.load_state_dict(model.backbone.state_dict())
+        torch.testing.assert_close(again(queries, images, labels), model(queries, images, labels))
+
+
 def test_the_model_is_frozen():
     model = matching().train()
     assert not any(module.training for module in model.encoder.backbone.modules())
@@ -165,6 +264,8 @@ def test_what_does_not_fit_is_refused():
     shapes = r"pass \(B, ...\), \(B, m, ...\)|takes \(N, 3"
     for call, text in (
         (lambda: matching("hard"), "matching='hard': choose one of"),
+        (lambda: matching(layers=[]), "layers is empty"),
+        (lambda: matching(positions=-1), "positions=-1"),
         (lambda: matching(temperature=0), "temperature=0: must be positive"),
         (lambda: matching(temperature=float("nan")), "temperature=nan"),
         (lambda: matching(carry="colour"), "carry='colour': choose"),

@@ -32,7 +32,7 @@ def pool(pools):
 def work_of(pool, count, folder=None):
     """Measuring so many examples on every image."""
     examples = measure.Examples(pool, make_model(), measure.find_task(pool.task))
-    return measure.Work(examples, count, torch.zeros(COUNT, dtype=torch.bool), None, folder)
+    return measure.Work(examples, count, torch.zeros(COUNT, dtype=torch.bool), None, None, folder)
 
 
 @pytest.fixture

@@ -112,7 +112,8 @@ def test_every_argument_is_taken_or_refused_in_words_of_ours(name, argument, tmp
         assert len(str(error)) > 20, f"{junk!r}: {error}"
 
 
-def test_the_calls_of_this_table_work():
+def test_the_calls_of_this_table_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     unready = {"ExamplePool", "RankerSelector", "plan_shards", "scheduled_rates"}  # and those that read files
     for name, values in CALLS.items():
         reads = any(value in values for value in ("folder", "repo_id", "file")) and name != "write_splits"

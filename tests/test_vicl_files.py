@@ -217,8 +217,10 @@ def test_a_mistyped_folder_is_never_asked_for_at_the_hub(tmp_path, monkeypatch, 
 def test_names_of_repositories_and_folders_that_are_there_pass(tmp_path, monkeypatch, check):
     monkeypatch.chdir(tmp_path)
     Path("me/here").mkdir(parents=True)
-    for name in ("gpt2", "somebody/model", "me/here", Path("me/here"), "./me", None):
+    for name in ("gpt2", "somebody/model", "me/here", Path("me/here"), "./me"):
         check(name)
+    with pytest.raises(TypeError, match="NoneType is no place to load from"):
+        check(None)
     check("me/model", "main")  # only repositories have revisions
     for name in ("me/model", Path("somebody/model")):
         with pytest.raises(FileNotFoundError, match="it is taken for a path"):

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
@@ -28,7 +27,7 @@ from hf_effdl.vicl.remote_code.examples import CHUNK, Examples, Queries
 from hf_effdl.vicl.remote_code.images import pixels
 from hf_effdl.vicl.remote_code.modeling_visual_in_context import VisualInContextModel
 from hf_effdl.vicl.remote_code.pool_reader import PoolReader
-from hf_effdl.vicl.remote_code.pool_rows import groups_of, rows_checked, rows_of_ids
+from hf_effdl.vicl.remote_code.pool_rows import classes_of, fellows, groups_of, rows_checked, rows_of_ids
 from hf_effdl.vicl.remote_code.vision_encoder import digest_weights
 from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
@@ -48,6 +47,7 @@ def measure_examples(
     rows: Iterable[int] | None = None,
     exclude_rows: Iterable[int] | None = None,
     groups: Sequence[int | str | None] | None = None,
+    classes: Sequence[int | str | None] | None = None,
     seed: int = 0,
     metric: Any = None,
     greater_is_better: bool = True,
@@ -76,6 +76,9 @@ def measure_examples(
         exclude_rows: the same beside, or instead of, `exclude`.
         groups: what each row of the pool belongs to (a video, a patient), None for nothing: no example is shown on an
             image of its own group. Default: the groups that the pool keeps.
+        classes: what each row of the pool shows, None for no class: an image is shown examples of its own class, as
+            one that is asked for with `classes=` is. Default: the classes that the pool keeps; `[None] * len(pool)`
+            measures across them.
         metric, greater_is_better: see `Examples`; default: the task's own.
         cache_dir: keeps finished parts of 16 images, so that a run that was cut off, or one on more images (a larger
             number, or a list that begins with the same ones), goes on; those of another model, pool, metric (by its
@@ -108,11 +111,12 @@ def measure_examples(
     count = _examples_each(model, excluded, candidates)
     _check_pool(pool, model)
     query_rows = _query_rows(pool, queries, rows, excluded, seed)
-    groups = groups_of(pool, groups)
+    groups, classes = groups_of(pool, groups), classes_of(pool, classes)
     folder = old = None
     if cache_dir is not None:
         name = None if metric is None else _name(metric)
         decided = {"metric": name, "greater_is_better": greater_is_better, "excluded": excluded, "groups": groups}
+        decided["classes"] = classes
         folder = Path(cache_dir) / f"performance-{measured_key(model, pool, count, **decided)}"
         folder.mkdir(parents=True, exist_ok=True)
         old = _old_folder(Path(cache_dir), model, pool, count, **decided)
@@ -120,7 +124,7 @@ def measure_examples(
     mine = parts[state.process_index :: state.num_processes]
     task = find_task(model.config.task)
     examples = Examples(pool, model.to(state.device), task, metric, greater_is_better)
-    work = Work(examples, count, excluded, groups, folder, old)
+    work = Work(examples, count, excluded, groups, classes, folder, old)
     measured, shown = [], progress and state.is_main_process
     try:
         if shown:
@@ -192,6 +196,7 @@ class Work:
     count: int  # examples on every image
     excluded: Tensor
     groups: list[str | None] | None
+    classes: list[str | None] | None
     folder: Path | None
     old: Path | None = None  # of version 0.1
 
@@ -255,21 +260,22 @@ class Work:
         cells = pixels(seen, model.image_size, model.resample).to(model.device)
         truth = task.labels([pool.label(row) for row in rows.tolist()], images, model.image_size).to(model.device)
         vectors = F.normalize(pool.vectors[rows].float(), dim=1)
-        allowed = None
-        if self.excluded.any() or self.groups is not None:
-            allowed = (~self.excluded).expand(len(rows), -1).clone()
-            if self.groups is not None:
-                belongs = np.array(self.groups, dtype=object)
-                mine = [(belongs != one) | (one is None) for one in belongs[rows.numpy()]]
-                allowed &= torch.from_numpy(np.stack(mine).astype(bool))
-        found = Queries(cells, {"vector": vectors}, truth, exclude=rows, allowed=allowed)
+        found = Queries(cells, {"vector": vectors}, truth, exclude=rows, allowed=self.allowed(rows))
         nearest = self.examples.nearest(found, self.count)[1]
         if (alone := (nearest < 0).all(1)).any():
             row = int(rows[alone][0])
             raise ValueError(
-                f"pool image {pool.ids[row]!r} has no example outside its group: leave it out of queries="
+                f"pool image {pool.ids[row]!r} has no example of its class outside its group: leave it out of queries="
             )
         return Queries(cells, {}, truth), nearest
+
+    def allowed(self, rows: Tensor) -> Tensor | None:
+        """`(B, n)` bool: examples that each of some images may be shown; None: all."""
+        allowed = fellows(rows, self.groups, self.classes)
+        if self.excluded.any():
+            there = (~self.excluded).expand(len(rows), -1)
+            allowed = there.clone() if allowed is None else allowed & there
+        return allowed
 
     def tell_cost(self, parts: Sequence[Tensor], processes: int) -> None:
         """Say on stderr how many runs some parts are, how many were done before, and how long the others take."""
@@ -356,6 +362,7 @@ def measured_key(
     greater_is_better: bool,
     excluded: Tensor,
     groups: Sequence[str | None] | None,
+    classes: Sequence[str | None] | None = None,
 ) -> str:
     """Of all that decides what is measured of a pair of images, and which pairs are: one key for a cache of it."""
     frozen = model.frozen
@@ -371,6 +378,7 @@ def measured_key(
         "excluded": excluded.nonzero()[:, 0].tolist(),
         "groups": None if groups is None else list(groups),
     }
+    parts |= {} if classes is None else {"classes": list(classes)}  # a key of before is one without
     key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     digest_weights(key, frozen)
     return key.hexdigest()[:16]
@@ -386,10 +394,11 @@ def _old_folder(
     greater_is_better: bool,
     excluded: Tensor,
     groups: Any,
+    classes: Any,
 ) -> Path | None:
     """Where version 0.1 kept the same parts; None where its key left out what decides them now."""
     single = all(weight.dtype == torch.float32 for weight in model.frozen.parameters())
-    if metric is not None or groups is not None or not single:
+    if metric is not None or groups is not None or classes is not None or not single:
         return None
     parts = [type(model.frozen).__qualname__, model.config.frozen_model, model.config.task, pool.fingerprint, count]
     parts += [None, greater_is_better] + ([excluded.nonzero()[:, 0].tolist()] if excluded.any() else [])

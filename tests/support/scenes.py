@@ -65,17 +65,21 @@ def make_pool(
     encoder: VisionEncoder | None = None,
     first: int = 0,
     groups: list | None = None,
+    classes: list | None = None,
     **options: Any,
 ) -> ExamplePool:
     data = rows(count, first)
+    for name, values in (("group", groups), ("class", classes)):
+        data = data if values is None else data.add_column(name, values)
     return ExamplePool.from_dataset(
-        data if groups is None else data.add_column("group", groups),
+        data,
         "image",
         LABELS[task],
         encoder=encoder or tiny_encoder(),
         task=task,
         id_column="name",
         group_column=None if groups is None else "group",
+        class_column=None if classes is None else "class",
         cache_dir=folder,
         rows_per_shard=7,
         progress=False,

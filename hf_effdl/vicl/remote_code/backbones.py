@@ -45,13 +45,13 @@ def source_of(
     return {"id": id, "revision": revision or commit_of(id)}
 
 
-def _check_sizes(values: dict[str, Any]) -> None:
+def check_sizes(values: dict[str, Any]) -> None:
     """Refuse sizes that no backbone has and that would fill the memory, or take for ever."""
     for name, value in values.items():
         most = DEEPEST if "layers" in name or "depth" in name else LARGEST
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, dict):
-                _check_sizes(one)
+                check_sizes(one)
             elif isinstance(one, int | float) and not abs(one) <= most:  # NaN is not
                 raise ValueError(f"the config of the backbone has {name}={one}: no model is as large")
 
@@ -68,7 +68,7 @@ def config_of(source: dict[str, Any], token: str | bool | None = None, trust: bo
             source["id"], revision=source["revision"], token=token, trust_remote_code=trust
         )
     values = dict(source["config"])
-    _check_sizes(values)
+    check_sizes(values)
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 

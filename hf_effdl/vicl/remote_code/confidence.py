@@ -34,3 +34,17 @@ def expected_performance(weights: list[float], certain: Tensor, scores: Tensor) 
     """What an answer can be expected to be worth, within what was seen on pool images; `(B,)`."""
     offset, of_certainty, of_score, low, high = weights
     return (offset + of_certainty * certain + of_score * scores).clamp(low, high)
+
+
+def confidence_of(task: str, painted: Tensor, scores: Tensor, learnt: list[float] | None) -> list[float | None]:
+    """How sure each of some answers `(B, 3, h, w)` is; None for colours.
+
+    Args:
+        task: by name.
+        scores: `(B, m)` of the examples shown.
+        learnt: weights of `expected_performance`; None: certainty is all that is known.
+    """
+    if task == "colourisation":
+        return [None] * len(painted)
+    sure = certainty(painted).cpu()
+    return (sure if learnt is None else expected_performance(learnt, sure, scores[:, 0].float().cpu())).tolist()

@@ -13,7 +13,7 @@ class VisualInContextConfig(PreTrainedConfig):
 
     Args:
         task: "segmentation", "detection" or "colourisation".
-        frozen_model: `{"kind": "seggpt" or "feature-matching", "backbone": ..., settings of that kind}`.
+        frozen_model: `{"kind": "seggpt", "sam3" or "feature-matching", "backbone": ..., settings of that kind}`.
         encoder: `{"backbone": ..., settings of VisionEncoder}` of the encoder that the pool was built with; None: the
             frozen model's own.
         strategy: how examples are chosen by default.
@@ -23,6 +23,7 @@ class VisualInContextConfig(PreTrainedConfig):
         pool_fingerprint: of the pool that `performance` was measured on.
         performance: shape `[n, K]` of the table of measured performance in the weights; None: there is none.
         selector: the selector that the model keeps, as plain values; None: there is none.
+        absence: when an object counts as absent, see `VisualInContextPipeline.calibrate_absence`; None: not learnt.
     """
 
     model_type = "effdl-visual-in-context"
@@ -37,6 +38,7 @@ class VisualInContextConfig(PreTrainedConfig):
     pool_fingerprint: str | None = None
     performance: list[int] | None = None
     selector: dict[str, Any] | None = None
+    absence: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.candidates, int) or self.candidates < 1:

@@ -1,5 +1,6 @@
 """Feature matching, an in-context model without training: like places of the example say what a place shows."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from .frozen_model import FrozenModel
 from .vision_encoder import VisionEncoder
 
 
-MATCHINGS = ("soft", "nearest", "prototype")
+MATCHINGS = ("soft", "nearest", "prototype", "mutual")
 GREY = (0.299, 0.587, 0.114)
+PROBES = 16  # images of each kind that show nothing
 
 
 class FeatureMatching(FrozenModel):
@@ -25,18 +27,29 @@ class FeatureMatching(FrozenModel):
         nearest     y_j of the largest <q, e_j>
         prototype   sigmoid((<q, p> - <q, b>) / temperature): p and b are the unit means of the e_j weighted by y_j
                     and 1 - y_j
+        mutual      sum_j w_ij y_j of the query's cell i, w_ij in proportion to softmax_j(s_ij) softmax_i(s_ij) with
+                    s_ij = <q_i, e_j> / temperature: a match counts as far as it is one both ways, for object and
+                    background alike
 
     and the grid is upsampled to the label's size by bilinear interpolation. Several examples are matched together, as
     if they were one large one. After the training-free matching of frozen features in few-shot segmentation (e.g.
-    PANet, arXiv 1908.06391); the three forms differ in how they fail (noise or bias), which makes them useful as test
-    beds.
+    PANet, arXiv 1908.06391; both ways, LoFTR, arXiv 2104.00680); the forms differ in how they fail (noise or bias),
+    which makes them useful as test beds.
+
+    Features may say where a cell is, beside what is there. `positions=r` takes out the r directions along which
+    features of images that show nothing differ most from place to place: with m_p the mean over such images at place
+    p, and V the first r right singular vectors of the m_p less their mean, f <- f - V V^T f, before f is normalised
+    (after INSID3, arXiv 2603.28480).
 
     Args:
         encoder: gives the grid of features.
-        matching: "soft", "nearest" or "prototype" (black and white labels only).
+        matching: "soft", "nearest", "prototype" (black and white labels only) or "mutual".
         temperature: of the softmax.
         carry: "label", or "difference": the label minus the grey example is carried over and added to the grey query
             at full resolution. The choice for colourisation, where the query already has the brightness.
+        layers: indices into the encoder's `hidden_states`, None for the last map: a cosine is then the mean of the
+            layers' cosines. Default: the encoder's own `layer` alone.
+        positions: directions of position that are taken out of every layer; default 0.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel
@@ -52,7 +65,13 @@ class FeatureMatching(FrozenModel):
     encoder_options = ("image_size", "layer")
 
     def __init__(
-        self, encoder: VisionEncoder, matching: str = "soft", temperature: float = 0.05, carry: str = "label"
+        self,
+        encoder: VisionEncoder,
+        matching: str = "soft",
+        temperature: float = 0.05,
+        carry: str = "label",
+        layers: Sequence[int | None] | None = None,
+        positions: int = 0,
     ) -> None:
         super().__init__()
         if matching not in MATCHINGS:
@@ -66,8 +85,16 @@ class FeatureMatching(FrozenModel):
                 "carry='difference' with matching='prototype': a prototype is of black and white labels; "
                 "use matching='soft'"
             )
+        if layers is not None and not len(layers):
+            raise ValueError("layers is empty: name one layer or more, or None for the encoder's own")
+        if not isinstance(positions, int) or positions < 0:
+            raise ValueError(
+                f"positions={positions!r}: pass a number of directions, or 0 to leave features as they are"
+            )
         self.encoder, self.matching, self.temperature, self.carry = encoder, matching, temperature, carry
+        self.layers, self.positions = None if layers is None else tuple(layers), positions
         self._grid: tuple[int, int, int] | None = None
+        self._directions: list[Tensor] | None = None
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -99,6 +126,10 @@ class FeatureMatching(FrozenModel):
     def settings(self) -> dict[str, Any]:
         """The arguments, the encoder's among them, as plain values."""
         options = {"matching": self.matching, "temperature": self.temperature, "carry": self.carry}
+        if self.layers is not None:
+            options["layers"] = list(self.layers)
+        if self.positions:
+            options["positions"] = self.positions
         return self.encoder.settings() | options
 
     @classmethod
@@ -107,6 +138,7 @@ class FeatureMatching(FrozenModel):
     ) -> "FeatureMatching":
         """Made from `settings` and the source of its backbone."""
         options = {name: settings[name] for name in ("matching", "temperature", "carry")}
+        options |= {name: settings[name] for name in ("layers", "positions") if name in settings}
         return cls(VisionEncoder.from_settings(settings, token, trust), **options)
 
     @classmethod
@@ -141,13 +173,42 @@ class FeatureMatching(FrozenModel):
         Returns:
             `(N, gh gw d)` or `(N, gh gw d + h w)`, so that one row is all that has to be kept of an image.
         """
-        grid = F.normalize(self.encoder(images)["grid"], dim=3)
-        self._grid = tuple(grid.shape[1:])
-        encoded = grid.flatten(1)
+        encoded = self.features(self.maps(images))
         if self.carry == "difference":
             weights = torch.tensor(GREY, device=images.device).view(1, 3, 1, 1)
             encoded = torch.cat([encoded, (images * weights).sum(1).flatten(1).to(encoded)], 1)
         return encoded
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """What the encoder says of images, `(N, gh, gw, d)` for each layer."""
+        return [self.encoder(images)["grid"]] if self.layers is None else self.encoder.maps(images, self.layers)
+
+    @torch.no_grad()
+    def features(self, maps: list[Tensor]) -> Tensor:
+        """Unit features of every cell, flat `(N, gh gw d)`, from maps; smaller maps are enlarged to the largest."""
+        if self.positions and self._directions is None:
+            self._directions = self._of_position()
+        side = max(tuple(one.shape[1:3]) for one in maps)
+        parts = []
+        for number, one in enumerate(maps):
+            if self.positions:
+                directions = self._directions[number].to(one)
+                one = one - (one @ directions) @ directions.T
+            if tuple(one.shape[1:3]) != side:
+                one = F.interpolate(one.permute(0, 3, 1, 2), side, mode="bilinear").permute(0, 2, 3, 1)
+            parts.append(F.normalize(one, dim=3) / len(maps) ** 0.5)
+        grid = torch.cat(parts, 3)
+        self._grid = tuple(grid.shape[1:])
+        return grid.flatten(1)
+
+    def _of_position(self) -> list[Tensor]:
+        """Of each layer the directions `(d, r)` that say where a cell is."""
+        generator, (h, w) = torch.Generator().manual_seed(0), self.image_size
+        kinds = [torch.rand(PROBES, 3, *size, generator=generator) for size in ((1, 1), (16, 16), (h, w))]
+        device = next(self.encoder.parameters()).device
+        shown = [F.interpolate(kind, (h, w)).to(device) for kind in kinds]  # blank, coarse and fine noise
+        each = zip(*(self.maps(part) for kind in shown for part in kind.split(8)), strict=True)
+        return [position_directions(torch.cat(parts), self.positions) for parts in each]
 
     @torch.no_grad()
     def predict(self, queries: Tensor, images: Tensor, labels: Tensor, arrangement: int = 0) -> Tensor:
@@ -213,9 +274,28 @@ class FeatureMatching(FrozenModel):
         if self.matching == "nearest":
             best = similarity.argmax(2)
             return values.gather(1, best[..., None].expand(-1, -1, 3))
-        return (similarity / self.temperature).softmax(2) @ values
+        logits = similarity / self.temperature
+        if self.matching == "mutual":
+            logits = 2 * logits - logits.logsumexp(1, keepdim=True)
+        return logits.softmax(2) @ values
 
     def _shape(self, device: torch.device) -> tuple[int, int, int]:
         if self._grid is None:  # features that were kept from before
             self.encode(torch.zeros(1, 3, *self.image_size, device=device))
         return self._grid
+
+
+def position_directions(maps: Tensor, count: int) -> Tensor:
+    """Directions `(d, count)` along which features of images that show nothing differ from place to place.
+
+    Args:
+        maps: `(N, gh, gw, d)` features of such images.
+        count: of directions, fewer than d and than there are places.
+
+    Raises:
+        ValueError: for more.
+    """
+    mean = maps.float().mean(0).flatten(0, 1)
+    if count >= min(mean.shape):
+        raise ValueError(f"positions={count}: {mean.shape[1]} numbers at {mean.shape[0]} places have fewer directions")
+    return torch.linalg.svd(mean - mean.mean(0), full_matrices=False)[2][:count].T.contiguous()

@@ -12,8 +12,10 @@ from .backbones import check_whole, is_named, plain_errors, source_of
 from .borrowing import borrow
 from .cascade import CascadeSelector
 from .configuration_visual_in_context import VisualInContextConfig
+from .frozen_mae_vqgan import MaeVqganInContext
 from .frozen_matching import FeatureMatching
 from .frozen_model import FrozenModel
+from .frozen_sam3 import Sam3InContext
 from .frozen_seggpt import SegGptInContext
 from .images import BICUBIC
 from .ranker_selector import RankerSelector
@@ -23,7 +25,9 @@ from .writing import check_folder, filled_beside
 
 DEFAULT = "BAAI/seggpt-vit-large"
 # frozen models that can be saved, by the name of their kind
-FROZEN: dict[str, type[FrozenModel]] = {frozen.kind: frozen for frozen in (SegGptInContext, FeatureMatching)}
+FROZEN: dict[str, type[FrozenModel]] = {
+    frozen.kind: frozen for frozen in (SegGptInContext, Sam3InContext, MaeVqganInContext, FeatureMatching)
+}
 # selectors that a model can keep, by the name of the strategy
 KINDS = {selector.kind: selector for selector in (CascadeSelector, RankerSelector)}
 
@@ -82,15 +86,16 @@ class VisualInContextModel(PreTrainedModel):
         token: str | bool | None = None,
         **settings: Any,
     ) -> "VisualInContextModel":
-        """A model from a repository or folder: SegGPT where it holds one, else feature matching on its encoder.
+        """A model from a repository or folder: its SegGPT, SAM 3 or MAE-VQGAN, else feature matching.
 
         Args:
             backbone: e.g. `BAAI/seggpt-vit-large` or `facebook/dinov2-base`.
             task: "segmentation", "detection" or "colourisation".
-            encoder: encoder for retrieval; default: the backbone itself.
+            encoder: encoder for retrieval; default: the backbone itself. SAM 3 and MAE-VQGAN need one.
             revision: of the backbone.
-            settings: for `SegGptInContext` (`embedding_type`, `ensemble`) or for `FeatureMatching` (`matching`,
-                `temperature`, `carry`) and its encoder (`image_size`, `layer`).
+            settings: for `SegGptInContext` (`embedding_type`, `ensemble`), for `Sam3InContext` (`text`, `threshold`,
+                `paint`), or for `FeatureMatching` (`matching`, `temperature`, `carry`, `layers`, `positions`) and its
+                encoder (`image_size`, `layer`).
         """
         check_folder(backbone, revision)
         config = AutoConfig.from_pretrained(backbone, revision=revision, token=token, trust_remote_code=False)
@@ -114,7 +119,7 @@ class VisualInContextModel(PreTrainedModel):
         """A model from modules.
 
         Args:
-            frozen: a `FrozenModel`, such as `SegGptInContext` or `FeatureMatching`, or any module with their
+            frozen: a `FrozenModel`, such as `SegGptInContext` or `FeatureMatching`, or any module with its
                 `image_size`, `encode` and `predict`; of a kind that `FROZEN` does not hold it works here and now, but
                 cannot be saved.
             encoder: of the pool; default: the frozen model's own.
@@ -194,7 +199,7 @@ class VisualInContextModel(PreTrainedModel):
         if self.config.frozen_model is None:
             raise ValueError(
                 f"a {type(self.frozen).__name__} cannot be saved: how to build it is not known. "
-                f"{' and '.join(kind.__name__ for kind in FROZEN.values())} can be saved"
+                f"{', '.join(kind.__name__ for kind in FROZEN.values())} can be saved"
             )
         state = kwargs.pop("state_dict", None) or self.state_dict()
         named = [

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.image_utils import load_image
 
 from .examples import Queries
+from .images import to_rgb
 
 
 # what is given for each image of a call
@@ -31,6 +32,17 @@ def array_of(image: Tensor) -> np.ndarray:
 def soft_map(painted: Tensor, size: tuple[int, int]) -> np.ndarray:
     white = painted.float().mean(0)[None, None]
     return nn.functional.interpolate(white, tuple(size), mode="bilinear", align_corners=False)[0, 0].cpu().numpy()
+
+
+def plain_instances(found: dict[str, Tensor], size: tuple[int, int], masks: bool) -> list[dict[str, Any]]:
+    """Objects of one query, as `Sam3InContext.instances` gives them, in pixels of the query `(H, W)`, best first."""
+    height, width = size
+    boxes = (found["boxes"].float().cpu() * torch.tensor([width, height] * 2)).round().int().tolist()
+    instances = [{"score": score, "box": box} for score, box in zip(found["scores"].tolist(), boxes, strict=True)]
+    if masks:
+        for one, mask in zip(instances, found["masks"], strict=True):
+            one["mask"] = np.uint8(soft_map(mask[None], size) >= 0.5)
+    return instances
 
 
 def alike(queries: Queries, longest: int) -> Iterator[tuple[Tensor, Queries]]:
@@ -65,6 +77,17 @@ def check_each(name: str, values: Any, images: Any) -> None:
         raise ValueError(f"{name}= must hold one {ONE_OF[name]} for each image")
     if hasattr(values, "__len__") and hasattr(images, "__len__") and len(values) != len(images):
         raise ValueError(f"{len(values)} {name} for {len(images)} images: pass one each")
+
+
+def opened_query(image: Any) -> Image.Image:
+    """PIL RGB of whatever a pipeline is asked with."""
+    if isinstance(image, dict):
+        image = image_of(image)
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        image = downloaded(image)
+    if isinstance(image, Tensor):
+        image = array_of(image)
+    return to_rgb(image)
 
 
 def downloaded(url: str) -> Image.Image:

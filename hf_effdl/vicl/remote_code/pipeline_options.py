@@ -10,6 +10,7 @@ from .examples import Queries
 
 
 FUSIONS = ("mean", "weighted", "model")
+EXTRA = ("instances", "presence")  # options that add to what is said of each query
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Options:
     candidates: int = 50
     seed: int = 0
     soft_map: bool = False
+    instances: bool = False
+    presence: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "candidates"):
@@ -83,8 +86,11 @@ def check_options(options: Options, pipe: Any, choose: Any, said: str) -> None:
         ValueError: naming the option.
     """
     frozen, pool, kept = pipe.model.frozen, pipe.pool, pipe.model.selector
-    if options.soft_map and pipe.visual_task.name == "colourisation":
-        raise ValueError("soft_map=True, but colours are not cut in two: the prediction is all there is")
+    for name in ("soft_map", "presence"):
+        if getattr(options, name) and pipe.visual_task.name == "colourisation":
+            raise ValueError(f"{name}=True, but colours are not cut in two: the prediction is all there is")
+    if options.instances:
+        _check_instances(options, frozen)
     if options.vote and getattr(frozen, "arrangements", 1) == 1:
         raise ValueError(
             f"vote=True, but {type(frozen).__name__} has no canvas whose cells could be "
@@ -105,4 +111,17 @@ def check_options(options: Options, pipe: Any, choose: Any, said: str) -> None:
             f"num_examples={options.num_examples}, but the pool has {len(pool)} examples: a query is shown at most "
             "these",
             stacklevel=2,
+        )
+
+
+def _check_instances(options: Options, frozen: Any) -> None:
+    if not hasattr(frozen, "instances"):
+        raise ValueError(
+            f"instances=True, but a {type(frozen).__name__} paints one picture and tells no objects apart: use a "
+            "Sam3InContext, or leave instances out"
+        )
+    if options.vote or (options.num_examples > 1 and options.fusion != "model"):
+        raise ValueError(
+            "instances=True, but objects of several answers are not joined: pass fusion='model', which shows all "
+            "examples at once, and leave vote out"
         )

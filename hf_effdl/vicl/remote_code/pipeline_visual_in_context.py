@@ -1,42 +1,42 @@
 """The pipeline: for each image, choose examples from a pool, show them to a frozen vision model, read its answer."""
 
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import Pipeline
 
-from .confidence import certainty, expected_performance
+from .absence import Presence, calibrate, check_calibrated, presence_features
+from .confidence import confidence_of
 from .examples import Examples, Queries
 from .frozen_canvas import vote as count_votes
-from .images import pixels, to_rgb
-from .modeling_visual_in_context import KINDS, VisualInContextModel
+from .images import pixels
+from .label_maps import label_maps
+from .modeling_visual_in_context import VisualInContextModel
+from .pipeline_choice import Choice
 from .pipeline_inputs import (
     ONE_OF,
     alike,
-    array_of,
     check_each,
-    downloaded,
     fused,
-    image_of,
     is_image,
+    opened_query,
+    plain_instances,
     soft_map,
     walkable,
 )
 from .pipeline_loading import load_parts
-from .pipeline_options import FORWARD, Options, check_chosen, check_options
-from .pipeline_picture import Answer, Shown, draw_panels
+from .pipeline_options import EXTRA, FORWARD, Options, check_chosen, check_options
+from .pipeline_panels import rows_shown
+from .pipeline_picture import draw_panels
 from .pipeline_saving import pushed, saved
 from .pool_reader import PoolReader
 from .pool_rows import allowed_rows
-from .strategies import find_strategy
 from .visual_tasks import find_task, task_of
 
 
@@ -54,10 +54,11 @@ class VisualInContextPipeline(Pipeline):
             a backbone (SegGPT, or any vision encoder for feature matching), see `VisualInContextModel.from_backbone`;
             where the pool was made with another encoder than the backbone, that one is loaded too.
         selector: how examples are chosen: "random", "nearest", "static", "dense", "transfer", "oracle"; a fitted
-            `CascadeSelector` or a `RankerSelector`, or "cascade" or "ranker" for one that the model keeps; or a
-            callable `(queries, examples, count, candidates) -> (scores, rows)`, and, where it knows them, the answers
-            `(B, count, 3, h, w)` to each. Default: the model's `config.strategy`, which is "cascade" where it keeps
-            one.
+            `CascadeSelector` or a `RankerSelector`, or "cascade" or "ranker" for one that the model keeps; "auto" for
+            the best of those that need no label of the query, as tried on images of the pool (`self_check` says what
+            was found); or a callable `(queries, examples, count, candidates) -> (scores, rows)`, and, where it knows
+            them, the answers `(B, count, 3, h, w)` to each. Default: the model's `config.strategy`, which is
+            "cascade" where it keeps one.
         pool: an `ExamplePool` or `PoolReader`, or a repository or folder of one; default: the one that the config
             names.
         metric, greater_is_better: what the oracle goes by, see `Examples`; default: the task's own metric.
@@ -76,6 +77,8 @@ class VisualInContextPipeline(Pipeline):
         candidates      K (default: the config's, 50), at least m; a smaller pool gives shorter lists
         seed            of the random strategy
         soft_map        also give how white the answer is, before it is cut in two (not for colourisation)
+        presence        also give whether the examples' object is there at all, after `calibrate_absence`
+        instances       also give every object that was found, for a frozen model that tells them apart (SAM 3)
         labels          labels of the queries, as many, read as those of the pool's data set; for the oracle
         exclude         for each image the ids of examples that it must not be shown: a text, a list of them, or None
         groups          what each image belongs to (a video, a patient, a photo): no example of the same group of the
@@ -87,12 +90,14 @@ class VisualInContextPipeline(Pipeline):
     Returns:
         For one image a dict, for several a list of them:
         `{"prediction", "example_ids", "scores", "confidence"}`; ids and scores of the m examples shown, best first;
-        with `soft_map=True` also `"soft_map"`, float32 `(H, W)` in [0, 1]. The confidence is, where a fitted
-        `CascadeSelector` chooses, the performance that was seen on pool images for answers as sure as this one; else
-        how far from grey the answer is, in [0, 1], which is not calibrated (None for colourisation). The prediction
-        is, for segmentation, a uint8 array `(H, W)` of the query's size, 1 for the object; for detection `[x0, y0, x1,
-        y1]` in the query's pixels, or None where nothing was found; for colourisation an RGB PIL image of the query's
-        size.
+        with `soft_map=True` also `"soft_map"`, float32 `(H, W)` in [0, 1]; with `instances=True` also `"instances"`,
+        best first, dicts of a `score`, a `box` `[x0, y0, x1, y1]` and, for segmentation, a `mask`; with
+        `presence=True` also `"present"`, True or False, and `"presence"`, the chance of it. The confidence is,
+        where a fitted `CascadeSelector` chooses, the performance that was seen on pool images for answers as sure as
+        this one; else how far from grey the answer is, in [0, 1], which is not calibrated (None for colourisation).
+        The prediction is, for segmentation, a uint8 array `(H, W)` of the query's size, 1 for the object; for
+        detection `[x0, y0, x1, y1]` in the query's pixels, or None where nothing was found; for colourisation an RGB
+        PIL image of the query's size.
 
     Raises:
         ValueError: for a pool of another task or made with another encoder, unknown options, labels that are missing
@@ -137,8 +142,7 @@ class VisualInContextPipeline(Pipeline):
         self.label_task = task_of(model.config.task, getattr(pool, "manifest", {}).get("settings", {}))
         super().__init__(model=model, **kwargs)
         self.examples = Examples(pool, model, self.visual_task, metric, greater_is_better)
-        self._kept = model.selector  # as far as the user of this pipeline has been told
-        self._chooser(None)
+        self._choice = Choice(self)
 
     def __call__(
         self,
@@ -219,19 +223,65 @@ class VisualInContextPipeline(Pipeline):
         images, labels = list(images), None if labels is None else list(labels)
         if outputs is None:
             outputs = self(images, labels=labels, **options)
-        own = self._strategy(options.get("strategy", self._forward_params.get("strategy")))
+        own = self._choice.strategy(options.get("strategy", self._forward_params.get("strategy")))
         answers = [(own if isinstance(own, str) else getattr(own, "kind", ""), outputs)]
         answers += [(name, self(images, labels=labels, strategy=name)) for name in beside]
-        rows = []
-        for i, (image, *of_image) in enumerate(zip(images, *(outputs for _, outputs in answers), strict=True)):
-            truth = () if labels is None else (labels[i],)
-            shown = [self._answer_of(name, one, image, *truth) for (name, _), one in zip(answers, of_image)]
-            drawn = tuple(self._drawn(label, to_rgb(image), self.label_task) for label in truth)
-            rows.append(Shown(self.visual_task.query(image), shown, drawn))
-        picture = draw_panels(rows, self.visual_task.name, height)
+        picture = draw_panels(rows_shown(self, images, answers, labels), self.visual_task.name, height)
         if path is not None:
             picture.save(path)
         return picture
+
+    def label_map(
+        self, images: Any, classes: Sequence[str] | None = None, *, batch_size: int = 8, **options: Any
+    ) -> Any:
+        """Several classes at once: each pixel has the class whose answer is whitest there, times how sure it is.
+
+        One call of the pipeline for each class, with `classes=` of it; after `calibrate_absence`, classes that are
+        absent from an image are left out.
+
+        Args:
+            images: one or any number of them.
+            classes: default: all that the pool keeps.
+            batch_size, options: of a call.
+
+        Returns:
+            for one image a dict, for several a list: `{"label_map", "classes", "confidence", "example_ids"}`; the map
+            is uint8 `(H, W)` (int32 above 255 classes), 0 where no class is, else 1 and up in the order of `classes`.
+        """
+        return label_maps(self, images, classes, batch_size, options)
+
+    def calibrate_absence(
+        self,
+        queries: int = 100,
+        false_alarms: float = 0.05,
+        *,
+        absent: Sequence[Any] | None = None,
+        seed: int = 0,
+        progress: bool = True,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Learn on pool images when the examples' object is not there; then `presence=True` and `label_map` say so.
+
+        Each of some pool images is asked about its own class, and about another one, which is taken to be absent. How
+        well the example's object finds its like in the query, how sure and how white the answer is, and how alike the
+        images are, go into a logistic regression, and a threshold is set.
+
+        Args:
+            queries: pool images, at most.
+            false_alarms: share of absent objects that may be taken for present, in (0, 1).
+            absent: images without the object, for a pool of one class; default: pool images of other classes.
+            seed: of the draws.
+            progress: show a bar.
+            options: of a call, such as `strategy`.
+
+        Returns:
+            `{"false_alarm_rate", "found_rate", "images", ...}`, by folds without the image; it is kept in the model's
+            config, and saved with it.
+
+        Raises:
+            ValueError: for a pool of one class or none without `absent=`, and fewer than 10 images.
+        """
+        return calibrate(self, queries, false_alarms, absent, seed, progress, options)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, repo_id: str | None = None, **kwargs: Any
@@ -241,7 +291,7 @@ class VisualInContextPipeline(Pipeline):
         What stands in the config is kept, with the strategy and the number of candidates that this pipeline was made
         with; the other options of the constructor are not. Of several processes all call it, and the first one writes.
         """
-        strategy = self._strategy(self._forward_params.get("strategy"))
+        strategy = self._choice.strategy(self._forward_params.get("strategy"))
         candidates = self._forward_params.get("candidates", self.model.config.candidates)
         with saved(self, Path(save_directory), strategy, candidates, __file__, repo_id) as first:
             if first:
@@ -276,10 +326,12 @@ class VisualInContextPipeline(Pipeline):
             raise TypeError(
                 f"unknown options {sorted(unknown)}; there are {[*FORWARD, *ONE_OF, 'candidates_where', 'batch_size']}"
             )
+        if kwargs.get("presence"):
+            check_calibrated(self.model.config, self.pool)
         return {}, {name: kwargs[name] for name in FORWARD if kwargs.get(name) is not None}, {}
 
     def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        images = [self._opened(image) for image in inputs["images"]]
+        images = [opened_query(image) for image in inputs["images"]]
         seen = [self.visual_task.query(image) for image in images]
         model, encoder = self.model, self.model.encoder
         batch = {
@@ -296,9 +348,9 @@ class VisualInContextPipeline(Pipeline):
 
     def _forward(self, batch: dict[str, Any], **given: Any) -> dict[str, Any]:
         options = Options(**{"candidates": self.model.config.candidates} | given)
-        choose = self._chooser(options.strategy)
-        check_options(options, self, choose, self._said(options.strategy))
-        self._tell_unused(options)
+        choose = self._choice.selector(options.strategy)
+        check_options(options, self, choose, self._choice.said(options.strategy))
+        self._choice.tell_unused(options.strategy, self._forward_params.get("strategy"))
         queries = Queries(
             batch["cells"],
             self.model.encoder(batch["views"]),
@@ -311,7 +363,8 @@ class VisualInContextPipeline(Pipeline):
         order = [place for places, _ in answers for place in places.tolist()]
         painted = torch.cat([part["painted"] for _, part in answers])
         back = torch.tensor(order).argsort()
-        lists = {name: sum((part[name] for _, part in answers), []) for name in ("rows", "scores", "confidence")}
+        names = ("rows", "scores", "confidence", *(name for name in EXTRA if getattr(options, name)))
+        lists = {name: sum((part[name] for _, part in answers), []) for name in names}
         return {
             "painted": painted[back.to(painted.device)],
             "sizes": batch["sizes"],
@@ -326,39 +379,19 @@ class VisualInContextPipeline(Pipeline):
         weights = torch.full_like(scores, 1 / scores.shape[1])
         if options.fusion == "weighted":
             weights = (scores / choose.temperature).softmax(1)
-        if answers and options.fusion != "model" and not options.vote:  # the frozen model has answered already
+        found: dict[str, Any] = {}
+        if options.instances:
+            frozen = self.model.frozen
+            found["instances"] = frozen.instances(frozen.encode(queries.cells), *self.examples.encoded(rows))
+            painted = frozen.painted(found["instances"])
+        elif answers and options.fusion != "model" and not options.vote:  # the frozen model has answered already
             painted = fused(answers[0], weights)
         else:
             painted = self._painted(queries.cells, rows, weights, options)
-        confidence = self._confidence(painted, scores, choose)
-        return {"painted": painted, "rows": rows.tolist(), "scores": scores.tolist(), "confidence": confidence}
-
-    def _confidence(self, painted: Tensor, scores: Tensor, choose: Any) -> list[float | None]:
-        if self.visual_task.name == "colourisation":
-            return [None] * len(painted)
-        sure, learnt = certainty(painted).cpu(), getattr(choose, "confidence", None)
-        return (sure if learnt is None else expected_performance(learnt, sure, scores[:, 0].float().cpu())).tolist()
-
-    def _said(self, given: Any) -> str:
-        """What chooses, and who said so."""
-        strategy = self._strategy(given)
-        name = repr(strategy) if isinstance(strategy, str) else f"a {type(strategy).__name__}"
-        if given is not None:
-            return f"strategy={name}"
-        return f"selector={name} of the pipeline" if self.selector is not None else f"{name} of the model's config"
-
-    def _tell_unused(self, options: Options) -> None:
-        """Say once that a selector which was set on the model since this pipeline was made is not what chooses."""
-        kept, before, own = self.model.selector, self._kept, self._forward_params.get("strategy")
-        if kept is before or options.strategy is not own:  # nothing new, or this call says who chooses
-            return
-        self._kept = kept
-        if kept is not None and self._strategy(own) not in (kept.kind, kept):
-            warnings.warn(
-                f"the model keeps a {type(kept).__name__} since set_selector, but {self._said(own)} chooses, as "
-                f"before: pass strategy={kept.kind!r}, or make the pipeline without selector=",
-                stacklevel=2,
-            )
+        if options.presence:
+            found["presence"] = presence_features(self.examples, queries, rows[:, :1], painted).tolist()
+        confidence = confidence_of(self.visual_task.name, painted, scores, getattr(choose, "confidence", None))
+        return found | {"painted": painted, "rows": rows.tolist(), "scores": scores.tolist(), "confidence": confidence}
 
     def _painted(self, cells: Tensor, rows: Tensor, weights: Tensor, options: Options) -> Tensor:
         """The frozen model's answers to the queries `cells`, shown the examples `rows`, as one `(B, 3, h, w)`."""
@@ -385,6 +418,10 @@ class VisualInContextPipeline(Pipeline):
         if outputs["soft_map"]:
             for answer, painted, size in zip(answers, outputs["painted"], outputs["sizes"]):
                 answer["soft_map"] = soft_map(painted, size)
+        for answer, features in zip(answers, outputs.get("presence", ())):
+            answer |= Presence(**self.model.config.absence).of(features)
+        for answer, found, size in zip(answers, outputs.get("instances", ()), outputs["sizes"]):
+            answer["instances"] = plain_instances(found, size, masks=self.visual_task.name == "segmentation")
         return answers
 
     def _answer(
@@ -396,51 +433,7 @@ class VisualInContextPipeline(Pipeline):
         each = [frozen.predict(encoded, images[:, j : j + 1], labels[:, j : j + 1], layout) for j in range(m)]
         return fused(torch.stack(each, 1), weights)
 
-    def _strategy(self, given: Any) -> Any:
-        return next(value for value in (given, self.selector, self.model.config.strategy) if value is not None)
-
-    def _chooser(self, given: Any) -> Any:
-        strategy, kept = self._strategy(given), self.model.selector
-        if strategy not in KINDS:
-            return find_strategy(strategy)
-        if kept is None or kept.kind != strategy:
-            raise ValueError(
-                f"strategy={strategy!r}, but the model keeps {'none' if kept is None else kept.kind}: "
-                "model.set_selector(...) with a fitted CascadeSelector, or a RankerSelector"
-            )
-        return kept
-
-    def _answer_of(self, strategy: str, output: dict[str, Any], image: Any, *label: Any) -> Answer:
-        """For a picture; with what it is worth where the label is known."""
-        examples = []
-        for id in output["example_ids"]:
-            row = self.pool.position(id)
-            example = self.pool.image(row)
-            drawn = self._drawn(self.pool.label(row), example)
-            examples.append((id, self.visual_task.query(example), drawn))
-        worth = None
-        if label:
-            cells = [
-                task.labels([one], [image], self.model.image_size)
-                for task, one in ((self.visual_task, output["prediction"]), (self.label_task, *label))
-            ]
-            worth = float(self.visual_task.score(*cells))
-        return Answer(strategy, examples, output["scores"], output["prediction"], worth)
-
-    def _drawn(self, label: Any, image: Any, task: Any = None) -> Any:
-        """A label as a picture marks it: a 0/1 mask, a box, or a colour image."""
-        task = self.visual_task if task is None else task
-        if task.name == "detection":
-            return task.corners(label)
-        drawn = task.label(label, image)
-        return drawn if self.visual_task.name == "colourisation" else np.asarray(drawn)[:, :, 0] // 255
-
-    @staticmethod
-    def _opened(image: Any) -> Image.Image:
-        if isinstance(image, dict):
-            image = image_of(image)
-        if isinstance(image, str) and image.startswith(("http://", "https://")):
-            image = downloaded(image)
-        if isinstance(image, Tensor):
-            image = array_of(image)
-        return to_rgb(image)
+    @property
+    def self_check(self) -> dict[str, Any]:
+        """What was found on images of the pool, which "auto" goes by, see `check_strategies`."""
+        return self._choice.self_check

@@ -87,11 +87,22 @@ def groups_of(pool: PoolReader, groups: Sequence[Any] | None) -> list[str | None
     Raises:
         ValueError: for another number of groups than rows.
     """
-    if groups is None:
-        return pool.groups
-    if len(groups := list(groups)) != len(pool):
-        raise ValueError(f"{len(groups)} groups for a pool of {len(pool)}: pass one for each row, None for no group")
-    return [None if one is None else str(one) for one in groups]
+    return pool.groups if groups is None else _one_each(pool, groups, "group")
+
+
+def classes_of(pool: PoolReader, classes: Sequence[Any] | None) -> list[str | None] | None:
+    """The same for what each row shows."""
+    classes = pool.classes if classes is None else _one_each(pool, classes, "class")
+    return None if classes is None or set(classes) == {None} else classes
+
+
+def _one_each(pool: PoolReader, values: Sequence[Any], name: str) -> list[str | None]:
+    if len(values := list(values)) != len(pool):
+        several = "classes" if name == "class" else f"{name}s"
+        raise ValueError(
+            f"{len(values)} {several} for a pool of {len(pool)}: pass one for each row, None for no {name}"
+        )
+    return [None if one is None else str(one) for one in values]
 
 
 def group_numbers(groups: Sequence[str | None] | None, count: int) -> Tensor:
@@ -107,6 +118,23 @@ def of_other_groups(pool: PoolReader, groups: Sequence[Any], why: str = "groups=
     return torch.from_numpy(
         np.stack([np.ones(len(kept), bool) if one is None else kept != str(one) for one in groups])
     )
+
+
+def fellows(rows: Tensor, groups: Sequence[Any] | None, classes: Sequence[Any] | None) -> Tensor | None:
+    """`(B, n)` bool: of pool rows, those that are of another group and the same class; None: no column is known.
+
+    Args:
+        rows: `(B,)`.
+        groups, classes: one for each row of the pool; None for a row of none, and for no column.
+    """
+    allowed = None
+    for kept, same in ((groups, False), (classes, True)):
+        if kept is not None:
+            column = np.array(kept, dtype=object)
+            mine = [((column == one) == same) | (one is None) for one in column[rows.numpy()]]
+            mine = torch.from_numpy(np.stack(mine).astype(bool))
+            allowed = mine if allowed is None else allowed & mine
+    return allowed
 
 
 def allowed_rows(

@@ -49,18 +49,18 @@ def transfer(queries: Queries, examples: Examples, count: int, candidates: int) 
 
         s(q, c) = sum_j w_j R[j, c],    w_j = softmax_j(cos(q, j) / temperature);
 
-    where c was not measured on j, as for j = c, the mean of R[., c] stands for it.
+    where c was not measured on j, as for j = c, the mean of R[., c] stands for it. What was measured on a query that
+    is of the pool is left out.
     """
     similarity, rows = nearest(queries, examples, max(candidates, NEIGHBOURS), candidates)
     near, weight = rows[:, :NEIGHBOURS], (similarity[:, :NEIGHBOURS] / TEMPERATURE).softmax(1)
     rows = rows[:, :candidates]
     measured, residual = _residuals(examples)
-    mean = _quality(examples).nan_to_num(neginf=0.0)
-    scores = mean[rows.clamp(min=0)]
+    scores = _mean_of(measured, residual, rows, queries.exclude)
     for i in range(len(queries)):
         known = near[i][near[i] >= 0]
         hit = measured[known].flatten()[None] == rows[i][:, None]  # (K, neighbours x measured)
-        above_mean = residual[known].flatten() - mean[rows[i].clamp(min=0)][:, None]
+        above_mean = residual[known].flatten() - scores[i][:, None]
         each = weight[i][: len(known), None].expand(-1, measured.shape[1]).flatten()
         scores[i] += (hit * each * above_mean).sum(1)
     return best(scores.masked_fill(rows < 0, -torch.inf), rows, count)
@@ -94,7 +94,7 @@ def find_strategy(selector: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     """A strategy by name, or anything called as one: `(queries, examples, count, candidates) -> (scores, rows)`."""
     if isinstance(selector, str):
         if selector not in STRATEGIES:
-            raise ValueError(f"strategy={selector!r}: it must be one of {list(STRATEGIES)}")
+            raise ValueError(f"strategy={selector!r}: it must be one of {[*STRATEGIES, 'auto']}")
         return STRATEGIES[selector]
     if not callable(selector):
         raise TypeError(
@@ -154,9 +154,25 @@ def _residuals(examples: Examples) -> tuple[Tensor, Tensor]:
 
 def _quality(examples: Examples) -> Tensor:
     """Mean residual of each example, (n,); -inf for one that was never measured."""
-    measured, residual = _residuals(examples)
+    total, count = _totals(*_residuals(examples))
+    return torch.where(count > 0, total / count.clamp(min=1), -torch.inf)
+
+
+def _totals(measured: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of residuals of each example, and how many there are, (n,)."""
     known = measured >= 0
     total, count = torch.zeros(len(measured)), torch.zeros(len(measured))
     total.index_add_(0, measured[known], residual[known])
     count.index_add_(0, measured[known], torch.ones(int(known.sum())))
-    return torch.where(count > 0, total / count.clamp(min=1), -torch.inf)
+    return total, count
+
+
+def _mean_of(measured: Tensor, residual: Tensor, rows: Tensor, own: Tensor | None) -> Tensor:
+    """Mean residual of examples `rows (B, K)`, without what was measured on the pool's rows `own (B,)`; 0 for none."""
+    total, count = (part[rows.clamp(min=0)] for part in _totals(measured, residual))
+    if own is not None:
+        own = torch.as_tensor(own).cpu()
+        here = (measured[own.clamp(min=0)][:, None] == rows[:, :, None]) & (own >= 0)[:, None, None]
+        total = total - (here * residual[own.clamp(min=0)][:, None]).sum(2)
+        count = count - here.sum(2)
+    return torch.where(count > 0, total / count.clamp(min=1), 0.0)

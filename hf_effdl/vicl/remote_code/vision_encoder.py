@@ -3,6 +3,7 @@
 import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -241,11 +242,7 @@ class VisionEncoder(nn.Module):
         Returns:
             `{"vector": (N, d), "tokens": (N, 5, d), "grid": (N, gh, gw, d')}`, float32.
         """
-        if pixels.dim() != 4 or tuple(pixels.shape[1:]) != (3, *self.image_size):
-            raise ValueError(
-                f"pixels of shape {tuple(pixels.shape)}, but the encoder takes (N, 3, {self.image_size[0]}, "
-                f"{self.image_size[1]}): resize with images.pixels(images, encoder.image_size, encoder.resample)"
-            )
+        self._check_size(pixels)
         if self._reader is not None:
             last = grid = self._reader(pixels).float()
             pooled = None
@@ -259,20 +256,51 @@ class VisionEncoder(nn.Module):
             "grid": grid,
         }
 
-    def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    @torch.no_grad()
+    def maps(self, pixels: Tensor, layers: Sequence[int | None]) -> list[Tensor]:
+        """Feature maps of several layers from one pass.
+
+        Args:
+            pixels: as for `forward`.
+            layers: indices into `hidden_states`; None is the last map.
+
+        Returns:
+            `(N, gh, gw, d)` for each layer, float32; sizes may differ in a convolutional backbone.
+        """
+        self._check_size(pixels)
+        if self._reader is not None:
+            if set(layers) != {None}:
+                raise ValueError(f"layers={layers}: {type(self.backbone).__name__} has one map of features, the last")
+            return [self._reader(pixels).float()] * len(layers)
+        output = self._output(pixels, hidden=set(layers) != {None})
+        return [self._layer(output, layer) for layer in layers]
+
+    def _check_size(self, pixels: Tensor) -> None:
+        if pixels.dim() != 4 or tuple(pixels.shape[1:]) != (3, *self.image_size):
+            raise ValueError(
+                f"pixels of shape {tuple(pixels.shape)}, but the encoder takes (N, 3, {self.image_size[0]}, "
+                f"{self.image_size[1]}): resize with images.pixels(images, encoder.image_size, encoder.resample)"
+            )
+
+    def _output(self, pixels: Tensor, hidden: bool) -> Any:
         weight = next(self.backbone.parameters())
         mean, std = (torch.tensor(v, device=weight.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         normalised = ((pixels.to(weight.device) - mean) / std).to(weight.dtype)
         # positions are made for one size; one that can stretch them says so in its signature
         stretch = {"interpolate_pos_encoding": True} if self.stretches else {}
-        output = self.backbone(normalised, output_hidden_states=self.layer is not None, **stretch)
+        return self.backbone(normalised, output_hidden_states=hidden, **stretch)
+
+    def _layer(self, output: Any, layer: int | None) -> Tensor:
+        if layer is None:
+            return self._map(output.last_hidden_state)[0]
+        if not -len(output.hidden_states) <= layer < len(output.hidden_states):
+            raise ValueError(f"layer={layer}: {type(self.backbone).__name__} has {len(output.hidden_states)}")
+        return self._map(output.hidden_states[layer])[0]
+
+    def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        output = self._output(pixels, hidden=self.layer is not None)
         last, token = self._map(output.last_hidden_state)
-        if self.layer is None:
-            grid = last
-        elif -len(output.hidden_states) <= self.layer < len(output.hidden_states):
-            grid, _ = self._map(output.hidden_states[self.layer])
-        else:
-            raise ValueError(f"layer={self.layer}: {type(self.backbone).__name__} has {len(output.hidden_states)}")
+        grid = last if self.layer is None else self._layer(output, self.layer)
         return last, grid, output.pooler_output.float() if self.contrastive else token
 
     def _map(self, states: Tensor) -> tuple[Tensor, Tensor | None]:

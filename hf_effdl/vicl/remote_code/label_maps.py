@@ -1,0 +1,66 @@
+"""A map of several classes from one answer for each: every pixel has the class that is surest of it."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from .pipeline_inputs import is_image, walkable
+from .pool_rows import column_of
+
+
+def label_maps(
+    pipe: Any, images: Any, classes: Sequence[str] | None, batch_size: int, options: dict[str, Any]
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """Maps of some images; see `VisualInContextPipeline.label_map`."""
+    classes = _classes(pipe, classes)
+    if is_image(images):
+        return next(_stream(pipe, [images], classes, 1, options))
+    return list(_stream(pipe, walkable(images), classes, batch_size, options))
+
+
+def _classes(pipe: Any, classes: Sequence[str] | None) -> list[str]:
+    """The classes that are asked for, which the pool must have."""
+    if pipe.visual_task.name != "segmentation":
+        raise ValueError(
+            f"a label map is of masks, and this pipeline is for {pipe.visual_task.name}: call it by class"
+        )
+    known = sorted(set(filter(None, column_of(pipe.pool, "class", "label_map"))))
+    if classes is None:
+        return known
+    classes = [classes] if isinstance(classes, str | int) else list(classes)
+    if not classes or len(set(map(str, classes))) < len(classes):
+        raise ValueError(f"classes={classes!r}: name one class or more, each once")
+    if missing := [one for one in classes if str(one) not in known]:
+        raise ValueError(f"classes= holds {missing[0]!r}, of which the pool has no example; it has {known[:10]}")
+    return [str(one) for one in classes]
+
+
+def _stream(
+    pipe: Any, images: Any, classes: list[str], batch_size: int, options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    images = iter(images)
+    told = {"soft_map": True, "presence": pipe.model.config.absence is not None}
+    while chunk := list(islice(images, batch_size)):
+        asked = {
+            one: pipe(chunk, classes=[one] * len(chunk), batch_size=batch_size, **told, **options) for one in classes
+        }
+        for i in range(len(chunk)):
+            yield _joined({one: answers[i] for one, answers in asked.items()})
+
+
+def _joined(answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One map from an answer for each class."""
+    confidence = {one: answer["confidence"] * answer.get("presence", 1.0) for one, answer in answers.items()}
+    there = {one: answer.get("present", True) for one, answer in answers.items()}
+    whites = np.stack([answer["soft_map"] * there[one] for one, answer in answers.items()])
+    sure = np.where(whites >= 0.5, whites * np.array(list(confidence.values()))[:, None, None], -1.0)
+    winner = sure.argmax(0) + 1
+    found = {
+        "label_map": np.where(sure.max(0) >= 0, winner, 0).astype(np.uint8 if len(answers) < 256 else np.int32),
+        "classes": list(answers),
+        "confidence": confidence,
+        "example_ids": {one: answer["example_ids"] for one, answer in answers.items()},
+    }
+    return found | ({"present": there} if any("present" in answer for answer in answers.values()) else {})

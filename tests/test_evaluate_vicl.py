@@ -1,0 +1,229 @@
+"""The evaluator on a made-up folder in the shape of VOC 2012: every benchmark, both conventions, cut and resumed."""
+
+import sys
+from xml.sax.saxutils import escape
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_examples import ROOT
+
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+import evaluate_vicl  # noqa: E402
+import voc_folds  # noqa: E402
+
+
+MODEL = str(ROOT / "model_cards" / "tiny-seggpt-digits")
+NAMES = [f"2007_{number:06d}" for number in range(20)]
+POOL, QUERIES = NAMES[:14], NAMES[14:]
+
+
+def class_of(name):
+    return 1 + int(name[-1]) % 2
+
+
+def xml(size, boxes):
+    parts = [f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"]
+    for x0, y0, x1, y1 in boxes:
+        sides = "".join(f"<{n}>{v}</{n}>" for n, v in zip(("xmin", "ymin", "xmax", "ymax"), (x0, y0, x1, y1)))
+        parts.append(f"<object><name>{escape('cat')}</name><bndbox>{sides}</bndbox></object>")
+    return f"<annotation>{''.join(parts)}</annotation>"
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    """20 photos with a rectangle of one class, 255 around it, in a palette; another class in a corner of some."""
+    folder, rng = tmp_path_factory.mktemp("voc"), np.random.default_rng(0)
+    for name in (
+        "JPEGImages",
+        "SegmentationClass",
+        "Annotations",
+        "ImageSets/Main",
+        "trn",
+        "val",
+        "fss/cat",
+        "fss/dog",
+    ):
+        (folder / name).mkdir(parents=True)
+    for number, name in enumerate(NAMES):
+        width, height = 60 + number, 70 - number
+        x, y, w, h = (int(value) for value in rng.integers((5, 5, 12, 10), (15, 15, 24, 20)))
+        photo = rng.integers(0, 90, (height, width, 3))
+        photo[y : y + h, x : x + w] += 40 * np.array([1, 2, 3])[:: (1, -1)[class_of(name) - 1]]
+        mask = np.zeros((height, width), np.uint8)
+        mask[y - 2 : y + h + 2, x - 2 : x + w + 2] = 255
+        mask[y : y + h, x : x + w] = class_of(name)
+        if number % 3 == 0:
+            mask[-6:, -6:] = 3 - class_of(name)
+        picture, drawn = Image.fromarray(photo.astype(np.uint8)), Image.fromarray(mask, mode="P")
+        drawn.putpalette([value % 256 for value in range(768)])
+        picture.save(folder / "JPEGImages" / f"{name}.jpg", quality=95)
+        drawn.save(folder / "SegmentationClass" / f"{name}.png")
+        boxes = [(x + 1, y + 1, x + w, y + h)] * (2 if number % 7 == 6 else 1)
+        boxes = [(1, 1, width, height)] if number == 19 else boxes  # more than a fifth
+        (folder / "Annotations" / f"{name}.xml").write_text(xml((width, height), boxes))
+        if number < 8:
+            kind = folder / "fss" / ("cat", "dog")[number % 2]
+            picture.save(kind / f"{number}.jpg")
+            Image.fromarray(np.uint8(mask == class_of(name)) * 255).convert("RGB").save(kind / f"{number}.png")
+    for part, main, names in (("trn", "train", POOL), ("val", "val", QUERIES)):
+        lines = [f"{name}__{class_of(name):02d}" for name in names]
+        for fold in range(4):
+            (folder / part / f"fold{fold}.txt").write_text("\n".join(lines[fold:]) + "\n")
+        (folder / "ImageSets" / "Main" / f"{main}.txt").write_text("\n".join(names))
+    (folder / "classes.txt").write_text("cat\ndog\n")
+    return folder
+
+
+def run(voc, out, *arguments, benchmark="pascal5i"):
+    lists = {"fss1000": ["--lists", str(voc / "classes.txt")], "detection": []}.get(benchmark, ["--lists", str(voc)])
+    folder = voc / "fss" if benchmark == "fss1000" else voc
+    given = ["--benchmark", benchmark, "--folder", str(folder), *lists, "--model", MODEL, "--candidates", "6"]
+    evaluate_vicl.main([*given, "--output_dir", str(out), *arguments])
+    return evaluate_vicl.Rows(out, 0).read() if out.exists() else []
+
+
+def test_every_query_is_scored_at_111_pixels_and_a_cut_run_goes_on(voc, tmp_path, capsys, monkeypatch):
+    arguments = ("--folds", "1", "--strategies", "nearest", "oracle", "random")
+    rows = run(voc, tmp_path, *arguments)
+    printed = capsys.readouterr().out
+    by = {
+        name: {row["query"]: row for row in rows if row["strategy"] == name}
+        for name in ("nearest", "oracle", "random")
+    }
+    assert [len(of) for of in by.values()] == [5, 5, 5] and [row["place"] for row in by["nearest"].values()] == [
+        *range(5)
+    ]
+    assert all(by["oracle"][query]["score"] >= by["nearest"][query]["score"] - 1e-6 for query in by["nearest"])
+    mean = 100 * np.mean([row["score"] for row in by["oracle"].values()])
+    assert f"| oracle | 5 | {mean:.2f} | {mean:.2f} |" in printed and "Partial2Global, MAE-VQGAN" in printed
+    file = tmp_path / "answers-0.jsonl"
+    whole = file.read_text()
+    file.write_text("\n".join(whole.splitlines()[:7]) + "\n" + whole.splitlines()[7][:20])
+    asked = []
+    answer = evaluate_vicl.answers
+    monkeypatch.setattr(evaluate_vicl, "answers", lambda *given: (asked.extend(given[3]), answer(*given))[1])
+    again = run(voc, tmp_path, *arguments)
+    assert len(asked) == 8 and capsys.readouterr().out == printed
+    assert sorted(map(str, again)) == sorted(map(str, rows))
+
+
+def test_the_means_are_those_of_the_conventions(voc):
+    rows = [{"place": place, "score": score} for place, score in ((2, 0.2), (0, 0.9), (1, 0.4))]
+    args = evaluate_vicl.Arguments(folder="x")
+    round_list = [0.9, 0.4, 0.2] * 334
+    assert evaluate_vicl.summary(args, rows) == pytest.approx((50.0, 100 * np.mean(round_list[:1000])))
+    args = evaluate_vicl.Arguments(folder="x", convention="fss")
+    rows = [
+        {"class": kind, "intersection": i, "union": u, "ground intersection": g, "ground union": v}
+        for kind, i, u, g, v in (("a", 1, 4, 6, 8), ("a", 3, 4, 8, 8), ("b", 1, 1, 2, 4))
+    ]
+    assert evaluate_vicl.summary(args, rows) == pytest.approx((100 * (4 / 8 + 1) / 2, 50 * (5 / 9 + 16 / 20)))
+
+
+def test_void_pixels_do_not_count_and_boxes_are_of_the_objects(voc):
+    item = voc_folds.read("pascal5i", voc, voc, 0)[0][3]
+    args = evaluate_vicl.Arguments(folder="x", convention="fss")
+    mask = np.asarray(Image.open(item.mask))
+    spilled = np.uint8((mask == 255) | (mask == item.value))
+    counts = evaluate_vicl.counted(args, item, Image.open(item.image), {"prediction": spilled})
+    assert counts["intersection"] == counts["union"] == (mask == item.value).sum()
+    assert counts["ground intersection"] == counts["ground union"] == ((mask != 255) & (mask != item.value)).sum()
+    for single in sum(voc_folds.read("detection", voc, None, 0), []):
+        x0, y0, x1, y1 = single.box
+        mask = np.asarray(Image.open(voc / "SegmentationClass" / f"{single.id}.png"))
+        mine = mask == class_of(single.id)
+        assert mine[y0:y1, x0:x1].all() and mine[:-6, :-6].sum() <= (y1 - y0) * (x1 - x0)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "options", "queries"),
+    [
+        ("pascal5i", ("--convention", "fss", "--episodes", "3", "--folds", "0", "--strategies", "random", "dense"), 6),
+        ("fss1000", ("--convention", "fss", "--num_examples", "2"), 8),
+        ("detection", (), 5),
+        ("colourisation", ("--folds", "3"), 3),
+    ],
+)
+def test_every_benchmark_runs(voc, tmp_path, capsys, benchmark, options, queries):
+    rows = run(voc, tmp_path, *options, benchmark=benchmark)
+    printed = capsys.readouterr().out
+    assert len(rows) == queries and ("published" in printed) == (benchmark != "fss1000")
+    for row in rows:
+        assert row["query"] not in row["example_ids"]
+        if row["convention"] == "fss":
+            assert 0 <= row["intersection"] <= row["union"]
+            kinds = {id.split("__")[1] if "__" in id else id.split("/")[0] for id in row["example_ids"]}
+            assert kinds == {row["class"]}
+        else:
+            assert np.isfinite(row["score"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:on the pool")
+def test_learned_strategies_measure_the_pool_first(voc, tmp_path):
+    arguments = ("--folds", "0", "--strategies", "transfer", "cascade", "--label_budget", "12", "--candidates", "12")
+    rows = run(voc, tmp_path, *arguments)
+    assert len(rows) == 12 and list((tmp_path / "performance").rglob("*.safetensors"))
+
+
+def test_a_dry_run_says_what_it_costs_and_does_nothing(voc, tmp_path, capsys):
+    arguments = ("--strategies", "nearest", "oracle", "cascade", "--label_budget", "5", "--dry_run")
+    assert run(voc, tmp_path / "out", *arguments) == [] and not (tmp_path / "out").exists()
+    lines = capsys.readouterr().out.splitlines()
+    assert "14 examples" in lines[0] and "6 queries: nearest 6, oracle 36, cascade 60, measuring 30" in lines[0]
+    assert lines[-1].startswith(f"{4 * 30 + (6 + 5 + 4 + 3) * 17} runs of the frozen model, about ")
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "text"),
+    [
+        ("JPEGImages/2007_000015.jpg", (), "1 of 40 files are missing, such as .*2007_000015.jpg"),
+        ("SegmentationClass", (), "neither SegmentationClassAug nor SegmentationClass"),
+        ("val/fold2.txt", (), "there is no file .*fold2.txt"),
+        (("val/fold1.txt", "2007_000015\n"), (), "line 1, is '2007_000015': it must be"),
+        (("val/fold1.txt", "2007_000015__33\n"), (), "it must be an image and a class"),
+        (("trn/fold1.txt", ""), (), "no image for the pool"),
+        (("trn/fold1.txt", "2007_000001__01\n" * 2), (), "the same image and class twice"),
+        ("Annotations/2007_000003.xml", ("--benchmark", "detection"), "there is no file .*2007_000003.xml"),
+        (None, ("--benchmark", "detection", "--convention", "fss"), "detection has none"),
+        (None, ("--benchmark", "fss1000"), "pass --convention fss"),
+        (None, ("--folds", "4"), "folds holds 4: pascal5i has 4"),
+    ],
+)
+def test_what_would_stop_a_run_is_said_before_it(voc, tmp_path, change, arguments, text):
+    folder = tmp_path / "voc"
+    folder.mkdir()
+    for path in voc.rglob("*"):
+        inside = path.relative_to(voc)
+        if isinstance(change, str) and inside.as_posix().startswith(change):
+            continue
+        if path.is_dir():
+            (folder / inside).mkdir(exist_ok=True)
+        else:
+            (folder / inside).write_bytes(path.read_bytes())
+    if isinstance(change, tuple):
+        (folder / change[0]).write_text(change[1])
+    given = [
+        "--benchmark",
+        "pascal5i",
+        "--folder",
+        str(folder),
+        "--lists",
+        str(folder),
+        "--model",
+        "no/such",
+        *arguments,
+    ]
+    with pytest.raises(ValueError, match=text):
+        evaluate_vicl.main([*given, "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="pass --lists"):
+        voc_folds.read("fss1000", folder, None, 0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folds_are_told(voc, capsys):
+    voc_folds.main(["pascal5i", "--folder", str(voc), "--lists", str(voc)])
+    assert capsys.readouterr().out.splitlines()[3] == "fold 3: 11 examples, 3 queries, classes 01, 02"

@@ -1,0 +1,185 @@
+"""One pool of several classes: what is measured and shown, maps of them all, and when one of them is absent."""
+
+import numpy as np
+import pytest
+import torch
+from answers import photos
+from scenes import make_model, make_pool, scene, tiny_encoder
+
+from hf_effdl import CascadeSelector, ExamplePool, VisualInContextPipeline, measure_examples
+from hf_effdl.vicl.remote_code.absence import fit_presence
+
+
+KINDS = ["cat", "dog", "emu"]
+CLASSES = [KINDS[i % 3] if i < 30 else None for i in range(32)]
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    return make_pool(tmp_path_factory.mktemp("pool"), count=32, classes=CLASSES, encoder=tiny_encoder())
+
+
+@pytest.fixture
+def pipe(pool):
+    return VisualInContextPipeline(make_model(encoder=pool.encoder_module), pool=pool)
+
+
+# ---- what is measured
+
+
+@pytest.mark.parametrize("groups", [None, [str(i // 4) for i in range(32)]])
+def test_examples_are_measured_within_their_class(pool, groups):
+    model = make_model(encoder=pool.encoder_module)
+    rows, performance = measure_examples(model, pool, candidates=12, groups=groups, progress=False)
+    for own, shown in enumerate(rows.tolist()):
+        there = [row for row in shown if row >= 0]
+        if CLASSES[own] is not None:  # one of no class is like everything
+            others = [row for row in range(32) if CLASSES[row] == CLASSES[own] and row != own]
+            others = [row for row in others if groups is None or groups[row] != groups[own]]
+            assert set(there) == set(others)
+        else:
+            assert len(there) == 12
+    across, _ = measure_examples(model, pool, candidates=12, classes=[None] * 32, progress=False)
+    assert len({CLASSES[row] for row in across[0].tolist()}) > 1
+    with pytest.raises(ValueError, match="3 classes for a pool of 32"):
+        measure_examples(model, pool, classes=KINDS)
+
+
+def test_an_image_that_is_alone_in_its_class_is_named(pool):
+    classes = ["one", *["other"] * 31]
+    with pytest.raises(ValueError, match="'scene 0' has no example of its class"):
+        measure_examples(make_model(encoder=pool.encoder_module), pool, classes=classes, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:on the pool")
+def test_one_cascade_serves_all_classes_also_one_of_few_rows(tmp_path):
+    classes = ["rare"] * 4 + [KINDS[i % 2] for i in range(28)]
+    pool = make_pool(tmp_path, count=32, classes=classes, encoder=tiny_encoder())
+    model = make_model(encoder=pool.encoder_module)
+    measure_examples(model, pool, candidates=10, progress=False)
+    cascade = CascadeSelector(model, passes=3).fit(pool, progress=False)
+    pipe = VisualInContextPipeline(model.set_selector(cascade), pool=pool)
+    for name in ("rare", "dog"):
+        for answer in pipe(photos(), classes=[name] * len(photos()), num_examples=2):
+            assert {classes[pool.position(id)] for id in answer["example_ids"]} == {name}
+            assert np.isfinite(answer["scores"]).all()
+
+
+# ---- maps
+
+
+def test_a_label_map_has_the_surest_class_of_every_pixel(pipe):
+    image = photos()[0]
+    found = pipe.label_map(image)
+    assert found["classes"] == KINDS and found["label_map"].shape == image.size[::-1]
+    each = [pipe(image, classes=name, soft_map=True) for name in KINDS]
+    sure = [np.where(one["soft_map"] >= 0.5, one["soft_map"] * one["confidence"], 0) for one in each]
+    expected = np.where(np.max(sure, 0) > 0, np.argmax(sure, 0) + 1, 0)
+    np.testing.assert_array_equal(found["label_map"], expected)
+    assert found["example_ids"] == {name: one["example_ids"] for name, one in zip(KINDS, each)}
+    assert len(np.unique(expected)) > 2 and "present" not in found
+
+
+def test_a_label_map_follows_the_classes_asked_for(pipe):
+    images = photos()
+    forward, backward = pipe.label_map(images, KINDS[:2]), pipe.label_map(images, KINDS[1::-1], batch_size=2)
+    for image, one, other in zip(images, forward, backward):
+        np.testing.assert_array_equal(one["label_map"], np.array([0, 2, 1])[other["label_map"]])
+        alone = pipe.label_map(image, ["emu"])["label_map"]
+        np.testing.assert_array_equal(alone, pipe(image, classes="emu")["prediction"])
+
+
+@pytest.mark.parametrize(
+    ("classes", "text"),
+    [(["cow"], "'cow', of which the pool has no example"), ([], "one class or more"), (["cat", "cat"], "each once")],
+)
+def test_a_class_that_cannot_be_is_refused(pipe, classes, text):
+    with pytest.raises(ValueError, match=text):
+        pipe.label_map(photos()[0], classes)
+
+
+def test_maps_are_of_masks_and_of_pools_that_keep_classes(tmp_path):
+    boxes = make_pool(tmp_path, "detection", classes=KINDS * 4)
+    with pytest.raises(ValueError, match="this pipeline is for detection"):
+        VisualInContextPipeline(make_model("detection"), pool=boxes).label_map(photos()[0])
+    with pytest.raises(ValueError, match="keeps no class"):
+        VisualInContextPipeline(make_model(), pool=make_pool(tmp_path)).label_map(photos()[0])
+
+
+# ---- absence
+
+
+def features_of(shift, count=400, groups=1, seed=0):
+    """Two kinds of rows, `shift` apart in one of three features; `groups` rows each are the same."""
+    generator = torch.Generator().manual_seed(seed)
+    present = torch.rand(count // groups, generator=generator) < 0.3
+    rows = torch.randn(count // groups, 3, generator=generator)
+    rows[:, 1] += shift * present
+    return rows.repeat(groups, 1), present.repeat(groups), torch.arange(count // groups).repeat(groups)
+
+
+@pytest.mark.parametrize("asked", [0.02, 0.1, 0.3])
+@pytest.mark.parametrize("shift", [0.0, 2.0])
+def test_false_alarms_are_as_many_as_were_asked_for(shift, asked):
+    found = fit_presence(*features_of(shift), asked, "pool")
+    fresh, present, _ = features_of(shift, count=4000, seed=1)
+    above = torch.tensor([found.of(row)["present"] for row in fresh.tolist()])
+    rate, error = float(above[~present].float().mean()), 3 * (asked * (1 - asked) / 280) ** 0.5
+    assert abs(rate - asked) < error and abs(found.false_alarm_rate - asked) < error
+    # what is said of objects that are there is true of new images, whether they can be told or not
+    assert abs(float(above[present].float().mean()) - found.found_rate) < 0.12
+    assert (found.found_rate > 2 * asked) == (shift > 0)
+
+
+def test_rows_of_one_group_say_nothing_of_each_other():
+    rows, present, groups = features_of(0.0, count=84, groups=4)
+    wide = torch.cat([rows, torch.randn(21, 30, generator=torch.Generator().manual_seed(2)).repeat(4, 1)], 1)
+    leaky = fit_presence(wide, present, torch.arange(84), 0.2, "pool")
+    honest = fit_presence(wide, present, groups, 0.2, "pool")
+    assert leaky.found_rate > 0.7 > 0.5 > honest.found_rate
+
+
+def test_a_pipeline_says_whether_the_object_is_there(pipe, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="run pipe.calibrate_absence"):
+        pipe(photos(), presence=True)
+    found = pipe.calibrate_absence(20, 0.2, progress=False)
+    assert found["images"] >= 36 and 0 <= found["false_alarm_rate"] <= 1 and 0 <= found["found_rate"] <= 1
+    found |= {"mine": 1}  # the model has its own
+    answers = pipe(photos(), presence=True, classes=["cat"] * 5)
+    for answer, plainly in zip(answers, pipe(photos(), classes=["cat"] * 5)):
+        assert 0 < answer["presence"] < 1 and answer["example_ids"] == plainly["example_ids"]
+        score = torch.tensor(answer["presence"], dtype=torch.float64).logit()
+        assert answer["present"] == (float(score) > found["threshold"])
+    mapped = pipe.label_map(photos()[0])
+    absent = [i + 1 for i, name in enumerate(KINDS) if not mapped["present"][name]]
+    assert not set(absent) & set(np.unique(mapped["label_map"]).tolist())
+    pipe.save_pretrained(tmp_path)
+    again = VisualInContextPipeline(tmp_path)(photos(), presence=True, classes=["cat"] * 5)
+    assert [one["presence"] for one in again] == pytest.approx([one["presence"] for one in answers], abs=1e-5)
+    for name, value in (("weights", [1.0]), ("centre", None), ("threshold", "0"), ("more", 1)):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="not what calibrate_absence writes"):
+            patch.setitem(pipe.model.config.absence, name, value)
+            pipe(photos(), presence=True)
+    monkeypatch.setitem(pipe.model.config.absence, "pool_fingerprint", "another")
+    with pytest.raises(ValueError, match="calibrated on the pool another"):
+        pipe(photos(), presence=True)
+
+
+def test_a_pool_of_one_class_is_told_what_is_absent(tmp_path):
+    pool = make_pool(tmp_path, count=14)
+    pipe = VisualInContextPipeline(make_model(), pool=pool)
+    with pytest.raises(ValueError, match="keeps no class"):
+        pipe.calibrate_absence(progress=False)
+    empty = [scene(number)[0].crop((0, 0, 9, 9)) for number in range(200, 212)]
+    found = pipe.calibrate_absence(absent=empty, progress=False)
+    assert found["images"] == 26 and pipe(empty[0], presence=True)["present"] in (True, False)
+    for options, text in (
+        ({"absent": empty[:3]}, "at least 10 of each"),
+        ({"absent": empty, "queries": 4}, "4 images with their object and 12 without"),
+        ({"absent": empty, "false_alarms": 0}, "false_alarms=0"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            pipe.calibrate_absence(**{"progress": False} | options)
+    only = ExamplePool.from_pretrained(make_pool(tmp_path, count=12, classes=["cat"] * 12).folder)
+    with pytest.raises(ValueError, match="the pool is of one class"):
+        VisualInContextPipeline(make_model(), pool=only).calibrate_absence(progress=False)
