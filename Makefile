@@ -54,6 +54,7 @@ bench: $(READY)
 	$(BENCHMARK)/train_overhead.py
 	$(BENCHMARK)/slim_latency.py
 	$(BENCHMARK)/pretrained_minilm.py
+	$(BENCHMARK)/lora_ranks_banking77.py
 	$(BENCHMARK)/selection_digits.py
 	$(BENCHMARK)/selection_digits.py --few --cells digits-200 large tail mnist mnist-tail
 	$(BENCHMARK)/selection_banking77.py
