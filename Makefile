@@ -44,7 +44,9 @@ bench: $(READY)
 	$(BENCHMARK)/structure_mnist.py --net bn
 	$(BENCHMARK)/structure_mnist.py --net lenet
 	$(BENCHMARK)/structure_mnist.py --net lenet --recipe paper
+	$(BENCHMARK)/structure_mnist.py --net bn14 --first 6 --budgets 0.25 0.1
 	$(BENCHMARK)/structure_mnist.py --table
+	$(BENCHMARK)/recipe_mnist.py
 	$(BENCHMARK)/structure_cifar10.py --width 16 --classes 2 --rows 2000 --epochs 6 --tune 3 --seeds 1 \
 		--set batch=32 lasso=0.004
 	$(BENCHMARK)/tickets_mnist.py --net lenet
@@ -55,6 +57,7 @@ bench: $(READY)
 	$(BENCHMARK)/slim_latency.py
 	$(BENCHMARK)/pretrained_minilm.py
 	$(BENCHMARK)/lora_ranks_banking77.py
+	$(BENCHMARK)/pretrained_resnet20.py
 	$(BENCHMARK)/selection_digits.py
 	$(BENCHMARK)/selection_digits.py --few --cells digits-200 large tail mnist mnist-tail
 	$(BENCHMARK)/selection_banking77.py

@@ -22,6 +22,7 @@ RESULTS = SCRIPTS / "results"
 TABLES = ROOT / "docs" / "benchmarks" / "tables"
 PRINTED = (
     "structure_mnist",
+    "recipe_mnist",
     "structure_cifar10",
     "tickets_mnist",
     "growth_mnist",
@@ -29,6 +30,7 @@ PRINTED = (
     "pretrained_minilm",
     "pretrained_dinov2",
     "lora_ranks_banking77",
+    "pretrained_resnet20",
     "selection_digits",
     "selection_banking77",
     "sampling_scale",
@@ -39,15 +41,27 @@ PRINTED = (
     "pool_scale",
     "selection_speed",
 )
-LATE = (
-    "random",
-    "global L2",
-    "BN weight",
-    "group lasso, same unit",
-    "Torch-Pruning GroupNorm",
-    "ridge only",
-    "paper preset",
-)
+# what selects as late, and as early, as the path does; the same with layers refitted at the cut
+LIKE = {
+    "late": (
+        "random",
+        "global L2",
+        "BN weight",
+        "group lasso, same unit",
+        "Torch-Pruning GroupNorm",
+        "ridge only",
+        "paper preset",
+    ),
+    "early": (
+        "random, early",
+        "global L2, early",
+        "BN weight, early",
+        "group lasso, same unit, early",
+        "Torch-Pruning GroupNorm, early",
+    ),
+}
+REFITTED = ", refitted"
+NETS = {"bn": "Conv-BN net", "bn14": "Conv-BN net, 14x14", "lenet": "LeNet"}
 
 
 def printed(name: str) -> str:
@@ -66,32 +80,40 @@ def markdown(text: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def late_arms() -> str:
-    """How far the late path is ahead of arms that select as late as it does, paired over seeds."""
+def like_with_like(schedule: str) -> str:
+    """How far the path is ahead of arms that select as late, or as early, as it does, paired over seeds."""
     lines = (RESULTS / "structure_mnist.jsonl").read_text(encoding="utf-8").splitlines()
     after = {
         (row["net"], row["arm"], row["seed"], budget): cell["after"]
         for row in map(json.loads, lines)
         for budget, cell in row.get("budgets", {}).items()
     }
-    return "\n\n".join(late_table(net, title, after) for net, title in (("bn", "Conv-BN net"), ("lenet", "LeNet")))
+    tables = [
+        paired_table(net, f"path, {schedule}{refitted}", [arm + refitted for arm in LIKE[schedule]], after)
+        for net in NETS
+        for refitted in ("", REFITTED)
+    ]
+    return "\n\n".join(filter(None, tables))
 
 
-def late_table(net: str, title: str, after: dict[tuple[str, str, int, str], float]) -> str:
-    budgets = ("0.5", "0.25", "0.1")
-    rows = [f"| {title}: the path, late, ahead of | 50% MACs | 25% MACs | 10% MACs |", "|---|---|---|---|"]
-    for arm in LATE:
-        cells = (difference(net, arm, budget, after) for budget in budgets)
-        rows.append(f"| {' | '.join((arm, *cells))} |")
-    return "\n".join(rows)
+def paired_table(net: str, ours: str, arms: list[str], after: dict[tuple[str, str, int, str], float]) -> str:
+    seeds = sorted({seed for name, arm, seed, _ in after if (name, arm) == (net, ours)})
+    if len(seeds) < 2:
+        return ""
+    title = f"{NETS[net]}, seeds {seeds[0]} to {seeds[-1]}: *{ours}* ahead of"
+    rows = [f"| {title} | 50% MACs | 25% MACs | 10% MACs |", "|---|---|---|---|"]
+    for arm in arms:
+        cells = [difference(net, ours, arm, budget, after) for budget in ("0.5", "0.25", "0.1")]
+        rows += [f"| {' | '.join((arm, *cells))} |"] if set(cells) != {"-"} else []
+    return "\n".join(rows) if len(rows) > 2 else ""
 
 
-def difference(net: str, arm: str, budget: str, after: dict[tuple[str, str, int, str], float]) -> str:
+def difference(net: str, ours: str, arm: str, budget: str, after: dict[tuple[str, str, int, str], float]) -> str:
     """Mean difference in points and its standard error over the seeds that both have."""
     pairs = [
         (value, after[net, arm, seed, budget])
         for (one, name, seed, share), value in after.items()
-        if (one, name, share) == (net, "path, late", budget) and (net, arm, seed, budget) in after
+        if (one, name, share) == (net, ours, budget) and (net, arm, seed, budget) in after
     ]
     if len(pairs) < 2:
         return "-"
@@ -110,7 +132,9 @@ def main() -> None:
     for name in sys.argv[1:] or PRINTED:
         (TABLES / f"{name}.md").write_text(f"{stamp(name)}\n\n{markdown(printed(name))}\n", encoding="utf-8")
         print(name, flush=True)
-    (TABLES / "late_arms.md").write_text(f"{stamp('structure_mnist')}\n\n{late_arms()}\n", encoding="utf-8")
+    for schedule in LIKE:
+        text = f"{stamp('structure_mnist')}\n\n{like_with_like(schedule)}\n"
+        (TABLES / f"{schedule}_arms.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

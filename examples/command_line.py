@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 
 from hf_effdl.processes import refuse_lone_processes
 
@@ -76,8 +76,7 @@ def parse_arguments(
     )
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if any(issubclass(kind, TrainingArguments) for kind in kinds):
-        refuse_lone_processes()
+    refuse_lone_processes()
     return tuple(found)
 
 

@@ -22,13 +22,15 @@ TABLES = {
     "pool_scale": ("4553905212a8ac3d", "| rows | noise | probes |"),
     "pretrained_minilm": ("5bf8a60134163abf", "| 25% | obs | "),
     "pretrained_dinov2": ("68733731484bd7db", "| 50% | 64 | activation | yes | "),
+    "pretrained_resnet20": ("abe18d8d6b13bdf6", "| 48.5% | activation | yes | "),
+    "recipe_mnist": ("fb511631eac93339", "| scratch, uniform widths, equal MACs |"),
     "sampling_scale": ("97a6552bd4990ef7", "| plan_shards | "),
     "selection_banking77": ("38ef61edbcc2b455", "| P default + probe set, p_label |"),
     "selection_digits": ("126466cc4b5aa821", "| AUM, CCS (pool) |"),
     "selection_speed": ("ad23db68c5ea129b", "| hodge | "),
     "slim_latency": ("c058d19617ff1d8e", "resnet18: medians over seeds"),
-    "structure_cifar10": ("6b53c84ca94db4b7", "supports no claim"),
-    "structure_mnist": ("d1b3af52ac8a92b5", "| path, early | "),
+    "structure_cifar10": ("85f3bec7b5358de2", "supports no claim"),
+    "structure_mnist": ("f4ce9637a47a6b60", "| path, early | "),
     "tickets_mnist": ("ba4ef91e0d5c1d1e", "| path ticket, late (5 seeds) |"),
     "vicl_digits": ("e128df34e7f403f0", "segmentation, oracle less nearest: "),
     "vicl_classes": ("4d5952ab2881141c", "cascade of all classes, ahead of one for each class: +0.0"),
@@ -118,9 +120,20 @@ def structure_row(*given: Any) -> dict:
 
 
 def structure_mnist(script, patch, made) -> list[str]:
-    patch.setattr(script, "mnist", lambda split: images_of(40, 1, 2, 2))
+    patch.setattr(script, "mnist", lambda split, net="": images_of(40, 1, 2, 2))
     patch.setattr(script, "one_row", lambda *given: made.append(given[1:3]) or structure_row(*given))
     return ["--arms", "path, early", "global L2", "--seeds", "2"]
+
+
+def recipe_row(run, arm, seed, budget, searched) -> dict:
+    row = {"net": run.net, "budget": budget, "arm": arm, "seed": seed, "before": 50.0, "after": 90.0 + seed}
+    return row | {"macs": budget, "cost": 0.3, "found": 0.2, "settled": False}
+
+
+def recipe_mnist(script, patch, made) -> list[str]:
+    patch.setattr(script, "mnist", lambda split, net="": images_of(40, 1, 2, 2))
+    patch.setattr(script, "one_row", lambda *given: made.append(given[1:4]) or recipe_row(*given))
+    return ["--arms", "path", "random", "scratch, uniform widths", "--seeds", "6", "7"]
 
 
 def growth_row(setting, arm, seed, grown) -> dict:
@@ -129,7 +142,7 @@ def growth_row(setting, arm, seed, grown) -> dict:
 
 
 def growth_mnist(script, patch, made) -> list[str]:
-    patch.setattr(script, "mnist", lambda split: images_of(40, 1, 2, 2))
+    patch.setattr(script, "mnist", lambda split, net="": images_of(40, 1, 2, 2))
     arms = sys.modules["growth_arms"]
     patch.setattr(arms, "one_row", lambda *given: made.append(given[1:3]) or growth_row(*given))
     return ["--arms", "dense", "grown", "final from scratch", "--seeds", "1", "2", "--rows", "40"]
@@ -150,7 +163,7 @@ def moved_row(setting, seed, made) -> dict:
 
 
 def tickets_mnist(script, patch, made) -> list[str]:
-    patch.setattr(script, "mnist", lambda split: images_of(40, 1, 2, 2))
+    patch.setattr(script, "mnist", lambda split, net="": images_of(40, 1, 2, 2))
     patch.setattr(script, "rows_of_seed", lambda *given: ticket_rows(*given, made))
     patch.setattr(script, "transfer_rows", lambda setting, seed, *given, **named: [moved_row(setting, seed, made)])
     return ["--seeds", "1", "2"]
@@ -254,8 +267,19 @@ def pretrained_dinov2(script, patch, made) -> list[str]:
     return arms_made(script, patch, made)
 
 
+def pretrained_resnet20(script, patch, made) -> list[str]:
+    patch.setattr(script, "trained", lambda file: None)
+    patch.setattr(script, "read", lambda *given: script.Images([], [{"pixel_values": torch.zeros(1, 3, 2, 2)}]))
+    patch.setattr(script, "find_groups", lambda *given: [])
+    patch.setattr(script, "share_for", lambda groups, budget: (budget, budget))
+    patch.setattr(script, "accuracy", lambda *given: 90.0)
+    patch.setattr(script, "recalibrate_batch_norm", lambda *given: None)
+    return [*arms_made(script, patch, made)[:-2], "--budgets", "0.5"]
+
+
 MAKERS: tuple[Maker, ...] = (growth_mnist, selection_banking77, selection_digits, selection_speed, slim_latency)
-MAKERS += (pretrained_dinov2, pretrained_minilm, structure_mnist, tickets_mnist, vicl_digits, vicl_pets)
+MAKERS += (pretrained_dinov2, pretrained_minilm, pretrained_resnet20, recipe_mnist)
+MAKERS += (structure_mnist, tickets_mnist, vicl_digits, vicl_pets)
 MADE_UP = {maker.__name__: maker for maker in MAKERS}
 
 

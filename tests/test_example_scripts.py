@@ -4,11 +4,18 @@ import ast
 import re
 import sys
 import tomllib
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from datasets import Dataset
+from torch import nn
+from transformers import TrainingArguments
+
+import hf_effdl
+from hf_effdl import Distillation, GrowingArguments, SplitLBIArguments
 
 
 FOLDER = ROOT / "examples"
@@ -102,3 +109,36 @@ def test_help_begins_with_the_docstring_and_the_scripts_own_arguments(name, caps
         assert text in printed and printed.index(text) < printed.find("  --push_to_hub ") % len(printed)
     if name in PARSED and "--per_device_train_batch_size" in printed:
         assert printed.index("  --output_dir ") < printed.index("  --per_device_train_batch_size ")
+
+
+ONE_PROCESS = {"quickstart", "digit_scenes", "voc_folds", "convert_mae_vqgan"}  # the demo, data, a conversion of files
+
+
+def test_every_script_that_takes_arguments_refuses_processes_that_do_not_know_of_each_other(monkeypatch):
+    scripts = {file.stem for file in SCRIPTS if file.parent == FOLDER} - ONE_PROCESS
+    for name in scripts:
+        text = (FOLDER / f"{name}.py").read_text()
+        assert "parse_arguments(" in text or "from image_script import" in text, name
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import command_line
+
+    @dataclass
+    class Nothing:
+        pass
+
+    with pytest.raises(ValueError, match="2 processes were started, but each sees only itself"):
+        command_line.parse_arguments([], Nothing, description=None)
+
+
+@pytest.mark.parametrize("name", [name for name in hf_effdl.__all__ if name.endswith("Trainer")])
+def test_every_trainer_refuses_processes_that_do_not_know_of_each_other(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    kinds = {"GrowingTrainer": GrowingArguments, "SplitLBITrainer": SplitLBIArguments}
+    args = kinds.get(name, TrainingArguments)(str(tmp_path), report_to="none")
+    more = {"distillation": Distillation(nn.Linear(1, 1))} if name == "DistillationTrainer" else {}
+    rows = Dataset.from_dict({"x": [[1.0]], "weight": [1.0]})
+    with pytest.raises(ValueError, match="2 processes were started, but each sees only itself"):
+        getattr(hf_effdl, name)(nn.Linear(1, 1), args, train_dataset=rows, **more)

@@ -33,7 +33,7 @@ from hf_effdl import (
 )
 from hf_effdl.structure.groups.slim_config import SlimConfig
 from hf_effdl.structure.growing.checkpoint import saved_history
-from hf_effdl.structure.tickets.settling import unpack
+from hf_effdl.structure.path.settling import unpack
 
 
 OURS = (ValueError, TypeError, FileNotFoundError)

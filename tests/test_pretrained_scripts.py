@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_refused_with_what_to_change(script, inputs, change
 
 @pytest.fixture
 def benchmarks():
-    with importable("pretrained_arms", "pretrained_minilm", "pretrained_dinov2") as found:
+    with importable("pretrained_arms", "pretrained_minilm", "pretrained_dinov2", "pretrained_resnet20") as found:
         yield found
 
 
@@ -112,3 +112,21 @@ def test_features_that_did_not_move_are_at_no_distance_and_the_nearest_is_anothe
     assert found == {"cosine CLS": pytest.approx(1), "cosine patch": pytest.approx(1), "error": 0, "breed": 50}
     moved = measures(-whole, whole, torch.tensor([0, 0, 1, 1]))
     assert moved == {"cosine CLS": pytest.approx(-1), "cosine patch": pytest.approx(-1), "error": 2, "breed": 100}
+
+
+def test_every_block_of_the_resnet_keeps_the_largest_share_that_holds_the_budget(benchmarks):
+    script, x = benchmarks["pretrained_resnet20"], torch.randn(2, 3, 32, 32)
+    model = script.ResNet20(width=4).eval()
+    groups = find_groups(model, {"pixel_values": x})
+    assert len(groups) == 9 and {group.name for group in groups} == {
+        f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in (0, 1, 2)
+    }
+    share, macs = script.share_for(groups, 0.5)
+    sizes = [max(1, round((share + step) * group.units)) for step in (0, 1 / 4) for group in groups]
+    network, names = groups[0].network, [group.name for group in groups]
+    held, over = (network.count(groups, dict(zip(names, part, strict=True))) for part in (sizes[:9], sizes[9:]))
+    whole = network.count()["macs"]
+    assert macs == held["macs"] / whole <= 0.5 < over["macs"] / whole
+    batch = {"pixel_values": x, "labels": torch.tensor([1, 2])}
+    small = list(benchmarks["pretrained_arms"].smaller(model, groups, share, "fisher", [batch]))
+    assert all(found.model(x)["logits"].shape == (2, 10) for found in small)

@@ -34,8 +34,8 @@ from hf_effdl import (
 )
 from hf_effdl.structure.groups.ties import config_ties
 from hf_effdl.structure.optim.split_lbi import unwrap
+from hf_effdl.structure.path.settling import Settling, pack, unpack
 from hf_effdl.structure.tickets.files import state_digest
-from hf_effdl.structure.tickets.settling import Settling, pack, unpack
 
 
 TESTS = Path(__file__).parent / "support"

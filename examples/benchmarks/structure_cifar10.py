@@ -241,7 +241,7 @@ def table(rows: list[dict]) -> None:
         if not of_seeds(mine)[1]:
             print(f"\n{title}: {len(mine)} rows, none of {OURS} to compare with")
             continue
-        arms_table(title, mine)
+        arms_table(title, mine, (epochs, tune))
         print("\n" + "\n".join(verdict(mine)))
 
 

@@ -12,13 +12,16 @@
 
 """Which channels to keep on MNIST: the path beside the baselines, at equal epochs and equal MACs.
 
-Two nets: LeNet (no batch norm, lr 0.05, tenfold down at one and two thirds, no weight decay; at the 0.1 of the
-released recipe plain SGD diverges for some seeds) and a four-layer conv-BN net (lr 0.1, constant for 60 %, then linear
-to 0, weight decay 5e-4 in every arm). Each arm trains once, removes channels physically down to 50, 25 and 10 % of the
-MACs, re-estimates batch norm on training images and fine-tunes. `scratch` trains the widths that the path chose from a
-new init for as many epochs in all.
+Nets: LeNet (no batch norm, lr 0.05, tenfold down at one and two thirds, no weight decay; at the 0.1 of the released
+recipe plain SGD diverges for some seeds) and a four-layer conv-BN net (lr 0.1, constant for 60 %, then linear to 0,
+weight decay 5e-4 in every arm); `bn14` is the latter on half as many images, shrunk to 14x14 by means of 2x2 pixels.
+Each arm trains once, removes channels physically down to 50, 25 and 10 % of the MACs, re-estimates batch norm on
+training images and fine-tunes. `scratch` trains the widths that the path chose from a new init for as many epochs in
+all. In arms called "refitted" the layers behind the cut are first refitted by least squares on 512 training images.
+Early arms are to be compared with early ones, late with late.
 
     python examples/benchmarks/structure_mnist.py --net bn --seeds 5
+    python examples/benchmarks/structure_mnist.py --net bn --first 6 --seeds 5 --budgets 0.25 0.1  # new seeds
     python examples/benchmarks/structure_mnist.py --net lenet --seeds 5
     python examples/benchmarks/structure_mnist.py --net lenet --recipe paper --seeds 5  # 60 epochs, nothing removed
     python examples/benchmarks/structure_mnist.py --table
@@ -53,8 +56,10 @@ BUDGETS = (0.5, 0.25, 0.1)
 BATCH = 128
 SETTINGS = {
     "bn": {"epochs": 8, "tune": 3, "weight_decay": 5e-4, "lr": 0.1, "lasso": 0.03, "group_norm": 1e-4},
+    "bn14": {"epochs": 8, "tune": 3, "weight_decay": 5e-4, "lr": 0.1, "lasso": 0.03, "group_norm": 1e-4},
     "lenet": {"epochs": 10, "tune": 4, "weight_decay": 0.0, "lr": 0.05, "lasso": 0.03, "group_norm": 1e-4},
 }
+ROWS = {"bn14": 10_000}  # training images, else 20,000
 # Arms called early stop the training that selects after 60 % of its epochs, where the learning rate would start to
 # fall, and give the rest to the slim net.
 EARLY = 0.6
@@ -76,12 +81,19 @@ ARMS = {
     "BN weight": ("sgd", "bn"),
     "same unit, magnitude": ("sgd", "norm"),
     "random": ("sgd", "random"),
+    "Torch-Pruning GroupNorm, early": ("group norm early", "group norm"),
+    "BN weight, early": ("sgd early", "bn"),
+    "random, early": ("sgd early", "random"),
     "scratch, widths of path": ("path early", "dual"),
 }
+# the same with the layers behind refitted at the cut
+REFITTED = ", refitted"
+ARMS |= {f"{arm}{REFITTED}": way for arm, way in ARMS.items() if not arm.startswith(("scratch", "paper", "ridge"))}
+CALIBRATION = 512  # training images that a refit is made of
 OURS = "path, early"
 
 
-def mnist(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+def mnist(split: str, net: str = "") -> tuple[torch.Tensor, torch.Tensor]:
     stem = {"train": "train", "test": "t10k"}[split]
     if not (DATA / "mnist").is_dir():
         raise SystemExit(f"no MNIST under {DATA}: put its four idx files into a folder mnist/ and set HF_EFFDL_DATA")
@@ -89,10 +101,9 @@ def mnist(split: str) -> tuple[torch.Tensor, torch.Tensor]:
     def read(file: str, header: int) -> np.ndarray:
         return np.frombuffer(gzip.open(DATA / "mnist" / file).read(), np.uint8, offset=header)
 
-    images = read(f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28)
-    return torch.tensor(images / np.float32(255)), torch.tensor(
-        read(f"{stem}-labels-idx1-ubyte.gz", 8).astype(np.int64)
-    )
+    images = torch.tensor(read(f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28) / np.float32(255))
+    labels = torch.tensor(read(f"{stem}-labels-idx1-ubyte.gz", 8).astype(np.int64))
+    return F.avg_pool2d(images, 2) if net == "bn14" else images, labels
 
 
 def build(net: str) -> nn.Sequential:
@@ -252,7 +263,7 @@ def run(how: str, net: str, seed: int, data, settings: dict, epochs: int, cache:
     else:
         start = time.perf_counter()
         if pruner is not None:
-            train_with_group_norm(model, optimizer, lrs, data, seed, pruner, task)
+            train_with_group_norm(model, optimizer, lrs, data, seed, pruner, task, until)
         else:
             train(model, optimizer, lrs, data, seed, after, until=until, task=task)
         seconds = time.perf_counter() - start
@@ -273,7 +284,7 @@ def run(how: str, net: str, seed: int, data, settings: dict, epochs: int, cache:
     }
 
 
-def train_with_group_norm(model, optimizer, lrs, data, seed, pruner, task) -> None:
+def train_with_group_norm(model, optimizer, lrs, data, seed, pruner, task, until) -> None:
     # the regulariser adds to the gradients, so it goes between backward and step
     pruner.update_regularizer()
     step = optimizer.step
@@ -283,7 +294,7 @@ def train_with_group_norm(model, optimizer, lrs, data, seed, pruner, task) -> No
         step()
 
     optimizer.step = regularised_step
-    train(model, optimizer, lrs, data, seed, task=task)
+    train(model, optimizer, lrs, data, seed, until=until, task=task)
     optimizer.step = step
 
 
@@ -328,7 +339,17 @@ def group_norm_score(pruner, model: nn.Module, group) -> torch.Tensor:
     return pruner.importance(found).detach()
 
 
-def one_row(net: str, arm: str, seed: int, data, test, settings: dict, cache: Path, task: Task = MNIST) -> dict:
+def one_row(
+    net: str,
+    arm: str,
+    seed: int,
+    data,
+    test,
+    settings: dict,
+    cache: Path,
+    task: Task = MNIST,
+    budgets: Sequence[float] = BUDGETS,
+) -> dict:
     how, scoring = ARMS[arm]
     trained = run(how, net, seed, data, settings, settings["epochs"], cache, task)
     model, groups, steps = trained["model"], trained["groups"], len(data[0]) // task.batch
@@ -339,9 +360,10 @@ def one_row(net: str, arm: str, seed: int, data, test, settings: dict, cache: Pa
         inside = torch.cat(list(path.support.values())).float().mean().item()
         row["support"] = inside
     row["budgets"] = {}
-    for budget in BUDGETS:
+    batches = data[0][:CALIBRATION].split(task.batch) if arm.endswith(REFITTED) else None
+    for budget in budgets:
         kept = path.select(macs=budget, order=order)
-        small = task.place(slim(model, groups, kept))
+        small = task.place(slim(model, groups, kept, calibration=batches))
         with task.precision():
             recalibrate_batch_norm(small, data[0][:4000].split(1000))
         before = accuracy(small, *test, task)
@@ -357,7 +379,7 @@ def one_row(net: str, arm: str, seed: int, data, test, settings: dict, cache: Pa
         elif trained["steps_left"]:
             lrs = rates("bn", tune, settings["lr"])
         lrs = lrs or [peak * (1 - k / tune) for k in range(tune)]
-        teacher = deepcopy(model).eval() if arm.endswith("distilled") else None
+        teacher = deepcopy(model).eval() if "distilled" in arm else None
         train(small, sgd(small, settings["weight_decay"]), lrs, data, 2000 + seed, teacher=teacher, task=task)
         counts = groups[0].network.count(groups, {name: len(index) for name, index in kept.items()})
         whole = groups[0].network.count()
@@ -401,43 +423,60 @@ def paper_row(net: str, seed: int, data, test, how: str, cache: Path) -> dict:
 
 def paired(of: dict, arm: str, seeds: list[int], budget: str) -> tuple[float, float]:
     """How much our arm is ahead of another after fine-tuning: mean over the seeds that both have, standard error."""
-    return mean_and_error(
-        [
-            of[OURS, seed]["budgets"][budget]["after"] - of[arm, seed]["budgets"][budget]["after"]
-            for seed in seeds
-            if (arm, seed) in of
-        ]
-    )
+    pairs = [(cell_of(of, OURS, seed, budget), cell_of(of, arm, seed, budget)) for seed in seeds]
+    return mean_and_error([ours["after"] - theirs["after"] for ours, theirs in pairs if ours and theirs])
 
 
-def arms_table(title: str, rows: list[dict]) -> None:
-    """One line per arm, over the seeds that our arm has; the rows share net and settings."""
+def cell_of(of: dict, arm: str, seed: int, budget: str) -> dict | None:
+    return of.get((arm, seed), {}).get("budgets", {}).get(budget)
+
+
+def training_macs(arm: str, schedule: tuple[int, int], macs: float) -> float:
+    """Training MACs of an arm, search and small net, in those of the dense net for as many epochs in all."""
+    epochs, tune = schedule
+    share = 0.0 if arm.startswith("scratch") else EARLY if ", early" in arm else 1.0
+    small = tune + (1 - share) * epochs
+    asked = small / 3 if "distilled" in arm else 0.0  # a teacher's forward passes
+    return (share * epochs + small * macs + asked) / (epochs + tune)
+
+
+def arms_table(title: str, rows: list[dict], schedule: tuple[int, int]) -> None:
+    """One line per arm, over the seeds that our arm has; the rows share net and settings, which are the epochs."""
     of = {(row["arm"], row["seed"]): row for row in rows}
     seeds = sorted({seed for arm, seed in of if arm == OURS})
     print(
-        f"\n{title}: accuracy % before -> after fine-tuning, mean over {len(seeds)} seeds "
-        f"(paired difference of {OURS}, SE)"
+        f"\n{title}: accuracy % before -> after fine-tuning, mean over {len(seeds)} seeds, "
+        f"{', '.join(map(str, seeds))} (paired difference of {OURS}, SE); training MACs at 50, 25, 10 % beside the "
+        "dense net's"
     )
-    print(f"| arm | dense | {' | '.join(f'{b:.0%} MACs' for b in BUDGETS)} | params, latency at 25 % |")
-    print("|---|---|" + "---|" * (len(BUDGETS) + 1))
+    print(
+        f"| arm | dense | {' | '.join(f'{b:.0%} MACs' for b in BUDGETS)} | training MACs | params, latency at 25 % |"
+    )
+    print("|---|---|" + "---|" * (len(BUDGETS) + 2))
     for arm in ARMS:
         mine = [of[arm, seed] for seed in seeds if (arm, seed) in of]
         if not mine:
             continue
-        cells = [f"{statistics.mean(row['dense'] for row in mine):.2f}"]
+        cells, costs = [f"{statistics.mean(row['dense'] for row in mine):.2f}"], []
         for budget in map(str, BUDGETS):
-            before, after = (statistics.mean(row["budgets"][budget][k] for row in mine) for k in ("before", "after"))
+            there = [row["budgets"][budget] for row in mine if budget in row["budgets"]]
+            if not there:
+                cells.append("-"), costs.append("-")
+                continue
+            before, after, macs = (statistics.mean(cell[k] for cell in there) for k in ("before", "after", "macs"))
             difference, error = paired(of, arm, seeds, budget)
-            cells.append(f"{before:.1f} -> {after:.2f} ({difference:+.2f}, {error:.2f})")
+            fewer = "" if len(there) == len(mine) else f", {len(there)} seeds"
+            cells.append(f"{before:.1f} -> {after:.2f} ({difference:+.2f}, {error:.2f}{fewer})")
+            costs.append(f"{training_macs(arm, schedule, macs):.2f}")
         size = [statistics.mean(row["budgets"]["0.25"][k] for row in mine) for k in ("params", "latency")]
         name = arm if len(mine) == len(seeds) else f"{arm} ({len(mine)} seeds)"
-        print(f"| {name} | {' | '.join(cells)} | {size[0]:.2f}, {size[1]:.2f} |")
+        print(f"| {name} | {' | '.join(cells)} | {', '.join(costs)} | {size[0]:.2f}, {size[1]:.2f} |")
 
 
 def table(rows: list[dict]) -> None:
     for net in sorted({row["net"] for row in rows}):
         mine = [row for row in rows if row["net"] == net]
-        arms_table(net, mine)
+        arms_table(net, mine, (SETTINGS[net]["epochs"], SETTINGS[net]["tune"]))
         long = {(row["arm"], row["seed"]): row for row in mine if "60 epochs" in row["arm"]}
         for _, row in sorted(long.items()):
             read = ", ".join(f"{key} {row[key]:.2f}" for key in ("dense", "projected", "kept") if key in row)
@@ -448,9 +487,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__, "structure_mnist")
     parser.add_argument("--net", choices=sorted(SETTINGS), default="bn")
     parser.add_argument("--recipe", choices=("ours", "paper"), default="ours")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument("--first", type=int, default=1, help="the first seed")
     parser.add_argument("--arms", nargs="*", default=None, help="only these arms")
-    parser.add_argument("--rows", type=int, default=20000, help="training rows (the paper recipe takes all)")
+    parser.add_argument(
+        "--budgets", nargs="*", type=float, default=BUDGETS, help="shares of the MACs, 0.25 among them"
+    )
+    parser.add_argument("--rows", type=int, help="training rows (the paper recipe takes all)")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="change a setting, for tuning")
     parser.add_argument("--validate", action="store_true", help="hold out 5000 training rows instead of the test set")
     options = parser.parse_args(argv)
@@ -460,24 +503,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         return table(file.rows)
     settings = SETTINGS[options.net] | {name: float(value) for name, value in (s.split("=") for s in options.set)}
     settings["epochs"], settings["tune"] = int(settings["epochs"]), int(settings["tune"])
-    images, labels = mnist("train")
+    images, labels = mnist("train", options.net)
+    options.rows = options.rows or ROWS.get(options.net, 20_000)
     if options.recipe == "paper":
         options.rows = len(images)
-    data, test = (images[: options.rows], labels[: options.rows]), mnist("test")
+    data, test = (images[: options.rows], labels[: options.rows]), mnist("test", options.net)
     if options.validate:
         data, test = (images[: options.rows][:-5000], labels[: options.rows][:-5000]), (images[-5000:], labels[-5000:])
     cache = options.out.parent / "cache" / ("-".join(options.set).replace(" ", "") or "default")
-    arms = options.arms or [arm for arm in ARMS if not (arm == "BN weight" and options.net == "lenet")]
+    arms = options.arms or [arm for arm in ARMS if not (arm.startswith("BN weight") and options.net == "lenet")]
     if options.recipe == "paper":
         arms = options.arms or ["paper, 60 epochs", "sgd, 60 epochs"]
-    for seed in range(1, options.seeds + 1):
+    for seed in range(options.first, options.first + options.seeds):
         for arm in arms:
             if (options.net, arm, seed) in file:
                 continue
             if options.recipe == "paper":
                 row = paper_row(options.net, seed, data, test, arm.partition(",")[0], cache)
             else:
-                row = one_row(options.net, arm, seed, data, test, settings, cache)
+                row = one_row(options.net, arm, seed, data, test, settings, cache, MNIST, options.budgets)
             file.add(row, hide=("budgets",))
     table(file.rows)
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from hf_effdl.files import damaged, digest, read_tensors, write_whole
-from hf_effdl.processes import same_fate
+from hf_effdl.processes import refuse_lone_processes, same_fate
 from hf_effdl.vicl.pool.writer import processes
 from hf_effdl.vicl.remote_code.examples import CHUNK, Examples, Queries
 from hf_effdl.vicl.remote_code.images import pixels
@@ -103,6 +103,7 @@ def measure_examples(
 
     Source: as SupPR (arXiv 2301.13670) and Partial2Global (arXiv 2405.15279) do with 50 neighbours.
     """
+    refuse_lone_processes()
     excluded = torch.zeros(len(pool), dtype=torch.bool)
     if exclude is not None:
         excluded[rows_of_ids(pool, exclude, "exclude")] = True

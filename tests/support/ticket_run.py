@@ -14,7 +14,7 @@ import torch
 from leave import leave
 
 from hf_effdl import Ticket, find_ticket
-from hf_effdl.structure.tickets.search import read_weights
+from hf_effdl.structure.training.start import read_weights
 
 
 # looks at every step, and takes a while to be content

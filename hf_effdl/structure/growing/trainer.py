@@ -202,6 +202,12 @@ class GrowingTrainer(SplitLBITrainer):
             self._staged, self.args.eval_on_start = False, eval_on_start
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
 
+    def train_small(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refused: a grown net is small by itself."""
+        raise ValueError(
+            "a GrowingTrainer grows towards its bounds, and train_small cuts down to a budget: take a SplitLBITrainer"
+        )
+
     def _grow(self, folder: str | Path) -> Path:
         """The checkpoint to go on from, with the model, the groups and the history as they are there."""
         together()  # all files of the checkpoint are written

@@ -1,7 +1,6 @@
 """Tickets.
 
-search.py    `find_ticket` and `EarlyTicketCallback`; settings.py: what they take
-settling.py  when a selection has stopped changing
+search.py    `find_ticket` and `EarlyTicketCallback`
 ticket.py    the noun: which units, and the weights to start them from
 rewind.py    networks from a ticket: `rewind` for the same task, `transfer` for another
 files.py     tickets as files, in a folder or on the Hub; card.py: their card

@@ -1,35 +1,21 @@
 """Finding a ticket early: looks at the selection during a run, and stops the run once it has settled."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import broadcast
-from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from torch import nn
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from hf_effdl.checks import real_number, whole_number
 from hf_effdl.files import read_tensors, write_whole
-from hf_effdl.processes import agreed
-from hf_effdl.structure.groups.find import find_groups
-from hf_effdl.structure.groups.finders.lora import refuse_adapter
-from hf_effdl.structure.groups.group import Group, check_groups
-from hf_effdl.structure.groups.record import groups_of, groups_record
-from hf_effdl.structure.groups.ties import Tie, config_ties
-from hf_effdl.structure.optim.schedule import PATH_LENGTHS
-from hf_effdl.structure.optim.sharding import is_sharded
-from hf_effdl.structure.optim.split_lbi import SplitLBI, unwrap
-from hf_effdl.structure.path.path import SparsePath
+from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.tickets.files import WEIGHTS, State, packed, state_digest
-from hf_effdl.structure.tickets.settings import check_settings
-from hf_effdl.structure.tickets.settling import Settling, pack
 from hf_effdl.structure.tickets.ticket import Ticket
-from hf_effdl.structure.training.arguments import SplitLBIArguments, scheduled_rates
-from hf_effdl.structure.training.callbacks import SplitLBICallback, check_split_lbi
-from hf_effdl.structure.training.evaluation import WRAPPERS, example_row
+from hf_effdl.structure.training.callbacks import SplitLBICallback
+from hf_effdl.structure.training.settled import SettledCallback
+from hf_effdl.structure.training.start import read_weights
 from hf_effdl.structure.training.trainer import SplitLBITrainer
 
 
@@ -118,7 +104,7 @@ def _check_trainer(trainer: Any) -> None:
         )
 
 
-class EarlyTicketCallback(TrainerCallback, ExportableState):
+class EarlyTicketCallback(SettledCallback):
     """Stops a run once the units that it would keep no longer change, and has them as `ticket`.
 
     Every `every` steps it takes the selection: with a budget what `SparsePath.select` keeps, without one the support.
@@ -163,6 +149,10 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
     is that of the path of arXiv 2007.02010.
     """
 
+    DEFAULTS = {**SettledCallback.DEFAULTS, "at_step": None, "at_epoch": None, "weights_at": ()}
+    wanted = "a ticket"
+    saves_last = True
+
     def __init__(
         self,
         groups: Sequence[Group] | None = None,
@@ -182,39 +172,33 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
         at_epoch: float | None = None,
         weights_at: Sequence[int] = (),
     ) -> None:
-        self.groups = groups
-        self.settings = {
-            "macs": macs,
-            "params": params,
-            "keep": keep,
-            "order": order,
-            "widths": widths,
-            "every": every,
-            "threshold": threshold,
-            "window": window,
-            "patience": patience,
-            "min_path": min_path,
-            "within": within,
-            "at_step": at_step,
-            "at_epoch": at_epoch,
-            "weights_at": weights_at,
-        }
-        check_settings(self.settings)
-        if groups is not None:
-            check_groups(groups, "EarlyTicketCallback")
-        self.budget = {
-            name: share for name in ("macs", "params", "keep") if (share := self.settings[name]) is not None
-        }
-        self.ties: Sequence[Tie] = ()
-        self._ticket: Ticket | None = None
-        self._begin()
+        super().__init__(
+            groups,
+            macs=macs,
+            params=params,
+            keep=keep,
+            order=order,
+            widths=widths,
+            every=every,
+            threshold=threshold,
+            window=window,
+            patience=patience,
+            min_path=min_path,
+            within=within,
+            at_step=at_step,
+            at_epoch=at_epoch,
+            weights_at=weights_at,
+        )
 
-    def _begin(self) -> None:
-        self._ticket = None
-        self.settling = Settling(*(self.settings[key] for key in ("threshold", "window", "patience", "min_path")))
-        self.travelled = 0.0  # summed learning rate
+    def begin(self) -> None:
+        super().begin()
+        self._ticket: Ticket | None = None
         self.init: dict[str, Any] = {}
         self.weights: dict[int, State] = {}
+
+    def check_settings(self) -> None:
+        super().check_settings()
+        _check_given(self.settings)
 
     @property
     def ticket(self) -> Ticket:
@@ -229,25 +213,14 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
 
     # ---- what a checkpoint holds
 
-    def state(self) -> dict[str, Any]:
-        saved = {
-            "looks": self.settling.looks,
-            "recent": self.settling.recent,
-            "travelled": self.travelled,
-            "init": self.init,
-            "weights": sorted(self.weights),
-            "found": self._ticket and [self._ticket.step, self._ticket.settled],
-            "groups": groups_record(self.groups) if self.groups else None,
-        }
-        return {"args": self.settings, "attributes": {"saved": saved}}
+    def record(self) -> dict[str, Any]:
+        return super().record() | {"init": self.init, "weights": sorted(self.weights)}
 
-    def _continue(self, saved: Mapping[str, Any], folder: Path) -> None:
-        self.settling.looks, self.settling.recent = list(saved["looks"]), list(saved["recent"])
-        self.travelled, self.init = saved["travelled"], saved["init"]
-        if self.groups is None:  # this object is one that transformers made of the state
-            self.groups = groups_of(saved["groups"])
+    def restore(self, saved: Mapping[str, Any], folder: Path) -> None:
+        super().restore(saved, folder)
+        self.init = saved["init"]
         for step in saved["weights"]:
-            file = folder / WEIGHTS.format(step)
+            file = folder / FOLDER / WEIGHTS.format(step)
             if not file.is_file():
                 logger.warning("%s is gone, so the ticket will not hold the weights of step %d", file, step)
                 continue
@@ -262,139 +235,63 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model, optimizer = kwargs["model"], unwrap(kwargs["optimizer"])
-        _check_run(model, optimizer)
-        saved = self._saved(state)
-        self._begin()
-        if state.global_step:
-            self._continue(saved, Path(args.output_dir) / FOLDER)
-        if self.groups is None:
-            self.groups = find_groups(model, example_row(kwargs["train_dataloader"], labels=True))
-        self.ties = config_ties(model, self.groups)
-        self.one_path = _one_path(args, optimizer, state.max_steps)
-        self.every = self.settings["every"] or max(1, round(state.max_steps / 50))
-        self.last = _last_step(self.settings, state)
-        if self.budget:
-            self._select(optimizer)  # one that cannot be held is refused before the first step
+        super().on_train_begin(args, state, control, **kwargs)
+        model = kwargs["model"]
         if state.global_step == 0:
             source = getattr(getattr(model, "config", None), "name_or_path", "") or None
             digest = state_digest(self._keep(model, 0, args))
             self.init = {"sha256": digest, "class": type(model).__name__, "source": source, "seed": args.seed}
-        elif taken := saved["found"]:  # the run was over; Trainer takes one more step
-            self._take(model, *taken)
-            control.should_training_stop = True
-
-    def _saved(self, state: TrainerState) -> Mapping[str, Any]:
-        """What the checkpoint holds of this callback; at the start of a run, what it is to hold."""
-        name = type(self).__name__
-        if state.global_step and name not in state.stateful_callbacks:
-            raise ValueError(
-                f"the checkpoint of step {state.global_step} is of a run without {name}, so the initial weights are "
-                "not known; start that run again with the callback"
-            )
-        stored = state.stateful_callbacks.setdefault(name, self.state())
-        if isinstance(stored, list):
-            raise ValueError(f"this trainer has {len(stored)} callbacks of class {name}; a run finds one ticket")
-        return stored["attributes"]["saved"]
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._ticket is None:
-            lifted = next(group for group in unwrap(kwargs["optimizer"]).param_groups if group["penalty"] == "group")
-            self.travelled += float(lifted["lr"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._ticket is not None:
-            control.should_training_stop = True
-            return
-        step = state.global_step
-        if step in self.settings["weights_at"]:
-            self._keep(kwargs["model"], step, args)
-        is_given, is_last = self._is_given(state), step >= self.last
-        if not (is_given or is_last or step % self.every == 0):
-            return
-        settled = self._look(unwrap(kwargs["optimizer"]), step)
-        if is_last and not (settled or is_given):
-            self._warn_unsettled(state)
-        if is_given or is_last or (settled and not self._has_given_step):
-            self._take(kwargs["model"], step, settled)
-            control.should_training_stop = True
-
-    def _warn_unsettled(self, state: TrainerState) -> None:
-        logger.warning(
-            "the selection had not settled by step %d of %d, the bound of within=%s: the ticket is what it was then. "
-            "Distances of the last looks: %s",
-            state.global_step,
-            state.max_steps,
-            self.settings["within"],
-            [row["distance"] for row in self.settling.looks[-3:]],
-        )
+        if self.found is None and state.global_step in self.settings["weights_at"]:
+            self._keep(kwargs["model"], state.global_step, args)
+        super().on_step_end(args, state, control, **kwargs)
 
     @property
-    def _has_given_step(self) -> bool:
+    def waits(self) -> bool:
+        """Whether the ticket was asked for at a step or an epoch."""
         return self.settings["at_step"] is not None or self.settings["at_epoch"] is not None
 
-    def _is_given(self, state: TrainerState) -> bool:
-        """Whether the ticket was asked for at this step."""
+    def is_asked_for(self, state: TrainerState) -> bool:
         epoch = self.settings["at_epoch"]
         if epoch is not None:
             return state.epoch >= epoch - 1e-9
         return state.global_step == self.settings["at_step"]
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._ticket is None:
-            logger.warning("the run ended at step %d before the selection had settled", state.global_step)
-            self._look(unwrap(kwargs["optimizer"]), state.global_step)
-            self._take(kwargs["model"], state.global_step, False)
+    def last_step(self, state: TrainerState) -> int:
+        last = super().last_step(state)
+        within, step, epoch = (self.settings[name] for name in ("within", "at_step", "at_epoch"))
+        if step is not None and step > last:
+            raise ValueError(
+                f"at_step={step} lies after within={within} of this run, which is step {last} of "
+                f"{state.max_steps}; lower at_step or raise within"
+            )
+        if epoch is not None and epoch > within * state.num_train_epochs + 1e-9:
+            raise ValueError(
+                f"at_epoch={epoch} lies after within={within} of this run of {state.num_train_epochs} "
+                "epochs; lower at_epoch or raise within"
+            )
+        return last
 
-    # ---- a look
-
-    def _look(self, optimizer: SplitLBI, step: int) -> bool:
-        """Note the selection of this step; whether it has settled."""
-        selection = agreed(pack(self._select(optimizer)))
-        return self.settling.note(step, self.travelled / self.one_path, selection)
-
-    def _select(self, optimizer: SplitLBI) -> Tensor:
-        """Which units stay, boolean, over the lifted groups in their order."""
-        path = SparsePath.from_optimizer(optimizer, self.groups, self.ties)
-        order = self.settings["order"]
-        if self.budget:
-            kept = path.select(**self.budget, order=order, widths=self.settings["widths"])
-        else:
-            kept = {name: inside.nonzero().flatten() for name, inside in path.support.items()}
-            if any(map(len, kept.values())):  # a group cannot go
-                best = path.scores(order)
-                kept = {name: index if len(index) else best[name].argmax()[None] for name, index in kept.items()}
-        masks = [torch.zeros(group.units, dtype=torch.bool) for group in self._lifted]
-        for group, inside in zip(self._lifted, masks, strict=True):
-            inside[kept.get(group.name, slice(None))] = True
-        return torch.cat(masks)
-
-    @property
-    def _lifted(self) -> list[Group]:
-        return [group for group in self.groups if group.lifted]
-
-    def _take(self, model: nn.Module, step: int, settled: bool) -> None:
-        """Make the ticket of the last selection."""
+    def stop(self, model: nn.Module, step: int, settled: bool, control: TrainerControl) -> None:
+        """End the run, with a ticket of the last selection."""
         inside = self.settling.selection
         if not inside.any():
             raise ValueError(
                 f"no unit is in the support at step {step}, so it is no ticket: give a budget (macs=, params= or "
                 "keep=), which ranks units before they enter, or take it later (at_step=, within=, min_path=)"
             )
-        parts = inside.split([group.units for group in self._lifted])
-        kept = {group.name: part.nonzero().flatten() for group, part in zip(self._lifted, parts, strict=True)}
+        parts = inside.split([group.units for group in self.lifted])
+        kept = {group.name: part.nonzero().flatten() for group, part in zip(self.lifted, parts, strict=True)}
         weights = self.weights if step in self.weights else {**self.weights, step: read_weights(model)}
         self._ticket = Ticket(
             self.groups, kept, step, settled, list(self.settling.looks), dict(self.init), dict(weights)
         )
+        super().stop(model, step, settled, control)
 
-    # ---- weights and bounds
+    # ---- weights
 
     def _keep(self, model: nn.Module, step: int, args: TrainingArguments) -> State:
         self.weights[step] = weights = read_weights(model)
@@ -403,62 +300,20 @@ class EarlyTicketCallback(TrainerCallback, ExportableState):
         return weights
 
 
-def read_weights(model: nn.Module) -> State:
-    """A copy of the model's state dict on the CPU, under plain names, the same on every process."""
-    copies = {WRAPPERS.sub("", name): tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    buffers = {WRAPPERS.sub("", name) for name, _ in model.named_buffers()}
-    # every process has its own batch statistics; the first one's are those that checkpoints hold
-    copies |= broadcast({name: tensor for name, tensor in copies.items() if name in buffers})
-    return {name: tensor.cpu().contiguous() for name, tensor in copies.items()}
-
-
-def _one_path(args: TrainingArguments, optimizer: SplitLBI, steps: int) -> float:
-    """Summed learning rate of one path."""
-    group = next(group for group in optimizer.param_groups if group["penalty"] == "group")
-    defaults = SplitLBIArguments.__dataclass_fields__
-    length, share = (getattr(args, name, defaults[name].default) for name in ("path_length", "path_share"))
-    length = length or PATH_LENGTHS["empty"]
-    if group["lam_scale"] == "init":
-        return length * group["lam"] * group["nu"] / group["path_scale"]
-    return sum(scheduled_rates(args, steps)[: max(1, round(share * steps))])
-
-
-# ---- what cannot be
-
-
-def _last_step(settings: Mapping[str, Any], state: TrainerState) -> int:
-    """The step at which the ticket is taken at the latest."""
-    within, step, epoch = (settings[name] for name in ("within", "at_step", "at_epoch"))
-    last = max(1, math.floor(within * state.max_steps + 1e-9))
-    if step is not None and step > last:
-        raise ValueError(
-            f"at_step={step} lies after within={within} of this run, which is step {last} of "
-            f"{state.max_steps}; lower at_step or raise within"
-        )
-    if epoch is not None and epoch > within * state.num_train_epochs + 1e-9:
-        raise ValueError(
-            f"at_epoch={epoch} lies after within={within} of this run of {state.num_train_epochs} "
-            "epochs; lower at_epoch or raise within"
-        )
-    return last
-
-
-def _check_run(model: nn.Module, optimizer: Any) -> None:
-    """Refuse a run that no ticket can be read from."""
-    check_split_lbi(model, optimizer, "a ticket is read from")
-    refuse_adapter(model, "a ticket")
-    if any(is_sharded(p) for p in model.parameters()):
-        raise ValueError(
-            "the weights are sharded (FSDP2), and a ticket holds whole ones: find it with DDP, which a "
-            "search this short rarely needs more than"
-        )
-    if any(group["start"] == "dense" for group in optimizer.param_groups):
-        raise ValueError(
-            "the path starts dense, so nothing enters by which units could settle early; pass start='empty' and a "
-            "model with fresh weights"
-        )
-    if not any(group["penalty"] == "group" for group in optimizer.param_groups):
-        raise ValueError(
-            "no param group of SplitLBI has penalty='group', so there are no units to select; pass "
-            "params=param_groups(model, find_groups(model))"
-        )
+def _check_given(settings: dict[str, Any]) -> None:
+    """Refuse steps and epochs to take a ticket or weights at that no run has."""
+    if settings["at_epoch"] is not None:
+        settings["at_epoch"] = real_number("at_epoch", settings["at_epoch"])
+        if not settings["at_epoch"] > 0:
+            raise ValueError(f"at_epoch={settings['at_epoch']}: it must be above 0")
+    if settings["at_step"] is not None:
+        settings["at_step"] = whole_number("at_step", settings["at_step"], 1)
+        if settings["at_epoch"] is not None:
+            raise ValueError("give at_step or at_epoch, not both")
+    steps = settings["weights_at"]
+    if isinstance(steps, str | bytes) or not isinstance(steps, Sequence):
+        raise TypeError(f"weights_at={steps!r}: pass a list of steps")
+    settings["weights_at"] = list(steps)
+    for step in steps:
+        if type(step) is not int or step < 0:
+            raise ValueError(f"weights_at={settings['weights_at']}: they must be steps, whole numbers not below 0")

@@ -79,6 +79,7 @@ def write_structure_card(
         tags=list(dict.fromkeys([*_listed(tags), *trainer._tag_names, *_tags_there(Path(folder) / "README.md")])),
     )
     facts = trainer.card_facts(folder)
+    report = _report_of(small)
     shared = {
         "title": model_name or repo_id,
         "repo_id": repo_id,
@@ -87,14 +88,13 @@ def write_structure_card(
         "dataset": _listed(dataset),
         "dataset_args": dataset_args,
         "rows": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
-        "recipe": _recipe(trainer, facts["recipe"]),
+        "recipe": _recipe(trainer, facts["recipe"] | _of_small_net(report or {})),
         "citation": CITATION,
     }
     if has_adapter(model):
         data.library_name = "peft"
-        data.base_model = data.base_model or getattr(config, "name_or_path", None) or None
+        data.base_model = _base_of(data, config)
         return write_card(folder, "lora_card.md", data, **shared, **_adapter_facts(trainer, small, data, folder))
-    report = None if small is None else getattr(config or model, "effdl_report", None)
     return write_card(
         folder,
         "structure_card.md",
@@ -112,6 +112,16 @@ def write_structure_card(
         **_results(trainer, report, facts["whole"]),
         **_path_facts(trainer.path, report, folder),
     )
+
+
+def _report_of(small: Any) -> Mapping[str, Any] | None:
+    """What a slim model says of itself, in its config where that is its own; None for the dense one."""
+    config = getattr(small, "config", None) if small is not None and not has_adapter(small) else None
+    return getattr(config or small, "effdl_report", None)
+
+
+def _base_of(data: ModelCardData, config: Any) -> str | None:
+    return data.base_model or getattr(config, "name_or_path", None) or None
 
 
 def _listed(values: str | list[str] | None) -> list[str]:
@@ -137,7 +147,8 @@ def _model_index(name: str, task: str | None, datasets: Sequence[str], metrics: 
 
 def _results(trainer: Any, report: Mapping[str, Any] | None, whole: str) -> dict[str, Any]:
     """The table of results, and whether plain SGD is in it."""
-    rows = [{"name": name, **values} for name, values in trainer.results.items()] or _logged_rows(trainer, whole)
+    told = trainer.results or trainer.measured
+    rows = [{"name": name, **values} for name, values in told.items()] or logged_rows(trainer, whole)
     if report is not None and report["params"]["after"] not in [row.get("params") for row in rows]:
         rows.append({"name": "slim", **{key: report[key]["after"] for key in SIZES if key in report}})
     table = markdown_table(rows, {"name": "model", **_metric_names(rows), **SIZES})
@@ -148,7 +159,7 @@ def _metric_names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {name: name for row in rows for name in row if name not in ("name", *SIZES)}
 
 
-def _logged_rows(trainer: Any, whole: str) -> list[dict[str, Any]]:
+def logged_rows(trainer: Any, whole: str) -> list[dict[str, Any]]:
     """The last evaluation in the log, of the whole net and of the projected one, with the net's size."""
     counts = trainer.groups[0].network.count()
     logged = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
@@ -193,7 +204,7 @@ def _adapter_facts(trainer: Any, small: Any, data: ModelCardData, folder: str | 
     report = None if small is None else getattr(small, "effdl_report", None)
     rows = [{"name": name, **values} for name, values in trainer.results.items()]
     if not rows:
-        rows = _logged_rows(trainer, "all ranks")
+        rows = logged_rows(trainer, "all ranks")
         for row in rows:
             row |= {"params": sum(group.units * group.params for group in trainer.groups), "macs": None}
     if report is not None and report["params"]["after"] not in [row.get("params") for row in rows]:
@@ -217,6 +228,19 @@ def _adapter_facts(trainer: Any, small: Any, data: ModelCardData, folder: str | 
 
 
 # ---- settings
+
+
+def _of_small_net(report: Mapping[str, Any]) -> dict[str, Any]:
+    """How a slim model was trained since, as its report has it."""
+    lines: dict[str, Any] = {}
+    if search := report.get("search"):
+        settled = "" if search["settled"] else ", not settled"
+        lines["units cut at step"] = f"{search['step']} of {search['of']}{settled}"
+    if tuned := report.get("tuned"):
+        lines["small net, steps"] = tuned["steps"]
+        lines["small net, learning rate"] = tuned["learning_rate"]
+        lines["small net, teacher's share"] = tuned["distill"]
+    return lines
 
 
 def _recipe(trainer: Any, more: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_effdl.checks import real_number
 from hf_effdl.files import digest
+from hf_effdl.processes import refuse_lone_processes
 from hf_effdl.row_losses import COLUMN, IGNORED, find_task
 from hf_effdl.weighting import WeightedLossMixin
 
@@ -240,6 +241,7 @@ class DistillationTrainer(DistillationMixin, WeightedLossMixin, Trainer):
     @wraps(Trainer.__init__)
     def __init__(self, *args: Any, distillation: Distillation, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        refuse_lone_processes()
         self.teach(distillation)
 
 

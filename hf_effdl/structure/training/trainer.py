@@ -14,10 +14,9 @@ from accelerate.utils import broadcast
 from huggingface_hub import create_repo, upload_folder
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_effdl.checks import whole_number
-from hf_effdl.files import read_json
 from hf_effdl.processes import forget_accelerate, is_first, refuse_lone_processes
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
@@ -32,14 +31,16 @@ from hf_effdl.structure.slim.report import get_report
 from hf_effdl.structure.training.arguments import WALK, SplitLBIArguments, start_for
 from hf_effdl.structure.training.callbacks import FSDP1, SplitLBICallback
 from hf_effdl.structure.training.card import write_structure_card
+from hf_effdl.structure.training.checkpoints import last_complete_checkpoint
 from hf_effdl.structure.training.distill import DistillationMixin
 from hf_effdl.structure.training.evaluation import example_row, loop_metrics, training_inputs
 from hf_effdl.structure.training.family import FamilyMixin
 from hf_effdl.structure.training.slimming import SlimMixin
+from hf_effdl.structure.training.small import SmallMixin
 from hf_effdl.weighting import WeightedLossMixin
 
 
-class SplitLBITrainer(FamilyMixin, SlimMixin, DistillationMixin, WeightedLossMixin, Trainer):
+class SplitLBITrainer(FamilyMixin, SmallMixin, SlimMixin, DistillationMixin, WeightedLossMixin, Trainer):
     """A `Trainer` whose optimizer is `SplitLBI`: one run gives the dense model and the whole path of smaller ones.
 
     Args:
@@ -52,7 +53,8 @@ class SplitLBITrainer(FamilyMixin, SlimMixin, DistillationMixin, WeightedLossMix
     `WeightedLossMixin`.
 
     `results` holds the rows of the model card's table by name, e.g. `{"dense, plain SGD": {"accuracy": 0.98, "params":
-    78394}}`; left empty, the card shows the last evaluation of the dense and of the projected model.
+    78394}}`; left empty, the card shows `measured`, which `finetune` and `train_small` fill, or else the last
+    evaluation of the dense and of the projected model.
 
     Processes: DDP, and FSDP2 with whole weights on every process at the start. `path`, `slim` and what evaluates are
     then for all processes to call; saving and pushing a slim model is for one.
@@ -89,6 +91,9 @@ class SplitLBITrainer(FamilyMixin, SlimMixin, DistillationMixin, WeightedLossMix
         self._path: SparsePath | None = None
         self._skeleton: nn.Module | None = None
         self.results: dict[str, dict[str, float]] = {}
+        self.measured: dict[str, dict[str, float]] = {}
+        self.tuner: Trainer | None = None  # of the last small net
+        self._loads_best = args.load_best_model_at_end
         self.curve: list[dict[str, float]] = []
         self.callback = SplitLBICallback(groups, self.compute_metrics, args.bn_batches)
         self.callback.evaluate = self._evaluate_again
@@ -412,28 +417,3 @@ def _copy_without_weights(model: nn.Module, device: torch.device | str) -> nn.Mo
         id(p): nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) for p in model.parameters()
     }
     return deepcopy(model, memo)
-
-
-def last_complete_checkpoint(folder: str, processes: int = 1) -> str:
-    """The newest checkpoint whose saving was not cut off.
-
-    Trainer writes its state after everything else, so a checkpoint is complete once that file reads.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    checkpoints = sorted(
-        Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"),
-        key=lambda path: int(path.name.rpartition("-")[2]),
-        reverse=True,
-    )
-    for checkpoint in checkpoints:
-        try:
-            read_json(checkpoint / "trainer_state.json")
-        except (FileNotFoundError, ValueError):
-            continue
-        if processes == 1 or all((checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(processes)):
-            return str(checkpoint)
-    raise ValueError(
-        f"no complete checkpoint in {folder} ({len(checkpoints)} begun); train without resume_from_checkpoint"
-    )

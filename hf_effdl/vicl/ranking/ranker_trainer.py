@@ -8,6 +8,7 @@ import numpy as np
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
+from hf_effdl.processes import refuse_lone_processes
 from hf_effdl.vicl.ranking.ranking_lists import RankingLists
 from hf_effdl.vicl.remote_code.modeling_listwise_ranker import ListwiseRanker
 
@@ -77,6 +78,7 @@ class RankerTrainer(Trainer):
         if given.get("compute_metrics") is None:
             given["compute_metrics"] = ranking_metrics
         super().__init__(**given)
+        refuse_lone_processes()
         if not isinstance(self.model, ListwiseRanker):
             raise TypeError(f"model is a {type(self.model).__name__}: RankerTrainer trains a ListwiseRanker")
         if self.args.label_names is None:

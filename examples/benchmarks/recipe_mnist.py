@@ -1,0 +1,312 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.6",
+#     "transformers>=5.23,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
+"""The recipe of `trainer.train_small` on MNIST beside other orders by the same recipe, and beside no order at all.
+
+The recipe: the dense net trains until the units that the budget would keep no longer change, at most a fifth of the
+run; the others are cut out, batch norm is re-estimated, and the small net has the rest of the epochs on a whole
+schedule of its own. Nets, rows and schedules are those of
+`structure_mnist.py`, by default the conv-BN net on 10,000 images shrunk to 14x14; 11 epochs in all for every arm but
+those "at equal MACs".
+
+- path, group lasso (same unit), global L2, random: the order that cuts; all search for as many steps as the path does;
+- refitted: the layers behind the cut are refitted by least squares on 512 training images (`calibration=`);
+- new weights, path's widths: the small net starts from new weights; the search is paid for its widths alone;
+- Fisher, OBS: as many units of every layer as the path keeps, chosen by what the net that the path trained does on 512
+  training images (`score=`);
+- random order, path's widths: as many, drawn at random;
+- scratch: new weights for all of the epochs, with the path's widths or with one share of every layer (uniform);
+- scratch, equal MACs: the same with as many training MACs as the path's recipe takes, search included.
+
+    python examples/benchmarks/recipe_mnist.py --seeds 6 7 8 9 10
+    python examples/benchmarks/recipe_mnist.py --table
+
+Rows go to `--out` as one JSON line per finished (net, budget, arm, seed); rows already there are skipped. Training
+MACs are counted in those of the dense net's 11 epochs; what calibration and batch norm take is left out.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from rows import RowFile, machine, mean_and_error, parser_of
+from structure_mnist import BATCH, ROWS, SETTINGS, accuracy, build, lasso_prox, mnist, path_of, rates, sgd, train
+from torch import Tensor
+from trainer_rows import Classifier
+from transformers.utils import logging
+
+from hf_effdl import SparsePath, SplitLBI, derive_path, find_groups, recalibrate_batch_norm, slim
+from hf_effdl.structure.calibration.compensate import Wish, compensate
+from hf_effdl.structure.path.settling import Settling, pack
+
+
+WITHIN, LOOKS = 0.2, 50  # the bound of a search, and how often a run is looked at
+SETTLED = {"threshold": 0.05, "window": 3, "patience": 2, "min_path": 0.4}
+BUDGETS = (0.25, 0.1)
+CALIBRATION = 512
+OURS = "path"
+# arm -> (what trains the dense net, what orders the units); scratch arms have neither
+REFITTED = ", refitted"
+RECIPE = {
+    "path": ("path", "dual"),
+    "group lasso": ("lasso", "norm"),
+    "global L2": ("sgd", "l2"),
+    "random": ("sgd", "random"),
+    "new weights, path's widths": ("path", "dual"),
+    "random order, path's widths": ("path", "drawn"),
+    "Fisher, path's widths": ("path", "fisher"),
+    "OBS, path's widths": ("path", "obs"),
+}
+RECIPE |= {arm + REFITTED: RECIPE[arm] for arm in ("path", "group lasso", "global L2", "random")}
+SCRATCH = (
+    "scratch, path's widths",
+    "scratch, uniform widths",
+    "scratch, path's widths, equal MACs",
+    "scratch, uniform widths, equal MACs",
+)
+ARMS = (*RECIPE, *SCRATCH)
+KEYS = ("net", "budget", "arm", "seed")
+
+
+@dataclass
+class Run:
+    """What all arms of one net share."""
+
+    net: str
+    data: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+    @property
+    def epoch(self) -> int:
+        return len(self.data[0]) // BATCH
+
+    @property
+    def settings(self) -> dict[str, float]:
+        return SETTINGS[self.net]
+
+    @property
+    def steps(self) -> int:
+        return (self.settings["epochs"] + self.settings["tune"]) * self.epoch
+
+    def accuracy(self, model: Classifier) -> float:
+        return accuracy(model.net, *self.test)
+
+    def rows(self, count: int, size: int) -> list[dict[str, Tensor]]:
+        parts = zip(*(part[:count].split(size) for part in self.data), strict=True)
+        return [{"pixel_values": images, "labels": labels} for images, labels in parts]
+
+    def fit(self, model: Classifier, lrs: list[float], seed: int, **options: Any) -> None:
+        optimizer = options.pop("optimizer", None) or sgd(model, self.settings["weight_decay"])
+        train(model.net, optimizer, lrs, self.data, seed, **options)
+
+
+@dataclass
+class Found:
+    """A dense net where its search stopped."""
+
+    model: Classifier
+    groups: Sequence[Any]
+    optimizer: Any
+    step: int
+    settled: bool
+    lifted: list[dict]
+    distances: list[float | None] = field(default_factory=list)  # between the selections of the last looks
+
+
+class Stop(Exception):
+    """The selection has settled."""
+
+
+def search(run: Run, how: str, seed: int, budget: float, until: int | None = None) -> Found:
+    """Train a dense net until the path's selection has settled, or of another kind up to a step."""
+    bound = int(WITHIN * run.steps)
+    lrs = rates(run.net, run.steps, run.settings["lr"])[: until or bound]
+    torch.manual_seed(seed)
+    model = Classifier(build(run.net))
+    groups = find_groups(model, {"pixel_values": run.data[0][:1]})
+    decay = run.settings["weight_decay"]
+    lifted = [{**group.param_group(), "weight_decay": decay} for group in groups if group.lifted]
+    if how != "path":
+        after = lasso_prox(lifted, run.settings["lasso"]) if how == "lasso" else None
+        run.fit(model, lrs, seed, after_step=after)
+        return Found(model, groups, None, until, False, lifted)
+    owned = {name for group in groups for name in group.lifted}
+    rest = [(p, p.ndim > 1) for name, p in model.named_parameters() if name not in owned]
+    params = [{"params": [p for p, d in rest if d == flag], "weight_decay": decay * flag} for flag in (True, False)]
+    optimizer = SplitLBI(lifted + [group for group in params if group["params"]], lr=0.1, **derive_path(sum(lrs)))
+    settling, every, seen = Settling(**SETTLED), max(1, round(run.steps / LOOKS)), []
+
+    def look(lr: float) -> None:
+        seen.append(lr)
+        if len(seen) % every:
+            return
+        kept = SparsePath.from_optimizer(optimizer, groups).select(macs=budget)
+        masks = [torch.zeros(group.units, dtype=torch.bool) for group in groups if group.name in kept]
+        for mask, index in zip(masks, kept.values(), strict=True):
+            mask[index] = True
+        if settling.note(len(seen), sum(seen) / sum(lrs), pack(torch.cat(masks))):
+            raise Stop
+
+    settled = False
+    try:
+        run.fit(model, lrs, seed, optimizer=optimizer, after_step=look)
+    except Stop:
+        settled = True
+    return Found(model, groups, optimizer, len(seen), settled, lifted, [look["distance"] for look in settling.looks])
+
+
+def macs_of(groups: Sequence[Any], kept: dict[str, Tensor]) -> float:
+    network = groups[0].network
+    return network.count(groups, {name: len(index) for name, index in kept.items()})["macs"] / network.count()["macs"]
+
+
+def uniform(groups: Sequence[Any], budget: float) -> dict[str, Tensor]:
+    """The largest one share of every layer's units that holds the budget."""
+    for share in range(1000, 0, -1):
+        kept = {group.name: torch.arange(max(1, group.units * share // 1000)) for group in groups}
+        if macs_of(groups, kept) <= budget:
+            return kept
+    raise ValueError(f"no share of every layer is {budget:.0%} of the MACs")
+
+
+def drawn(kept: dict[str, Tensor], groups: Sequence[Any], seed: int) -> dict[str, Tensor]:
+    """As many units of every layer, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    units = {group.name: group.units for group in groups}
+    return {
+        name: torch.randperm(units[name], generator=generator)[: len(index)].sort().values
+        for name, index in kept.items()
+    }
+
+
+def by_recipe(run: Run, arm: str, seed: int, budget: float, ours: Found) -> tuple[Classifier, dict]:
+    """The small net as it is cut, and the row's facts."""
+    how, scoring = RECIPE[arm]
+    found = ours if how == "path" else search(run, how, seed, budget, until=ours.step)
+    facts = {"dense": run.accuracy(found.model)}
+    trained = {"model": found.model, "groups": found.groups, "optimizer": found.optimizer}
+    path, order = path_of("dual" if how == "path" else scoring, trained, seed)
+    kept = path.select(macs=budget, order=order)
+    images = run.rows(CALIBRATION, 128)
+    if scoring == "drawn":
+        kept = drawn(kept, found.groups, seed)
+    if scoring in ("fisher", "obs"):
+        wishes = {name: Wish(len(index)) for name, index in kept.items()}
+        kept = compensate(found.model, found.groups, wishes, images, score=scoring).kept
+    small = slim(found.model, found.groups, kept, calibration=images if arm.endswith(REFITTED) else None)
+    if arm.startswith("new weights"):
+        renew(small, seed)
+    recalibrate_batch_norm(small.net, run.data[0][:4000].split(1000))
+    return small, facts | {"before": run.accuracy(small), "kept": kept}
+
+
+def from_scratch(arm: str, seed: int, budget: float, ours: Found, kept: dict[str, Tensor]) -> tuple[Classifier, dict]:
+    if "uniform" in arm:
+        kept = uniform(ours.groups, budget)
+    return renew(slim(ours.model, ours.groups, kept), seed), {"kept": kept}
+
+
+def renew(model: Classifier, seed: int) -> Classifier:
+    torch.manual_seed(1000 + seed)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return model
+
+
+def one_row(run: Run, arm: str, seed: int, budget: float, searched: Callable[..., Found]) -> dict:
+    start = time.perf_counter()
+    ours = searched(seed, budget)
+    chosen = SparsePath.from_optimizer(ours.optimizer, ours.groups).select(macs=budget)
+    left = run.steps - ours.step
+    if arm in RECIPE:
+        small, facts = by_recipe(run, arm, seed, budget, ours)
+        steps, spent = left, ours.step
+    else:
+        small, facts = from_scratch(arm, seed, budget, ours, chosen)
+        steps, spent = run.steps, 0
+    kept = facts.pop("kept")
+    macs = macs_of(ours.groups, kept)
+    if arm.endswith("equal MACs"):
+        steps = round((ours.step + left * macs_of(ours.groups, chosen)) / macs)
+    run.fit(small, rates(run.net, steps, run.settings["lr"]), 2000 + seed)
+    facts |= {"after": run.accuracy(small), "macs": macs, "cost": (spent + steps * macs) / run.steps}
+    facts |= {"found": ours.step / run.steps, "settled": ours.settled, "steps": steps}
+    facts["distances"] = ours.distances if arm == OURS else None
+    facts["units"] = {name: len(index) for name, index in kept.items()}
+    row = {"net": run.net, "budget": budget, "arm": arm, "seed": seed}
+    return row | facts | {"seconds": time.perf_counter() - start}
+
+
+# ---- table
+
+
+def table(rows: list[dict]) -> None:
+    for cell in sorted({tuple(row[key] for key in KEYS[:2]) for row in rows}, reverse=True):
+        of = {(row["arm"], row["seed"]): row for row in rows if tuple(row[key] for key in KEYS[:2]) == cell}
+        seeds = sorted({seed for arm, seed in of if arm == OURS})
+        net, budget = cell
+        print(f"\n{net}, {budget:.0%} of the MACs: {len(seeds)} seeds ({', '.join(map(str, seeds))})")
+        print("| arm | accuracy % at the cut | after | path ahead by (SE) | training MACs | search |")
+        print("|---|---|---|---|---|---|")
+        for arm in ARMS:
+            mine = [of[arm, seed] for seed in seeds if (arm, seed) in of]
+            if mine:
+                print(line(arm, mine, [of[OURS, row["seed"]] for row in mine]))
+
+
+def line(arm: str, mine: list[dict], ours: list[dict]) -> str:
+    def mean(key: str, digits: int = 2) -> str:
+        return f"{statistics.mean(row[key] for row in mine):.{digits}f}" if key in mine[0] else "-"
+
+    ahead, error = mean_and_error([one["after"] - row["after"] for one, row in zip(ours, mine, strict=True)])
+    name = arm if len(mine) == len(ours) else f"{arm} ({len(mine)} seeds)"
+    search = mean("found") if arm in RECIPE else "-"
+    return (
+        f"| {name} | {mean('before', 1)} | {mean('after')} | {ahead:+.2f} ({error:.2f}) | {mean('cost')} | {search} |"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__, "recipe_mnist")
+    parser.add_argument("--net", choices=sorted(SETTINGS), default="bn14")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[6, 7, 8, 9, 10])
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=ARMS, metavar="ARM", help="only these arms")
+    parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS)
+    parser.add_argument("--rows", type=int, help="training rows")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()
+    file = RowFile(options.out, KEYS)
+    if options.table:
+        return table(file.rows)
+    images, labels = mnist("train", options.net)
+    options.rows = options.rows or ROWS.get(options.net, 20_000)
+    run = Run(options.net, (images[: options.rows], labels[: options.rows]), mnist("test", options.net))
+    searched = lru_cache(1)(lambda seed, budget: search(run, "path", seed, budget))
+    for seed in options.seeds:
+        for budget in options.budgets:
+            for arm in options.arms:
+                if (options.net, budget, arm, seed) not in file:
+                    file.add(
+                        one_row(run, arm, seed, budget, searched) | machine(), hide=("platform", "units", "distances")
+                    )
+    table(file.rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The benchmark of the recipe: every arm beside the same search, at equal epochs or equal training MACs."""
+
+import pytest
+import torch
+from benchmarks import importable
+
+
+@pytest.fixture(scope="module")
+def script():
+    with importable("recipe_mnist") as found:
+        yield found["recipe_mnist"]
+
+
+ARMS = (
+    "path",
+    "group lasso",
+    "new weights, path's widths",
+    "path, refitted",
+    "OBS, path's widths",
+    "scratch, uniform widths",
+    "scratch, path's widths, equal MACs",
+)
+
+
+@pytest.fixture(scope="module")
+def rows(script):
+    """A row of most arms, of a net whose epoch is one batch."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(128) % 10
+    images = torch.randn(128, 1, 14, 14, generator=generator) + labels[:, None, None, None] / 3
+    run = script.Run("bn14", (images, labels), (images[:64], labels[:64]))
+    searched = script.search(run, "path", 1, 0.25)
+    return {arm: script.one_row(run, arm, 1, 0.25, lambda *given: searched) for arm in ARMS}, searched, run
+
+
+def test_all_arms_hold_the_budget_and_train_for_as_long_or_for_as_many_macs(script, rows):
+    rows, found, run = rows
+    assert found.step <= script.WITHIN * run.steps
+    for arm, row in rows.items():
+        assert row["macs"] <= 0.25 and 0 <= row["after"] <= 100, arm
+        if arm in script.RECIPE:
+            assert row["steps"] == run.steps - found.step
+        elif not arm.endswith("equal MACs"):
+            assert row["steps"] == run.steps
+        else:
+            assert row["cost"] == pytest.approx(rows["path"]["cost"], rel=0.5 / row["steps"])
+    units = rows["path"]["units"]
+    assert all(rows[arm]["units"] == units for arm in rows if "path" in arm)
+    shares = [size / of for size, of in zip(rows["scratch, uniform widths"]["units"].values(), (16, 24, 32, 32))]
+    assert max(shares) - min(shares) < 1 / 16
+
+
+def test_units_by_chance_are_as_many_and_the_seeds(script, rows):
+    _, found, _ = rows
+    kept = {group.name: torch.arange(5) for group in found.groups}
+    one, same, other = (script.drawn(kept, found.groups, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) and len(one[name]) == 5 for name in kept)
+    assert any(not torch.equal(one[name], other[name]) for name in kept)

@@ -1,0 +1,119 @@
+"""Numbers in texts are those of the committed rows, and arms that a sentence compares have one schedule."""
+
+import json
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from benchmarks import FOLDER, importable
+
+
+ROOT = Path(__file__).parents[1]
+# a difference in points and its standard error
+NUMBER = re.compile(r"([+-]?)(\d+\.\d\d),? \((?:SE )?(\d+\.\d\d)\)|([+-])(\d+\.\d\d), SE (\d+\.\d\d)")
+STRUCTURE = "structure_mnist"
+RECIPE = "recipe_mnist"
+TICKETS = "tickets_mnist"
+GROWTH = "growth_mnist"
+# what pages claim: rows, which of them, the arm that is ahead, the arm beside it
+LATE_L2 = (STRUCTURE, ("bn", "0.1"), "path, late", "global L2")
+LATE_LASSO = (STRUCTURE, ("bn", "0.1"), "path, late", "group lasso, same unit")
+EARLY_LASSO = (STRUCTURE, ("bn", "0.1"), "group lasso, same unit, early", "path, early")
+SCRATCH = (STRUCTURE, ("bn", "0.1"), "scratch, widths of path", "path, early")
+NEW_25, NEW_10 = ((STRUCTURE, ("bn14", budget), "path, early", "random, early") for budget in ("0.25", "0.1"))
+NEW_L2, NEW_BN = ((STRUCTURE, ("bn14", "0.25"), "path, early", f"{arm}, early") for arm in ("global L2", "BN weight"))
+UNIFORM, WIDTHS = (f"scratch, {widths} widths, equal MACs" for widths in ("uniform", "path's"))
+SMALL_25 = (RECIPE, ("bn14", 0.25), "path", UNIFORM)
+SMALL_25_WIDTHS = (RECIPE, ("bn14", 0.25), "path", WIDTHS)
+SMALL_25_NEW = (RECIPE, ("bn14", 0.25), "path", "new weights, path's widths")
+SMALL_25_RANDOM = (RECIPE, ("bn14", 0.25), "path", "random")
+SMALL_10 = (RECIPE, ("bn14", 0.1), UNIFORM, "path")
+SMALL_10_WIDTHS = (RECIPE, ("bn14", 0.1), WIDTHS, "path")
+REFITTED = (RECIPE, ("bn14", 0.1), "path", "path, refitted")
+REFITTED_LASSO = (RECIPE, ("bn14", 0.1), "group lasso, refitted", "group lasso")
+RECIPES = (
+    REFITTED_LASSO,
+    SMALL_25,
+    SMALL_25_WIDTHS,
+    SMALL_25_NEW,
+    SMALL_25_RANDOM,
+    SMALL_10,
+    SMALL_10_WIDTHS,
+    REFITTED,
+)
+TICKET_25 = (TICKETS, ("lenet", 0.25), "path ticket, late", "dense")
+TICKET_10 = (TICKETS, ("lenet", 0.1), "path ticket, late", "dense")
+GROWN = (GROWTH, (), "final from scratch", "grown")
+CLAIMS = {
+    "README.md": (LATE_L2, LATE_LASSO, NEW_25, NEW_10, SMALL_25, SMALL_10, TICKET_25, TICKET_10, GROWN),
+    "docs/benchmarks/structure.md": (EARLY_LASSO, SCRATCH, NEW_25, NEW_10, NEW_L2, NEW_BN, *RECIPES),
+    "docs/smaller/finetuning.md": (SMALL_25, SMALL_25_WIDTHS, SMALL_10),
+    "docs/smaller/growing.md": (GROWN,),
+    "docs/benchmarks/growth.md": (GROWN,),
+    "model_cards/structure_mnist.md": (EARLY_LASSO, SCRATCH, NEW_25, NEW_10),
+}
+
+
+@cache
+def rows(name: str) -> list[dict]:
+    text = (FOLDER / "results" / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def accuracies(name: str, cell: tuple, arm: str) -> dict[int, float]:
+    """Accuracy in percent by seed."""
+    found = {}
+    for row in rows(name):
+        if row["arm"] != arm or row.get("transfer"):
+            continue
+        if name == STRUCTURE and row["net"] == cell[0] and cell[1] in row.get("budgets", {}):
+            found[row["seed"]] = row["budgets"][cell[1]]["after"]
+        if name == RECIPE and (row["net"], row["budget"]) == cell:
+            found[row["seed"]] = row["after"]
+        if name == TICKETS and row["net"] == cell[0] and row["budget"] in (cell[1], 1.0):
+            found[row["seed"]] = row["accuracy"]
+        if name == GROWTH:
+            found[row["seed"]] = row["accuracy"]
+    return found
+
+
+def ahead(claim: tuple) -> str:
+    """By how much, and the standard error, paired over seeds."""
+    with importable("rows"):
+        mean_and_error = sys.modules["rows"].mean_and_error
+        name, cell, one, other = claim
+        mine, theirs = (accuracies(name, cell, arm) for arm in (one, other))
+        seeds = sorted(mine.keys() & theirs.keys())
+        assert len(seeds) >= 3, f"{claim}: {seeds}"
+        mean, error = mean_and_error([mine[seed] - theirs[seed] for seed in seeds])
+    return f"{mean:+.2f} ({error:.2f})"
+
+
+def schedule(arm: str) -> str:
+    return next((word for word in ("scratch", "early") if word in arm), "late")
+
+
+@pytest.mark.parametrize("page", CLAIMS)
+def test_numbers_of_a_page_are_those_of_the_rows(page):
+    told = {}
+    for sign, size, error, *others in NUMBER.findall((ROOT / page).read_text(encoding="utf-8")):
+        sign, size, error = (sign, size, error) if size else others
+        told[f"{size} ({error})"] = sign
+    computed = {text[1:]: text[0] for text in map(ahead, CLAIMS[page])}
+    assert told.keys() == computed.keys()
+    assert all(sign in ("", computed[text]) for text, sign in told.items())
+
+
+def test_arms_that_are_compared_have_one_schedule():
+    for page, claims in CLAIMS.items():
+        for name, _, *arms in claims:
+            kinds = {schedule(arm) for arm in arms}
+            assert name != STRUCTURE or len(kinds - {"scratch"}) == 1, f"{page}: {arms}"
+
+
+def test_a_claim_that_is_not_true_is_found():
+    text = "ahead by 0.45 (0.17), level (-0.26, SE 0.27) and +1.00 (0.10)"
+    found = [[part for part in parts if part] for parts in NUMBER.findall(text)]
+    assert found == [["0.45", "0.17"], ["-", "0.26", "0.27"], ["+", "1.00", "0.10"]]
