@@ -48,6 +48,8 @@ _PUBLIC = {
     "structure.training.distill": ["Distillation", "DistillationTrainer"],
     "structure.tickets.search": ["EarlyTicketCallback", "find_ticket"],
     "structure.groups.group": ["Group"],
+    "structure.lora.picture": ["plot_lora_ranks"],
+    "structure.lora.select": ["select_lora_ranks"],
     "structure.groups.param_groups": ["param_groups"],
     "structure.growing.arguments": ["GrowingArguments"],
     "structure.growing.deepen": ["deepen"],
@@ -57,7 +59,7 @@ _PUBLIC = {
     "structure.slim.batch_norm": ["recalibrate_batch_norm"],
     "structure.slim.family": ["choose"],
     "structure.slim.slim": ["slim"],
-    "structure.optim.schedule": ["derive_path"],
+    "structure.optim.schedule": ["derive_path", "walk_path"],
     "structure.optim.split_lbi": ["SplitLBI"],
     "structure.optim.update": ["split_lbi_update"],
     "structure.tickets.rewind": ["rewind", "transfer"],
@@ -125,7 +127,9 @@ if TYPE_CHECKING:
     from hf_effdl.structure.growing.deepen import deepen
     from hf_effdl.structure.growing.trainer import GrowingTrainer, GrowthCallback
     from hf_effdl.structure.growing.widen import widen
-    from hf_effdl.structure.optim.schedule import derive_path
+    from hf_effdl.structure.lora.picture import plot_lora_ranks
+    from hf_effdl.structure.lora.select import select_lora_ranks
+    from hf_effdl.structure.optim.schedule import derive_path, walk_path
     from hf_effdl.structure.optim.split_lbi import SplitLBI
     from hf_effdl.structure.optim.update import split_lbi_update
     from hf_effdl.structure.path.path import SparsePath

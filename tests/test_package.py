@@ -28,7 +28,13 @@ ROOMS = (
 
 # Rooms of each pillar, lowest floor first: a file imports its own room and rooms on lower floors, never one beside it.
 FLOORS = {
-    "structure": [{"groups", "optim"}, {"path", "calibration"}, {"slim"}, {"training"}, {"tickets", "growing"}],
+    "structure": [
+        {"groups", "optim"},
+        {"path", "calibration"},
+        {"slim", "lora"},
+        {"training"},
+        {"tickets", "growing"},
+    ],
     "samples": [{"scores"}, {"drawing"}, {"probes"}, {"language", "scale", "rounds"}, {"selection"}],
     "vicl": [{"remote_code"}, {"pool", "held_out"}, {"measure", "ranking"}, {"auto"}],
 }

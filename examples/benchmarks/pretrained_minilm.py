@@ -76,8 +76,11 @@ class Classifier(nn.Module):
         self.encoder, self.head = encoder, nn.Linear(encoder.config.hidden_size, classes)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
-        mask = attention_mask[..., None]
         tokens = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.answer(tokens, attention_mask, labels)
+
+    def answer(self, tokens: Tensor, attention_mask: Tensor, labels: Tensor | None) -> Any:
+        mask = attention_mask[..., None]
         logits = self.head((tokens * mask).sum(1) / mask.sum(1))
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)

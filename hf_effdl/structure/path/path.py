@@ -38,7 +38,8 @@ class SparsePath:
         groups: the groups of the model (`find_groups`).
         units: by name of every lifted group, tensors of shape `(units,)`: `"entered"` (int64, step of first entry, -1
             for never), `"left"` (int64, step of the last exit, -1 if inside or never in), `"threshold"`, `"dual"`
-            (`||V||`) and `"weight"` (`||W||` over the lifted slices), float32.
+            (`||V||`) and `"weight"` (`||W||` over the lifted slices), float32; with AdamW also `"gradient"`, the root
+            mean square of the gradient's entries over the last steps, by AdamW's second moment.
         step: optimizer steps taken at read-out.
         ties: groups whose sizes one config number sets; empty for a model without such a config.
         start: `"empty"`, or `"dense"`: units were in from the start (entered at step 0), and the order is that of
@@ -83,6 +84,9 @@ class SparsePath:
                 "dual": state.get("norm", torch.zeros(shape)).cpu().float().clone(),
                 "weight": unit_norm(lifted, group["axis"], group["block"], group["scale"]).cpu().float(),
             }
+            squares = [optimizer.state[p].get("exp_avg_sq") for p in group["params"]]
+            if all(square is not None for square in squares):
+                units[group["name"]]["gradient"] = _rms(squares, group)
         missing = [group.name for group in groups if group.lifted and group.name not in units]
         if missing:
             raise ValueError(
@@ -109,10 +113,12 @@ class SparsePath:
 
     # ---- who goes first
 
-    def scores(self, order: str = "dual") -> dict[str, Tensor]:
+    def scores(self, order: str = "dual", relative: bool = True) -> dict[str, Tensor]:
         """A score per unit; the lowest goes first. Comparable over groups.
 
         Args:
+            relative: whether `"dual"` scores are divided by their mean over the group; without, a group may have
+                nothing but strong units.
             order: `"dual"`: `||V|| / threshold`, divided by its mean over the group. It orders units that entered and
                 units that never did on one scale; with a dense start it is the share of the run that a unit stayed
                 for, at most 1, where it left. `"entry"`: rank by (entry step, -||W||) inside the group, as in the
@@ -124,7 +130,8 @@ class SparsePath:
             if order == "dual" or self.start == "dense":
                 score = self._survival(unit) if self.start == "dense" else unit["dual"] / unit["threshold"]
             if order == "dual":
-                result[name] = score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)
+                mean = score.mean().clamp_min(torch.finfo(score.dtype).tiny)
+                result[name] = score / mean if relative else score
             else:
                 entered = torch.where(unit["entered"] < 0, torch.iinfo(torch.int64).max, unit["entered"])
                 entered = entered if self.start == "empty" else -score
@@ -281,3 +288,10 @@ class SparsePath:
         kept = selected or {name: inside.nonzero().flatten() for name, inside in self.support.items()}
         words = ("selected", "not selected") if selected else ("in the support", "left again")
         return plot_path(self.units, self.scores(order), kept, self.step, self.curve, words, self.start)
+
+
+def _rms(squares: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
+    """The root of the mean of a unit's entries in some tensors of squares, `(units,)`."""
+    roots = [square.detach().float().sqrt() for square in squares]
+    entries = sum(square.numel() for square in squares) / group["units"]
+    return (unit_norm(roots, group["axis"], group["block"], [1.0] * len(roots)) / entries**0.5).cpu()

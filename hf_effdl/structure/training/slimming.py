@@ -9,6 +9,7 @@ from hf_effdl.checks import whole_number
 from hf_effdl.processes import decided, forget_accelerate
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.calibration.compensate import Wish
+from hf_effdl.structure.groups.finders.lora import has_adapter
 from hf_effdl.structure.groups.ties import config_ties, stock_builds
 from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.slim.latency import measure_latency
@@ -72,6 +73,11 @@ class SlimMixin:
             )
         bn_batches = whole_number("bn_batches", bn_batches, 0)
         path, model = self.path, self.plain_model()
+        if has_adapter(model):
+            raise ValueError(
+                "the path is of the ranks of a LoRA adapter, and slim() makes whole models smaller; call "
+                "select_lora_ranks(trainer.model, trainer.path, budget), and merge the adapter to slim the model"
+            )
         inputs = self._latency_inputs(max(latency_batch, 1))
         order = order or ("entry" if self.args.preset == "paper" else "dual")
         budget = {"macs": macs, "params": params, "latency": latency, "keep": keep}
