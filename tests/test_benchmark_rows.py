@@ -22,6 +22,7 @@ TABLES = {
     "pool_scale": ("4553905212a8ac3d", "| rows | noise | probes |"),
     "pretrained_minilm": ("5bf8a60134163abf", "| 25% | obs | "),
     "pretrained_dinov2": ("68733731484bd7db", "| 50% | 64 | activation | yes | "),
+    "pretrained_smollm2": ("5662b59a9d012dfe", "| ffn:0.75 | obs | instructions, 64 tokens |"),
     "pretrained_resnet20": ("abe18d8d6b13bdf6", "| 48.5% | activation | yes | "),
     "recipe_mnist": ("fb511631eac93339", "| scratch, uniform widths, equal MACs |"),
     "sampling_scale": ("97a6552bd4990ef7", "| plan_shards | "),
@@ -238,7 +239,7 @@ def slim_latency(script, patch, made) -> list[str]:
 def arms_made(script, patch, made) -> list[str]:
     """Both scripts on pretrained models, with arms that nothing is computed for."""
 
-    def smaller(model, groups, share, score, batches, seed, ridge=None) -> list:
+    def smaller(model, groups, share, score, batches, seed, *_, **__) -> list:
         made.append((share, score, seed))
         return [SimpleNamespace(model=None, refit=refit, facts={"held-out error": 0.1}) for refit in (False, True)]
 
@@ -249,8 +250,9 @@ def arms_made(script, patch, made) -> list[str]:
 def pretrained_minilm(script, patch, made) -> list[str]:
     def run(texts, seed, *given) -> SimpleNamespace:
         speed = {"macs": 0.5, "latency 1": 0.5, "latency 32": 0.5}
-        told = {"after": lambda model, epochs: 90.0 - epochs, "speed": lambda share: speed}
-        return SimpleNamespace(seed=seed, model=None, groups=[], calibration=[], calibrated_on=None, **told)
+        told = {"after": lambda model, epochs, *_: 90.0 - epochs, "speed": lambda *_: speed}
+        told |= {"groups": [], "members": {None: []}, "calibration": [], "calibrated_on": None}
+        return SimpleNamespace(seed=seed, model=None, **told)
 
     patch.setattr(script, "read", lambda: None)
     patch.setattr(script, "Run", run)
@@ -260,7 +262,8 @@ def pretrained_minilm(script, patch, made) -> list[str]:
 def pretrained_dinov2(script, patch, made) -> list[str]:
     model = SimpleNamespace(eval=lambda: SimpleNamespace(config=SimpleNamespace(hidden_size=4, mlp_ratio=4)))
     patch.setattr(script, "AutoModel", SimpleNamespace(from_pretrained=lambda name: model))
-    patch.setattr(script, "read", lambda *given: script.Photos([], [images_of(2, 1)[0]], images_of(4)[1]))
+    patch.setattr(script, "read", lambda *given: script.Photos([], [images_of(2, 1)[0]], images_of(4)[1], None))
+    patch.setattr(script, "by_example", lambda *given: {"IoU nearest": 0.5, "IoU best": 0.6})
     patch.setattr(script, "find_groups", lambda *given: [])
     patch.setattr(script, "sized", lambda *given: [])
     patch.setattr(script, "features", lambda *given: torch.ones(4, 3, 2))
