@@ -72,6 +72,8 @@ TASKS = {
 }
 FOLDS = {"pascal5i": 4, "colourisation": 4}
 CELL, ROUND = 111, 1000  # pixels of a side where IoU is counted, and queries of the evaluators that go round
+# an answer is of these arguments
+SETTINGS = ("benchmark", "convention", "model", "encoder", "num_examples", "candidates", "label_budget", "seed")
 PASSES = {"cascade": 10}  # runs of the frozen model for a query, where it is not one
 # mean over the folds, in %; colours: squared error
 PUBLISHED = {
@@ -156,7 +158,7 @@ def asked(args: Arguments, queries: list[Item]) -> list[Item]:
 class Rows:
     """Answers as JSON lines, a file for each process; what any of them wrote counts as done."""
 
-    keys = ("benchmark", "convention", "model", "encoder", "strategy", "num_examples", "fold", "seed", "query")
+    keys = (*SETTINGS, "strategy", "fold", "query")
 
     def __init__(self, folder: Path, process: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -216,9 +218,7 @@ def evaluate(
     if "cascade" in args.strategies:
         model.set_selector(CascadeSelector(model).fit(pool))
     pipe = VisualInContextPipeline(model, "nearest", pool)
-    of = {
-        name: getattr(args, name) for name in ("benchmark", "convention", "model", "encoder", "num_examples", "seed")
-    }
+    of = {name: getattr(args, name) for name in SETTINGS}
     done, places = {rows.key(row) for row in rows.read()}, {item.id: place for place, item in enumerate(queries)}
     accelerator.wait_for_everyone()  # before any of them writes
     for strategy in args.strategies:
@@ -277,9 +277,7 @@ def counted(args: Arguments, item: Item, image: Image.Image, output: dict[str, A
 
 def table(args: Arguments, rows: list[dict]) -> str:
     """Means of every strategy by fold, and what is published in the same convention."""
-    mine = [
-        row for row in rows if all(row[name] == getattr(args, name) for name in ("benchmark", "convention", "model"))
-    ]
+    mine = [row for row in rows if all(row.get(name) == getattr(args, name) for name in SETTINGS)]
     lines = []
     for strategy in dict.fromkeys(row["strategy"] for row in mine):
         of = [row for row in mine if row["strategy"] == strategy]

@@ -161,6 +161,12 @@ def test_every_benchmark_runs(voc, tmp_path, capsys, benchmark, options, queries
             assert np.isfinite(row["score"])
 
 
+def test_answers_under_other_settings_are_neither_taken_nor_counted(voc, tmp_path, capsys):
+    for options, rows in ((("--candidates", "3"), 3), (("--candidates", "4"), 6), (("--seed", "1"), 9)):
+        assert len(run(voc, tmp_path, "--folds", "3", *options, benchmark="colourisation")) == rows
+        assert "| nearest | 3 |" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:on the pool")
 def test_learned_strategies_measure_the_pool_first(voc, tmp_path):

@@ -64,9 +64,9 @@ def member(revision, accuracy, macs, latency):
     )
 
 
-def written(folder, *members, metric="accuracy"):
-    inputs = {"pixel_values": torch.zeros(4, 1, 16, 16)}
-    write_family(folder, family_record([member(*values) for values in members], metric, inputs))
+def written(folder, *members, metric="accuracy", greater=True, **inputs):
+    inputs = inputs or {"pixel_values": torch.zeros(4, 1, 16, 16)}
+    write_family(folder, family_record([member(*values) for values in members], metric, inputs, greater))
     return folder
 
 
@@ -89,6 +89,47 @@ def test_the_best_within_all_bounds_is_chosen(bounds, metric, chosen, tmp_path):
     assert choose(written(tmp_path, *SIZES, metric=metric), **bounds) == chosen
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+@pytest.mark.parametrize(
+    "scores, greater, best", [((1.0, 2.0, 3.0), False, "a"), ((float("nan"), 0.2, 0.1), True, "b")]
+)
+def test_the_best_is_what_the_metric_says_in_any_order(scores, greater, best, order, tmp_path):
+    members = [(name, score, 100, 1.0) for name, score in zip("abc", scores)]
+    written(tmp_path, *(members[i] for i in order), greater=greater)
+    assert choose(tmp_path, macs=100) == best
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.uint8, torch.int16, torch.complex64])
+def test_a_record_of_any_inputs_can_be_read(dtype, tmp_path):
+    written(tmp_path, *SIZES, x=torch.zeros(2, 3, dtype=dtype), large=torch.zeros(1).expand(64, 3, 4096, 4096))
+    assert choose(tmp_path, macs=499) == "c"
+
+
+@pytest.mark.parametrize(
+    "metrics, arguments, expected",
+    [
+        ({"val_loss": 1, "val_accuracy": 0, "test_loss": 2}, {}, ("val_accuracy", True)),
+        (
+            {"loss": 1, "wer": 0, "f1": 0},
+            {"metric_for_best_model": "eval_wer", "greater_is_better": False},
+            ("wer", False),
+        ),
+        ({"loss": 1, "wer": 0, "f1": 0}, {"metric_for_best_model": "f1", "greater_is_better": True}, ("f1", True)),
+        ({"loss": 1, "f1": 0}, {"metric_for_best_model": "sparse_f1", "greater_is_better": False}, ("f1", True)),
+        ({"loss": 1}, {}, ("loss", False)),
+    ],
+)
+def test_which_is_the_best_follows_the_arguments(family, metrics, arguments, expected, tmp_path, monkeypatch):
+    run, _, _, models = family
+    for name, value in arguments.items():
+        monkeypatch.setattr(run.args, name, value)
+    monkeypatch.setattr(run, "evaluate_model", lambda model: {**metrics, "broken": float("nan")})
+    run.save_family({0.7: models[0.7]}, tmp_path)
+    record = read_family(tmp_path)
+    assert (record["metric"], record["greater_is_better"]) == expected
+    assert all(set(one["metrics"]) == set(metrics) for one in record["members"])
+
+
 def test_where_asked_the_models_are_timed_here_and_not_believed(family, tmp_path):
     _, folder, _, _ = family
     with pytest.raises(ValueError, match="macs-0.4 was not timed: pass device="):
@@ -105,6 +146,8 @@ def test_where_asked_the_models_are_timed_here_and_not_believed(family, tmp_path
         ({"macs": 0}, "each above 0"),
         ({"macs": "few"}, "macs='few': it must be a number"),
         ({"macs": 5}, "no model of .* is within {'macs': 5.0}"),
+        ({"latency_ms": 5, "device": "here"}, "device='here' is none of torch"),
+        ({"macs": 500, "device": 0}, "device=0 measures how long"),
         ({"macs": 500, "device": "cpu"}, "device='cpu' measures how long a pass takes: give latency_ms="),
     ],
 )
@@ -122,7 +165,8 @@ def test_bounds_that_nothing_is_within_are_refused(bounds, message, tmp_path):
         {"members": [member("a", 0.9, -1, 1.0)]},
         {"members": [{"revision": "a"}]},
         {"members": "all"},
-        {"inputs": {"x": ["torch.float32", 10**12]}},
+        {"inputs": {"x": ["torch.float32", 10**20]}},
+        {"greater_is_better": "no"},
         {"inputs": {"x": ["os.system", 1]}},
         {"metric": 3},
     ],
@@ -136,18 +180,30 @@ def test_records_of_strangers_are_refused_by_name(change, signed, tmp_path):
         write_family(tmp_path, {name: value for name, value in record.items() if name != "sha256"})
     else:
         (tmp_path / FILE_NAME).write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="entry|format|damaged|upgrade"):
+    with pytest.raises(ValueError, match="entry|format|damaged|upgrade|greater_is_better"):
         choose(tmp_path, latency_ms=1.0)
 
 
 def test_bad_budgets_are_refused_before_anything_is_made(family, tmp_path):
     run, folder, _, models = family
-    for budgets in ([], "half", [0.5, 0.5], [0.5, 2], [0.0], {0.5: torch.nn.Linear(1, 1)}, [0.5, None]):
+    for budgets in (
+        [],
+        "half",
+        [0.5, 0.5],
+        [0.5, 2],
+        [0.0],
+        {0.5: torch.nn.Linear(1, 1)},
+        [0.5, None],
+        [0.5, 0.50000001],
+    ):
         with pytest.raises((ValueError, TypeError), match="budgets"):
             run.save_family(budgets, tmp_path / "none")
     with pytest.raises(ValueError, match="budget='time': it must be one of"):
         run.save_family([0.5], tmp_path / "none", budget="time")
     assert not (tmp_path / "none").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file' is a file: name a folder"):
+        run.save_family(models, tmp_path / "file")
     with pytest.raises(FileNotFoundError, match="holds no family: there is no family.json"):
         choose(folder / "macs-0.4", macs=1)
 

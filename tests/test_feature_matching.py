@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from answers import tiny_seggpt
-from scenes import SIZE, tiny_encoder
+from scenes import SIZE, make_model, tiny_encoder
 from transformers import ResNetConfig, ResNetModel
 
 from hf_effdl import FeatureMatching, VisionEncoder
@@ -237,9 +237,9 @@ def test_directions_are_of_unit_length_and_the_largest_first():
 
 def test_made_again_from_its_settings_it_answers_the_same():
     queries, images, labels = prompts()
-    for options in ({}, {"layers": [0, None], "positions": 2, "matching": "mutual"}):
+    for options in ({}, {"layers": [np.int64(0), None], "positions": np.int32(2), "matching": "mutual"}):
         model = FeatureMatching(tiny_encoder(), **options)
-        settings = model.settings()
+        settings = json.loads(json.dumps(model.settings()))
         assert {"layers", "positions"} & settings.keys() == options.keys() - {"matching"}
         config = {"config": json.loads(model.backbone.config.to_json_string(use_diff=False))}
         again = FeatureMatching.from_settings(settings | {"backbone": config})
@@ -264,9 +264,17 @@ def test_what_does_not_fit_is_refused():
     shapes = r"pass \(B, ...\), \(B, m, ...\)|takes \(N, 3"
     for call, text in (
         (lambda: matching("hard"), "matching='hard': choose one of"),
-        (lambda: matching(layers=[]), "layers is empty"),
+        (lambda: matching(layers=5), "layers=5: pass a list"),
+        (lambda: matching(layers=["last"]), r"layers=\['last'\]: pass a list"),
+        (lambda: matching(positions=True), "positions=True"),
+        (lambda: matching(temperature="warm"), "temperature='warm': must be a positive number"),
+        (
+            lambda: make_model("colourisation", matching="prototype", carry="label"),
+            "task='colourisation': a prototype",
+        ),
+        (lambda: matching(layers=[]), r"layers=\[\]: pass a list"),
         (lambda: matching(positions=-1), "positions=-1"),
-        (lambda: matching(temperature=0), "temperature=0: must be positive"),
+        (lambda: matching(temperature=0), "temperature=0: must be a positive number"),
         (lambda: matching(temperature=float("nan")), "temperature=nan"),
         (lambda: matching(carry="colour"), "carry='colour': choose"),
         (lambda: matching("prototype", carry="difference"), "use matching='soft'"),

@@ -224,6 +224,9 @@ def test_canvases_of_another_geometry_are_refused():
     for call, error, text in (
         (lambda: MaeVqganInContext(MaeVqganForImageInpainting(MaeVqganConfig(**small))), ValueError, "of 64 pixels"),
         (lambda: MaeVqganInContext(torch.nn.Linear(1, 1)), TypeError, "model is a Linear"),
+        (lambda: MaeVqganConfig(patch_size=0), ValueError, "patch_size=0: it is a whole number"),
+        (lambda: MaeVqganConfig(blocks=10**7), ValueError, "blocks=10000000: it is a whole number from 1 to 1000"),
+        (lambda: MaeVqganConfig(hidden_size=18), ValueError, "hidden_size=18 is no multiple of 4"),
         (lambda: MaeVqganConfig(image_size=100), ValueError, "not made of whole patches"),
         (lambda: MaeVqganConfig(level_channels=(32, 32)), ValueError, "2 levels paint 2 pixels"),
         (lambda: MaeVqganConfig(level_channels=(32, 32, 32, 32, 40)), ValueError, "norms are of 32 groups"),

@@ -7,7 +7,9 @@ from answers import photos
 from scenes import make_model, make_pool, scene, tiny_encoder
 
 from hf_effdl import CascadeSelector, ExamplePool, VisualInContextPipeline, measure_examples
-from hf_effdl.vicl.remote_code.absence import fit_presence
+from hf_effdl.vicl.remote_code import pipeline_visual_in_context as pipeline_module
+from hf_effdl.vicl.remote_code.absence import FEATURES, fit_presence
+from hf_effdl.vicl.remote_code.label_maps import joined
 
 
 KINDS = ["cat", "dog", "emu"]
@@ -91,11 +93,60 @@ def test_a_label_map_follows_the_classes_asked_for(pipe):
 
 @pytest.mark.parametrize(
     ("classes", "text"),
-    [(["cow"], "'cow', of which the pool has no example"), ([], "one class or more"), (["cat", "cat"], "each once")],
+    [
+        (["cow"], "'cow', of which the pool has no example"),
+        (np.int64(7), "7, of which the pool has no example"),
+        ([], "one class or more"),
+        (["cat", "cat"], "each once"),
+    ],
 )
 def test_a_class_that_cannot_be_is_refused(pipe, classes, text):
     with pytest.raises(ValueError, match=text):
         pipe.label_map(photos()[0], classes)
+
+
+def test_maps_keep_to_what_each_image_may_be_shown(pipe, pool):
+    images = photos()
+    plain = pipe.label_map(images, KINDS[:2])
+    exclude = [[*one["example_ids"]["cat"], *one["example_ids"]["dog"]] for one in plain]
+    found = pipe.label_map(images, KINDS[:2], exclude=exclude, batch_size=2)
+    for image, ids, one in zip(images, exclude, found):
+        assert not set(ids) & {id for shown in one["example_ids"].values() for id in shown}
+        alone = pipe.label_map(image, KINDS[:2], exclude=ids)
+        assert alone["example_ids"] == one["example_ids"]
+    for options in ({"batch_size": 0}, {"soft_map": True}, {"presence": True}, {"exclude": exclude[:2]}):
+        with pytest.raises((ValueError, TypeError), match="batch_size=0|label_map sets|2 exclude for 5"):
+            pipe.label_map(images, **options)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_maps_also_go_by_expected_performance_below_zero(sign):
+    answers = {
+        name: {"soft_map": np.array([[white, 0.1]]), "confidence": sign * sure, "example_ids": [name]}
+        for name, white, sure in (("a", 0.8, 0.3), ("b", 0.9, 0.6))
+    }
+    assert joined(answers)["label_map"].tolist() == [[2 if sign > 0 else 1, 0]]
+
+
+@pytest.mark.parametrize(
+    "where", ["cat", [("class", "cat")], {"kind": "cat"}, {"class": None}, {"class": np.str_("cow")}]
+)
+def test_candidates_that_there_are_not_are_refused(pipe, where):
+    with pytest.raises(ValueError, match="candidates_where"):
+        pipe(photos(), candidates_where=where)
+    one = pipe(photos()[0], candidates_where={"class": np.str_("cat")}, exclude=np.str_("scene 0"))
+    assert CLASSES[pipe.pool.position(one["example_ids"][0])] == "cat" and one["example_ids"] != ["scene 0"]
+
+
+def test_panels_beside_keep_to_what_may_be_shown(pipe, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        pipeline_module, "rows_shown", lambda pipe, images, answers, labels: shown.extend(answers) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        pipe.plot(scene(3)[0], exclude="scene 3", classes="dog", strategy="dense", beside=("nearest", "random"))
+    ids = [answer[0]["example_ids"][0] for _, answer in shown]
+    assert len(ids) == 3 and "scene 3" not in ids and {CLASSES[pipe.pool.position(id)] for id in ids} == {"dog"}
 
 
 def test_maps_are_of_masks_and_of_pools_that_keep_classes(tmp_path):
@@ -156,13 +207,74 @@ def test_a_pipeline_says_whether_the_object_is_there(pipe, tmp_path, monkeypatch
     pipe.save_pretrained(tmp_path)
     again = VisualInContextPipeline(tmp_path)(photos(), presence=True, classes=["cat"] * 5)
     assert [one["presence"] for one in again] == pytest.approx([one["presence"] for one in answers], abs=1e-5)
-    for name, value in (("weights", [1.0]), ("centre", None), ("threshold", "0"), ("more", 1)):
+    for name, value in (
+        ("weights", [1.0]),
+        ("centre", None),
+        ("threshold", "0"),
+        ("more", 1),
+        ("spread", [0.0] * len(FEATURES)),
+        *((name, [float("nan")] * len(FEATURES)) for name in ("centre", "spread")),
+    ):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="not what calibrate_absence writes"):
             patch.setitem(pipe.model.config.absence, name, value)
             pipe(photos(), presence=True)
     monkeypatch.setitem(pipe.model.config.absence, "pool_fingerprint", "another")
     with pytest.raises(ValueError, match="calibrated on the pool another"):
         pipe(photos(), presence=True)
+
+
+@pytest.mark.parametrize(
+    ("classes", "groups", "images"),
+    [
+        (["rare", *[KINDS[i % 3] for i in range(31)]], None, 2 * 31),  # one that is alone is not asked about
+        ([KINDS[i % 3] for i in range(32)], ["video" if i % 3 == 0 else str(i) for i in range(32)], 2 * 21),
+        ([KINDS[i % 2] for i in range(32)], ["video" if i % 2 == 0 else str(i) for i in range(32)], 2 * 16),
+        ([KINDS[i % 2] for i in range(32)], ["video"] * 32, None),
+    ],
+)
+def test_only_what_has_an_example_is_asked_about(classes, groups, images, tmp_path):
+    pool = make_pool(tmp_path, count=32, classes=classes, groups=groups)
+    pipe = VisualInContextPipeline(make_model(), pool=pool)
+    if images is not None:
+        assert pipe.calibrate_absence(32, progress=False)["images"] == images
+        return
+    with pytest.raises(ValueError, match="alone in its class, or of the only group"):
+        pipe.calibrate_absence(32, progress=False)
+
+
+def test_absence_is_learnt_with_the_options_of_the_pipeline(pipe, pool):
+    options = {"strategy": "dense", "num_examples": 3}
+    given = pipe.calibrate_absence(12, 0.2, progress=False, **options)
+    own = VisualInContextPipeline(pipe.model, pool=pool, **options)
+    assert own.calibrate_absence(12, 0.2, progress=False) == given
+    assert pipe.calibrate_absence(12, 0.2, progress=False)["weights"] != given["weights"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        *[({"queries": value}, "queries=.*: pass a number") for value in (-5, 0, 2.5, "many", True)],
+        *[({"false_alarms": value}, "false_alarms=") for value in ("few", None, float("nan"))],
+        ({"absent": photos()[0]}, "and 1 without"),
+        ({"kind": "cat"}, "unknown options"),
+    ],
+)
+def test_a_calibration_that_cannot_be_is_refused(pipe, settings, text):
+    with pytest.raises((ValueError, TypeError), match=text):
+        pipe.calibrate_absence(**{"progress": False} | settings)
+    assert pipe.model.config.absence is None
+
+
+def test_a_pipeline_made_to_say_so_also_looks_at_the_pool_anew(tmp_path):
+    pool = make_pool(tmp_path, count=24, classes=KINDS * 8)
+    pipe = VisualInContextPipeline(make_model(), pool=pool, presence=True)
+    with pytest.raises(ValueError, match="run pipe.calibrate_absence"):
+        pipe(photos()[0])
+    pipe.calibrate_absence(progress=False)
+    assert "present" in pipe(photos()[0])
+    pool.remove(["scene 0"])
+    with pytest.raises(ValueError, match="or it was changed since"):
+        pipe(photos()[0])
 
 
 def test_a_pool_of_one_class_is_told_what_is_absent(tmp_path):

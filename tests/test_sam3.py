@@ -242,6 +242,8 @@ def test_a_name_is_enough_where_the_pool_brings_its_encoder(pools, tmp_path):
     assert VisualInContextPipeline(bare, pool=pools["detection"]).model.frozen.tokens == pipe.model.frozen.tokens
     with pytest.raises(ValueError, match="finds objects and paints no colours"):
         Sam3InContext.from_pretrained(str(tmp_path / "sam3"), task="colourisation")
+    with pytest.raises(ValueError, match="finds objects and paints no colours"):
+        VisualInContextModel.from_parts(frozen(), tiny_encoder(), task="colourisation")
 
 
 def test_what_does_not_fit_is_refused(pools):

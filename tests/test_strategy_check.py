@@ -40,6 +40,16 @@ def test_what_is_looked_up_is_what_would_be_run(pool):
     )
 
 
+@pytest.mark.parametrize(
+    ("count", "kept"), [(1, {}), (3, {"classes": ["cat", "dog", "emu"]}), (3, {"groups": ["film"] * 3}), (2, {})]
+)
+def test_a_pool_of_few_rows_is_answered_by_the_nearest(count, kept, tmp_path):
+    pool = make_pool(tmp_path, count=count, **kept)
+    pipe = VisualInContextPipeline(make_model(), "auto", pool)
+    assert len(pipe(photos()[0])["example_ids"]) == 1
+    assert pipe.self_check["strategy"] == "nearest" and pipe.self_check["images"] == (2 if count == 2 else 0)
+
+
 def asked_of(pool, rows):
     return strategy_check._queries(examples_of(pool, make_model()), torch.tensor(list(rows)), None, labelled=False)
 

@@ -1,6 +1,7 @@
 """Models of several sizes in one repository, a revision each: their record, and choosing one of them."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
-from hf_effdl.checks import real_number
+from hf_effdl.checks import flag, real_number
 from hf_effdl.files import check_folder, damaged, digest, read_json, write_json
 from hf_effdl.structure.groups.record import LARGEST, listed, named, require, text, whole
 from hf_effdl.structure.slim.latency import measure_latency
@@ -22,19 +23,30 @@ FILE_NAME = "family.json"
 FORMAT = 1
 BOUNDS = ("macs", "params", "latency_ms")
 REMEDY = "push the family again with push_family"
-DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.int64, torch.int32, torch.bool)}
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+COUNTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+DTYPES = {str(dtype): dtype for dtype in (*FLOATS, *COUNTS)}
+TIMED = 2**30  # numbers in an input that is made up to time a model
 
 
-def family_record(members: Sequence[Mapping[str, Any]], metric: str | None, inputs: Mapping[str, Tensor]) -> dict:
+def family_record(
+    members: Sequence[Mapping[str, Any]],
+    metric: str | None,
+    inputs: Mapping[str, Tensor],
+    greater_is_better: bool = True,
+) -> dict:
     """What `family.json` holds.
 
     Args:
         members: of each `{"revision", "class", "macs", "params", "latency_ms", "metrics"}`, the largest first.
-        metric: by which one is better than another, the higher the better; None where nothing was evaluated.
+        metric: by which one is better than another; None where nothing was evaluated.
         inputs: of the forward passes that were timed: their shapes are kept.
+        greater_is_better: whether a higher metric is.
     """
-    shapes = {name: [str(value.dtype), *value.shape] for name, value in inputs.items() if isinstance(value, Tensor)}
-    return {"format": FORMAT, "metric": metric, "inputs": shapes, "members": [dict(member) for member in members]}
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    shapes = {name: [str(one.dtype), *one.shape] for name, one in tensors.items() if one.dtype in DTYPES.values()}
+    record = {"format": FORMAT, "metric": metric, "inputs": shapes, "members": [dict(member) for member in members]}
+    return record if greater_is_better else record | {"greater_is_better": False}
 
 
 def write_family(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
@@ -74,7 +86,7 @@ def choose(
 ) -> str:
     """The revision of the best model of a family that is within some bounds.
 
-    The best is the one of the highest metric, where the family was evaluated, else the one of the most MACs.
+    The best is the one of the best metric, where the family was evaluated, else the one of the most MACs.
 
     Args:
         repo_id: of `SplitLBITrainer.push_family`, or a folder with its `family.json`.
@@ -103,14 +115,27 @@ def choose(
     if device is not None and latency_ms is None:
         raise ValueError(f"device={device!r} measures how long a pass takes: give latency_ms=, or leave it out")
     record = read_family(repo_id, revision, token)
-    metric, members = record["metric"], record["members"]
-    members.sort(key=lambda member: (member["metrics"].get(metric, 0.0), member["macs"]), reverse=True)
-    here = partial(_milliseconds, repo_id, record["inputs"], torch.device(device), token) if device else None
+    members = sorted(record["members"], key=partial(_merit, record), reverse=True)
+    here = None if device is None else partial(_milliseconds, repo_id, record["inputs"], _device(device), token)
     for member in members:
         if _is_within(member, bounds, here):
             return member["revision"]
     sizes = [{name: member.get(name) for name in ("revision", *bounds)} for member in members]
     raise ValueError(f"no model of {os.fspath(repo_id)} is within {bounds}: {sizes}")
+
+
+def _merit(record: Mapping[str, Any], member: Mapping[str, Any]) -> tuple[float, int]:
+    """Larger for a better member; one whose metric is no number comes last."""
+    value = member["metrics"].get(record["metric"], math.nan)
+    value = value if record["greater_is_better"] else -value
+    return -math.inf if math.isnan(value) else value, member["macs"]
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r} is none of torch: {str(error).splitlines()[0]}") from None
 
 
 def _is_within(member: dict[str, Any], bounds: Mapping[str, float], here: Any) -> bool:
@@ -147,6 +172,10 @@ def _milliseconds(
     generator = torch.Generator().manual_seed(0)
     inputs = {}
     for name, (dtype, *shape) in shapes.items():
+        if math.prod(shape) > TIMED:
+            raise ValueError(
+                f"the family was timed with {name} of {shape}, too large to be made up here: time it yourself"
+            )
         kind = DTYPES[dtype]
         value = torch.rand(shape, generator=generator) if kind.is_floating_point else torch.ones(shape)
         inputs[name] = value.to(device, kind)
@@ -174,7 +203,8 @@ def _checked(record: Any) -> dict[str, Any]:
     members = [_member(member) for member in listed(record["members"], "members")]
     require(0 < len(members) <= 1000, "members", f"are {len(members)}")
     inputs = {name: _shape(shape) for name, shape in named(record["inputs"], "inputs").items()}
-    return {"metric": metric, "members": members, "inputs": inputs}
+    greater = flag("greater_is_better", record.get("greater_is_better", True))
+    return {"metric": metric, "greater_is_better": greater, "members": members, "inputs": inputs}
 
 
 def _member(values: Any) -> dict[str, Any]:
@@ -192,9 +222,4 @@ def _member(values: Any) -> dict[str, Any]:
 def _shape(values: Any) -> list[Any]:
     dtype, *sizes = listed(values, "inputs")
     require(dtype in DTYPES and len(sizes) <= 8, "inputs", f"have {dtype!r} of {len(sizes)} axes")
-    sizes = [whole(size, "inputs", 1, LARGEST) for size in sizes]
-    total = 1
-    for size in sizes:
-        total *= size
-    require(total <= 2**28, "inputs", f"are {sizes}")
-    return [dtype, *sizes]
+    return [dtype, *(whole(size, "inputs", 1, LARGEST) for size in sizes)]

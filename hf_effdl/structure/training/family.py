@@ -1,5 +1,6 @@
 """Models of several sizes from one run, in one repository: each budget a revision, one card with the curve."""
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from huggingface_hub import create_branch, create_repo, upload_folder
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_effdl.checks import one_of, real_number
+from hf_effdl.checks import one_of, path, real_number
 from hf_effdl.files import write_whole
 from hf_effdl.pictures import LINE, bare, figure
 from hf_effdl.structure.slim.family import family_record, write_family
@@ -20,7 +21,6 @@ from hf_effdl.structure.slim.report import get_report
 
 BUDGETS = ("macs", "params", "latency", "keep")
 PICTURE = "family.png"
-WORSE_WHEN_LARGER = ("loss",)
 
 
 class FamilyMixin:
@@ -41,7 +41,9 @@ class FamilyMixin:
         Args:
             budgets: shares of the dense model, such as `[0.75, 0.5, 0.25]`; or models from `slim` by their share, as
                 they are, which may have been trained on since.
-            folder: is filled; `family.json` in it says sizes and metrics, see `choose`.
+            folder: is filled; `family.json` in it says sizes and metrics, see `choose`. The best is that of the best
+                `metric_for_best_model` of the training arguments (and its `greater_is_better`), else of the first
+                metric beside the loss, the higher the better, else of the lowest loss.
             budget: what the shares are of: `"macs"`, `"params"`, `"latency"` or `"keep"`.
             options: further arguments of `slim`, where it makes the models.
             repo_id: repository named in the cards; default: the folder's name.
@@ -53,9 +55,11 @@ class FamilyMixin:
         Raises:
             ValueError, TypeError: for shares that are none or occur twice, before anything is slimmed; and as `slim`.
         """
+        target, told = path("folder", folder), self.results
+        if target.exists() and not target.is_dir():
+            raise ValueError(f"folder={os.fspath(folder)!r} is a file: name a folder")
         members = self._members(budgets, budget, options or {})
         facts = [self._member(revision, small) for revision, small in members.items()]
-        target, told = Path(folder), self.results
         self.results = (told or self._whole()) | {row["revision"]: self._row(row) for row in facts}
         details = {"repo_id": repo_id or target.name, "model_name": (repo_id or target.name).split("/")[-1], **card}
         try:
@@ -66,7 +70,8 @@ class FamilyMixin:
             self.save_slim(largest, target, family=list(members), family_picture=picture, **details)
         finally:
             self.results = told
-        write_family(target, family_record(facts, _metric_of(facts), self._latency_inputs(32)))
+        metric, greater = self._metric_of(facts)
+        write_family(target, family_record(facts, metric, self._latency_inputs(32), greater))
         return list(members)
 
     def push_family(
@@ -126,6 +131,8 @@ class FamilyMixin:
         shares = [real_number("budgets", share) for share in budgets]
         if len(set(shares)) < len(shares) or not all(0 < share <= 1 for share in shares):
             raise ValueError(f"budgets={list(budgets)}: they must be different shares in (0, 1]")
+        if len({_revision(budget, share) for share in shares}) < len(shares):
+            raise ValueError(f"budgets={list(budgets)}: two of them have one name, {_revision(budget, max(shares))!r}")
         models = list(budgets.values()) if isinstance(budgets, Mapping) else [None] * len(shares)
         for model in models:
             if model is not None and not (isinstance(model, PreTrainedModel) and get_report(model)):
@@ -139,7 +146,7 @@ class FamilyMixin:
             share: self.slim(**{budget: share}, **options) if model is None else model
             for share, model in shares.items()
         }
-        return {f"{budget}-{share:g}": model for share, model in made.items()}
+        return {_revision(budget, share): model for share, model in made.items()}
 
     def _member(self, revision: str, small: nn.Module) -> dict[str, Any]:
         """A member's entry in the record."""
@@ -147,6 +154,7 @@ class FamilyMixin:
         metrics = self.evaluate_model(small) if self.eval_dataset is not None else {}
         sizes = {name: report[name]["after"] for name in ("macs", "params", "latency_ms") if name in report}
         numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}  # as JSON wants them
         return {"revision": revision, "class": type(small).__name__, **sizes, "metrics": numbers}
 
     def _whole(self) -> dict[str, dict[str, float]]:
@@ -159,7 +167,7 @@ class FamilyMixin:
 
     def _draw_family(self, facts: Sequence[Mapping[str, Any]], folder: Path) -> str | None:
         """The metric over the MACs, as a picture in the folder; None without matplotlib or metrics."""
-        metric = _metric_of(facts)
+        metric, _ = self._metric_of(facts)
         if metric is None:
             return None
         try:
@@ -181,8 +189,16 @@ class FamilyMixin:
         write_whole(folder / PICTURE, partial(picture.savefig, dpi=110))
         return PICTURE
 
+    def _metric_of(self, facts: Sequence[Mapping[str, Any]]) -> tuple[str | None, bool]:
+        """The metric, which all members have, that says which is the best; and whether a higher one is better."""
+        names = [name for name in facts[0]["metrics"] if all(name in row["metrics"] for row in facts)]
+        wanted = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if wanted in names:
+            return wanted, bool(self.args.greater_is_better)
+        losses = [name for name in names if name.endswith("loss")]
+        others = [name for name in names if name not in losses]
+        return next(iter([*others, *losses]), None), bool(others)
 
-def _metric_of(facts: Sequence[Mapping[str, Any]]) -> str | None:
-    """The first metric that is the better the higher, which all members have."""
-    names = [name for name in facts[0]["metrics"] if name not in WORSE_WHEN_LARGER]
-    return next((name for name in names if all(name in row["metrics"] for row in facts)), None)
+
+def _revision(budget: str, share: float) -> str:
+    return f"{budget}-{share:g}"

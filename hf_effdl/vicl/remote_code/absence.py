@@ -1,8 +1,10 @@
 """Whether what the examples show is in a query at all: learnt on pool images, with a rate of false alarms."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from .cascade_features import MATCHES
 from .cascade_lists import folds_of
 from .confidence import certainty
 from .examples import Examples, Queries
+from .pipeline_inputs import is_image, walkable
 from .pool_rows import column_of, group_numbers
 
 
@@ -101,6 +104,8 @@ def fit_presence(
 
 def _threshold(absent: Tensor, false_alarms: float) -> float:
     """The least value that at most the share of the absent is above."""
+    if not len(absent):
+        return float("inf")  # nothing is known of those that are absent
     allowed = int(false_alarms * (len(absent) + 1))
     return float(absent.sort(descending=True).values[min(allowed, len(absent) - 1)])
 
@@ -139,15 +144,16 @@ def calibrate(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """Learn it with a pipeline; see `VisualInContextPipeline.calibrate_absence`."""
-    if not 0 < false_alarms < 1:
-        raise ValueError(f"false_alarms={false_alarms}: it is a share of the absent objects, between 0 and 1")
+    _check_numbers(queries, false_alarms)
+    options = pipe.options_of(options)
     pool = pipe.pool
     asked = _asked(pool, queries, absent, seed)
-    present = torch.tensor([one.present for one in asked])
+    present = torch.tensor([one.present for one in asked], dtype=torch.bool)
     if min(int(present.sum()), int((~present).sum())) < LEAST:
         raise ValueError(
             f"{int(present.sum())} images with their object and {int((~present).sum())} without: at least {LEAST} of "
-            "each are needed; pass a larger queries=, or more absent="
+            "each are needed; pass a larger queries=, or more absent= (an image that is alone in its class, or of the "
+            "only group, cannot be asked about)"
         )
     features = torch.cat(list(_features(pipe, asked, progress, options)))
     numbers = torch.tensor([one.group for one in asked])
@@ -156,11 +162,18 @@ def calibrate(
     return dict(found)  # what is done to it is not done to the model
 
 
+def _check_numbers(queries: Any, false_alarms: Any) -> None:
+    if isinstance(queries, bool) or not isinstance(queries, Integral) or queries < 1:
+        raise ValueError(f"queries={queries!r}: pass a number of pool images, at least 1")
+    if not isinstance(false_alarms, Real) or not 0 < false_alarms < 1:
+        raise ValueError(f"false_alarms={false_alarms!r}: it is a share of the absent objects, between 0 and 1")
+
+
 @dataclass(frozen=True)
 class Asked:
     """An image, the class that is asked for, and whether that is there."""
 
-    image: Any
+    image: Any  # None for one of the pool, which is opened when it is its turn
     row: int  # of the pool, -1 for none
     group: int
     wanted: str | None
@@ -169,20 +182,29 @@ class Asked:
 
 def _asked(pool: Any, queries: int, absent: Sequence[Any] | None, seed: int) -> list[Asked]:
     """Images of the pool with their own class and, where no others are given, with another one."""
-    rows = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:queries].tolist()
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
     groups = group_numbers(pool.groups, len(pool)).tolist()
-    if pool.classes is None and absent is not None:
-        classes = [None] * len(pool)
-    else:
-        classes = _classes(pool, absent)
-        rows = [row for row in rows if classes[row] is not None]
-    asked = [Asked(pool.image(row), row, groups[row], classes[row], True) for row in rows]
+    one_kind = pool.classes is None and absent is not None
+    classes = [None] * len(pool) if one_kind else _classes(pool, absent)
+    groups_of: dict[str | None, set[int]] = {}
+    for name, group in zip(classes, groups):
+        groups_of.setdefault(name, set()).add(group)
+    if not one_kind:
+        groups_of.pop(None, None)
+
+    def can_be_shown(name: str | None, group: int) -> bool:
+        known = groups_of.get(name, set())
+        return len(known) > (group in known)  # another group has examples of it
+
+    rows = [row for row in order if can_be_shown(classes[row], groups[row])][:queries]
+    asked = [Asked(None, row, groups[row], classes[row], True) for row in rows]
     if absent is not None:
+        absent = [absent] if is_image(absent) else walkable(absent)
         return asked + [Asked(image, -1, len(pool) + i, None, False) for i, image in enumerate(absent)]
-    names, drawn = sorted({one for one in classes if one is not None}), random.Random(seed)
+    drawn, names = random.Random(seed), sorted(groups_of)
     for one in list(asked):
-        other = drawn.choice([name for name in names if name != one.wanted])
-        asked.append(replace(one, wanted=other, present=False))
+        if others := [name for name in names if name != one.wanted and can_be_shown(name, one.group)]:
+            asked.append(replace(one, wanted=drawn.choice(others), present=False))
     return asked
 
 
@@ -200,7 +222,7 @@ def _features(pipe: Any, asked: list[Asked], progress: bool, options: dict[str, 
     with logging.tqdm(total=len(asked), desc="asking", unit=" images", disable=not progress) as bar:
         for start in range(0, len(asked), BATCH):
             part = asked[start : start + BATCH]
-            batch = {"images": [one.image for one in part]}
+            batch = {"images": [pool.image(one.row) if one.row >= 0 else one.image for one in part]}
             batch["exclude"] = [pool.ids[one.row] if one.row >= 0 else None for one in part]
             if pool.groups is not None:
                 batch["groups"] = [pool.groups[one.row] if one.row >= 0 else None for one in part]
@@ -234,8 +256,13 @@ def _is_whole(absence: Any) -> bool:
         and all(
             isinstance(absence[name], list)
             and len(absence[name]) == len(FEATURES) + more
-            and all(isinstance(value, int | float) for value in absence[name])
+            and all(map(_is_finite, absence[name]))
             for name, more in sizes.items()
         )
-        and isinstance(absence["threshold"], int | float)
+        and all(value > 0 for value in absence["spread"])
+        and _is_finite(absence["threshold"])
     )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e30 and not math.isnan(value)

@@ -5,6 +5,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 
+# a config may be anybody's
+LARGEST = dict.fromkeys(("num_hidden_layers", "decoder_num_hidden_layers", "blocks"), 1000)
+LARGEST |= dict.fromkeys(("image_size", "patch_size", "hidden_size", "decoder_hidden_size", "codebook_size"), 2**16)
+
+
 class MaeVqganConfig(PreTrainedConfig):
     """Configuration of a `MaeVqganForImageInpainting`; the defaults are those of the published ViT-L.
 
@@ -42,6 +47,12 @@ class MaeVqganConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.level_channels, self.attention_levels = list(self.level_channels), list(self.attention_levels)
+        for name, most in LARGEST.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"{name}={value!r}: it is a whole number from 1 to {most}")
+        if wrong := [name for name in ("hidden_size", "decoder_hidden_size") if getattr(self, name) % 4]:
+            raise ValueError(f"{wrong[0]}={getattr(self, wrong[0])} is no multiple of 4, as sines of two axes want it")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} is not made of whole patches of {self.patch_size} pixels")
         if 2 ** (len(self.level_channels) - 1) != self.patch_size:

@@ -1,6 +1,7 @@
 """Feature matching, an in-context model without training: like places of the example say what a place shows."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -76,8 +77,8 @@ class FeatureMatching(FrozenModel):
         super().__init__()
         if matching not in MATCHINGS:
             raise ValueError(f"matching={matching!r}: choose one of {MATCHINGS}")
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature}: must be positive")
+        if isinstance(temperature, str) or temperature is None or not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature={temperature!r}: must be a positive number")
         if carry not in ("label", "difference"):
             raise ValueError(f"carry={carry!r}: choose 'label' or 'difference'")
         if carry == "difference" and matching == "prototype":
@@ -85,14 +86,13 @@ class FeatureMatching(FrozenModel):
                 "carry='difference' with matching='prototype': a prototype is of black and white labels; "
                 "use matching='soft'"
             )
-        if layers is not None and not len(layers):
-            raise ValueError("layers is empty: name one layer or more, or None for the encoder's own")
-        if not isinstance(positions, int) or positions < 0:
+        layers = _layers_of(layers)
+        if isinstance(positions, bool) or not isinstance(positions, Integral) or positions < 0:
             raise ValueError(
                 f"positions={positions!r}: pass a number of directions, or 0 to leave features as they are"
             )
-        self.encoder, self.matching, self.temperature, self.carry = encoder, matching, temperature, carry
-        self.layers, self.positions = None if layers is None else tuple(layers), positions
+        self.encoder, self.matching, self.temperature, self.carry = encoder, matching, float(temperature), carry
+        self.layers, self.positions = layers, int(positions)
         self._grid: tuple[int, int, int] | None = None
         self._directions: list[Tensor] | None = None
 
@@ -160,6 +160,14 @@ class FeatureMatching(FrozenModel):
     def own_encoder(self) -> VisionEncoder:
         """The encoder that it matches features of."""
         return self.encoder
+
+    def check_task(self, task: str) -> None:
+        """Colours have no prototypes."""
+        if self.matching == "prototype" and task == "colourisation":
+            raise ValueError(
+                "matching='prototype' for task='colourisation': a prototype is of black and white labels; use "
+                "matching='soft'"
+            )
 
     # ---- matching
 
@@ -283,6 +291,17 @@ class FeatureMatching(FrozenModel):
         if self._grid is None:  # features that were kept from before
             self.encode(torch.zeros(1, 3, *self.image_size, device=device))
         return self._grid
+
+
+def _layers_of(layers: Any) -> tuple[int | None, ...] | None:
+    if layers is None:
+        return None
+    several = [] if isinstance(layers, str) or not hasattr(layers, "__len__") else list(layers)
+    if not several or not all(
+        one is None or (isinstance(one, Integral) and not isinstance(one, bool)) for one in several
+    ):
+        raise ValueError(f"layers={layers!r}: pass a list of one layer's number or more, None for the encoder's own")
+    return tuple(None if one is None else int(one) for one in several)
 
 
 def position_directions(maps: Tensor, count: int) -> Tensor:

@@ -58,6 +58,9 @@ class FrozenModel(nn.Module, ABC):
         """Made from the weights in a repository or folder, for a task."""
         raise TypeError(f"{id}: a {cls.__name__} is not made from a name alone; pass one to from_parts")
 
+    def check_task(self, task: str) -> None:
+        """Refuse a task, by ValueError, whose labels it cannot carry over; default: none."""
+
     def own_encoder(self) -> VisionEncoder | None:
         """The encoder that pools are made with where no other is given; None: there is none."""
         return None

@@ -123,6 +123,11 @@ class Sam3InContext(FrozenModel):
         """Repository or folder that the model was loaded from."""
         return self.model.config.name_or_path or None
 
+    def check_task(self, task: str) -> None:
+        """It finds objects."""
+        if task == "colourisation":
+            raise ValueError("task='colourisation': a SAM 3 finds objects and paints no colours")
+
     def settings(self) -> dict[str, Any]:
         """The arguments beside the model, as plain values."""
         return {"text": self.text, "tokens": self.tokens, "threshold": self.threshold, "paint": self.paint}

@@ -6,18 +6,25 @@ from typing import Any
 
 import numpy as np
 
-from .pipeline_inputs import is_image, walkable
-from .pool_rows import column_of
+from .pipeline_inputs import ONE_OF, check_batch_size, check_each, is_image, walkable
+from .pool_rows import as_list, column_of
 
 
 def label_maps(
     pipe: Any, images: Any, classes: Sequence[str] | None, batch_size: int, options: dict[str, Any]
 ) -> dict[str, Any] | list[dict[str, Any]]:
     """Maps of some images; see `VisualInContextPipeline.label_map`."""
-    classes = _classes(pipe, classes)
-    if is_image(images):
-        return next(_stream(pipe, [images], classes, 1, options))
-    return list(_stream(pipe, walkable(images), classes, batch_size, options))
+    classes, batch_size = _classes(pipe, classes), check_batch_size(batch_size)
+    if told := options.keys() & {"soft_map", "presence"}:
+        raise TypeError(f"label_map sets {' and '.join(sorted(told))} itself: leave it out")
+    given = {name: options.pop(name) for name in ONE_OF if options.get(name) is not None}
+    if alone := is_image(images):
+        images, given = [images], {name: [value] for name, value in given.items()}
+    images = walkable(images)
+    for name, values in given.items():
+        check_each(name, values, images)
+    maps = _stream(pipe, images, given, classes, batch_size, options)
+    return next(maps) if alone else list(maps)
 
 
 def _classes(pipe: Any, classes: Sequence[str] | None) -> list[str]:
@@ -29,7 +36,7 @@ def _classes(pipe: Any, classes: Sequence[str] | None) -> list[str]:
     known = sorted(set(filter(None, column_of(pipe.pool, "class", "label_map"))))
     if classes is None:
         return known
-    classes = [classes] if isinstance(classes, str | int) else list(classes)
+    classes = as_list(classes)
     if not classes or len(set(map(str, classes))) < len(classes):
         raise ValueError(f"classes={classes!r}: name one class or more, each once")
     if missing := [one for one in classes if str(one) not in known]:
@@ -38,24 +45,27 @@ def _classes(pipe: Any, classes: Sequence[str] | None) -> list[str]:
 
 
 def _stream(
-    pipe: Any, images: Any, classes: list[str], batch_size: int, options: dict[str, Any]
+    pipe: Any, images: Any, given: dict[str, Any], classes: list[str], batch_size: int, options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    images = iter(images)
-    told = {"soft_map": True, "presence": pipe.model.config.absence is not None}
+    images, walks = iter(images), {name: iter(values) for name, values in given.items()}
+    options = options | {"soft_map": True, "presence": pipe.model.config.absence is not None}
     while chunk := list(islice(images, batch_size)):
+        each = {name: list(islice(walk, len(chunk))) for name, walk in walks.items()}
         asked = {
-            one: pipe(chunk, classes=[one] * len(chunk), batch_size=batch_size, **told, **options) for one in classes
+            one: pipe(chunk, classes=[one] * len(chunk), batch_size=batch_size, **each, **options) for one in classes
         }
         for i in range(len(chunk)):
-            yield _joined({one: answers[i] for one, answers in asked.items()})
+            yield joined({one: answers[i] for one, answers in asked.items()})
 
 
-def _joined(answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def joined(answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """One map from an answer for each class."""
     confidence = {one: answer["confidence"] * answer.get("presence", 1.0) for one, answer in answers.items()}
     there = {one: answer.get("present", True) for one, answer in answers.items()}
     whites = np.stack([answer["soft_map"] * there[one] for one, answer in answers.items()])
-    sure = np.where(whites >= 0.5, whites * np.array(list(confidence.values()))[:, None, None], -1.0)
+    weights = np.array(list(confidence.values()))
+    weights = weights - min(0.0, weights.min())  # what is expected of answers by a metric that falls is below 0
+    sure = np.where(whites >= 0.5, whites * weights[:, None, None], -1.0)
     winner = sure.argmax(0) + 1
     found = {
         "label_map": np.where(sure.max(0) >= 0, winner, 0).astype(np.uint8 if len(answers) < 256 else np.int32),

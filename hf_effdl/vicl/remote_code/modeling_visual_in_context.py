@@ -132,6 +132,8 @@ class VisualInContextModel(PreTrainedModel):
             raise ValueError(
                 f"{type(frozen).__name__} has no encoder of its own: pass encoder=VisionEncoder.from_pretrained(...)"
             )
+        if hasattr(frozen, "check_task"):
+            frozen.check_task(task)
         separate = None if encoder is own else encoder
         model = cls(VisualInContextConfig(task=task, **config))
         if getattr(frozen, "kind", None) in FROZEN:

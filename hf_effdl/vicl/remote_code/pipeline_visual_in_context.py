@@ -22,6 +22,7 @@ from .pipeline_choice import Choice
 from .pipeline_inputs import (
     ONE_OF,
     alike,
+    check_batch_size,
     check_each,
     fused,
     is_image,
@@ -41,6 +42,7 @@ from .visual_tasks import find_task, task_of
 
 
 TASK = "visual-in-context-learning"
+RESTRICTIONS = ("exclude", "groups", "classes", "candidates_where")  # arguments that say what may be shown
 
 
 class VisualInContextPipeline(Pipeline):
@@ -159,8 +161,9 @@ class VisualInContextPipeline(Pipeline):
         """See the class. One image gives a dict, a list gives a list; what has no length is answered as it comes."""
         if batch_size is None:
             batch_size = self._batch_size or 8
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: pass a whole number of at least 1")
+        check_batch_size(batch_size)
+        if kwargs.get("presence", self._forward_params.get("presence")):
+            check_calibrated(self.model.config, self.pool)
         given = {"labels": labels, "exclude": exclude, "groups": groups, "classes": classes}
         given = {name: values for name, values in given.items() if values is not None}
         if is_image(images):
@@ -220,12 +223,14 @@ class VisualInContextPipeline(Pipeline):
         if is_image(images):
             images, outputs = [images], None if outputs is None else [outputs]
             labels = None if labels is None else [labels]
+            options |= {name: [options[name]] for name in RESTRICTIONS[:3] if options.get(name) is not None}
         images, labels = list(images), None if labels is None else list(labels)
         if outputs is None:
             outputs = self(images, labels=labels, **options)
         own = self._choice.strategy(options.get("strategy", self._forward_params.get("strategy")))
         answers = [(own if isinstance(own, str) else getattr(own, "kind", ""), outputs)]
-        answers += [(name, self(images, labels=labels, strategy=name)) for name in beside]
+        left = {name: options[name] for name in RESTRICTIONS if name in options}
+        answers += [(name, self(images, labels=labels, strategy=name, **left)) for name in beside]
         picture = draw_panels(rows_shown(self, images, answers, labels), self.visual_task.name, height)
         if path is not None:
             picture.save(path)
@@ -320,14 +325,16 @@ class VisualInContextPipeline(Pipeline):
 
     # ---- the steps of a pipeline
 
+    def options_of(self, options: dict[str, Any]) -> dict[str, Any]:
+        """What a call goes by: its own options, and beside them those that this pipeline was made with."""
+        return {**self._forward_params, **self._sanitize_parameters(**options)[1]}
+
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         unknown = {name for name in kwargs if name not in FORWARD}
         if unknown:
             raise TypeError(
                 f"unknown options {sorted(unknown)}; there are {[*FORWARD, *ONE_OF, 'candidates_where', 'batch_size']}"
             )
-        if kwargs.get("presence"):
-            check_calibrated(self.model.config, self.pool)
         return {}, {name: kwargs[name] for name in FORWARD if kwargs.get(name) is not None}, {}
 
     def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:

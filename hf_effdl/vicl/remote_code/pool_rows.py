@@ -59,6 +59,13 @@ def rows_checked(pool: PoolReader, rows: Any, name: str) -> Tensor:
     return torch.tensor(values, dtype=torch.long)
 
 
+def as_list(values: Any) -> list[Any]:
+    """Several ids or names as they are, and one alone as a list."""
+    values = values.tolist() if hasattr(values, "tolist") else values  # also NumPy's numbers and texts
+    alone = isinstance(values, str | bytes) or not isinstance(values, Iterable)
+    return [values] if alone else list(values)
+
+
 def _listed(values: Any, name: str, what: str) -> Iterable[Any]:
     several = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(several, str | bytes) or not isinstance(several, Iterable):
@@ -154,7 +161,7 @@ def allowed_rows(
     allowed = torch.ones(count, len(pool), dtype=torch.bool)
     for i, ids in enumerate(exclude or ()):
         if ids is not None:
-            allowed[i, rows_of_ids(pool, [ids] if isinstance(ids, str | int) else ids, "exclude")] = False
+            allowed[i, rows_of_ids(pool, as_list(ids), "exclude")] = False
     if groups is not None:
         allowed &= of_other_groups(pool, groups)
     if classes is not None:
@@ -162,14 +169,14 @@ def allowed_rows(
         for i, one in enumerate(classes):
             if one is not None:
                 allowed[i] &= torch.from_numpy((kept == str(one)).astype(bool))
+    if where is not None and not (isinstance(where, dict) and where.keys() <= COLUMNS.keys()):
+        raise ValueError(
+            f"candidates_where={where!r}: pass a dict of {' or '.join(map(repr, COLUMNS))} and what it is to be"
+        )
     for name, wanted in (where or {}).items():
-        if name not in COLUMNS:
-            raise ValueError(
-                f"candidates_where={where!r}: pass {' or '.join(map(repr, COLUMNS))} and what it is to be"
-            )
         kept = column_of(pool, name, "candidates_where= is given")
-        several = [wanted] if isinstance(wanted, str | int) else wanted
-        allowed &= torch.from_numpy(np.isin(kept.astype(str), [str(one) for one in several]) & (kept != None))  # noqa: E711
+        several = [str(one) for one in as_list(wanted) if one is not None]
+        allowed &= torch.from_numpy(np.isin(kept.astype(str), several) & (kept != None))  # noqa: E711
     if len(nothing := (~allowed.any(1)).nonzero()[:, 0]):
         raise ValueError(
             f"image {int(nothing[0])} of the batch may be shown no example of the pool: exclude=, groups=, classes= "

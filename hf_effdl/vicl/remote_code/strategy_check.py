@@ -32,6 +32,7 @@ def check_strategies(examples: Examples, candidates: int, selector: Any = None) 
     Returns:
         `{"strategy", "images", "performance", "ahead"}`: the best one's name; how many images; of each its mean
         performance, larger is better, and by how much that is more than the nearest's, with the standard error.
+        Where no image has another one that it may be shown, that is the nearest, of 0 images.
     """
     model, pool = examples.model, examples.pool
     table = _table(model, pool)
@@ -42,6 +43,8 @@ def check_strategies(examples: Examples, candidates: int, selector: Any = None) 
     if allowed is not None:  # one that is alone cannot be asked about
         allowed[torch.arange(len(images)), images] = False
         images, allowed = images[allowed.any(1)], allowed[allowed.any(1)]
+    if len(pool) < 2 or not len(images):  # no image has another one to be shown
+        return {"strategy": "nearest", "images": 0, "performance": {}, "ahead": {}}
     queries = _queries(examples, images, allowed, labelled=table is None)
     found: dict[str, Tensor] = {}
     for name in ("nearest", "dense", *(() if table is None else ("transfer",))):
