@@ -23,6 +23,15 @@ PICTURE = "family.png"
 WORSE_WHEN_LARGER = ("loss",)
 
 
+def check_loadable(model: nn.Module) -> None:
+    """Refuse to save what `from_pretrained` could not load."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{type(model).__name__} is no transformers model, so it has no config to load it by; save its "
+            "state_dict yourself, or wrap the net in a PreTrainedModel"
+        )
+
+
 class FamilyMixin:
     """`save_family` and `push_family` for a `SplitLBITrainer`."""
 
@@ -127,6 +136,8 @@ class FamilyMixin:
         if len(set(shares)) < len(shares) or not all(0 < share <= 1 for share in shares):
             raise ValueError(f"budgets={list(budgets)}: they must be different shares in (0, 1]")
         models = list(budgets.values()) if isinstance(budgets, Mapping) else [None] * len(shares)
+        if None in models:
+            check_loadable(self.accelerator.unwrap_model(self.model))
         for model in models:
             if model is not None and not (isinstance(model, PreTrainedModel) and get_report(model)):
                 raise TypeError(f"budgets holds a {type(model).__name__} that is no transformers model from slim")
