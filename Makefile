@@ -56,6 +56,7 @@ bench: $(READY)
 	$(BENCHMARK)/train_overhead.py
 	$(BENCHMARK)/slim_latency.py
 	$(BENCHMARK)/pretrained_minilm.py
+	$(BENCHMARK)/lora_ranks_banking77.py
 	$(BENCHMARK)/pretrained_resnet20.py
 	$(BENCHMARK)/selection_digits.py
 	$(BENCHMARK)/selection_digits.py --few --cells digits-200 large tail mnist mnist-tail

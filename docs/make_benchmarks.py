@@ -29,6 +29,8 @@ PRINTED = (
     "slim_latency",
     "pretrained_minilm",
     "pretrained_dinov2",
+    "pretrained_smollm2",
+    "lora_ranks_banking77",
     "pretrained_resnet20",
     "selection_digits",
     "selection_banking77",

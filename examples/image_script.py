@@ -44,7 +44,7 @@ def load_splits(script: DataArguments, seed: int) -> DatasetDict:
         if split is not None and split not in data:
             raise ValueError(f"{script.dataset_name} has splits {list(data)}, not --{option} {split!r}")
     train = data[script.train_split]
-    for option in ("image_column", "label_column"):
+    for option in ("image_column", "text_column", "label_column"):
         column = getattr(script, option, None)
         if column is not None and column not in train.column_names:
             raise ValueError(f"{script.dataset_name} has columns {train.column_names}, not {column!r}; set --{option}")

@@ -22,9 +22,10 @@
         --output_dir runs/lean --keep 0.75
 
 Every layer keeps that share of its FFN neurons, and the layer behind is refitted on the rows so that it does without
-the others. The data set is a text file with a row per line, a folder of images, a folder from `save_to_disk`, or an id
-on the Hub. A fifth of the rows is held out; what is printed and stands in the checkpoint's config as `effdl_report`
-are parameters, multiply-accumulates and latency of one row, and the relative squared error of the outputs on those.
+the others; so are the layers behind the heads, to make up for what is lost before them. The data set is a text file
+with a row per line, a folder of images, a folder from `save_to_disk`, or an id on the Hub. A fifth of the rows is held
+out; what is printed and stands in the checkpoint's config as `effdl_report` are parameters, multiply-accumulates and
+latency of one row, and the relative squared error of the outputs on those.
 """
 
 import sys
@@ -147,9 +148,10 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(script)
     calibration = list(batches(script, model))
     example = {name: value[:1] for name, value in calibration[0].items()}
-    groups = wanted(find_groups(model, example), script.units)
+    groups = find_groups(model, example)
+    keep = {group.name: float(script.keep) for group in wanted(groups, script.units)}
     options = {"score": script.score, "ridge": script.ridge, "round_to": script.round_to}
-    small = slim(model, groups, script.keep, example_inputs=example, calibration=calibration, **options)
+    small = slim(model, groups, keep, example_inputs=example, calibration=calibration, **options)
     small.save_pretrained(script.output_dir)
     kind = AutoImageProcessor if small.main_input_name == "pixel_values" else AutoTokenizer
     kind.from_pretrained(script.model_name_or_path).save_pretrained(script.output_dir)

@@ -6,6 +6,7 @@ vicl/         better prompts: which labelled example a frozen vision model shoul
 metrics/      metrics for `evaluate.load`
 hub/          what cards and repositories of all three share
 weighting     `WeightedTrainer`, which trains on a column of weights; `row_losses`: the loss of every row
+weighted_sft  `WeightedSFTTrainer`, the same for TRL's fine-tuning of language models
 registration  how transformers comes to know slim models
 files, processes, pictures, checks, random_state, version    one place each for what all of them need
 """
@@ -29,9 +30,17 @@ _PUBLIC = {
     "samples.drawing.probabilities": ["inclusion_probabilities"],
     "samples.probes.probes": ["Probes"],
     "samples.drawing.draws": ["PrioritySampler", "draw", "priority_sample"],
+    "samples.rounds.answers": ["ColumnAnswers", "CsvAnswers"],
+    "samples.rounds.learner": ["ActiveLearner"],
+    "samples.scale.join_shards": ["join_shards"],
+    "samples.scale.score_shards": ["score_shards"],
+    "samples.scale.scorers": ["ProbeScorer"],
+    "samples.scale.streams": ["select_stream"],
     "samples.selection.selection": ["Selection", "load_selection"],
     "samples.selection.selector": ["UncertaintySelector"],
     "samples.drawing.shards": ["plan_shards"],
+    "samples.language.probes": ["LanguageProbes", "train_language_probes"],
+    "samples.language.scorer": ["SFTScorer"],
     "samples.probes.trained_probes": ["train_probes"],
     "samples.scores.uncertainty": ["uncertainty"],
     "structure.training.arguments": ["SplitLBIArguments", "scheduled_rates"],
@@ -39,6 +48,8 @@ _PUBLIC = {
     "structure.training.distill": ["Distillation", "DistillationTrainer"],
     "structure.tickets.search": ["EarlyTicketCallback", "find_ticket"],
     "structure.groups.group": ["Group"],
+    "structure.lora.picture": ["plot_lora_ranks"],
+    "structure.lora.select": ["select_lora_ranks"],
     "structure.groups.param_groups": ["param_groups"],
     "structure.growing.arguments": ["GrowingArguments"],
     "structure.growing.deepen": ["deepen"],
@@ -48,7 +59,7 @@ _PUBLIC = {
     "structure.slim.batch_norm": ["recalibrate_batch_norm"],
     "structure.slim.family": ["choose"],
     "structure.slim.slim": ["slim"],
-    "structure.optim.schedule": ["derive_path"],
+    "structure.optim.schedule": ["derive_path", "walk_path"],
     "structure.optim.split_lbi": ["SplitLBI"],
     "structure.optim.update": ["split_lbi_update"],
     "structure.tickets.rewind": ["rewind", "transfer"],
@@ -80,6 +91,7 @@ _PUBLIC = {
     "vicl.remote_code.frozen_sam3": ["Sam3InContext"],
     "vicl.remote_code.frozen_seggpt": ["SegGptInContext"],
     "vicl.remote_code.vision_encoder": ["VisionEncoder"],
+    "weighted_sft": ["WeightedSFTTrainer"],
     "weighting": ["WeightedTrainer"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
@@ -92,10 +104,18 @@ if TYPE_CHECKING:
     from hf_effdl.samples.drawing.presets import active_plan, default_plan, paper_plan
     from hf_effdl.samples.drawing.probabilities import inclusion_probabilities
     from hf_effdl.samples.drawing.shards import plan_shards
+    from hf_effdl.samples.language.probes import LanguageProbes, train_language_probes
+    from hf_effdl.samples.language.scorer import SFTScorer
     from hf_effdl.samples.probes.dynamics_callback import DynamicsCallback, dynamics_scores, load_dynamics
     from hf_effdl.samples.probes.linear_probes import LinearProbes
     from hf_effdl.samples.probes.probes import Probes
     from hf_effdl.samples.probes.trained_probes import train_probes
+    from hf_effdl.samples.rounds.answers import ColumnAnswers, CsvAnswers
+    from hf_effdl.samples.rounds.learner import ActiveLearner
+    from hf_effdl.samples.scale.join_shards import join_shards
+    from hf_effdl.samples.scale.score_shards import score_shards
+    from hf_effdl.samples.scale.scorers import ProbeScorer
+    from hf_effdl.samples.scale.streams import select_stream
     from hf_effdl.samples.scores.noise import fit_label_noise, noise_rate
     from hf_effdl.samples.scores.uncertainty import uncertainty
     from hf_effdl.samples.selection.selection import Selection, load_selection
@@ -107,7 +127,9 @@ if TYPE_CHECKING:
     from hf_effdl.structure.growing.deepen import deepen
     from hf_effdl.structure.growing.trainer import GrowingTrainer, GrowthCallback
     from hf_effdl.structure.growing.widen import widen
-    from hf_effdl.structure.optim.schedule import derive_path
+    from hf_effdl.structure.lora.picture import plot_lora_ranks
+    from hf_effdl.structure.lora.select import select_lora_ranks
+    from hf_effdl.structure.optim.schedule import derive_path, walk_path
     from hf_effdl.structure.optim.split_lbi import SplitLBI
     from hf_effdl.structure.optim.update import split_lbi_update
     from hf_effdl.structure.path.path import SparsePath
@@ -146,6 +168,7 @@ if TYPE_CHECKING:
     from hf_effdl.vicl.remote_code.ranker_reliable import reliable_rows
     from hf_effdl.vicl.remote_code.ranker_selector import RankerSelector
     from hf_effdl.vicl.remote_code.vision_encoder import VisionEncoder
+    from hf_effdl.weighted_sft import WeightedSFTTrainer
     from hf_effdl.weighting import WeightedTrainer
 
 

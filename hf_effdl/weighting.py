@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 from warnings import warn
 
 import numpy as np
@@ -44,6 +44,42 @@ def check_weights(values: Any, where: str) -> np.ndarray:
     if len(bad):
         raise ValueError(f"{where} must be finite and not negative; row {bad[0]} has {weights[bad[0]]}")
     return weights
+
+
+def check_column(dataset: Dataset) -> None:
+    """Refuse bad loss weights in a column of a training set, and warn of a mean other than 1."""
+    where = f"the column {COLUMN!r} of train_dataset"
+    weights = check_weights(dataset.select_columns(COLUMN).with_format("numpy")[:][COLUMN], where)
+    if not len(weights):
+        return
+    if not weights.any():
+        raise ValueError(f"{where} is all 0, so there is nothing to train on")
+    if abs(weights.mean() - 1) > 1e-3 and is_first():
+        warn(
+            f"{where} has mean {weights.mean():.6g}, which multiplies the learning rate. Loss weights should "
+            "have mean 1; if the column holds something else, rename it",
+            stacklevel=4,
+        )
+
+
+def columns_of(dataset: Any) -> list[str]:
+    """The columns of a data set; those of its first row where it does not say, none where its rows have no names."""
+    columns = getattr(dataset, "column_names", None)
+    if columns is None:
+        row = next(iter(dataset)) if isinstance(dataset, IterableDataset) else dataset[0]
+        columns = list(row) if isinstance(row, Mapping) else []
+    return list(columns)
+
+
+def refuse_no_weights(dataset: Any, trainer: str, plain: str, names: Sequence[str] = (COLUMN,)) -> NoReturn:
+    """Raise the `ValueError` for a training set without weights, naming its columns and the nearest of them."""
+    columns = columns_of(dataset)
+    near = get_close_matches(COLUMN, [name for name in columns if name not in names], cutoff=0.5)
+    raise ValueError(
+        f"{trainer} trains on a column {' or '.join(map(repr, names))}, but train_dataset has {columns}"
+        + (f"; did you mean {' or '.join(map(repr, near))}? Rename it with rename_column" if near else "")
+        + f". Select rows with weights first, or use {plain}"
+    )
 
 
 @dataclass
@@ -145,35 +181,11 @@ class WeightedLossMixin:
         if self._needs_weights and weighted is False:
             self._refuse_no_weights()
         if weighted and isinstance(dataset, Dataset):
-            self._check_column(dataset)
+            check_column(dataset)
         self._checked_dataset = dataset
 
-    def _check_column(self, dataset: Dataset) -> None:
-        where = f"the column {COLUMN!r} of train_dataset"
-        weights = check_weights(dataset.select_columns(COLUMN).with_format("numpy")[:][COLUMN], where)
-        if not len(weights):
-            return
-        if not weights.any():
-            raise ValueError(f"{where} is all 0, so there is nothing to train on")
-        if abs(weights.mean() - 1) > 1e-3 and is_first():
-            warn(
-                f"{where} has mean {weights.mean():.6g}, which multiplies the learning rate. Loss weights should "
-                "have mean 1; if the column holds something else, rename it",
-                stacklevel=4,
-            )
-
     def _refuse_no_weights(self) -> None:
-        columns = getattr(self.train_dataset, "column_names", None)
-        if columns is None:
-            rows = self.train_dataset
-            row = next(iter(rows)) if isinstance(rows, IterableDataset) else rows[0]
-            columns = list(row) if isinstance(row, Mapping) else []
-        near = get_close_matches(COLUMN, [name for name in columns if name != COLUMN], cutoff=0.5)
-        raise ValueError(
-            f"{type(self).__name__} trains on a column {COLUMN!r}, but train_dataset has {list(columns)}"
-            + (f"; did you mean {' or '.join(map(repr, near))}? Rename it with rename_column" if near else "")
-            + ". Select rows with weights first, or use Trainer"
-        )
+        refuse_no_weights(self.train_dataset, type(self).__name__, "Trainer")
 
     # ---- from the data set to the batch
 

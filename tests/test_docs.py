@@ -10,11 +10,24 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import chat
 import pytest
 import torch
 from docs_run import ROW, TABLE, rows
 from hub import LoopbackHub
-from transformers import BertConfig, BertModel, BertTokenizer, BitImageProcessorPil, Dinov2Config, Dinov2Model
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    BitImageProcessorPil,
+    Dinov2Config,
+    Dinov2Model,
+    PreTrainedTokenizerFast,
+)
 
 import hf_effdl
 
@@ -60,6 +73,18 @@ def tiny_sentences(folder: Path) -> dict[str, bytes]:
     return contents(folder)
 
 
+def tiny_chat(folder: Path) -> dict[str, bytes]:
+    """The files of a Llama that reads bytes, with a chat template."""
+    alphabet = ["<pad>", "<end>", *sorted(ByteLevel.alphabet())]
+    text = Tokenizer(BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    text.pre_tokenizer, text.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=text, pad_token="<pad>", eos_token="<end>")
+    tokenizer.chat_template = chat.TEMPLATE.replace("[EOS]", "<end>")
+    tokenizer.save_pretrained(folder)
+    chat.llama(vocab_size=len(alphabet), eos_token_id=1).save_pretrained(folder)
+    return contents(folder)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
@@ -71,6 +96,7 @@ def outcomes(tmp_path_factory) -> dict[str, list]:
     with LoopbackHub() as hub:
         hub.add("facebook/dinov2-small", tiny_encoder(folder / "encoder"))
         hub.add("sentence-transformers/all-MiniLM-L6-v2", tiny_sentences(folder / "sentences"))
+        hub.add("HuggingFaceTB/SmolLM2-135M-Instruct", tiny_chat(folder / "chat"))
         hub.add("BAAI/seggpt-vit-large", contents(ROOT / "model_cards" / "tiny-seggpt-digits"))
         work = folder / "work"
         work.mkdir()

@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from hf_effdl import DynamicsCallback, WeightedTrainer, dynamics_scores, load_dynamics
-from hf_effdl.samples.scores.dynamics import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
+from hf_effdl.samples.scores.dynamics import aum, dual, dyn_unc, forgetting, mean_el2n, row_dynamics
 from hf_effdl.structure.training.trainer import last_complete_checkpoint
 
 
@@ -393,12 +393,15 @@ def test_dyn_unc_is_the_mean_deviation_within_windows(epochs, window):
         for row in p.T.tolist()
     ]
     assert dyn_unc(p, window).tolist() == pytest.approx(expected, rel=1e-5)
+    windows = [[row[k : k + length] for k in range(epochs - length + 1)] for row in p.T.tolist()]
+    hard = [statistics.mean(statistics.stdev(w) * (1 - statistics.mean(w)) for w in row) for row in windows]
+    assert dual(p, window).tolist() == pytest.approx(hard, rel=1e-5)
 
 
 def test_scores_are_difficulties(uninterrupted):
     out = uninterrupted.args.output_dir
     records, scores = load_dynamics(out), dynamics_scores(out)
-    assert list(scores) == ["el2n", "aum", "forgetting", "dyn_unc"]
+    assert list(scores) == ["el2n", "aum", "forgetting", "dyn_unc", "dual"]
     assert all(s.shape == (ROWS,) and s.dtype == torch.float32 and (s >= 0).all() for s in scores.values())
     assert torch.equal(scores["el2n"], mean_el2n(records["el2n"]))
     assert torch.equal(scores["forgetting"], forgetting(records["correct"]).float())
@@ -413,6 +416,8 @@ def test_scores_are_difficulties(uninterrupted):
     chosen = dynamics_scores(out, el2n_epochs=[2, 4], window=2)
     assert torch.equal(chosen["el2n"], mean_el2n(records["el2n"], [1, 3]))
     assert torch.equal(chosen["dyn_unc"], dyn_unc(records["p_label"], 2))
+    early = dynamics_scores(out, window=2, dual_epochs=3)["dual"]
+    assert torch.equal(early, dual(records["p_label"][:3], 2)) and not torch.equal(early, chosen["dual"])
     with pytest.raises(ValueError, match=r"el2n_epochs=\[0, 1\]: only epochs \[1, 2, 3, 4\] were recorded"):
         dynamics_scores(out, el2n_epochs=range(2))
 
@@ -559,10 +564,13 @@ BROKEN[1, 0] = float("nan")
 @pytest.mark.parametrize(
     ("score", "arguments", "message"),
     [
-        *((s, (BROKEN,), r"\[1, 0\] is nan: the recorded run had broken down") for s in (mean_el2n, aum, dyn_unc)),
+        *(
+            (s, (BROKEN,), r"\[1, 0\] is nan: the recorded run had broken down")
+            for s in (mean_el2n, aum, dyn_unc, dual)
+        ),
         *(
             (s, (torch.zeros(4),), r"of shape \(4,\) must have shape \(epochs, rows\)")
-            for s in (mean_el2n, aum, dyn_unc)
+            for s in (mean_el2n, aum, dyn_unc, dual)
         ),
         (dyn_unc, (torch.zeros(1, 4),), "with 2 epochs or more"),
         (dyn_unc, (torch.zeros(4, 4), 1), "window=1"),

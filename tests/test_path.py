@@ -336,7 +336,7 @@ def test_keep_rounds_up_to_what_the_config_can_say():
         ({"keep": 0.5, "order": "norm"}, "order='norm': it must be one of"),
         ({"macs": 0.5, "widths": "narrow"}, "widths='narrow': it must be 'stock' or 'free'"),
         ({"macs": 0.5, "round_to": 0}, "round_to=0 and least=2 must be at least 1"),
-        ({"macs": 0.5, "least": 0}, "round_to=1 and least=0 must be at least 1"),
+        ({"macs": 0.5, "least": 0}, "round_to=None and least=0 must be at least 1"),
     ],
 )
 def test_bad_budgets_are_refused_with_the_argument_to_change(given, message):
@@ -461,6 +461,21 @@ def test_a_tie_among_any_groups_moves_them_together():
     for share in (0.9, 0.7, 0.5):
         sizes = sizes_of(path.select(macs=share, least=1))
         assert (sizes["0"], sizes["3"]) in ((6, 16), (3, 8))
+
+
+def test_where_a_config_says_many_units_they_go_in_blocks_and_groups_that_it_does_not_say_stay_whole(
+    monkeypatch, caplog
+):
+    path = random_path("lenet", 0)
+    path.ties = [Tie(16, {"3": 1}, {"channels": 1})]
+    for wide, block in ((17, 1), (16, 4)):
+        monkeypatch.setattr("hf_effdl.structure.groups.ties.WIDE", wide)
+        monkeypatch.setattr("hf_effdl.structure.groups.ties.BLOCK", 4)
+        sizes = [sizes_of(path.select(macs=share)) for share in (0.95, 0.9, 0.85)]
+        assert all(set(size) == {"3"} for size in sizes) and "0, 7" in caplog.text
+        assert all(size["3"] % block == 0 for size in sizes)
+        assert any(size["3"] % 4 for size in sizes) == (block == 1)
+    assert set(sizes_of(path.select(macs=0.9, widths="free"))) == {"0", "3", "7"}
 
 
 @pytest.mark.parametrize("round_to, possible", [(1, {4, 8, 12, 16}), (4, {4, 8, 12, 16}), (6, {12, 16}), (8, {8, 16})])

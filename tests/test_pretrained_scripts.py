@@ -114,6 +114,19 @@ def test_features_that_did_not_move_are_at_no_distance_and_the_nearest_is_anothe
     assert moved == {"cosine CLS": pytest.approx(-1), "cosine patch": pytest.approx(-1), "error": 2, "breed": 100}
 
 
+def test_masks_come_from_the_nearest_other_photo_or_the_best_of_some(benchmarks):
+    script = benchmarks["pretrained_dinov2"]
+    model = Dinov2Model(Dinov2Config(image_size=28, patch_size=14, **SIZES)).eval()
+    found, kind, cells = torch.zeros(12, 5, 16), torch.arange(12) % 2, torch.arange(4)
+    found[:, 1 + cells, 2 + cells] = 1  # a cell is like the same cell of other photos
+    found[torch.arange(12), 1:, kind] = 1  # and a photo like those of its kind
+    masks = torch.zeros(12, 3, 56, 56)
+    masks[kind == 0, :, :28], masks[kind == 1, :, 28:] = 1, 1
+    assert script.by_example(model, found, masks, 28) == {"IoU nearest": 1, "IoU best": 1}
+    said = script.by_example(model, found, masks[torch.randperm(12, generator=torch.Generator().manual_seed(0))], 28)
+    assert said["IoU nearest"] < said["IoU best"]
+
+
 def test_every_block_of_the_resnet_keeps_the_largest_share_that_holds_the_budget(benchmarks):
     script, x = benchmarks["pretrained_resnet20"], torch.randn(2, 3, 32, 32)
     model = script.ResNet20(width=4).eval()

@@ -239,6 +239,22 @@ def test_products_that_no_layer_makes_are_counted():
     assert products(Own(), torch.rand(1, 3, 8, 8)) == 36 * 5 * 27 + 2 * 64 * 18 + 10
 
 
+def test_products_that_may_be_rounded_elsewhere_are_not_while_groups_are_tried_out():
+    seen = set()
+
+    class Own(nn.Linear):
+        def forward(self, x):
+            seen.add(torch.get_float32_matmul_precision())
+            return super().forward(x)
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        find_groups(nn.Sequential(Own(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.rand(1, 4))
+        assert seen == {"highest"} and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_layers_that_are_not_counted_are_named(caplog):
     class Own(nn.Module):
         def __init__(self):

@@ -59,10 +59,16 @@ def smaller(
     batches: Iterable[Any],
     seed: int = 0,
     ridge: float | None = None,
+    others: Sequence[Group] = (),
 ) -> Iterator[Smaller]:
-    """The model without and with refits, of one score and share; what `slim` does, keeping what it throws away."""
+    """The model without and with refits, of one score and share; what `slim` does, keeping what it throws away.
+
+    The layers behind `others`, which stay whole, make up for what was lost before them.
+    """
     asked = wishes(groups, share, score, seed)
-    done = compensate(model, groups, asked, batches, score="magnitude" if score == "random" else score, ridge=ridge)
+    done = compensate(
+        model, [*groups, *others], asked, batches, score="magnitude" if score == "random" else score, ridge=ridge
+    )
     yield Smaller(cut_copy(model, groups, done.kept), False, {"held-out error": done.report["error_without"]})
     yield Smaller(cut_copy(done.model, groups, done.kept), True, facts(done.report))
 

@@ -18,7 +18,9 @@ DINOv2-small on photos of pets (Oxford-IIIT Pet, three breeds, at 224 x 224). Ev
 norm, activation or OBS (Fisher's score needs a loss, and there is none); the same units stand once with the next
 layers as they are and once with them refitted by least squares (`slim(..., calibration=)`). Measured on the test
 photos: the cosine of the class token's and of the patches' features to the whole encoder's, their relative error
-`|f - f'| / |f|`, and the breed of the nearest other test photo by the class token.
+`|f - f'| / |f|`, the breed of the nearest other test photo by the class token, and masks by example: the encoder as
+the frozen model of visual prompts (`FeatureMatching`), shown the nearest other test photo by its mean patch, or the
+best of the ten nearest.
 
     python examples/benchmarks/pretrained_dinov2.py --encoder facebook/dinov2-small
     python examples/benchmarks/pretrained_dinov2.py --encoder FOLDER --rows 64 --seeds 0
@@ -34,6 +36,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from pretrained_arms import REFITS, SCORES, cell, cosines, sized, smaller
@@ -41,7 +44,7 @@ from rows import RowFile, machine, parser_of
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel
 
-from hf_effdl import find_groups
+from hf_effdl import FeatureMatching, VisionEncoder, find_groups
 
 
 DATA = Path(os.environ.get("HF_EFFDL_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -49,7 +52,8 @@ ENCODER = os.environ.get("HF_EFFDL_DINOV2", "facebook/dinov2-small")
 ARMS = tuple(score for score in SCORES if score != "fisher")
 KEPT = (0.5,)
 TEST, BATCH = 150, 16
-MEASURES = {"cosine CLS": 3, "cosine patch": 3, "error": 3, "breed": 1, "seconds": 0}
+MEASURES = {"cosine CLS": 3, "cosine patch": 3, "error": 3, "breed": 1, "IoU nearest": 3, "IoU best": 3, "seconds": 0}
+CHOICE, SIDE, FOREGROUND = 10, 56, 1  # examples to choose from; of masks; its value in a trimap
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,13 @@ class Photos:
         calibration: batches of pixels.
         test: batches of pixels.
         breeds: of the test photos.
+        masks: of the test photos, `(photos, 3, SIDE, SIDE)`, 0 and 1.
     """
 
     calibration: list[Tensor]
     test: list[Tensor]
     breeds: Tensor
+    masks: Tensor
 
 
 def read(encoder: str, rows: int, test: int, seed: int) -> Photos:
@@ -79,7 +85,13 @@ def read(encoder: str, rows: int, test: int, seed: int) -> Photos:
     names = sorted({_breed(file) for file in files})
     pixels = processor([Image.open(file).convert("RGB") for file in chosen], return_tensors="pt")["pixel_values"]
     breeds = torch.tensor([names.index(_breed(file)) for file in chosen[rows:]])
-    return Photos(list(pixels[:rows].split(BATCH)), list(pixels[rows:].split(BATCH)), breeds)
+    masks = torch.stack([_mask(DATA / "pets" / "trimaps" / f"{file.stem}.png") for file in chosen[rows:]])
+    return Photos(list(pixels[:rows].split(BATCH)), list(pixels[rows:].split(BATCH)), breeds, masks)
+
+
+def _mask(file: Path) -> Tensor:
+    trimap = np.asarray(Image.open(file).resize((SIDE, SIDE), Image.Resampling.NEAREST))
+    return torch.from_numpy(trimap == FOREGROUND).float().expand(3, SIDE, SIDE)
 
 
 def _breed(file: Path) -> str:
@@ -104,6 +116,21 @@ def measures(found: Tensor, whole: Tensor, breeds: Tensor) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
+def by_example(model: nn.Module, found: Tensor, masks: Tensor, side: int) -> dict[str, float]:
+    """Mean IoU of masks that another photo's mask gives: the nearest one's, and the best of the nearest few."""
+    matching = FeatureMatching(VisionEncoder(model, image_size=side))
+    cells = nn.functional.normalize(found[:, 1:], dim=2)
+    mean = nn.functional.normalize(cells.mean(1), dim=1)
+    nearest = (mean @ mean.T).fill_diagonal_(-1).topk(CHOICE).indices.T
+    rows, truth, found_iou = cells.flatten(1), masks[:, 0] > 0.5, []
+    for chosen in nearest:
+        said = matching.predict(rows, rows[chosen][:, None], masks[chosen][:, None])[:, 0] > 0.5
+        found_iou.append((said & truth).sum((1, 2)) / (said | truth).sum((1, 2)).clamp_min(1))
+    iou = torch.stack(found_iou)
+    return {"IoU nearest": iou[0].mean().item(), "IoU best": iou.max(0).values.mean().item()}
+
+
 def run(options, seed: int, file: RowFile) -> None:
     """All rows of one seed that are missing."""
     missing = [
@@ -117,21 +144,26 @@ def run(options, seed: int, file: RowFile) -> None:
     model = AutoModel.from_pretrained(options.encoder).eval()
     photos = read(options.encoder, options.rows, options.test, seed)
     start = time.process_time()
-    groups = sized(find_groups(model, {"pixel_values": photos.test[0][:1]}), _neurons(model))
+    found = find_groups(model, {"pixel_values": photos.test[0][:1]})
+    groups = sized(found, _neurons(model))
+    others = [group for group in found if group not in groups]
     looking = time.process_time() - start
-    whole = features(model, photos.test)
+    whole, side = features(model, photos.test), photos.test[0].shape[-1]
     key = {"kept": 1.0, "arm": "dense", "refit": None, "rows": options.rows, "seed": seed}
     if file.key_of(key) not in file:
-        file.add(key | measures(whole, whole, photos.breeds) | {"seconds": looking} | machine(), hide=("platform",))
+        said = measures(whole, whole, photos.breeds) | by_example(model, whole, photos.masks, side)
+        file.add(key | said | {"seconds": looking} | machine(), hide=("platform",))
     for share, score in missing:
         start = time.process_time()
-        pair = list(smaller(model, groups, share, score, photos.calibration, seed))
+        pair = list(smaller(model, groups, share, score, photos.calibration, seed, others=others))
         seconds = round(looking + time.process_time() - start, 1)  # finding the groups belongs to it
         for small in pair:
             row = {"kept": share, "arm": score, "refit": small.refit, "rows": options.rows, "seed": seed}
             if file.key_of(row) not in file:
-                found = measures(features(small.model, photos.test), whole, photos.breeds) | {"seconds": seconds}
-                file.add(row | found | small.facts, hide=())
+                small_features = features(small.model, photos.test)
+                said = measures(small_features, whole, photos.breeds)
+                said |= by_example(small.model, small_features, photos.masks, side) | {"seconds": seconds}
+                file.add(row | said | small.facts, hide=())
 
 
 def _neurons(model: nn.Module) -> int:
@@ -140,16 +172,21 @@ def _neurons(model: nn.Module) -> int:
 
 def table(rows: list[dict]) -> None:
     """Means over seeds; seconds are the processor's, of looking for groups, choosing and refitting."""
-    dense = [row["breed"] for row in rows if row["arm"] == "dense"]
-    print(f"whole encoder: breed of the nearest {cell(dense, 1)} %; means ± standard error over seeds\n")
+    dense = [row for row in rows if row["arm"] == "dense"]
+    texts = [cell(_values(dense, name), MEASURES[name]) for name in ("breed", "IoU nearest", "IoU best")]
+    print("whole encoder: breed of the nearest {} %, IoU by the nearest {}, by the best of ten {}\n".format(*texts))
     print(f"| FFN kept | calibration photos | units by | refitted | {' | '.join(MEASURES)} | seeds |")
     print("|---" * (5 + len(MEASURES)) + "|")
     keys = [(row["kept"], row["rows"], row["arm"], row["refit"]) for row in rows if row["arm"] != "dense"]
     for key in sorted(dict.fromkeys(keys), key=lambda key: (-key[0], key[1], ARMS.index(key[2]), key[3])):
         mine = [row for row in rows if (row["kept"], row["rows"], row["arm"], row["refit"]) == key]
-        texts = [cell([row[name] for row in mine], digits) for name, digits in MEASURES.items()]
+        texts = [cell(_values(mine, name), digits) for name, digits in MEASURES.items()]
         told = f"{key[0]:.0%} | {key[1]} | {key[2]} | {'yes' if key[3] else 'no'}"
         print(f"| {told} | {' | '.join(texts)} | {len(mine)} |")
+
+
+def _values(rows: list[dict], name: str) -> list[float]:
+    return [row[name] for row in rows if name in row]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,6 +4,7 @@
 #     "hf_effdl[examples]",
 #     "torch-pruning==1.6.1",
 #     "torch>=2.6",
+#     "transformers>=5.23,<6",
 # ]
 #
 # [tool.uv.sources]

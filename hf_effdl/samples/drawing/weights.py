@@ -11,7 +11,7 @@ from hf_effdl.samples.scores.numbers import as_numbers
 
 WEIGHTS = ("p_label", "damped", "exact", "none")
 # Scores that see the label: drawing by them without weights moves the model towards rows whose label is odd.
-LABEL_DEPENDENT = ("u_y", "el2n", "aum", "forgetting", "dyn_unc", "p_label", "p_clean")
+LABEL_DEPENDENT = ("u_y", "el2n", "aum", "forgetting", "dyn_unc", "dual", "p_label", "p_clean")
 
 
 def loss_weights(

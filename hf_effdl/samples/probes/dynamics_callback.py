@@ -26,7 +26,7 @@ from hf_effdl.files import SEALED, damaged, digest, read_sealed, sealed, sweep, 
 from hf_effdl.processes import refuse_lone_processes, same_fate, together
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.samples.probes.row_marks import row_marks
-from hf_effdl.samples.scores.dynamics import aum, dyn_unc, forgetting, mean_el2n, row_dynamics
+from hf_effdl.samples.scores.dynamics import aum, dual, dyn_unc, forgetting, mean_el2n, row_dynamics
 
 
 logger = logging.getLogger(__name__)
@@ -352,21 +352,26 @@ def load_dynamics(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def dynamics_scores(
-    folder: str | os.PathLike[str], *, el2n_epochs: Sequence[int] | None = None, window: int = 10
+    folder: str | os.PathLike[str],
+    *,
+    el2n_epochs: Sequence[int] | None = None,
+    window: int = 10,
+    dual_epochs: int = 30,
 ) -> dict[str, Tensor]:
-    """Four difficulties of every row of a recorded run: all non-negative, all higher where a row is harder.
+    """Five difficulties of every row of a recorded run: all non-negative, all higher where a row is harder.
 
-    So each can be given to a sampler as it is. EL2N, forgetting and dynamic uncertainty are so by definition. The area
-    under the margin is turned round: `"aum"` is `max_j AUM_j - AUM_i`, how far a row's mean margin lies below the
+    So each can be given to a sampler as it is. All but the area under the margin are so by definition. That
+    is turned round: `"aum"` is `max_j AUM_j - AUM_i`, how far a row's mean margin lies below the
     largest one, which keeps the order and the distances. `aum(load_dynamics(folder)["margin"])` is the paper's.
 
     Args:
         folder: the run's `output_dir`.
         el2n_epochs: numbers of the epochs that EL2N is averaged over; default: all that were recorded.
-        window: of `dyn_unc`, in records.
+        window: of `dyn_unc` and `dual`, in records.
+        dual_epochs: so many of the first records make `dual`.
 
     Returns:
-        `"el2n"`, `"aum"`, `"forgetting"` and `"dyn_unc"`, each `(N,)` float32.
+        `"el2n"`, `"aum"`, `"forgetting"`, `"dyn_unc"` and `"dual"`, each `(N,)` float32.
 
     Raises:
         ValueError: for fewer than two epochs, epochs that were not recorded, or records with NaN.
@@ -385,4 +390,5 @@ def dynamics_scores(
         "aum": margins.max() - margins,
         "forgetting": forgetting(records["correct"]).float(),
         "dyn_unc": dyn_unc(records["p_label"], window),
+        "dual": dual(records["p_label"][:dual_epochs], window),
     }

@@ -1,7 +1,7 @@
 """Training dynamics: how a model's prediction of each training row moves from epoch to epoch, and scores made of it.
 
-`row_dynamics` is what one epoch leaves of a row; `mean_el2n`, `aum`, `forgetting` and `dyn_unc` turn such records into
-scores, as their papers define them. All functions are pure.
+`row_dynamics` is what one epoch leaves of a row; `mean_el2n`, `aum`, `forgetting`, `dyn_unc` and `dual` turn such
+records into scores, as their papers define them. All functions are pure.
 """
 
 from collections.abc import Sequence
@@ -158,10 +158,43 @@ def dyn_unc(p_label: Tensor, window: int = 10) -> Tensor:
     Source: He, Yang, Huang and Zhao, "Large-scale dataset pruning with dynamic uncertainty", arXiv 2306.05175, section
     3. Their released code leaves out the last window and multiplies by ten.
     """
+    return _windows(p_label, window).std(-1).mean(0)
+
+
+def dual(p_label: Tensor, window: int = 10) -> Tensor:
+    """Difficulty and uncertainty at once: how much the probability of the given label moves, times how small it is.
+
+        1/(E-J+1) sum_k (1 - mean_k) sqrt( 1/(J-1) sum_{j<J} (p_{k+j} - mean_k)^2 )
+
+    Meant for the first epochs of a run, 30 of 200 in the paper: hard rows already stand out there.
+
+    Args:
+        p_label: `(E, N)`, probability of the given label per epoch and row.
+        window: J; where there are fewer epochs, all of them are one window.
+
+    Returns:
+        `(N,)`, non-negative.
+
+    Raises:
+        ValueError: for fewer than two epochs.
+
+    Example:
+        >>> dual(torch.tensor([[0.0, 0.9], [1.0, 0.9], [1.0, 0.9]]), window=2)
+        tensor([0.1768, 0.0000])
+
+    Source: Cho, Shin et al., "Lightweight dataset pruning without full training via example difficulty and prediction
+    uncertainty", arXiv 2502.06905. Their released code multiplies by ten.
+    """
+    windows = _windows(p_label, window)
+    return ((1 - windows.mean(-1)) * windows.std(-1)).mean(0)
+
+
+def _windows(p_label: Tensor, window: int) -> Tensor:
+    """All windows of successive epochs, `(E - J + 1, N, J)`."""
     p_label = _checked("p_label", p_label, least=2)
     if window < 2:
         raise ValueError(f"window={window}: a standard deviation needs two epochs or more")
-    return p_label.unfold(0, min(window, len(p_label)), 1).std(-1).mean(0)
+    return p_label.unfold(0, min(window, len(p_label)), 1)
 
 
 def _checked(name: str, records: Tensor, least: int = 1) -> Tensor:

@@ -1,6 +1,7 @@
 """Going through the groups, layer after layer: who goes, and how the layers behind do without."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -13,13 +14,13 @@ from transformers.utils import logging as transformers_logging
 from hf_effdl.checks import one_of, real_number
 from hf_effdl.processes import is_first, same_fate
 from hf_effdl.structure.calibration.batches import Calibration, answer, first_rows, split_rows
-from hf_effdl.structure.calibration.grams import Ensemble, Gram, typical_sizes
+from hf_effdl.structure.calibration.grams import Ensemble, Gram, Pair, answer_sizes, geometric_mean
 from hf_effdl.structure.calibration.joints import joints_of
 from hf_effdl.structure.calibration.judge import Judge
 from hf_effdl.structure.calibration.readers import Readers, Weights
 from hf_effdl.structure.calibration.replay import replay_of
 from hf_effdl.structure.calibration.scores import activation, check_finite, fisher, obs
-from hf_effdl.structure.calibration.taps import Joint
+from hf_effdl.structure.calibration.taps import Joint, count_calls
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.inputs import evaluating
 
@@ -27,7 +28,9 @@ from hf_effdl.structure.groups.inputs import evaluating
 logger = logging.getLogger(__name__)
 
 SCORES = ("magnitude", "activation", "obs", "fisher")
-RIDGES = (0.001, 0.01, 0.1)  # in units of the mean diagonal
+RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)  # in units of the mean diagonal
+SLOW = 60.0  # seconds that a calibration may take without a word
+GAIN = 1e-5  # of a relative error: less is lost in rounding
 SAFE_RIDGE = 0.1  # the least where there are fewer positions than inputs to fit on them
 
 
@@ -47,6 +50,11 @@ class Wish:
     def is_open(self) -> bool:
         """Whether a score has a say."""
         return self.chosen is None or len(self.chosen) < self.size
+
+    @classmethod
+    def all_of(cls, group: Group) -> "Wish":
+        """Every unit of a group."""
+        return cls(group.units, torch.arange(group.units))
 
     def kept(self, score: Tensor) -> Tensor:
         """Ascending indices of the units that stay: the chosen ones, then those of the highest score."""
@@ -96,13 +104,15 @@ def compensate(
     """Choose units by what the model does on calibration rows, and refit the layers that read those that go.
 
     Group after group in the order in which the forward pass reaches the layers behind, each on the model as the groups
-    before have left it. A fifth of the rows is held out: a refit is taken, and its ridge chosen, only if the model's
-    own outputs there come nearer to what they were; and in the end all refits together must beat none at all.
+    before have left it. A fifth of the rows is held out: a refit is taken, and its ridge chosen, only if what the
+    layers behind say there comes nearer to what they should say; and in the end the model's own outputs on those rows
+    must come nearer to what they were with all refits than with none at all.
 
     Args:
         model: left as it is.
         groups: of the model.
-        wishes: what stays, by group; other groups stay whole.
+        wishes: what stays, by group; other groups stay whole, and the layers behind them make up for what
+            is lost before.
         batches: an iterable of inputs, see `split_rows`; on several processes each has its own share.
         score: which units stay where a wish leaves that open: one of `SCORES`.
         ridge: in units of the mean diagonal of the Gram; default: the best of `RIDGES`.
@@ -110,27 +120,26 @@ def compensate(
     """
     check_settings(score, ridge, intercept)
     slim = deepcopy(model).eval()
+    asked, wishes = wishes, {group.name: wishes.get(group.name) or Wish.all_of(group) for group in groups}
     with evaluating(model):
-        walk = _Walk.of(model, slim, [group for group in groups if group.name in wishes], split_rows(batches, model))
+        walk = _Walk.of(model, slim, groups, split_rows(batches, model))
         walk.ridge, walk.intercept = ridge, intercept
         losses = walk.losses() if score == "fisher" and any(wish.is_open for wish in wishes.values()) else {}
-        kept: dict[str, Tensor] = {}
+        kept = {group.name: torch.arange(group.units) for group in groups}
         steps: dict[str, Any] = {}
         for group in transformers_logging.tqdm(walk.groups, desc="refitting", unit=" groups", disable=not is_first()):
-            walk.advance(group)
-            grams = walk.grams(group)
             wish = wishes[group.name]
-            if wish.is_open:
-                values = losses[group.name] if losses else walk.score(score, group, grams, wish.size)
-                kept[group.name] = wish.kept(check_finite(values, group.name))
-            else:
-                kept[group.name] = wish.chosen
-            steps[group.name] = walk.settle(group, grams, kept[group.name])
+            if steps or wish.size < group.units:  # else nothing is lost yet
+                walk.advance(group)
+                grams = walk.grams(group)
+                if wish.size < group.units:
+                    kept[group.name] = walk.chosen(wish, group, grams[0], score, losses)
+                steps[group.name] = walk.settle(group, grams, kept[group.name])
         report = {"rows": walk.rows.rows[0], "held_out": walk.rows.rows[1], "score": score}
         report |= walk.against_none(kept)
     for copied, module in zip(slim.modules(), model.modules(), strict=True):
         copied.training = module.training
-    return Compensated(slim, kept, report | {"groups": steps})
+    return Compensated(slim, {name: kept[name] for name in asked}, report | {"groups": steps})
 
 
 @dataclass
@@ -138,9 +147,10 @@ class _Walk:
     """A copy of the model on its way from group to group.
 
     Args:
-        ensemble: the model and its copy, on the rows to fit on.
+        ensemble: the model and its copy, on all rows.
         readers: of every group, layers of the copy.
         joints: of every reader.
+        calls: of the readers of every group and their joints in a forward pass.
         groups: in the order in which a forward pass reaches the first layer behind them.
         rows: fitted on and held out.
         judge: of the rows held out.
@@ -149,6 +159,7 @@ class _Walk:
     ensemble: Ensemble
     readers: Mapping[str, Readers]
     joints: Mapping[str, Sequence[Joint | None]]
+    calls: Mapping[str, int]
     groups: Sequence[Group]
     rows: Calibration
     judge: Judge
@@ -159,17 +170,24 @@ class _Walk:
     def of(cls, model: nn.Module, slim: nn.Module, groups: Sequence[Group], rows: Calibration) -> "_Walk":
         readers = {group.name: Readers.of(slim, group) for group in groups}
         layers = [consumer.name for behind in readers.values() for consumer in behind.consumers]
-        fit = dict(enumerate(rows.fit))
         held_out = {-1 - number: batch for number, batch in enumerate(rows.held_out)}
         with same_fate():
             example = first_rows(rows)
             whole, copy = replay_of(model, layers, example), replay_of(slim, layers, example)
-            joints = joints_of(slim, {name: behind.consumers for name, behind in readers.items()}, example)
+            consumers = {name: behind.consumers for name, behind in readers.items()}
+            joints = joints_of(slim, consumers, example)
+            calls = count_calls(slim, consumers, joints, lambda: answer(slim, example))
             order = _order(slim, readers, example)
-        originals = [c.in_model(model) for behind in readers.values() for c in behind.consumers]
-        sizes = typical_sizes(whole, originals, fit)
+        whole.is_settled = True
+        start = time.perf_counter()
+        with answer_sizes([c.in_model(model) for behind in readers.values() for c in behind.consumers]) as sums:
+            judge = Judge(whole, held_out)
+        _say_cost(time.perf_counter() - start, rows.rows)
+        device = next(model.parameters()).device
+        sizes = {name: geometric_mean(total, device) for name, total in sums.items()}
         ordered = sorted(groups, key=lambda group: order.get(group.name, len(order)))
-        return cls(Ensemble(whole, copy, fit, sizes), readers, joints, ordered, rows, Judge(whole, held_out))
+        batches = dict(enumerate(rows.fit)) | held_out
+        return cls(Ensemble(whole, copy, batches, sizes), readers, joints, calls, ordered, rows, judge)
 
     def losses(self) -> dict[str, Tensor]:
         """Scores by the loss, of all groups, on the model as it was."""
@@ -178,41 +196,49 @@ class _Walk:
 
     def advance(self, group: Group) -> None:
         """Pass over what comes before a group's readers in both models from now on."""
-        fit, held_out = self.ensemble.batches, self.judge.batches
-        slim = self.ensemble.slim
-        layers = [consumer.layer for consumer in self.readers[group.name].consumers]
-        start = slim.block_of(layers)
+        batches, slim = self.ensemble.batches, self.ensemble.slim
+        start = slim.block_of([consumer.layer for consumer in self.readers[group.name].consumers])
         with same_fate():
-            slim.advance(start, {**fit, **held_out})
-            self.ensemble.whole.advance(start, fit)
+            slim.advance(start, batches)
+            self.ensemble.whole.advance(start, batches)
 
-    def grams(self, group: Group) -> list[Gram]:
-        """What the readers of a group are given by now, and should say."""
-        return self.ensemble.grams(self.readers[group.name].consumers, self.joints[group.name])
+    def grams(self, group: Group) -> Pair:
+        """What the readers of a group are given by now, and should say; on rows to fit on and on those held out."""
+        name = group.name
+        return self.ensemble.grams(self.readers[name].consumers, self.joints[name], self.calls[name])
 
-    def score(self, score: str, group: Group, grams: Sequence[Gram], size: int) -> Tensor:
+    def chosen(
+        self, wish: Wish, group: Group, grams: Sequence[Gram], score: str, losses: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Ascending indices of the units of a group that stay."""
+        if not wish.is_open:
+            return wish.chosen
+        values = losses[group.name] if losses else self._score(score, group, grams, wish.size)
+        return wish.kept(check_finite(values, group.name))
+
+    def _score(self, score: str, group: Group, grams: Sequence[Gram], size: int) -> Tensor:
         """What the units of a group are worth by now."""
         if score == "magnitude":
             return group.norm(self.ensemble.slim.model)
         consumers = self.readers[group.name].consumers
         return activation(consumers, grams) if score == "activation" else obs(consumers, grams, size)
 
-    def settle(self, group: Group, grams: Sequence[Gram], kept: Tensor) -> dict[str, Any]:
-        """Take the units that go from the layers behind, in the way that moves the outputs least."""
-        behind = self.readers[group.name]
-        tries: list[tuple[float, float | None, Weights]] = []
+    def settle(self, group: Group, grams: Pair, kept: Tensor) -> dict[str, Any]:
+        """Take the units that go from the layers behind, in the way that moves least what those say."""
+        behind, (fit, held_out) = self.readers[group.name], grams
+        cut = behind.without(kept)
+        without = behind.error(held_out, cut)
+        tries: list[tuple[float, float | None, Weights]] = [(without - GAIN, None, cut)]
 
-        def error(ridge: float | None) -> float:
-            weights = behind.without(kept) if ridge is None else behind.refitted(grams, kept, ridge, self.intercept)
-            behind.write(weights)
-            tries.append((self.judge.error(self.ensemble.slim), ridge, weights))
+        def error(ridge: float) -> float:
+            weights = behind.refitted(fit, kept, ridge, self.intercept)
+            tries.append((behind.error(held_out, weights), ridge, weights))
             return tries[-1][0]
 
-        without = error(None)
-        _descend(self._ridges(group, grams, kept), error)
+        _descend(self._ridges(group, fit, kept), error)
         least, ridge, best = min(tries, key=lambda entry: entry[0])
         behind.write(best)
-        return {"ridge": ridge, "error": least, "error_without": without}
+        return {"ridge": ridge, "error": without if ridge is None else least, "error_without": without}
 
     def _ridges(self, group: Group, grams: Sequence[Gram], kept: Tensor) -> list[float]:
         columns = self.readers[group.name].kept_columns(kept)
@@ -239,8 +265,8 @@ class _Walk:
             name: [(consumer.matrix.clone(), consumer.bias) for consumer in behind.consumers]
             for name, behind in self.readers.items()
         }
-        self.ensemble.slim.rewind()
         error = self.judge.error(self.ensemble.slim)
+        self.ensemble.slim.rewind()
         for name, behind in self.readers.items():
             behind.write(behind.without(kept[name]))
         without = self.judge.error(self.ensemble.slim)
@@ -248,6 +274,19 @@ class _Walk:
             for name, behind in self.readers.items():
                 behind.write(fitted[name])
         return {"error": min(error, without), "error_without": without, "refitted": error < without}
+
+
+def _say_cost(seconds: float, rows: tuple[int, int]) -> None:
+    """Say how long it will take, where that is long, from how long one pass over the rows held out took."""
+    fit, held_out = rows
+    # over all rows once through the whole model, twice through its copy; over those held out twice more
+    seconds *= 3 * (fit + held_out) / held_out + 2
+    if seconds > SLOW and is_first():
+        logger.warning(
+            "calibration on %d rows will take about %.0f minutes; fewer rows, or shorter ones, take less",
+            fit + held_out,
+            max(1, seconds / 60),
+        )
 
 
 def _order(model: nn.Module, readers: Mapping[str, Readers], batch: Any) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Grams: what the consumers of a group are given and should say, summed up over calibration rows."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,12 @@ from hf_effdl.structure.calibration.batches import at_least_float32, mask_of
 from hf_effdl.structure.calibration.consumer import Consumer
 from hf_effdl.structure.calibration.replay import Replay
 from hf_effdl.structure.calibration.taps import Heard, Joint, Taps
+from hf_effdl.structure.groups.inputs import full_precision
 
 
 POSITIONS = 2**15  # of one batch; of more, as many images have, only one in so many is looked at
 LARGEST = 2**26  # numbers that patches of one piece of a batch may be
+SUMS = ("products", "targets", "sums", "target_sums", "weights", "squares")
 QUIET = 0.01  # of the typical size: answers smaller than that count as that
 
 
@@ -32,6 +35,7 @@ class Gram:
         sums: `sum w a`, `(inputs,)`.
         target_sums: `sum w t`, `(outputs,)`.
         weights: `sum w`, one number.
+        squares: `sum w |t|^2`, one number.
         positions: how many were summed up.
     """
 
@@ -40,6 +44,7 @@ class Gram:
     sums: Tensor
     target_sums: Tensor
     weights: Tensor
+    squares: Tensor
     positions: int = 0
 
     @classmethod
@@ -49,8 +54,9 @@ class Gram:
         # the first has no float64
         kind = {"dtype": torch.float32 if weight.device.type == "mps" else torch.float64, "device": weight.device}
         inputs, outputs = consumer.inputs, weight.numel() // consumer.inputs
-        square, wide = torch.zeros(inputs, inputs, **kind), torch.zeros(outputs, inputs, **kind)
-        return cls(square, wide, torch.zeros(inputs, **kind), torch.zeros(outputs, **kind), torch.zeros((), **kind))
+        return cls(
+            *(torch.zeros(size, **kind) for size in ((inputs, inputs), (outputs, inputs), inputs, outputs, (), ()))
+        )
 
     def add(self, rows: Tensor, wanted: Tensor, size: Tensor, quiet: float = 0.0) -> None:
         """Add positions: inputs, what should be said to them, and the squared size of what the whole model says.
@@ -62,18 +68,37 @@ class Gram:
         if len(rows):
             weights = 1 / size.clamp_min(quiet)
             weighted = rows * weights[:, None]
-            self.products += weighted.T @ rows
-            self.targets += wanted.T @ weighted
+            with full_precision():
+                self.products += weighted.T @ rows
+                self.targets += wanted.T @ weighted
             self.sums += weighted.sum(0)
             self.target_sums += weights @ wanted
             self.weights += weights.sum()
+            self.squares += weights @ wanted.square().sum(1)
             self.positions += len(rows)
 
     def over_processes(self) -> "Gram":
         """The sums of all processes."""
         positions = summed(torch.tensor(self.positions, device=self.products.device))
-        sums = [summed(getattr(self, name)) for name in ("products", "targets", "sums", "target_sums", "weights")]
-        return Gram(*sums, int(positions))
+        return Gram(*(summed(getattr(self, name)) for name in SUMS), int(positions))
+
+    def error(self, matrix: Tensor, shift: Tensor | None = None) -> float:
+        """`sum w |t - M a - s|^2` per position: the mean relative error of a layer with another matrix and bias.
+
+        Args:
+            matrix: `M`, `(outputs, inputs)`.
+            shift: `s`, `(outputs,)`: what is added to the bias.
+        """
+        matrix = matrix.to(self.products)
+        error = self.squares + ((matrix @ self.products - 2 * self.targets) * matrix).sum()
+        if shift is not None:
+            shift = shift.to(self.products)
+            error += self.weights * shift.square().sum() + 2 * shift @ (matrix @ self.sums - self.target_sums)
+        error = float(error) / max(self.positions, 1)
+        return max(error, 0.0) if error == error else float("inf")  # nothing is worse than NaN
+
+
+Pair = tuple[list[Gram], list[Gram]]
 
 
 @dataclass(eq=False)
@@ -83,7 +108,7 @@ class Ensemble:
     Args:
         whole: as it was.
         slim: of the same architecture.
-        batches: by number; this process's share.
+        batches: this process's share, by number: from 0 on those to fit on, below it those held out.
         sizes: squared size that the answers of each layer typically have in the whole model.
     """
 
@@ -92,8 +117,8 @@ class Ensemble:
     batches: dict[int, Any] = field(default_factory=dict)
     sizes: dict[str, float] = field(default_factory=dict)
 
-    def grams(self, consumers: Sequence[Consumer], joints: Sequence[Joint | None]) -> list[Gram]:
-        """The Gram of every consumer of a group, over all batches and all processes.
+    def grams(self, consumers: Sequence[Consumer], joints: Sequence[Joint | None], calls: int = 0) -> Pair:
+        """The Grams of every consumer of a group, over all processes: of the rows to fit on, and of those held out.
 
         A consumer is to say what it says in the whole model, and beside that what the layers before it have failed to
         add to the stream that its answer joins. One that no forward pass calls has a Gram of no positions.
@@ -101,31 +126,26 @@ class Ensemble:
         Args:
             consumers: layers of the slim model.
             joints: of each.
+            calls: see `Taps`.
         """
         originals = [consumer.in_model(self.whole.model) for consumer in consumers]
-        whole = Taps(self.whole.model, originals, joints)
-        slim = Taps(self.slim.model, consumers, joints)
-        grams = [Gram.empty(consumer) for consumer in consumers]
+        whole = Taps(self.whole.model, originals, joints, calls)
+        slim = Taps(self.slim.model, consumers, joints, calls)
+        fit, held_out = ([Gram.empty(consumer) for consumer in consumers] for _ in range(2))
         with same_fate():
             for number, batch in self.batches.items():
                 expected = whole.listen(lambda: self.whole.run(batch, number))  # noqa: B023 - called at once
                 heard = slim.listen(lambda: self.slim.run(batch, number))  # noqa: B023
-                for place, gram in enumerate(grams):
+                for place, gram in enumerate(fit if number >= 0 else held_out):
                     pair = (originals[place], expected[place]), (consumers[place], heard[place])
                     quiet = QUIET * self.sizes.get(consumers[place].name, 0.0)
                     _add(gram, *pair, joints[place], mask_of(batch), quiet)
-        return [gram.over_processes() for gram in grams]
+        return [gram.over_processes() for gram in fit], [gram.over_processes() for gram in held_out]
 
 
-@torch.no_grad()
-def typical_sizes(whole: Replay, consumers: Sequence[Consumer], batches: Mapping[int, Any]) -> dict[str, float]:
-    """By layer, the typical squared size of its answers without bias, over all processes; see `geometric_mean`.
-
-    Args:
-        whole: the whole model.
-        consumers: its layers.
-        batches: this process's share, by number.
-    """
+@contextmanager
+def answer_sizes(consumers: Sequence[Consumer]) -> Iterator[dict[str, Tensor]]:
+    """`log_sums` of the squared sizes of layers' answers without bias, by layer, of all passes in the block."""
     sums = {consumer.name: torch.zeros(2, dtype=torch.float64) for consumer in consumers}
 
     def hook_for(consumer: Consumer) -> Any:
@@ -136,14 +156,10 @@ def typical_sizes(whole: Replay, consumers: Sequence[Consumer], batches: Mapping
 
     handles = [consumer.layer.register_forward_hook(hook_for(consumer)) for consumer in consumers]
     try:
-        with same_fate():
-            for number, batch in batches.items():
-                whole.run(batch, number)
+        yield sums
     finally:
         for handle in handles:
             handle.remove()
-    device = next(whole.model.parameters()).device
-    return {name: geometric_mean(total, device) for name, total in sums.items()}
 
 
 def log_sums(sizes: Tensor) -> Tensor:

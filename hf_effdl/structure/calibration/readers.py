@@ -55,7 +55,15 @@ class Readers:
         result = self.without(kept)
         for place, (gram, columns) in enumerate(zip(grams, self.kept_columns(kept), strict=True)):
             if gram.positions:
-                bias = self.original[place][1]
-                fitted, shift = refit(gram, columns, ridge, intercept and bias is not None)
+                matrix, bias = self.original[place]
+                fitted, shift = refit(gram, columns, ridge, intercept and bias is not None, matrix)
                 result[place] = fitted, bias if shift is None else bias + shift.to(bias)
         return result
+
+    def error(self, grams: Sequence[Gram], weights: Weights) -> float:
+        """Mean relative error of what the readers would say with some weights; of those that a row reaches."""
+        errors = []
+        for gram, (matrix, bias), (_, before) in zip(grams, weights, self.original, strict=True):
+            if gram.positions:
+                errors.append(gram.error(matrix, None if bias is None else bias - before))
+        return sum(errors) / max(len(errors), 1)

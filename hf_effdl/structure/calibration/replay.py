@@ -27,16 +27,18 @@ class Replay:
         model: in eval mode, deterministic; its forward is as before outside `run`.
         blocks: called once each, one after the other, the first input of each what the one before answered; none:
             every pass is a whole one.
+        is_settled: no weight changes any more, so that what a pass gives to the next block need not be asked again.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module] = ()) -> None:
-        self.model, self.blocks = model, list(blocks)
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module] = (), is_settled: bool = False) -> None:
+        self.model, self.blocks, self.is_settled = model, list(blocks), is_settled
         self.start = 0  # the block that passes begin at
         self.given: dict[int, Tensor] = {}  # to that block, by batch
+        self.next: dict[int, Tensor] = {}  # to the one behind it
 
     def run(self, batch: Any, number: int) -> Any:
         """What the model says to a batch; `number` tells batches apart."""
-        with self._passing_over(self.given.get(number)):
+        with self._passing_over(self.given.get(number)), self._noting(number):
             return answer(self.model, without_labels(batch), number)
 
     @torch.no_grad()
@@ -44,12 +46,16 @@ class Replay:
         """Let passes begin at a later block: the blocks before change no more."""
         if not self.blocks or start <= self.start:
             return
-        given = {number: self._reach(start, batch, number) for number, batch in batches.items()}
-        self.start, self.given = start, given
+        known = self.next if start == self.start + 1 else {}
+        given = {
+            number: known[number] if number in known else self._reach(start, batch, number)
+            for number, batch in batches.items()
+        }
+        self.start, self.given, self.next = start, given, {}
 
     def rewind(self) -> None:
         """Let passes begin at the start again."""
-        self.start, self.given = 0, {}
+        self.start, self.given, self.next = 0, {}, {}
 
     def block_of(self, layers: Sequence[nn.Module]) -> int:
         """The first block that holds one of some layers."""
@@ -71,6 +77,23 @@ class Replay:
         finally:
             handle.remove()
         return found[0]
+
+    @contextmanager
+    def _noting(self, number: int) -> Iterator[None]:
+        if not self.is_settled or self.start + 1 >= len(self.blocks):
+            yield
+            return
+
+        def hook(block: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.next[number] = first_input(args, kwargs).detach()
+
+        # before other hooks, which may end the pass there
+        block = self.blocks[self.start + 1]
+        handle = block.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def _passing_over(self, given: Tensor | None) -> Iterator[None]:

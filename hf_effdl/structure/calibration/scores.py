@@ -11,10 +11,10 @@ from hf_effdl.processes import same_fate, summed
 from hf_effdl.structure.calibration.batches import LABELS, answer, count_rows
 from hf_effdl.structure.calibration.consumer import Consumer
 from hf_effdl.structure.calibration.grams import Gram
-from hf_effdl.structure.calibration.refit import inverse, refit
+from hf_effdl.structure.calibration.refit import inverse
 
 
-ROUNDS = 16  # in which units leave; between them what is left takes over
+ROUNDS = 32  # in which units leave; between them what is left takes over
 OBS_RIDGE = 0.01
 
 
@@ -34,9 +34,9 @@ def activation(consumers: Sequence[Consumer], grams: Sequence[Gram]) -> Tensor:
 def obs(consumers: Sequence[Consumer], grams: Sequence[Gram], keep: int, rounds: int = ROUNDS) -> Tensor:
     """What a unit's leaving costs after the others have taken over for it: the later it leaves, the higher it scores.
 
-    The cost of unit `j` is `tr(W_j [H_jj]^-1 W_j^T)` with `H = (G + r I)^-1`, its columns of the matrix as they are by
-    then (optimal brain surgeon, with updates; Hassibi and Stork, NIPS 1992). Units leave in rounds, the cheapest
-    first, and the matrix is refitted in between.
+    The cost of unit `j` is `tr(W_j [H_jj]^-1 W_j^T)` with `H = (G + r I)^-1` and the matrix `W = C H`. Units leave in
+    rounds, the cheapest first, and `W` and `H` become those of the inputs that are left (optimal brain surgeon, with
+    updates; Hassibi and Stork, NIPS 1992).
 
     Args:
         consumers: of one group.
@@ -44,42 +44,64 @@ def obs(consumers: Sequence[Consumer], grams: Sequence[Gram], keep: int, rounds:
         keep: how many units are still there at the end, in the order of their costs then.
         rounds: in how many steps the others leave.
     """
+    surgeons = [_Surgeon(c, gram) for c, gram in zip(consumers, grams, strict=True) if gram.positions]
     units = consumers[0].units
-    left, rank = torch.arange(units), torch.zeros(units)
-    cost = _obs_cost(consumers, grams, left)
-    sizes = [round(units + (keep - units) * (i + 1) / rounds) for i in range(rounds)]
-    place = 0
-    for size in dict.fromkeys(sizes):
-        order = cost.argsort(stable=True)
-        going = order[: len(left) - size]
+    left, rank, place = torch.arange(units), torch.zeros(units), 0
+    sizes = dict.fromkeys(round(units + (keep - units) * (i + 1) / rounds) for i in range(rounds))
+    for size in sizes:
+        order = _costs(surgeons, len(left)).argsort(stable=True)
+        going, staying = order[: len(left) - size], order[len(left) - size :].sort().values
         rank[left[going]] = torch.arange(place, place + len(going), dtype=rank.dtype)
         place += len(going)
-        left = left[order[len(going) :]].sort().values
-        cost = _obs_cost(consumers, grams, left)
-    rank[left[cost.argsort(stable=True)]] = torch.arange(place, units, dtype=rank.dtype)
+        for surgeon in surgeons:
+            surgeon.remove(going, staying)
+        left = left[staying]
+    rank[left[_costs(surgeons, len(left)).argsort(stable=True)]] = torch.arange(place, units, dtype=rank.dtype)
     return rank
 
 
-def _obs_cost(consumers: Sequence[Consumer], grams: Sequence[Gram], left: Tensor) -> Tensor:
-    """The cost of each of the units that are left, relative to what each consumer says."""
-    total = torch.zeros(len(left), dtype=torch.float64)
-    for consumer, gram in zip(consumers, grams, strict=True):
-        if not gram.positions:
-            continue
-        others = consumer.kept_columns(torch.arange(0))
-        own = consumer.columns(left)
-        kept = torch.cat([own.flatten(), others]).to(gram.products.device)
-        matrix = refit(gram, kept.sort().values, OBS_RIDGE)[0].to(gram.products)[:, kept]
-        curvature = inverse(gram.products[kept][:, kept], OBS_RIDGE)
-        width = own.shape[1]
-        if width == 1:
-            cost = matrix.square().sum(0)[: len(left)] / curvature.diagonal()[: len(left)]
+def _costs(surgeons: Sequence["_Surgeon"], units: int) -> Tensor:
+    return sum((surgeon.costs() for surgeon in surgeons), torch.zeros(units, dtype=torch.float64))
+
+
+class _Surgeon:
+    """The matrix and the inverse Gram of one consumer while its units leave.
+
+    Columns of units come first, those of no unit after them.
+    """
+
+    def __init__(self, consumer: Consumer, gram: Gram) -> None:
+        own = consumer.columns(torch.arange(consumer.units))
+        columns = torch.cat([own.flatten(), consumer.kept_columns(torch.arange(0))]).to(gram.products.device)
+        self.width, self.units, self.positions = own.shape[1], consumer.units, gram.positions
+        self.inverse = inverse(gram.products[columns][:, columns], OBS_RIDGE)
+        self.matrix = gram.targets[:, columns] @ self.inverse
+
+    def costs(self) -> Tensor:
+        """Of every unit that is left, relative to what the consumer says."""
+        used = self.units * self.width
+        if self.width == 1:
+            cost = self.matrix[:, :used].square().sum(0) / self.inverse.diagonal()[:used]
         else:
-            blocks = _diagonal_blocks(curvature, len(left), width)
-            columns = matrix[:, : own.numel()].unflatten(1, own.shape).transpose(0, 1)  # (units, outputs, width)
+            blocks = _diagonal_blocks(self.inverse, self.units, self.width)
+            columns = self.matrix[:, :used].unflatten(1, (self.units, self.width)).transpose(0, 1)
             cost = (torch.linalg.solve(blocks, columns, left=False) * columns).sum((1, 2))
-        total += cost.cpu().double() / gram.positions
-    return total
+        return cost.cpu().double() / self.positions
+
+    def remove(self, going: Tensor, staying: Tensor) -> None:
+        """Let the others take over for some units: `W -= W_g H_gg^-1 H_g`, and the same of the inverse."""
+        going, staying = self._columns(going), self._columns(staying)
+        others = torch.arange(self.units * self.width, len(self.inverse), device=going.device)
+        left = torch.cat([staying, others])
+        share = torch.linalg.solve(self.inverse[going][:, going], self.inverse[going][:, left])
+        self.matrix = self.matrix[:, left] - self.matrix[:, going] @ share
+        rows = self.inverse[left]
+        self.inverse = rows[:, left] - rows[:, going] @ share
+        self.units = len(staying) // self.width
+
+    def _columns(self, units: Tensor) -> Tensor:
+        columns = units[:, None] * self.width + torch.arange(self.width)
+        return columns.flatten().to(self.inverse.device)
 
 
 def _diagonal_blocks(square: Tensor, units: int, width: int) -> Tensor:

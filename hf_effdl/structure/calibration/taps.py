@@ -1,6 +1,7 @@
 """Listening to some layers during a forward pass, and ending it when the last of them has spoken."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,28 +44,36 @@ class Taps:
         model: that holds them.
         consumers: layers of `model`.
         joints: one per consumer, or None.
+        calls: how often these are called in a forward pass, which ends then, see `count_calls`; 0: it goes to its end.
     """
 
-    def __init__(self, model: nn.Module, consumers: Sequence[Consumer], joints: Sequence[Joint | None]) -> None:
-        self.model, self.consumers, self.joints = model, consumers, joints
-        self.calls: int | None = None  # hooks called in one forward pass; known after the first
+    def __init__(
+        self, model: nn.Module, consumers: Sequence[Consumer], joints: Sequence[Joint | None], calls: int = 0
+    ) -> None:
+        self.model, self.consumers, self.joints, self.calls = model, consumers, joints, calls
         self.heard: list[Heard] = []
         self.count = 0
 
     @torch.no_grad()
     def listen(self, run: Callable[[], Any]) -> list[Heard]:
         """What every consumer hears and says while `run` calls the model."""
+        with self.attached():
+            try:
+                run()
+            except _HeardEnough:
+                pass
+        return self.heard
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The hooks are there, and nothing has been heard yet."""
         self.heard, self.count = [Heard() for _ in self.consumers], 0
         handles = [handle for place in range(len(self.consumers)) for handle in self._tap(place)]
         try:
-            run()
-        except _HeardEnough:
-            pass
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-        self.calls = self.calls or self.count or None
-        return self.heard
 
     def _tap(self, place: int) -> list[Any]:
         consumer, joint = self.consumers[place], self.joints[place]
@@ -92,6 +101,22 @@ class Taps:
         self.count += 1
         if self.count == self.calls:
             raise _HeardEnough
+
+
+@torch.no_grad()
+def count_calls(
+    model: nn.Module,
+    consumers: Mapping[str, Sequence[Consumer]],
+    joints: Mapping[str, Sequence[Joint | None]],
+    run: Callable[[], Any],
+) -> dict[str, int]:
+    """By group, how many calls of its consumers and their joints one forward pass makes."""
+    taps = {name: Taps(model, layers, joints[name]) for name, layers in consumers.items()}
+    with ExitStack() as stack:
+        for tap in taps.values():
+            stack.enter_context(tap.attached())
+        run()
+    return {name: tap.count for name, tap in taps.items()}
 
 
 def first_input(args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -181,6 +181,7 @@ class _Uses:
                 names.append(f"{self.module_names[module] or 'the model itself'} ({type(module).__name__})")
         if names:
             logger.warning(
-                "the multiply-accumulates of %s are not known and not counted; budgets and reports are of the rest",
+                "the multiply-accumulates of %s are not known and not counted; budgets and reports are of the rest, "
+                "and no units are found inside, of the experts of a mixture, say",
                 ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else ""),
             )

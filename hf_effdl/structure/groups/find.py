@@ -12,6 +12,7 @@ from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.counting import network_of
 from hf_effdl.structure.groups.finders.blocks import find_blocks
 from hf_effdl.structure.groups.finders.counts import with_counts
+from hf_effdl.structure.groups.finders.lora import has_adapter, lora_groups
 from hf_effdl.structure.groups.finders.trace import trace
 from hf_effdl.structure.groups.group import BATCH_NORMS, CONVS, Group, Groups, Network, check_module
 from hf_effdl.structure.groups.inputs import (
@@ -19,6 +20,7 @@ from hf_effdl.structure.groups.inputs import (
     copy_of,
     describe,
     fill_zeros,
+    full_precision,
     guess_inputs,
     labels_of,
     logger,
@@ -44,6 +46,9 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
     concatenation joins. A depthwise convolution belongs to the units that it filters. Inputs and outputs of the model
     are never groups. What is frozen (`requires_grad=False`) shows no signal and is not lifted.
 
+    In a model with a LoRA adapter of PEFT the units are the adapter's ranks, one group per adapted module, and nothing
+    else; they need no example and no trial. The lifted tensor is B (of an embedding A), which starts at zero.
+
     Args:
         model: any module, of transformers, timm or your own.
         example_inputs: a tensor, a tuple of positional or a dict of keyword tensors with a batch axis. Default: made
@@ -60,7 +65,8 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: the model cannot be traced, its weights are quantised, or no group was found; names the modules.
+        ValueError: the model cannot be traced, its weights are quantised, or no group was found; an adapter has no
+            ranks that can go one at a time. Names the modules.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
@@ -69,8 +75,12 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
     """
     check_module(model, "find_groups")
     one_of("unit", unit, UNITS)
+    if has_adapter(model):
+        groups = lora_groups(model)
+        _report_frozen([group for group in groups if not group.lifted], dict(model.named_parameters()))
+        return groups
     _check_weights(model)
-    with random_state_kept():
+    with random_state_kept(), full_precision():  # rounding would hide whether a unit can go
         copy = _traceable_copy(model)
         inputs = one_row(example_inputs, copy) if example_inputs is not None else guess_inputs(copy)
         network = network_of(copy, inputs)

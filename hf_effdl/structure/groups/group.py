@@ -98,6 +98,7 @@ class Group:
         equalise: scale every lifted tensor by its mean initial norm per unit, so that tensors of different size weigh
             the same.
         counts: numbers that modules keep of the units (of heads, say): `(module, attribute, number per unit)`.
+        from_zero: the lifted tensors start at zero, as those of a fresh LoRA adapter, and have no initial norm.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Group:
     tensors: Mapping[str, nn.Parameter] = field(default_factory=dict, repr=False)
     equalise: bool = True
     counts: tuple[tuple[str, str, int], ...] = ()
+    from_zero: bool = False
 
     @property
     def params(self) -> int:
@@ -143,6 +145,8 @@ class Group:
         Returns:
             `{"params", "penalty": "group", "name", "axis", "block", "scale", "units"}`, one entry of the lists per
             lifted tensor. `scale` is one over the tensor's mean norm per unit, so that every tensor contributes alike.
+            Tensors that start at zero have none: there a unit's norm is the root mean square of its entries, and
+            `lam_scale` is `"none"`, see `walk_path`.
 
         Raises:
             ValueError: if the group is not lifted, the model has other tensors, or a lifted tensor is all zeros.
@@ -153,7 +157,9 @@ class Group:
             check_same_network([self], model)
         params = [self.tensors[name] if model is None else model.get_parameter(name) for name in self.lifted]
         scale = [1.0] * len(params)
-        if self.equalise:
+        if self.from_zero:
+            scale = [(self.units / p.numel()) ** 0.5 for p in params]
+        elif self.equalise:
             for i, (p, part) in enumerate(zip(params, self.lifted_slices, strict=True)):
                 mean = rows_of(p, part, self.units).norm(dim=1).mean().item()
                 if mean == 0:
@@ -170,7 +176,7 @@ class Group:
             "scale": scale,
             "axis": [part.axis for part in self.lifted_slices],
             "block": [part.block for part in self.lifted_slices],
-        }
+        } | ({"lam_scale": "none"} if self.from_zero else {})
 
     @torch.no_grad()
     def norm(self, model: nn.Module) -> Tensor:

@@ -27,6 +27,21 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 @contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 in float32 for the length of a `with` block, where TF32 or bfloat16 may do elsewhere."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set backend by backend, which cannot be asked for as a whole
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Models in eval mode for the length of a `with` block; afterwards every module is in the mode it was in."""
     modes = [(module, module.training) for model in models for module in model.modules()]

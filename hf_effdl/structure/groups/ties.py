@@ -15,6 +15,7 @@ from hf_effdl.structure.groups.group import Group
 
 
 MOST = 5  # numbers that hang together, of which all choices are tried
+WIDE, BLOCK, BY_SIZE = 1024, 16, 0  # `round_to=BY_SIZE`: multiples of a block where a config says many, else of one
 KEPT = 256  # configs of a class whose shapes are kept
 _SHAPES: WeakKeyDictionary[type[nn.Module], dict[str, dict[str, tuple[int, ...]] | None]] = WeakKeyDictionary()
 HEAD_SIZE = "head_dim"  # the entry under which the configs of transformers keep the size of a head
@@ -80,6 +81,8 @@ def _chunk(tie: Tie, round_to: int | None) -> int:
     None: of the largest of 16, 8, 4, 2 and 1 that leaves the tie four sizes. Convolutions are computed in blocks of 8
     or 16 channels, so that sizes in between are no faster than the next multiple.
     """
+    if round_to == BY_SIZE:
+        round_to = BLOCK if tie.fields and tie.steps * min(tie.shares.values()) >= WIDE else 1
     if round_to is None:
         return next((chunk for r in (16, 8, 4, 2) if 4 * (chunk := _chunk(tie, r)) <= tie.steps), 1)
     return math.lcm(*(round_to // math.gcd(round_to, share) for share in tie.shares.values()))

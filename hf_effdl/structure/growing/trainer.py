@@ -19,6 +19,7 @@ from hf_effdl.files import write_whole
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.processes import decided, forget_accelerate, together
 from hf_effdl.random_state import random_state_kept
+from hf_effdl.structure.groups.finders.lora import refuse_adapter
 from hf_effdl.structure.groups.group import Group, regroup
 from hf_effdl.structure.growing.arguments import GrowingArguments
 from hf_effdl.structure.growing.checkpoint import grow_checkpoint, saved_history
@@ -133,6 +134,7 @@ class GrowingTrainer(SplitLBITrainer):
         if not isinstance(args, GrowingArguments):
             raise TypeError(f"args must be GrowingArguments, not {type(args).__name__}; it takes the same fields")
         super().__init__(model, args, *others, **kwargs)
+        refuse_adapter(self.model, "growing")
         if self.is_fsdp_enabled:
             raise ValueError("growing cannot work with FSDP, which shards parameters of fixed shapes; use DDP")
         if not any(isinstance(callback, GrowthCallback) for callback in self.callback_handler.callbacks):

@@ -1,6 +1,7 @@
 """How long the path of a run is: nu and path_scale from the learning rates, and what enters when."""
 
 import math
+from collections.abc import Sequence
 
 from hf_effdl.checks import one_of, real_number
 from hf_effdl.structure.optim.checks import BASES, STARTS
@@ -12,6 +13,8 @@ LEAST_NU = {("sgd", "empty"): 5.0, ("sgd", "dense"): 5.0, ("adamw", "empty"): 0.
 PATH_LENGTHS = {"empty": 2.5, "dense": 1.25}
 # A ridge that pulls trained weights for longer costs the whole net more than it gives the cut one.
 RIDGE_LENGTHS = {"empty": 3.7, "dense": 1.5}
+# How far above what chance alone reaches the threshold of units that start at zero lies.
+WALK_MARGIN = 2.0
 
 
 def derive_path(
@@ -79,6 +82,66 @@ def derive_path(
         return {"nu": nu, "path_scale": path_length * lam * nu / total_lr}
     rise = threshold_rise(total_lr, lam=lam, nu=nu, path_scale=1.0, kappa=kappa, path_length=path_length)
     return {"nu": nu, "path_scale": 1.0, "rise": rise}
+
+
+def walk_path(
+    rates: Sequence[float],
+    *,
+    lam: float = 1.0,
+    kappa: float = 1.0,
+    ridge_length: float | None = None,
+    nu: float | None = None,
+    path_scale: float = 1.0,
+) -> dict[str, float]:
+    """nu, path_scale and lam for tensors that start at zero, as B of a fresh LoRA adapter does, under AdamW.
+
+    Zero has no norm that a threshold could be in units of. But AdamW's direction has entries of about one whatever the
+    size of the gradient, so what chance does is known: if the direction is noise, each entry takes a random walk
+
+        W <- (1 - kappa lr / nu) W + kappa lr xi,      V <- V + path_scale lr W / nu,      xi of variance one,
+
+    and the threshold of a unit is `lam` times twice the root mean square that an entry of V has at the end of it,
+
+        lam_of_optimizer = 2 lam sqrt(E V^2).
+
+    For n equal steps and no ridge `E V^2 = (path_scale / nu)^2 lr^4 n^3 / 3`. A unit's norm is the root mean square of
+    its entries (`Group.param_group` of such a group sets that scale). Noise adds up as `n^1.5`, a gradient that keeps
+    its sign as `n^2`: in n steps the first reaches half of the threshold, the second `sqrt(3 n) / 4` of it.
+
+    Args:
+        rates: the learning rate of every step, `scheduled_rates(args, steps)`.
+        lam: strength of the penalty, in those units.
+        kappa: damping.
+        ridge_length: see `derive_path`; default 3.7.
+        nu: the coupling, where it is not to be derived.
+        path_scale: see `SplitLBI`.
+
+    Returns:
+        `{"nu": ..., "path_scale": ..., "lam": ...}` for `SplitLBI(..., base="adamw")`.
+
+    Raises:
+        ValueError: for fewer than two steps with a rate, or a number out of range.
+
+    Example:
+        >>> {name: round(value, 4) for name, value in walk_path([0.001] * 300).items()}
+        {'nu': 0.0811, 'path_scale': 1.0, 'lam': 0.0153}
+    """
+    total, ridge_length = sum(rates), RIDGE_LENGTHS["empty"] if ridge_length is None else ridge_length
+    for name, value in (("the sum of the rates", total), ("ridge_length", ridge_length), ("path_scale", path_scale)):
+        if not 0 < real_number(name, value) < math.inf:
+            raise ValueError(f"{name}={value}: it must be a positive finite number")
+    nu = kappa * total / ridge_length if nu is None else real_number("nu", nu)
+    if not 0 < nu < math.inf:
+        raise ValueError(f"nu={nu}: it must be a positive finite number")
+    weight, both, dual = 0.0, 0.0, 0.0  # E W^2, E W V, E V^2 of one entry
+    for rate in rates:
+        decay, feed = 1 - kappa * rate / nu, path_scale * rate / nu
+        dual += 2 * feed * both + feed**2 * weight
+        both = decay * (both + feed * weight)
+        weight = decay**2 * weight + (kappa * rate) ** 2
+    if not dual > 0:
+        raise ValueError(f"{len(rates)} steps are too few for a walk: it takes two whose rate is not zero")
+    return {"nu": nu, "path_scale": path_scale, "lam": WALK_MARGIN * lam * math.sqrt(dual)}
 
 
 def threshold_rise(

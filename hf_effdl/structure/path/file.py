@@ -23,7 +23,9 @@ KINDS = {
     "threshold": torch.float32,
     "dual": torch.float32,
     "weight": torch.float32,
+    "gradient": torch.float32,
 }
+OPTIONAL = ("gradient",)
 
 
 def pack_path(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
@@ -87,6 +89,8 @@ def _units_of(group: Group, tensors: Mapping[str, Tensor], step: int) -> dict[st
     units = {}
     for key, kind in KINDS.items():
         name = f"{group.name}|{key}"
+        if key in OPTIONAL and name not in tensors:
+            continue
         require(name in tensors, name, "is missing")
         tensor = tensors[name]
         require(

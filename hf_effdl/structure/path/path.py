@@ -1,5 +1,6 @@
 """The sparse path of one training run: when each unit entered the support, and which units a budget keeps."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +14,15 @@ from hf_effdl.checks import one_of, whole_number
 from hf_effdl.files import write_whole
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.record import groups_record
-from hf_effdl.structure.groups.ties import Tie, complete_ties
+from hf_effdl.structure.groups.ties import BY_SIZE, Tie, complete_ties
 from hf_effdl.structure.optim.prox import unit_norm
 from hf_effdl.structure.optim.split_lbi import SplitLBI, unwrap
 from hf_effdl.structure.path.budget import Limit, largest_share, largest_within, one_budget
 from hf_effdl.structure.path.file import pack_path, unpack_path
 from hf_effdl.structure.path.picture import plot_path
 
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "sparse_path.safetensors"
 ORDERS = ("dual", "entry")
@@ -35,7 +38,8 @@ class SparsePath:
         groups: the groups of the model (`find_groups`).
         units: by name of every lifted group, tensors of shape `(units,)`: `"entered"` (int64, step of first entry, -1
             for never), `"left"` (int64, step of the last exit, -1 if inside or never in), `"threshold"`, `"dual"`
-            (`||V||`) and `"weight"` (`||W||` over the lifted slices), float32.
+            (`||V||`) and `"weight"` (`||W||` over the lifted slices), float32; with AdamW also `"gradient"`, the root
+            mean square of the gradient's entries over the last steps, by AdamW's second moment.
         step: optimizer steps taken at read-out.
         ties: groups whose sizes one config number sets; empty for a model without such a config.
         start: `"empty"`, or `"dense"`: units were in from the start (entered at step 0), and the order is that of
@@ -80,6 +84,9 @@ class SparsePath:
                 "dual": state.get("norm", torch.zeros(shape)).cpu().float().clone(),
                 "weight": unit_norm(lifted, group["axis"], group["block"], group["scale"]).cpu().float(),
             }
+            squares = [optimizer.state[p].get("exp_avg_sq") for p in group["params"]]
+            if all(square is not None for square in squares):
+                units[group["name"]]["gradient"] = _rms(squares, group)
         missing = [group.name for group in groups if group.lifted and group.name not in units]
         if missing:
             raise ValueError(
@@ -106,10 +113,12 @@ class SparsePath:
 
     # ---- who goes first
 
-    def scores(self, order: str = "dual") -> dict[str, Tensor]:
+    def scores(self, order: str = "dual", relative: bool = True) -> dict[str, Tensor]:
         """A score per unit; the lowest goes first. Comparable over groups.
 
         Args:
+            relative: whether `"dual"` scores are divided by their mean over the group; without, a group may have
+                nothing but strong units.
             order: `"dual"`: `||V|| / threshold`, divided by its mean over the group. It orders units that entered and
                 units that never did on one scale; with a dense start it is the share of the run that a unit stayed
                 for, at most 1, where it left. `"entry"`: rank by (entry step, -||W||) inside the group, as in the
@@ -121,7 +130,8 @@ class SparsePath:
             if order == "dual" or self.start == "dense":
                 score = self._survival(unit) if self.start == "dense" else unit["dual"] / unit["threshold"]
             if order == "dual":
-                result[name] = score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)
+                mean = score.mean().clamp_min(torch.finfo(score.dtype).tiny)
+                result[name] = score / mean if relative else score
             else:
                 entered = torch.where(unit["entered"] < 0, torch.iinfo(torch.int64).max, unit["entered"])
                 entered = entered if self.start == "empty" else -score
@@ -164,10 +174,11 @@ class SparsePath:
             macs: share of the multiply-accumulates, in (0, 1].
             latency: share of the latency, in (0, 1]; needs `measure`.
             order: see `scores`.
-            widths: `"stock"` moves groups together that one config number sizes (`ties`), so that the result is a
-                stock config; `"free"` sizes every group alone.
+            widths: `"stock"` moves groups together that one config number sizes (`ties`), and leaves others whole, so
+                that the result is a stock config; without ties, and with `"free"`, every group is sized alone.
             round_to: sizes are multiples of this (a group smaller than it stays whole). They round down, so that the
-                budget is never exceeded; with `keep` they round up. Default: 1; with `latency`, which falls in steps
+                budget is never exceeded; with `keep` they round up. Default: 16 where a config number says at least
+                1024 units, as those of a transformer's FFNs, else 1; with `latency`, which falls in steps
                 of 8 or 16 channels, multiples of 16 (in small groups of 8, 4, 2 or 1), and others only where those
                 leave more than 3 % of the budget unused.
             least: units that every group keeps at least, as long as the budget can be held that way; else 1.
@@ -182,15 +193,15 @@ class SparsePath:
         if type(widths) is not str or widths not in WIDTHS:
             raise ValueError(f"widths={widths!r}: it must be 'stock' or 'free'")
         budget, share = one_budget(keep=keep, params=params, macs=macs, latency=latency)
-        if round_to is None and budget != "latency":
-            round_to = 1
         try:
             sizes = [None if size is None else whole_number("size", size, 1) for size in (round_to, least)]
         except ValueError:
             raise ValueError(f"round_to={round_to} and least={least} must be at least 1") from None
         round_to, least = sizes
+        if round_to is None and budget != "latency":
+            round_to = BY_SIZE
         units = {group.name: group.units for group in self.groups if group.name in self.units}
-        ties = complete_ties(self.ties if widths == "stock" else (), units)
+        ties = self._ties(units, widths)
         scores = self.scores(order)
         order_of = {name: torch.argsort(score, descending=True, stable=True) for name, score in scores.items()}
 
@@ -206,6 +217,20 @@ class SparsePath:
         else:
             limit = Limit(budget, share, lambda sizes: measure(kept(sizes)), looks=LOOKS)
         return kept(largest_within(limit, ties, scores, round_to, least, allowed))
+
+    def _ties(self, units: Mapping[str, int], widths: str) -> list[Tie]:
+        """What is sized together; with stock widths without the groups whose sizes no config says."""
+        ties = complete_ties(self.ties if widths == "stock" else (), units)
+        if widths == "free" or not any(tie.fields for tie in self.ties):
+            return ties
+        tied = [tie for tie in ties if tie in self.ties]
+        whole = [name for tie in ties if tie not in tied for name in tie.shares]
+        if whole:
+            logger.warning(
+                "no config number says how many units %s have: they stay whole; widths='free' takes units out there",
+                ", ".join(whole),
+            )
+        return tied
 
     def _counted(self, key: str) -> Callable[[Mapping[str, int]], float]:
         """A function that counts which share of the whole network some sizes are."""
@@ -263,3 +288,10 @@ class SparsePath:
         kept = selected or {name: inside.nonzero().flatten() for name, inside in self.support.items()}
         words = ("selected", "not selected") if selected else ("in the support", "left again")
         return plot_path(self.units, self.scores(order), kept, self.step, self.curve, words, self.start)
+
+
+def _rms(squares: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
+    """The root of the mean of a unit's entries in some tensors of squares, `(units,)`."""
+    roots = [square.detach().float().sqrt() for square in squares]
+    entries = sum(square.numel() for square in squares) / group["units"]
+    return (unit_norm(roots, group["axis"], group["block"], [1.0] * len(roots)) / entries**0.5).cpu()

@@ -1,5 +1,6 @@
 """Taking units out for good: the same class with smaller dense tensors."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -37,16 +38,18 @@ def slim(
     the sizes go to `config.quantization_config` and `from_pretrained` needs `import hf_effdl`.
 
     With `calibration` the layers that read the removed units are refitted, so that they do without: by least squares
-    on their inputs, `W_S = W G[:, S] (G[S, S] + r I)^-1` with `G` the Gram of the inputs and `S` those that stay, each
-    position weighted by one over the squared size of what the layer says there. Group after group, on the model as it
-    is by then. A fifth of the rows is held out: refits are taken, and their ridge is chosen, by how near the model's
-    outputs there come to those of the whole model. No labels and no training; the report says what was taken.
+    on their inputs, `W G[:, S] G[S, S]^-1` with `G` the Gram of the inputs and `S` those that stay, with a ridge
+    towards the weights as they were, each position weighted by one over the squared size of what the layer says there.
+    Group after group, on the model as it is by then; behind groups that stay whole, what was lost before is made up
+    for. A fifth of the rows is held out: refits are taken, and their ridge is chosen, by how near what the layer says
+    there comes to what it should say, and all together by the model's outputs. No labels and no training; the report
+    says what was taken.
 
     Args:
         model: left as it is.
         groups: from `find_groups(model)`.
-        keep: share of every group's units, in (0, 1]: the units of highest `score` stay; or the indices of the kept
-            units by group name, where groups not named keep all.
+        keep: share of every group's units, in (0, 1]: the units of highest `score` stay; or by group name a share (a
+            float) or the indices of the kept units, where groups not named keep all.
         round_to: sizes round up to a multiple of this, by norm; never above what the group has.
         example_inputs: a tensor, tuple or dict that the model accepts; with it, what slimming changed is measured and
             stands in `small.config.effdl_report` (`small.effdl_report` for a module without a config).
@@ -56,7 +59,7 @@ def slim(
             default without calibration. With it also `"activation"`: by how much of what the next layers say comes
             through them, the default; `"obs"`: by what their leaving costs once the others have taken over;
             `"fisher"`: by the first-order change of the loss (batches with `labels`).
-        ridge: `r`, in units of the mean diagonal of `G[S, S]`; default: the best of four on the held-out rows.
+        ridge: in units of the mean diagonal of `G[S, S]`; default: for each layer the best of some on held-out rows.
         intercept: refit the biases too.
 
     Returns:
@@ -79,13 +82,12 @@ def slim(
         raise ValueError("slim got no groups; find_groups(model) returns them")
     round_to = whole_number("round_to", round_to, 1)
     if score is not None:
-        one_of("score", score, SCORES)
+        one_of("score", score, (*SCORES, "path"))  # of a path it is said later what to do
     check_same_network(groups, model)
     ties = config_ties(model, groups)
     units = {group.name: group.units for group in groups}
     if isinstance(keep, Mapping):
-        chosen = {name: _indices(name, value, units) for name, value in keep.items()}
-        sizes = {name: min(units[name], -(-len(index) // round_to) * round_to) for name, index in chosen.items()}
+        chosen, sizes = _wanted(keep, units, round_to)
     else:
         _, share = one_budget(keep=keep)
         chosen = {}
@@ -164,10 +166,26 @@ def cut_copy(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Tenso
     return small
 
 
+def _wanted(
+    keep: Mapping[str, Any], units: Mapping[str, int], round_to: int
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """By group, the units that are certain to stay, where `keep` names any, and how many stay."""
+    if unknown := [name for name in keep if name not in units]:
+        raise ValueError(f"keep names group {unknown[0]!r}, which is not among {list(units)}")
+    chosen, sizes = {}, {}
+    for name, value in keep.items():
+        if isinstance(value, float):
+            _, share = one_budget(**{f"keep[{name!r}]": value})
+            count = math.ceil(share * units[name] - 1e-9)
+        else:
+            chosen[name] = _indices(name, value, units)
+            count = len(chosen[name])
+        sizes[name] = min(units[name], -(-count // round_to) * round_to)
+    return chosen, sizes
+
+
 def _indices(name: str, value: Any, units: Mapping[str, int]) -> Tensor:
     """Kept units of a group as ascending indices; they may come as a mask."""
-    if name not in units:
-        raise ValueError(f"keep names group {name!r}, which is not among {list(units)}")
     if isinstance(value, np.ndarray) and value.dtype in (np.uint16, np.uint32, np.uint64):  # torch can do little there
         value = value.astype(np.int64)
     try:

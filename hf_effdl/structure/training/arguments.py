@@ -11,10 +11,11 @@ from transformers import TrainingArguments, get_scheduler
 
 from hf_effdl.checks import flag, real_number, whole_number
 from hf_effdl.processes import is_first
+from hf_effdl.structure.groups.finders.lora import has_adapter, lora_groups
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.param_groups import param_groups
 from hf_effdl.structure.optim.checks import BASES, LAM_SCALES, STARTS
-from hf_effdl.structure.optim.schedule import PATH_LENGTHS, derive_path, threshold_rise
+from hf_effdl.structure.optim.schedule import PATH_LENGTHS, derive_path, threshold_rise, walk_path
 from hf_effdl.structure.training.distill import check_distillation
 
 
@@ -23,8 +24,10 @@ from hf_effdl.structure.training.distill import check_distillation
 PAPER = {"lam_scale": "none", "nu": 20.0, "path_scale": 1.0}
 
 PRESETS = ("default", "paper")
+WALK = "walk"
 LEARNING_RATES = {"sgd": 0.1, "adamw": 0.003}
 DENSE_LEARNING_RATES = {"sgd": 0.01, "adamw": 1e-4}  # for trained weights
+ADAPTER_LEARNING_RATE = 1e-3  # for a fresh LoRA adapter, with AdamW
 
 
 @dataclass
@@ -38,12 +41,15 @@ class SplitLBIArguments(TrainingArguments):
         nu: see `SplitLBI`; default: derived from the learning rate schedule, `kappa sum(lr) / ridge_length`.
         path_scale: see `SplitLBI`; default: derived, `path_length lam nu / sum(lr)`.
         lam: see `SplitLBI`.
-        lam_scale: see `SplitLBI`; default: what the preset says, `"init"` or `"none"`.
+        lam_scale: see `SplitLBI`; default: what the preset says, `"init"` or `"none"`. `"walk"`: in units of what
+            AdamW's steps add up to by chance, see `walk_path`; the default for a fresh LoRA adapter, which starts at
+            zero.
         base: `"sgd"` or `"adamw"`, see `SplitLBI`. `adam_beta1`, `adam_beta2` and `adam_epsilon` are its settings.
         start: `"empty"`, a path from no unit to all of them, for fresh weights; `"dense"`, from all of them to few,
             for trained ones, see `SplitLBI`. Default: `SplitLBITrainer` takes `"dense"` for a model that came from
             `from_pretrained` (`is_pretrained`) and says so, else `"empty"`. A resumed run goes on as it started.
-        learning_rate: defaults to 0.1 with SGD and 0.003 with AdamW; with a dense start to 0.01 and 0.0001.
+        learning_rate: defaults to 0.1 with SGD and 0.003 with AdamW; with a dense start to 0.01 and 0.0001; for a
+            fresh LoRA adapter to 0.001.
         momentum: of the SGD base.
         nesterov: of the SGD base.
         decoupled_weight_decay: see `SplitLBI`; default: as the base has it. Lifted tensors get no weight decay.
@@ -76,7 +82,7 @@ class SplitLBIArguments(TrainingArguments):
     path_scale: float | None = field(default=None, metadata={"help": "Step of the path; derived if not given."})
     lam: float = field(default=1.0, metadata={"help": "Strength of the penalty."})
     lam_scale: str | None = field(
-        default=None, metadata={"help": "What thresholds are in units of.", "choices": ["init", "none"]}
+        default=None, metadata={"help": "What thresholds are in units of.", "choices": ["init", "none", "walk"]}
     )
     base: str = field(default="sgd", metadata={"help": "The optimizer below.", "choices": ["sgd", "adamw"]})
     momentum: float = field(default=0.9, metadata={"help": "Momentum of the SGD base."})
@@ -111,7 +117,11 @@ class SplitLBIArguments(TrainingArguments):
         super().__post_init__()
         _check_schedule(self)
         self._check_numbers()
-        for name, choices in (("preset", PRESETS), ("lam_scale", (None, *LAM_SCALES)), ("start", (None, *STARTS))):
+        for name, choices in (
+            ("preset", PRESETS),
+            ("lam_scale", (None, *LAM_SCALES, WALK)),
+            ("start", (None, *STARTS)),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: it must be one of {choices}")
         self.bn_batches = whole_number("bn_batches", self.bn_batches, 0)
@@ -152,7 +162,18 @@ class SplitLBIArguments(TrainingArguments):
             10.0
         """
         start = self.start or "empty"
-        total = sum(scheduled_rates(self, steps)[: max(1, round(self.path_share * steps))])
+        rates = scheduled_rates(self, steps)[: max(1, round(self.path_share * steps))]
+        chosen = self._walk(rates) if self.lam_scale == WALK else self._path(sum(rates), start)
+        rounded = {name: float(f"{value:.12g}") if name != "lam_scale" else value for name, value in chosen.items()}
+        settings = {
+            name: getattr(self, name)
+            for name in ("kappa", "lam", "base", "momentum", "nesterov", "fused", "decoupled_weight_decay")
+        }
+        settings |= {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon, "start": start}
+        return {"lr": self.learning_rate, **settings, **rounded}
+
+    def _path(self, total: float, start: str) -> dict[str, Any]:
+        """Where thresholds are in units of initial norms, or absolute."""
         lengths = {"lam": self.lam, "kappa": self.kappa, "path_length": self.path_length}
         if self.preset == "paper":
             chosen: dict[str, Any] = dict(PAPER)
@@ -164,13 +185,17 @@ class SplitLBIArguments(TrainingArguments):
         if start == "dense":
             lengths["path_length"] = self.path_length or PATH_LENGTHS[start]
             chosen["rise"] = threshold_rise(total, nu=chosen["nu"], path_scale=chosen["path_scale"], **lengths)
-        rounded = {name: float(f"{value:.12g}") if name != "lam_scale" else value for name, value in chosen.items()}
-        settings = {
-            name: getattr(self, name)
-            for name in ("kappa", "lam", "base", "momentum", "nesterov", "fused", "decoupled_weight_decay")
-        }
-        settings |= {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon, "start": start}
-        return {"lr": self.learning_rate, **settings, **rounded}
+        return chosen
+
+    def _walk(self, rates: Sequence[float]) -> dict[str, Any]:
+        """Where thresholds are in units of a random walk."""
+        if self.base != "adamw" or self.start == "dense":
+            raise ValueError(
+                f"lam_scale='walk' with base={self.base!r} and start={self.start!r}: it rests on the size of AdamW's "
+                "steps from zero on; pass base='adamw' and leave start open"
+            )
+        given = {"lam": self.lam, "kappa": self.kappa, "ridge_length": self.ridge_length, "nu": self.nu}
+        return {"lam_scale": "none", **walk_path(rates, **given, path_scale=self.path_scale or 1.0)}
 
     def split_lbi_params(
         self, model: nn.Module, groups: Sequence[Group], decay: Sequence[str] | None = None
@@ -203,7 +228,12 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def start_for(model: nn.Module, args: SplitLBIArguments) -> SplitLBIArguments:
-    """The arguments, or where they leave it open and the model is pretrained, a copy with a dense start, said once."""
+    """The arguments, or where they leave it open and the model is pretrained, a copy with a dense start, said once.
+
+    Adapters start as `_start_for_adapter` says.
+    """
+    if has_adapter(model):
+        return _start_for_adapter(model, args)
     if args.start is not None or not is_pretrained(model):
         return args
     args = copy(args)
@@ -217,6 +247,43 @@ def start_for(model: nn.Module, args: SplitLBIArguments) -> SplitLBIArguments:
             flush=True,
         )
     return args
+
+
+def _start_for_adapter(model: nn.Module, args: SplitLBIArguments) -> SplitLBIArguments:
+    """A copy of the arguments as an adapter needs them: empty from zero on, or dense where it has been trained."""
+    from_zero = {group.from_zero for group in lora_groups(model)}
+    if len(from_zero) > 1:
+        raise ValueError(
+            "some modules of the LoRA adapter start at zero and others do not, so their ranks cannot be compared: "
+            "train all of them, or begin with a fresh adapter"
+        )
+    args = copy(args)
+    if from_zero == {False}:
+        args.start = args.start or "dense"
+        rate = DENSE_LEARNING_RATES[args.base] if args.start == "dense" else args.learning_rate
+    else:
+        _check_fresh_adapter(args)
+        args.start, args.lam_scale = "empty", args.lam_scale or WALK
+        rate = ADAPTER_LEARNING_RATE
+    if args.takes_default_rate:
+        args.learning_rate = rate
+    return args
+
+
+def _check_fresh_adapter(args: SplitLBIArguments) -> None:
+    """Refuse what cannot be for ranks that start at zero."""
+    wrong = None
+    if args.base != "adamw":
+        wrong = f"base={args.base!r}", "pass base='adamw'"
+    elif args.preset != "default":
+        wrong = f"preset={args.preset!r}", "leave it out"
+    elif args.start == "dense" or args.lam_scale == "init":
+        wrong = f"start={args.start!r} and lam_scale={args.lam_scale!r}", "leave both out"
+    if wrong:
+        raise ValueError(
+            f"{wrong[0]} with a fresh LoRA adapter: its ranks start at zero, and thresholds are in units of what "
+            f"AdamW's steps add up to by chance; {wrong[1]}"
+        )
 
 
 def scheduled_rates(args: TrainingArguments, steps: int) -> list[float]:

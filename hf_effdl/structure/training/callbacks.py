@@ -16,6 +16,7 @@ from hf_effdl.checks import whole_number
 from hf_effdl.processes import is_first, refuse_lone_processes
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
+from hf_effdl.structure.groups.finders.lora import has_adapter
 from hf_effdl.structure.groups.group import Group, Groups
 from hf_effdl.structure.groups.ties import Tie, config_ties
 from hf_effdl.structure.optim.schedule import entry_of_noise, entry_share, exit_share
@@ -217,6 +218,8 @@ class SplitLBICallback(TrainerCallback):
 
 def _warn_if_pretrained(model: nn.Module, optimizer: SplitLBI, rate: float) -> None:
     """Say what a learning rate for fresh weights does to trained ones."""
+    if has_adapter(model):  # its own weights are fresh, and the model's are frozen
+        return
     source = getattr(getattr(model, "config", None), "name_or_path", "")
     base = optimizer.param_groups[0]["base"]
     started_empty = optimizer.param_groups[0]["start"] == "empty"

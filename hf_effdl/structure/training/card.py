@@ -11,6 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_effdl.files import write_whole
 from hf_effdl.hub.cards import markdown_table, write_card
+from hf_effdl.structure.groups.finders.lora import has_adapter
+from hf_effdl.structure.lora.picture import plot_lora_ranks, rank_table
 from hf_effdl.structure.path.path import SparsePath
 from hf_effdl.version import __version__
 
@@ -26,6 +28,7 @@ SIZES = {"params": "parameters", "macs": "MACs", "latency_ms": "latency, ms"}
 AUTO_CLASSES = {"image-classification": "AutoModelForImageClassification"}
 CLOCKS = ("runtime", "per_second", "preparation_time")
 PICTURE = "sparse_path.png"
+RANKS_PICTURE = "lora_ranks.png"
 REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")  # what the Hub takes for the name of a data set
 
 
@@ -75,33 +78,50 @@ def write_structure_card(
         **_model_index(model_name or repo_id, task, _listed(dataset), (trainer.results or {}).get(revision)),
         tags=list(dict.fromkeys([*_listed(tags), *trainer._tag_names, *_tags_there(Path(folder) / "README.md")])),
     )
-    report = None if small is None else getattr(config or model, "effdl_report", None)
     facts = trainer.card_facts(folder)
+    report = _report_of(small)
+    shared = {
+        "title": model_name or repo_id,
+        "repo_id": repo_id,
+        "version": __version__,
+        "task": task,
+        "dataset": _listed(dataset),
+        "dataset_args": dataset_args,
+        "rows": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
+        "recipe": _recipe(trainer, facts["recipe"] | _of_small_net(report or {})),
+        "citation": CITATION,
+    }
+    if has_adapter(model):
+        data.library_name = "peft"
+        data.base_model = _base_of(data, config)
+        return write_card(folder, "lora_card.md", data, **shared, **_adapter_facts(trainer, small, data, folder))
     return write_card(
         folder,
         "structure_card.md",
         data,
-        title=model_name or repo_id,
         kind=kind,
         slim=small is not None,
         report=report,
-        repo_id=repo_id,
         revision=revision,
         family=list(family),
         family_picture=family_picture,
         custom=getattr(config, "quantization_config", None) is not None,
-        version=__version__,
-        task=task,
         auto_class=AUTO_CLASSES.get(task, kind),
-        dataset=_listed(dataset),
-        dataset_args=dataset_args,
-        rows=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
-        recipe=_recipe(trainer, facts["recipe"] | _of_small_net(report or {})),
-        citation=CITATION,
         growth=facts["growth"],
+        **shared,
         **_results(trainer, report, facts["whole"]),
         **_path_facts(trainer.path, report, folder),
     )
+
+
+def _report_of(small: Any) -> Mapping[str, Any] | None:
+    """What a slim model says of itself, in its config where that is its own; None for the dense one."""
+    config = getattr(small, "config", None) if small is not None and not has_adapter(small) else None
+    return getattr(config or small, "effdl_report", None)
+
+
+def _base_of(data: ModelCardData, config: Any) -> str | None:
+    return data.base_model or getattr(config, "name_or_path", None) or None
 
 
 def _listed(values: str | list[str] | None) -> list[str]:
@@ -174,6 +194,37 @@ def _path_facts(path: SparsePath, report: Mapping[str, Any] | None, folder: str 
         return {"support": lines, "picture": None}
     write_whole(Path(folder) / PICTURE, partial(save, dpi=110))
     return {"support": lines, "picture": PICTURE}
+
+
+# ---- adapters
+
+
+def _adapter_facts(trainer: Any, small: Any, data: ModelCardData, folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The tables of results and of ranks, and the picture."""
+    report = None if small is None else getattr(small, "effdl_report", None)
+    rows = [{"name": name, **values} for name, values in trainer.results.items()]
+    if not rows:
+        rows = logged_rows(trainer, "all ranks")
+        for row in rows:
+            row |= {"params": sum(group.units * group.params for group in trainer.groups), "macs": None}
+    if report is not None and report["params"]["after"] not in [row.get("params") for row in rows]:
+        rows.append({"name": "this adapter", "params": report["params"]["after"]})
+    ranks = {name: int(inside.sum()) for name, inside in trainer.path.support.items()}
+    if report is not None:
+        ranks = {name: pair["after"] for name, pair in report["units"].items()}
+    kinds, layers = rank_table(ranks)
+    try:
+        save = plot_lora_ranks(trainer.path, ranks).savefig
+        picture = write_whole(Path(folder) / RANKS_PICTURE, partial(save, dpi=110)).name
+    except ImportError:
+        picture = None
+    return {
+        "report": report,
+        "base": data.base_model,
+        "table": markdown_table(rows, {"name": "adapter", **_metric_names(rows), "params": "parameters"}),
+        "ranks": markdown_table(layers, {"layer": "layer", **{kind: f"`{kind}`" for kind in kinds}}),
+        "picture": picture,
+    }
 
 
 # ---- settings

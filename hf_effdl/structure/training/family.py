@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_effdl.checks import one_of, real_number
 from hf_effdl.files import write_whole
 from hf_effdl.pictures import LINE, bare, figure
+from hf_effdl.structure.groups.finders.lora import has_adapter
 from hf_effdl.structure.slim.family import family_record, write_family
 from hf_effdl.structure.slim.report import get_report
 
@@ -25,7 +26,7 @@ WORSE_WHEN_LARGER = ("loss",)
 
 def check_loadable(model: nn.Module) -> None:
     """Refuse to save what `from_pretrained` could not load."""
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) and not has_adapter(model):
         raise TypeError(
             f"{type(model).__name__} is no transformers model, so it has no config to load it by; save its "
             "state_dict yourself, or wrap the net in a PreTrainedModel"
@@ -137,7 +138,7 @@ class FamilyMixin:
             raise ValueError(f"budgets={list(budgets)}: they must be different shares in (0, 1]")
         models = list(budgets.values()) if isinstance(budgets, Mapping) else [None] * len(shares)
         if None in models:
-            check_loadable(self.accelerator.unwrap_model(self.model))
+            check_loadable(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
         for model in models:
             if model is not None and not (isinstance(model, PreTrainedModel) and get_report(model)):
                 raise TypeError(f"budgets holds a {type(model).__name__} that is no transformers model from slim")

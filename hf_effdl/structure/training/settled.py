@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 from hf_effdl.checks import one_of, real_number, whole_number
 from hf_effdl.processes import agreed
 from hf_effdl.structure.groups.find import find_groups
+from hf_effdl.structure.groups.finders.lora import refuse_adapter
 from hf_effdl.structure.groups.group import Group, check_groups
 from hf_effdl.structure.groups.record import groups_of, groups_record
 from hf_effdl.structure.groups.ties import Tie, config_ties
@@ -270,6 +271,7 @@ def _one_path(args: TrainingArguments, optimizer: SplitLBI, steps: int) -> float
 def check_run(model: nn.Module, optimizer: Any, wanted: str) -> None:
     """Refuse a run whose selection cannot settle; `wanted` begins the sentences, such as "a ticket"."""
     check_split_lbi(model, optimizer, f"{wanted} is read from")
+    refuse_adapter(model, wanted)
     if any(is_sharded(p) for p in model.parameters()):
         raise ValueError(
             f"the weights are sharded (FSDP2), and {wanted} holds whole ones: find it with DDP, which a "

@@ -9,6 +9,7 @@ from hf_effdl.checks import whole_number
 from hf_effdl.processes import decided, forget_accelerate
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.calibration.compensate import Wish
+from hf_effdl.structure.groups.finders.lora import has_adapter
 from hf_effdl.structure.groups.ties import config_ties, stock_builds
 from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.slim.latency import measure_latency
@@ -48,10 +49,11 @@ class SlimMixin:
         Args:
             macs, params, latency, keep: the budget, a share in (0, 1]; exactly one. See `SparsePath.select`.
             order: see `SparsePath.scores`; default `"dual"`, or `"entry"` with the paper preset.
-            widths: `"stock"`: sizes that the stock config can say, so that anyone's `from_pretrained` loads it;
-                `"free"`: every group on its own, which `from_pretrained` loads after `import hf_effdl`.
-            round_to: sizes are multiples of this; default: 1, and with `latency` multiples of 16 where they fit. See
-                `SparsePath.select`.
+            widths: `"stock"`: sizes that the stock config can say, so that anyone's `from_pretrained` loads it; groups
+                that it says nothing of (the heads of a BERT) stay whole. `"free"`: every group on its own, which
+                `from_pretrained` loads after `import hf_effdl`.
+            round_to: sizes are multiples of this; default: 16 where a config number says at least 1024 units,
+                else 1, and with `latency` multiples of 16 where they fit. See `SparsePath.select`.
             calibration: batches as the model takes them; True: up to 512 training rows; False: no refit, the model is
                 the dense one with the removed units silent.
             score: which units stay, of as many as the path keeps: `"path"`, or `"magnitude"`, `"activation"`, `"obs"`,
@@ -71,6 +73,11 @@ class SlimMixin:
             )
         bn_batches = whole_number("bn_batches", bn_batches, 0)
         path, model = self.path, self.plain_model()
+        if has_adapter(model):
+            raise ValueError(
+                "the path is of the ranks of a LoRA adapter, and slim() makes whole models smaller; call "
+                "select_lora_ranks(trainer.model, trainer.path, budget), and merge the adapter to slim the model"
+            )
         inputs = self._latency_inputs(max(latency_batch, 1))
         order = order or ("entry" if self.args.preset == "paper" else "dual")
         budget = {"macs": macs, "params": params, "latency": latency, "keep": keep}

@@ -27,7 +27,7 @@ from hf_effdl.structure.optim.split_lbi import SplitLBI
 from hf_effdl.structure.path.path import SparsePath
 from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.slim.report import get_report
-from hf_effdl.structure.training.arguments import SplitLBIArguments, start_for
+from hf_effdl.structure.training.arguments import WALK, SplitLBIArguments, start_for
 from hf_effdl.structure.training.callbacks import FSDP1, SplitLBICallback
 from hf_effdl.structure.training.card import write_structure_card
 from hf_effdl.structure.training.checkpoints import last_complete_checkpoint
@@ -153,7 +153,7 @@ class SplitLBITrainer(FamilyMixin, SmallMixin, SlimMixin, DistillationMixin, Wei
             model = self.model if model is None else model
             params = self.args.split_lbi_params(model, self.groups, self.get_decay_parameter_names(model))
             # nu and path_scale follow when the length of the run is known
-            self.optimizer = SplitLBI(params, **self.args.split_lbi_kwargs(max(self.state.max_steps, 1)))
+            self.optimizer = SplitLBI(params, **self.args.split_lbi_kwargs(self.state.max_steps or 100))
             if self.is_fsdp_enabled:  # next the model is sharded, in place
                 self._skeleton = _copy_without_weights(model, "meta")
                 # groups that hold the whole tensors would keep them in memory
@@ -165,8 +165,9 @@ class SplitLBITrainer(FamilyMixin, SmallMixin, SlimMixin, DistillationMixin, Wei
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         hyper = self.args.split_lbi_kwargs(num_training_steps)
+        names = ["nu", "path_scale", "rise", *(["lam"] if self.args.lam_scale == WALK else [])]
         for group in (self.optimizer if optimizer is None else optimizer).param_groups:
-            group |= {name: hyper.get(name) for name in ("nu", "path_scale", "rise")}
+            group |= {name: hyper.get(name) for name in names}
         return super().create_scheduler(num_training_steps, optimizer)
 
     def train(
@@ -339,7 +340,7 @@ class SplitLBITrainer(FamilyMixin, SmallMixin, SlimMixin, DistillationMixin, Wei
         )
 
     def save_slim(self, small: nn.Module, folder: str | os.PathLike[str], **card: Any) -> Path:
-        """Save a slim model with its processor, path, picture and card into a folder.
+        """Save a slim model, or an adapter of chosen ranks, with its processor, path, picture and card into a folder.
 
         `card` takes the arguments of `create_model_card`, and `repo_id` for the loading snippet.
         """
@@ -354,7 +355,7 @@ class SplitLBITrainer(FamilyMixin, SmallMixin, SlimMixin, DistillationMixin, Wei
         return target
 
     def push_slim(self, small: nn.Module, repo_id: str, *, private: bool | None = None, **card: Any) -> str:
-        """Push a slim model with its card to the Hub; returns the commit's URL."""
+        """Push a slim model, or an adapter of chosen ranks, with its card to the Hub; returns the commit's URL."""
         repo_id = create_repo(repo_id, private=private, exist_ok=True, token=self.args.hub_token).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_slim(small, folder, **{"model_name": repo_id.split("/")[-1], **card}, repo_id=repo_id)
@@ -363,7 +364,7 @@ class SplitLBITrainer(FamilyMixin, SmallMixin, SlimMixin, DistillationMixin, Wei
                     repo_id=repo_id,
                     folder_path=folder,
                     token=self.args.hub_token,
-                    commit_message="Slim model chosen along its sparse path",
+                    commit_message="Units chosen along the sparse path",
                 )
             )
 

@@ -1,0 +1,170 @@
+"""Instruction data as tokens: which are the prompt's, and which the answer's."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row as tokens: `prompt` before `answer`; of a text, which has no prompt, the first token is in its place."""
+
+    prompt: list[int]
+    answer: list[int]
+    asked: bool = True
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+def encode(row: Mapping[str, Any], tokenizer: Any, max_length: int, where: str = "the row") -> Encoded:
+    """The tokens of a row of instruction data.
+
+    =======================  ===========================================  ==================================
+    columns                  prompt                                       answer
+    =======================  ===========================================  ==================================
+    `messages`               all but the last message, by the chat        the last message, an assistant's
+                             template
+    `prompt`, `completion`   a text, or messages                          a text and the end token, or messages
+    `text`                   none; the beginning-of-text token, if any    the whole text and the end token
+    =======================  ===========================================  ==================================
+
+    The first line of the table that fits counts. Where the prompt alone is tokenised otherwise than in front of its
+    answer, the answer begins where they differ, as in TRL.
+
+    Args:
+        row: with the columns of one line.
+        tokenizer: of the model; conversations need its chat template.
+        max_length: the row is cut off after so many tokens.
+        where: names the row in errors.
+
+    Raises:
+        ValueError: for other columns, no chat template, an empty answer, or one that lies beyond `max_length`.
+        TypeError: where texts are no texts.
+    """
+    whole, prompt = _tokens(row, tokenizer, where)
+    start = next(
+        (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
+    )
+    if start == len(whole):
+        raise ValueError(f"{where} has an empty answer; leave such rows out")
+    if start >= max_length:
+        raise ValueError(
+            f"{where} has a prompt of {start} tokens, and its answer lies beyond max_length={max_length}; raise it, "
+            "or leave such rows out"
+        )
+    start = max(start, 1) if len(whole) > 1 else start  # nothing says how likely a first token is
+    if start == 0:
+        raise ValueError(f"{where} is a single token, which nothing comes before; leave such rows out")
+    return Encoded(whole[:start], whole[start:max_length], asked="text" not in row or "prompt" in row)
+
+
+def _tokens(row: Mapping[str, Any], tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
+    """The whole row, and its prompt alone."""
+    if row.get("messages") is not None:
+        messages = row["messages"]
+        if not messages or messages[-1]["role"] != "assistant":
+            last = messages[-1]["role"] if messages else "nothing"
+            raise ValueError(f"{where} ends with {last!r}; the last of its messages must be the assistant's answer")
+        return _conversation(row, messages[:-1], messages[-1:], tokenizer, where)
+    if row.get("prompt") is not None and row.get("completion") is not None:
+        if not isinstance(row["prompt"], str):
+            return _conversation(row, row["prompt"], row["completion"], tokenizer, where)
+        text = _text(row["prompt"], where) + _ended(_text(row["completion"], where, answer=True), tokenizer)
+        return list(tokenizer(text)["input_ids"]), list(tokenizer(row["prompt"])["input_ids"])
+    if row.get("text") is not None:
+        ids = list(tokenizer(_ended(_text(row["text"], where, answer=True), tokenizer))["input_ids"])
+        first = tokenizer.bos_token_id
+        return (ids if first is None or ids[0] == first else [first, *ids]), ([] if first is None else [first])
+    raise ValueError(f"{where} has {sorted(row)}; give it 'messages', 'prompt' and 'completion', or 'text'")
+
+
+def _conversation(
+    row: Mapping[str, Any], asked: Sequence[Any], answered: Sequence[Any], tokenizer: Any, where: str
+) -> tuple[list[int], list[int]]:
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{where} is a conversation, and {type(tokenizer).__name__} has no chat template; set "
+            "processing_class.chat_template, or give rows 'prompt' and 'completion' as texts"
+        )
+    if not any(str(message["content"] or "").strip() for message in answered):
+        raise ValueError(f"{where} has an empty answer; leave such rows out")
+    options = {"tokenize": True, "return_dict": True, **(row.get("chat_template_kwargs") or {})}
+    whole = tokenizer.apply_chat_template([*asked, *answered], **options)["input_ids"]
+    prompt = tokenizer.apply_chat_template(list(asked), add_generation_prompt=True, **options)["input_ids"]
+    return list(whole), list(prompt)
+
+
+def _text(value: Any, where: str, answer: bool = False) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{where} holds a {type(value).__name__} where its text should be")
+    if answer and not value.strip():
+        raise ValueError(f"{where} has an empty answer; leave such rows out")
+    return value
+
+
+def _ended(text: str, tokenizer: Any) -> str:
+    end = tokenizer.eos_token or ""
+    return text if text.endswith(end) else text + end
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows side by side, padded on the left so that all answers end where the batch does.
+
+    Attributes:
+        inputs: `input_ids`, `attention_mask`, `position_ids`, `(rows, length)`.
+        tail: tokens from the end that hold all answers, and the one before each.
+        given: `(T,)` the answers' tokens, row after row.
+        row: `(T,)` of which row each is.
+        end: `(rows,)` which of the T tokens ends each answer: the last end-of-text token, or else the last.
+        column: `(T,)` where in the last `tail` positions what a model says of it stands.
+    """
+
+    inputs: dict[str, Tensor]
+    tail: int
+    given: Tensor
+    row: Tensor
+    end: Tensor
+    column: Tensor
+
+
+def batch_of(rows: Sequence[Encoded], padding: int, end: int | None = None) -> Batch:
+    """Some rows as a batch; `end` is the end-of-text token."""
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), padding)
+    mask = torch.zeros_like(ids)
+    for row, (line, there) in zip(rows, zip(ids, mask, strict=True), strict=True):
+        line[length - len(row) :] = torch.tensor(row.prompt + row.answer)
+        there[length - len(row) :] = 1
+    tail = 1 + max(len(row.answer) for row in rows)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    return Batch(
+        inputs,
+        tail,
+        torch.tensor([token for row in rows for token in row.answer]),
+        torch.tensor([i for i, row in enumerate(rows) for _ in row.answer]),
+        torch.tensor([len(row.answer) for row in rows]).cumsum(0)
+        - torch.tensor([_from_end(row.answer, end) for row in rows]),
+        torch.cat([torch.arange(tail - 1 - len(row.answer), tail - 1) for row in rows]),
+    )
+
+
+def _from_end(answer: Sequence[int], end: int | None) -> int:
+    """How far from its end, at least 1, an answer has its last end token; 1 where it has none, as if cut off."""
+    return 1 + answer[::-1].index(end) if end in answer else 1
+
+
+def batches_of(rows: Sequence[Encoded], tokens: int) -> list[list[int]]:
+    """Rows by length in batches of so many tokens, padding counted; at least one row each."""
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and len(rows[i]) * (len(batches[-1]) + 1) <= tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

@@ -1,0 +1,128 @@
+"""Scores, or a plan, beside the rows they belong to, shard by shard."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_effdl.files import locked, sweep, write_whole
+from hf_effdl.samples.scale.score_shards import Shard, reader
+
+
+BATCH = 4096
+
+
+def join_shards(
+    files: Sequence[str | os.PathLike],
+    tables: Sequence[str | os.PathLike],
+    output_dir: str | os.PathLike,
+    *,
+    id_column: str | None = "row_id",
+) -> list[Path]:
+    """Write rows with the columns that a table has for them: scores of all rows, or weights of those that a plan took.
+
+    Source k meets table k. The rows of a table are some or all of the source's, in its order, as `score_shards` and
+    `plan_shards` leave them; source rows that the table lacks are left out. A batch of both is held at a time.
+
+    Args:
+        files: the Parquet files of rows, as they were scored.
+        tables: as many files with a column `row_id`, such as `sorted(Path(plan).glob("plan-*.parquet"))`.
+        output_dir: gets `joined-k-of-n.parquet`, each whole, by a rename.
+        id_column: of the rows; None, or no column `"row_id"`: their number, counted through all files.
+
+    Returns:
+        the files written.
+
+    Raises:
+        ValueError: for files that are no Parquet or not as many as tables, columns that both have, or rows of a table
+            that its source does not have in this order.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import pyarrow as pa, pyarrow.parquet as pq
+        >>> with TemporaryDirectory() as folder:
+        ...     pq.write_table(pa.table({"text": ["a", "b", "c"]}), f"{folder}/rows.parquet")
+        ...     pq.write_table(pa.table({"row_id": [0, 2], "weight": [1.0, 1.0]}), f"{folder}/plan.parquet")
+        ...     files = join_shards([f"{folder}/rows.parquet"], [f"{folder}/plan.parquet"], f"{folder}/joined")
+        ...     pq.read_table(files[0]).to_pydict()
+        {'text': ['a', 'c'], 'row_id': [0, 2], 'weight': [1.0, 1.0]}
+    """
+    sources, others = ([Shard.open(file) for file in group] for group in (files, tables))
+    if len(sources) != len(others) or not sources:
+        raise ValueError(f"{len(sources)} files and {len(others)} tables; pass a table for each file, in order")
+    if id_column == "row_id" and not any("row_id" in one.columns for one in sources):
+        id_column = None
+    for source, other in zip(sources, others, strict=True):
+        source.check_column(id_column)
+        other.check_column("row_id")
+        if both := sorted((set(source.columns) & set(other.columns)) - {id_column, "row_id"}):
+            raise ValueError(f"{source.file} and {other.file} both have the columns {both}; rename them in one")
+    folder, start, written = Path(output_dir), 0, []
+    for k, (source, other) in enumerate(zip(sources, others, strict=True)):
+        output = folder / f"joined-{k:05d}-of-{len(sources):05d}.parquet"
+        with locked(folder, f".lock-{k}"):
+            sweep(folder, output.name)
+            write_whole(output, _Pair(source, other, id_column, start).write)
+        written.append(output)
+        start += source.rows
+    return written
+
+
+class _Pair:
+    """A shard of rows and the table that goes with it."""
+
+    def __init__(self, source: Shard, other: Shard, id_column: str | None, start: int) -> None:
+        self.source, self.other, self.id_column, self.start = source, other, id_column, start
+
+    def write(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        with reader(self.source.file) as source, reader(self.other.file) as other:
+            self.empty, rows = other.schema_arrow.empty_table(), source.schema_arrow.empty_table()
+        with pq.ParquetWriter(path, _beside(rows, self.empty).schema) as writer:
+            for table in self._joined():
+                writer.write_table(table)
+
+    def _joined(self) -> Iterator[Any]:
+        """The rows that the table has, a batch of the source at a time."""
+        import pyarrow as pa
+
+        table = self._rows_of_table()
+        waiting = next(table, None)
+        for batch, ids in self._batches():
+            taken, found = [], []
+            for place, row_id in enumerate(ids):
+                if waiting is not None and waiting[0] == row_id:
+                    taken.append(place)
+                    found.append(waiting[1])
+                    waiting = next(table, None)
+            rows = pa.Table.from_batches([batch]).take(pa.array(taken, pa.int64()))
+            yield _beside(rows, pa.concat_tables(found) if found else self.empty)
+        if waiting is not None:
+            raise ValueError(
+                f"{self.other.file} has the row {waiting[0]!r}, which {self.source.file} does not have there; pass "
+                "the files that were scored, in the same order"
+            )
+
+    def _batches(self) -> Iterator[tuple[Any, list]]:
+        row = self.start
+        for batch in self.source.batches(BATCH):
+            numbers = list(range(row, row + len(batch)))
+            yield batch, numbers if self.id_column is None else batch.column(self.id_column).to_pylist()
+            row += len(batch)
+
+    def _rows_of_table(self) -> Iterator[tuple[Any, Any]]:
+        import pyarrow as pa
+
+        for batch in self.other.batches(BATCH):
+            table = pa.Table.from_batches([batch])
+            for i, row_id in enumerate(batch.column("row_id").to_pylist()):
+                yield row_id, table.slice(i, 1)
+
+
+def _beside(rows: Any, others: Any) -> Any:
+    """A table with the columns of another that it lacks."""
+    for name in others.column_names:
+        if name not in rows.column_names:
+            rows = rows.append_column(others.schema.field(name), others.column(name))
+    return rows

@@ -1,0 +1,207 @@
+"""Rounds of labelling: which rows are asked about, who answers, and how a run goes on."""
+
+import csv
+import json
+
+import active_run
+import pytest
+import torch
+from active_run import CLASSES, cloud, features, learner, train
+from datasets import Dataset
+from forked import Script
+
+from hf_effdl import ActiveLearner, ColumnAnswers, CsvAnswers
+from hf_effdl.samples.rounds.strategies import STRATEGIES, diverse, gradients_apart, next_rows, typical
+
+
+def files(folder) -> dict[str, dict]:
+    return {file.name: json.loads(file.read_text()) for file in sorted(folder.glob("round-*.json"))}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Three rounds of every strategy."""
+    found = {}
+    for strategy in STRATEGIES:
+        folder = tmp_path_factory.mktemp(strategy)
+        made = learner(folder, strategy)
+        assert made.run(3)
+        found[strategy] = made, files(folder)
+    return found
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rounds_ask_about_new_rows_and_learn(whole, strategy):
+    made, _ = whole[strategy]
+    assert len(made.places) == len(set(made.places)) == 36 == len(made.labelled)
+    pool = cloud()
+    assert made.labelled["label"][:] == [pool["label"][i] for i in made.places]
+    assert made.labelled["name"][:] == [f"row {i}" for i in made.places]
+    assert [size for size, _ in made.curve] == [12, 24, 36] and made.curve[-1][1] > 0.8
+
+
+def test_a_run_goes_on_after_every_file_as_if_it_had_not_stopped(whole, tmp_path):
+    for strategy in ("default", "badge"):
+        expected = whole[strategy][1]
+        for rounds in (1, 2):
+            folder = tmp_path / f"{strategy}-{rounds}"
+            learner(folder, strategy).run(rounds)
+            last = folder / f"round-{rounds - 1:04d}.json"
+            step = json.loads(last.read_text())
+            for kept in ({"asked"}, {"asked", "labels"}, {"asked", "labels", "score"}):
+                gone = {"asked", "labels", "score"} - kept
+                last.write_text(json.dumps({name: value for name, value in step.items() if name not in gone}))
+                learner(folder, strategy).run(3)
+                assert files(folder) == expected
+                for later in sorted(folder.glob("round-*"))[rounds:]:
+                    later.unlink()
+
+
+def test_two_processes_ask_about_what_one_asks_about(whole, tmp_path):
+    Script("active_run.py", tmp_path, "default", processes=2, env={"ACCELERATE_USE_CPU": "true"}).finish()
+    assert files(tmp_path) == whole["default"][1]
+
+
+# ---- a person
+
+
+def fill(file, labels: dict[int, str], backwards: bool = False) -> None:
+    with open(file, encoding="utf-8-sig", newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    for row in rows:
+        row["label"] = labels.get(int(row["row"]), "")
+    with open(file, "w", encoding="utf-8-sig", newline="") as opened:
+        writer = csv.DictWriter(opened, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows[::-1] if backwards else rows)
+
+
+def test_a_spreadsheet_is_written_filled_in_and_read_back(whole, tmp_path, capsys):
+    pool = cloud().remove_columns("label")
+    labels = {i: str(label) for i, label in enumerate(cloud()["label"])}
+
+    def made() -> ActiveLearner:
+        options = {"batch": 12, "embed": features, "evaluate": active_run.accuracy}
+        return ActiveLearner(pool, train, CsvAnswers(tmp_path / "csv"), tmp_path / "rounds", **options)
+
+    for number in range(3):
+        assert not made().run(3)
+        file = tmp_path / "csv" / f"asked-{number:04d}.csv"
+        assert file.read_text(encoding="utf-8-sig").splitlines()[0] == "row,name,label"
+        assert "12 of 12 labels are missing" in capsys.readouterr().out
+        fill(file, dict(list(labels.items())[:60]))
+        assert not made().run(3) or all(int(i) < 60 for i in made().history[number]["asked"])
+        fill(file, labels, backwards=True)
+    assert made().run(3)
+    assert made().places == whole["default"][0].places
+    assert [str(label) for label in whole["default"][0].labelled["label"]] == made().labelled["label"][:]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [(lambda rows: rows[:-1], "does not have the 12 rows"), (lambda rows: rows + rows[:1], "each once")],
+)
+def test_a_spreadsheet_with_other_rows_is_refused(change, message, tmp_path):
+    answers = CsvAnswers(tmp_path / "csv")
+    learner(tmp_path / "rounds", answers=answers).run(1)
+    file = tmp_path / "csv" / "asked-0000.csv"
+    head, *rows = file.read_text().splitlines()
+    file.write_text("\n".join([head, *change(rows)]))
+    with pytest.raises(ValueError, match=message):
+        learner(tmp_path / "rounds", answers=answers).run(1)
+    file.write_text("place,class\n1,2\n")
+    with pytest.raises(ValueError, match="must have the columns 'row' and 'label'"):
+        learner(tmp_path / "rounds", answers=answers).run(1)
+
+
+# ---- strategies
+
+
+def test_badge_draws_apart_in_the_space_of_gradients():
+    p = torch.rand(30, 4, generator=torch.Generator().manual_seed(0)).softmax(1)
+    x = torch.randn(30, 3, generator=torch.Generator().manual_seed(1))
+    x[10:] = x[9]  # twenty rows with one gradient
+    p[10:] = p[9]
+    for seed in range(5):
+        chosen = gradients_apart(p, x, 10, seed)
+        assert (chosen >= 9).sum() <= 1 and len(chosen.unique()) == 10
+    error = p - torch.nn.functional.one_hot(p.argmax(1), 4)
+    longest = (error[:, :, None] * x[:, None]).flatten(1).norm(dim=1).argmax()
+    assert gradients_apart(p, x, 1, 0).tolist() == [int(longest)]
+
+
+def test_typical_rows_come_from_clusters_without_labels():
+    centre = 5 * torch.eye(8)[torch.arange(80) % 4]
+    x = centre + torch.randn(80, 8, generator=torch.Generator().manual_seed(0))
+    x[0] = 5 * torch.eye(8)[0] + 20 * torch.eye(8)[6]  # far out
+    labelled = torch.arange(80) == 1
+    chosen = (~labelled).nonzero().flatten()[typical(x, labelled, 3, 0)]
+    assert sorted((chosen % 4).tolist()) == [0, 2, 3] and 0 not in chosen
+
+
+def test_rows_with_small_margins_are_spread_over_the_features():
+    x = torch.eye(6).repeat_interleave(10, 0) + 0.01 * torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+    margins = torch.rand(60, generator=torch.Generator().manual_seed(1)) / 2 + 0.5
+    margins[::10] = 0.1  # one in each place, of which the first has many more
+    margins[1:4] = 0.0
+    assert sorted(diverse(margins, x, 6, 0).tolist())[3:] == [30, 40, 50]
+    assert len(set(diverse(margins, torch.ones(60, 2), 6, 0).tolist())) == 6
+    assert diverse(margins, x, 60, 0).unique().numel() == 60
+
+
+def test_the_largest_scores_are_taken_and_the_regime_follows_the_accuracy():
+    table = {"entropy": torch.arange(10.0), "margin": torch.arange(10.0), "u_x": torch.rand(10)}
+    labelled = torch.arange(10) >= 8
+    assert next_rows("entropy", 3, labelled, table=table).tolist() == [5, 6, 7]
+    assert next_rows("margin", 3, labelled, table=table).tolist() == [0, 1, 2]
+    x = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    for accuracy, strategy in ((0.5, "typical"), (0.95, "diverse"), (None, "typical")):
+        found = next_rows("default", 4, labelled, x, table, accuracy=accuracy)
+        assert found.equal(next_rows(strategy, 4, labelled, x, table))
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch": 0}, "batch=0"),
+        ({"strategy": "best"}, "strategy='best'"),
+        ({"pool": Dataset.from_dict({"features": []})}, "with rows"),
+        ({"answers": lambda rows, places, number: [1]}, "1 labels for 12 rows"),
+        ({"train": lambda rows, seed: 3}, "train returned a int"),
+        ({"embed": None, "strategy": "badge", "train": "whole"}, "needs features"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(changes, message, tmp_path):
+    from hf_effdl import Probes
+
+    options = {
+        "pool": cloud(),
+        "train": train,
+        "answers": ColumnAnswers(),
+        "output_dir": tmp_path,
+        "batch": 12,
+    } | changes
+    if options["train"] == "whole":
+        heads = [torch.nn.Linear(5, CLASSES) for _ in range(2)]
+        options["train"] = lambda rows, seed: Probes(heads, None, "features")
+    with pytest.raises((ValueError, TypeError), match=message):
+        ActiveLearner(**options).run(2)
+
+
+def test_rounds_of_another_run_are_not_gone_on_with(tmp_path):
+    learner(tmp_path).run(1)
+    with pytest.raises(ValueError, match="another strategy"):
+        learner(tmp_path, "random")
+    with pytest.raises(ValueError, match="another pool"):
+        ActiveLearner(cloud(seed=5), train, ColumnAnswers(), tmp_path, batch=12)
+    (tmp_path / "round-0000.json").write_text("{")
+    with pytest.raises(ValueError, match="round-0000.json is damaged"):
+        learner(tmp_path)
+
+
+def test_a_pool_that_is_used_up_ends_the_run(tmp_path):
+    made = learner(tmp_path, "random", batch=50)
+    assert made.run(9) and len(made.places) == 120 and len(made.history) == 3
