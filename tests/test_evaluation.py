@@ -227,7 +227,29 @@ def test_a_model_is_evaluated_on_every_one_of_several_sets(tmp_path):
     assert {"a_loss", "b_loss", "a_accuracy"} <= run.evaluate_model(run.model).keys()
 
 
+def test_batch_norms_are_re_estimated_on_batches_of_the_training_size(tmp_path):
+    run = make(SplitLBITrainer, tmp_path, Net(), {"args": {"eval_strategy": "no"}}, SplitLBIArguments)
+    run.train()
+    conv, norm, *_ = run.slim(keep=0.7, calibration=False, bn_batches=2, latency_batch=0).body
+    rows = torch.stack(list(tiny_run.images(32, 1)["pixel_values"]))[::2]  # two batches, spread over the data
+    with torch.no_grad():
+        batches = [conv(batch).transpose(0, 1).flatten(1) for batch in rows.split(8)]
+    for found, statistic in ((norm.running_mean, torch.mean), (norm.running_var, torch.var)):
+        torch.testing.assert_close(found, torch.stack([statistic(batch, 1) for batch in batches]).mean(0))
+
+
 # ---- said or refused
+
+
+def test_what_cannot_be_evaluated_or_loaded_is_refused_before_anything_is_slimmed(tmp_path, monkeypatch):
+    run = make(SplitLBITrainer, tmp_path, Net(), {"args": {"eval_strategy": "no"}}, SplitLBIArguments)
+    run.train()
+    monkeypatch.setattr(run, "slim", None)
+    with pytest.raises(TypeError, match="Net is no transformers model.*state_dict"):
+        run.save_family([0.5], tmp_path / "family")
+    run.eval_dataset = None
+    with pytest.raises(ValueError, match="set eval_dataset="):
+        run.evaluate_path()
 
 
 @pytest.mark.parametrize("method", ["evaluate_masked", "evaluate_path"])

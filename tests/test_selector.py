@@ -379,7 +379,7 @@ def labelled(values):
 @pytest.mark.parametrize(
     ("options", "change", "error", "message"),
     [
-        ({"label_column": "lable"}, None, ValueError, r"no column 'lable'.*near ones \['label'"),
+        ({"label_column": "lable"}, None, ValueError, r"no column 'lable'.*near ones \['label'.*label_column="),
         ({"id_column": "id"}, None, ValueError, "no column 'id'"),
         ({"id_column": "label"}, None, ValueError, "names some rows alike"),
         ({}, lambda pool: pool.select([]), ValueError, "has no rows"),

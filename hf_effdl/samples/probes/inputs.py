@@ -21,7 +21,9 @@ Rows = Sequence[Mapping[str, Any]]
 NOT_INPUTS = ("label", "labels", "label_ids", "weight", "inclusion_probability")
 
 
-def check_dataset(data: Any, columns: Sequence[str] = (), argument: str = "the data set") -> Dataset:
+def check_dataset(
+    data: Any, columns: Sequence[str] = (), argument: str = "the data set", named_by: str = ""
+) -> Dataset:
     """The data set itself, if it is a non-empty `datasets.Dataset` with the columns.
 
     Raises:
@@ -47,6 +49,7 @@ def check_dataset(data: Any, columns: Sequence[str] = (), argument: str = "the d
             raise ValueError(
                 f"{argument} has no column {column!r}; its columns are {data.column_names}"
                 + (f", near ones {near}" if near else "")
+                + (f"; name the right one by {named_by}" if named_by else "")
             )
     return data
 

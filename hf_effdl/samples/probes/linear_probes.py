@@ -87,7 +87,7 @@ class LinearProbes(Probes):
             >>> len(LinearProbes.train(None, data, input_column="features", steps=5))
             8
         """
-        check_dataset(rows, [label_column], "the probe set")
+        check_dataset(rows, [label_column], "the probe set", "label_column=")
         names = names or label_names(rows, label_column)
         labels = label_tensor(rows, label_column, names)
         classes = check_classes(labels, label_column, names)

@@ -139,7 +139,7 @@ def train_probes(
     usual = PRESETS[preset]
     num_probes = usual[0] if num_probes is None else num_probes
     bootstrap = usual[1] if bootstrap is None else bootstrap
-    check_dataset(rows, [label_column], "the probe set")
+    check_dataset(rows, [label_column], "the probe set", "label_column=")
     if isinstance(num_probes, bool) or not isinstance(num_probes, int):
         raise TypeError(f"num_probes={num_probes!r}: it must be a whole number, 2 or more")
     if num_probes < LEAST_PROBES:

@@ -179,7 +179,11 @@ class UncertaintySelector:
     def _open(self, data: Dataset) -> ScoredPool:
         labelled = self.mode == "coreset"
         columns = [self.label_column if labelled else None, self.id_column]
-        check_dataset(data, [name for name in columns if name is not None])
+        check_dataset(
+            data,
+            [name for name in columns if name is not None],
+            named_by="UncertaintySelector(label_column=, id_column=)",
+        )
         return ScoredPool.open(data, self.label_column, self.probes.names, labelled)
 
     def _scored(self, pool: ScoredPool) -> ScoredPool:

@@ -201,6 +201,12 @@ def evaluate_model(
 # ---- rows for a model
 
 
+def rows_per_batch(dataloader: Any) -> int:
+    """Of this process. A loader that Accelerate has prepared has no `batch_size`; its sampler knows."""
+    sampler = getattr(dataloader, "batch_sampler", None)
+    return getattr(dataloader, "batch_size", None) or getattr(sampler, "batch_size", None) or 1
+
+
 def training_inputs(
     dataloader: Any, batches: int, model: nn.Module, labels: bool = False, share: tuple[int, int] = (0, 1)
 ) -> Iterator[dict[str, Any]]:
@@ -213,7 +219,7 @@ def training_inputs(
         labels: whether labels stay.
         share: a process's number and how many there are, to share the rows among them five at a time.
     """
-    dataset, size = dataloader.dataset, getattr(dataloader, "batch_size", None) or 1
+    dataset, size = dataloader.dataset, rows_per_batch(dataloader)
     if isinstance(dataset, IterableDataset):
         rows: Any = list(islice(dataset, batches * size))
     else:

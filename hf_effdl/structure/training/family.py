@@ -15,12 +15,22 @@ from transformers import PreTrainedModel
 from hf_effdl.checks import one_of, path, real_number
 from hf_effdl.files import write_whole
 from hf_effdl.pictures import LINE, bare, figure
+from hf_effdl.structure.groups.finders.lora import has_adapter
 from hf_effdl.structure.slim.family import family_record, write_family
 from hf_effdl.structure.slim.report import get_report
 
 
 BUDGETS = ("macs", "params", "latency", "keep")
 PICTURE = "family.png"
+
+
+def check_loadable(model: nn.Module) -> None:
+    """Refuse to save what `from_pretrained` could not load."""
+    if not isinstance(model, PreTrainedModel) and not has_adapter(model):
+        raise TypeError(
+            f"{type(model).__name__} is no transformers model, so it has no config to load it by; save its "
+            "state_dict yourself, or wrap the net in a PreTrainedModel"
+        )
 
 
 class FamilyMixin:
@@ -134,6 +144,8 @@ class FamilyMixin:
         if len({_revision(budget, share) for share in shares}) < len(shares):
             raise ValueError(f"budgets={list(budgets)}: two of them have one name, {_revision(budget, max(shares))!r}")
         models = list(budgets.values()) if isinstance(budgets, Mapping) else [None] * len(shares)
+        if None in models:
+            check_loadable(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
         for model in models:
             if model is not None and not (isinstance(model, PreTrainedModel) and get_report(model)):
                 raise TypeError(f"budgets holds a {type(model).__name__} that is no transformers model from slim")

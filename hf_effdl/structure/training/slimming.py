@@ -15,7 +15,7 @@ from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.slim.latency import measure_latency
 from hf_effdl.structure.slim.report import effdl_report, set_report
 from hf_effdl.structure.slim.slim import cut_copy, take_out
-from hf_effdl.structure.training.evaluation import training_inputs
+from hf_effdl.structure.training.evaluation import rows_per_batch, training_inputs
 
 
 CALIBRATION_ROWS = 512
@@ -111,7 +111,7 @@ class SlimMixin:
         if wanted is not True:
             return wanted
         loader = self.rows()
-        batches = -(-CALIBRATION_ROWS // (getattr(loader, "batch_size", None) or 1))
+        batches = -(-CALIBRATION_ROWS // rows_per_batch(loader))
         share = self.args.process_index, self.args.world_size
         with random_state_kept():  # rows may be augmented at random
             return list(training_inputs(loader, batches, model, labels=score == "fisher", share=share))

@@ -20,7 +20,6 @@ from hf_effdl.checks import whole_number
 from hf_effdl.processes import forget_accelerate, is_first, refuse_lone_processes
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
-from hf_effdl.structure.groups.finders.lora import has_adapter
 from hf_effdl.structure.groups.group import Group, Groups
 from hf_effdl.structure.groups.inputs import evaluating
 from hf_effdl.structure.optim.sharding import is_sharded
@@ -34,7 +33,7 @@ from hf_effdl.structure.training.card import write_structure_card
 from hf_effdl.structure.training.checkpoints import last_complete_checkpoint
 from hf_effdl.structure.training.distill import DistillationMixin
 from hf_effdl.structure.training.evaluation import example_row, loop_metrics, training_inputs
-from hf_effdl.structure.training.family import FamilyMixin
+from hf_effdl.structure.training.family import FamilyMixin, check_loadable
 from hf_effdl.structure.training.slimming import SlimMixin
 from hf_effdl.structure.training.small import SmallMixin
 from hf_effdl.weighting import WeightedLossMixin
@@ -268,6 +267,10 @@ class SplitLBITrainer(FamilyMixin, SmallMixin, SlimMixin, DistillationMixin, Wei
         Budgets that the model cannot be slimmed to are left out. The points also stand in `trainer.path.curve`.
         """
         self._check_trained("evaluate_path")
+        if self.eval_dataset is None:
+            raise ValueError(
+                "evaluate_path evaluates every size, and there are no rows to do it on: set eval_dataset="
+            )
         bn_batches = whole_number("bn_batches", bn_batches, 0)
         curve = []
         for share in shares:
@@ -341,11 +344,7 @@ class SplitLBITrainer(FamilyMixin, SmallMixin, SlimMixin, DistillationMixin, Wei
 
         `card` takes the arguments of `create_model_card`, and `repo_id` for the loading snippet.
         """
-        if not isinstance(small, PreTrainedModel) and not has_adapter(small):
-            raise TypeError(
-                f"{type(small).__name__} is no transformers model, so it has no config to load it by; save its "
-                "state_dict yourself, or wrap the net in a PreTrainedModel"
-            )
+        check_loadable(small)
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         small.save_pretrained(target)
