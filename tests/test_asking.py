@@ -113,7 +113,7 @@ def test_what_cannot_be_ruled_out_is_named(pipe, tmp_path):
         ({"exclude": [3]}, "exclude: id 3 is not in this pool.*numbers are ids, too"),
         ({"exclude": [f"scene {i}" for i in range(COUNT)]}, "image 0 of the batch may be shown no example"),
         ({"classes": "bird"}, "may be shown no example"),
-        ({"candidates_where": {"size": 3}}, "pass 'group' or 'class'"),
+        ({"candidates_where": {"size": 3}}, "pass a dict of 'group' or 'class'"),
     ):
         with pytest.raises(ValueError, match=text):
             pipe(image, **options)
@@ -136,11 +136,12 @@ def test_what_cannot_be_ruled_out_is_named(pipe, tmp_path):
 
 def test_nothing_is_measured_or_ranked_on_its_own_group(pool):
     model = make_model()
-    candidates, performance = measure_examples(model, pool, progress=False)
+    free = {"classes": [None] * COUNT, "progress": False}
+    candidates, performance = measure_examples(model, pool, **free)
     for row, others in enumerate(candidates.tolist()):
         assert {VIDEOS[other] for other in others if other >= 0} == set(VIDEOS) - {VIDEOS[row]}
     assert performance.isfinite().all() and (candidates >= 0).sum() == COUNT * (COUNT - 3)
-    every = measure_examples(make_model(), pool, groups=[None] * COUNT, progress=False)[0]
+    every = measure_examples(make_model(), pool, groups=[None] * COUNT, **free)[0]
     assert (every >= 0).all()
     lists = RankingLists(pool, every, torch.rand(every.shape), k=4, duplicates=None, labels=False)
     belongs = torch.tensor([int(video) for video in VIDEOS])

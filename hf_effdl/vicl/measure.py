@@ -103,7 +103,8 @@ def measure_examples(
 
     Source: as SupPR (arXiv 2301.13670) and Partial2Global (arXiv 2405.15279) do with 50 neighbours.
     """
-    refuse_lone_processes()
+    if not torch.distributed.is_initialized():  # a group of torch shares the work too
+        refuse_lone_processes()
     excluded = torch.zeros(len(pool), dtype=torch.bool)
     if exclude is not None:
         excluded[rows_of_ids(pool, exclude, "exclude")] = True

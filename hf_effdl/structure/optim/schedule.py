@@ -124,7 +124,7 @@ def walk_path(
 
     Example:
         >>> {name: round(value, 4) for name, value in walk_path([0.001] * 300).items()}
-        {'nu': 0.0811, 'path_scale': 1.0, 'lam': 0.0153}
+        {'nu': 0.0811, 'path_scale': 1.0, 'lam': 0.027}
     """
     total, ridge_length = sum(rates), RIDGE_LENGTHS["empty"] if ridge_length is None else ridge_length
     for name, value in (("the sum of the rates", total), ("ridge_length", ridge_length), ("path_scale", path_scale)):
