@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from hf_effdl.processes import refuse_lone_processes
 
@@ -76,7 +76,8 @@ def parse_arguments(
     )
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    refuse_lone_processes()
+    if any(issubclass(kind, TrainingArguments) for kind in kinds):  # other scripts make a group of their own
+        refuse_lone_processes()
     return tuple(found)
 
 

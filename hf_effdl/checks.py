@@ -48,6 +48,13 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def instance(name: str, value: Any, kinds: type | tuple[type, ...], what: str) -> Any:
+    """An object of some class, as it came; raises TypeError, saying what to pass, for anything else."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} is a {type(value).__name__}: pass {what}")
+    return value
+
+
 def tensor(name: str, value: Any) -> Tensor:
     """A real tensor, as it came; raises TypeError for anything else."""
     if not isinstance(value, Tensor):

@@ -1,6 +1,7 @@
 """`WeightedSFTTrainer`: TRL's supervised fine-tuning on weights of rows, turns and tokens. Needs the extra `trl`."""
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -12,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from hf_effdl.checks import instance
 from hf_effdl.processes import refuse_lone_processes
 from hf_effdl.row_losses import COLUMN, IGNORED
 from hf_effdl.weighting import check_column, check_weights, columns_of, refuse_no_weights
@@ -78,6 +80,7 @@ class WeightedSFTTrainer(SFTTrainer):
         processing_class: Any = None,
         **options: Any,
     ) -> None:
+        instance("model", model, (str, os.PathLike, nn.Module), "a causal language model, or its id")
         self._check_data(train_dataset)
         self._check_loss(args, options.get("compute_loss_func"))
         if getattr(args, "device", None) is not None:  # asking for it joins the other processes

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from hf_effdl.checks import instance
 from hf_effdl.files import damaged, digest, read_tensors, write_whole
 from hf_effdl.processes import refuse_lone_processes, same_fate
 from hf_effdl.vicl.pool.writer import processes
@@ -103,6 +104,8 @@ def measure_examples(
 
     Source: as SupPR (arXiv 2301.13670) and Partial2Global (arXiv 2405.15279) do with 50 neighbours.
     """
+    instance("model", model, VisualInContextModel, "a VisualInContextModel, such as pipe.model")
+    instance("pool", pool, PoolReader, "an ExamplePool")
     if not torch.distributed.is_initialized():  # a group of torch shares the work too
         refuse_lone_processes()
     excluded = torch.zeros(len(pool), dtype=torch.bool)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from hf_effdl.checks import instance
 from hf_effdl.samples.scores.numbers import as_numbers
 
 
@@ -102,6 +103,7 @@ def read_probabilities(table: Mapping[str, Tensor], name: str) -> Tensor:
 
 def row_count(table: Mapping[str, Tensor]) -> int:
     """Rows of a score table; raises a `ValueError` for columns of several lengths."""
+    instance("table", table, Mapping, "the score columns, {name: tensor of one number a row}")
     lengths = {name: len(as_rows(column, name)) for name, column in table.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"the score table has columns of {lengths} rows; pass columns of one length")

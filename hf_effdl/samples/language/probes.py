@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 
-from hf_effdl.checks import whole_number
+from hf_effdl.checks import instance, whole_number
 from hf_effdl.files import digest, read_sealed, sealed, write_whole
 from hf_effdl.processes import agreed, forget_accelerate, is_first, refuse_lone_processes, together
 from hf_effdl.random_state import random_state_kept
@@ -35,7 +35,10 @@ class LanguageProbes:
     """
 
     def __init__(self, models: nn.Module | Sequence[nn.Module], processing_class: Any) -> None:
+        instance("models", models, (nn.Module, list, tuple), "a PEFT model with adapters, or a list of models")
         self.models = [models] if isinstance(models, nn.Module) else list(models)
+        for model in self.models:
+            instance("a model of models", model, nn.Module, "language models")
         if not self.models:
             raise ValueError("models=[]: pass a PEFT model with adapters, or one model or more")
         if not callable(processing_class) or not hasattr(processing_class, "apply_chat_template"):
@@ -150,6 +153,7 @@ def train_language_probes(
     from peft import LoraConfig, get_peft_model
 
     count = whole_number("num_probes", num_probes, 2)
+    instance("rows", rows, (Dataset, list, tuple), "a data set of instruction rows")
     if not len(rows):
         raise ValueError("rows is empty; pass some hundred rows that are known to be good")
     encoded = [encode(row, processing_class, max_length, f"row {i}") for i, row in enumerate(rows)]

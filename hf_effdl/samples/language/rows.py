@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_effdl.checks import instance
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -64,6 +66,7 @@ def encode(row: Mapping[str, Any], tokenizer: Any, max_length: int, where: str =
 
 def _tokens(row: Mapping[str, Any], tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
     """The whole row, and its prompt alone."""
+    instance(where, row, Mapping, "rows as dicts, with messages, prompt and completion, or text")
     if row.get("messages") is not None:
         messages = row["messages"]
         if not messages or messages[-1]["role"] != "assistant":

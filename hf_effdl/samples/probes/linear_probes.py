@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
 
+from hf_effdl.checks import instance, tensor
 from hf_effdl.samples.drawing.checks import check_seed
 from hf_effdl.samples.probes.inputs import Inputs, check_classes, check_dataset, label_names, label_tensor, run_model
 from hf_effdl.samples.probes.probes import LEAST_PROBES, Probes, ProbeSet, bootstrap_counts, weights_hash
@@ -40,6 +41,9 @@ class LinearProbes(Probes):
         probe_set: ProbeSet,
         recipe: dict[str, Any],
     ) -> None:
+        if backbone is not None:
+            instance("backbone", backbone, nn.Module, "a model, or None where the rows hold features")
+        tensor("heads", heads)
         self.backbone = nn.Identity() if backbone is None else backbone.eval()
         super().__init__([self.backbone] * len(heads), names=names or [], probe_set=probe_set)
         self.names = list(names) if names else None

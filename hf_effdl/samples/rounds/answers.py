@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from hf_effdl.checks import path
 from hf_effdl.files import write_whole
 
 
@@ -45,7 +46,7 @@ class CsvAnswers:
     def __init__(
         self, folder: str | os.PathLike, columns: Sequence[str] | None = None, label_column: str = "label"
     ) -> None:
-        self.folder, self.columns, self.label_column = Path(folder), columns, label_column
+        self.folder, self.columns, self.label_column = path("folder", folder), columns, label_column
 
     def __call__(self, rows: Dataset, places: Sequence[int], number: int) -> list[str] | None:
         file = self.folder / f"asked-{number:04d}.csv"

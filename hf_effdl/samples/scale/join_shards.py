@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_effdl.checks import instance
 from hf_effdl.files import locked, sweep, write_whole
 from hf_effdl.samples.scale.score_shards import Shard, reader
 
@@ -47,6 +48,8 @@ def join_shards(
         ...     pq.read_table(files[0]).to_pydict()
         {'text': ['a', 'c'], 'row_id': [0, 2], 'weight': [1.0, 1.0]}
     """
+    for name, given in (("files", files), ("tables", tables)):
+        instance(name, given, (list, tuple), "a list of Parquet files")
     sources, others = ([Shard.open(file) for file in group] for group in (files, tables))
     if len(sources) != len(others) or not sources:
         raise ValueError(f"{len(sources)} files and {len(others)} tables; pass a table for each file, in order")

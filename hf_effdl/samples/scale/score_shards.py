@@ -13,7 +13,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 
-from hf_effdl.checks import whole_number
+from hf_effdl.checks import instance, whole_number
 from hf_effdl.files import digest, locked, sweep, write_json, write_whole
 from hf_effdl.processes import is_first, refuse_lone_processes, same_fate, together
 from hf_effdl.samples.scale.scorers import RowScorer, as_scorer
@@ -95,7 +95,7 @@ class Shard:
     def open(cls, file: str | os.PathLike) -> "Shard":
         import pyarrow as pa
 
-        name = os.fspath(file)
+        name = os.fspath(instance("a file", file, (str, os.PathLike), "paths of Parquet files"))
         size, mark = _stamp(name)
         try:
             with reader(name) as opened:

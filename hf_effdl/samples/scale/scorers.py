@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from hf_effdl.checks import instance
 from hf_effdl.files import digest
 from hf_effdl.samples.probes.inputs import label_tensor
 from hf_effdl.samples.probes.probes import Probes
@@ -49,6 +50,7 @@ class ProbeScorer:
     def __init__(
         self, probes: Probes, label_column: str | None = "label", gauge: str = "invariant", batch_size: int = 64
     ) -> None:
+        instance("probes", probes, Probes, "LinearProbes or what train_probes returns")
         self.probes, self.label_column, self.gauge, self.batch_size = probes, label_column, gauge, batch_size
         if label_column is not None:
             probes.inputs.aside |= {label_column}

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 
-from hf_effdl.checks import whole_number
+from hf_effdl.checks import instance, whole_number
 from hf_effdl.samples.drawing.checks import check_rows, check_seed
 from hf_effdl.samples.drawing.draws import priority_chances, priority_keys
 from hf_effdl.samples.drawing.hashing import check_once, hash_ids
@@ -84,7 +84,7 @@ def select_stream(
 
 
 def _batches(stream: Iterable[Mapping[str, Any]], size: int) -> Iterator[tuple[list[dict], int]]:
-    rows, first = iter(stream), 0
+    rows, first = iter(instance("stream", stream, Iterable, "a streamed data set, or rows as dicts")), 0
     while batch := [dict(row) for row in islice(rows, size)]:
         yield batch, first
         first += len(batch)

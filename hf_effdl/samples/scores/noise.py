@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_effdl.checks import tensor
 from hf_effdl.samples.scores.numbers import as_numbers
 from hf_effdl.samples.scores.uncertainty import check_labels
 
@@ -138,7 +139,7 @@ def _fit_rows(likely: Tensor) -> Tensor:
 
 
 def _check(p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    p = p if isinstance(p, Tensor) else as_numbers(p, "p")
+    p = tensor("p", p) if isinstance(p, Tensor) else as_numbers(p, "p")
     if p.ndim != 2 or len(p) == 0 or not ((p >= 0) & (p <= 1.01)).all():  # 1.01: half precision
         raise ValueError(
             f"p has shape {tuple(p.shape)} or values outside [0, 1]; pass the probes' mean probabilities "

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_effdl.checks import instance
 from hf_effdl.pictures import LINE, bare, figure
 from hf_effdl.structure.path.path import SparsePath
 
@@ -46,6 +47,7 @@ def plot_lora_ranks(path: SparsePath, ranks: Mapping[str, int] | None = None) ->
     Example:
         >>> plot_lora_ranks(trainer.path).savefig("ranks.png")  # doctest: +SKIP
     """
+    instance("path", path, SparsePath, "trainer.path of a run on an adapter")
     if ranks is None:
         ranks = {name: int(inside.sum()) for name, inside in path.support.items()}
     kinds, rows = rank_table(ranks)

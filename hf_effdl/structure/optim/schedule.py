@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from hf_effdl.checks import one_of, real_number
+from hf_effdl.checks import instance, one_of, real_number
 from hf_effdl.structure.optim.checks import BASES, STARTS
 
 
@@ -126,6 +126,7 @@ def walk_path(
         >>> {name: round(value, 4) for name, value in walk_path([0.001] * 300).items()}
         {'nu': 0.0811, 'path_scale': 1.0, 'lam': 0.027}
     """
+    rates = [real_number("rates", rate) for rate in instance("rates", rates, (list, tuple), "the rate of every step")]
     total, ridge_length = sum(rates), RIDGE_LENGTHS["empty"] if ridge_length is None else ridge_length
     for name, value in (("the sum of the rates", total), ("ridge_length", ridge_length), ("path_scale", path_scale)):
         if not 0 < real_number(name, value) < math.inf:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_effdl.structure.groups.group import Group
+from hf_effdl.structure.groups.group import Group, check_groups
 from hf_effdl.structure.slim.report import count
 from hf_effdl.structure.tickets.files import State, load_ticket, push_ticket, save_ticket
 
@@ -46,6 +46,7 @@ class Ticket:
     weights: dict[int, State] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_groups(self.groups, "Ticket")
         units = {group.name: group.units for group in self.groups}
         if not isinstance(self.kept, Mapping):
             raise TypeError(f"kept must hold indices by group name, not {type(self.kept).__name__}")

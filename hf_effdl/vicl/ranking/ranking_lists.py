@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hf_effdl.checks import instance
 from hf_effdl.vicl.held_out import near_duplicates
 from hf_effdl.vicl.remote_code.modeling_visual_in_context import VisualInContextModel
 from hf_effdl.vicl.remote_code.pool_reader import PoolReader
@@ -80,6 +82,9 @@ class RankingLists(Dataset):
         task: Any = None,
         seed: int = 0,
     ) -> None:
+        instance("pool", pool, PoolReader, "an ExamplePool")
+        for name, table in (("candidates", candidates), ("performance", performance)):
+            instance(name, table, (Tensor, np.ndarray, list), "a table of measure_examples, (n, K)")
         candidates, performance = (torch.as_tensor(table).cpu() for table in (candidates, performance))
         _check_table(pool, candidates, performance, k, lists_per_query)
         measured_mask = candidates >= 0

@@ -76,6 +76,8 @@ class VisionEncoder(nn.Module):
         revision: str | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(backbone, nn.Module) or not hasattr(backbone, "config"):
+            raise TypeError(f"backbone is a {type(backbone).__name__}: pass a vision model of transformers")
         self.contrastive = hasattr(backbone, "vision_model") and hasattr(backbone, "text_model")
         self.backbone = backbone.vision_model if self.contrastive else backbone
         self.backbone.eval().requires_grad_(False)
