@@ -195,6 +195,7 @@ class FamilyMixin:
         axis.plot(*zip(*points, strict=True), "o-", color=LINE)
         for row, point in zip(facts, points[-len(facts) :], strict=True):
             axis.annotate(row["revision"], point, xytext=(6, -10), textcoords="offset points", fontsize=8)
+        axis.margins(y=0.15)  # room for the names
         axis.set_xlabel("share of the MACs")
         axis.set_ylabel(metric)
         folder.mkdir(parents=True, exist_ok=True)
