@@ -7,17 +7,19 @@ metrics/      metrics for `evaluate.load`
 hub/          what cards and repositories of all three share
 weighting     `WeightedTrainer`, which trains on a column of weights; `row_losses`: the loss of every row
 weighted_sft  `WeightedSFTTrainer`, the same for TRL's fine-tuning of language models
-registration  how transformers comes to know slim models
+registration  how transformers comes to know slim models; `moved`: import paths of 0.1.0
 files, processes, pictures, checks, random_state, version    one place each for what all of them need
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hf_effdl.moved import keep_old_paths as _keep_old_paths
 from hf_effdl.registration import register as _register
 from hf_effdl.version import __version__ as __version__
 
 
+_keep_old_paths()  # before anything is imported from a package that has the name of an old module
 _register()  # how a slim model is loaded: from_pretrained needs this import and nothing else
 
 

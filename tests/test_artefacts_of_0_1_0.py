@@ -4,8 +4,10 @@ Only public names of the package are used here, as its inner modules may move. T
 0.1.0, is in the history: `git log --diff-filter=D -- tests/fixtures/make.py`.
 """
 
+import importlib
 import json
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -76,6 +78,33 @@ def test_every_public_name_is_still_there():
     assert len(names) > 60 and set(names) <= set(hf_effdl.__all__)
     for name in names:
         assert getattr(hf_effdl, name) is not None
+
+
+OLD_PATHS = json.loads((FIXTURES / "names_of_0_1_0.json").read_text())
+
+
+@pytest.mark.parametrize("module", OLD_PATHS)
+def test_old_paths_lead_to_where_names_are_now(module):
+    place = importlib.import_module(f"hf_effdl.{module}")
+    rooms = {room.name for room in pkgutil.iter_modules(getattr(place, "__path__", ()))}
+    names = [name for name in OLD_PATHS[module] if name not in rooms and name not in vars(place)]
+    for name in names:
+        with pytest.warns(FutureWarning, match=rf"hf_effdl.{module}.{name} is hf_effdl\.\S+\.{name} now"):
+            assert getattr(place, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'gone'"):
+        place.gone  # noqa: B018
+
+
+def test_rooms_of_today_come_before_old_names():
+    from hf_effdl.structure.slim import report, slim  # the function of 0.1.0 is a room now
+
+    assert (report.__name__, slim.__name__) == ("hf_effdl.structure.slim.report", "hf_effdl.structure.slim.slim")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_arguments_of_an_old_run_can_be_read():
+    args = torch.load(FIXTURES / "trainer" / "checkpoint-6" / "training_args.bin", weights_only=False)
+    assert type(args) is hf_effdl.SplitLBIArguments and args.num_train_epochs == 3
 
 
 # ---- prompt selection
