@@ -49,6 +49,12 @@ class Hidden(nn.Module):
             a = a / a.detach().square().mean(1, keepdim=True).add(1e-4).sqrt()
         elif self.kind == "pixels":
             a = F.local_response_norm(a, 3, alpha=1e-4, beta=0.75, k=1.0)
+        elif self.kind == "float" and float(a.detach().mean()) > 30:
+            a = a * 2
+        elif self.kind == "compared" and a.detach().mean() > 1e4:
+            a = a * 2
+        elif self.kind == "rare" and torch.rand(()) < 1e-6:
+            a = a * b.detach()
         elif self.kind == "strongest":
             out = a.detach().argmax(1).float().mean((1, 2))
         elif self.kind == "side":
@@ -63,6 +69,7 @@ class Hidden(nn.Module):
 
 
 KINDS = "detach no_grad numpy norm pixels strongest side training labels".split() + ["training product"]
+KINDS += ["float", "compared", "rare"]
 
 
 def answers(net, x, training, labels):
@@ -105,6 +112,19 @@ def test_forty_random_nets_with_hidden_couplings_lose_only_units_that_nothing_el
         assert "a.0" not in [group.name for group in groups]
         for seed in range(5):
             assert_removable(net, groups, seed)
+
+
+@pytest.mark.parametrize("condition", [lambda x: x.isnan().any(), lambda x: x.shape[0] > 4, lambda x: x.max() > 1e9])
+def test_conditions_that_no_unit_decides_cost_no_group(condition):
+    class Careful(Hidden):
+        def forward(self, x, labels=None):
+            if condition(x):
+                raise ValueError("not these")
+            return super().forward(x, labels)
+
+    assert {"a.0", "b.0", "body.0.0"} <= {
+        group.name for group in find_groups(Careful("none", 0), torch.rand(1, 3, 8, 8))
+    }
 
 
 def test_a_net_without_couplings_keeps_all_its_groups():

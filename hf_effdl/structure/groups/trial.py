@@ -2,7 +2,7 @@
 
 Every trial takes random units of its own out of every group, so that units that meet out of the tracer's sight (behind
 `detach`, in numpy, under `no_grad`) no longer fit. What shows in one setting alone is looked for there: a head that
-runs in train mode or with labels, a norm that does nothing to small signals.
+runs in train mode or with labels, a norm that does nothing to small signals, a branch that is seldom taken.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_effdl.random_state import seed_all
 from hf_effdl.structure.groups.group import BATCH_NORMS, PRODUCERS, Group
 from hf_effdl.structure.groups.inputs import all_values, call, copy_of, each_tensor, output_tensors, twice, with_labels
+from hf_effdl.structure.groups.reading import Reading
 from hf_effdl.structure.groups.surgery import cut, mask
 
 
@@ -24,6 +25,7 @@ SCALES = (4.0, 16.0, PIXELS)  # a gate that opens at some size is at both of its
 SMALL = 1_000_000  # parameters of a model that costs little to try out twice
 BATCH = 8  # rows
 CHEAP = 2**16  # numbers in a batch of inputs
+BRANCHES = 4  # conditions of a forward pass that are turned round, one after the other
 # what is random, or cannot work on one row, in train mode
 AS_IN_EVAL = (
     *BATCH_NORMS,
@@ -47,6 +49,7 @@ class Setting:
         exact: in double precision already, or in what the model insists on: a failure needs no second look.
         may_overflow: on inputs larger than the model may be made for.
         draws: how often units are drawn: of a few units there are some whose absence does not show.
+        against: number of the condition that is told the other way round, see `Reading`.
     """
 
     model: nn.Module
@@ -55,6 +58,7 @@ class Setting:
     exact: bool = False
     may_overflow: bool = False
     draws: int = 1
+    against: int | None = None
 
     def doubled(self) -> "Setting":
         """The same in double precision, where the model runs in that."""
@@ -90,7 +94,7 @@ def settings_for(model: nn.Module, inputs: Any, labels: Any = None) -> list[Sett
         inputs: one row.
         labels: of that row; None: made up, where the model takes some.
     """
-    draws = 2 if sum(p.numel() for p in model.parameters()) < SMALL else 1
+    draws = 2 if _is_small(model) else 1
     settings = [Setting(model, inputs, draws=draws).doubled()]
     has_sizes = any(tensor.is_floating_point() for tensor in all_values(inputs))  # tokens have none
     settings += [_at_scale(model, inputs, scale, draws) for scale in SCALES if has_sizes]
@@ -101,7 +105,34 @@ def settings_for(model: nn.Module, inputs: Any, labels: Any = None) -> list[Sett
     if heads[-1] is None:  # otherwise what runs without labels runs with them too
         heads.append(_that_runs(training, [*rows, inputs, twice(inputs)], " in train mode"))
         heads += [Setting(model, with_them, " with labels") for with_them in labelled]
-    return [*settings, *(head for head in heads if head is not None)]
+    settings += [head for head in heads if head is not None]
+    return settings + [branch for setting in settings if not setting.may_overflow for branch in _branches(setting)]
+
+
+def _branches(setting: Setting) -> list[Setting]:
+    """The same where conditions that hold do not, and the other way round; those that end in an error are left out."""
+    with Reading() as reading:
+        call(setting.model, setting.inputs)
+    words = setting.words + " on a branch that it seldom takes"
+    draws = (
+        5 if _is_small(setting.model) else 2
+    )  # no other setting takes this branch: two units are drawn in every way
+    places = range(min(reading.truths, BRANCHES))
+    branches = [replace(setting, words=words, against=place, draws=draws) for place in places]
+    return [branch for branch in branches if _runs(branch)]
+
+
+def _runs(setting: Setting) -> bool:
+    try:
+        with Reading(setting.against):
+            call(setting.model, setting.inputs)
+    except Exception:  # noqa: BLE001 - a model's own reasons
+        return False
+    return True
+
+
+def _is_small(model: nn.Module) -> bool:
+    return sum(p.numel() for p in model.parameters()) < SMALL
 
 
 def _at_scale(model: nn.Module, inputs: Any, scale: float, draws: int) -> Setting:
@@ -135,13 +166,8 @@ def _training(model: nn.Module) -> nn.Module:
 
 
 def _that_runs(model: nn.Module, candidates: Sequence[Any], words: str) -> Setting | None:
-    for inputs in candidates:
-        try:
-            call(model, inputs)
-        except Exception:  # noqa: BLE001 - a model's own reasons
-            continue
-        return Setting(model, inputs, words)
-    return None
+    settings = [Setting(model, inputs, words) for inputs in candidates]
+    return next((setting for setting in settings if _runs(setting)), None)
 
 
 # ---- trials
@@ -222,9 +248,9 @@ def _drawn(units: int, generator: torch.Generator, with_gap: bool) -> Tensor:
 def _alike(setting: Setting, groups: Sequence[Group], kept: dict[str, Tensor], seed: int) -> bool:
     small = cut(copy_of(setting.model, shared=setting.model.parameters()), groups, kept)  # puts new tensors there
     with _masked(setting.model, groups, kept) as silent_model:
-        silent = _answer(silent_model, setting.inputs, seed)
+        silent = _answer(setting, silent_model, seed)
     try:
-        answer = _answer(small, setting.inputs, seed)
+        answer = _answer(setting, small, seed)
     except Exception:  # noqa: BLE001 - a size written into the forward pass may break it in any way
         return False
     return len(silent) == len(answer) > 0 and all(map(_equal, silent, answer))
@@ -242,10 +268,16 @@ def _masked(model: nn.Module, groups: Sequence[Group], kept: dict[str, Tensor]) 
             model.get_parameter(name).copy_(tensor)
 
 
-def _answer(model: nn.Module, inputs: Any, seed: int) -> list[Tensor]:
+def _answer(setting: Setting, model: nn.Module, seed: int, with_read: bool = True) -> list[Tensor]:
+    """What a model says, leaves behind and lets Python read of it."""
     seed_all(seed)
-    answer = all_values(call(model, inputs))
-    return answer + [value for module in model.modules() for value in _scalars_left_on(module)]
+    with Reading(setting.against) as reading:
+        answer = all_values(call(model, setting.inputs))
+    return (
+        answer
+        + (reading.values if with_read else [])
+        + [value for module in model.modules() for value in _scalars_left_on(module)]
+    )
 
 
 def _scalars_left_on(module: nn.Module) -> list[Tensor]:
@@ -268,14 +300,14 @@ def _says_nothing(setting: Setting, groups: Sequence[Group], kept: dict[str, Ten
     """Whether answers of this setting cannot be compared: they overflow, or are random in train mode."""
     if not setting.words:
         return False
-    whole = _answer(copy_of(setting.model), setting.inputs, seed)
+    whole = _answer(setting, copy_of(setting.model), seed, with_read=False)
     if not all(value.isfinite().all() for value in whole):
         return setting.may_overflow
-    again = _answer(copy_of(setting.model), setting.inputs, seed + 1)
+    again = _answer(setting, copy_of(setting.model), seed + 1, with_read=False)
     if all(map(_equal, whole, again)):
         return False
     try:
-        small = _answer(cut(copy_of(setting.model), groups, kept), setting.inputs, seed)
+        small = _answer(setting, cut(copy_of(setting.model), groups, kept), seed, with_read=False)
     except Exception:  # noqa: BLE001 - as above
         return False
     return [value.shape for value in whole] == [value.shape for value in small]
