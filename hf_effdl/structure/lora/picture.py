@@ -17,9 +17,9 @@ POINTS = 200  # on the axis of steps
 
 def place_of(module: str) -> tuple[str, str]:
     """The layer, by the first number in a module's name, and what it is there: `("3", "attention.self.query")`."""
-    parts = module.split(".")
+    parts = module.removeprefix("base_model.model.").split(".")  # what peft puts before a model's own names
     first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    return (NO_LAYER, parts[-1]) if first is None else (parts[first], ".".join(parts[first + 1 :]))
+    return (NO_LAYER, ".".join(parts[-2:])) if first is None else (parts[first], ".".join(parts[first + 1 :]))
 
 
 def rank_table(ranks: Mapping[str, int]) -> tuple[list[str], list[dict[str, Any]]]:
