@@ -26,8 +26,10 @@ QUIET = 0.01  # of the typical size: answers smaller than that count as that
 class Gram:
     """Sums over positions of the inputs `a` of a consumer and of what it should say, `t`.
 
-    Each position is weighted by one over the squared size of the whole model's answer there, so that it counts by its
-    relative error. Without that the few tokens with massive activations own the sums.
+    Each position is weighted by one over the squared size, in the whole model, of the stream that the answer joins
+    there, or of the answer itself where it joins none, so that it counts by its relative error. Without that the few
+    tokens with massive activations own the sums; with the size of an answer that joins a stream, those tokens to which
+    a layer says next to nothing.
 
     Args:
         products: `G = sum w a a^T`, `(inputs, inputs)`, float64.
@@ -59,7 +61,7 @@ class Gram:
         )
 
     def add(self, rows: Tensor, wanted: Tensor, size: Tensor, quiet: float = 0.0) -> None:
-        """Add positions: inputs, what should be said to them, and the squared size of what the whole model says.
+        """Add positions: inputs, what should be said to them, and the squared size that an error counts against.
 
         Sizes below `quiet` count as that.
         """
@@ -188,7 +190,9 @@ def _add(
         wanted = at_least_float32(original.outputs(said))
         size = wanted.square().sum(1)
         if joint is not None and len(heard.stream) > call:
-            missing = at_least_float32(expected.stream[call]) - at_least_float32(heard.stream[call])
+            stream = at_least_float32(expected.stream[call])
+            size = consumer.by_position(stream).square().sum(1)
+            missing = stream - at_least_float32(heard.stream[call])
             wanted = at_least_float32(consumer.outputs(heard.said[call])) + consumer.by_position(missing) / joint.scale
         if mask is not None and given.ndim == 3 and given.shape[:2] == mask.shape:
             there = mask.flatten().bool()
