@@ -2,7 +2,6 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "hf_effdl[examples]",
-#     "accelerate>=1.12",
 #     "datasets>=5.1",
 #     "matplotlib>=3.9",
 #     "scikit-learn>=1.6",

@@ -6,7 +6,6 @@
 #     "datasets>=5.1",
 #     "pillow>=11",
 #     "torch>=2.6",
-#     "transformers>=5.23,<6",
 # ]
 #
 # [tool.uv.sources]

@@ -2,7 +2,6 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "hf_effdl[examples]",
-#     "accelerate>=1.12",
 #     "pillow>=11",
 #     "scikit-learn>=1.6",
 #     "torch>=2.6",

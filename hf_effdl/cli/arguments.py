@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import yaml
@@ -66,8 +67,9 @@ def read_config(argv: Sequence[str]) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
-def is_given(argv: Sequence[str], name: str) -> bool:
-    """Whether the command line or the file of `--config` sets an argument."""
+def is_given(argv: Sequence[str] | None, name: str) -> bool:
+    """Whether the command line (default: this process's own) or the file of `--config` sets an argument."""
+    argv = sys.argv[1:] if argv is None else argv
     options = tuple(f"--{spelling}" for spelling in (name, name.replace("_", "-")))
     on_the_line = any(text.partition("=")[0] in options for text in argv)
     return on_the_line or read_config(argv).get(name) is not None
@@ -143,7 +145,7 @@ def _parser(
     texts = [kind.partition(":")[2] for kind in others if isinstance(kind, str)]
     if texts:
         often = ", ".join(f"--{name}" for name in OFTEN.split())
-        parser.epilog = f"and the {texts[0]} of a Trainer, shown by --help-all: {often}, ..."
+        parser.epilog = fill(f"and the {texts[0]} of a Trainer, shown by --help-all: {often}, ...", 100)
     parser.add_argument("--help-all", "--help_all", action="help", help="show all options, also those of a Trainer")
     return parser
 
@@ -182,6 +184,25 @@ def as_arguments(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"--{name}"
         for part in value if isinstance(value, list) else [value]:
             yield part if isinstance(part, str) else json.dumps(part)
+
+
+def which(
+    argv: Sequence[str] | None, kinds: Mapping[str, Any], description: str | None, prog: str | None
+) -> tuple[str, list[str]]:
+    """The kind that the first argument names, and the other arguments.
+
+    Raises:
+        UsageError: for none, or an unknown one.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in ("-h", "--help", "--help-all"):
+        print(f"usage: {prog} {{{','.join(kinds)}}} [arguments]\n\n{description}")
+        raise SystemExit(0)
+    if not argv or argv[0] not in kinds:
+        raise UsageError(
+            f"say first what, one of {list(kinds)}, not {argv[0] if argv else 'nothing'!r}: {prog} --help"
+        )
+    return argv[0], argv[1:]
 
 
 def refuse_several_processes(what: str) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hf_effdl.cli.arguments import LongOptions, UsageError
+from hf_effdl.cli.arguments import LongOptions, Options, UsageError
 
 
 TASKS = ("image-classification", "text-classification", "text-generation")
@@ -44,7 +44,7 @@ class TaskOptions(ImageOptions):
 
 
 @dataclass(kw_only=True)
-class PoolOptions(LongOptions):
+class PoolOptions(Options):
     """What is shown to which frozen model."""
 
     dataset_name: str | None = field(
