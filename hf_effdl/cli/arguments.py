@@ -199,9 +199,8 @@ def which(
         print(f"usage: {prog} {{{','.join(kinds)}}} [arguments]\n\n{description}")
         raise SystemExit(0)
     if not argv or argv[0] not in kinds:
-        raise UsageError(
-            f"say first what, one of {list(kinds)}, not {argv[0] if argv else 'nothing'!r}: {prog} --help"
-        )
+        said = repr(argv[0]) if argv else "nothing"
+        raise UsageError(f"say first what, one of {list(kinds)}, not {said}: see {prog} --help")
     return argv[0], argv[1:]
 
 

@@ -1,6 +1,6 @@
 """Find early in a run which units a net needs: the ticket, and the small net to train in place of the dense one.
 
-    hf-effdl ticket --model_name_or_path microsoft/resnet-18 --from_scratch --dataset_name beans --macs 0.25 \\
+    hf-effdl ticket --model_name_or_path microsoft/resnet-18 --dataset_name beans --macs 0.25 \\
         --output_dir runs/ticket --num_train_epochs 30
     hf-effdl ticket --config run.yaml --train True     # train the small net for the rest of the run, too
 
@@ -20,6 +20,7 @@ from hf_effdl.cli.sparsify import parse
 class TicketOptions(TaskOptions):
     """What is looked for in which run."""
 
+    from_scratch: bool = field(default=True, metadata={"help": "New weights, which a ticket is of."})
     macs: float | None = field(default=None, metadata={"help": "Share of the multiply-accumulates to keep."})
     params: float | None = field(default=None, metadata={"help": "Share of the parameters to keep."})
     keep: float | None = field(default=None, metadata={"help": "Share of every group's units to keep."})

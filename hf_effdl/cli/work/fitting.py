@@ -62,11 +62,11 @@ def _measured(
 
 def _runs_cost(options: Any, rows: Rows, each_query: int, each_label: int, keep_grids: bool) -> Cost:
     """Of encoding the pool, and of the frozen model's runs, some of which are timed."""
-    pool_rows, query_rows = rows(options)
-    count, model = len(pool_rows), load_frozen(options)
     device = Accelerator(cpu=not torch.accelerator.is_available()).device
-    few = pool_rows.select(range(min(count, 4 * TRIED)))
     with rehearsal() as folder:
+        pool_rows, query_rows = rows(options)
+        count, model = len(pool_rows), load_frozen(options)
+        few = pool_rows.select(range(min(count, 4 * TRIED)))
         make_pool(options, few.select(range(2)), model.to(device), Path(folder, "first"), progress=False)
         start = time.perf_counter()
         pool = make_pool(options, few, model, folder, keep_grids=keep_grids, progress=False)
