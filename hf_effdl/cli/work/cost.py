@@ -98,17 +98,17 @@ def rehearsal(args: Any = None) -> Iterator[str]:
 
 
 def seconds_each(items: Iterable[Any], call: Callable[[Any], Any], most: int = STEPS) -> float:
-    """Mean time of a call over some items; the first one, which warms up, counts only where it is alone."""
-    times = []
+    """Mean time to get an item and call with it; the first one, which warms up, counts only where it is alone."""
+    times = [time.perf_counter()]
     for item in islice(items, most + 1):
-        start = time.perf_counter()
         call(item)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    if not times:
+        times.append(time.perf_counter())
+    if len(times) == 1:
         raise ValueError("there is nothing to measure: the data set has no rows for a batch")
-    return sum(times[1:] or times) / len(times[1:] or times)
+    start = min(1, len(times) - 2)
+    return (times[-1] - times[start]) / (len(times) - 1 - start)
 
 
 def training_cost(trainer: Any, share: float = 1.0, what: str = "a training step") -> Cost:
@@ -142,7 +142,8 @@ def training_cost(trainer: Any, share: float = 1.0, what: str = "a training step
 
 
 def evaluation_cost(trainer: Any, times: int) -> Cost:
-    """Of so many passes over the evaluation rows, by some batches."""
+    """Of those during the run and so many after it, by some batches."""
+    times += evaluations_of(trainer.args, len(trainer.get_train_dataloader()))
     if trainer.eval_dataset is None or not times:
         return Cost(0, 0)
     loader, model = trainer.get_eval_dataloader(), trainer.model.eval()
@@ -150,6 +151,15 @@ def evaluation_cost(trainer: Any, times: int) -> Cost:
         each = seconds_each(loader, lambda batch: trainer.compute_loss(model, batch), 2)
     told = f"{times} evaluations of {len(loader)} batches, one took {each:.3g} s"
     return Cost(each * len(loader) * times, 0, [told])
+
+
+def evaluations_of(args: Any, batches: int) -> int:
+    """Evaluations during a run with so many batches an epoch."""
+    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    steps = steps_of(args, batches)
+    every = args.eval_steps or args.logging_steps
+    every = every if every >= 1 else max(1, every * steps)
+    return {"epoch": math.ceil(args.num_train_epochs), "steps": int(steps // every)}.get(strategy, 0)
 
 
 def steps_of(args: Any, batches: int) -> int:

@@ -41,9 +41,7 @@ def add(options: Any) -> None:
     pool = ExamplePool.from_pretrained(options.pool)
     encoder = options.encoder or pool.encoder.get("id")
     if encoder is None:
-        raise ValueError(
-            f"{options.pool} names no encoder, as one of a folder: set --encoder to its own"
-        )
+        raise ValueError(f"{options.pool} names no encoder, as one of a folder: set --encoder to its own")
     before = len(pool)
     pool.add(_rows(options), encoder=encoder, batch_size=options.batch_size, on_bad_row=options.on_bad_row)
     if processes().is_main_process:

@@ -74,7 +74,10 @@ def _cost(trainer: SplitLBITrainer, options: Any) -> Cost:
     more = each * options.macs * options.finetune_epochs / trainer.args.num_train_epochs * steps
     told = [f"fine-tuning for {options.finetune_epochs:g} epochs taken for {options.macs:g} of that a step"]
     small = Cost(more, size_of(trainer.model) * options.macs, told if options.finetune_epochs else [])
-    return path + small + evaluation_cost(trainer, 3)
+    curve = 4 if options.task == "image-classification" else 0
+    cost = path + small + evaluation_cost(trainer, 3 + curve)
+    cost.how.append("slimming is not counted")
+    return cost
 
 
 def _check_tuned(args: Any) -> None:
@@ -221,7 +224,7 @@ def grow(options: Any, args: Any) -> None:
             trainer, whole, seed = _growing(options, args)
             cost, most = training_cost(trainer, what="a step of the seed"), args.max_macs / seed["macs"]
             cost.seconds, cost.disk = cost.seconds * most, cost.disk * most
-            cost.how.append(f"taken {most:.2g} times, as after the last round of growth")
+            cost.how.append(f"taken {most:.2g} times, as after the last round of growth: at most")
             tell("grow", cost)
         return
     trainer, whole, seed = _growing(options, args)
