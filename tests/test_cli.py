@@ -2,9 +2,11 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -21,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, ResNetConfig, ResNe
 from hf_effdl import ExamplePool, SparsePath, Ticket, load_selection, rewind
 from hf_effdl.cli import fit, options, pool, prompt, sparsify
 from hf_effdl.cli.__main__ import VERBS, is_of_the_user, main
-from hf_effdl.cli.arguments import parse_arguments
+from hf_effdl.cli.arguments import names_of, parse_arguments, resolved
 from hf_effdl.cli.work.cost import in_words
 from hf_effdl.structure.calibration.compensate import SCORES
 from hf_effdl.vicl.remote_code.cascade import HEADS
@@ -268,6 +270,44 @@ def test_choices_are_those_of_the_package():
     assert choices(fit.CascadeOptions, "head") == list(HEADS)
     assert choices(fit.RankerOptions, "schedule") == list(SCHEDULES)
     assert {"dense", "cascade", "ranker", "auto"} < set(choices(prompt.PromptOptions, "strategy"))
+
+
+def commands() -> list[str]:
+    """Every command line of ours in the texts and in the verbs' help, with its lines joined."""
+    files = [
+        ROOT / "README.md",
+        ROOT / "SKILL.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *Path(fit.__file__).parent.glob("*.py"),
+    ]
+    text = "\n".join(re.sub(r"\\{1,2}\n +", "", file.read_text(encoding="utf-8")) for file in files)
+    found = re.findall(r"(?m)(?:^    (?:.*-m )?|`)(?:hf-effdl|hf_effdl\.cli) (\w[^`#\n]* --[^`#\n]*)", text)
+    return sorted({line.strip() for line in found if "VERB" not in line})
+
+
+class Understood(Exception):
+    """The options were read."""
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_in_the_texts_is_understood(line, monkeypatch):
+    verb, *argv = shlex.split(line)
+    module = import_module(f"hf_effdl.cli.{verb.replace('-', '_')}")
+    reader = sparsify if verb == "ticket" else module
+
+    def read(argv, *kinds, **more):
+        if "--config" in argv:  # a file of the reader's
+            assert not {name.lstrip("-").replace("-", "_") for name in argv if name.startswith("--")} - names_of(
+                [resolved(kind) for kind in kinds]
+            )
+        else:
+            parse_arguments(argv, *kinds, **more)
+        raise Understood
+
+    monkeypatch.setattr(reader, "parse_arguments", read)
+    monkeypatch.setattr(sparsify, "task_of", lambda argv: "image-classification")
+    with pytest.raises(Understood):
+        module.main(argv)
 
 
 # ---- options and errors

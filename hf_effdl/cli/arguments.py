@@ -110,7 +110,7 @@ def parse_arguments(
     if {"-h", "--help"} & set(argv):
         _parser([kind for kind in kinds if not isinstance(kind, str)], description, prog, defaults, kinds).print_help()
         raise SystemExit(0)
-    kinds = tuple(_resolved(kind) for kind in kinds)
+    kinds = tuple(resolved(kind) for kind in kinds)
     values = read_config(argv)
     _check_names(values, kinds, argv)
     parser = _parser(kinds, description, prog, defaults)
@@ -150,7 +150,8 @@ def _parser(
     return parser
 
 
-def _resolved(kind: type | str) -> type:
+def resolved(kind: type | str) -> type:
+    """A dataclass, imported where a text names it."""
     if not isinstance(kind, str):
         return kind
     module, _, name = kind.partition(":")

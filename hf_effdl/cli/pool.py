@@ -2,7 +2,7 @@
 
     hf-effdl pool build --dataset_name EduardoPacheco/FoodSeg103 --label_column label --foreground 17 \\
         --encoder facebook/dinov2-base --output_dir runs/food
-    hf-effdl pool add --pool runs/food --dataset_name more --foreground 17
+    hf-effdl pool add --pool runs/food --dataset_name more
     hf-effdl pool remove --pool runs/food --ids 3 17
     hf-effdl pool info --pool runs/food
 
