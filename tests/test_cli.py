@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -125,7 +126,8 @@ def test_a_selection_is_saved_as_a_data_set_of_its_rows(texts, tmp_path, cli):  
     line = f"select --model_name_or_path {folder / 'model'} --dataset_name {folder / 'data'} --label_column topic"
     printed = cli(*line.split(), "--budget", 20, "--output_dir", tmp_path / "out", *QUIET)
     assert "20 of 86 rows selected" in printed and not (tmp_path / "out" / "selected").exists()
-    assert (tmp_path / "out" / "selection" / "README.md").is_file()
+    (tmp_path / "out" / "selection" / "README.md").unlink()
+    assert "- data-selection\n" in cli("card", "--folder", tmp_path / "out" / "selection", "--write")
     rows = load_from_disk(folder / "data")["train"].class_encode_column("topic")
     rows = rows.train_test_split(test_size=0.1, seed=42)["train"]
     pool_rows = rows.train_test_split(test_size=0.2, seed=42, stratify_by_column="topic")["train"]
@@ -174,11 +176,13 @@ def test_a_pool_is_built_changed_described_and_asked(photos, tmp_path, cli):
     assert (tmp_path / "out" / "panel.png").is_file()
 
 
-def test_a_card_is_made_again_from_the_files(sparse, photos, tmp_path, cli):
-    slim = sparse / "slim"
-    (slim / "README.md").unlink()
-    assert main(["card", "--folder", str(slim)]) == 1
-    assert "# slim" in cli("card", "--folder", slim, "--write") and (slim / "README.md").is_file()
+def test_a_card_is_made_again_from_the_files(sparse, tmp_path, cli):
+    shutil.copytree(ROOT / "model_cards" / "tiny-cascade-digits", tmp_path / "pipe")
+    says = {sparse / "slim": "# slim\n", tmp_path / "pipe": "# Visual in-context segmentation\n"}
+    for folder, title in (says | {tmp_path / "pipe" / "pool": "# pool\n"}).items():
+        (folder / "README.md").unlink(missing_ok=True)
+        assert main(["card", "--folder", str(folder)]) == 1
+        assert title in cli("card", "--folder", folder, "--write") and (folder / "README.md").is_file()
 
 
 CODE = """
@@ -321,20 +325,21 @@ def test_the_line_wins_over_the_file_and_dashes_are_underscores(tmp_path):
     assert (found.output_dir, found.encoder, found.keep_grids) == ("there", "vit", True)
 
 
-MODEL = "--model_name_or_path m --dataset_name d --output_dir o"
+MODEL = "--model_name_or_path m --dataset_name d --output_dir o --use_cpu"
 WRONG = {
     "nothing": ("", 2, "usage: hf-effdl VERB"),
     "no verb": ("slimm", 2, "no verb 'slimm'; did you mean 'slim'?"),
     "no action": ("pool", 2, "say first what, one of ['build', 'add', 'remove', 'info'], not nothing"),
     "unknown action": ("fit cascades", 2, "not 'cascades'"),
     "two budgets": ("slim --model_name_or_path m --output_dir o --macs 0.5 --keep 0.5", 2, "set one budget"),
+    "two endings": ("ticket --task text-generation --keep 0.5 --train --at_epoch 1 " + MODEL, 2, "leave one out"),
     "no path": ("slim --model_name_or_path m --output_dir o --macs 0.5", 2, "is no folder with sparse_path"),
     "no share": ("sparsify --task text-generation --macs 50 " + MODEL, 1, "--macs 50.0: it must be a share"),
     "no config": ("env --config none.yaml", 1, "none.yaml"),
     "unknown key": ("env --config run.yaml", 2, "sets ['macs']"),
     "no folder": ("card --folder none", 1, "none is no folder"),
     "no card": ("card --folder .", 1, "has no README.md, nor anything of this package"),
-    "no model": (f"select {MODEL} --use_cpu", 1, "d"),
+    "no model": (f"select {MODEL}", 1, "d"),
     "no pool": ("pool info --pool none/such", 1, "none/such"),
     "no image": ("prompt --images none.jpg --model m --output_dir o", 1, "names none.jpg, which is no file or folder"),
 }

@@ -67,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = get_close_matches(verb, VERBS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return _told(f"there is no verb {argv[0]!r}{hint} (hf-effdl --help)", 2)
-    return _run(verb, argv[1:], shown)
+    try:
+        return _run(verb, argv[1:], shown)
+    except KeyboardInterrupt:
+        return _told("interrupted", 130)
 
 
 def _run(verb: str, argv: list[str], shown: bool) -> int:
@@ -76,8 +79,6 @@ def _run(verb: str, argv: list[str], shown: bool) -> int:
     try:
         import_module(f"hf_effdl.cli.{verb.replace('-', '_')}").main(argv)
         leave()
-    except KeyboardInterrupt:
-        return _told("interrupted", 130)
     except BrokenPipeError:  # what reads our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -12,6 +12,7 @@ in `output_dir`.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from hf_effdl.cli.arguments import UsageError
 from hf_effdl.cli.options import TaskOptions, check_share, one_of_budgets
 from hf_effdl.cli.sparsify import parse
 
@@ -31,6 +32,8 @@ class TicketOptions(TaskOptions):
     def __post_init__(self) -> None:
         self.budget()
         check_share("within", self.within)
+        if self.train and self.at_epoch is not None:
+            raise UsageError("--at_epoch says where to take a ticket, and --train goes on by itself: leave one out")
 
     def budget(self) -> dict[str, float]:
         """The one that is set."""

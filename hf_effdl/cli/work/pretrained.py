@@ -37,7 +37,8 @@ def load_checkpoint(options: Any) -> PreTrainedModel:
         raise ValueError(
             f"{options.model_name_or_path} names the class {name!r}, which transformers has not; set --model_class"
         )
-    return kind.from_pretrained(options.model_name_or_path, dtype=torch.float32).eval()
+    model = kind.from_pretrained(options.model_name_or_path, dtype=torch.float32).eval()
+    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
 
 
 def load_rows(options: Any, column: str) -> list[Any]:
@@ -73,6 +74,11 @@ def batches(options: Any, model: PreTrainedModel, most: int | None = None) -> It
             yield {name: found[name] for name in ("input_ids", "attention_mask")}
 
 
+def on_its_device(batch: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A batch where the model is."""
+    return {name: value.to(model.device) for name, value in batch.items()}
+
+
 def wanted(groups: list[Group], units: str) -> list[Group]:
     """All groups, or those of neurons, each of which is one row of a layer; a head is many."""
     neurons = [group for group in groups if all(part.block == 1 for part in group.slices if part.role == "row")]
@@ -100,7 +106,7 @@ def slim_checkpoint(options: Any) -> None:
         with rehearsal():
             tell("slim", _cost(options, model))
         return
-    calibration = list(batches(options, model)) if options.calibration else None
+    calibration = [on_its_device(batch, model) for batch in batches(options, model)] if options.calibration else None
     small = _slimmed(options, model, path, calibration)
     if calibration:
         recalibrate_batch_norm(small, calibration)
@@ -166,7 +172,7 @@ def _cost(options: Any, model: PreTrainedModel) -> Cost:
         return Cost(0, size, ["no rows are read"])
     some = batches(options, model, 4 * options.batch_size)
     with torch.no_grad():
-        each = seconds_each(some, lambda batch: model(**batch))
+        each = seconds_each(some, lambda batch: model(**on_its_device(batch, model)))
     count = -(-options.rows // options.batch_size)
     told = f"a batch of {options.batch_size} takes {each:.3g} s, and {count} are gone through about {PASSES} times"
     return Cost(each * count * PASSES, size, [told])
