@@ -100,9 +100,10 @@ def test_a_ticket_is_found_and_its_small_net_begins_as_the_dense_one_did(config,
     assert "A ticket" in cli("card", "--folder", tmp_path / "ticket")
 
 
-def test_a_small_net_is_trained_in_one_go(config, tmp_path, cli):  # noqa: F811
+def test_a_small_net_is_trained_in_one_go_from_new_weights(config, tmp_path, cli, caplog):  # noqa: F811
     line = f"ticket --config {config} --output_dir {tmp_path / 'out'} --max_steps 6 --train"
     assert "small net in" in cli(*line.split(), *QUIET)
+    assert "weights from" not in caplog.text and "base_model" not in (tmp_path / "out" / "README.md").read_text()
     small = ResNetForImageClassification.from_pretrained(tmp_path / "out")
     assert small.config.effdl_report["macs"]["ratio"] <= 0.6
 

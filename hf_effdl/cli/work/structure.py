@@ -250,6 +250,7 @@ def _growing(options: Any, args: Any) -> tuple[GrowingTrainer, dict[str, int], d
     name, labels = options.model_name_or_path, labels_of(data, options)
     processor = AutoImageProcessor.from_pretrained(name)
     dense = AutoConfig.from_pretrained(name, dtype=torch.float32, **labels)
+    dense.name_or_path = ""  # by which a model is known that has weights from there
     model = ResNetForImageClassification(seed_config(dense, options.seed_widths, options.seed_depths))
     data = data.with_transform(as_pixels(options, processor, dense.num_channels))
     inputs = {"pixel_values": data["train"][0]["pixel_values"][None]}

@@ -43,6 +43,7 @@ def load_model(auto: Any, options: Any, **config: Any) -> torch.nn.Module:
     name = options.model_name_or_path
     if options.from_scratch:
         settings = AutoConfig.from_pretrained(name, dtype=torch.float32, **config)
+        settings.name_or_path = ""  # by which a model is known that has weights from there
         return auto.from_config(settings, dtype=torch.float32)
     more = {"ignore_mismatched_sizes": True} if config else {}
     return auto.from_pretrained(name, dtype=torch.float32, **more, **config)
