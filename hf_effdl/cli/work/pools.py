@@ -69,7 +69,7 @@ def described(pool: PoolReader) -> str:
     facts = {
         "rows": len(pool),
         "task": pool.task,
-        "encoder": pool.encoder.get("id") or "one of this process",
+        "encoder": pool.encoder.get("id") or "a model of a folder, without a name",
         "vector": f"{pool.dim} numbers",
         "groups": pool.groups and len(set(pool.groups)),
         "classes": pool.classes and len(set(pool.classes)),
