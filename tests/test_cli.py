@@ -88,14 +88,14 @@ def test_a_checkpoint_with_a_path_is_slimmed_to_another_budget_by_it(sparse, con
     assert one.config.embedding_size == len(kept["resnet.embedder.embedder.convolution"])
 
 
-def test_a_ticket_is_found_and_its_small_net_begins_as_the_dense_one_did(config, tmp_path, cli):  # noqa: F811
+def test_a_ticket_is_found_and_its_small_net_has_the_weights_of_its_step(config, tmp_path, cli):  # noqa: F811
     line = f"ticket --config {tmp_path / 'run.yaml'} --output_dir {tmp_path / 'ticket'} --max_steps 10 --within 0.5"
     (tmp_path / "run.yaml").write_text(config.read_text().replace("macs: 0.6\n", "keep: 0.5\n"))
     printed = cli(*line.split(), "--at_epoch", "0.5", *QUIET)
     ticket = Ticket.from_pretrained(tmp_path / "ticket")
     assert f"found at step {ticket.step} of 10" in printed and ticket.step <= 5
     small = ResNetForImageClassification.from_pretrained(tmp_path / "ticket" / "small")
-    again = rewind(ResNetForImageClassification.from_pretrained(config.parent / "model"), ticket)
+    again = rewind(ResNetForImageClassification.from_pretrained(config.parent / "model"), ticket, ticket.step)
     assert all(p.equal(q) for p, q in zip(small.parameters(), again.parameters(), strict=True))
     assert "A ticket" in cli("card", "--folder", tmp_path / "ticket")
 

@@ -77,18 +77,14 @@ def parse(
 
     argv = sys.argv[1:] if argv is None else list(argv)
     asks = {"-h", "--help", "--help-all", "--help_all"} & set(argv)
-    task = task or (TASKS[0] if asks else task_of(argv))
-    defaults = {"task": task} | ({} if task == TASKS[0] else {"base": "adamw"})
-    if asks:
-        defaults.pop("task")
-    options, args = parse_arguments(argv, kind, SPLIT_LBI, description=description, defaults=defaults, prog=prog)
-    if hasattr(options, "settle"):
-        options.settle()
-    return options, args
+    task = task or (None if asks else task_of(argv))
+    defaults = {"task": task} | ({"base": "adamw"} if task in TASKS[1:] else {})
+    return parse_arguments(argv, kind, SPLIT_LBI, description=description, defaults=defaults, prog=prog)
 
 
 def main(argv: Sequence[str] | None = None, **script: Any) -> None:
     options, args = parse(argv, **script)
+    options.settle()
     from hf_effdl.cli.work.structure import sparsify
 
     sparsify(options, args)

@@ -5,8 +5,8 @@
     hf-effdl ticket --config run.yaml --train True     # train the small net for the rest of the run, too
 
 The run stops once the units that the budget keeps no longer change, `--within` a fifth of it at the latest. The ticket
-is in `output_dir`, the small net with its first weights in `output_dir`/small; with `--train` the trained small net is
-in `output_dir`.
+is in `output_dir`, the small net to train in `output_dir`/small; with `--train` the trained small net is in
+`output_dir`.
 """
 
 from collections.abc import Sequence
@@ -27,6 +27,10 @@ class TicketOptions(TaskOptions):
     keep: float | None = field(default=None, metadata={"help": "Share of every group's units to keep."})
     within: float = field(default=0.2, metadata={"help": "Share of the run after which it is taken at the latest."})
     at_epoch: float | None = field(default=None, metadata={"help": "Take it there, settled or not."})
+    weights: str = field(
+        default="step",
+        metadata={"choices": ["step", "start"], "help": "Of the small net: where it was found, or the first ones."},
+    )
     train: bool = field(default=False, metadata={"help": "Train the small net for the rest of the run."})
 
     def __post_init__(self) -> None:

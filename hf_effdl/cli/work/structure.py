@@ -171,14 +171,15 @@ def ticket(options: Any, args: Any) -> None:
         return
     found.save_pretrained(args.output_dir)
     folder = Path(args.output_dir, "small")
-    small = rewind(lambda: deepcopy(trainer.plain_model()), found)
+    to = "init" if options.weights == "start" else found.step
+    small = rewind(lambda: deepcopy(trainer.plain_model()), found, to)
     small.save_pretrained(folder)
     material.processor.save_pretrained(folder)
     write_slim_card(folder)
     report = found.report()
     print(f"found at step {found.step} of {trainer.state.max_steps}" + ("" if found.settled else ", not settled"))
     print(f"ticket in {args.output_dir}: MACs x {report['macs']['ratio']:.3f}, parameters x ", end="")
-    print(f"{report['params']['ratio']:.3f}; the small net with its first weights, to train, in {folder}")
+    print(f"{report['params']['ratio']:.3f}; the small net to train in {folder}")
     if args.push_to_hub:
         print(found.push_to_hub(args.hub_model_id or Path(args.output_dir).name, private=args.hub_private_repo))
 
