@@ -89,14 +89,11 @@ def main(argv: list[str] | None = None) -> None:
             for start in range(0, len(mine), args.batch_size):
                 part = query_rows.select(mine[start : start + args.batch_size])
                 images = [to_rgb(image) for image in part[args.image_column]]
-                labels = None
-                if labelled:
-                    given = [None] * len(part) if args.task == "colourisation" else part[args.label_column][:]
-                    # drawn once, so that the pipeline's labels and the score's are the same
-                    labels = [drawn(task, label, image) for label, image in zip(given, images, strict=True)]
+                given = images if args.task == "colourisation" else part[args.label_column][:] if labelled else []
+                labels = [drawn(task, label, image) for label, image in zip(given, images)]
                 outputs = pipe(
                     images,
-                    labels=labels if strategy == "oracle" else None,
+                    labels=given if strategy == "oracle" else None,
                     strategy=strategy,
                     num_examples=args.num_examples,
                     batch_size=args.batch_size,

@@ -21,10 +21,11 @@ from PIL import Image
 from test_examples import TWO, config, run, texts  # noqa: F401 - fixtures: pictures and texts, each with a model
 from transformers import AutoModelForSequenceClassification, ResNetConfig, ResNetForImageClassification
 
-from hf_effdl import ExamplePool, SparsePath, Ticket, load_selection, rewind
+from hf_effdl import ExamplePool, SparsePath, Ticket, VisualInContextPipeline, load_selection, rewind
 from hf_effdl.cli import fit, options, pool, prompt, sparsify
 from hf_effdl.cli.__main__ import VERBS, is_of_the_user, main
 from hf_effdl.cli.arguments import names_of, parse_arguments, resolved
+from hf_effdl.cli.work import prompts
 from hf_effdl.cli.work.cost import in_words
 from hf_effdl.structure.calibration.compensate import SCORES
 from hf_effdl.vicl.remote_code.cascade import HEADS
@@ -175,6 +176,22 @@ def test_a_pool_is_built_changed_described_and_asked(photos, tmp_path, cli):
         assert mask.size == photo.size and set(mask.tobytes()) <= {0, 255}
         assert len(answer["example_ids"]) == len(answer["scores"]) == 2 and set(answer["example_ids"]) <= set(ids)
     assert (tmp_path / "out" / "panel.png").is_file()
+
+
+def test_scores_are_of_the_object_that_is_named_however_it_is_named(photos, tmp_path):
+    """Masks of zeros and ones, as they are and with their object named."""
+    rows, found = load_from_disk(photos / "data"), []
+    for foreground in (None, [1]):
+        given = ["--dataset_name", "d", "--model", str(photos / "vit"), "--label_column", "mask", "--candidates", "6"]
+        given += ["--foreground", "1"] if foreground else []
+        (asked,) = parse_arguments(given, options.PoolOptions, description=None)
+        model = prompts.load_frozen(asked)
+        made = prompts.make_pool(asked, rows, model, tmp_path / str(foreground), keep_grids=True, progress=False)
+        pipe, others = VisualInContextPipeline(model, pool=made), scenes.rows(3, 60)
+        found.append(
+            [prompts.score_strategy(pipe, others, asked, name, name == "oracle") for name in ("nearest", "oracle")]
+        )
+    assert found[0] == found[1] and 0 < sum(found[0][0]) < 3 and sum(found[0][0]) <= sum(found[0][1])
 
 
 def test_a_card_is_made_again_from_the_files(sparse, tmp_path, cli):

@@ -44,7 +44,7 @@ def in_words(seconds: float) -> str:
 
     Example:
         >>> in_words(0.4), in_words(75), in_words(7300)
-        ('under a second', '1 min 15 s', '2 h 2 min')
+        ('under a second', '1 min 15 s', '2 h 1 min')
     """
     seconds = round(seconds)
     if seconds < 1:

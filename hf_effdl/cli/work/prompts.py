@@ -68,8 +68,8 @@ def drawn(task: Any, label: Any, image: Image.Image) -> Any:
 
 
 def score_of(task: Any, prediction: Any, label: Any, image: Image.Image) -> float:
-    """The task's metric at the query's own size."""
-    size = image.size[::-1]
+    """The task's metric at the query's own size, of a label as `drawn` gives it."""
+    size, task = image.size[::-1], find_task(task.name)  # white is the object here, whatever it was in the data
     if task.name == "segmentation":
         prediction = Image.fromarray(prediction * 255)
     found, true = (task.labels([one], [image], size) for one in (prediction, label))
@@ -85,9 +85,9 @@ def score_strategy(
         for start in range(0, len(mine), 8):
             part = rows.select(mine[start : start + 8])
             images = [to_rgb(image) for image in part[options.image_column]]
-            given = [None] * len(part) if options.task == "colourisation" else part[options.label_column][:]
+            given = images if options.task == "colourisation" else part[options.label_column][:]
             truth = [drawn(task, label, image) for label, image in zip(given, images, strict=True)]
-            outputs = pipe(images, labels=truth if labels else None, strategy=strategy, candidates=options.candidates)
+            outputs = pipe(images, labels=given if labels else None, strategy=strategy, candidates=options.candidates)
             for place, output, label, image in zip(mine[start:], outputs, truth, images):
                 found.append((place, score_of(task, output["prediction"], label, image)))
     return [score for _, score in sorted(gather_object(found))]
