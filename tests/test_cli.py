@@ -16,6 +16,7 @@ import scenes
 from conftest import ROOT
 from datasets import Dataset, load_from_disk
 from hub import LoopbackHub
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from PIL import Image
 from test_examples import TWO, config, run, texts  # noqa: F401 - fixtures: pictures and texts, each with a model
@@ -402,6 +403,7 @@ def test_tracebacks_are_shown_where_they_are_asked_for_or_the_fault_is_ours(monk
     with pytest.raises(TypeError) as torchs:
         sparsify.main(3)
     assert not is_of_the_user(torchs.value)
+    assert is_of_the_user(EntryNotFoundError("no such file"))
 
 
 def test_the_work_of_one_process_is_refused_by_many(monkeypatch, capsys):

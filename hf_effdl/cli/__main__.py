@@ -30,6 +30,7 @@ VERBS = {
 }
 HELP = ("-h", "--help", "help")
 TRACEBACK = "--traceback"
+HUB = ("huggingface_hub", "httpx", "httpx2")  # the client, and what it speaks HTTP by
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -91,7 +92,7 @@ def _run(verb: str, argv: list[str], shown: bool) -> int:
 
 def is_of_the_user(error: Exception) -> bool:
     """Whether an error says what was given wrong: a value, a file, an answer of the Hub, or what we raise by name."""
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (ValueError, OSError)) or type(error).__module__.partition(".")[0] in HUB:
         return True
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1] if frames else None
