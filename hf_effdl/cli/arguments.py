@@ -48,8 +48,25 @@ class LongOptions(Options):
     dry_run: bool = field(default=False, metadata={"help": "Say what time, memory and disk it takes; write nothing."})
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it stands, and every default."""
+class Parser(HfArgumentParser):
+    """One whose help shows the docstring as it stands, what is required, and every default that says something."""
+
+    def __init__(self, kinds: Sequence[type], defaults: Mapping[str, Any], **settings: Any) -> None:
+        self.others = defaults
+        super().__init__(
+            kinds, usage="%(prog)s [arguments]", formatter_class=argparse.RawDescriptionHelpFormatter, **settings
+        )
+        self.set_defaults(**defaults)
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        default = self.others.get(names[0].lstrip("-"), settings.get("default"))
+        if settings.get("action") == "store_false":
+            settings["help"] = f"Not --{settings['dest']}."
+        elif settings.get("required") and default is None:
+            settings["help"] = f"{settings.get('help') or ''} (required)"
+        elif settings.get("help") and default not in (None, False, [], argparse.SUPPRESS):
+            settings["help"] += " (default: %(default)s)"
+        return super().add_argument(*names, **settings)
 
 
 def config_file(argv: Sequence[str]) -> Path | None:
@@ -134,14 +151,11 @@ def _parser(
     prog: str | None,
     defaults: Mapping[str, Any],
     others: Sequence[type | str] = (),
-) -> HfArgumentParser:
+) -> Parser:
     """A parser of some dataclasses; texts among `others` are named below the help."""
-    usage = "%(prog)s [arguments]"
-    parser = HfArgumentParser(
-        kinds, description=description, usage=usage, prog=prog, formatter_class=Help, allow_abbrev=False
-    )
     known = names_of(kinds) if others else set(defaults)
-    parser.set_defaults(**{name: value for name, value in defaults.items() if name in known})
+    defaults = {name: value for name, value in defaults.items() if name in known}
+    parser = Parser(kinds, defaults, description=description, prog=prog, allow_abbrev=False)
     texts = [kind.partition(":")[2] for kind in others if isinstance(kind, str)]
     if texts:
         often = ", ".join(f"--{name}" for name in OFTEN.split())
