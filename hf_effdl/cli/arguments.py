@@ -232,7 +232,8 @@ def refuse_several_processes(what: str) -> None:
 
 def leave() -> None:
     """Ends the process group: its threads can abort the interpreter's exit, and a model in DDP holds them."""
-    if "accelerate" not in sys.modules:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
     from accelerate import PartialState
 
