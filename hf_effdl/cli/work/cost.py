@@ -18,6 +18,7 @@ from hf_effdl.processes import is_first
 
 
 STEPS = 4  # measured, after one that warms up
+PATIENCE = 20  # seconds after which fewer do
 
 
 @dataclass
@@ -105,6 +106,8 @@ def seconds_each(items: Iterable[Any], call: Callable[[Any], Any], most: int = S
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter())
+        if times[-1] - times[0] > PATIENCE and len(times) > 2:
+            break
     if len(times) == 1:
         raise ValueError("there is nothing to measure: the data set has no rows for a batch")
     start = min(1, len(times) - 2)
