@@ -2,7 +2,6 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "hf_effdl[examples]",
-#     "accelerate>=1.12",
 #     "datasets>=5.1",
 #     "matplotlib>=3.9",
 #     "scikit-learn>=1.6",
@@ -29,16 +28,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from command_line import ConfigArguments, leave, parse_arguments
-from datasets import Dataset, load_dataset
-from image_script import load_any
+from datasets import Dataset
 from transformers import AutoModel, AutoTokenizer
 
 from hf_effdl import ActiveLearner, ColumnAnswers, CsvAnswers, LinearProbes
+from hf_effdl.cli.arguments import Options, leave, parse_arguments
+from hf_effdl.cli.work.data import load_any
 
 
 @dataclass(kw_only=True)
-class ScriptArguments(ConfigArguments):
+class ScriptArguments(Options):
     """Which rows, which model, who answers."""
 
     dataset_name: str | None = field(
@@ -60,8 +59,7 @@ class ScriptArguments(ConfigArguments):
 
 def label_texts(script: ScriptArguments) -> None:
     """Rounds with a person, each in a spreadsheet."""
-    file = script.dataset_name.endswith(".csv")
-    data = load_dataset("csv", data_files=script.dataset_name) if file else load_any(script.dataset_name)
+    data = load_any(script.dataset_name)
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
     encoder = AutoModel.from_pretrained(script.model_name_or_path, dtype=torch.float32)
     options = {"processing_class": tokenizer, "input_column": script.input_column, "names": script.classes}

@@ -6,7 +6,6 @@
 #     "datasets>=5.1",
 #     "pillow>=11",
 #     "torch>=2.6",
-#     "transformers>=5.23,<6",
 # ]
 #
 # [tool.uv.sources]
@@ -45,7 +44,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from command_line import ConfigArguments, leave, parse_arguments
 from PIL import Image
 from voc_folds import BENCHMARKS, VOID, Item, as_dataset, read
 
@@ -57,6 +55,7 @@ from hf_effdl import (
     VisualInContextPipeline,
     measure_examples,
 )
+from hf_effdl.cli.arguments import Options, leave, parse_arguments
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
@@ -93,7 +92,7 @@ PUBLISHED = {
 
 
 @dataclass(kw_only=True)
-class Arguments(ConfigArguments):
+class Arguments(Options):
     """What is evaluated on what."""
 
     benchmark: str = field(default="pascal5i", metadata={"choices": list(BENCHMARKS), "help": "See voc_folds.py."})

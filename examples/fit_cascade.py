@@ -2,12 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "hf_effdl[examples]",
-#     "accelerate>=1.12",
 #     "datasets>=5.1",
 #     "pillow>=11",
 #     "scikit-learn>=1.6",
-#     "torch>=2.6",
-#     "transformers>=5.23,<6",
 # ]
 #
 # [tool.uv.sources]
@@ -29,115 +26,31 @@ these images is neither measured on nor shown while measuring. `output_dir`/mode
     VisualInContextPipeline("runs/cascade/model")("photo.jpg")
 """
 
-import json
-import sys
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
-import torch
-from accelerate import Accelerator
-from command_line import is_given, leave, parse_arguments
-from train_ranker import DIGITS, DataArguments, find_copies, load_rows, score_strategy
-from vicl_seggpt import load_model, make_pool
+from train_ranker import DIGITS, load_scenes
 
-from hf_effdl import CascadeSelector, VisualInContextPipeline, measure_examples
-from hf_effdl.hub.cards import markdown_table
-from hf_effdl.vicl.remote_code.cascade import HEADS
-from hf_effdl.vicl.remote_code.images import to_rgb
+from hf_effdl.cli import fit
+from hf_effdl.cli.arguments import is_given, leave
 
 
 # of digit scenes; a cascade has no width
 SMALL = {name: value for name, value in DIGITS.items() if name != "hidden_size"} | {"max_queries": 48}
 
 
-@dataclass(kw_only=True)
-class Arguments(DataArguments):
-    """What the cascade may cost, and where it goes."""
-
-    label_budget: int = field(default=100, metadata={"help": "Pool images to measure on; 0: all."})
-    passes: int = field(default=10, metadata={"help": "Runs of the frozen model for a prediction."})
-    head: str = field(default="ridge", metadata={"choices": list(HEADS), "help": "Of both stages."})
-    fused: int = field(default=10, metadata={"help": "Examples of a weighted fusion."})
-    output_dir: str = field(default="runs/cascade", metadata={"help": "Gets pool, labels, model, report, a picture."})
-    push_to_hub: str | None = field(default=None, metadata={"help": "Push model and pool to this repository."})
-
-
-def parse(argv: list[str]) -> Arguments:
+def arguments(argv: Sequence[str] | None) -> dict[str, Any]:
+    """What `hf-effdl fit` is told; without a data set it fits on digit scenes."""
     digits = {} if is_given(argv, "dataset_name") else SMALL
-    return parse_arguments(argv, Arguments, description=__doc__, defaults=digits)[0]
+    return {"kind": "cascade", "description": __doc__, "prog": None, "defaults": digits}
 
 
-def gap_closed(scores: dict[str, list[float]], name: str, better: int) -> tuple[float, float]:
-    """Per cent of the way from the nearest example to the best candidate, and the standard error over queries.
-
-    Args:
-        scores: of every query, by strategy; with "nearest" and "oracle".
-        name: of a strategy.
-        better: 1, or -1 where smaller scores are better.
-    """
-    nearest, best, found = (better * np.array(scores[key]) for key in ("nearest", "oracle", name))
-    gap = (best - nearest).mean()
-    if gap <= 0:
-        return float("nan"), float("nan")
-    closed = (found - nearest).mean() / gap
-    # of a ratio of means: what is left of each query when the ratio is taken away
-    left = (found - nearest) - closed * (best - nearest)
-    return 100 * float(closed), 100 * float(left.std(ddof=1) / gap / len(left) ** 0.5)
+def parse(argv: Sequence[str] | None = None) -> Any:
+    return fit.parse(argv, **arguments(argv))[0]
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(sys.argv[1:] if argv is None else argv)
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    out = Path(args.output_dir)
-    pool_rows, query_rows = load_rows(args)
-    model = load_model(args).to(accelerator.device)
-    pool = make_pool(args, pool_rows, model, out / "pool", keep_grids=True)
-    pipe = VisualInContextPipeline(model, pool=pool)
-    exclude = find_copies(pipe, query_rows, args)
-    budget = min(args.label_budget or len(pool), len(pool) - len(exclude))
-    measure_examples(model, pool, queries=budget, exclude_rows=exclude, cache_dir=out / "performance")
-    cascade = CascadeSelector(model, passes=args.passes, head=args.head).fit(pool)
-    model.set_selector(cascade)
-
-    fusion = VisualInContextPipeline(model, pool=pool, num_examples=args.fused, fusion="weighted")
-    plan = {"nearest": pipe, "dense": pipe, "transfer": pipe, "cascade": pipe, "weighted": fusion, "oracle": pipe}
-    scores = {
-        name: score_strategy(
-            runs, query_rows, args, "cascade" if name == "weighted" else name, labels=name == "oracle"
-        )
-        for name, runs in plan.items()
-    }
-    if accelerator.is_main_process:
-        better = 1 if pipe.visual_task.greater_is_better else -1
-        runs = {"cascade": args.passes, "weighted": max(args.passes, args.fused), "oracle": args.candidates}
-        table = []
-        for name, each in scores.items():
-            closed, error = gap_closed(scores, name, better)
-            spread = float(np.std(each, ddof=1) / len(each) ** 0.5)
-            table.append(
-                {
-                    "strategy": f"cascade, {args.fused} weighted" if name == "weighted" else name,
-                    "runs": runs.get(name, 1),
-                    "score": f"{np.mean(each):.4f} ± {spread:.4f}",
-                    "closed": f"{closed:.0f} ± {error:.0f}",
-                }
-            )
-        headings = {
-            "strategy": "strategy",
-            "runs": "runs of the model",
-            "score": pipe.visual_task.metric,
-            "closed": "gap closed, %",
-        }
-        print(markdown_table(table, headings))
-        report = {"excluded": len(exclude), "labelled": budget, "fit": cascade.report, "scores": scores}
-        (out / "report.json").write_text(json.dumps(report, indent=1))
-        shown = [to_rgb(image) for image in query_rows.select(range(min(4, len(query_rows))))[args.image_column]]
-        pipe.plot(shown, num_examples=min(3, args.passes), path=out / "examples.png")
-    pipe.save_pretrained(out / "model")
-    if args.push_to_hub and accelerator.is_main_process:
-        print(pipe.push_to_hub(args.push_to_hub))
-    accelerator.wait_for_everyone()
+def main(argv: Sequence[str] | None = None) -> None:
+    fit.main(argv, load_scenes, **arguments(argv))
 
 
 if __name__ == "__main__":

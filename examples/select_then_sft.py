@@ -33,18 +33,18 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from command_line import ConfigArguments, leave, parse_arguments
 from datasets import Dataset
-from image_script import load_any
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 from hf_effdl import SFTScorer, WeightedSFTTrainer, train_language_probes
+from hf_effdl.cli.arguments import Options, leave, parse_arguments
+from hf_effdl.cli.work.data import load_any
 
 
 @dataclass(kw_only=True)
-class ScriptArguments(ConfigArguments):
+class ScriptArguments(Options):
     """What is chosen from what, by what, for what."""
 
     model_name_or_path: str = field(metadata={"help": "Model to fine-tune: id on the Hub, or a folder."})

@@ -2,10 +2,6 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "hf_effdl[examples]",
-#     "accelerate>=1.12",
-#     "datasets>=5.1",
-#     "torch>=2.6",
-#     "transformers>=5.23,<6",
 # ]
 #
 # [tool.uv.sources]
@@ -25,52 +21,14 @@ printed of all three. All fields of `SplitLBIArguments` (a `TrainingArguments`) 
 a machine without a GPU need `--use_cpu`.
 """
 
-import sys
-from dataclasses import dataclass, field
+from functools import partial
 
-import torch
-from command_line import leave, parse_arguments
-from image_script import DataArguments, accuracy, labels_of, load_splits
-from text_script import SmallerArguments, run
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
-
-from hf_effdl import SplitLBIArguments, SplitLBITrainer
+from hf_effdl.cli import sparsify
+from hf_effdl.cli.arguments import leave
 
 
-@dataclass(kw_only=True)
-class ScriptArguments(SmallerArguments, DataArguments):
-    """What is trained on what, and how small the result is."""
-
-    text_column: str = field(default="text", metadata={"help": "Column with the texts."})
-
-
-def parse(argv: list[str]) -> tuple[ScriptArguments, SplitLBIArguments]:
-    return parse_arguments(argv, ScriptArguments, SplitLBIArguments, description=__doc__, defaults={"base": "adamw"})
-
-
-def main(argv: list[str] | None = None) -> None:
-    script, args = parse(sys.argv[1:] if argv is None else argv)
-    set_seed(args.seed)
-    data = load_splits(script, args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        script.model_name_or_path, dtype=torch.float32, **labels_of(data, script)
-    )
-
-    def tokens(rows: dict[str, list]) -> dict[str, list]:
-        found = tokenizer(rows[script.text_column], truncation=True, max_length=script.max_length)
-        return {**found, "labels": rows[script.label_column]}
-
-    data = data.map(tokens, batched=True, remove_columns=data["train"].column_names)
-    trainer = SplitLBITrainer(
-        model,
-        args,
-        train_dataset=data["train"],
-        eval_dataset=data["eval"],
-        processing_class=tokenizer,
-        compute_metrics=accuracy,
-    )
-    run(trainer, script, "accuracy", dataset=script.dataset_name, tasks="text-classification")
+script = {"task": "text-classification", "description": __doc__, "prog": None}
+parse, main = partial(sparsify.parse, **script), partial(sparsify.main, **script)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "hf_effdl[examples]",
-#     "accelerate>=1.12",
 #     "pillow>=11",
 #     "scikit-learn>=1.6",
 #     "torch>=2.6",
@@ -31,15 +30,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from command_line import ConfigArguments, parse_arguments
 from digit_scenes import SIZE, TASKS, Look, Scene, draw_scene, draw_scenes, make_pair, to_image
 from PIL import Image, ImageDraw
 from transformers import SegGptConfig, SegGptForImageSegmentation, SegGptImageProcessorPil, set_seed
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from hf_effdl.cli.arguments import Options, parse_arguments
+
 
 @dataclass(kw_only=True)
-class Arguments(ConfigArguments):
+class Arguments(Options):
     """How large a model, and how long it trains."""
 
     output_dir: str = field(default="runs/tiny-seggpt", metadata={"help": "Folder for weights, configs and log."})

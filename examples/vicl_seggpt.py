@@ -3,10 +3,7 @@
 # dependencies = [
 #     "hf_effdl[examples]",
 #     "accelerate>=1.12",
-#     "datasets>=5.1",
-#     "pillow>=11",
 #     "torch>=2.6",
-#     "transformers>=5.23,<6",
 # ]
 #
 # [tool.uv.sources]
@@ -28,21 +25,19 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from command_line import ConfigArguments, leave, parse_arguments
-from datasets import Dataset, DatasetDict
-from image_script import load_any
-from PIL import Image
 
-from hf_effdl import ExamplePool, VisionEncoder, VisualInContextModel, VisualInContextPipeline, measure_examples
+from hf_effdl import VisualInContextPipeline, measure_examples
+from hf_effdl.cli.arguments import leave, parse_arguments
+from hf_effdl.cli.options import PoolOptions
+from hf_effdl.cli.work.prompts import drawn, load_frozen, load_pool_splits, make_pool, score_of
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.vicl.remote_code.images import to_rgb
-from hf_effdl.vicl.remote_code.visual_tasks import TASKS, find_task
+from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
 STRATEGIES = ("random", "nearest", "static", "dense", "transfer", "oracle")
@@ -50,31 +45,7 @@ MEASURED = ("static", "transfer")
 
 
 @dataclass(kw_only=True)
-class PoolArguments(ConfigArguments):
-    """What is shown to which model."""
-
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Data set id on the Hub, a folder, or one from save_to_disk."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    pool_split: str = field(default="train", metadata={"help": "Split that examples are chosen from."})
-    query_split: str | None = field(
-        default=None, metadata={"help": "Split of the queries; default: test, validation, or 10%% of the pool's."}
-    )
-    image_column: str = field(default="image", metadata={"help": "Column with the images."})
-    label_column: str = field(default="label", metadata={"help": "Column with masks or boxes."})
-    foreground: list[int] | None = field(default=None, metadata={"help": "Mask values of the object; default: not 0."})
-    task: str = field(default="segmentation", metadata={"choices": list(TASKS), "help": "What the labels are."})
-    model: str = field(default="BAAI/seggpt-vit-large", metadata={"help": "SegGPT, or an encoder for matching."})
-    encoder: str | None = field(default=None, metadata={"help": "Of the pool; default: the model's own features."})
-    candidates: int = field(default=50, metadata={"help": "Nearest examples that a strategy ranks."})
-    label_budget: int | None = field(default=None, metadata={"help": "Pool images to measure on; default: all."})
-    max_pool: int | None = field(default=None, metadata={"help": "Use at most so many examples."})
-    max_queries: int | None = field(default=None, metadata={"help": "Predict at most so many images."})
-
-
-@dataclass(kw_only=True)
-class Arguments(PoolArguments):
+class Arguments(PoolOptions):
     """How examples are chosen, and where the answers go."""
 
     dataset_name: str = field(metadata={"help": "Data set id on the Hub, a folder, or one from save_to_disk."})
@@ -94,53 +65,12 @@ def parse(argv: list[str]) -> Arguments:
     return parse_arguments(argv, Arguments, description=__doc__)[0]
 
 
-def load_splits(args: PoolArguments) -> tuple[Dataset, Dataset]:
-    """The rows to choose from and the rows to predict."""
-    data = load_any(args.dataset_name, args.dataset_config)
-    data = data if isinstance(data, DatasetDict) else DatasetDict({args.pool_split: data})
-    if args.pool_split not in data:
-        raise ValueError(f"{args.dataset_name} has splits {list(data)}, not {args.pool_split!r}")
-    split = args.query_split or next((name for name in ("test", "validation") if name in data), None)
-    if split is None:
-        parts = data[args.pool_split].train_test_split(test_size=0.1, seed=0)
-        pool, queries = parts["train"], parts["test"]
-    else:
-        pool, queries = data[args.pool_split], data[split]
-    return (
-        pool.select(range(min(len(pool), args.max_pool or len(pool)))),
-        queries.select(range(min(len(queries), args.max_queries or len(queries)))),
-    )
-
-
-def load_model(args: PoolArguments) -> VisualInContextModel:
-    encoder = VisionEncoder.from_pretrained(args.encoder) if args.encoder else None
-    model = VisualInContextModel.from_backbone(args.model, task=args.task, encoder=encoder)
-    model.config.candidates = args.candidates
-    return model
-
-
-def make_pool(
-    args: PoolArguments, rows: Dataset, model: VisualInContextModel, folder: Path, **options: Any
-) -> ExamplePool:
-    """A pool of the rows, which a second call finds in the folder."""
-    return ExamplePool.from_dataset(
-        rows,
-        args.image_column,
-        args.label_column,
-        encoder=model.encoder,
-        task=args.task,
-        foreground=args.foreground,
-        cache_dir=folder,
-        **options,
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse(sys.argv[1:] if argv is None else argv)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     out = Path(args.output_dir)
-    pool_rows, query_rows = load_splits(args)
-    model = load_model(args).to(accelerator.device)
+    pool_rows, query_rows = load_pool_splits(args)
+    model = load_frozen(args).to(accelerator.device)
     model.config.strategy = args.strategy
     grids = "dense" in (args.strategy, *args.compare)
     pool = make_pool(args, pool_rows, model, out / "pool", batch_size=args.batch_size, keep_grids=grids)
@@ -159,14 +89,11 @@ def main(argv: list[str] | None = None) -> None:
             for start in range(0, len(mine), args.batch_size):
                 part = query_rows.select(mine[start : start + args.batch_size])
                 images = [to_rgb(image) for image in part[args.image_column]]
-                labels = None
-                if labelled:
-                    given = [None] * len(part) if args.task == "colourisation" else part[args.label_column][:]
-                    # drawn once, so that the pipeline's labels and the score's are the same
-                    labels = [drawn(task, label, image) for label, image in zip(given, images, strict=True)]
+                given = images if args.task == "colourisation" else part[args.label_column][:] if labelled else []
+                labels = [drawn(task, label, image) for label, image in zip(given, images)]
                 outputs = pipe(
                     images,
-                    labels=labels if strategy == "oracle" else None,
+                    labels=given if strategy == "oracle" else None,
                     strategy=strategy,
                     num_examples=args.num_examples,
                     batch_size=args.batch_size,
@@ -199,22 +126,6 @@ def main(argv: list[str] | None = None) -> None:
         if args.push_to_hub:
             print(pipe.push_to_hub(args.push_to_hub))
     accelerator.wait_for_everyone()
-
-
-def drawn(task, label, image: Image.Image):
-    """A label in the form that any task takes: masks in black and white, boxes and colours as they are."""
-    if task.name == "segmentation":
-        return task.label(label, image).convert("L")
-    return image if task.name == "colourisation" else label
-
-
-def score_of(task, prediction, label, image: Image.Image) -> float:
-    """The task's metric at the query's own size."""
-    size = image.size[::-1]
-    if task.name == "segmentation":
-        prediction = Image.fromarray(prediction * 255)
-    found, true = (task.labels([one], [image], size) for one in (prediction, label))
-    return float(task.score(found, true)[0])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ samples/      less data: which rows are worth labelling and training on
 vicl/         better prompts: which labelled example a frozen vision model should be shown
 metrics/      metrics for `evaluate.load`
 hub/          what cards and repositories of all three share
+cli/          the command line `hf-effdl`
 weighting     `WeightedTrainer`, which trains on a column of weights; `row_losses`: the loss of every row
 weighted_sft  `WeightedSFTTrainer`, the same for TRL's fine-tuning of language models
 registration  how transformers comes to know slim models; `moved`: import paths of 0.1.0

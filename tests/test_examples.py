@@ -33,12 +33,13 @@ TWO = (str(BIN / "torchrun"), "--nproc_per_node", "2", str(ROOT / "tests" / "sup
 SCRIPT = ROOT / "examples" / "sparsify_image_classifier.py"
 sys.path.insert(0, str(ROOT / "examples"))
 
-import command_line  # noqa: E402
 import quickstart  # noqa: E402
 import select_then_train  # noqa: E402
 import sparsify_causal_lm  # noqa: E402
 import sparsify_image_classifier  # noqa: E402
 import sparsify_text_classifier  # noqa: E402
+
+from hf_effdl.cli import arguments as command_line  # noqa: E402
 
 
 def run(*command: str, cwd: Path) -> str:

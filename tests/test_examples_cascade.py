@@ -14,7 +14,10 @@ SCRIPT = ROOT / "examples" / "fit_cascade.py"
 sys.path.insert(0, str(ROOT / "examples"))
 
 import fit_cascade  # noqa: E402
+import train_ranker  # noqa: E402
 from digit_scenes import make_scenes  # noqa: E402
+
+from hf_effdl.cli.work import fitting  # noqa: E402
 
 
 SMALL = "--max_pool 18 --max_queries 4 --candidates 7 --label_budget 11 --passes 3 --fused 5".split()
@@ -78,7 +81,7 @@ def test_settings_come_from_a_file_and_the_command_line(tmp_path):
     assert (args.dataset_name, args.model) == ("some/photos", "BAAI/seggpt-vit-large")
     assert (args.label_budget, args.head, args.passes, args.candidates) == (0, "listwise", 6, 50)
     args = fit_cascade.parse([])
-    assert args.dataset_name is None and args.model == fit_cascade.DIGITS["model"] and args.max_queries == 48
+    assert args.dataset_name is None and args.model == train_ranker.DIGITS["model"] and args.max_queries == 48
     assert fit_cascade.parse(["--dataset_name", "x"]).label_column == "label"
     file.write_text("lable_budget: 4\n")
     with pytest.raises(ValueError, match=r"sets \['lable_budget'\]"):
@@ -94,15 +97,15 @@ def test_the_gap_and_its_error():
         "half": nearest + gap / 2,
         "luck": nearest + gap * (rng.random(2000) < 0.3),
     }
-    assert fit_cascade.gap_closed(scores, "nearest", 1) == (0, 0)
-    assert fit_cascade.gap_closed(scores, "half", 1) == (pytest.approx(50), pytest.approx(0, abs=1e-9))
-    closed, error = fit_cascade.gap_closed(scores, "luck", 1)
+    assert fitting.gap_closed(scores, "nearest", 1) == (0, 0)
+    assert fitting.gap_closed(scores, "half", 1) == (pytest.approx(50), pytest.approx(0, abs=1e-9))
+    closed, error = fitting.gap_closed(scores, "luck", 1)
     some = [rng.integers(0, 2000, 2000) for _ in range(400)]
     again = [100 * (scores["luck"] - nearest)[one].sum() / gap[one].sum() for one in some]
     assert closed == pytest.approx(30, abs=3 * error) and error == pytest.approx(np.std(again), rel=0.15)
     losses = {name: -values for name, values in scores.items()}
-    assert fit_cascade.gap_closed(losses, "luck", -1) == (pytest.approx(closed), pytest.approx(error))
-    assert np.isnan(fit_cascade.gap_closed({"nearest": [1.0, 2.0], "oracle": [1.0, 2.0]}, "oracle", 1)).all()
+    assert fitting.gap_closed(losses, "luck", -1) == (pytest.approx(closed), pytest.approx(error))
+    assert np.isnan(fitting.gap_closed({"nearest": [1.0, 2.0], "oracle": [1.0, 2.0]}, "oracle", 1)).all()
 
 
 def test_the_shipped_cascade_and_ranker_choose_for_new_scenes():

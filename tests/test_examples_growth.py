@@ -74,7 +74,9 @@ def test_the_example_runs_on_two_processes_and_reports_once(config, tmp_path, mo
 
 def test_bad_sizes_and_other_architectures_are_refused(config, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from grow_image_classifier import parse, seed_config
+    from grow_image_classifier import parse
+
+    from hf_effdl.cli.work.structure import seed_config
 
     dense = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 2])
     seed = seed_config(dense, None, None)

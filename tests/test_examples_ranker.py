@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import train_ranker  # noqa: E402
 
+from hf_effdl.cli.work import fitting  # noqa: E402
 from hf_effdl.vicl.auto import ListwiseRanker  # noqa: E402
 
 
@@ -47,9 +48,9 @@ def test_it_trains_rankers_alone_and_on_two_processes(tmp_path, capsys, monkeypa
 
 
 def test_what_looks_like_a_query_is_neither_measured_on_nor_shown(tmp_path, capsys, monkeypatch):
-    tables, measure, copies = [], train_ranker.measure_examples, [2, 11]
-    monkeypatch.setattr(train_ranker, "find_copies", lambda *given: copies)
-    monkeypatch.setattr(train_ranker, "measure_examples", lambda *a, **k: tables.append(measure(*a, **k)) or tables[0])
+    tables, measure, copies = [], fitting.measure_examples, [2, 11]
+    monkeypatch.setattr(fitting, "find_copies", lambda *given: copies)
+    monkeypatch.setattr(fitting, "measure_examples", lambda *a, **k: tables.append(measure(*a, **k)) or tables[0])
     train_ranker.main([*SMALL, "--label_budget", "16", "--output_dir", str(tmp_path / "out")])
     check(capsys.readouterr().out, tmp_path / "out")
     candidates, _ = tables[0]
@@ -64,6 +65,6 @@ def test_queries_to_evaluate_on_are_not_trained_on():
     model = torch.nn.Module()
     model.measured_candidates = torch.full((40, 3), -1)
     model.measured_candidates[::2, 1] = 5
-    train, other = train_ranker.split_queries(model, 0)
+    train, other = fitting.split_queries(model, 0)
     assert sorted(train + other) == list(range(0, 40, 2)) and len(other) == 2
-    assert train_ranker.split_queries(model, 1)[1] != other
+    assert fitting.split_queries(model, 1)[1] != other

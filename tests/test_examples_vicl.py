@@ -64,7 +64,7 @@ def test_one_process_and_two_choose_the_same_examples(config, tmp_path):
 
 
 def test_what_is_not_there_is_named(config, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"has splits \['train', 'test'\], not 'pool'"):
+    with pytest.raises(ValueError, match=r"has splits \['train', 'test'\], not --pool_split 'pool'"):
         vicl_seggpt.main(["--config", str(config), "--pool_split", "pool", "--output_dir", str(tmp_path)])
     with pytest.raises(SystemExit):
         vicl_seggpt.parse(["--config", str(config), "--strategy", "cascade"])

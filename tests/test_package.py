@@ -159,6 +159,22 @@ def test_what_stands_below_the_pillars_imports_none():
         assert PACKAGE.name not in imports(file), f"{name} imports the package's own face"
 
 
+# What the command line's own files import at the top: they say what options there are, and torch would take long.
+QUICK = {"hf_effdl.cli.arguments", "hf_effdl.cli.options", "hf_effdl.cli.sparsify", "hf_effdl.version"}
+QUICK |= {"transformers", "yaml"} | set(sys.stdlib_module_names)
+
+
+def test_nothing_imports_the_command_line_and_its_verbs_are_quick():
+    for name, file in MODULES.items():
+        if not name.startswith("hf_effdl.cli"):
+            assert not {module for module in imports(file) if module.startswith("hf_effdl.cli")}, name
+        elif not name.startswith("hf_effdl.cli.work"):
+            tops = {
+                module if module.startswith(PACKAGE.name) else module.split(".")[0] for module in imports(file, True)
+            }
+            assert tops <= QUICK, f"{name} imports {tops - QUICK} at the top"
+
+
 def test_no_file_imports_the_face_of_the_package():
     for name, file in MODULES.items():
         assert PACKAGE.name not in imports(file), name

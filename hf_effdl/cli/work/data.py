@@ -1,0 +1,90 @@
+"""Data sets by name, their splits and columns; labels, and images as a model takes them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
+
+
+def load_any(name: str, config: str | None = None) -> Any:
+    """A text file with a row per line, a data set from `save_to_disk`, else one that `load_dataset` knows."""
+    if Path(name).is_file():
+        kind = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix, "text")
+        return load_dataset(kind, data_files=name)
+    try:
+        return load_from_disk(name)
+    except (FileNotFoundError, OSError):
+        return load_dataset(name, config)
+
+
+def split_of(data: Any, name: str, split: str, option: str) -> Dataset:
+    """One split of what was loaded, which may be a single one."""
+    if not isinstance(data, DatasetDict):
+        return data
+    if split not in data:
+        raise ValueError(f"{name} has splits {list(data)}, not --{option} {split!r}")
+    return data[split]
+
+
+def check_column(rows: Dataset, name: str, column: str, option: str) -> None:
+    """Refuse a data set without a column."""
+    if column not in rows.column_names:
+        raise ValueError(f"{name} has columns {rows.column_names}, not {column!r}; set --{option}")
+
+
+def named_splits(options: Any, columns: Sequence[str]) -> DatasetDict:
+    """The splits that are named, as `{"train"}` or `{"train", "eval"}`; labels are a `ClassLabel`.
+
+    Args:
+        options: with `dataset_name`, `dataset_config`, `train_split`, `eval_split` and `columns`.
+        columns: names of options that name columns, which must be there.
+    """
+    data = load_any(options.dataset_name, options.dataset_config)
+    data = data if isinstance(data, DatasetDict) else DatasetDict({options.train_split: data})
+    train = split_of(data, options.dataset_name, options.train_split, "train_split")
+    if options.eval_split is not None:
+        split_of(data, options.dataset_name, options.eval_split, "eval_split")
+    for option in columns:
+        check_column(train, options.dataset_name, getattr(options, option), option)
+    if "label_column" in columns and not isinstance(train.features[options.label_column], ClassLabel):
+        data = data.class_encode_column(options.label_column)
+    names = {"train": options.train_split} | ({"eval": options.eval_split} if options.eval_split else {})
+    return DatasetDict({name: data[split] for name, split in names.items()})
+
+
+def with_eval(data: DatasetDict, seed: int) -> DatasetDict:
+    """`{"train", "eval"}`; where no rows to evaluate on were named, they are a tenth of the others."""
+    if "eval" in data:
+        return data
+    split = data["train"].train_test_split(test_size=0.1, seed=seed)
+    return DatasetDict(train=split["train"], eval=split["test"])
+
+
+def load_splits(options: Any, seed: int, columns: Sequence[str] = ("label_column",)) -> DatasetDict:
+    """The data set as `{"train", "eval"}`; see `named_splits`."""
+    return with_eval(named_splits(options, columns), seed)
+
+
+def labels_of(data: DatasetDict, options: Any) -> dict[str, dict]:
+    """What a model's config says of its labels."""
+    names = data["train"].features[options.label_column].names
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def as_pixels(options: Any, processor: Any, channels: int) -> Callable[[dict[str, list]], dict[str, Any]]:
+    """For `with_transform`: rows of images and labels to what a classifier takes; grey where it has one channel."""
+    mode = "L" if channels == 1 else "RGB"
+
+    def transform(rows: dict[str, list]) -> dict[str, Any]:
+        images = [image.convert(mode) for image in rows[options.image_column]]
+        pixels = processor(images, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels, "labels": torch.tensor(rows[options.label_column])}
+
+    return transform
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Share of rows whose largest logit is at the label."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}

@@ -1,0 +1,81 @@
+"""Pools: build, add, remove, info."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from hf_effdl.cli.work.data import load_any, split_of
+from hf_effdl.hub.cards import markdown_table
+from hf_effdl.vicl.pool.pool import ExamplePool
+from hf_effdl.vicl.pool.writer import processes
+from hf_effdl.vicl.remote_code.pool_reader import PoolReader
+
+
+def _rows(options: Any) -> Dataset:
+    data = load_any(options.dataset_name, options.dataset_config)
+    return split_of(data, options.dataset_name, options.split, "split")
+
+
+def build(options: Any) -> None:
+    """A pool in `output_dir`; what is half done waits beside it."""
+    out = Path(options.output_dir)
+    half = out / "half"
+    columns = ("image_column", "label_column", "id_column", "group_column", "class_column")
+    more = ("task", "foreground", "boxes", "keep_grids", "batch_size", "on_bad_row")
+    names = {name: getattr(options, name) for name in (*columns, *more)}
+    pool = ExamplePool.from_dataset(_rows(options), encoder=options.encoder, cache_dir=half, **names)
+    pool.save_pretrained(out)
+    state = processes()
+    if state.is_main_process:
+        shutil.rmtree(half)
+        print(described(ExamplePool.from_pretrained(out)))
+        if options.push_to_hub:
+            print(ExamplePool.from_pretrained(out).push_to_hub(options.push_to_hub))
+    state.wait_for_everyone()
+
+
+def add(options: Any) -> None:
+    """More rows of the same columns."""
+    pool = ExamplePool.from_pretrained(options.pool)
+    encoder = options.encoder or pool.encoder.get("id")
+    if encoder is None:
+        raise ValueError(f"{options.pool} names no encoder, as one of a folder: set --encoder to its own")
+    before = len(pool)
+    pool.add(_rows(options), encoder=encoder, batch_size=options.batch_size, on_bad_row=options.on_bad_row)
+    if processes().is_main_process:
+        print(f"{len(pool) - before} rows added: {len(pool)}")
+
+
+def remove(options: Any) -> None:
+    """Fewer rows; their files go too."""
+    pool = ExamplePool.from_pretrained(options.pool)
+    before = len(pool)
+    pool.remove(options.ids)
+    pool.save_pretrained(options.pool)
+    if processes().is_main_process:
+        print(f"{before - len(pool)} rows removed: {len(pool)}")
+
+
+def info(options: Any) -> None:
+    """What is in a pool."""
+    print(described(PoolReader.from_pretrained(options.pool)))
+
+
+def described(pool: PoolReader) -> str:
+    """A table of what a pool holds."""
+    size = sum(file.stat().st_size for file in Path(pool.folder, "data").iterdir()) / 1e6
+    facts = {
+        "rows": len(pool),
+        "task": pool.task,
+        "encoder": pool.encoder.get("id") or "a model of a folder, without a name",
+        "vector": f"{pool.dim} numbers",
+        "groups": pool.groups and len(set(pool.groups)),
+        "classes": pool.classes and len(set(pool.classes)),
+        "fingerprint": pool.fingerprint,
+        "folder": str(pool.folder),
+        "size": f"{size:.1f} MB",
+    }
+    rows = [{"what": name, "value": value} for name, value in facts.items() if value is not None]
+    return markdown_table(rows, {"what": "pool", "value": ""})
