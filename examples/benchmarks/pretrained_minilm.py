@@ -21,7 +21,7 @@ units stand once with the next layers as they are and once with them refitted by
 (`slim(..., calibration=)`). Beside them: the first layers of the model alone, as many as cost no more than those
 widths.
 
-    pip install "hf_effdl[bench]"
+    pip install ".[bench]"
     python examples/benchmarks/pretrained_minilm.py                     # three seeds: about an hour on one thread
     python examples/benchmarks/pretrained_minilm.py --epochs 0 1        # also after one more epoch of training
     python examples/benchmarks/pretrained_minilm.py --epochs 1 --teacher 0.5   # with the whole model as its teacher
