@@ -1,4 +1,4 @@
-.PHONY: demo test test-all test-lowest docs bench style quality clean
+.PHONY: demo test test-all test-lowest test-package docs bench style quality clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -40,6 +40,10 @@ test-lowest:
 	$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check $$($(PYTHON) .github/versions.py lowest) -e ".[test]"
 	$(LOWEST)/bin/python -m pip check
 	$(LOWEST)/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -m "not slow and not alone"
+
+# Builds the wheel and the source distribution, and tries both in an empty environment that is lent the dependencies.
+test-package: $(READY)
+	$(BIN)/python -m pytest tests/test_distribution.py tests/test_installing.py tests/test_interface.py -m "slow or not slow"
 
 # The tables of docs/benchmarks are committed; `python docs/make_benchmarks.py` makes them again from new rows.
 docs: $(DOCS_READY)
