@@ -4,7 +4,7 @@
 #     "hf_effdl[examples]",
 #     "accelerate>=1.12",
 #     "datasets>=5.1",
-#     "torch>=2.6",
+#     "torch>=2.9",
 #     "transformers>=5.23,<6",
 # ]
 #
