@@ -79,6 +79,7 @@ bench: $(READY)
 	$(BENCHMARK)/vicl_digits.py
 	$(BENCHMARK)/pool_scale.py
 	$(BENCHMARK)/selection_speed.py
+	$(BENCHMARK)/scaling.py
 
 style: $(READY)
 	$(BIN)/ruff check --fix .

@@ -193,12 +193,14 @@ def table(rows: list[dict]) -> None:
         scales = [one / row["cpu_busiest"] for row in mine if row["processes"] == 2]
         spread = f"{one / two:.2f} | {min(scales):.2f} to {max(scales):.2f}"
         print(f"| {step} | {count:,} | {len(scales)} | {count / one:.1f} | {spread} | {both / one:.2f} |")
-        rates[step] = (count / one, one / two / 2)
-    print(f"\n{MANY:,} rows on these cores, by the rates above; days on {GPUS} processes as good as two are.")
-    print(f"| step | core-days | days on {GPUS} cores |\n|---|---|---|")
-    for step, (rate, share) in rates.items():
+        rates[step] = (count / one, min(1.0, max(0.0, 2 * two / one - 1)))  # T2 = T1 (whole + (1 - whole) / 2)
+    print(f"\n{MANY:,} rows by these rates, arithmetic. Whole: the part of the work that both of two processes did.")
+    print(f"| step | core-days | whole | days on {GPUS}, all shared | days on {GPUS}, if the whole part grows |")
+    print("|---|---|---|---|---|")
+    for step, (rate, whole) in rates.items():
         alone = MANY / rate / 86400
-        print(f"| {step} | {alone:,.0f} | {alone / GPUS / share:,.0f} |")
+        shared, grown = alone / GPUS, alone * (whole + (1 - whole) / GPUS)
+        print(f"| {step} | {alone:,.0f} | {whole:.2f} | {shared:,.0f} | {grown:,.0f} |")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
