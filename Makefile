@@ -1,4 +1,4 @@
-.PHONY: demo test test-all docs bench style quality clean
+.PHONY: demo test test-all test-lowest test-package docs bench style quality clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -31,6 +31,19 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -m "not alone"
 	$(BIN)/python -m pytest tests -m alone
+
+LOWEST := .venv-lowest
+
+# The quick tests on the lower bounds of pyproject.toml; torch of that age comes with CUDA, about 6 GB.
+test-lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check $$($(PYTHON) .github/versions.py lowest) -e ".[test]"
+	$(LOWEST)/bin/python -m pip check
+	$(LOWEST)/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -m "not slow and not alone"
+
+# Builds the wheel and the source distribution, and tries both in an empty environment that is lent the dependencies.
+test-package: $(READY)
+	$(BIN)/python -m pytest tests/test_distribution.py tests/test_installing.py tests/test_interface.py -m "slow or not slow"
 
 # The tables of docs/benchmarks are committed; `python docs/make_benchmarks.py` makes them again from new rows.
 docs: $(DOCS_READY)
@@ -66,6 +79,7 @@ bench: $(READY)
 	$(BENCHMARK)/vicl_digits.py
 	$(BENCHMARK)/pool_scale.py
 	$(BENCHMARK)/selection_speed.py
+	$(BENCHMARK)/scaling.py
 
 style: $(READY)
 	$(BIN)/ruff check --fix .
@@ -76,4 +90,4 @@ quality: $(READY)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info docs/_build docs/reference/generated
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info docs/_build docs/reference/generated

@@ -41,6 +41,7 @@ PRINTED = (
     "vicl_classes",
     "pool_scale",
     "selection_speed",
+    "scaling",
 )
 # what selects as late, and as early, as the path does; the same with layers refitted at the cut
 LIKE = {

@@ -5,7 +5,7 @@
 #     "accelerate>=1.12",
 #     "datasets>=5.1",
 #     "pillow>=11",
-#     "torch>=2.6",
+#     "torch>=2.9",
 # ]
 #
 # [tool.uv.sources]

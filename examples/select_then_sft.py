@@ -5,7 +5,7 @@
 #     "accelerate>=1.12",
 #     "datasets>=5.1",
 #     "peft>=0.21",
-#     "torch>=2.6",
+#     "torch>=2.9",
 #     "transformers>=5.23,<6",
 #     "trl>=1.16",
 # ]

@@ -3,7 +3,7 @@
 # dependencies = [
 #     "hf_effdl[examples]",
 #     "accelerate>=1.12",
-#     "torch>=2.6",
+#     "torch>=2.9",
 # ]
 #
 # [tool.uv.sources]

@@ -15,7 +15,7 @@ def figure(width: float, height: float, dpi: int = 110) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "hf_effdl[plot]"') from error
+        raise ImportError('pictures need matplotlib: pip install "matplotlib>=3.9"') from error
     return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 

@@ -27,7 +27,7 @@ except ImportError:
         """In the place of TRL's, so that the package can be looked at without it."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
-            raise ImportError("WeightedSFTTrainer needs TRL; pip install hf_effdl[trl]")
+            raise ImportError('WeightedSFTTrainer needs TRL: pip install "trl>=1.16"')
 
 
 TOKENS, TURNS = "token_weights", "turn_weights"

@@ -26,6 +26,7 @@ TABLES = {
     "pretrained_resnet20": ("abe18d8d6b13bdf6", "| 48.5% | activation | yes | "),
     "recipe_mnist": ("fb511631eac93339", "| scratch, uniform widths, equal MACs |"),
     "sampling_scale": ("97a6552bd4990ef7", "| plan_shards | "),
+    "scaling": ("00cafb2d0c50efe1", "| scoring | 1,024 | 2 | "),
     "selection_banking77": ("38ef61edbcc2b455", "| P default + probe set, p_label |"),
     "selection_digits": ("126466cc4b5aa821", "| AUM, CCS (pool) |"),
     "selection_speed": ("ad23db68c5ea129b", "| hodge | "),

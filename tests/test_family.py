@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
+import yaml
 from hub import LoopbackHub
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, eval_result_entries_to_yaml, parse_eval_result_entries
 from transformers import AutoModelForImageClassification
 
 from hf_effdl import choose
@@ -52,6 +53,58 @@ def test_the_cards_show_all_sizes_and_results_of_their_own(family):
     assert 'from_pretrained("fam", revision="macs-0.4")' in small.text and small.data.datasets == ["tester/patches"]
     found = {result.metric_type: result.metric_value for result in small.data.eval_results}
     assert found["accuracy"] == pytest.approx(run.evaluate_model(models[0.4])["accuracy"])
+
+
+def results_beside(folder):
+    """`{file name: entry}`, read as the Hub's client reads them."""
+    files = {file.stem: yaml.safe_load(file.read_text()) for file in (folder / ".eval_results").glob("*.yaml")}
+    entries = {name: parse_eval_result_entries(content) for name, content in files.items()}
+    for name, content in files.items():
+        assert eval_result_entries_to_yaml(entries[name]) == content  # there are no other keys
+    return {name: entry for name, (entry,) in entries.items()}
+
+
+def test_results_of_a_benchmark_lie_where_leaderboards_look(family, tmp_path):
+    run, _, revisions, models = family
+    details = {"dataset": "tester/patches", "tasks": "image-classification"}
+    run.save_family(models, tmp_path / "fam", benchmark={"accuracy": "test", "loss": "a/b c"}, **details)
+    for place, share in ((".", 0.7), ("macs-0.7", 0.7), ("macs-0.4", 0.4)):
+        found = results_beside(tmp_path / "fam" / place)
+        assert found.keys() == {"patches-test", "patches-a_b_c"} and found["patches-a_b_c"].task_id == "a/b c"
+        entry, metrics = found["patches-test"], run.evaluate_model(models[share])
+        assert (entry.dataset_id, entry.task_id, entry.source_name) == ("tester/patches", "test", "Model card")
+        assert entry.value == pytest.approx(metrics["accuracy"]) and entry.source_url.endswith("/fam")
+        assert entry.notes == f"{models[share].config.effdl_report['macs']['ratio']:.0%} of the MACs"
+        index = ModelCard.load(tmp_path / "fam" / place / "README.md").data.eval_results
+        assert entry.value == {result.metric_type: result.metric_value for result in index}["accuracy"]
+    run.save_slim(models[0.4], tmp_path / "none", **details)
+    assert not results_beside(tmp_path / "none")
+    own = run.slim(macs=0.4, calibration=False, latency_batch=0)
+    small = run.finetune(own, epochs=1, output_dir=str(tmp_path / "tuned"))
+    run.save_slim(small, tmp_path / "slim", benchmark={"accuracy": "test"}, **details)
+    assert results_beside(tmp_path / "slim")["patches-test"].value == run.evaluate_model(small)["accuracy"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"dataset": None}, "one data set of the Hub"),
+        ({"dataset": ["a/b", "a/c"]}, "one data set of the Hub"),
+        ({"dataset": "some patches"}, "one data set of the Hub"),
+        (
+            {"benchmark": {"wer": "test"}},
+            r"names \['wer'\], and what was measured of this model is \['accuracy', 'loss'\]",
+        ),
+        ({"benchmark": "accuracy"}, "pass {metric: task id}"),
+        ({"benchmark": {"accuracy": 1}}, "pass {metric: task id}"),
+    ],
+)
+def test_results_of_no_benchmark_are_refused(family, change, message, tmp_path):
+    run, _, _, models = family
+    details = {"dataset": "tester/patches", "benchmark": {"accuracy": "test"}} | change
+    with pytest.raises((ValueError, TypeError), match=message):
+        run.save_family(models, tmp_path, **details)
+    assert run.results == {}
 
 
 def member(revision, accuracy, macs, latency):

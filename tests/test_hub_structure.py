@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from hub import LoopbackHub
 
+from hf_effdl.version import INSTALL
+
 
 TESTS = Path(__file__).parent / "support"
 
@@ -91,7 +93,7 @@ def test_the_cards_hold_what_a_reader_needs(hub, pushed):
     assert "import hf_effdl" not in card
     assert files("slim")["sparse_path.png"].startswith(b"\x89PNG") and "sparse_path.safetensors" in files("slim")
     free = files("free")["README.md"].decode()
-    assert free.index("# pip install hf_effdl\nimport hf_effdl") < free.index('from_pretrained("tester/free")')
+    assert free.index(f"# {INSTALL}\nimport hf_effdl") < free.index('from_pretrained("tester/free")')
     dense = files("dense")["README.md"].decode()
     assert "SparsePath.load" in dense and "select(macs=0.5)" in dense
     assert not any(name.startswith("checkpoint-") for name in files("dense"))

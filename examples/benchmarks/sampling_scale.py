@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "hf_effdl[examples]",
-#     "torch>=2.6",
+#     "torch>=2.9",
 # ]
 #
 # [tool.uv.sources]

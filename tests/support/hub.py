@@ -119,6 +119,16 @@ class HubError(Exception):
         self.reply = Reply(status, {"error": message, **details}, headers)
 
 
+# What may happen to a request, by name: how it is refused, or "cut": the line goes down before there is an answer.
+FAULTS = {
+    "gated": HubError(403, "Access to this repository is restricted and you are not in its list", "GatedRepo").reply,
+    "private": HubError(401, "Repository not found", "RepoNotFound").reply,
+    "forbidden": HubError(403, "You don't have the rights to write here").reply,
+    "missing": HubError(404, "Repository not found", "RepoNotFound").reply,
+    "broken": HubError(500, "Internal Server Error").reply,
+}
+
+
 class Request(BaseHTTPRequestHandler):
     # Clients expect connections to stay open, which takes HTTP/1.1.
     protocol_version = "HTTP/1.1"
@@ -142,7 +152,10 @@ class Request(BaseHTTPRequestHandler):
     def serve(self) -> None:
         # The body has to be read even if it is not wanted, or it would be taken for the next request.
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        reply = self.server.answer(self)
+        reply = self.server.fault(self) or self.server.answer(self)
+        if reply == "cut":
+            self.close_connection = True
+            return
         body = reply.content if isinstance(reply.content, bytes) else json.dumps(reply.content).encode()
         kind = "application/octet-stream" if body is reply.content else "application/json"
         self.send_response(reply.status)
@@ -192,6 +205,7 @@ class LoopbackHub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos: dict[tuple[str, str], Repo] = {}
         self.log: list[str] = []
+        self.faults: tuple[str, str] | None = None  # what happens, and to which paths: those with this text in them
         self._lfs_objects: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
@@ -240,6 +254,17 @@ class LoopbackHub(ThreadingHTTPServer):
             requests = "\n".join(self.log[seen:][-20:])
             raise AssertionError(f"{done.stdout}\n{done.stderr}\nexit status {done.returncode}, after\n{requests}")
         return done.stdout
+
+    def fault(self, request: Request) -> Reply | str | None:
+        """What happens in the place of an answer; children ask for it by `GET /fault/<name>/<text>`."""
+        if request.path.startswith("/fault"):
+            name, text = (request.path + "//").split("/")[2:4]
+            self.faults = (name, text) if name else None
+            return Reply(200, {})
+        if self.faults is None or self.faults[1] not in request.path:
+            return None
+        self.log.append(f"{request.command} {request.path} {self.faults[0]}")
+        return FAULTS.get(self.faults[0], self.faults[0])
 
     def answer(self, request: Request) -> Reply:
         with self._lock:

@@ -1,4 +1,4 @@
-"""Pictures of a selection. Need matplotlib (`pip install "hf_effdl[plot]"`)."""
+"""Pictures of a selection. Need matplotlib (the extra `plot`)."""
 
 import textwrap
 from collections.abc import Mapping, Sequence

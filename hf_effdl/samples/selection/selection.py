@@ -168,7 +168,7 @@ class Selection(SelectedRows):
             column: what to show of a row; default: an image, else the longest text, else its numbers.
 
         Returns:
-            A matplotlib Figure; needs `pip install "hf_effdl[plot]"`. Its panels alone: `selection.pictures`.
+            A matplotlib Figure; needs matplotlib (the extra `plot`). Its panels alone: `selection.pictures`.
         """
         return plot_selection(self, count, column)
 

@@ -1,4 +1,4 @@
-"""The picture of a growing run, of plain values. Needs matplotlib (`pip install hf_effdl[plot]`)."""
+"""The picture of a growing run, of plain values. Needs matplotlib (the extra `plot`)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def plot_growth(
         dense: points of the dense net, trained from the start, in the same form.
 
     Returns:
-        A matplotlib Figure; needs `pip install hf_effdl[plot]`.
+        A matplotlib Figure; needs matplotlib (the extra `plot`).
 
     Raises:
         ValueError: for an empty history.

@@ -42,7 +42,7 @@ def plot_lora_ranks(path: SparsePath, ranks: Mapping[str, int] | None = None) ->
             those in the support at the end.
 
     Returns:
-        A matplotlib Figure; needs `pip install hf_effdl[plot]`.
+        A matplotlib Figure; needs matplotlib (the extra `plot`).
 
     Example:
         >>> plot_lora_ranks(trainer.path).savefig("ranks.png")  # doctest: +SKIP

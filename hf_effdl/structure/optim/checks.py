@@ -32,7 +32,8 @@ def initial_size(group: Mapping[str, Any], params: Sequence[Tensor]) -> Tensor:
     """
     tensors = [p.detach().to(dual_dtype(p)) for p in params]
     if group["penalty"] == "l1":
-        size = whole(tensors[0].square().mean()).sqrt()
+        # not the mean: older versions of torch take that of uneven shards for the mean of their means
+        size = (whole(tensors[0].square().sum()) / tensors[0].numel()).sqrt()
     else:
         size = unit_norm(tensors, group["axis"], group["block"], group["scale"])
     if group["lam_scale"] != "init":

@@ -283,7 +283,7 @@ class SparsePath:
             order: see `scores`; only sets which unit is drawn first.
 
         Returns:
-            A matplotlib Figure; needs `pip install hf_effdl[plot]`.
+            A matplotlib Figure; needs matplotlib (the extra `plot`).
         """
         kept = selected or {name: inside.nonzero().flatten() for name, inside in self.support.items()}
         words = ("selected", "not selected") if selected else ("in the support", "left again")

@@ -1,4 +1,4 @@
-"""The picture of a path, of plain values. Needs matplotlib (`pip install hf_effdl[plot]`)."""
+"""The picture of a path, of plain values. Needs matplotlib (the extra `plot`)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import Tensor, nn
 
 from hf_effdl.checks import flag, real_number
@@ -63,7 +63,7 @@ def read_family(
     if not Path(where).is_dir():
         try:
             file = Path(hf_hub_download(str(where), FILE_NAME, revision=revision, token=token))
-        except EntryNotFoundError as error:
+        except RemoteEntryNotFoundError as error:
             raise FileNotFoundError(_no_family(where)) from error
     if not file.is_file():
         raise FileNotFoundError(_no_family(where))

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_effdl.files import write_whole
 from hf_effdl.hub.cards import markdown_table, write_card
+from hf_effdl.hub.eval_results import write_eval_results
 from hf_effdl.structure.groups.finders.lora import has_adapter
 from hf_effdl.structure.lora.picture import plot_lora_ranks, rank_table
 from hf_effdl.structure.path.path import SparsePath
@@ -49,6 +50,7 @@ def write_structure_card(
     tags: str | list[str] | None = None,
     language: str | None = None,
     license: str | None = None,
+    benchmark: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `README.md` and, where matplotlib is installed, `sparse_path.png` into a folder.
 
@@ -59,8 +61,13 @@ def write_structure_card(
         repo_id: repository named in the loading snippet; default: `args.hub_model_id`, else the folder's name.
         revision: of it, that the slim model is in; default: its main branch.
         family: revisions of all sizes there, where the card is for all of them, and `family_picture`: of their curve.
+        benchmark: `{metric: task id}`, where the one `dataset` is a benchmark of the Hub (its `eval.yaml` names the
+            tasks) and was evaluated as it asks: each goes into a file of `.eval_results` beside the card.
 
     The other arguments are those of `Trainer.create_model_card`.
+
+    Raises:
+        ValueError, TypeError: for a benchmark that has no such data set or metric.
     """
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False) if small is None else small
     kind = type(model).__name__.removeprefix("FSDP")  # the class that FSDP2 makes of a model
@@ -68,6 +75,8 @@ def write_structure_card(
     repo_id = repo_id or trainer.args.hub_model_id or Path(folder).name
     tasks = tasks or ("image-classification" if kind.endswith("ForImageClassification") else None)
     task = tasks[0] if isinstance(tasks, list) else tasks
+    metrics = _metrics_of(trainer, small, revision or next(iter(family), None))
+    told = _benchmark_values(benchmark, _listed(dataset), metrics)
     data = ModelCardData(
         language=language,
         license=license,
@@ -75,11 +84,14 @@ def write_structure_card(
         base_model=finetuned_from,
         pipeline_tag=task,
         datasets=[name for name in _listed(dataset) if REPO.fullmatch(name)] or None,
-        **_model_index(model_name or repo_id, task, _listed(dataset), (trainer.results or {}).get(revision)),
+        **_model_index(model_name or repo_id, task, _listed(dataset), metrics),
         tags=list(dict.fromkeys([*_listed(tags), *trainer._tag_names, *_tags_there(Path(folder) / "README.md")])),
     )
     facts = trainer.card_facts(folder)
     report = _report_of(small)
+    if told:
+        notes = f"{report['macs']['ratio']:.0%} of the MACs" if report and "macs" in report else None
+        write_eval_results(folder, *_listed(dataset), told, source=f"https://huggingface.co/{repo_id}", notes=notes)
     shared = {
         "title": model_name or repo_id,
         "repo_id": repo_id,
@@ -135,13 +147,42 @@ def _tags_there(card: Path) -> list[str]:
 # ---- results
 
 
-def _model_index(name: str, task: str | None, datasets: Sequence[str], metrics: Mapping[str, Any] | None) -> dict:
+def _metrics_of(trainer: Any, small: Any, name: str | None) -> Mapping[str, float]:
+    """What a slim model has reached: in the results by its name, else what this trainer measured last of its size."""
+    if small is None:
+        return {}
+    row = trainer.results.get(name or "slim")
+    if row is None and (report := _report_of(small)) is not None:
+        size = report["params"]["after"]
+        row = next((row for row in reversed(trainer.measured.values()) if row.get("params") == size), None)
+    return {key: value for key, value in (row or {}).items() if key not in SIZES and isinstance(value, float)}
+
+
+def _benchmark_values(
+    benchmark: Mapping[str, str] | None, datasets: Sequence[str], metrics: Mapping[str, float]
+) -> dict[str, float]:
+    """The values by task ids."""
+    if benchmark is None:
+        return {}
+    if not isinstance(benchmark, Mapping) or not all(
+        isinstance(part, str) for pair in benchmark.items() for part in pair
+    ):
+        raise TypeError(f"benchmark={benchmark!r}: pass {{metric: task id}}, the ids as in the data set's eval.yaml")
+    if len(datasets) != 1 or not REPO.fullmatch(datasets[0]) or "/" not in datasets[0]:
+        raise ValueError(
+            f"benchmark= is of one data set of the Hub, owner/name, and dataset={list(datasets)}: pass it"
+        )
+    if missing := [name for name in benchmark if name not in metrics]:
+        raise ValueError(f"benchmark= names {missing}, and what was measured of this model is {sorted(metrics)}")
+    return {task: metrics[name] for name, task in benchmark.items()}
+
+
+def _model_index(name: str, task: str | None, datasets: Sequence[str], metrics: Mapping[str, float]) -> dict:
     """What a card's data say of results: those of a model on one data set, where both are known."""
-    values = {key: value for key, value in (metrics or {}).items() if key not in SIZES and isinstance(value, float)}
-    if len(datasets) != 1 or not task or not values:
+    if len(datasets) != 1 or not task or not metrics:
         return {}
     data = {"task_type": task, "dataset_type": datasets[0], "dataset_name": datasets[0]}
-    results = [EvalResult(**data, metric_type=key, metric_value=value) for key, value in values.items()]
+    results = [EvalResult(**data, metric_type=key, metric_value=value) for key, value in metrics.items()]
     return {"model_name": name, "eval_results": results}
 
 

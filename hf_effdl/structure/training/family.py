@@ -57,7 +57,8 @@ class FamilyMixin:
             budget: what the shares are of: `"macs"`, `"params"`, `"latency"` or `"keep"`.
             options: further arguments of `slim`, where it makes the models.
             repo_id: repository named in the cards; default: the folder's name.
-            **card: of `create_model_card`; with `dataset` the cards have a `model-index`.
+            **card: of `create_model_card`; with `dataset` the cards have a `model-index`, with
+                `benchmark` (see `save_slim`) also files for the leaderboards of the Hub.
 
         Returns:
             The revisions, such as `["macs-0.75", "macs-0.5", "macs-0.25"]`, the largest first.

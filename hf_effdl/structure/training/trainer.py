@@ -342,7 +342,9 @@ class SplitLBITrainer(FamilyMixin, SmallMixin, SlimMixin, DistillationMixin, Wei
     def save_slim(self, small: nn.Module, folder: str | os.PathLike[str], **card: Any) -> Path:
         """Save a slim model, or an adapter of chosen ranks, with its processor, path, picture and card into a folder.
 
-        `card` takes the arguments of `create_model_card`, and `repo_id` for the loading snippet.
+        `card` takes the arguments of `create_model_card`, `repo_id` for the loading snippet, and `benchmark`, which
+        puts results where the Hub's leaderboards look: `{"accuracy": "default"}`, a metric and the task id that the
+        `eval.yaml` of the data set has for it.
         """
         check_loadable(small)
         target = Path(folder)

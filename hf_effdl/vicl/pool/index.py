@@ -71,7 +71,7 @@ def build_index(
     try:
         import faiss
     except ImportError as error:
-        raise ImportError('an index needs faiss: pip install "hf_effdl[faiss]"') from error
+        raise ImportError('an index needs faiss: pip install "faiss-cpu>=1.9"') from error
     if not 0 < recall <= 1:
         raise ValueError(f"recall={recall} is not in (0, 1]")
     begun = time.perf_counter()

@@ -353,7 +353,7 @@ class ExamplePool(PoolReader):
             self._index = False  # so that it is said once
             warnings.warn(
                 f"the pool has {len(self):,} rows, and every search compares with each of them; "
-                'pip install "hf_effdl[faiss]" for an index',
+                'pip install "faiss-cpu>=1.9" for an index',
                 stacklevel=3,
             )
             return

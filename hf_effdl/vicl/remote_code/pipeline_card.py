@@ -16,6 +16,7 @@ PIPELINE_TAGS = {
     "colourisation": "image-to-image",
 }
 WIDTH = 119  # of the text
+INSTALL = "pip install git+https://github.com/hf-effdl/hf_effdl"  # that of version.py, which does not travel
 CITATION = """@inproceedings{xu2024partial2global,
   title     = {Towards Global Optimal Visual In-Context Learning Prompt Selection},
   author    = {Xu, Chengming and Liu, Chen and Wang, Yikai and Yao, Yuan and Fu, Yanwei},
@@ -40,7 +41,7 @@ pipe = pipeline(model="{repo_id}", trust_remote_code=True)
 out = pipe("photo.jpg")    # {{"prediction": ..., "example_ids": [...], "scores": [...]}}
 ```
 
-With `pip install hf_effdl` no remote code is needed:
+With `{install}` no remote code is needed:
 
 ```python
 from hf_effdl import VisualInContextPipeline
@@ -91,6 +92,7 @@ def write_model_card(folder: str | os.PathLike[str], config: Any, pool: Any, rep
         rows=len(pool),
         fingerprint=pool.fingerprint,
         selector=_selector(config),
+        install=INSTALL,
         citation=CITATION,
         **_places(config),
     )

@@ -17,24 +17,27 @@ from .writing import check_folder, copy_file
 
 
 def load_parts(
-    model: Any, pool: Any, token: str | bool | None, dtype: Any = None
+    model: Any, pool: Any, token: str | bool | None, dtype: Any = None, revision: str | None = None
 ) -> tuple[VisualInContextModel, PoolReader]:
     """A model and its pool, from whatever the user has of them; the model's config names the pool where that can be.
 
     Args:
-        model, pool, token, dtype: see `VisualInContextPipeline`.
+        model, pool, token, dtype, revision: see `VisualInContextPipeline`.
     """
     name = str(pool) if isinstance(pool, (str, os.PathLike)) else None
     dtype = as_dtype(dtype)
     if not isinstance(model, (str, os.PathLike)):
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is of a repository, and model= is a {type(model).__name__}")
         if not hasattr(model, "frozen"):
             pool = _opened(pool, token)
             model = from_module(model, pool, token)
-    elif (model_type := _model_type(str(model), token)) == VisualInContextConfig.model_type:
-        model = VisualInContextModel.from_pretrained(str(model), token=token)
+    elif (model_type := _model_type(str(model), token, revision)) == VisualInContextConfig.model_type:
+        pinned = {} if revision is None else {"revision": revision}
+        model = VisualInContextModel.from_pretrained(str(model), token=token, **pinned)
     else:  # a backbone's name says nothing of the pool's task and encoder
         pool = _opened(pool, token)
-        model = from_backbone(str(model), model_type, pool, token)
+        model = from_backbone(str(model), model_type, pool, token, revision)
     if dtype is not None:
         model.cast(dtype)
     if pool is None:
@@ -46,9 +49,9 @@ def load_parts(
     return model, pool
 
 
-def _model_type(name: str, token: str | bool | None) -> str | None:
-    check_folder(name)
-    return PreTrainedConfig.get_config_dict(name, token=token)[0].get("model_type")
+def _model_type(name: str, token: str | bool | None, revision: str | None) -> str | None:
+    check_folder(name, revision)
+    return PreTrainedConfig.get_config_dict(name, token=token, revision=revision)[0].get("model_type")
 
 
 def _opened(pool: Any, token: str | bool | None) -> Any:
@@ -93,20 +96,23 @@ def save_pool(pool: PoolReader, folder: Path) -> None:
                 file.unlink()
 
 
-def from_backbone(name: str, model_type: str | None, pool: Any, token: str | bool | None) -> VisualInContextModel:
+def from_backbone(
+    name: str, model_type: str | None, pool: Any, token: str | bool | None, revision: str | None
+) -> VisualInContextModel:
     if not hasattr(pool, "encoder"):
         raise ValueError(f"{name} is a backbone and not a VisualInContextModel, which would name its pool: pass pool=")
     made = pool.encoder
     shape = {"image_size": tuple(made["image_size"]), "layer": made["layer"]}
     if made["id"] is None and getattr(pool, "encoder_module", None) is None:
-        encoder = VisionEncoder.from_pretrained(name, token=token, **shape)
+        encoder = VisionEncoder.from_pretrained(name, revision, token=token, **shape)
         if encoder.fingerprint == made["fingerprint"]:  # a pool that was saved does not name a folder
             made = made | {"id": name}
     if made["id"] == name and set(shape) <= set(frozen_class(model_type).encoder_options):  # one encoder for both
         return VisualInContextModel.from_backbone(
-            name, task=pool.task, revision=made["revision"], token=token, **shape
+            name, task=pool.task, revision=revision or made["revision"], token=token, **shape
         )
-    return VisualInContextModel.from_backbone(name, task=pool.task, encoder=_encoder_of(pool, token), token=token)
+    encoder = _encoder_of(pool, token)
+    return VisualInContextModel.from_backbone(name, task=pool.task, encoder=encoder, revision=revision, token=token)
 
 
 def from_module(frozen: Any, pool: Any, token: str | bool | None) -> VisualInContextModel:

@@ -64,6 +64,8 @@ class VisualInContextPipeline(Pipeline):
         pool: an `ExamplePool` or `PoolReader`, or a repository or folder of one; default: the one that the config
             names.
         metric, greater_is_better: what the oracle goes by, see `Examples`; default: the task's own metric.
+        token: for private repositories; default: the saved login.
+        revision: branch, tag or commit of the model's repository; the pool's is the one that the model names.
 
     Call it with an image (PIL, array, tensor, path, URL, bytes) or any number of them: a list, a data set (its column
     `image`, or the only one of images) or a column of one; a generator or a streamed data set, which has no length, is
@@ -133,10 +135,11 @@ class VisualInContextPipeline(Pipeline):
         metric: Any = None,
         greater_is_better: bool = True,
         token: str | bool | None = None,
+        revision: str | None = None,
         **kwargs: Any,
     ) -> None:
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        model, pool = load_parts(model, pool, token, dtype)
+        model, pool = load_parts(model, pool, token, dtype, revision)
         kwargs.setdefault("task", TASK)
         self.pool, self.selector = pool, selector
         self.visual_task = find_task(model.config.task)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -174,7 +174,7 @@ class PoolReader:
             file = hf_hub_download(repo_id, MANIFEST, repo_type="dataset", revision=revision, token=token)
         except HFValidationError as error:
             raise FileNotFoundError(f"{repo_id!r} is neither a folder nor a repository id") from error
-        except EntryNotFoundError as error:
+        except RemoteEntryNotFoundError as error:
             raise FileNotFoundError(
                 f"the data set repository {repo_id} holds no pool: there is no {MANIFEST}; make "
                 "one with ExamplePool.push_to_hub"

@@ -105,6 +105,8 @@ def reliable_rows(
             f"candidates {tuple(candidates.shape)}, performance {tuple(performance.shape)} and similarity "
             f"{tuple(similarity.shape)}: pass all three as (n, K), of the same pairs"
         )
+    if candidates.is_floating_point() or candidates.dtype == torch.bool:
+        raise TypeError(f"candidates of {candidates.dtype}: pass rows of the pool as whole numbers")
     n = len(candidates)
     if candidates.numel() and not -1 <= int(candidates.min()) <= int(candidates.max()) < n:
         raise ValueError(
@@ -113,7 +115,7 @@ def reliable_rows(
         )
     known = (candidates >= 0) & (candidates != torch.arange(n, device=candidates.device)[:, None])
     measured = performance[known]
-    conformities = _conformity(candidates[known], measured, similarity[known], n, method)
+    conformities = _conformity(candidates[known].long(), measured, similarity[known], n, method)
     if not len(measured) or measured.min() == measured.max():
         raise ValueError(
             f"the {len(measured)} measured performances are all equal: nothing can be learned from them; "
