@@ -34,7 +34,7 @@ test-all: $(READY)
 
 LOWEST := .venv-lowest
 
-# The quick tests on the lower bounds of pyproject.toml; torch of that age comes with CUDA, about 6 GB.
+# The quick tests on the lower bounds of pyproject.toml; torch from an index comes with CUDA, about 6 GB.
 test-lowest:
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check $$($(PYTHON) .github/versions.py lowest) -e ".[test]"
