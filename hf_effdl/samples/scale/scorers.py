@@ -9,9 +9,10 @@ from torch import Tensor
 
 from hf_effdl.checks import instance
 from hf_effdl.files import digest
-from hf_effdl.samples.probes.inputs import label_tensor
+from hf_effdl.samples.probes.decisions import decision_labels
+from hf_effdl.samples.probes.inputs import label_tensor, label_values
 from hf_effdl.samples.probes.probes import Probes
-from hf_effdl.samples.probes.scoring import score_batch
+from hf_effdl.samples.probes.scoring import decided_scores, score_batch
 from hf_effdl.samples.scores.uncertainty import check_labels
 
 
@@ -58,22 +59,34 @@ class ProbeScorer:
     @property
     def key(self) -> str:
         settings = [self.probes.fingerprint, self.probes.inputs.describe(), self.label_column, self.gauge]
+        settings += [] if self.probes.task == "classes" else [self.probes.task]
         return digest(json.dumps([*settings, self.batch_size]))
 
     def score_rows(self, rows: Dataset, where: str = "the data", first: int = 0) -> dict[str, Tensor]:
-        labels = None if self.label_column is None else label_tensor(rows, self.label_column, self.probes.names)
-        parts, start = [], 0
-        for logits in self.probes.batches(rows, self.batch_size):
-            if not logits.isfinite().all():
-                bad = int((~logits.isfinite()).flatten(1).any(1).nonzero()[0])
-                raise ValueError(f"row {first + start + bad} of {where} has logits that are NaN or infinite")
+        labels, parts, start = self._labels(rows), [], 0
+        for fed, logits in self.probes.asked(rows, self.batch_size):
+            bad = (~logits.isfinite()).flatten(1).any(1).nonzero()
+            if len(bad):
+                raise ValueError(f"row {first + start + int(bad[0])} of {where} has logits that are NaN or infinite")
             given = None if labels is None else labels[start : start + len(logits)]
-            if given is not None:
-                given = check_labels(given, max(2, logits.shape[2]), len(given))
-            parts.append(score_batch(logits, given, self.gauge))
+            parts.append(self._scores(fed, logits, given, torch.arange(len(logits)) + first + start))
             start += len(logits)
         inner = ("likelihoods", "between", "total")
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name not in inner}
+
+    def _labels(self, rows: Dataset) -> Tensor | list[list[int]] | None:
+        if self.label_column is None:
+            return None
+        if self.probes.task == "classes":
+            return label_tensor(rows, self.label_column, self.probes.names)
+        return decision_labels(label_values(rows, self.label_column), self.label_column, self.probes.task)
+
+    def _scores(self, fed: Any, logits: Tensor, labels: Any, places: Tensor) -> dict[str, Tensor]:
+        if self.probes.task != "classes":
+            return decided_scores(self.probes.task, logits, fed, labels, places, self.gauge)
+        if labels is not None:
+            labels = check_labels(labels, max(2, logits.shape[2]), len(labels))
+        return score_batch(logits, labels, self.gauge)
 
 
 def as_scorer(scorer: Any) -> RowScorer:
