@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for noise in options.noise:
             start = time.perf_counter()
             pair = PeoplePair(x, labels, test, noise, number)
-            if SUSPECTS in names and (noise, SUSPECTS, number) not in file:
+            if SUSPECTS in names and noise != "clean" and (noise, SUSPECTS, number) not in file:
                 file.add({"cell": noise, "arm": SUSPECTS, "pair": number} | suspects(pair) | machine())
             for share in options.shares:
                 cell = f"{noise}, {share:.0%}"

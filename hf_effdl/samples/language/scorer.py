@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from tqdm.auto import tqdm
 
-from hf_effdl.checks import whole_number
+from hf_effdl.checks import flag, instance, one_of, path, whole_number
 from hf_effdl.files import digest, locked, read_sealed, sealed, sweep, write_whole
 from hf_effdl.processes import is_first, refuse_lone_processes, same_fate
+from hf_effdl.samples.drawing.checks import check_rows, check_seed
 from hf_effdl.samples.drawing.clusters import clusters
 from hf_effdl.samples.drawing.plan import Plan
-from hf_effdl.samples.language.choosing import choose
+from hf_effdl.samples.language.choosing import METHODS, UNITS, choose
 from hf_effdl.samples.language.probes import LanguageProbes, ask
 from hf_effdl.samples.language.rows import Encoded, batch_of, batches_of, encode
 from hf_effdl.samples.probes.row_marks import content_ids, row_marks
@@ -65,7 +66,8 @@ class SFTScorer:
             those of other probes, rows or settings are not mistaken for them, damaged ones are made again.
 
     Raises:
-        ValueError: for a `processing_class` that is missing, and as `LanguageProbes`.
+        ValueError: for a `processing_class` that is missing, settings out of range, and as `LanguageProbes`. Scoring
+            refuses rows by their number: see `encode`, and rows longer than the probes have places for.
 
     Example:
         >>> scorer = SFTScorer(probes, max_length=512)  # doctest: +SKIP
@@ -99,13 +101,9 @@ class SFTScorer:
         self.top = whole_number("top", top, 2)
         self.batch_tokens = whole_number("batch_tokens", batch_tokens, 1)
         self.part_rows = whole_number("part_rows", part_rows, 2)
-        self.contrast, self.embed, self.clusters, self.seed, self.cache_dir = (
-            contrast,
-            embed,
-            clusters,
-            seed,
-            cache_dir,
-        )
+        self.contrast, self.embed = flag("contrast", contrast), flag("embed", embed)
+        self.clusters = None if clusters is None else whole_number("clusters", clusters, 1)
+        self.seed, self.cache_dir = check_seed(seed), None if cache_dir is None else path("cache_dir", cache_dir)
         self.plan: Plan | None = None
 
     @property
@@ -174,6 +172,7 @@ class SFTScorer:
         Returns:
             The chosen rows in the data set's order, with `weight` (1) and `inclusion_probability`; without the scores.
         """
+        self._check_choice(data, budget, unit, method, query)  # before the long work
         scored = data if set(self.columns) <= set(data.column_names) else self.score(data)
         self._check_scores(scored)
         table = self.table(scored)
@@ -225,8 +224,11 @@ class SFTScorer:
     ) -> dict[str, Tensor]:
         """The scores of some rows, on this process alone, `{name: (rows,) or (rows, d)}`."""
         encoded = [
-            encode(row, self.tokenizer, self.max_length, f"row {first + i} of {where}") for i, row in enumerate(rows)
+            self._encoded_row(row, f"row {first + i} of {where}")
+            for i, row in enumerate(instance("rows", rows, Iterable, "rows as dicts"))
         ]
+        if not encoded:
+            raise ValueError("rows is empty: there is nothing to score")
         parts = [encoded[i : i + self.part_rows] for i in range(0, len(encoded), self.part_rows)]
         tables = [self._part(part) for part in parts]
         return {name: torch.cat([table[name] for table in tables]) for name in self.columns}
@@ -239,6 +241,21 @@ class SFTScorer:
             raise ValueError(f"data is {what}; pass a datasets.Dataset with rows, or shards to score_shards")
         if taken := [name for name in (*self.columns, SCORE_KEY) if name in data.column_names]:
             raise ValueError(f"the data set has the columns {taken} already; remove_columns({taken}) to score it anew")
+
+    def _check_choice(self, data: Any, budget: int, unit: str, method: str, query: Any) -> None:
+        """Refuse what cannot be chosen, whatever the scores are."""
+        instance("data", data, Dataset, "a datasets.Dataset with rows")
+        one_of("unit", unit, UNITS), one_of("method", method, METHODS)
+        if unit == "rows":
+            check_rows(budget, len(data))
+        else:
+            whole_number("budget", budget, 1)
+        if query is not None:
+            instance("query", query, Dataset, "a datasets.Dataset of rows to be near to")
+        if self.clusters is not None and self.clusters > len(data):
+            raise ValueError(f"clusters={self.clusters} of {len(data)} rows; set fewer")
+        if clash := [name for name in ("weight", "inclusion_probability") if name in data.column_names]:
+            raise ValueError(f"the data set has the columns {clash} already; remove_columns({clash}) or rename them")
 
     def _keys(self, data: Dataset) -> Tensor:
         """Another number for other rows, probes or settings, `(rows,)` int64."""
@@ -260,7 +277,10 @@ class SFTScorer:
     def _encoded(self, data: Dataset) -> list[Encoded]:
         names = [name for name in COLUMNS if name in data.column_names]
         plain = data.select_columns(names).with_format(None) if names else data
-        return [encode(row, self.tokenizer, self.max_length, f"row {i}") for i, row in enumerate(plain)]
+        return [self._encoded_row(row, f"row {i}") for i, row in enumerate(plain)]
+
+    def _encoded_row(self, row: Mapping[str, Any], where: str) -> Encoded:
+        return self.probes.check(encode(row, self.tokenizer, self.max_length, where), where)
 
     @property
     def _padding(self) -> int:
