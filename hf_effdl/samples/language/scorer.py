@@ -229,6 +229,7 @@ class SFTScorer:
         ]
         if not encoded:
             raise ValueError("rows is empty: there is nothing to score")
+        self.probes.to(PartialState().device)
         parts = [encoded[i : i + self.part_rows] for i in range(0, len(encoded), self.part_rows)]
         tables = [self._part(part) for part in parts]
         return {name: torch.cat([table[name] for table in tables]) for name in self.columns}

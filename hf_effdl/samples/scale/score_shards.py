@@ -64,20 +64,32 @@ def score_shards(
     """
     scorer, state = as_scorer(scorer), PartialState()
     refuse_lone_processes()
-    batch_rows = whole_number("batch_rows", batch_rows, 1)
     with same_fate():
-        shards = [Shard.open(file) for file in _checked(files)]
-        settings = {"id_column": check_ids(shards, id_column), "batch_rows": batch_rows}
-        causes = {"scorer": scorer.key, "settings": settings, "shards": len(shards)}
-        work = _Work(local_folder("output_dir", output_dir), shards, scorer, causes)
-        work.check_others()
+        work = shard_work(files, output_dir, scorer, id_column, batch_rows)
     with same_fate():  # a process that fails leaves the others to finish their shards
-        for k in range(state.process_index, len(shards), state.num_processes):
+        for k in range(state.process_index, len(work.shards), state.num_processes):
             work.finish(k)
     if is_first():
         work.write_manifest()
     together()
     return work.manifest()
+
+
+def shard_work(
+    files: Sequence[str | os.PathLike],
+    output_dir: str | os.PathLike,
+    scorer: RowScorer,
+    id_column: str | None,
+    batch_rows: int,
+) -> "ShardWork":
+    """All that `score_shards` is told, checked; whoever has it can finish any of the shards."""
+    batch_rows = whole_number("batch_rows", batch_rows, 1)
+    shards = [Shard.open(file) for file in _checked(files)]
+    settings = {"id_column": check_ids(shards, id_column), "batch_rows": batch_rows}
+    causes = {"scorer": scorer.key, "settings": settings, "shards": len(shards)}
+    work = ShardWork(local_folder("output_dir", output_dir), shards, scorer, causes)
+    work.check_others()
+    return work
 
 
 def _checked(files: Any) -> list[str]:
@@ -88,7 +100,7 @@ def _checked(files: Any) -> list[str]:
     return files
 
 
-class _Work:
+class ShardWork:
     """Shards, where their scores go, and what these follow from."""
 
     def __init__(self, folder: Path, shards: list[Shard], scorer: RowScorer, causes: dict[str, Any]) -> None:
