@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -45,4 +44,4 @@ def test_without_ray_the_name_is_there_and_says_what_to_install(monkeypatch, tmp
     for name in ("ray", "ray.data"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"pip install hf_effdl\[ray\]"):
-        score_shards_on_ray([Path("rows.parquet")], tmp_path, Lengths())
+        score_shards_on_ray(shards(tmp_path, (3,)), tmp_path / "out", Lengths())

@@ -44,12 +44,12 @@ def score_shards_on_ray(
     Example:
         >>> score_shards_on_ray(files, "/shared/scores", scorer, actors=16, num_gpus=1)  # doctest: +SKIP
     """
+    actors = whole_number("actors", actors, 1)
+    work = shard_work(files, output_dir, as_scorer(scorer), id_column, batch_rows)
     try:
         import ray.data
     except ImportError as error:
         raise ImportError("score_shards_on_ray needs Ray; pip install hf_effdl[ray]") from error
-    actors = whole_number("actors", actors, 1)
-    work = shard_work(files, output_dir, as_scorer(scorer), id_column, batch_rows)
     count = len(work.shards)
     numbers = ray.data.from_items([{"shard": k} for k in range(count)], override_num_blocks=count)
     pool = ray.data.ActorPoolStrategy(size=min(actors, count))
