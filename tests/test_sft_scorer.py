@@ -369,6 +369,29 @@ def test_cost_counts_tokens_and_probes():
     assert math.isclose(cost["share"], cost["scoring"] / cost["training"]) and "20 rows" in cost["text"]
 
 
+# ---- the card
+
+
+def test_the_card_says_what_was_chosen_and_from_what(scored, tmp_path):
+    made = scorer()
+    table = made.table(scored)
+    plain = made.write_card(tmp_path / "scores", scored, source="org/pool", license="cc0-1.0").read_text()
+    assert "Scores of the 20 rows of [org/pool](https://huggingface.co/datasets/org/pool)" in plain
+    assert "license: cc0-1.0" in plain and "| chosen rows |" not in plain and made.probes.fingerprint[:16] in plain
+    subset = made.select(scored, 7)
+    card = made.write_card(tmp_path / "chosen", scored, repo_id="me/some-rows", tags=["maths"]).read_text()
+    assert "7 of the 20 rows of a data set that is not named" in card and "- maths" in card
+    tokens = int(table["tokens"][made.plan.positions].sum())
+    assert f"7 rows, {tokens} tokens" in card and len(subset) == 7
+    assert 'load_dataset("me/some-rows"' in card and "| method | `default` |" in card
+    ordered = [f"{value:.4g}" for value in sorted(table["loss"].tolist())]
+    assert f"| `loss` | {ordered[1]}, {ordered[10]}, {ordered[18]} |" in card  # 0.05, 0.5 and 0.95 times 19
+    assert str(tmp_path) not in card and "WeightedSFTTrainer" in card
+    assert "Scores of the 9 rows" in made.write_card(tmp_path / "other", scored.select(range(9))).read_text()
+    with pytest.raises(ValueError, match="has no column 'tokens'"):
+        made.write_card(tmp_path, scored.remove_columns(made.columns))
+
+
 # ---- bad input
 
 

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from hf_effdl.checks import instance
+
+
+ALIKE = 0.98  # prompts nearer than this (cosine) are taken for the same question
 
 
 @dataclass(frozen=True)
@@ -195,3 +199,20 @@ def batches_of(rows: Sequence[Encoded], tokens: int) -> list[list[int]]:
         else:
             batches.append([i])
     return batches
+
+
+def other_prompts(rows: Sequence[Encoded], prompts: Tensor, max_length: int) -> list[Encoded]:
+    """Every row's answer after the prompt of the row whose prompt is nearest to its own and yet another one.
+
+    A row keeps its own where there is no other. A prompt is cut on the left where the whole would be too long.
+    """
+    unit = normalize(prompts, dim=1)
+    near = unit @ unit.T
+    near[near >= ALIKE] = -2.0
+    found = []
+    for i, row in enumerate(rows):
+        other = int(near[i].argmax())
+        alike = near[i, other] == -2 or rows[other].prompt == row.prompt
+        prompt = row.prompt if alike or not (row.asked and rows[other].asked) else rows[other].prompt
+        found.append(Encoded(prompt[-max(1, max_length - len(row.answer)) :], row.answer))
+    return found

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from hf_effdl.checks import flag, instance, one_of, path, whole_number
@@ -21,17 +21,24 @@ from hf_effdl.processes import is_first, refuse_lone_processes, same_fate
 from hf_effdl.samples.drawing.checks import check_rows, check_seed
 from hf_effdl.samples.drawing.clusters import clusters
 from hf_effdl.samples.drawing.plan import Plan
-from hf_effdl.samples.language.choosing import METHODS, UNITS, choose
+from hf_effdl.samples.language.card import write_language_card
+from hf_effdl.samples.language.choosing import METHODS, UNITS, choose, damaged_rows
 from hf_effdl.samples.language.probes import LanguageProbes, ask
-from hf_effdl.samples.language.rows import Encoded, batch_of, batches_of, encode
+from hf_effdl.samples.language.rows import Encoded, batch_of, batches_of, encode, other_prompts
+from hf_effdl.samples.probes.inputs import check_dataset
 from hf_effdl.samples.probes.row_marks import content_ids, row_marks
 from hf_effdl.samples.probes.scoring import SCORE_KEY
-from hf_effdl.samples.scores.token_scores import answer_scores, coarse_log_probs, kept_tokens
+from hf_effdl.samples.scores.token_scores import (
+    answer_scores,
+    coarse_log_probs,
+    kept_tokens,
+    mean_by_row,
+    means_by_place,
+)
 
 
 COLUMNS = ("messages", "prompt", "completion", "text", "chat_template_kwargs")
 CHUNK = 256  # tokens whose logits are turned into probabilities at once
-ALIKE = 0.98  # prompts nearer than this (cosine) are taken for the same question
 
 
 class SFTScorer:
@@ -105,6 +112,7 @@ class SFTScorer:
         self.clusters = None if clusters is None else whole_number("clusters", clusters, 1)
         self.seed, self.cache_dir = check_seed(seed), None if cache_dir is None else path("cache_dir", cache_dir)
         self.plan: Plan | None = None
+        self._chosen_from = ""
 
     @property
     def columns(self) -> list[str]:
@@ -181,9 +189,63 @@ class SFTScorer:
         ids = content_ids(scored, [name for name in COLUMNS if name in scored.column_names])
         options = {"unit": unit, "method": method, "seed": self.seed, "row_ids": ids}
         self.plan = choose(table, budget, groups=groups, query=asked, **options)
+        self._chosen_from = self._name(scored)
         subset = scored.select(self.plan.positions.tolist()).remove_columns([*self.columns, SCORE_KEY])
         subset = subset.add_column("weight", self.plan.weights.tolist())
         return subset.add_column("inclusion_probability", self.plan.probabilities.tolist())
+
+    def write_card(
+        self,
+        folder: str | os.PathLike[str],
+        scored: Dataset,
+        *,
+        repo_id: str | None = None,
+        source: str | None = None,
+        license: str | None = None,
+        tags: Iterable[str] = (),
+    ) -> Path:
+        """A card beside scored rows, or beside those that the last `select` chose among them.
+
+        Args:
+            folder: gets `README.md`.
+            scored: what `score` returned. Where it is what the last `select` chose from, the card is of the choice.
+            repo_id: of the data set it goes with; default: the folder's name.
+            source: id of the data set that the rows are from.
+            license, tags: of the metadata.
+
+        Returns:
+            the card's file.
+
+        Raises:
+            ValueError: for rows without scores, or with those of other probes or settings.
+
+        Example:
+            >>> subset = scorer.select(scored, 600, unit="tokens")             # doctest: +SKIP
+            >>> scorer.write_card("out", scored, repo_id="me/chosen-rows")     # doctest: +SKIP
+        """
+        check_dataset(path("folder", folder) and scored, self.columns, "the scored data set")
+        self._check_scores(scored)
+        table, plan = self.table(scored), self.plan
+        plan = plan if plan is not None and self._chosen_from == self._name(scored) else None
+        left_out = None
+        if plan is not None and plan.settings["method"] == "default":
+            groups = clusters(table["embedding"], self.clusters, self.seed)
+            left_out = {what: int(rows.sum()) for what, rows in damaged_rows(table, groups).items()}
+        options = {"repo_id": repo_id, "source": source, "license": license, "tags": tags}
+        return write_language_card(folder, table, plan, self._facts(), left_out, **options)
+
+    def _facts(self) -> dict[str, Any]:
+        """What scores follow from, for a card."""
+        names = sorted({_name_of(model) for model in self.probes.models})
+        return {
+            "probes": f"{len(self.probes)}, of {', '.join(names)}; fingerprint {self.probes.fingerprint[:16]}",
+            "rows are cut off at": f"{self.max_length} tokens",
+            "tokens told apart": self.top,
+            "scores are those of": self.key[:16],
+        }
+
+    def _name(self, scored: Dataset) -> str:
+        return digest(self._keys(scored).numpy().tobytes())
 
     def table(self, scored: Dataset) -> dict[str, Tensor]:
         """The score columns of a data set as tensors."""
@@ -336,12 +398,12 @@ class SFTScorer:
                 if m == 0:
                     kept, place = kept_tokens(logits, given, self.top)
                     lengths = [len(rows[i].prompt) for i in numbers]
-                    found |= {} if hidden is None else _means(hidden, batch.inputs["attention_mask"], lengths)
+                    found |= {} if hidden is None else means_by_place(hidden, batch.inputs["attention_mask"], lengths)
                 pieces = zip(logits.split(CHUNK), kept.split(CHUNK), strict=True)
                 z.append(torch.cat([coarse_log_probs(one, tokens) for one, tokens in pieces]))
             scores = answer_scores(torch.stack(z, 1), place, batch.row.to(given.device), batch.end.to(given.device))
             first = z[0].gather(1, place[:, None])[:, 0].double()
-            found["first"] = _mean_by_row(-first, batch.row.to(given.device), len(numbers))
+            found["first"] = mean_by_row(-first, batch.row.to(given.device), len(numbers))
             yield numbers, found | scores
 
     def _losses(self, rows: Sequence[Encoded]) -> Tensor:
@@ -353,40 +415,11 @@ class SFTScorer:
                 logits, _ = ask(model, batch)
                 pieces = zip(logits.split(CHUNK), batch.given.to(logits.device).split(CHUNK), strict=True)
                 terms = torch.cat([cross_entropy(one.float(), given, reduction="none") for one, given in pieces])
-                losses[numbers] = _mean_by_row(terms.double().cpu(), batch.row, len(numbers))
+                losses[numbers] = mean_by_row(terms.double().cpu(), batch.row, len(numbers))
         return losses
 
 
-def other_prompts(rows: Sequence[Encoded], prompts: Tensor, max_length: int) -> list[Encoded]:
-    """Every row's answer after the prompt of the row whose prompt is nearest to its own and yet another one.
-
-    A row keeps its own where there is no other. A prompt is cut on the left where the whole would be too long.
-    """
-    unit = normalize(prompts, dim=1)
-    near = unit @ unit.T
-    near[near >= ALIKE] = -2.0
-    found = []
-    for i, row in enumerate(rows):
-        other = int(near[i].argmax())
-        alike = near[i, other] == -2 or rows[other].prompt == row.prompt
-        prompt = row.prompt if alike or not (row.asked and rows[other].asked) else rows[other].prompt
-        found.append(Encoded(prompt[-max(1, max_length - len(row.answer)) :], row.answer))
-    return found
-
-
-def _means(hidden: Tensor, mask: Tensor, prompts: Sequence[int]) -> dict[str, Tensor]:
-    """Of left-padded hidden states, means over the row by place, and over the prompt alone."""
-    place = mask.cumsum(1).to(hidden.device)
-    there = torch.tensor(prompts, device=hidden.device)[:, None]
-    by_place = place.float() * mask.to(hidden.device)
-    prompt = ((place >= 1) & (place <= there) & mask.to(hidden.device).bool()).float()
-    hidden = hidden.float()
-    return {
-        name: (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
-        for name, weights in (("embedding", by_place), ("prompts", prompt))
-    }
-
-
-def _mean_by_row(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    total = values.new_zeros(rows).index_add_(0, row, values)
-    return total / row.bincount(minlength=rows)
+def _name_of(model: nn.Module) -> str:
+    """Its id on the Hub; a folder of this machine is nobody's business."""
+    name = getattr(model.config, "name_or_path", "")
+    return name if name and not os.path.exists(name) else type(model).__name__
