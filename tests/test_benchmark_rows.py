@@ -28,6 +28,7 @@ TABLES = {
     "sampling_scale": ("97a6552bd4990ef7", "| plan_shards | "),
     "selection_banking77": ("c04c1bfe9c22f9e3", "| P default + probe set, p_label |"),
     "selection_cifar10n": ("8f7c7686dea0e784", "| worse | 4062 | cleanlab, as many | "),
+    "scoring_overhead": ("474fa450df782b8c", "| ProbeScorer, score_shards | 8,000 | "),
     "selection_digits": ("7d7049977f899d91", "| AUM, CCS (pool) |"),
     "selection_speed": ("ad23db68c5ea129b", "| hodge | "),
     "slim_latency": ("c058d19617ff1d8e", "resnet18: medians over seeds"),
