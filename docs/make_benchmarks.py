@@ -34,6 +34,8 @@ PRINTED = (
     "pretrained_resnet20",
     "selection_digits",
     "selection_banking77",
+    "selection_cifar10n",
+    "scoring_overhead",
     "sampling_scale",
     "vicl_pets",
     "vicl_digits",

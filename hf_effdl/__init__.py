@@ -36,6 +36,7 @@ _PUBLIC = {
     "samples.rounds.answers": ["ColumnAnswers", "CsvAnswers"],
     "samples.rounds.learner": ["ActiveLearner"],
     "samples.scale.join_shards": ["join_shards"],
+    "samples.scale.on_ray": ["score_shards_on_ray"],
     "samples.scale.score_shards": ["score_shards"],
     "samples.scale.scorers": ["ProbeScorer"],
     "samples.scale.streams": ["select_stream"],
@@ -116,6 +117,7 @@ if TYPE_CHECKING:
     from hf_effdl.samples.rounds.answers import ColumnAnswers, CsvAnswers
     from hf_effdl.samples.rounds.learner import ActiveLearner
     from hf_effdl.samples.scale.join_shards import join_shards
+    from hf_effdl.samples.scale.on_ray import score_shards_on_ray
     from hf_effdl.samples.scale.score_shards import score_shards
     from hf_effdl.samples.scale.scorers import ProbeScorer
     from hf_effdl.samples.scale.streams import select_stream

@@ -2,12 +2,14 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -93,6 +95,10 @@ class WeightedSFTTrainer(SFTTrainer):
     def _check_data(self, dataset: Any) -> None:
         if dataset is None:
             return  # which SFTTrainer refuses
+        if isinstance(dataset, Mapping):
+            raise TypeError(f"train_dataset is a dict of {list(dataset)}; pass one of its splits")
+        if isinstance(dataset, Dataset) and not len(dataset):
+            raise ValueError("train_dataset has no rows")
         columns = columns_of(dataset)
         transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
         if not set(NAMES) & set(columns) and not transformed:
@@ -312,6 +318,8 @@ def turn_ends(
 
 
 def _numbers(values: Iterable[Any], count: int, name: str, where: str) -> Tensor:
+    if not isinstance(values, list | tuple | np.ndarray | Tensor):
+        raise TypeError(f"{where} has {values!r} in {name!r}; pass a list of numbers")
     weights = torch.from_numpy(check_weights(list(values), f"{name!r} in {where}"))
     if len(weights) != count:
         what = {TURNS: "messages", TOKENS: "tokens"}[name]
@@ -321,14 +329,38 @@ def _numbers(values: Iterable[Any], count: int, name: str, where: str) -> Tensor
 
 def _cut(dataset: Any, args: Any, packing: bool, options: Mapping[str, Any]) -> Any:
     """Tokenised rows packed, or cut off at `max_length`, as TRL does it, with their weights."""
+    rows = len(dataset) if isinstance(dataset, Dataset) else None
     if packing:
+        # other strategies cut rows in parts, and lose none
+        _refuse_unlabelled(dataset, args.max_length if args.packing_strategy == "bfd" else None)
         dataset = dataset.select_columns(["input_ids", "labels", TOKENS])
         dataset = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
         dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, dict(options))
     elif args.max_length is not None:
         kept = slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(args.max_length)
         dataset = dataset.map(_truncated, fn_kwargs={"kept": kept}, **options).filter(_has_labels, **options)
+        _refuse_unlabelled(dataset, args.max_length)
+        if rows is not None and (lost := rows - len(dataset)):
+            warnings.warn(
+                f"{lost} of {rows} rows have no token with a label within max_length={args.max_length}; they are left "
+                "out, as SFTTrainer does",
+                stacklevel=2,
+            )
+    else:
+        _refuse_unlabelled(dataset, None)
     return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+
+def _refuse_unlabelled(dataset: Any, max_length: int | None) -> None:
+    """Raise where no row has a token that a loss can be taken of: the first one has none before it."""
+    if not isinstance(dataset, Dataset):
+        return
+    kept = slice(1, max_length)
+    if not any(label != IGNORED for row in dataset.select_columns(["labels"]) for label in row["labels"][kept]):
+        within = "" if max_length is None else f" within max_length={max_length}"
+        raise ValueError(
+            f"no row of train_dataset has a token with a label{within}; raise it, or pass rows with answers"
+        )
 
 
 def _truncated(row: Mapping[str, Any], kept: slice) -> dict[str, list]:

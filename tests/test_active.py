@@ -172,6 +172,17 @@ def test_the_largest_scores_are_taken_and_the_regime_follows_the_accuracy():
         ({"answers": lambda rows, places, number: [1]}, "1 labels for 12 rows"),
         ({"train": lambda rows, seed: 3}, "train returned a int"),
         ({"embed": None, "strategy": "badge", "train": "whole"}, "needs features"),
+        ({"answers": "label"}, "answers is a str: pass a function"),
+        ({"train": None}, "train is a NoneType"),
+        ({"answers": lambda *given: "a" * 12}, "answers gave a str; give a list"),
+        ({"answers": lambda rows, *given: dict.fromkeys(range(12), 0)}, "answers gave a dict"),
+        ({"answers": lambda *given: [0.5] * 12}, "answers gave 0.5 among the labels"),
+        ({"answers": lambda *given: [object()] * 12}, "answers gave <object object"),
+        ({"answers": lambda *given: ["a"] + [0] * 11}, "answers gave 'a' among the labels; .* all texts"),
+        ({"answers": ColumnAnswers("class")}, "the pool has no column 'class'"),
+        ({"embed": lambda rows: torch.ones(3, 2)}, r"shape \(3, 2\).*vector for each of the 120 rows"),
+        ({"embed": lambda rows: torch.full((120, 2), torch.nan)}, "NaN"),
+        ({"evaluate": lambda probes: "good"}, "evaluate='good': it must be a number"),
     ],
 )
 def test_what_cannot_be_run_is_refused(changes, message, tmp_path):
@@ -200,6 +211,64 @@ def test_rounds_of_another_run_are_not_gone_on_with(tmp_path):
     (tmp_path / "round-0000.json").write_text("{")
     with pytest.raises(ValueError, match="round-0000.json is damaged"):
         learner(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"asked": [1.5] * 12},
+        {"asked": [10**6, *range(11)]},
+        {"asked": [0] * 12},
+        {"labels": [0]},
+        {"number": 7},
+        {"asked": "again"},
+    ],
+)
+def test_rounds_that_are_none_are_refused(change, tmp_path):
+    learner(tmp_path, "random").run(2)
+    file = tmp_path / "round-0001.json"
+    first, step = (json.loads(one.read_text()) for one in (tmp_path / "round-0000.json", file))
+    change = {"asked": first["asked"]} if change == {"asked": "again"} else change
+    file.write_text(json.dumps(step | change))
+    with pytest.raises(ValueError, match="round-0001.json is damaged"):
+        learner(tmp_path, "random")
+    file.write_text("[1]")
+    with pytest.raises(ValueError, match="it holds no round"):
+        learner(tmp_path, "random")
+
+
+def test_two_runs_do_not_write_over_each_other(tmp_path):
+    mine, other = learner(tmp_path, "random"), learner(tmp_path, "margin")  # before there is a round
+    mine.run(2)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match="another strategy"):
+        other.run(1)
+    assert files(tmp_path) == before and learner(tmp_path, "random").run(3)
+
+
+def test_a_wrong_answer_is_not_kept(tmp_path):
+    made = learner(tmp_path, "random", answers=lambda rows, *given: [object()] * len(rows))
+    with pytest.raises(TypeError, match="among the labels"):
+        made.run(1)
+    assert made.labelled.column_names == ["features", "name"] and len(made.labelled) == 0
+    made.answers = ColumnAnswers()
+    assert made.run(2) and learner(tmp_path, "random").history == made.history
+
+
+@pytest.mark.parametrize("comma, encoding", [(";", "utf-8"), ("\t", "utf-8-sig"), (",", "utf-16"), (";", "cp1252")])
+def test_spreadsheets_of_other_countries_are_read(comma, encoding, tmp_path):
+    answers = CsvAnswers(tmp_path / "csv", columns=["name"])
+    learner(tmp_path / "rounds", answers=answers).run(1)
+    file = tmp_path / "csv" / "asked-0000.csv"
+    rows = [line.split(",") for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    rows[1:] = [[place, "Zürich", "1"] for place, *_ in rows[1:]]
+    file.write_bytes("\r\n".join(comma.join(row) for row in rows).encode(encoding))
+    if encoding == "cp1252":
+        with pytest.raises(ValueError, match="is no text in UTF-8 .*save it as 'CSV UTF-8'"):
+            learner(tmp_path / "rounds", answers=answers).run(1)
+        return
+    places = learner(tmp_path / "rounds", answers=answers).history[0]["asked"]
+    assert answers(cloud().select(places), places, 0) == ["1"] * 12
 
 
 def test_a_pool_that_is_used_up_ends_the_run(tmp_path):

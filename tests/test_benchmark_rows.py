@@ -27,8 +27,10 @@ TABLES = {
     "recipe_mnist": ("fb511631eac93339", "| scratch, uniform widths, equal MACs |"),
     "sampling_scale": ("97a6552bd4990ef7", "| plan_shards | "),
     "scaling": ("00cafb2d0c50efe1", "| scoring | 1,024 | 2 | "),
-    "selection_banking77": ("38ef61edbcc2b455", "| P default + probe set, p_label |"),
-    "selection_digits": ("126466cc4b5aa821", "| AUM, CCS (pool) |"),
+    "selection_banking77": ("c04c1bfe9c22f9e3", "| P default + probe set, p_label |"),
+    "selection_cifar10n": ("8f7c7686dea0e784", "| worse | 4062 | cleanlab, as many | "),
+    "scoring_overhead": ("474fa450df782b8c", "| ProbeScorer, score_shards | 8,000 | "),
+    "selection_digits": ("7d7049977f899d91", "| AUM, CCS (pool) |"),
     "selection_speed": ("ad23db68c5ea129b", "| hodge | "),
     "slim_latency": ("c058d19617ff1d8e", "resnet18: medians over seeds"),
     "structure_cifar10": ("85f3bec7b5358de2", "supports no claim"),
@@ -194,6 +196,32 @@ def selection_banking77(script, patch, made) -> list[str]:
     return ["--arms", "default", "A uniform by class", "whole pool", "--pairs", "2", "--flips", "0.2"]
 
 
+def selection_cifar10n(script, patch, made) -> list[str]:
+    def suspects(pair) -> dict:
+        made.append((pair, "suspects"))
+        return {"wrong": 4} | {
+            f"{name}{what}": 0.5 for name in script.PARTS for what in ("", ", precision", ", recall")
+        }
+
+    patch.setattr(script, "features", lambda *given: None)
+    patch.setattr(script, "people", dict)
+    patch.setattr(script, "cifar10", lambda *given: (None, np.zeros(3, np.int64)))
+    patch.setattr(script, "PeoplePair", lambda x, labels, test, noise, number: number)
+    patch.setattr(script, "suspects", suspects)
+    patch.setattr(script, "run", lambda pair, r, arm: made.append((pair, r, arm)) or selected(arm))
+    arms = ["default", "A uniform by class", script.SUSPECTS]
+    return ["--arms", *arms, "--pairs", "2", "--noise", "worse", "clean"]
+
+
+def scoring_overhead(script, patch, made) -> list[str]:
+    def overhead(arm, rows, options) -> dict:
+        made.append((arm, rows))
+        return {"passes": 8, "ratio": 1.01, "rows a second": 5.0, "once, s": [0.1]}
+
+    patch.setattr(script, "overhead", overhead)
+    return ["--rows", "9"]
+
+
 def vicl_digits(script, patch, made) -> list[str]:
     scores = {"random": 0.2, "nearest": 0.4, "cascade": 0.6, "oracle of the 50": 0.8}
     patch.setattr(script, "SegGptForImageSegmentation", SimpleNamespace(from_pretrained=lambda folder: None))
@@ -283,7 +311,7 @@ def pretrained_resnet20(script, patch, made) -> list[str]:
 
 MAKERS: tuple[Maker, ...] = (growth_mnist, selection_banking77, selection_digits, selection_speed, slim_latency)
 MAKERS += (pretrained_dinov2, pretrained_minilm, pretrained_resnet20, recipe_mnist)
-MAKERS += (structure_mnist, tickets_mnist, vicl_digits, vicl_pets)
+MAKERS += (scoring_overhead, selection_cifar10n, structure_mnist, tickets_mnist, vicl_digits, vicl_pets)
 MADE_UP = {maker.__name__: maker for maker in MAKERS}
 
 

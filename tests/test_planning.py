@@ -13,6 +13,7 @@ from hf_effdl.samples.drawing.hashing import hashed_uniform
 from hf_effdl.samples.drawing.plan import PlanSettings, make_plan
 from hf_effdl.samples.drawing.presets import (
     ENOUGH_ROWS,
+    FEW_ROWS,
     HARD_ROWS_HELP,
     NEARLY_SOLVED,
     active_plan,
@@ -320,7 +321,8 @@ def test_settings_are_plain_and_draw_the_same_rows_again():
     # but for the filter, which is as long as the pool
     plan = default_plan(table, 60, seed=5)
     settings = json.loads(json.dumps(plan.settings))
-    found = {name: settings.pop(name) for name in ("preset", "regime", "noise_rate", "trial_accuracy", "kept_rows")}
+    readings = ("preset", "regime", "noise_rate", "trial_accuracy", "classes", "kept_rows")
+    found = {name: settings.pop(name) for name in readings}
     agreed = table["label"] == table["predicted"]
     assert same(make_plan(table, keep=agreed, **settings), plan)
     assert found == {
@@ -328,6 +330,7 @@ def test_settings_are_plain_and_draw_the_same_rows_again():
         "regime": "agreement",
         "noise_rate": table_noise(table),
         "trial_accuracy": None,
+        "classes": 5,
         "kept_rows": int(agreed.sum()),
     }
 
@@ -357,26 +360,30 @@ class Trials:
         return self.accuracies[len(self.given) - 1]
 
 
-BUDGETS = {False: 5 * ENOUGH_ROWS - 1, True: 5 * ENOUGH_ROWS}
+# of 5 classes: the last budget with few rows a class, the first and last with some, the first with enough
+BUDGETS = (39, 40, 99, 100)
+ALWAYS, MIDDLE = ("agreement",) * 4, ("agreement", "clipped", "clipped", "clipped")
+SOLVED = ("agreement", "clipped", "clipped", "unclipped")
 
 
-@pytest.mark.parametrize("enough", [False, True])
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize(
-    "wrong,accuracies,regime",
+    "wrong,accuracies,regimes",
     [
-        (0, None, "agreement"),
-        (6, (0.99,) * 3, "agreement"),
-        (5, (0.8, 0.8599, 0.92), "agreement"),
-        (5, (0.8599,) * 3, "agreement"),
-        (5, (0.86,) * 3, "clipped"),
-        (0, (0.9449,) * 3, "clipped"),
-        (0, (0.945,) * 3, "unclipped"),
-        (0, (0.9, 0.99, 0.99), "unclipped"),
+        (0, None, ALWAYS),
+        (6, (0.99,) * 3, ALWAYS),
+        (5, (0.8, 0.8599, 0.92), ALWAYS),
+        (5, (0.8599,) * 3, ALWAYS),
+        (5, (0.86,) * 3, MIDDLE),
+        (0, (0.9449,) * 3, MIDDLE),
+        (0, (0.945,) * 3, SOLVED),
+        (0, (0.9, 0.99, 0.99), SOLVED),
     ],
 )
-def test_the_default_switches_where_it_says(enough, wrong, accuracies, regime):
-    assert (HARD_ROWS_HELP, NEARLY_SOLVED, ENOUGH_ROWS) == (0.86, 0.945, 20)
-    table, budget, trial = noisy_table(wrong), BUDGETS[enough], accuracies and Trials(*accuracies)
+def test_the_default_switches_where_it_says(budget, wrong, accuracies, regimes):
+    assert (HARD_ROWS_HELP, NEARLY_SOLVED, FEW_ROWS, ENOUGH_ROWS) == (0.86, 0.945, 8, 20)
+    table, trial, enough = noisy_table(wrong), accuracies and Trials(*accuracies), budget >= 100
+    regime = regimes[BUDGETS.index(budget)]
     plan = default_plan(table, budget, trial=trial, seed=9)
     likely = table["p_clean"] >= 0.5
     assert likely[7] and not likely.all()

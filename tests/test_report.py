@@ -185,6 +185,14 @@ CAPPED = BY_CLASS | {"score": "u_x", "clip_quantile": 0.5, "regime": "clipped"}
         (BY_CLASS | {"regime": "agreement", "noise_rate": 0.2}, ["20 % of the labels look wrong", "uniformly"]),
         (BY_CLASS | {"regime": "agreement", "noise_rate": 0.0, "trial_accuracy": 0.7}, ["0.700", "below 0.86"]),
         (BY_CLASS | {"regime": "agreement", "noise_rate": 0.0, "trial_accuracy": None}, ["not known"]),
+        (
+            BY_CLASS | {"regime": "agreement", "noise_rate": 0.0, "trial_accuracy": 0.95, "budget": 75, "classes": 10},
+            ["0.950", "7.5 rows a class are too few"],
+        ),
+        (
+            CAPPED | {"trial_accuracy": 0.95, "budget": 60, "classes": 5},
+            ["0.950", "hardest rows pay only from 20 rows"],
+        ),
         (CAPPED | {"noise_rate": 0.0, "trial_accuracy": 0.9}, ["u_x up to its median", "0.900", "equal shares of"]),
         (
             {"preset": "default", "quotas": "none", "regime": "unclipped", "trial_accuracy": 0.96},

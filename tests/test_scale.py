@@ -155,12 +155,14 @@ class Another(Lengths):
     [
         ({"scorer": Another()}, "scores of another scorer"),
         ({"batch_rows": 3}, "scores of another settings"),
-        ({"files": 1}, "scores of another .*number of shards|another shards"),
-        ({"files": []}, "one file or more"),
+        ({"files": lambda files, folder: shards(folder, (4, 4, 4))}, "another .*number of shards|another shards"),
+        ({"files": lambda files, folder: []}, "one file or more"),
         ({"id_column": "name"}, "has no column 'name'"),
         ({"batch_rows": 0}, "batch_rows=0"),
         ({"truncated": True}, "is not a whole Parquet file"),
         ({"changed": True}, "scores of another"),
+        ({"files": lambda files, folder: [files[0], f"{folder}/./rows-0.parquet"]}, "each of them once"),
+        ({"output_dir": "s3://bucket/scores"}, "is a URL; pass a folder"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(change, message, tmp_path):
@@ -171,16 +173,118 @@ def test_what_does_not_belong_together_is_refused(change, message, tmp_path):
         Path(files[1]).write_bytes(Path(files[1]).read_bytes()[:-20])
     if options.pop("changed", False):
         pq.write_table(pq.read_table(files[0]).slice(1), files[0])
-    files = options.pop("files", files)
-    files = shards(tmp_path / "rows", (4, 4, 4)) if files == 1 else files
+    files = options.pop("files", lambda files, folder: files)(files, tmp_path / "rows")
     with pytest.raises(ValueError, match=message):
-        score_shards(files, tmp_path / "out", options.pop("scorer", Lengths()), **options)
+        score_shards(files, options.pop("output_dir", tmp_path / "out"), options.pop("scorer", Lengths()), **options)
     assert stamps(tmp_path / "out") == before
 
 
-def test_what_is_no_scorer_is_refused(source, tmp_path):
-    with pytest.raises(TypeError, match="scorer is a str"):
-        score_shards(source, tmp_path, "u_x")
+def made_by(change) -> Lengths:
+    """A scorer that gives what `change` makes of the scores."""
+    scorer = Lengths()
+    plain = scorer.score_rows
+    scorer.score_rows = lambda *given, **options: change(plain(*given, **options))
+    return scorer
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda table: table | {"row_id": table["size"]}, "gives .*'row_id'.*it must give scores, by names but"),
+        (lambda table: {}, r"gives \[\] for rows 0 to 3 of .*rows-0.parquet"),
+        (lambda table: {"a": table["size"][1:]}, r"'a' of shape \(3,\) .*one number, or one vector, for each of 4"),
+        (lambda table: {"a": torch.ones(4, 2, 2)}, r"'a' of shape \(4, 2, 2\)"),
+        (lambda table: {"a": ["big"] * 4}, "'a' of the scorer are no numbers"),
+        (lambda table: [1.0] * 4, "score_rows returned is a list"),
+    ],
+)
+def test_what_a_scorer_must_not_give_is_refused(change, message, tmp_path):
+    with pytest.raises((ValueError, TypeError), match=message):
+        score_shards(shards(tmp_path / "rows", (4,)), tmp_path / "out", made_by(change))
+
+
+def test_arrays_and_lists_of_a_scorer_count_as_tensors(tmp_path):
+    files = shards(tmp_path / "rows", (4,))
+    score_shards(files, tmp_path / "plain", Lengths())
+    kinds = {
+        "u_x": lambda x: x.numpy(),
+        "size": lambda x: x.tolist(),
+        "embedding": lambda x: x.clone().requires_grad_(),
+    }
+    scorer = made_by(lambda table: {name: kinds[name](values) for name, values in table.items()})
+    score_shards(files, tmp_path / "out", scorer)
+    assert read(tmp_path / "out").equals(read(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize(
+    "ids, error, message",
+    [
+        (pa.array([1.5, 2, 3]), TypeError, "column 'row_id' is of type double; cast it to integers or texts"),
+        (pa.array([[1], [2], [3]]), TypeError, "column 'row_id' is of type list"),
+        (pa.array(["a", "b", "c"]), TypeError, "'row_id' is of type string, in .* of int64; make them alike"),
+        (pa.array([1, None, 3]), ValueError, "rows without 'row_id'"),
+    ],
+)
+def test_ids_that_name_no_rows_are_refused(ids, error, message, tmp_path):
+    first, other = tmp_path / "0.parquet", tmp_path / "1.parquet"
+    for file, names in ((first, pa.array([7, 8, 9])), (other, ids)):
+        pq.write_table(pa.table({"text": ["a", "bb", "c"], "row_id": names}), file)
+    with pytest.raises(error, match=message):
+        score_shards([first, other], tmp_path / "out", Lengths())
+    assert len(stamps(tmp_path / "out")) == (error is ValueError)  # a missing one is seen when it is read
+
+
+def test_columns_that_data_sets_do_not_know_are_left_aside(tmp_path):
+    columns = {"text": ["a", "bb"], "tags": pa.array([[("k", 1)], []], pa.map_(pa.string(), pa.int32()))}
+    columns |= {"kind": pa.array(["x", "y"]).dictionary_encode(), "none": pa.nulls(2)}
+    pq.write_table(pa.table(columns), tmp_path / "0.parquet")
+    score_shards([tmp_path / "0.parquet"], tmp_path / "out", Lengths())
+    assert read(tmp_path / "out")["size"].to_pylist() == [1, 2]
+
+
+@pytest.mark.parametrize("manifest", ["", "{", "[]", "{}", '{"outputs": 3}', '{"outputs": [{}]}'])
+def test_a_damaged_manifest_is_written_anew(manifest, source, scored, tmp_path):
+    score_shards(source, tmp_path, Lengths(), batch_rows=64)
+    before = stamps(tmp_path)
+    (tmp_path / module.MANIFEST).write_text(manifest)
+    assert score_shards(source, tmp_path, Lengths(), batch_rows=64) == scored[1] and stamps(tmp_path) == before
+
+
+def test_tables_of_others_are_not_written_over_nor_read_with(source, tmp_path):
+    out, precious = tmp_path / "out", pa.table({"precious": [1, 2]})
+    out.mkdir()
+    pq.write_table(precious, out / f"scores-00000-of-{len(COUNTS):05d}.parquet")
+    with pytest.raises(ValueError, match="was not written by score_shards"):
+        score_shards(source, out, Lengths())
+    assert read(out).equals(precious)
+
+
+def test_joined_files_are_not_written_over_their_sources_nor_beside_others(source, scored, tmp_path):
+    tables = sorted(scored[0].glob("scores-*.parquet"))
+    first = join_shards(source, tables, tmp_path)
+    ids = [Path(scored[0]) / "ids.parquet"]
+    pq.write_table(read(scored[0]).select(["row_id"]).slice(0, COUNTS[0]), ids[0])
+    with pytest.raises(ValueError, match="joined-00000-of-00005.parquet is of another number of files"):
+        join_shards(source[:1], tables[:1], tmp_path)
+    alone = join_shards(source[:1], tables[:1], tmp_path / "alone")
+    before = alone[0].read_bytes()
+    with pytest.raises(ValueError, match="is read and would be overwritten"):
+        join_shards(alone, ids, tmp_path / "alone")
+    assert alone[0].read_bytes() == before and len(first) == len(COUNTS)
+    ids[0].unlink()
+
+
+def test_no_flipped_bit_of_a_table_is_joined(tmp_path):
+    files = shards(tmp_path / "rows", (9,))
+    score_shards(files, tmp_path / "out", Lengths())
+    table = next((tmp_path / "out").glob("scores-*"))
+    content = table.read_bytes()
+    for i in range(0, len(content), 11):
+        changed = bytearray(content)
+        changed[i] ^= 1 << (i % 8)
+        table.write_bytes(changed)
+        with pytest.raises(ValueError, match="scores-00000-of-00001.parquet"):
+            join_shards(files, [table], tmp_path / "joined")
 
 
 # ---- the scorers of the package
@@ -258,11 +362,32 @@ def test_a_stream_may_bring_its_scores_and_its_numbers():
         ([{"text": "a", "u_x": 1.0}], {"id_column": "id"}, "row 0 of the stream has no 'id'"),
         ([{"text": "a", "u_x": 1.0}], {"budget": 2}, "2"),
         ([{"text": "a", "u_x": 1.0}], {"weights": "best"}, "weights='best'"),
+        ([{"u_x": "big"}], {}, "'u_x' in a row of the stream='big'"),
+        (["a", "b"], {}, "row 0 of the stream is a str: pass rows as dicts"),
+        ([{"u_x": 1.0}], {"weights": "p_label"}, "weights='p_label' needs 'p_label', which row 0"),
+        (
+            [{"u_x": 1.0}, {"e": 1.0}],
+            {"score": "e", "weights": "damped"},
+            "'e' is nan in row 0|needs 'u_x', which row 1",
+        ),
+        ([{"u_x": 1.0, "weight": 2.0}], {}, r"the columns \['weight'\] already"),
+        ([{"text": "a", "u_x": 1.0, "size": 3}], {"scorer": Lengths()}, r"the columns \['size', 'u_x'\] already"),
+        (
+            [{"text": "a"}],
+            {"scorer": made_by(lambda table: {"u_x": torch.ones(3)})},
+            r"'u_x' of shape \(3,\) for rows 0",
+        ),
+        ([{"u_x": 1.0, "id": 1.5}] * 2, {"id_column": "id"}, "integers or texts|one integer or text"),
     ],
 )
 def test_streams_that_cannot_be_drawn_from_are_refused(rows, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         select_stream(rows, **{"budget": 1} | changes)
+
+
+def test_rows_keep_columns_that_only_some_have():
+    chosen = select_stream([{"u_x": 1.0}, *({"u_x": 1.0, "note": i} for i in range(3))], 4)
+    assert chosen["note"] == [None, 0, 1, 2]
 
 
 def test_memory_of_a_stream_does_not_grow_with_it(monkeypatch):

@@ -390,7 +390,7 @@ def labelled(values):
         # labels that are no classes
         ({}, labelled([3] * 200), ValueError, "200 labels are outside the 3 classes"),
         ({}, labelled([-1] + [0, 1, 2, 0] * 49 + [0] * 3), ValueError, "first is -1 at row 0"),
-        ({}, labelled([0.5] * 200), TypeError, "needs one class a row"),
+        ({}, labelled([0.5] * 200), TypeError, "probes of one class a row need"),
         ({}, labelled(["red"] * 200), ValueError, "class_encode_column"),
         ({}, labelled([None] + [1] * 199), ValueError, "1 rows without a label"),
     ],

@@ -369,6 +369,29 @@ def test_cost_counts_tokens_and_probes():
     assert math.isclose(cost["share"], cost["scoring"] / cost["training"]) and "20 rows" in cost["text"]
 
 
+# ---- the card
+
+
+def test_the_card_says_what_was_chosen_and_from_what(scored, tmp_path):
+    made = scorer()
+    table = made.table(scored)
+    plain = made.write_card(tmp_path / "scores", scored, source="org/pool", license="cc0-1.0").read_text()
+    assert "Scores of the 20 rows of [org/pool](https://huggingface.co/datasets/org/pool)" in plain
+    assert "license: cc0-1.0" in plain and "| chosen rows |" not in plain and made.probes.fingerprint[:16] in plain
+    subset = made.select(scored, 7)
+    card = made.write_card(tmp_path / "chosen", scored, repo_id="me/some-rows", tags=["maths"]).read_text()
+    assert "7 of the 20 rows of a data set that is not named" in card and "- maths" in card
+    tokens = int(table["tokens"][made.plan.positions].sum())
+    assert f"7 rows, {tokens} tokens" in card and len(subset) == 7
+    assert 'load_dataset("me/some-rows"' in card and "| method | `default` |" in card
+    ordered = [f"{value:.4g}" for value in sorted(table["loss"].tolist())]
+    assert f"| `loss` | {ordered[1]}, {ordered[10]}, {ordered[18]} |" in card  # 0.05, 0.5 and 0.95 times 19
+    assert str(tmp_path) not in card and "WeightedSFTTrainer" in card
+    assert "Scores of the 9 rows" in made.write_card(tmp_path / "other", scored.select(range(9))).read_text()
+    with pytest.raises(ValueError, match="has no column 'tokens'"):
+        made.write_card(tmp_path, scored.remove_columns(made.columns))
+
+
 # ---- bad input
 
 
@@ -386,11 +409,60 @@ TALK = {"messages": [[{"role": "user", "content": "w1"}, {"role": "assistant", "
         ({"question": ["w1"]}, {}, r"row 0 has \['question'\]; give it 'messages'"),
         ({"text": ["w1"], "loss": [1.0]}, {}, "columns .'loss'. already"),
         ({"text": []}, {}, "empty data set"),
+        ({"messages": ["hello"]}, {}, "row 0 holds 'hello' where its messages should be"),
+        ({"messages": [["hello", "there"]]}, {}, "where its messages should be; pass a list of dicts"),
+        ({"messages": [[{"content": "w1"}, {"content": "w2"}]]}, {}, r"a message with \['content'\]"),
+        ({"messages": [[{"role": "assistant"}]]}, {}, r"a message with \['role'\]; each needs"),
+        ({"prompt": [TALK["messages"][0][:1]], "completion": ["w2"]}, {}, "holds 'w2' where its messages should be"),
+        ({"prompt": [3], "completion": ["w2"]}, {}, "row 0 holds a int where its text should be"),
+        (TALK | {"chat_template_kwargs": ["x"]}, {}, "chat_template_kwargs of row 0 is a str"),
+        ({"text": ["w1 " * 200]}, {}, "row 0 has 201 tokens, and the probes have places for 128; set max_length=128"),
     ],
 )
 def test_rows_without_an_answer_are_refused_by_name(rows, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         scorer(**changes).score(Dataset.from_dict(rows))
+
+
+def test_what_a_template_or_a_tokenizer_does_not_take_is_named():
+    strict = tokenizer("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ValueError, match="row 0 is refused by the chat template: roles must alternate"):
+        SFTScorer([llama()], strict).score(Dataset.from_dict(TALK))
+    other = tokenizer()
+    other.add_tokens([f"new{i}" for i in range(9)])
+    with pytest.raises(ValueError, match="row 0 has the token 38, and the probes know 30"):
+        SFTScorer([llama()], other).score(Dataset.from_dict({"text": ["w1 new8"]}))
+    for rows, message in (([{"text": "w1 \ud800"}], "row 0 of the data is no Unicode"), ([], "rows is empty")):
+        with pytest.raises(ValueError, match=message):
+            scorer().score_rows(rows)
+
+
+@pytest.mark.parametrize(
+    "changes, choice, message",
+    [
+        ({}, {"budget": 0}, "budget=0"),
+        ({}, {"budget": 4}, "budget=4"),
+        ({}, {"unit": "words"}, "unit='words'"),
+        ({}, {"unit": "tokens", "budget": 1.5}, "budget=1.5"),
+        ({}, {"method": "best"}, "method='best'"),
+        ({}, {"method": "nearest", "query": ["w1"]}, "query is a list"),
+        ({"clusters": 9}, {}, "clusters=9 of 3 rows"),
+        ({}, {"data": FEW.add_column("weight", [1.0] * 3)}, r"columns \['weight'\] already"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused_before_the_pass(changes, choice, message, monkeypatch):
+    made = scorer(**changes)
+    monkeypatch.setattr(made, "score", lambda *given, **options: pytest.fail("scored"))
+    with pytest.raises((ValueError, TypeError), match=message):
+        made.select(**{"data": FEW, "budget": 2} | choice)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"contrast": "no"}, {"embed": 2}, {"clusters": 0}, {"seed": "a"}, {"cache_dir": 3}]
+)
+def test_settings_out_of_range_are_refused_by_name(setting):
+    with pytest.raises((ValueError, TypeError), match=next(iter(setting))):
+        scorer(**setting)
 
 
 def test_what_cannot_score_is_refused():

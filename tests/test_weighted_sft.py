@@ -175,6 +175,7 @@ THOUGHTS = TEMPLATE.replace(
     "{% generation %}{{ m.content }}", "{% generation %}{% if loop.last %}{{ m.content }}{% endif %}"
 )
 TALK, PAIRS = rows("talk"), rows()
+BEYOND = Dataset.from_dict({"prompt": ["w1 " * 30] * 4, "completion": ["w2"] * 4, "weight": [1.0] * 4})
 
 
 @pytest.mark.parametrize(
@@ -192,11 +193,23 @@ TALK, PAIRS = rows("talk"), rows()
         (PAIRS, {}, {"compute_loss_func": lambda *_, **__: None}, "compute_loss_func is set"),
         (PAIRS, {"packing": True, "max_length": None}, {}, "max_length=None"),
         (with_column(PAIRS, "image", [0] * 12), {}, {}, "images"),
+        (with_column(TALK, "turn_weights", [1.0] * 12), {}, {}, "row 0 of the data set has 1.0 in 'turn_weights'"),
+        (PAIRS.select([]), {}, {}, "train_dataset has no rows"),
+        ({"train": PAIRS}, {}, {}, r"is a dict of \['train'\]; pass one of its splits"),
+        (BEYOND, {"max_length": 16}, {}, "no row of train_dataset has a token with a label within max_length=16"),
+        (BEYOND, {"max_length": 16, "packing": True}, {}, "has a token with a label within max_length=16"),
+        (Dataset.from_dict({"input_ids": [[5]] * 4, "weight": [1.0] * 4}), {}, {}, "has a token with a label within"),
     ],
 )
 def test_what_has_no_weighted_loss_is_refused_at_once(data, changes, options, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         made(tmp_path, data, options=options, **changes)
+
+
+def test_rows_whose_answers_are_cut_off_are_counted(tmp_path):
+    some = Dataset.from_dict({"prompt": ["w1 " * 30] + ["w1 "] * 3, "completion": ["w2"] * 4, "weight": [1.0] * 4})
+    with pytest.warns(UserWarning, match="1 of 4 rows have no token with a label within max_length=16"):
+        assert len(made(tmp_path, some, max_length=16).train_dataset) == 3
 
 
 def test_without_trl_the_name_is_there_and_says_what_to_install(monkeypatch):

@@ -25,13 +25,16 @@ the whole pool.
     pip install ".[bench]"
     python examples/benchmarks/selection_banking77.py                        # r = 200, 400 and 800, clean and flips
     python examples/benchmarks/selection_banking77.py --features minilm-160
+    python examples/benchmarks/selection_banking77.py --classes 20 --budgets 100 200 400 --flips 0 --first 100
     python examples/benchmarks/selection_banking77.py --check                # the same through UncertaintySelector
     python examples/benchmarks/selection_banking77.py --table
 
 `--features minilm` standardises all 384 columns, as `LinearProbes` does with what a backbone returns; `minilm-160`
 takes 160 principal components with one scale for all of them, on which AdamW finds weaker heads; `bag` hashes words
-and needs no model. The texts are looked for in `banking77/train.csv` and `test.csv` under HF_EFFDL_DATA. Rows go to
-`--out` as one JSON line per (features, cell, arm, pair); rows already there are skipped.
+and needs no model. With `--classes` each pair draws so many of the 77 intents, and takes 20 rows a class for the probe
+set and 52 for the pool: easier tasks, with few rows a class. The texts are looked for in `banking77/train.csv` and
+`test.csv` under HF_EFFDL_DATA. Rows go to `--out` as one JSON line per (features, cell, arm, pair); rows already there
+are skipped.
 """
 
 import csv
@@ -68,6 +71,7 @@ TOKENS, COMPONENTS, BAG = 32, 160, 256
 RECIPE: dict[str, Any] = {"steps": 100, "learning_rate": 0.01, "weight_decay": 0.01}
 PROBES = 8
 FEATURES = ("minilm", "minilm-160", "bag")
+A_CLASS = (20, 52)  # rows of probe set and pool, where classes are drawn
 
 
 # ---- data
@@ -94,6 +98,19 @@ def read() -> Texts:
     place = {name: k for k, name in enumerate(names)}
     labels = {split: torch.tensor([place[name] for name in found]) for split, found in intents.items()}
     return Texts((texts["train"], labels["train"]), (texts["test"], labels["test"]), names)
+
+
+def of_classes(texts: Texts, x: tuple[Tensor, Tensor], count: int, pair: int) -> tuple[Texts, tuple[Tensor, Tensor]]:
+    """The rows of some classes, drawn by the number of the pair, and their features."""
+    drawn = torch.randperm(len(texts.names), generator=torch.Generator().manual_seed(77_000 + pair))[:count]
+    place = torch.full((len(texts.names),), -1)
+    place[drawn.sort().values] = torch.arange(count)
+    parts, features = [], []
+    for (text, y), inputs in zip((texts.train, texts.test), x, strict=True):
+        rows = (place[y] >= 0).nonzero().flatten()
+        parts.append(([text[i] for i in rows.tolist()], place[y[rows]]))
+        features.append(inputs[rows])
+    return Texts(parts[0], parts[1], [texts.names[k] for k in drawn.sort().values.tolist()]), tuple(features)
 
 
 def minilm() -> tuple[Any, Any]:
@@ -342,21 +359,31 @@ def check(texts: Texts, x: tuple[Tensor, Tensor], sizes: tuple[int, int], budget
 def table(rows: list[dict]) -> None:
     """Mean accuracy (paired difference to the column's best arm +- standard error)."""
     for kind in [kind for kind in FEATURES if any(row["features"] == kind for row in rows)]:
-        columns: dict[str, dict[str, dict[int, float]]] = {}
         mine = [row for row in rows if row["features"] == kind]
-        for row in mine:
-            columns.setdefault(row["cell"], {}).setdefault(row["arm"], {})[row["pair"]] = row["accuracy"]
-        cells = sorted((c for c in columns if best_arm(columns[c])), key=lambda name: ("flips" in name, _budget(name)))
-        if not cells:
-            continue
-        columns = {cell: columns[cell] for cell in cells}
-        print(f"\n{kind}: mean accuracy (paired difference to the best arm of the column +- standard error)\n")
-        print_arms(columns, list(ARMS), [*APART, *WHOLE])
-        print_default(columns, {cell: [row for row in mine if row["cell"] == cell] for cell in cells})
+        for classes in sorted({_classes(row["cell"]) for row in mine}, reverse=True):
+            _part(kind, [row for row in mine if _classes(row["cell"]) == classes])
+
+
+def _part(kind: str, rows: list[dict]) -> None:
+    """The rows of as many classes."""
+    columns: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        columns.setdefault(row["cell"], {}).setdefault(row["arm"], {})[row["pair"]] = row["accuracy"]
+    cells = sorted((c for c in columns if best_arm(columns[c])), key=lambda name: ("flips" in name, _budget(name)))
+    if not cells:
+        return
+    columns = {cell: columns[cell] for cell in cells}
+    print(f"\n{kind}: mean accuracy (paired difference to the best arm of the column +- standard error)\n")
+    print_arms(columns, list(ARMS), [*APART, *WHOLE])
+    print_default(columns, {cell: [row for row in rows if row["cell"] == cell] for cell in cells})
 
 
 def _budget(cell: str) -> int:
     return int(cell.split("r=")[1].split(",")[0])
+
+
+def _classes(cell: str) -> int:
+    return int(cell.split()[-2]) if cell.endswith(" classes") else 77
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -365,6 +392,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     parser.add_argument("--flips", type=float, nargs="+", default=FLIPS)
     parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--first", type=int, default=0, help="number of the first pair")
+    parser.add_argument("--classes", type=int, help="only so many classes, drawn for each pair")
     parser.add_argument("--sizes", type=int, nargs=2, default=(1500, 4000), metavar=("PROBE_SET", "POOL"))
     parser.add_argument("--arms", nargs="*", default=None, help="only these arms")
     parser.add_argument("--work", type=Path, default=Path("runs/banking77"), help="where features are kept")
@@ -379,15 +408,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := set(names) - set(ALL):
         parser.error(f"no arms {sorted(unknown)}; there are {ALL}")
     texts, sizes = read(), tuple(options.sizes)
-    if min(options.budgets) < len(texts.names):
-        parser.error(f"budgets below {len(texts.names)} rows leave classes out")
+    if min(options.budgets) < (classes := options.classes or len(texts.names)):
+        parser.error(f"budgets below {classes} rows leave classes out")
     if options.check:
         return check(texts, features("minilm", texts, options.work), sizes, 0.1)
     x = features(options.features, texts, options.work)
     size = "" if sizes == (1500, 4000) else f", {sizes[0]} and {sizes[1]} rows"
-    for number in range(options.pairs):
+    if options.classes:
+        sizes, size = tuple(rows * classes for rows in A_CLASS), f", {classes} classes"
+    for number in range(options.first, options.first + options.pairs):
+        given = of_classes(texts, x, classes, number) if options.classes else (texts, x)
         for flips in options.flips:
-            pair = Pair(texts, x, flips, number, sizes, options.features != "minilm-160")
+            pair = Pair(*given, flips, number, sizes, options.features != "minilm-160")
             for budget in options.budgets:
                 cell = f"{f'{flips:.0%} flips' if flips else 'clean'}, r={budget}{size}"
                 arms = [arm for arm in names if (options.features, cell, arm, number) not in file]

@@ -56,7 +56,7 @@ class Shards:
             for file, schema in zip(files, schemas, strict=True) if name else ():
                 _check_column(file, schema, argument, name)
         if id_column is not None:
-            _check_one_type(files, [schema.field(id_column).type for schema in schemas], id_column)
+            check_id_types(files, [schema.field(id_column).type for schema in schemas], id_column)
         return cls(list(inputs), score, id_column, weighed_by, batch_rows, workers)
 
     @property
@@ -130,7 +130,7 @@ def _look_into(file: str) -> tuple[dict[str, Any], Any]:
 
 
 def _check_column(file: str, schema: Any, argument: str, name: str) -> None:
-    """Raise where a file lacks the column, or where it holds neither numbers nor, for ids, texts."""
+    """Raise where a file lacks the column, or where it holds no numbers; see `check_id_types` for ids."""
     from pyarrow import types
 
     if name not in schema.names:
@@ -141,18 +141,21 @@ def _check_column(file: str, schema: Any, argument: str, name: str) -> None:
             + f"; change {argument}="
         )
     kind = schema.field(name).type
-    fits, what = (types.is_integer, types.is_floating), "numbers"
-    if argument == "id_column":
-        fits, what = (types.is_integer, types.is_string, types.is_large_string), "integers or texts"
-    if not any(test(kind) for test in fits):
-        raise TypeError(f"{file}: column {name!r} is of type {kind}; cast it to {what}, or change {argument}=")
+    if argument != "id_column" and not (types.is_integer(kind) or types.is_floating(kind)):
+        raise TypeError(f"{file}: column {name!r} is of type {kind}; cast it to numbers, or change {argument}=")
 
 
-def _check_one_type(files: list[str], types: list[Any], name: str) -> None:
-    """Raise where a column is of several types."""
-    for file, kind in zip(files, types, strict=True):
-        if kind != types[0]:
-            raise TypeError(f"{file}: column {name!r} is of type {kind}, in {files[0]} of {types[0]}; make them alike")
+def check_id_types(files: Sequence[str], kinds: Sequence[Any], name: str) -> None:
+    """Raise where a column of ids holds neither integers nor texts, or is of several types."""
+    from pyarrow import types
+
+    for file, kind in zip(files, kinds, strict=True):
+        if not (types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
+            raise TypeError(
+                f"{file}: column {name!r} is of type {kind}; cast it to integers or texts, or change id_column="
+            )
+        if kind != kinds[0]:
+            raise TypeError(f"{file}: column {name!r} is of type {kind}, in {files[0]} of {kinds[0]}; make them alike")
 
 
 def _stamp(file: str) -> dict[str, int]:

@@ -23,6 +23,7 @@ METHODS = (
     "uncertainty",
     "nearest",
 )
+UNITS = ("rows", "tokens")
 NEEDED = {"ifd": ["ifd"], "uncertainty": ["u_x"], "nearest": ["embedding"]}
 # rows that are left out for each that is expected to have an answer to another prompt
 SPARE = 1.5
@@ -150,7 +151,7 @@ def choose(
     Source: what the methods are: arXiv 2308.12032 (IFD), 2309.04564 (perplexity), 2402.04833 (length), 2107.07075
     (EL2N), 2503.01807 (nearest: RDS+).
     """
-    one_of("unit", unit, ("rows", "tokens"))
+    one_of("unit", unit, UNITS)
     one_of("method", method, METHODS)
     if groups is None and method in ("default", "balanced", "uncertainty"):
         raise ValueError(f"method={method!r} takes shares of clusters; score with embed=True, or pass groups=")

@@ -39,15 +39,21 @@ class LanguageProbes:
         self.models = [models] if isinstance(models, nn.Module) else list(models)
         for model in self.models:
             instance("a model of models", model, nn.Module, "language models")
+            if not hasattr(getattr(model, "config", None), "get_text_config"):
+                raise TypeError(f"models hold a {type(model).__name__}: pass causal language models of transformers")
         if not self.models:
             raise ValueError("models=[]: pass a PEFT model with adapters, or one model or more")
         if not callable(processing_class) or not hasattr(processing_class, "apply_chat_template"):
             raise TypeError(f"processing_class is a {type(processing_class).__name__}; pass the models' tokenizer")
         single = self.models[0] if len(self.models) == 1 else None
         self.adapters = sorted(getattr(single, "peft_config", None) or ())
-        sizes = {model.config.get_text_config().vocab_size for model in self.models}
+        configs = [model.config.get_text_config() for model in self.models]
+        sizes = {config.vocab_size for config in configs}
         if len(sizes) > 1:
             raise ValueError(f"the models have vocabularies of {sorted(sizes)} tokens; pass models of one tokenizer")
+        self.vocabulary = sizes.pop()
+        places = [getattr(config, "max_position_embeddings", None) for config in configs]
+        self.longest = min((place for place in places if place), default=None)
         self.processing_class = processing_class
         for model in self.models:
             model.eval()
@@ -99,6 +105,20 @@ class LanguageProbes:
             yield next(each)
         finally:
             each.close()
+
+    def check(self, row: Encoded, where: str) -> Encoded:
+        """The row itself; raises a `ValueError` where the models do not take it."""
+        if self.longest is not None and len(row) > self.longest:
+            raise ValueError(
+                f"{where} has {len(row)} tokens, and the probes have places for {self.longest}; set "
+                f"max_length={self.longest}"
+            )
+        if (largest := max(row.prompt + row.answer)) >= self.vocabulary:
+            raise ValueError(
+                f"{where} has the token {largest}, and the probes know {self.vocabulary}; pass the tokenizer that "
+                "they were trained with"
+            )
+        return row
 
 
 @torch.no_grad()

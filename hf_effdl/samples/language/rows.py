@@ -5,9 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from hf_effdl.checks import instance
+
+
+ALIKE = 0.98  # prompts nearer than this (cosine) are taken for the same question
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,9 @@ def encode(row: Mapping[str, Any], tokenizer: Any, max_length: int, where: str =
         where: names the row in errors.
 
     Raises:
-        ValueError: for other columns, no chat template, an empty answer, or one that lies beyond `max_length`.
-        TypeError: where texts are no texts.
+        ValueError: for other columns, no chat template or one that refuses the row, an empty answer, or one that lies
+            beyond `max_length`.
+        TypeError: where texts are no texts, or messages no messages.
     """
     whole, prompt = _tokens(row, tokenizer, where)
     start = next(
@@ -68,15 +74,17 @@ def _tokens(row: Mapping[str, Any], tokenizer: Any, where: str) -> tuple[list[in
     """The whole row, and its prompt alone."""
     instance(where, row, Mapping, "rows as dicts, with messages, prompt and completion, or text")
     if row.get("messages") is not None:
-        messages = row["messages"]
+        messages = _messages(row["messages"], where)
         if not messages or messages[-1]["role"] != "assistant":
             last = messages[-1]["role"] if messages else "nothing"
             raise ValueError(f"{where} ends with {last!r}; the last of its messages must be the assistant's answer")
         return _conversation(row, messages[:-1], messages[-1:], tokenizer, where)
     if row.get("prompt") is not None and row.get("completion") is not None:
-        if not isinstance(row["prompt"], str):
-            return _conversation(row, row["prompt"], row["completion"], tokenizer, where)
-        text = _text(row["prompt"], where) + _ended(_text(row["completion"], where, answer=True), tokenizer)
+        if isinstance(row["prompt"], list | tuple):
+            asked, answered = (_messages(row[name], where) for name in ("prompt", "completion"))
+            return _conversation(row, asked, answered, tokenizer, where)
+        _text(row["prompt"], where)
+        text = row["prompt"] + _ended(_text(row["completion"], where, answer=True), tokenizer)
         return list(tokenizer(text)["input_ids"]), list(tokenizer(row["prompt"])["input_ids"])
     if row.get("text") is not None:
         ids = list(tokenizer(_ended(_text(row["text"], where, answer=True), tokenizer))["input_ids"])
@@ -95,15 +103,35 @@ def _conversation(
         )
     if not any(str(message["content"] or "").strip() for message in answered):
         raise ValueError(f"{where} has an empty answer; leave such rows out")
-    options = {"tokenize": True, "return_dict": True, **(row.get("chat_template_kwargs") or {})}
-    whole = tokenizer.apply_chat_template([*asked, *answered], **options)["input_ids"]
-    prompt = tokenizer.apply_chat_template(list(asked), add_generation_prompt=True, **options)["input_ids"]
+    given = instance(f"chat_template_kwargs of {where}", row.get("chat_template_kwargs") or {}, Mapping, "a dict")
+    options = {"tokenize": True, "return_dict": True, **given}
+    try:
+        whole = tokenizer.apply_chat_template([*asked, *answered], **options)["input_ids"]
+        prompt = tokenizer.apply_chat_template(list(asked), add_generation_prompt=True, **options)["input_ids"]
+    except TemplateError as error:
+        raise ValueError(f"{where} is refused by the chat template: {error}; mend the row, or leave it out") from error
     return list(whole), list(prompt)
+
+
+def _messages(value: Any, where: str) -> Sequence[Mapping[str, Any]]:
+    """Messages with a role and a content; raises for anything else."""
+    if not isinstance(value, list | tuple) or not all(isinstance(message, Mapping) for message in value):
+        raise TypeError(f"{where} holds {str(value)[:60]!r} where its messages should be; pass a list of dicts")
+    for message in value:
+        if not isinstance(message.get("role"), str) or "content" not in message:
+            raise ValueError(f"{where} has a message with {sorted(message)}; each needs a 'role' and a 'content'")
+        if isinstance(message["content"], str):
+            _text(message["content"], where)
+    return value
 
 
 def _text(value: Any, where: str, answer: bool = False) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{where} holds a {type(value).__name__} where its text should be")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} is no Unicode text ({error}); leave such rows out") from None
     if answer and not value.strip():
         raise ValueError(f"{where} has an empty answer; leave such rows out")
     return value
@@ -171,3 +199,20 @@ def batches_of(rows: Sequence[Encoded], tokens: int) -> list[list[int]]:
         else:
             batches.append([i])
     return batches
+
+
+def other_prompts(rows: Sequence[Encoded], prompts: Tensor, max_length: int) -> list[Encoded]:
+    """Every row's answer after the prompt of the row whose prompt is nearest to its own and yet another one.
+
+    A row keeps its own where there is no other. A prompt is cut on the left where the whole would be too long.
+    """
+    unit = normalize(prompts, dim=1)
+    near = unit @ unit.T
+    near[near >= ALIKE] = -2.0
+    found = []
+    for i, row in enumerate(rows):
+        other = int(near[i].argmax())
+        alike = near[i, other] == -2 or rows[other].prompt == row.prompt
+        prompt = row.prompt if alike or not (row.asked and rows[other].asked) else rows[other].prompt
+        found.append(Encoded(prompt[-max(1, max_length - len(row.answer)) :], row.answer))
+    return found

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,33 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from hf_effdl.checks import whole_number
+from hf_effdl.checks import flag, instance, one_of, path, whole_number
 from hf_effdl.files import digest, locked, read_sealed, sealed, sweep, write_whole
 from hf_effdl.processes import is_first, refuse_lone_processes, same_fate
+from hf_effdl.samples.drawing.checks import check_rows, check_seed
 from hf_effdl.samples.drawing.clusters import clusters
 from hf_effdl.samples.drawing.plan import Plan
-from hf_effdl.samples.language.choosing import choose
+from hf_effdl.samples.language.card import write_language_card
+from hf_effdl.samples.language.choosing import METHODS, UNITS, choose, damaged_rows
 from hf_effdl.samples.language.probes import LanguageProbes, ask
-from hf_effdl.samples.language.rows import Encoded, batch_of, batches_of, encode
+from hf_effdl.samples.language.rows import Encoded, batch_of, batches_of, encode, other_prompts
+from hf_effdl.samples.probes.inputs import check_dataset
 from hf_effdl.samples.probes.row_marks import content_ids, row_marks
 from hf_effdl.samples.probes.scoring import SCORE_KEY
-from hf_effdl.samples.scores.token_scores import answer_scores, coarse_log_probs, kept_tokens
+from hf_effdl.samples.scores.token_scores import (
+    answer_scores,
+    coarse_log_probs,
+    kept_tokens,
+    mean_by_row,
+    means_by_place,
+)
 
 
 COLUMNS = ("messages", "prompt", "completion", "text", "chat_template_kwargs")
 CHUNK = 256  # tokens whose logits are turned into probabilities at once
-ALIKE = 0.98  # prompts nearer than this (cosine) are taken for the same question
 
 
 class SFTScorer:
@@ -65,7 +73,8 @@ class SFTScorer:
             those of other probes, rows or settings are not mistaken for them, damaged ones are made again.
 
     Raises:
-        ValueError: for a `processing_class` that is missing, and as `LanguageProbes`.
+        ValueError: for a `processing_class` that is missing, settings out of range, and as `LanguageProbes`. Scoring
+            refuses rows by their number: see `encode`, and rows longer than the probes have places for.
 
     Example:
         >>> scorer = SFTScorer(probes, max_length=512)  # doctest: +SKIP
@@ -99,14 +108,11 @@ class SFTScorer:
         self.top = whole_number("top", top, 2)
         self.batch_tokens = whole_number("batch_tokens", batch_tokens, 1)
         self.part_rows = whole_number("part_rows", part_rows, 2)
-        self.contrast, self.embed, self.clusters, self.seed, self.cache_dir = (
-            contrast,
-            embed,
-            clusters,
-            seed,
-            cache_dir,
-        )
+        self.contrast, self.embed = flag("contrast", contrast), flag("embed", embed)
+        self.clusters = None if clusters is None else whole_number("clusters", clusters, 1)
+        self.seed, self.cache_dir = check_seed(seed), None if cache_dir is None else path("cache_dir", cache_dir)
         self.plan: Plan | None = None
+        self._chosen_from = ""
 
     @property
     def columns(self) -> list[str]:
@@ -174,6 +180,7 @@ class SFTScorer:
         Returns:
             The chosen rows in the data set's order, with `weight` (1) and `inclusion_probability`; without the scores.
         """
+        self._check_choice(data, budget, unit, method, query)  # before the long work
         scored = data if set(self.columns) <= set(data.column_names) else self.score(data)
         self._check_scores(scored)
         table = self.table(scored)
@@ -182,9 +189,63 @@ class SFTScorer:
         ids = content_ids(scored, [name for name in COLUMNS if name in scored.column_names])
         options = {"unit": unit, "method": method, "seed": self.seed, "row_ids": ids}
         self.plan = choose(table, budget, groups=groups, query=asked, **options)
+        self._chosen_from = self._name(scored)
         subset = scored.select(self.plan.positions.tolist()).remove_columns([*self.columns, SCORE_KEY])
         subset = subset.add_column("weight", self.plan.weights.tolist())
         return subset.add_column("inclusion_probability", self.plan.probabilities.tolist())
+
+    def write_card(
+        self,
+        folder: str | os.PathLike[str],
+        scored: Dataset,
+        *,
+        repo_id: str | None = None,
+        source: str | None = None,
+        license: str | None = None,
+        tags: Iterable[str] = (),
+    ) -> Path:
+        """A card beside scored rows, or beside those that the last `select` chose among them.
+
+        Args:
+            folder: gets `README.md`.
+            scored: what `score` returned. Where it is what the last `select` chose from, the card is of the choice.
+            repo_id: of the data set it goes with; default: the folder's name.
+            source: id of the data set that the rows are from.
+            license, tags: of the metadata.
+
+        Returns:
+            the card's file.
+
+        Raises:
+            ValueError: for rows without scores, or with those of other probes or settings.
+
+        Example:
+            >>> subset = scorer.select(scored, 600, unit="tokens")             # doctest: +SKIP
+            >>> scorer.write_card("out", scored, repo_id="me/chosen-rows")     # doctest: +SKIP
+        """
+        check_dataset(path("folder", folder) and scored, self.columns, "the scored data set")
+        self._check_scores(scored)
+        table, plan = self.table(scored), self.plan
+        plan = plan if plan is not None and self._chosen_from == self._name(scored) else None
+        left_out = None
+        if plan is not None and plan.settings["method"] == "default":
+            groups = clusters(table["embedding"], self.clusters, self.seed)
+            left_out = {what: int(rows.sum()) for what, rows in damaged_rows(table, groups).items()}
+        options = {"repo_id": repo_id, "source": source, "license": license, "tags": tags}
+        return write_language_card(folder, table, plan, self._facts(), left_out, **options)
+
+    def _facts(self) -> dict[str, Any]:
+        """What scores follow from, for a card."""
+        names = sorted({_name_of(model) for model in self.probes.models})
+        return {
+            "probes": f"{len(self.probes)}, of {', '.join(names)}; fingerprint {self.probes.fingerprint[:16]}",
+            "rows are cut off at": f"{self.max_length} tokens",
+            "tokens told apart": self.top,
+            "scores are those of": self.key[:16],
+        }
+
+    def _name(self, scored: Dataset) -> str:
+        return digest(self._keys(scored).numpy().tobytes())
 
     def table(self, scored: Dataset) -> dict[str, Tensor]:
         """The score columns of a data set as tensors."""
@@ -225,8 +286,12 @@ class SFTScorer:
     ) -> dict[str, Tensor]:
         """The scores of some rows, on this process alone, `{name: (rows,) or (rows, d)}`."""
         encoded = [
-            encode(row, self.tokenizer, self.max_length, f"row {first + i} of {where}") for i, row in enumerate(rows)
+            self._encoded_row(row, f"row {first + i} of {where}")
+            for i, row in enumerate(instance("rows", rows, Iterable, "rows as dicts"))
         ]
+        if not encoded:
+            raise ValueError("rows is empty: there is nothing to score")
+        self.probes.to(PartialState().device)
         parts = [encoded[i : i + self.part_rows] for i in range(0, len(encoded), self.part_rows)]
         tables = [self._part(part) for part in parts]
         return {name: torch.cat([table[name] for table in tables]) for name in self.columns}
@@ -239,6 +304,21 @@ class SFTScorer:
             raise ValueError(f"data is {what}; pass a datasets.Dataset with rows, or shards to score_shards")
         if taken := [name for name in (*self.columns, SCORE_KEY) if name in data.column_names]:
             raise ValueError(f"the data set has the columns {taken} already; remove_columns({taken}) to score it anew")
+
+    def _check_choice(self, data: Any, budget: int, unit: str, method: str, query: Any) -> None:
+        """Refuse what cannot be chosen, whatever the scores are."""
+        instance("data", data, Dataset, "a datasets.Dataset with rows")
+        one_of("unit", unit, UNITS), one_of("method", method, METHODS)
+        if unit == "rows":
+            check_rows(budget, len(data))
+        else:
+            whole_number("budget", budget, 1)
+        if query is not None:
+            instance("query", query, Dataset, "a datasets.Dataset of rows to be near to")
+        if self.clusters is not None and self.clusters > len(data):
+            raise ValueError(f"clusters={self.clusters} of {len(data)} rows; set fewer")
+        if clash := [name for name in ("weight", "inclusion_probability") if name in data.column_names]:
+            raise ValueError(f"the data set has the columns {clash} already; remove_columns({clash}) or rename them")
 
     def _keys(self, data: Dataset) -> Tensor:
         """Another number for other rows, probes or settings, `(rows,)` int64."""
@@ -260,7 +340,10 @@ class SFTScorer:
     def _encoded(self, data: Dataset) -> list[Encoded]:
         names = [name for name in COLUMNS if name in data.column_names]
         plain = data.select_columns(names).with_format(None) if names else data
-        return [encode(row, self.tokenizer, self.max_length, f"row {i}") for i, row in enumerate(plain)]
+        return [self._encoded_row(row, f"row {i}") for i, row in enumerate(plain)]
+
+    def _encoded_row(self, row: Mapping[str, Any], where: str) -> Encoded:
+        return self.probes.check(encode(row, self.tokenizer, self.max_length, where), where)
 
     @property
     def _padding(self) -> int:
@@ -315,12 +398,12 @@ class SFTScorer:
                 if m == 0:
                     kept, place = kept_tokens(logits, given, self.top)
                     lengths = [len(rows[i].prompt) for i in numbers]
-                    found |= {} if hidden is None else _means(hidden, batch.inputs["attention_mask"], lengths)
+                    found |= {} if hidden is None else means_by_place(hidden, batch.inputs["attention_mask"], lengths)
                 pieces = zip(logits.split(CHUNK), kept.split(CHUNK), strict=True)
                 z.append(torch.cat([coarse_log_probs(one, tokens) for one, tokens in pieces]))
             scores = answer_scores(torch.stack(z, 1), place, batch.row.to(given.device), batch.end.to(given.device))
             first = z[0].gather(1, place[:, None])[:, 0].double()
-            found["first"] = _mean_by_row(-first, batch.row.to(given.device), len(numbers))
+            found["first"] = mean_by_row(-first, batch.row.to(given.device), len(numbers))
             yield numbers, found | scores
 
     def _losses(self, rows: Sequence[Encoded]) -> Tensor:
@@ -332,40 +415,11 @@ class SFTScorer:
                 logits, _ = ask(model, batch)
                 pieces = zip(logits.split(CHUNK), batch.given.to(logits.device).split(CHUNK), strict=True)
                 terms = torch.cat([cross_entropy(one.float(), given, reduction="none") for one, given in pieces])
-                losses[numbers] = _mean_by_row(terms.double().cpu(), batch.row, len(numbers))
+                losses[numbers] = mean_by_row(terms.double().cpu(), batch.row, len(numbers))
         return losses
 
 
-def other_prompts(rows: Sequence[Encoded], prompts: Tensor, max_length: int) -> list[Encoded]:
-    """Every row's answer after the prompt of the row whose prompt is nearest to its own and yet another one.
-
-    A row keeps its own where there is no other. A prompt is cut on the left where the whole would be too long.
-    """
-    unit = normalize(prompts, dim=1)
-    near = unit @ unit.T
-    near[near >= ALIKE] = -2.0
-    found = []
-    for i, row in enumerate(rows):
-        other = int(near[i].argmax())
-        alike = near[i, other] == -2 or rows[other].prompt == row.prompt
-        prompt = row.prompt if alike or not (row.asked and rows[other].asked) else rows[other].prompt
-        found.append(Encoded(prompt[-max(1, max_length - len(row.answer)) :], row.answer))
-    return found
-
-
-def _means(hidden: Tensor, mask: Tensor, prompts: Sequence[int]) -> dict[str, Tensor]:
-    """Of left-padded hidden states, means over the row by place, and over the prompt alone."""
-    place = mask.cumsum(1).to(hidden.device)
-    there = torch.tensor(prompts, device=hidden.device)[:, None]
-    by_place = place.float() * mask.to(hidden.device)
-    prompt = ((place >= 1) & (place <= there) & mask.to(hidden.device).bool()).float()
-    hidden = hidden.float()
-    return {
-        name: (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
-        for name, weights in (("embedding", by_place), ("prompts", prompt))
-    }
-
-
-def _mean_by_row(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    total = values.new_zeros(rows).index_add_(0, row, values)
-    return total / row.bincount(minlength=rows)
+def _name_of(model: nn.Module) -> str:
+    """Its id on the Hub; a folder of this machine is nobody's business."""
+    name = getattr(model.config, "name_or_path", "")
+    return name if name and not os.path.exists(name) else type(model).__name__

@@ -87,12 +87,15 @@ def class_tensor(values: list[Any], column: str, names: Sequence[str] | None = N
         labels = torch.tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"column {column!r} holds {values[0]!r}, which is no class ({error}); selection needs one class a row, a "
-            "number or a text, and has none for several labels a row"
+            f"column {column!r} holds {values[0]!r}, which is no class ({error}); probes of one class a row need a "
+            "number or a text. For several labels a row, or one for each token, train the models yourself and pass "
+            "them as Probes(models, task='labels' or 'tokens')"
         ) from error
     if labels.ndim != 1 or labels.is_floating_point():
         raise TypeError(
-            f"column {column!r} holds {labels.dtype} of shape {tuple(labels.shape)}; selection needs one class a row"
+            f"column {column!r} holds {labels.dtype} of shape {tuple(labels.shape)}; probes of one class a row need a "
+            "whole number or a text. For several labels a row, or one for each token, train the models yourself and "
+            "pass them as Probes(models, task='labels' or 'tokens')"
         )
     return labels.long()
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_effdl.samples.drawing.checks import check_seed
 from hf_effdl.samples.drawing.presets import Trial
+from hf_effdl.samples.probes.decisions import task_of
 from hf_effdl.samples.probes.inputs import Inputs, run_model
 from hf_effdl.samples.scores.noise import fit_label_noise
 
@@ -49,9 +50,12 @@ class Probes:
         data_collator: turns rows without labels into the models' inputs, instead of all this.
         names: class names; default: those of the models' configs.
         probe_set: what they were trained on; then the accuracy of a small training set can be tried out.
+        task: what they decide about a row: `"classes"` (one class), `"labels"` (yes or no for each of several labels,
+            sigmoid heads) or `"tokens"` (a class for each token). Scores of the last two are means over a row's labels
+            or tokens. Default: what the models' configs (`problem_type`) and class names say.
 
     Raises:
-        ValueError: for fewer than two models, or models with different classes.
+        ValueError: for fewer than two models, models with different classes, or models of different tasks.
 
     Example:
         >>> probes = Probes([nn.Linear(4, 3) for _ in range(8)], input_column="features")
@@ -67,6 +71,7 @@ class Probes:
         data_collator: Callable[[list[dict[str, Any]]], Any] | None = None,
         names: Sequence[str] | None = None,
         probe_set: ProbeSet | None = None,
+        task: str | None = None,
     ) -> None:
         if not isinstance(models, Sequence) or not all(isinstance(model, nn.Module) for model in models):
             raise TypeError(f"models is a {type(models).__name__} of something else: pass a list of trained models")
@@ -76,6 +81,7 @@ class Probes:
                 f"{len(self.models)} probe(s): the spread of one model is unknown; pass 2 or more, "
                 "better 8, trained on different bootstrap samples, see train_probes"
             )
+        self.task = task_of(self.models, task)
         for model in self.models:
             model.eval()
         self.names = list(names) if names is not None else common_names(self.models)
@@ -102,17 +108,17 @@ class Probes:
 
     @torch.no_grad()
     def logits(self, inputs: Any) -> Tensor:
-        """`(B, M, C)` raw logits of one batch of inputs (`(B, M, 1)` for sigmoid heads)."""
+        """`(B, M, C)` raw logits of one batch of inputs (`(B, M, 1)` for sigmoid heads); of tokens `(B, M, T, C)`."""
         outputs = []
         for model in self.models:
             output = run_model(model, inputs)
             z = output if isinstance(output, Tensor) else output["logits"]
             outputs.append(z[:, None] if z.ndim == 1 else z)
         shapes = {tuple(z.shape) for z in outputs}
-        if len(shapes) > 1 or outputs[0].ndim != 2:
+        if len(shapes) > 1 or outputs[0].ndim != (3 if self.task == "tokens" else 2):
             raise ValueError(
                 f"the probes give logits of shapes {sorted(shapes)}; selection needs one row of logits "
-                "for each example, over the same classes"
+                "for each example, over the same classes, or with Probes(models, task='tokens') one for each token"
             )
         return torch.stack(outputs, 1)
 
@@ -165,12 +171,16 @@ class Probes:
 
     def batches(self, data: Dataset, batch_size: int) -> Iterator[Tensor]:
         """Logits of a data set on this process alone, batch by batch, on the CPU."""
+        for _, z in self.asked(data, batch_size):
+            yield z if z.shape[2] > 1 else torch.cat([torch.zeros_like(z), z], 2)
+
+    def asked(self, data: Dataset, batch_size: int) -> Iterator[tuple[Any, Tensor]]:
+        """What is fed of a data set, and the logits as the models give them, on the CPU; on this process alone."""
         inputs, device = self.bind(data), Accelerator().device
         self.to(device)
         for start in range(0, len(data), batch_size):
-            rows = inputs.read(data, range(start, min(start + batch_size, len(data))))
-            z = self.logits(send_to_device(inputs(rows), device)).float().cpu()
-            yield z if z.shape[2] > 1 else torch.cat([torch.zeros_like(z), z], 2)
+            fed = inputs(inputs.read(data, range(start, min(start + batch_size, len(data)))))
+            yield fed, self.logits(send_to_device(fed, device)).float().cpu()
 
     def trial(self, pool: Dataset, labels: Tensor, batch_size: int = 64) -> Trial | None:
         """`(positions, weights) -> accuracy` on the probe set of a model trained on these rows of the pool.

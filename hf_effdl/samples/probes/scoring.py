@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from hf_effdl.files import digest, locked, read_sealed, sealed, sweep, write_whole
 from hf_effdl.processes import agreed, is_first, refuse_lone_processes, same_fate, together
+from hf_effdl.samples.probes.decisions import decisions_of, means_by_row
 from hf_effdl.samples.probes.inputs import NOT_INPUTS, Inputs, identity, is_decoded
 from hf_effdl.samples.probes.probes import Probes
 from hf_effdl.samples.probes.row_marks import content_ids, row_marks
@@ -39,6 +40,8 @@ LABELLED = ("u_y", "p_label", "el2n", "p_clean")
 # beside the scores of a row: its mark, XOR a number for the probes and settings that scored it
 SCORE_KEY = "score_key"
 SCORES = (*UNLABELLED, *LABELLED, SCORE_KEY)
+# those that rows with several decisions have none of
+OF_ONE_CLASS = ("predicted", "p_clean")
 # rows between two writes of the cache
 PART = 16_384
 # bytes of features that may be kept for the trials of a plan
@@ -74,7 +77,7 @@ def score_batch(logits: Tensor, labels: Tensor | None, gauge: str = "invariant")
 def score_rows(
     probes: Probes,
     data: Dataset,
-    labels: Tensor | None = None,
+    labels: Tensor | list[list[int]] | None = None,
     *,
     gauge: str = "invariant",
     batch_size: int = 64,
@@ -88,7 +91,7 @@ def score_rows(
     Args:
         probes: what to ask.
         data: the pool; only scalars are kept of a row.
-        labels: `(N,)` classes, or None.
+        labels: `(N,)` classes, or None; of probes that decide about labels or tokens, see `decision_labels`.
         gauge: see `uncertainty`.
         batch_size: rows a process and step.
         cache_dir: keeps finished parts of 16,384 rows, so that a run that was cut off goes on; parts of other probes,
@@ -96,7 +99,8 @@ def score_rows(
         progress: show a bar on the first process.
 
     Returns:
-        `{score: (N,)}` and the noise (None without labels).
+        `{score: (N,)}` and the noise (None without labels, and for rows with several decisions, whose scores are
+        means and lack `predicted` and `p_clean`).
 
     Raises:
         ValueError: for NaN or infinite logits, labels outside the classes, or probes that all agree.
@@ -125,10 +129,10 @@ def score_rows(
     _check_spread(table.pop("between"), table.pop("total"), len(probes))
     if "features" in table:
         probes.remember(scoring.marks, {"features": table.pop("features")})
-    classes, noise = int(table.pop("classes")[0]), None
-    if labels is not None:
+    classes, noise = table.pop("classes", None), None
+    if labels is not None and classes is not None:
         likelihoods = table.pop("likelihoods")
-        noise = fit_likelihoods(likelihoods, classes)
+        noise = fit_likelihoods(likelihoods, int(classes[0]))
         table["p_clean"] = noise.posterior(likelihoods[:, noise.place])
     return {name: table[name] for name in SCORES if name in table}, noise
 
@@ -140,7 +144,7 @@ class _Scoring:
     probes: Probes
     inputs: Inputs
     data: Dataset
-    labels: Tensor | None
+    labels: Tensor | list[list[int]] | None
     gauge: str
     batch_size: int
     accelerator: Accelerator
@@ -155,11 +159,16 @@ class _Scoring:
         """What the scores follow from."""
         causes = score_causes(self.probes, self.inputs, self.data, self.gauge) | {
             "rows": digest(self.marks.numpy().tobytes()),
-            "labels": None if self.labels is None else digest(self.labels.long().numpy().tobytes()),
+            "labels": self._labels_digest(),
             "batch_size": self.batch_size,  # neighbours in a batch change last digits, and padding
             "part": PART,
         }
         return digest(json.dumps(causes, sort_keys=True))[:16]
+
+    def _labels_digest(self) -> str | None:
+        if isinstance(self.labels, Tensor):
+            return digest(self.labels.long().numpy().tobytes())
+        return None if self.labels is None else digest(json.dumps(self.labels))
 
     def kept_part(self, places: range, folder: Path) -> dict[str, Tensor]:
         """Some rows' scores, from the folder if they are there, else into it."""
@@ -206,6 +215,8 @@ class _Scoring:
         with torch.no_grad():
             answer = self.probes.answer(send_to_device(batch, self.accelerator.device))
         logits, given = answer.pop("logits"), None
+        if self.probes.task != "classes":
+            return self._decided(numbers, batch, logits)
         if self.labels is not None:
             if first:  # once a part: the whole column, so that the error counts all rows
                 check_labels(self.labels, max(2, logits.shape[2]), len(self.labels))
@@ -216,6 +227,21 @@ class _Scoring:
         if self.inputs.fed_columns(self.data) is None:  # augmented rows are others the next time
             kept = {}
         return _checked(logits, given, numbers, self.gauge) | kept
+
+    def _decided(self, numbers: Tensor, batch: Any, logits: Tensor) -> dict[str, Tensor]:
+        """Means over the decisions of each row."""
+        if not logits.isfinite().all():
+            _check_fed(batch, numbers, self.inputs)
+        given = None if self.labels is None else [self.labels[i] for i in numbers.tolist()]
+        return decided_scores(self.probes.task, logits, batch, given, numbers, self.gauge)
+
+
+def decided_scores(
+    task: str, logits: Tensor, inputs: Any, labels: Sequence[Sequence[int]] | None, places: Tensor, gauge: str
+) -> dict[str, Tensor]:
+    """The scores of a batch whose rows have several decisions, means over these; see `decisions_of`."""
+    flat, given, row = decisions_of(logits, task, inputs, labels, places)
+    return means_by_row(_checked(flat, given, places[row.cpu()], gauge), row, len(logits))
 
 
 def fed_marks(inputs: Inputs, data: Dataset) -> Tensor:
@@ -259,6 +285,7 @@ def score_causes(probes: Probes, inputs: Inputs, data: Dataset, gauge: str) -> d
         "number": len(probes),
         "inputs": inputs.describe(),
         "gauge": gauge,
+        **({} if probes.task == "classes" else {"task": probes.task}),  # keys of earlier versions stay what they were
     } | reading_causes(inputs, data)
 
 

@@ -3,7 +3,7 @@
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from hf_effdl.checks import path
 from hf_effdl.files import write_whole
+from hf_effdl.samples.probes.inputs import check_dataset
 
 
 PLACE = "row"
@@ -27,6 +28,7 @@ class ColumnAnswers:
         self.column = column
 
     def __call__(self, rows: Dataset, places: Sequence[int], number: int) -> list[Any]:
+        check_dataset(rows, [self.column], "the pool", "ColumnAnswers(column)")
         return rows.with_format(None)[self.column][:]
 
 
@@ -72,13 +74,21 @@ class CsvAnswers:
             writer.writerow([place, *(row[name] for name in columns), ""])
         write_whole(file, "\ufeff" + text.getvalue())  # by this mark spreadsheets know UTF-8
 
+    def _table(self, file: Path) -> list[dict[str, str]]:
+        """The rows of a CSV file, whichever comma and encoding the spreadsheet of a country writes."""
+        content = file.read_bytes()
+        try:
+            text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is no text in UTF-8 ({error}); save it as 'CSV UTF-8'") from error
+        for comma in (",", ";", "\t"):
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), restval="", delimiter=comma))
+            if rows and {PLACE, self.label_column} <= set(rows[0]):
+                return rows
+        raise ValueError(f"{file} must have the columns {PLACE!r} and {self.label_column!r}; remove it to ask again")
+
     def _read(self, file: Path, places: Sequence[int]) -> dict[int, str]:
-        with open(file, encoding="utf-8-sig", newline="") as opened:
-            rows = list(csv.DictReader(opened, restval=""))
-        if not rows or not {PLACE, self.label_column} <= set(rows[0]):
-            raise ValueError(
-                f"{file} must have the columns {PLACE!r} and {self.label_column!r}; remove it to ask again"
-            )
+        rows = self._table(file)
         found = {row[PLACE].strip(): (row[self.label_column] or "").strip() for row in rows}
         if len(found) < len(rows) or set(found) != {str(place) for place in places}:
             raise ValueError(
@@ -86,3 +96,36 @@ class CsvAnswers:
                 "put them back, or remove it to ask again"
             )
         return {int(place): label for place, label in found.items()}
+
+
+def checked_labels(labels: Any, count: int, before: Sequence[Any] = ()) -> list[Any]:
+    """Labels as plain values: whole numbers, texts, or lists of whole numbers, all of one kind.
+
+    Args:
+        labels: what was answered.
+        count: rows that were asked about.
+        before: a label of an earlier round, if there is one.
+
+    Raises:
+        ValueError, TypeError: for anything else.
+    """
+    if isinstance(labels, str | bytes | Mapping) or not isinstance(labels, Iterable):
+        raise TypeError(f"answers gave a {type(labels).__name__}; give a list with a label for each row, or None")
+    labels = [label.tolist() if hasattr(label, "tolist") else label for label in labels]
+    if len(labels) != count or any(label is None for label in labels):
+        raise ValueError(f"answers gave {len(labels)} labels for {count} rows; give one for each, or None")
+    kinds = {_kind(label) for label in [*before, *labels]}
+    if None in kinds or len(kinds) > 1:
+        shown = next((label for label in labels if _kind(label) is None), labels[0])
+        raise TypeError(
+            f"answers gave {shown!r} among the labels; give classes that are all whole numbers or all texts, as in "
+            "the rounds before, or a list of whole numbers for each row"
+        )
+    return labels
+
+
+def _kind(label: Any) -> type | None:
+    """What a label is; None for what cannot be one."""
+    if isinstance(label, list):
+        return list if all(isinstance(one, int | float) and one == int(one) for one in label) else None
+    return int if isinstance(label, int) else str if isinstance(label, str) else None

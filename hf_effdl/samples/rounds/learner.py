@@ -9,17 +9,20 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from hf_effdl.checks import one_of, whole_number
-from hf_effdl.files import digest, locked, read_json, sweep, write_json
-from hf_effdl.processes import agreed, decided, is_first, together
+from hf_effdl.checks import one_of, path, real_number, whole_number
+from hf_effdl.files import damaged, digest, locked, read_json, sweep, write_json
+from hf_effdl.processes import agreed, decided, is_first, same_fate
 from hf_effdl.samples.drawing.checks import check_seed
 from hf_effdl.samples.probes.linear_probes import LinearProbes
 from hf_effdl.samples.probes.probes import Probes
 from hf_effdl.samples.probes.row_marks import row_marks
 from hf_effdl.samples.probes.scoring import score_rows
+from hf_effdl.samples.rounds.answers import checked_labels
 from hf_effdl.samples.rounds.strategies import STRATEGIES, next_rows
+from hf_effdl.samples.scores.numbers import as_numbers
 
 
+REMEDY = "remove it and the rounds after it"
 Answers = Callable[[Dataset, Sequence[int], int], list[Any] | None]
 
 
@@ -79,7 +82,10 @@ class ActiveLearner:
     ) -> None:
         if not isinstance(pool, Dataset) or not len(pool):
             raise ValueError("pool must be a datasets.Dataset with rows")
-        self.pool, self.train, self.answers, self.folder = pool, train, answers, Path(output_dir)
+        for name, given in (("train", train), ("answers", answers), ("embed", embed), ("evaluate", evaluate)):
+            if not callable(given) and (given is not None or name in ("train", "answers")):
+                raise TypeError(f"{name} is a {type(given).__name__}: pass a function, see ActiveLearner")
+        self.pool, self.train, self.answers, self.folder = pool, train, answers, path("output_dir", output_dir)
         self.batch = whole_number("batch", batch, 1)
         self.first = self.batch if first is None else whole_number("first", first, 1)
         self.strategy, self.seed = one_of("strategy", strategy, STRATEGIES), check_seed(seed)
@@ -104,7 +110,7 @@ class ActiveLearner:
                 return False
             if "score" not in self.history[number]:
                 self._train(number + 1)
-                score = None if self.evaluate is None else float(self.evaluate(self.probes))
+                score = None if self.evaluate is None else real_number("evaluate", self.evaluate(self.probes))
                 self._keep(self.history[number] | {"score": score})
         return True
 
@@ -143,9 +149,19 @@ class ActiveLearner:
                 self._train(number)
             options |= self._seen()
         if self.embed is not None and self._features is None:
-            self._features = torch.as_tensor(self.embed(self.pool)).float()
+            self._features = self._embedded()
         strategy = "random" if not number and self._features is None else self.strategy
         return agreed(next_rows(strategy, count, labelled, self._features, **options).tolist())
+
+    def _embedded(self) -> Tensor:
+        """What `embed` gives of the pool."""
+        features = as_numbers(self.embed(self.pool), "what embed returned").float()
+        if features.ndim != 2 or len(features) != len(self.pool) or not features.isfinite().all():
+            raise ValueError(
+                f"embed returned features of shape {tuple(features.shape)}, or with NaN or infinite ones; it must "
+                f"return a finite vector for each of the {len(self.pool)} rows of the pool"
+            )
+        return features
 
     def _seen(self) -> dict[str, Any]:
         """What the probes say of the pool."""
@@ -154,6 +170,11 @@ class ActiveLearner:
         rows = self.pool.select_columns(shown)
         options["table"], _ = score_rows(self.probes, rows, None, batch_size=self.batch_size, progress=False)
         if self.strategy == "badge":
+            if self.probes.task != "classes":
+                raise ValueError(
+                    f"strategy='badge' needs one class a row, and the probes decide about {self.probes.task}; choose "
+                    "another strategy"
+                )
             parts = [z.softmax(2).mean(1) for z in self.probes.batches(rows, self.batch_size)]
             options["probabilities"] = torch.cat(parts)
         if self.embed is None and self._features is None and isinstance(self.probes, LinearProbes):
@@ -171,10 +192,8 @@ class ActiveLearner:
         labels = decided(lambda: self.answers(self.pool.select(places), places, step["number"]))
         if labels is None:
             return False
-        labels = [label.item() if hasattr(label, "item") else label for label in labels]
-        if len(labels) != len(places) or any(label is None for label in labels):
-            raise ValueError(f"answers gave {len(labels)} labels for {len(places)} rows; give one for each, or None")
-        self._keep(step | {"labels": labels})
+        before = [label for earlier in self.history for label in earlier.get("labels", [])]
+        self._keep(step | {"labels": checked_labels(labels, len(places), before[:1])})
         return True
 
     def _train(self, rounds: int) -> None:
@@ -186,6 +205,8 @@ class ActiveLearner:
         """The rows of the first rounds, with their labels."""
         steps = [step for step in self.history[:rounds] if "labels" in step]
         rows = self.pool.select([place for step in steps for place in step["asked"]])
+        if not steps:
+            return rows.remove_columns([name for name in (self.label_column,) if name in rows.column_names])
         rows = rows.remove_columns(self.label_column) if self.label_column in rows.column_names else rows
         return rows.add_column(self.label_column, [label for step in steps for label in step["labels"]])
 
@@ -195,23 +216,57 @@ class ActiveLearner:
         return self.folder / f"round-{number:04d}.json"
 
     def _keep(self, step: dict[str, Any]) -> None:
+        with same_fate():
+            if is_first():
+                with locked(self.folder):
+                    sweep(self.folder, "round-*.json")
+                    self._check_kept(step)
+                    write_json(self._file(step["number"]), self._job | step)
         self.history[step["number"] :] = [step]
-        if is_first():
-            with locked(self.folder):
-                sweep(self.folder, "round-*.json")
-                write_json(self._file(step["number"]), self._job | step)
-        together()
+
+    def _check_kept(self, step: dict[str, Any]) -> None:
+        """Refuse to write over a round of another run, which began while this one was under way."""
+        file = self._file(step["number"])
+        if not file.is_file():
+            return
+        kept = self._read_round(file)
+        if kept["asked"] != step["asked"]:
+            raise ValueError(
+                f"{file} asks about other rows: two runs write into one folder; choose another output_dir"
+            )
 
     def _read(self) -> list[dict[str, Any]]:
         """The rounds so far."""
         history: list[dict[str, Any]] = []
         while (file := self._file(len(history))).is_file():
-            step = read_json(file, remedy="remove it and the rounds after it")
-            other = [name for name, value in self._job.items() if step.get(name) != value]
-            if other:
-                raise ValueError(
-                    f"{file} is of a run with another {' and '.join(other)}; choose another output_dir, or set what "
-                    "it had"
-                )
-            history.append({name: value for name, value in step.items() if name not in self._job})
+            step = self._read_round(file)
+            known = {place for earlier in history for place in earlier["asked"]}
+            if known & set(step["asked"]) or step.get("number") != len(history):
+                raise damaged(file, "it is no round after those before it", REMEDY)
+            history.append(step)
         return history
+
+    def _read_round(self, file: Path) -> dict[str, Any]:
+        step = read_json(file, remedy=REMEDY)
+        if not isinstance(step, dict):
+            raise damaged(file, "it holds no round", REMEDY)
+        other = [name for name, value in self._job.items() if step.get(name) != value]
+        if other:
+            raise ValueError(
+                f"{file} is of a run with another {' and '.join(other)}; choose another output_dir, or set what it had"
+            )
+        asked, labels = step.get("asked"), step.get("labels")
+        if not _are_places(asked, len(self.pool)) or (labels is not None and not _one_each(labels, asked)):
+            raise damaged(file, "its rows are none of the pool, or have not a label each", REMEDY)
+        return {name: value for name, value in step.items() if name not in self._job}
+
+
+def _are_places(asked: Any, rows: int) -> bool:
+    """Whether they are places of rows, each once."""
+    if not isinstance(asked, list) or not all(type(place) is int and 0 <= place < rows for place in asked):
+        return False
+    return 0 < len(asked) == len(set(asked))
+
+
+def _one_each(labels: Any, asked: list[int]) -> bool:
+    return isinstance(labels, list) and len(labels) == len(asked)

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_effdl.checks import instance
 from hf_effdl.files import locked, sweep, write_whole
-from hf_effdl.samples.scale.score_shards import Shard, reader
+from hf_effdl.samples.scale.sources import Shard, check_ids, check_whole, local_folder, reader, same_file
 
 
 BATCH = 4096
@@ -35,8 +35,10 @@ def join_shards(
         the files written.
 
     Raises:
-        ValueError: for files that are no Parquet or not as many as tables, columns that both have, or rows of a table
-            that its source does not have in this order.
+        ValueError: for files that are no Parquet or not as many as tables, tables that are not what the manifest
+            beside them says was written, columns that both have, rows of a table that its source does not have in
+            this order, an `output_dir` with joined files of another number, or one that is read from.
+        TypeError: for ids that are neither integers nor texts.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -53,22 +55,33 @@ def join_shards(
     sources, others = ([Shard.open(file) for file in group] for group in (files, tables))
     if len(sources) != len(others) or not sources:
         raise ValueError(f"{len(sources)} files and {len(others)} tables; pass a table for each file, in order")
-    if id_column == "row_id" and not any("row_id" in one.columns for one in sources):
-        id_column = None
+    id_column, folder = check_ids(sources, id_column), local_folder("output_dir", output_dir)
     for source, other in zip(sources, others, strict=True):
-        source.check_column(id_column)
+        check_whole(other.file)
         other.check_column("row_id")
         if both := sorted((set(source.columns) & set(other.columns)) - {id_column, "row_id"}):
             raise ValueError(f"{source.file} and {other.file} both have the columns {both}; rename them in one")
-    folder, start, written = Path(output_dir), 0, []
-    for k, (source, other) in enumerate(zip(sources, others, strict=True)):
-        output = folder / f"joined-{k:05d}-of-{len(sources):05d}.parquet"
+    outputs = [folder / f"joined-{k:05d}-of-{len(sources):05d}.parquet" for k in range(len(sources))]
+    _check_folder(folder, outputs, [one.file for one in (*sources, *others)])
+    start, written = 0, []
+    for k, (source, other, output) in enumerate(zip(sources, others, outputs, strict=True)):
         with locked(folder, f".lock-{k}"):
             sweep(folder, output.name)
             write_whole(output, _Pair(source, other, id_column, start).write)
         written.append(output)
         start += source.rows
     return written
+
+
+def _check_folder(folder: Path, outputs: Sequence[Path], inputs: Sequence[str]) -> None:
+    """Refuse to write over what is read, and beside joined files that are not written over."""
+    if lost := {same_file(str(file)) for file in outputs} & {same_file(file) for file in inputs}:
+        raise ValueError(f"{sorted(lost)[0]} is read and would be overwritten; choose another output_dir")
+    if left := sorted(set(folder.glob("joined-*-of-*.parquet")) - set(outputs)):
+        raise ValueError(
+            f"{left[0]} is of another number of files, and would be read together with these; choose another "
+            "output_dir, or remove it"
+        )
 
 
 class _Pair:

@@ -2,21 +2,22 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, Features
 from torch import Tensor
 
 from hf_effdl.checks import instance, whole_number
-from hf_effdl.files import digest, locked, sweep, write_json, write_whole
+from hf_effdl.files import digest, locked, read_json, sweep, write_json, write_whole
 from hf_effdl.processes import is_first, refuse_lone_processes, same_fate, together
 from hf_effdl.samples.scale.scorers import RowScorer, as_scorer
+from hf_effdl.samples.scale.sources import Shard, check_ids, local_folder, same_file
+from hf_effdl.samples.scores.numbers import as_numbers
 
 
 MANIFEST = "_scores.json"  # readers of Parquet folders pass over names that begin with _
@@ -54,26 +55,19 @@ def score_shards(
 
     Raises:
         ValueError: for no files, files twice, files that are no or damaged Parquet, or a missing column; for a folder
-            with scores of another scorer, other files or settings; and what the scorer raises. Finished shards stay.
-        TypeError: for a scorer that is none.
+            that is a URL, or has scores of another scorer, other files or settings, or tables of others; for scores
+            that are not one number or vector a row; and what the scorer raises. Finished shards stay.
+        TypeError: for a scorer that is none, or ids that are neither integers nor texts.
 
     Example:
         >>> score_shards(["a.parquet", "b.parquet"], "scores", ProbeScorer(probes))  # doctest: +SKIP
     """
     scorer, state = as_scorer(scorer), PartialState()
     refuse_lone_processes()
-    batch_rows = whole_number("batch_rows", batch_rows, 1)
     with same_fate():
-        shards = [Shard.open(file) for file in _checked(files)]
-        id_column = None if id_column == "row_id" and not any("row_id" in one.columns for one in shards) else id_column
-        for shard in shards:
-            shard.check_column(id_column)
-        settings = {"id_column": id_column, "batch_rows": batch_rows}
-        causes = {"scorer": scorer.key, "settings": settings, "shards": len(shards)}
-        work = _Work(Path(output_dir), shards, scorer, causes)
-        work.check_others()
+        work = shard_work(files, output_dir, scorer, id_column, batch_rows)
     with same_fate():  # a process that fails leaves the others to finish their shards
-        for k in range(state.process_index, len(shards), state.num_processes):
+        for k in range(state.process_index, len(work.shards), state.num_processes):
             work.finish(k)
     if is_first():
         work.write_manifest()
@@ -81,80 +75,36 @@ def score_shards(
     return work.manifest()
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A Parquet file, anywhere that fsspec can read."""
-
-    file: str
-    rows: int
-    columns: tuple[str, ...]
-    size: int
-    mark: str
-
-    @classmethod
-    def open(cls, file: str | os.PathLike) -> "Shard":
-        import pyarrow as pa
-
-        name = os.fspath(instance("a file", file, (str, os.PathLike), "paths of Parquet files"))
-        size, mark = _stamp(name)
-        try:
-            with reader(name) as opened:
-                return cls(name, opened.metadata.num_rows, tuple(opened.schema_arrow.names), size, mark)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{name} is not a whole Parquet file: {error}") from error
-
-    def check_column(self, name: str | None) -> None:
-        if name is not None and name not in self.columns:
-            raise ValueError(f"{self.file} has no column {name!r}, only {list(self.columns)}; change id_column=")
-
-    def batches(self, rows: int) -> Iterator[Any]:
-        """The file's record batches, of so many rows; the last may have fewer."""
-        import pyarrow as pa
-
-        try:
-            with reader(self.file) as opened:
-                yield from opened.iter_batches(rows)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{self.file} is damaged: {error}; get it again") from error
-
-
-def reader(file: str) -> Any:
-    """A Parquet file, opened; of a URL only what is read of it comes here."""
-    import pyarrow.parquet as pq
-
-    if "://" not in file:
-        return pq.ParquetFile(file)
-    import fsspec
-
-    return pq.ParquetFile(fsspec.open(file, "rb").open())
-
-
-def _stamp(file: str) -> tuple[int, str]:
-    """A file's size, and what changes when it does."""
-    if "://" not in file:
-        found = os.stat(file)
-        return found.st_size, str(found.st_mtime_ns)
-    import fsspec
-
-    system, path = fsspec.core.url_to_fs(file)
-    info = system.info(path)
-    known = {name: str(info[name]) for name in ("ETag", "etag", "blob_id", "mtime", "LastModified") if name in info}
-    return int(info["size"]), json.dumps(known, sort_keys=True)
+def shard_work(
+    files: Sequence[str | os.PathLike],
+    output_dir: str | os.PathLike,
+    scorer: RowScorer,
+    id_column: str | None,
+    batch_rows: int,
+) -> "ShardWork":
+    """All that `score_shards` is told, checked; whoever has it can finish any of the shards."""
+    batch_rows = whole_number("batch_rows", batch_rows, 1)
+    shards = [Shard.open(file) for file in _checked(files)]
+    settings = {"id_column": check_ids(shards, id_column), "batch_rows": batch_rows}
+    causes = {"scorer": scorer.key, "settings": settings, "shards": len(shards)}
+    work = ShardWork(local_folder("output_dir", output_dir), shards, scorer, causes)
+    work.check_others()
+    return work
 
 
 def _checked(files: Any) -> list[str]:
-    files = [os.fspath(file) for file in ([files] if isinstance(files, str | os.PathLike) else files)]
-    if not files or len(set(files)) < len(files):
+    given = [files] if isinstance(files, str | os.PathLike) else instance("files", files, Iterable, "a list of paths")
+    files = [os.fspath(instance("a file", file, (str, os.PathLike), "paths of Parquet files")) for file in given]
+    if not files or len({same_file(file) for file in files}) < len(files):
         raise ValueError(f"files={files}: pass one file or more, and each of them once")
     return files
 
 
-class _Work:
+class ShardWork:
     """Shards, where their scores go, and what these follow from."""
 
     def __init__(self, folder: Path, shards: list[Shard], scorer: RowScorer, causes: dict[str, Any]) -> None:
         self.folder, self.shards, self.scorer, self.causes = folder, shards, scorer, causes
-        folder.mkdir(parents=True, exist_ok=True)
 
     def output(self, k: int) -> Path:
         return self.folder / f"scores-{k:05d}-of-{len(self.shards):05d}.parquet"
@@ -164,16 +114,22 @@ class _Work:
         return self.causes | {"file": shard.file, "rows": shard.rows, "size": shard.size, "mark": shard.mark}
 
     def check_others(self) -> None:
-        """Refuse a folder with scores that are not these."""
+        """Refuse a folder with scores that are not these, or with files that are no scores and would be lost."""
         for file in sorted(self.folder.glob("scores-*.parquet")):
             found = _read_causes(file)
+            if found is None and _is_of_others(file):
+                raise ValueError(
+                    f"{file} was not written by score_shards, and would be taken for scores or overwritten; choose "
+                    "another output_dir"
+                )
             k = next((k for k in range(len(self.shards)) if self.output(k) == file), None)
             if found is None or (k is not None and found == self.made_of(k)):
                 continue  # damaged ones are made again
             expected = self.causes | ({} if k is None else self.made_of(k))
             other = [name for name in expected if found.get(name) != expected[name]]
+            changed = " (the file has changed since)" if other == ["mark"] else ""
             raise ValueError(
-                f"{file} holds scores of another {' and '.join(other) or 'number of shards'}; choose another "
+                f"{file} holds scores of another {' and '.join(other) or 'number of shards'}{changed}; choose another "
                 "output_dir, or remove it to score anew"
             )
 
@@ -190,10 +146,15 @@ class _Work:
         output = self.output(k)
         if _read_causes(output) != self.made_of(k):
             return False
-        if not (self.folder / MANIFEST).is_file():
-            return True
-        known = {one["file"]: one["sha256"] for one in self.manifest()["outputs"]}
-        return known.get(output.name, digest(output)) == digest(output)
+        known = self._known().get(output.name)
+        return known is None or known == digest(output)
+
+    def _known(self) -> dict[str, str]:
+        """The digests that the manifest holds; none where there is none, or it is damaged, as it is written anew."""
+        try:
+            return {one["file"]: one["sha256"] for one in self.manifest()["outputs"]}
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return {}
 
     def _write(self, k: int, path: Path) -> None:
         import pyarrow.parquet as pq
@@ -207,7 +168,8 @@ class _Work:
                 raise ValueError("files hold no rows at all; pass shards with rows")
             first = next(self._scored(other, 1)).slice(0, 0)
         notes = {MADE_OF: json.dumps(self.made_of(k), sort_keys=True)}
-        with pq.ParquetWriter(path, first.schema.with_metadata(notes), use_dictionary=False) as writer:
+        options = {"use_dictionary": False, "write_page_checksum": True}
+        with pq.ParquetWriter(path, first.schema.with_metadata(notes), **options) as writer:
             for table in chain([first], tables):
                 writer.write_table(table.replace_schema_metadata(writer.schema.metadata))
 
@@ -222,7 +184,8 @@ class _Work:
             ids = pa.array(here, pa.int64()) if name is None else batch.column(name)
             if ids.null_count:
                 raise ValueError(f"{shard.file} has rows without {name!r}; give each one, or set id_column=None")
-            scores = self.scorer.score_rows(Dataset(_memory(batch)), where=shard.file, first=row)
+            scores = self.scorer.score_rows(as_dataset(batch), where=shard.file, first=row)
+            scores = checked_scores(scores, len(batch), f"rows {row} to {row + len(batch) - 1} of {shard.file}")
             yield pa.table({"row_id": ids} | {name: arrow_column(values) for name, values in scores.items()})
             row += len(batch)
 
@@ -235,7 +198,7 @@ class _Work:
         write_json(self.folder / MANIFEST, self.causes | {"inputs": inputs, "outputs": outputs})
 
     def manifest(self) -> dict[str, Any]:
-        return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        return read_json(self.folder / MANIFEST)
 
 
 def _read_causes(file: Path) -> dict[str, Any] | None:
@@ -249,18 +212,56 @@ def _read_causes(file: Path) -> dict[str, Any] | None:
         return None
 
 
-def _memory(batch: Any) -> Any:
+def _is_of_others(file: Path) -> bool:
+    """Whether it is a table that was not written here; what is no table at all is a damaged one of ours."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return MADE_OF not in (pq.read_metadata(file).metadata or {})
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        return False
+
+
+def as_dataset(batch: Any) -> Dataset:
+    """A record batch as a data set, without columns of types that data sets do not know."""
     import pyarrow as pa
     from datasets.table import InMemoryTable
 
-    return InMemoryTable(pa.Table.from_batches([batch]))
+    known = [field.name for field in batch.schema if _is_known(field)]
+    table = pa.Table.from_batches([batch])
+    return Dataset(InMemoryTable(table if len(known) == batch.num_columns else table.select(known)))
+
+
+def _is_known(field: Any) -> bool:
+    import pyarrow as pa
+
+    try:
+        Features.from_arrow_schema(pa.schema([field]))
+    except ValueError:
+        return False
+    return True
+
+
+def checked_scores(scores: Any, rows: int, where: str) -> dict[str, Tensor]:
+    """What a scorer gave for so many rows, as tensors; raises where it is not one number or vector a row."""
+    instance("what score_rows returned", scores, Mapping, "scores by name, as tensors")
+    if not scores or "row_id" in scores:
+        raise ValueError(f"the scorer gives {sorted(scores)} for {where}; it must give scores, by names but 'row_id'")
+    found = {name: as_numbers(values, f"{name!r} of the scorer") for name, values in scores.items()}
+    for name, values in found.items():
+        if values.ndim not in (1, 2) or len(values) != rows:
+            raise ValueError(
+                f"the scorer gives {name!r} of shape {tuple(values.shape)} for {where}; it must give one number, or "
+                f"one vector, for each of {rows} rows"
+            )
+    return found
 
 
 def arrow_column(values: Tensor) -> Any:
     """A tensor of one number, or of one vector, a row as an Arrow array."""
     import pyarrow as pa
 
-    values = values.detach().cpu()
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
     if values.ndim == 1:

@@ -10,11 +10,13 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 
-from hf_effdl.checks import instance, whole_number
+from hf_effdl.checks import instance, real_number, whole_number
+from hf_effdl.processes import same_fate
 from hf_effdl.samples.drawing.checks import check_rows, check_seed
 from hf_effdl.samples.drawing.draws import priority_chances, priority_keys
 from hf_effdl.samples.drawing.hashing import check_once, hash_ids
 from hf_effdl.samples.drawing.weights import WEIGHTS, check_bias, loss_weights, weight_column
+from hf_effdl.samples.scale.score_shards import checked_scores
 from hf_effdl.samples.scale.scorers import RowScorer, as_scorer
 
 
@@ -51,7 +53,10 @@ def select_stream(
 
     Raises:
         ValueError: for unknown names, fewer rows than the budget, scores that are missing, negative, NaN or infinite,
-            an id that comes twice among the candidates, or no ids on several processes.
+            rows with columns of the names that come in or without those that weights are made of, an id that comes
+            twice among the candidates, or no ids on several processes.
+        TypeError: for rows that are no mappings, ids that are neither integers nor texts, or a scorer that is none.
+        RuntimeError: on the other processes, where one raises.
 
     Example:
         >>> rows = ({"text": str(i), "u_x": 1.0} for i in range(100))
@@ -68,26 +73,52 @@ def select_stream(
     if id_column is None and state.num_processes > 1:
         raise ValueError("id_column=None: the parts of several processes need ids that name rows across them")
     budget, best = check_rows(budget), _Best(check_rows(budget), check_seed(seed))
-    for rows, first in _batches(stream, whole_number("batch_rows", batch_rows, 1)):
-        table = {} if scorer is None else as_scorer(scorer).score_rows(Dataset.from_list(rows), "the stream", first)
-        best.add(rows, _column(score, rows, table, first), _ids(rows, id_column, first), table)
+    scorer, size = None if scorer is None else as_scorer(scorer), whole_number("batch_rows", batch_rows, 1)
+    with same_fate():
+        for rows, first in _batches(stream, size):
+            table = {} if scorer is None else _scored(scorer, rows, first)
+            _check_names(rows, table, weights, score, first)
+            best.add(rows, _column(score, rows, table, first), _ids(rows, id_column, first), table)
     best = best.of_all()
     rows, ids, scores, tau = best.result()
     chances = priority_chances(scores, tau)
     name = weight_column(weights, score, rows[0])
-    given = None if name is None else torch.tensor([row[name] for row in rows], dtype=torch.float64)
+    given = None if name is None else torch.tensor([_number(row[name], name) for row in rows], dtype=torch.float64)
     shares = loss_weights(weights, probabilities=chances, uncertainty=given, p_label=given)
     extra = zip(shares.tolist(), chances.tolist(), strict=True)
-    return Dataset.from_list(
-        [row | {"weight": w, "inclusion_probability": p} for row, (w, p) in zip(rows, extra, strict=True)]
-    )
+    return _dataset([row | {"weight": w, "inclusion_probability": p} for row, (w, p) in zip(rows, extra, strict=True)])
 
 
 def _batches(stream: Iterable[Mapping[str, Any]], size: int) -> Iterator[tuple[list[dict], int]]:
     rows, first = iter(instance("stream", stream, Iterable, "a streamed data set, or rows as dicts")), 0
-    while batch := [dict(row) for row in islice(rows, size)]:
-        yield batch, first
+    while batch := list(islice(rows, size)):
+        for i, row in enumerate(batch):
+            instance(f"row {first + i} of the stream", row, Mapping, "rows as dicts")
+        yield [dict(row) for row in batch], first
         first += len(batch)
+
+
+def _scored(scorer: RowScorer, rows: list[dict], first: int) -> dict[str, Tensor]:
+    where = f"rows {first} to {first + len(rows) - 1} of the stream"
+    return checked_scores(scorer.score_rows(_dataset(rows), "the stream", first), len(rows), where)
+
+
+def _dataset(rows: list[dict]) -> Dataset:
+    """Rows as a data set with the columns of all of them; `Dataset.from_list` takes those of the first."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
+
+
+def _check_names(rows: list[dict], table: Mapping[str, Tensor], weights: str, score: str, first: int) -> None:
+    """Refuse rows that have columns of the names that come in, or lack what weights are made of."""
+    new = {"weight", "inclusion_probability", *table}
+    if clash := sorted(new & {name for row in rows for name in row}):
+        raise ValueError(f"the rows of the stream have the columns {clash} already; remove or rename them")
+    name = weight_column(weights, score, {**rows[0], **table})
+    if name is None or name in table:
+        return
+    if (bad := next((i for i, row in enumerate(rows) if row.get(name) is None), None)) is not None:
+        raise ValueError(f"weights={weights!r} needs {name!r}, which row {first + bad} of the stream does not have")
 
 
 def _column(name: str, rows: list[dict], table: Mapping[str, Tensor], first: int) -> Tensor:
@@ -96,7 +127,7 @@ def _column(name: str, rows: list[dict], table: Mapping[str, Tensor], first: int
         return torch.ones(len(rows), dtype=torch.float64)
     if name not in table and name not in rows[0]:
         raise ValueError(f"the rows have {sorted(rows[0])} and the scorer gives {sorted(table)}, but no {name!r}")
-    values = table[name] if name in table else torch.tensor([_number(row.get(name)) for row in rows])
+    values = table[name] if name in table else torch.tensor([_number(row.get(name), name) for row in rows])
     values = values.double().cpu()
     bad = (~(values.isfinite() & (values >= 0))).nonzero().flatten()
     if len(bad):
@@ -107,8 +138,8 @@ def _column(name: str, rows: list[dict], table: Mapping[str, Tensor], first: int
     return values
 
 
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
+def _number(value: Any, name: str) -> float:
+    return float("nan") if value is None else real_number(f"{name!r} in a row of the stream", value)
 
 
 def _ids(rows: list[dict], name: str | None, first: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Scores of answers from what several language models say of their tokens. Pure."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -109,3 +111,22 @@ def answer_scores(z: Tensor, given: Tensor, answer: Tensor, end: Tensor) -> dict
             "spread": likelihood.std(1),
         }
     return scores
+
+
+def means_by_place(hidden: Tensor, mask: Tensor, prompts: Sequence[int]) -> dict[str, Tensor]:
+    """Of left-padded hidden states, means over the row by place, and over the prompt alone."""
+    place = mask.cumsum(1).to(hidden.device)
+    there = torch.tensor(prompts, device=hidden.device)[:, None]
+    by_place = place.float() * mask.to(hidden.device)
+    prompt = ((place >= 1) & (place <= there) & mask.to(hidden.device).bool()).float()
+    hidden = hidden.float()
+    return {
+        name: (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+        for name, weights in (("embedding", by_place), ("prompts", prompt))
+    }
+
+
+def mean_by_row(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """The mean of the values of each row, `(rows,)`; `row` says which row each is of."""
+    total = values.new_zeros(rows).index_add_(0, row, values)
+    return total / row.bincount(minlength=rows)

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from hf_effdl.samples.probes.decisions import decision_labels
 from hf_effdl.samples.probes.inputs import check_dataset, class_tensor, label_names, label_values
 from hf_effdl.samples.probes.scoring import SCORE_KEY, SCORES
 from hf_effdl.samples.selection.rows import labels_hash, read_ids
@@ -22,6 +23,7 @@ class ScoredPool:
         data: the rows.
         names: class names of the data set or of the probes, if one of them has some.
         labels: `(N,)` classes; None where labels are not to be looked at.
+        decisions: the labels of rows that have several each.
         labels_hash: of the label column as it is stored.
         table: the score columns, `(N,)` each, in the order of `SCORES`; empty until they are read or made.
     """
@@ -31,9 +33,17 @@ class ScoredPool:
     labels: Tensor | None = None
     labels_hash: str | None = None
     table: Mapping[str, Tensor] = field(default_factory=dict)
+    decisions: list[list[int]] | None = None
 
     @classmethod
-    def open(cls, data: Dataset, label_column: str | None, of_probes: Sequence[str] | None, labelled: bool) -> Self:
+    def open(
+        cls,
+        data: Dataset,
+        label_column: str | None,
+        of_probes: Sequence[str] | None,
+        labelled: bool,
+        task: str = "classes",
+    ) -> Self:
         """Read the class names and the labels.
 
         Args:
@@ -41,14 +51,18 @@ class ScoredPool:
             label_column: of the data set.
             of_probes: class names that the probes know.
             labelled: whether the labels are to be read.
+            task: of the probes, see `Probes`.
 
         Raises:
-            ValueError, TypeError: for class names that differ, and as `label_tensor` does.
+            ValueError, TypeError: for class names that differ, and as `label_tensor` and `decision_labels` do.
         """
-        names = names_for(data, label_column, of_probes)
+        names = names_for(data, label_column, of_probes) if task == "classes" else None
         if not labelled:
             return cls(data, names)
         values = label_values(data, label_column)
+        if task != "classes":
+            decisions = decision_labels(values, label_column, task)
+            return cls(data, None, None, labels_hash(values), decisions=decisions)
         return cls(data, names, class_tensor(values, label_column, names), labels_hash(values))
 
     @property

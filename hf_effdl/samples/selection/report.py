@@ -1,6 +1,7 @@
 """What a selection did, in numbers and words."""
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 
 from hf_effdl.files import write_whole
 from hf_effdl.hub.cards import markdown_table
-from hf_effdl.samples.drawing.presets import HARD_ROWS_HELP, NEARLY_SOLVED
+from hf_effdl.samples.drawing.presets import ENOUGH_ROWS, HARD_ROWS_HELP, NEARLY_SOLVED
 from hf_effdl.samples.drawing.quotas import even_shares
 from hf_effdl.samples.scores.noise import NOISY
 from hf_effdl.samples.selection.findings import (
@@ -314,7 +315,13 @@ def _reason(settings: Mapping[str, Any], noise: float | None) -> str:
     if accuracy is None:
         return "it is not known how well a model does on so few rows, and the hardest rows pay only if it does well"
     who = "a small model trained on as many random rows" if labelled else "the probes' vote on rows they have not seen"
-    return f"{who} {'reaches' if labelled else 'has'} an accuracy of {accuracy:.3f}, and " + {
+    told = f"{who} {'reaches' if labelled else 'has'} an accuracy of {accuracy:.3f}, and "
+    rows = settings.get("budget", 0) / settings["classes"] if "classes" in settings else math.inf
+    if regime == "agreement" and accuracy >= HARD_ROWS_HELP:
+        return f"{told}{rows:.3g} rows a class are too few for hard ones"
+    if regime == "clipped" and accuracy >= NEARLY_SOLVED and rows < ENOUGH_ROWS:
+        return f"{told}the hardest rows pay only from {ENOUGH_ROWS} rows a class"
+    return told + {
         "agreement": f"below {HARD_ROWS_HELP} hard rows hurt",
         "uniform": f"below {HARD_ROWS_HELP} hard rows hurt",
         "clipped": f"from {HARD_ROWS_HELP} hard rows help, the hardest only from {NEARLY_SOLVED}",

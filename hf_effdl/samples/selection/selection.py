@@ -62,7 +62,7 @@ class Selection(SelectedRows):
         table, settings = dict(self.table), self.plan.settings
         if "label" in table:
             return table
-        if data is not None and self.info.get("mode") == "coreset":
+        if data is not None and self.info.get("mode") == "coreset" and "task" not in self.info:
             labels = label_tensor(data, self.info["label_column"], self.names)
             table["label"] = labels[self.positions_in(data, torch.arange(self.plan.rows))]
         elif settings.get("quotas") == "label" or settings.get("regime") == "agreement":

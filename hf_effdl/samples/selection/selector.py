@@ -16,11 +16,19 @@ from hf_effdl.processes import agreed, same_fate
 from hf_effdl.samples.drawing.checks import check_seed, plain_number
 from hf_effdl.samples.drawing.hashing import hashed_uniform
 from hf_effdl.samples.drawing.plan import Plan, PlanSettings, make_plan
-from hf_effdl.samples.drawing.presets import Trial, active_plan, default_plan, paper_plan
+from hf_effdl.samples.drawing.presets import Trial, active_plan, decisions_plan, default_plan, paper_plan
 from hf_effdl.samples.drawing.weights import check_bias
 from hf_effdl.samples.probes.inputs import NOT_INPUTS, check_dataset
 from hf_effdl.samples.probes.probes import Probes
-from hf_effdl.samples.probes.scoring import LABELLED, SCORES, UNLABELLED, drawing_ids, score_keys, score_rows
+from hf_effdl.samples.probes.scoring import (
+    LABELLED,
+    OF_ONE_CLASS,
+    SCORES,
+    UNLABELLED,
+    drawing_ids,
+    score_keys,
+    score_rows,
+)
 from hf_effdl.samples.selection.pool import ScoredPool
 from hf_effdl.samples.selection.report import SelectionReport
 from hf_effdl.samples.selection.rows import check_no_weights
@@ -41,7 +49,8 @@ class UncertaintySelector:
 
     Args:
         probes: `Probes` (from `train_probes` or `LinearProbes.train`), or a list of models.
-        label_column: labels of the pool; used in coreset mode only.
+        label_column: labels of the pool; used in coreset mode only. One class a row; of probes for several labels a
+            list of 0 and 1, of probes for tokens a list of classes, with -100 for tokens that do not count.
         mode: `"coreset"` (labels are there, choose what to train on) or `"active"` (choose what to have labelled).
         preset: `"default"` (see `default_plan` and `active_plan`) or `"paper"` (the released code, see `paper_plan`).
         seed: of the draw; the same seed and row ids give the same rows.
@@ -113,7 +122,8 @@ class UncertaintySelector:
 
         `u_x`, `entropy`, `margin`, `least_confidence`, `bald`, `confidence`, `predicted`, in coreset mode `u_y`,
         `p_label`, `el2n`, `p_clean`, and `score_key`, by which `plan` and `select` know the scores of other probes,
-        settings, rows or labels, and refuse them.
+        settings, rows or labels, and refuse them. Where probes decide about several labels or about tokens, each score
+        is the mean over a row's labels or tokens, and there are no `predicted` and `p_clean`.
 
         Raises:
             ValueError, TypeError: for a data set that is empty, streamed, a `DatasetDict` or without the columns, and
@@ -165,7 +175,8 @@ class UncertaintySelector:
         pool = self._open(data)
         self._check_plan(pool, budget, overrides)  # before the long work
         check_no_weights(pool.data)
-        scored = self._read(pool) if set(UNLABELLED) <= set(pool.score_columns) else self._scored(pool)
+        known = set(self._columns(UNLABELLED)) <= set(pool.score_columns)
+        scored = self._read(pool) if known else self._scored(pool)
         selection = self._planned(scored, budget, overrides)
         subset = selection.taken_from(scored.data, selection.plan.positions)
         return subset.remove_columns([name for name in SCORES if name in subset.column_names])
@@ -184,7 +195,11 @@ class UncertaintySelector:
             [name for name in columns if name is not None],
             named_by="UncertaintySelector(label_column=, id_column=)",
         )
-        return ScoredPool.open(data, self.label_column, self.probes.names, labelled)
+        return ScoredPool.open(data, self.label_column, self.probes.names, labelled, self.probes.task)
+
+    def _columns(self, names: Sequence[str]) -> list[str]:
+        """Those score columns that the probes give."""
+        return [name for name in names if self.probes.task == "classes" or name not in OF_ONE_CLASS]
 
     def _scored(self, pool: ScoredPool) -> ScoredPool:
         """The pool with all scores, by one pass of the probes."""
@@ -192,7 +207,8 @@ class UncertaintySelector:
             raise ValueError(f"the data set has the columns {clash} already; remove_columns({clash}) to score it anew")
         options = {"gauge": self.gauge, "batch_size": self.batch_size, "cache_dir": self.cache_dir}
         keys = score_keys(self.probes, pool.data, self.gauge, self.label_column if self.mode == "coreset" else None)
-        return pool.scored(score_rows(self.probes, pool.data, pool.labels, **options)[0], keys)
+        labels = pool.labels if pool.decisions is None else pool.decisions
+        return pool.scored(score_rows(self.probes, pool.data, labels, **options)[0], keys)
 
     def _read(self, pool: ScoredPool) -> ScoredPool:
         """The pool with the scores in its columns, if these are what the probes would say of it now."""
@@ -213,7 +229,7 @@ class UncertaintySelector:
     def _planned(self, pool: ScoredPool, budget: int | float, overrides: dict[str, Any]) -> Selection:
         """Choose rows of a scored pool, and keep the choice as `self.selection`."""
         rows = rows_of(budget, len(pool.data))
-        wanted = UNLABELLED + (LABELLED if self.mode == "coreset" else ())
+        wanted = self._columns(UNLABELLED + (LABELLED if self.mode == "coreset" else ()))
         if missing := [name for name in wanted if name not in pool.table]:
             raise ValueError(f"the data set has no score columns {missing}; pass what score() returned")
         pool, unseen = self._without_unseen(pool)
@@ -249,6 +265,8 @@ class UncertaintySelector:
     def _by_preset(self, pool: ScoredPool, table: dict[str, Tensor], rows: int, options: dict[str, Any]) -> Plan:
         if self.preset == "paper":
             return paper_plan(table, rows, labelled=pool.labels is not None, **options)
+        if self.probes.task != "classes":
+            return decisions_plan(table, rows, **options)
         if self.mode == "active":
             return active_plan(table, rows, accuracy=self._probe_accuracy(), **options)
         return default_plan(table, rows, trial=self._trial(pool, options["row_ids"]), **options)
@@ -266,6 +284,7 @@ class UncertaintySelector:
             "drawn_by": "content" if self.id_column is None else "ids",
             "settings": plan.settings,
             "probes": self.probes.describe(),
+            **({} if self.probes.task == "classes" else {"task": self.probes.task}),
             "source": source_of(pool.data) | named,
             "labels_hash": pool.labels_hash,
             "hf_effdl": __version__,
@@ -291,6 +310,11 @@ class UncertaintySelector:
         if settings.score not in (*SCORES, "uniform", "label", "predicted"):
             check_dataset(pool.data, [settings.score], "the data set")
         pool.row_ids(self.id_column)
+        if self.probes.task != "classes" and overrides.get("quotas") in ("label", "predicted"):
+            raise ValueError(
+                f"quotas={overrides['quotas']!r}: rows whose {self.probes.task} are decided have no class to share "
+                "the budget by; use quotas='none' or 'strata'"
+            )
         self._check_budget(rows, pool.labels, overrides)
 
     def _check_budget(self, budget: int, labels: Tensor | None, overrides: dict[str, Any]) -> None:
