@@ -1,3 +1,19 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples,space]",
+#     "datasets>=5.1",
+#     "gradio>=6",
+#     "pillow>=11",
+#     "scikit-learn>=1.6",
+#     "torch>=2.6",
+#     "transformers>=5.23,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Three tabs, one a pillar, on tiny models of digits that travel with the page: CPU only, nothing downloaded.
 
     python examples/space/app.py     # then open the address that it prints
@@ -75,9 +91,9 @@ def prompts_tab(page: gr.Blocks) -> None:
             strategy = gr.Radio(list(prompts.STRATEGIES), value="dense", label="How the example is chosen")
         with gr.Column(min_width=280, scale=2):
             text = gr.Markdown(elem_id="answer")
-            story = gr.HTML(elem_id="story")
+            story = gr.HTML(padding=False, elem_id="story")
             gr.Markdown("**Candidates of the pool**, their masks in red, best first:")
-            candidates = gr.HTML(elem_id="candidates")
+            candidates = gr.HTML(padding=False, elem_id="candidates")
     with gr.Accordion("Add an example of your own", open=False):
         gr.Markdown("Paint over the object, then add it: it joins the pool of this visit only, and is gone after it.")
         brush = gr.Brush(default_size=24, colors=["#d1495b"], default_color="#d1495b", color_mode="fixed")
@@ -95,7 +111,7 @@ def smaller_tab(page: gr.Blocks) -> None:
     gr.Markdown(SMALLER)
     budget = gr.Slider(10, 100, 25, step=5, label="Share of the multiply-accumulates to keep, %", elem_id="budget")
     text = gr.Markdown(elem_id="sizes")
-    path = gr.HTML(elem_id="path")
+    path = gr.HTML(padding=False, elem_id="path")
     gr.on([page.load, budget.change], told(smaller.smaller), budget, [text, path], trigger_mode="always_last")
 
 
@@ -105,8 +121,8 @@ def less_data_tab(page: gr.Blocks) -> None:
         order = gr.Radio(list(less_data.ORDERS), value=less_data.ORDERS[0], label="First show", min_width=280)
         budget = gr.Slider(5, 50, 20, step=5, label="Share of the rows to choose, %", min_width=280)
     text = gr.Markdown(elem_id="counts")
-    rows = gr.HTML(elem_id="rows")
-    picture = gr.HTML(elem_id="spread")
+    rows = gr.HTML(padding=False, elem_id="rows")
+    picture = gr.HTML(padding=False, elem_id="spread")
     events = [page.load, order.change, budget.change]
     gr.on(events, told(less_data.look), [order, budget], [text, rows, picture], trigger_mode="always_last")
 

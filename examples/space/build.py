@@ -1,3 +1,18 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "hf_effdl[examples]",
+#     "datasets>=5.1",
+#     "pillow>=11",
+#     "scikit-learn>=1.6",
+#     "torch>=2.6",
+#     "transformers>=5.23,<6",
+# ]
+#
+# [tool.uv.sources]
+# hf_effdl = { path = "../.." }
+# ///
+
 """Makes what the Space shows, on one core in about a minute, and a folder to push.
 
     python examples/space/build.py                        # assets/: a small net and its path, a pool of scenes

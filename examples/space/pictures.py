@@ -13,12 +13,13 @@ from PIL import Image
 RED = (209, 73, 91)
 Tile = tuple[Image.Image, str]  # with its caption
 STYLE = """
-.tiles { display: flex; flex-wrap: wrap; gap: 12px; }
-.tiles figure { margin: 0; flex: 0 1 var(--wide); min-width: 96px; }
+.tiles { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(var(--wide), 29%), 1fr)); }
+.tiles figure { margin: 0; }
 .tiles img { width: 100%; border-radius: 4px; }
 .tiles figcaption { font-size: 13px; line-height: 1.35; margin-top: 4px; }
 .drawing { overflow-x: auto; }
 .drawing img { min-width: 640px; width: 100%; background: white; }
+#sizes th, #sizes td { word-break: normal; overflow-wrap: normal; padding: 4px 10px; }
 #image img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
 """
 

@@ -125,7 +125,7 @@ def mask_of(painting: Any) -> tuple[Image.Image, Image.Image]:
     mask = np.any(covered, axis=0) if covered else np.zeros(1, bool)
     if not mask.any():
         raise ValueError("nothing is painted: paint the object with the brush, then add it")
-    return image, Image.fromarray(mask.astype(np.uint8) * 255)
+    return image, Image.fromarray(mask.astype(np.uint8))
 
 
 def add(painting: Any, own: str = "") -> str:

@@ -46,6 +46,7 @@ def accuracy(model: ResNetForImageClassification) -> float:
     return (model(images).logits.argmax(-1) == labels).float().mean().item()
 
 
+@cache
 def cut(macs: float) -> tuple[ResNetForImageClassification, dict[str, Tensor]]:
     """The net at a share of its MACs, refitted on training digits but not trained; and the units it keeps."""
     dense, path = opened()
