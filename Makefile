@@ -92,4 +92,4 @@ quality: $(READY)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(SPACE) build dist *.egg-info docs/_build docs/reference/generated
+	rm -rf $(VENV) $(SPACE) build dist *.egg-info docs/_build docs/notebooks docs/reference/generated

@@ -21,8 +21,8 @@ from PIL import Image
 SPACE = ROOT / "examples" / "space"
 sys.path.insert(0, str(SPACE))
 
-import build  # noqa: E402
 import less_data  # noqa: E402
+import make_assets  # noqa: E402
 import pictures  # noqa: E402
 import prompts  # noqa: E402
 import smaller  # noqa: E402
@@ -201,12 +201,12 @@ def test_the_space_says_what_it_needs():
 
 @pytest.mark.slow
 def test_the_folder_to_push_needs_nothing_beside_it(tmp_path):
-    build.main(["--keep", "--out", str(tmp_path / "space")])
+    make_assets.main(["--keep", "--out", str(tmp_path / "space")])
     code = "import prompts, smaller; prompts.ask(prompts.Image.open(prompts.queries()[0])); print(prompts.PLACES[0])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "space", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.split()[-1]).is_relative_to(tmp_path)
-    assert not (tmp_path / "space" / "build.py").exists() and (tmp_path / "space" / "README.md").is_file()
+    assert not (tmp_path / "space" / "make_assets.py").exists() and (tmp_path / "space" / "README.md").is_file()
 
 
 # ---- in a browser

@@ -19,7 +19,7 @@
     python examples/space/app.py     # then open the address that it prints
 
 This file lays out; what the tabs do stands in `prompts.py`, `smaller.py` and `less_data.py`, which know nothing of
-Gradio. `build.py` made the models, and makes a folder to push as a Space.
+Gradio. `make_assets.py` made the models, and makes a folder to push as a Space.
 """
 
 from collections.abc import Callable
@@ -52,19 +52,19 @@ HOUR = 3600
 
 
 def told(function: Callable) -> Callable:
-    """What a function refuses is shown on the page as it says it."""
+    """What a function refuses is told on the page, which stays as it is."""
 
     @wraps(function)
     def wrapped(*values: Any) -> Any:
         try:
             return function(*values)
         except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+            gr.Warning(str(error))
+            return gr.skip()
 
     return wrapped
 
 
-@told
 def ask(image: Any, strategy: str, own: str) -> tuple:
     return EMPTY if image is None else tuple(prompts.ask(image, strategy, own))
 
@@ -102,7 +102,7 @@ def prompts_tab(page: gr.Blocks) -> None:
         )
         button = gr.Button("Add to the pool", variant="primary", elem_id="add")
     inputs, outputs = [image, strategy, own], [text, story, candidates]
-    gr.on([page.load, image.change, strategy.change], ask, inputs, outputs, trigger_mode="always_last")
+    gr.on([page.load, image.change, strategy.change], told(ask), inputs, outputs, trigger_mode="always_last")
     gr.on([page.load, image.change], canvas, image, painting)
     button.click(add, [painting, *inputs], [own, *outputs])
 

@@ -15,8 +15,8 @@
 
 """Makes what the Space shows, on one core in about a minute, and a folder to push.
 
-    python examples/space/build.py                        # assets/: a small net and its path, a pool of scenes
-    python examples/space/build.py --out runs/space       # and a folder that holds all a Space needs
+    python examples/space/make_assets.py                        # assets/: a small net and its path, a pool of scenes
+    python examples/space/make_assets.py --out runs/space       # and a folder that holds all a Space needs
 
 The net is trained on scikit-learn's digits by split LBI; the scenes are those of `digit_scenes.py`, the model that
 segments them is the tiny SegGPT of `model_cards/`. Nothing is downloaded.
@@ -98,7 +98,7 @@ def make_pool(scenes: int) -> None:
 
 def assemble(folder: Path) -> None:
     """The folder to push: this one, and the model beside the other assets."""
-    shutil.copytree(HERE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "build.py"))
+    shutil.copytree(HERE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "make_assets.py"))
     shutil.copytree(PLACES[1], folder / "assets" / PLACES[0].name, dirs_exist_ok=True)
 
 
