@@ -45,7 +45,7 @@ test-all: $(READY)
 
 # The page of examples/space in a headless browser: the system's chromium, or Debian's, installed where there is none.
 test-browser: $(SPACE_READY)
-	command -v chromium google-chrome || { apt-get update -q && apt-get install -y -q --no-install-recommends chromium; }
+	command -v chromium || command -v google-chrome || { apt-get update -q && apt-get install -y -q --no-install-recommends chromium; }
 	$(SPACE)/bin/python -m pytest tests/test_space.py -m "browser or not slow"
 
 # The tables of docs/benchmarks are committed; `python docs/make_benchmarks.py` makes them again from new rows.
