@@ -144,7 +144,7 @@ def main() -> None:
     torch.set_num_threads(1)  # in nets this small, threads wait for each other for longer than they work
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    build_page().launch(css=STYLE, footer_links=["gradio"], ssr_mode=False)
+    build_page().launch(css=STYLE, footer_links=["gradio"], max_file_size="5mb", ssr_mode=False)
 
 
 if __name__ == "__main__":

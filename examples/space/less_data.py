@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hf_effdl import LinearProbes, Selection, UncertaintySelector
+from hf_effdl.samples.selection.pictures import plot_overview
 
 
 WRONG, PROBED, POOL, SHOWN = 0.2, 300, 500, 24
@@ -69,22 +70,15 @@ def look(order: str, percent: int) -> Rows:
         "labelled wrong. The truth is known to this page alone; the probes never see it."
     )
     shows = "How unsure the probes are of all rows and of the chosen ones, and the classes of both"
-    return Rows(text, tiles(shown), drawing(spread(selection), shows))
+    return Rows(text, tiles(shown), drawing(plot_overview(selection), shows))
 
 
 def caption(selection: Selection, place: int, truth: Any, chosen: bool) -> str:
     label, vote = (int(selection.table[name][place]) for name in ("label", "predicted"))
     said = f"labelled {label}, probes say {vote}"
-    said += ", is right" if label == truth else f", is a {truth}"
+    said += ", is right" if label == truth else f", is a\u00a0{truth}"
     return said + (" · chosen" if chosen else "")
 
 
 def tile(image: np.ndarray) -> Image.Image:
     return Image.fromarray((16 - image).astype(np.uint8) * 15).resize((96, 96), Image.Resampling.BICUBIC)
-
-
-def spread(selection: Selection) -> Any:
-    """How unsure the probes are of the pool's rows, and of the chosen ones."""
-    from hf_effdl.samples.selection.pictures import plot_overview
-
-    return plot_overview(selection)
