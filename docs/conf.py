@@ -24,7 +24,7 @@ version = release = hf_effdl.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx_copybutton"]
 templates_path = ["_templates"]
-exclude_patterns = ["_build", "benchmarks/tables"]
+exclude_patterns = ["_build", "benchmarks/tables", "notebooks/runs"]
 myst_heading_anchors = 3
 default_role = "code"  # docstrings mark names with single backticks
 autosummary_generate = True
