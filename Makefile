@@ -1,4 +1,4 @@
-.PHONY: demo test test-all test-lowest test-package docs bench style quality clean
+.PHONY: demo test test-all test-lowest test-package test-browser docs bench style quality clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
+SPACE := .venv-space
+SPACE_READY := $(SPACE)/.ready
 
 # Everything below starts from a machine with nothing but Python 3.11 or newer. torch is installed first and pinned, so that
 # pip does not draw the CUDA packages of a newer release through another package's dependencies.
@@ -18,6 +20,15 @@ $(READY): pyproject.toml constraints.txt
 
 $(DOCS_READY): $(READY)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
+# A folder of its own, since Gradio refuses the Pillow that everything else is tested with.
+$(SPACE_READY): pyproject.toml constraints.txt
+	@echo "installing into $(SPACE), about 2 GB: some minutes, and silent meanwhile"
+	test -x $(SPACE)/bin/python || $(PYTHON) -m venv $(SPACE)
+	grep -v '^pillow==' constraints.txt > $(SPACE)/constraints.txt
+	$(SPACE)/bin/python -m pip install -q --disable-pip-version-check -c $(SPACE)/constraints.txt torch
+	$(SPACE)/bin/python -m pip install -q --disable-pip-version-check -c $(SPACE)/constraints.txt -e ".[browser]"
 	touch $@
 
 demo: $(READY)
@@ -44,6 +55,11 @@ test-lowest:
 # Builds the wheel and the source distribution, and tries both in an empty environment that is lent the dependencies.
 test-package: $(READY)
 	$(BIN)/python -m pytest tests/test_distribution.py tests/test_installing.py tests/test_interface.py -m "slow or not slow"
+
+# The page of examples/space in a headless browser: the system's chromium, or Debian's, installed where there is none.
+test-browser: $(SPACE_READY)
+	command -v chromium || command -v google-chrome || { apt-get update -q && apt-get install -y -q --no-install-recommends chromium; }
+	$(SPACE)/bin/python -m pytest tests/test_space.py -m "browser or not slow"
 
 # The tables of docs/benchmarks are committed; `python docs/make_benchmarks.py` makes them again from new rows.
 docs: $(DOCS_READY)
@@ -90,4 +106,4 @@ quality: $(READY)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info docs/_build docs/reference/generated
+	rm -rf $(VENV) $(LOWEST) $(SPACE) build dist *.egg-info docs/_build docs/notebooks docs/reference/generated

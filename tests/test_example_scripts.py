@@ -62,7 +62,7 @@ def needed(file: Path) -> list[str]:
     names = {DISTRIBUTIONS.get(name, name) for name in imported(file) - COME_ALONG - OTHERS - {"hf_effdl"}}
     ranges = {name_of(text): text for text in PROJECT["dependencies"]}
     extras = {"examples"}
-    for extra in ("faiss", "bench", "trl", "examples"):
+    for extra in ("faiss", "bench", "trl", "space", "examples"):
         for text in PROJECT["optional-dependencies"][extra]:
             if name_of(text) in names - set(ranges):
                 extras.add(extra)
