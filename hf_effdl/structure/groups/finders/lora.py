@@ -62,6 +62,8 @@ def holds(layer: Any, adapter: str) -> bool:
 def active_adapter(model: nn.Module) -> str:
     """The name of the one active adapter of a model with LoRA layers."""
     names = dict.fromkeys(name for layer in _layers(model).values() for name in layer.active_adapters)
+    if not names:
+        raise ValueError("the model has no LoRA layer, so there are no ranks to choose; adapt it by a LoraConfig")
     if len(names) != 1:
         raise ValueError(
             f"the adapters {list(names)} are active, and ranks are chosen of one at a time; "
