@@ -23,7 +23,7 @@ from test_examples import TWO, config, run, texts  # noqa: F401 - fixtures: pict
 from transformers import AutoModelForSequenceClassification, ResNetConfig, ResNetForImageClassification
 
 from hf_effdl import ExamplePool, SparsePath, Ticket, VisualInContextPipeline, load_selection, rewind
-from hf_effdl.cli import fit, options, pool, prompt, sparsify
+from hf_effdl.cli import fit, options, pool, prompt, select, sparsify
 from hf_effdl.cli.__main__ import VERBS, is_of_the_user, main
 from hf_effdl.cli.arguments import names_of, parse_arguments, resolved
 from hf_effdl.cli.work import prompts
@@ -342,6 +342,36 @@ def test_the_line_wins_over_the_file_and_dashes_are_underscores(tmp_path):
         ["--config", str(tmp_path / "run.yaml"), "--encoder", "vit"], pool.BuildOptions, description=None
     )
     assert (found.output_dir, found.encoder, found.keep_grids) == ("there", "vit", True)
+
+
+FILES = {
+    "empty values": (b"budget:\n", "says nothing after 'budget'"),
+    "a name twice": (b"budget: 0.5\nbudget: 0.7\n", "sets ['budget'] more than once"),
+    "a name in two spellings": (b"probe-share: 0.5\nprobe_share: 0.7\n", "sets ['probe_share'] more than once"),
+    "no YAML": (b"budget: [1\n b: {", "is no YAML"),
+    "two documents": (b"budget: 1\n---\nseed: 1\n", "is no YAML"),
+    "an object": (b"dataset_name: !!python/name:os.system\n", "is no YAML"),
+    "Latin-1": (b"dataset_name: caf\xe9\n", "is not in UTF-8"),
+    "a list": (b"- budget\n", "holds a list"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_what_is_wrong_with_a_file_of_options_is_said_with_its_name(case, tmp_path, capsys):
+    text, said = FILES[case]
+    (tmp_path / "run.yaml").write_bytes(text)
+    assert main(["select", *MODEL.split(), "--config", str(tmp_path / "run.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'run.yaml'} {said}" in error and error.count("\n") == 1
+
+
+def test_a_file_means_what_its_text_says(tmp_path):
+    text = "\ufeffsave_strategy: no\nuse_cpu: yes\ndataset_name: 2026-01-01\nlabel_column: -x\neval_steps:\nseed: 3\n"
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    line = ["--model_name_or_path", "m", "--output_dir", "o", "--config", str(tmp_path / "run.yaml")]
+    options, args = select.parse(line)
+    assert (args.save_strategy, args.use_cpu, args.eval_steps, args.seed) == ("no", True, None, 3)
+    assert (options.dataset_name, options.label_column) == ("2026-01-01", "-x")
 
 
 MODEL = "--model_name_or_path m --dataset_name d --output_dir o --use_cpu"
