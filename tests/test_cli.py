@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import scenes
 from conftest import ROOT
-from datasets import Dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
 from hub import LoopbackHub
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
@@ -28,6 +28,7 @@ from hf_effdl.cli.__main__ import VERBS, is_of_the_user, main
 from hf_effdl.cli.arguments import names_of, parse_arguments, resolved
 from hf_effdl.cli.work import prompts
 from hf_effdl.cli.work.cost import in_words
+from hf_effdl.cli.work.data import with_classes
 from hf_effdl.structure.calibration.compensate import SCORES
 from hf_effdl.vicl.remote_code.cascade import HEADS
 from hf_effdl.vicl.remote_code.ranker_selector import SCHEDULES
@@ -454,6 +455,46 @@ def test_the_task_is_that_of_the_checkpoint(config, tmp_path):  # noqa: F811
         else:
             assert sparsify.task_of(name) == task
     assert sparsify.task_of([*name, "--task", "text-generation"]) == "text-generation"
+
+
+# ---- labels
+
+
+def splits(train: list, **more: list) -> DatasetDict:
+    return DatasetDict({name: Dataset.from_dict({"y": rows}) for name, rows in {"train": train, **more}.items()})
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "names"),
+    [
+        (["c", "ä", "b"], ["b", "c"], ["b", "c", "ä"]),  # a split without the first class
+        (["b"], ["a", "b"], ["a", "b"]),
+        (list(range(12)), [11, 2], [str(number) for number in range(12)]),  # as a classifier numbers its outputs
+    ],
+)
+def test_a_label_has_one_number_in_all_splits(train, other, names):
+    found = with_classes(splits(train, eval=other), "data", "y")
+    for split, labels in (("train", train), ("eval", other)):
+        kind = found[split].features["y"]
+        assert kind.names == names and kind.int2str(found[split]["y"][:]) == [str(label) for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (splits(["a", None]), "the train split of data has rows without a 'y'"),
+        (splits([0, 1], eval=[-1]).cast_column("y", ClassLabel(names=["a", "b"])), "the eval split of data has rows"),
+        (splits(["a"], eval=["a"]).rename_column("y", "z"), "the train split of data has columns"),
+        (splits([[1, 0]]), "and classes are texts or numbers"),
+        (
+            DatasetDict(splits([0], eval=[0]), train=splits([0]).cast_column("y", ClassLabel(1))["train"]),
+            "other class",
+        ),
+    ],
+)
+def test_splits_without_classes_are_refused(data, message):
+    with pytest.raises(ValueError, match=message):
+        with_classes(data, "data", "y")
 
 
 # ---- dry runs
