@@ -15,10 +15,12 @@ import pytest
 import scenes
 from conftest import ROOT
 from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from hub import LoopbackHub
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from PIL import Image
+from safetensors import SafetensorError
 from test_examples import TWO, config, run, texts  # noqa: F401 - fixtures: pictures and texts, each with a model
 from transformers import AutoModelForSequenceClassification, ResNetConfig, ResNetForImageClassification
 
@@ -86,6 +88,11 @@ def test_a_checkpoint_with_a_path_is_slimmed_to_another_budget_by_it(sparse, con
         assert "loading it needs nothing but transformers" in printed
         report = ResNetForImageClassification.from_pretrained(out).config.effdl_report
         assert report[budget]["ratio"] <= 0.4 and ("calibration" in report) == bool(more)
+    counted = [
+        ResNetForImageClassification.from_pretrained(f).config.effdl_report["macs"]["before"]
+        for f in (sparse / "slim", tmp_path / "a")
+    ]
+    assert counted[0] == counted[1]  # at the size of the processor's pictures
     kept = SparsePath.load(sparse).select(macs=0.4)
     one = ResNetForImageClassification.from_pretrained(tmp_path / "a")
     assert one.config.embedding_size == len(kept["resnet.embedder.embedder.convolution"])
@@ -385,6 +392,8 @@ WRONG = {
     "two endings": ("ticket --task text-generation --keep 0.5 --train --at_epoch 1 " + MODEL, 2, "leave one out"),
     "no path": ("slim --model_name_or_path m --output_dir o --macs 0.5", 2, "is no folder with sparse_path"),
     "no share": ("sparsify --task text-generation --macs 50 " + MODEL, 1, "--macs 50.0: it must be a share"),
+    "no rows": ("slim --model_name_or_path m --output_dir o --rows -3", 1, "--rows -3: it is a number from 1 on"),
+    "a file": ("slim --model_name_or_path m --output_dir run.yaml", 1, "run.yaml is a file: name a folder"),
     "no config": ("env --config none.yaml", 1, "none.yaml"),
     "unknown key": ("env --config run.yaml", 2, "sets ['macs']"),
     "no folder": ("card --folder none", 1, "none is no folder"),
@@ -434,7 +443,8 @@ def test_tracebacks_are_shown_where_they_are_asked_for_or_the_fault_is_ours(monk
     with pytest.raises(TypeError) as torchs:
         sparsify.main(3)
     assert not is_of_the_user(torchs.value)
-    assert is_of_the_user(EntryNotFoundError("no such file"))
+    for error in (EntryNotFoundError("no such file"), DatasetGenerationError("bad rows"), SafetensorError("cut off")):
+        assert is_of_the_user(error)
 
 
 def test_the_work_of_one_process_is_refused_by_many(monkeypatch, capsys):

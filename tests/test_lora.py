@@ -188,6 +188,10 @@ REFUSED = {
         lambda: adapted(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), target_modules=["0"]),
         "a convolution with groups",
     ),
+    "attention in one": (
+        lambda: adapted(nn.Sequential(nn.MultiheadAttention(8, 2)), target_modules=["0"]),
+        "whose projections have one rank",
+    ),
     "parameters": (
         lambda: adapted(bert(), target_modules=["query"], target_parameters=["classifier.weight"]),
         "target_parameters=",
