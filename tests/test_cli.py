@@ -14,20 +14,23 @@ import pyarrow.parquet as pq
 import pytest
 import scenes
 from conftest import ROOT
-from datasets import Dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from hub import LoopbackHub
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from PIL import Image
+from safetensors import SafetensorError
 from test_examples import TWO, config, run, texts  # noqa: F401 - fixtures: pictures and texts, each with a model
 from transformers import AutoModelForSequenceClassification, ResNetConfig, ResNetForImageClassification
 
 from hf_effdl import ExamplePool, SparsePath, Ticket, VisualInContextPipeline, load_selection, rewind
-from hf_effdl.cli import fit, options, pool, prompt, sparsify
+from hf_effdl.cli import fit, options, pool, prompt, select, sparsify
 from hf_effdl.cli.__main__ import VERBS, is_of_the_user, main
 from hf_effdl.cli.arguments import names_of, parse_arguments, resolved
 from hf_effdl.cli.work import prompts
 from hf_effdl.cli.work.cost import in_words
+from hf_effdl.cli.work.data import with_classes
 from hf_effdl.structure.calibration.compensate import SCORES
 from hf_effdl.vicl.remote_code.cascade import HEADS
 from hf_effdl.vicl.remote_code.ranker_selector import SCHEDULES
@@ -85,6 +88,11 @@ def test_a_checkpoint_with_a_path_is_slimmed_to_another_budget_by_it(sparse, con
         assert "loading it needs nothing but transformers" in printed
         report = ResNetForImageClassification.from_pretrained(out).config.effdl_report
         assert report[budget]["ratio"] <= 0.4 and ("calibration" in report) == bool(more)
+    counted = [
+        ResNetForImageClassification.from_pretrained(f).config.effdl_report["macs"]["before"]
+        for f in (sparse / "slim", tmp_path / "a")
+    ]
+    assert counted[0] == counted[1]  # at the size of the processor's pictures
     kept = SparsePath.load(sparse).select(macs=0.4)
     one = ResNetForImageClassification.from_pretrained(tmp_path / "a")
     assert one.config.embedding_size == len(kept["resnet.embedder.embedder.convolution"])
@@ -344,6 +352,36 @@ def test_the_line_wins_over_the_file_and_dashes_are_underscores(tmp_path):
     assert (found.output_dir, found.encoder, found.keep_grids) == ("there", "vit", True)
 
 
+FILES = {
+    "empty values": (b"budget:\n", "says nothing after 'budget'"),
+    "a name twice": (b"budget: 0.5\nbudget: 0.7\n", "sets ['budget'] more than once"),
+    "a name in two spellings": (b"probe-share: 0.5\nprobe_share: 0.7\n", "sets ['probe_share'] more than once"),
+    "no YAML": (b"budget: [1\n b: {", "is no YAML"),
+    "two documents": (b"budget: 1\n---\nseed: 1\n", "is no YAML"),
+    "an object": (b"dataset_name: !!python/name:os.system\n", "is no YAML"),
+    "Latin-1": (b"dataset_name: caf\xe9\n", "is not in UTF-8"),
+    "a list": (b"- budget\n", "holds a list"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_what_is_wrong_with_a_file_of_options_is_said_with_its_name(case, tmp_path, capsys):
+    text, said = FILES[case]
+    (tmp_path / "run.yaml").write_bytes(text)
+    assert main(["select", *MODEL.split(), "--config", str(tmp_path / "run.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'run.yaml'} {said}" in error and error.count("\n") == 1
+
+
+def test_a_file_means_what_its_text_says(tmp_path):
+    text = "\ufeffsave_strategy: no\nuse_cpu: yes\ndataset_name: 2026-01-01\nlabel_column: -x\neval_steps:\nseed: 3\n"
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    line = ["--model_name_or_path", "m", "--output_dir", "o", "--config", str(tmp_path / "run.yaml")]
+    options, args = select.parse(line)
+    assert (args.save_strategy, args.use_cpu, args.eval_steps, args.seed) == ("no", True, None, 3)
+    assert (options.dataset_name, options.label_column) == ("2026-01-01", "-x")
+
+
 MODEL = "--model_name_or_path m --dataset_name d --output_dir o --use_cpu"
 WRONG = {
     "nothing": ("", 2, "usage: hf-effdl VERB"),
@@ -354,6 +392,8 @@ WRONG = {
     "two endings": ("ticket --task text-generation --keep 0.5 --train --at_epoch 1 " + MODEL, 2, "leave one out"),
     "no path": ("slim --model_name_or_path m --output_dir o --macs 0.5", 2, "is no folder with sparse_path"),
     "no share": ("sparsify --task text-generation --macs 50 " + MODEL, 1, "--macs 50.0: it must be a share"),
+    "no rows": ("slim --model_name_or_path m --output_dir o --rows -3", 1, "--rows -3: it is a number from 1 on"),
+    "a file": ("slim --model_name_or_path m --output_dir run.yaml", 1, "run.yaml is a file: name a folder"),
     "no config": ("env --config none.yaml", 1, "none.yaml"),
     "unknown key": ("env --config run.yaml", 2, "sets ['macs']"),
     "no folder": ("card --folder none", 1, "none is no folder"),
@@ -403,7 +443,8 @@ def test_tracebacks_are_shown_where_they_are_asked_for_or_the_fault_is_ours(monk
     with pytest.raises(TypeError) as torchs:
         sparsify.main(3)
     assert not is_of_the_user(torchs.value)
-    assert is_of_the_user(EntryNotFoundError("no such file"))
+    for error in (EntryNotFoundError("no such file"), DatasetGenerationError("bad rows"), SafetensorError("cut off")):
+        assert is_of_the_user(error)
 
 
 def test_the_work_of_one_process_is_refused_by_many(monkeypatch, capsys):
@@ -424,6 +465,46 @@ def test_the_task_is_that_of_the_checkpoint(config, tmp_path):  # noqa: F811
         else:
             assert sparsify.task_of(name) == task
     assert sparsify.task_of([*name, "--task", "text-generation"]) == "text-generation"
+
+
+# ---- labels
+
+
+def splits(train: list, **more: list) -> DatasetDict:
+    return DatasetDict({name: Dataset.from_dict({"y": rows}) for name, rows in {"train": train, **more}.items()})
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "names"),
+    [
+        (["c", "ä", "b"], ["b", "c"], ["b", "c", "ä"]),  # a split without the first class
+        (["b"], ["a", "b"], ["a", "b"]),
+        (list(range(12)), [11, 2], [str(number) for number in range(12)]),  # as a classifier numbers its outputs
+    ],
+)
+def test_a_label_has_one_number_in_all_splits(train, other, names):
+    found = with_classes(splits(train, eval=other), "data", "y")
+    for split, labels in (("train", train), ("eval", other)):
+        kind = found[split].features["y"]
+        assert kind.names == names and kind.int2str(found[split]["y"][:]) == [str(label) for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (splits(["a", None]), "the train split of data has rows without a 'y'"),
+        (splits([0, 1], eval=[-1]).cast_column("y", ClassLabel(names=["a", "b"])), "the eval split of data has rows"),
+        (splits(["a"], eval=["a"]).rename_column("y", "z"), "the train split of data has columns"),
+        (splits([[1, 0]]), "and classes are texts or numbers"),
+        (
+            DatasetDict(splits([0], eval=[0]), train=splits([0]).cast_column("y", ClassLabel(1))["train"]),
+            "other class",
+        ),
+    ],
+)
+def test_splits_without_classes_are_refused(data, message):
+    with pytest.raises(ValueError, match=message):
+        with_classes(data, "data", "y")
 
 
 # ---- dry runs

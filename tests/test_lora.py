@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 from forked import Script
 from hub import LoopbackHub
 from lora_run import adapted, bert
-from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import BertTokenizerFast, GPT2Config, GPT2LMHeadModel
 
@@ -188,6 +188,10 @@ REFUSED = {
         lambda: adapted(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), target_modules=["0"]),
         "a convolution with groups",
     ),
+    "attention in one": (
+        lambda: adapted(nn.Sequential(nn.MultiheadAttention(8, 2)), target_modules=["0"]),
+        "whose projections have one rank",
+    ),
     "parameters": (
         lambda: adapted(bert(), target_modules=["query"], target_parameters=["classifier.weight"]),
         "target_parameters=",
@@ -304,6 +308,21 @@ def test_budgets_are_shares_or_numbers(budget, unit, left):
     assert select_lora_ranks(net, path, budget, unit=unit, order="dual").effdl_report["ranks"]["after"] == left
 
 
+PROMPT = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+
+
+def spoiled(net):
+    next(p for p in net.parameters() if p.requires_grad).data[0, 0] = float("nan")
+    return net
+
+
+def spoiled_path(key):
+    path = trained("plain")[1]
+    unit = next(iter(path.units.values()))
+    unit[key] = unit[key] * float("inf")
+    return path
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -313,6 +332,10 @@ def test_budgets_are_shares_or_numbers(budget, unit, left):
         ({"budget": 2}, ValueError, "the smallest adapter of these modules costs 64"),
         ({"unit": "macs"}, ValueError, "unit='macs'"),
         ({"order": "norm"}, ValueError, "order='norm'"),
+        ({"model": lambda: get_peft_model(bert(), PROMPT)}, ValueError, "no LoRA layer"),
+        ({"model": lambda: spoiled(trained("plain")[0])}, ValueError, "query has entries that are nan"),
+        ({"path": lambda: spoiled_path("dual")}, ValueError, "query has entries that are nan"),
+        ({"path": lambda: spoiled_path("gradient")}, ValueError, "query has entries that are nan"),
         ({"path": "runs"}, TypeError, "needs the SparsePath"),
         ({"model": bert}, TypeError, "needs a PeftModel, not BertForSequenceClassification"),
         ({"model": lambda: adapted(bert(), r=3)}, ValueError, "has 4 ranks there and 3 here"),
@@ -324,6 +347,50 @@ def test_what_cannot_be_selected_is_refused(change, error, message):
     change = {name: value() if callable(value) else value for name, value in change.items()}
     with pytest.raises(error, match=message):
         select_lora_ranks(**{"model": net, "path": path, "budget": 0.5, **change})
+
+
+def test_a_budget_that_is_refused_leaves_the_model_as_it_was():
+    net, path = trained("plain")
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match="the smallest adapter"):
+        select_lora_ranks(net, path, 1e-9, inplace=True)
+    assert_same(dict(net.state_dict()), before)
+
+
+class Nested(nn.Module):
+    """Modules whose names end alike; the last one is worth most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.inner, self.deep = nn.ModuleDict({"fc": nn.Linear(8, 8)}), nn.ModuleDict({"fc": nn.Linear(8, 8)})
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.deep["fc"](self.inner["fc"](self.fc(input_ids.to(self.fc.weight.dtype)))))
+
+
+@pytest.mark.parametrize(
+    ("base", "config"),
+    [
+        (Nested, {"target_modules": ["fc", "out"], "exclude_modules": ["inner.fc"]}),
+        (Nested, {"target_modules": "fc|out|deep.fc"}),
+        (bert, {"bias": "lora_only"}),
+        (bert, {"bias": "all"}),
+    ],
+)
+def test_a_saved_selection_adapts_its_own_modules_alone_and_keeps_what_else_was_learned(base, config, tmp_path):
+    net = adapted(base().double(), **config)
+    generator = torch.Generator().manual_seed(2)
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            small = 1e-3 if "out.lora" in name or "deep.fc.lora" in name else 0.3
+            p.data = small * torch.randn(p.shape, generator=generator).to(p.dtype)
+    small = select_lora_ranks(net, path_of(net, generator), 0.3)
+    small.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base().double(), tmp_path)
+    assert_close(said(again), said(small), 1e-9)
+    assert [group.name for group in find_groups(again)] == [group.name for group in find_groups(small)]
 
 
 # ---- the scale: what chance does
@@ -478,6 +545,11 @@ def test_the_picture_counts_ranks_inside(run):
     unit = {"entered": torch.tensor([0, 3, 5, -1]), "left": torch.tensor([4, -1, 7, -1])}
     assert inside_at(unit, torch.arange(9)).tolist() == [1, 1, 1, 2, 1, 2, 2, 1, 1]
     left, right = plot_lora_ranks(run.path).axes
+    for ranks, error in (({}, ValueError), ({"nope": 3}, ValueError), ([3], TypeError)):
+        with pytest.raises(error, match="ranks"):
+            plot_lora_ranks(run.path, ranks)
+    with pytest.raises(ValueError, match="whole number"):
+        plot_lora_ranks(run.path, dict.fromkeys(run.path.units, {"before": 4, "after": 3}))
     assert len(left.lines) == 5 and right.texts[0].get_text() == str(int(next(iter(run.path.support.values())).sum()))
 
 

@@ -30,7 +30,8 @@ VERBS = {
 }
 HELP = ("-h", "--help", "help")
 TRACEBACK = "--traceback"
-HUB = ("huggingface_hub", "httpx", "httpx2")  # the client, and what it speaks HTTP by
+# the Hub's client and what it speaks HTTP by; readers of data and of weights, whose errors are of the files
+READERS = ("huggingface_hub", "httpx", "httpx2", "datasets", "safetensors")
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -86,13 +87,14 @@ def _run(verb: str, argv: list[str], shown: bool) -> int:
     except Exception as error:  # noqa: BLE001 - sorted here
         if shown or not is_of_the_user(error):
             raise
-        return _told(str(error) or type(error).__name__, 2 if isinstance(error, UsageError) else 1)
+        cause = f": {error.__cause__}" if type(error).__module__ == "datasets.exceptions" and error.__cause__ else ""
+        return _told((str(error) or type(error).__name__) + cause, 2 if isinstance(error, UsageError) else 1)
     return 0
 
 
 def is_of_the_user(error: Exception) -> bool:
     """Whether an error says what was given wrong: a value, a file, an answer of the Hub, or what we raise by name."""
-    if isinstance(error, (ValueError, OSError)) or type(error).__module__.partition(".")[0] in HUB:
+    if isinstance(error, (ValueError, OSError)) or type(error).__module__.partition(".")[0] in READERS:
         return True
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1] if frames else None

@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from transformers import HfArgumentParser
@@ -48,6 +49,25 @@ class LongOptions(Options):
     dry_run: bool = field(default=False, metadata={"help": "Say what time, memory and disk it takes; write nothing."})
 
 
+class ConfigLoader(yaml.SafeLoader):
+    """YAML in which a name stands once, and `no`, `on` or a date is the text that it looks like."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in pairs if tag.rpartition(":")[2] not in ("bool", "timestamp")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [str(key.value).replace("-", "_") for key, _ in node.value]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UsageError(f"{self.name} sets {twice} more than once: leave one of the lines")
+        return super().construct_mapping(node, deep)
+
+
+# as the command line has them: `save_strategy: no` is a text, and an option of yes or no takes any of their words
+ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), "tTfF")
+
+
 class Parser(HfArgumentParser):
     """One whose help shows the docstring as it stands, what is required, and every default that says something."""
 
@@ -76,9 +96,20 @@ def config_file(argv: Sequence[str]) -> Path | None:
 
 
 def read_config(argv: Sequence[str]) -> dict[str, Any]:
-    """What the file of `--config` says, nothing without one."""
-    file = config_file(argv)
-    values = {} if file is None else yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    """What the file of `--config` says, nothing without one.
+
+    Raises:
+        UsageError: it is not in UTF-8, no YAML of lines `name: value`, or says one name twice.
+    """
+    if (file := config_file(argv)) is None:
+        return {}
+    try:
+        with file.open(encoding="utf-8") as lines:
+            values = yaml.load(lines, ConfigLoader) or {}  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise UsageError(f"{file} is no YAML of lines `name: value`: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not in UTF-8, save it as such: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{file} holds a {type(values).__name__}: write lines of `name: value`")
     return {str(name).replace("-", "_"): value for name, value in values.items()}
@@ -131,6 +162,7 @@ def parse_arguments(
     values = read_config(argv)
     _check_names(values, kinds, argv)
     parser = _parser(kinds, description, prog, defaults)
+    _check_empty(values, kinds, argv)
     parser.set_defaults(**{name: None for name, value in values.items() if value in (None, [])})
     *found, unknown = parser.parse_args_into_dataclasses(
         [*as_arguments(values), *argv], look_for_args_file=False, return_remaining_strings=True
@@ -186,6 +218,14 @@ def _check_names(values: Mapping[str, Any], kinds: Sequence[type], argv: Sequenc
         raise UsageError(f"{config_file(argv)} sets {unknown}, which this script does not know{hint}; see --help-all")
 
 
+def _check_empty(values: Mapping[str, Any], kinds: Sequence[type], argv: Sequence[str]) -> None:
+    """Refuse an empty value of what is never empty; a parser has resolved the types."""
+    for item in (item for kind in kinds for item in dataclasses.fields(kind)):
+        never = item.default is not dataclasses.MISSING and type(None) not in get_args(item.type)
+        if never and item.default is not None and item.name in values and values[item.name] is None:
+            raise UsageError(f"{config_file(argv)} says nothing after {item.name!r}: set it or drop the line")
+
+
 def _nearest(text: str, names: Iterable[str]) -> str:
     near = get_close_matches(text, names, 1)
     return f"; did you mean {near[0]}?" if near else ""
@@ -196,9 +236,14 @@ def as_arguments(values: Mapping[str, Any]) -> Iterator[str]:
     for name, value in values.items():
         if value in (None, []):
             continue
-        yield f"--{name}"
-        for part in value if isinstance(value, list) else [value]:
-            yield part if isinstance(part, str) else json.dumps(part)
+        if isinstance(value, list):
+            yield from (f"--{name}", *map(_as_text, value))
+        else:  # in one word, for what begins with a dash
+            yield f"--{name}={_as_text(value)}"
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def which(

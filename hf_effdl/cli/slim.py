@@ -17,6 +17,7 @@ path (`sparse_path.safetensors`) says itself which units stay, under a budget of
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hf_effdl.cli.arguments import LongOptions, parse_arguments, refuse_several_processes
@@ -67,6 +68,11 @@ class SlimOptions(LongOptions):
         if (self.keep, self.macs, self.params) == (None, None, None):
             self.keep = 0.5
         self.budget()
+        for name in ("rows", "batch_size", "max_length", "round_to"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: it is a number from 1 on")
+        if self.output_dir is not None and Path(self.output_dir).is_file():
+            raise ValueError(f"--output_dir {self.output_dir} is a file: name a folder")
 
     def budget(self) -> dict[str, float]:
         """The one that is set."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
 
 
 def load_any(name: str, config: str | None = None) -> Any:
@@ -48,10 +48,37 @@ def named_splits(options: Any, columns: Sequence[str]) -> DatasetDict:
         split_of(data, options.dataset_name, options.eval_split, "eval_split")
     for option in columns:
         check_column(train, options.dataset_name, getattr(options, option), option)
-    if "label_column" in columns and not isinstance(train.features[options.label_column], ClassLabel):
-        data = data.class_encode_column(options.label_column)
     names = {"train": options.train_split} | ({"eval": options.eval_split} if options.eval_split else {})
-    return DatasetDict({name: data[split] for name, split in names.items()})
+    data = DatasetDict({name: data[split] for name, split in names.items()})
+    return with_classes(data, options.dataset_name, options.label_column) if "label_column" in columns else data
+
+
+def with_classes(data: DatasetDict, name: str, column: str) -> DatasetDict:
+    """Labels of all splits by one `ClassLabel`: texts in order of the alphabet, whole numbers by size.
+
+    Raises:
+        ValueError: a split has no such column, rows without a label or other classes than the others; or the column
+            holds no classes.
+    """
+    kinds = {}
+    for split, rows in data.items():
+        check_column(rows, f"the {split} split of {name}", column, "label_column")
+        kinds[split] = kind = rows.features[column]
+        if not isinstance(kind, ClassLabel | Value):
+            raise ValueError(
+                f"{column!r} of {name} holds {kind}, and classes are texts or numbers; set --label_column"
+            )
+        missing = (None, -1) if isinstance(kind, ClassLabel) else (None,)
+        if any(label in missing for label in rows.unique(column)):
+            raise ValueError(f"the {split} split of {name} has rows without a {column!r}: leave them out")
+    if any(isinstance(kind, ClassLabel) for kind in kinds.values()):
+        if len({str(kind) for kind in kinds.values()}) > 1:
+            raise ValueError(f"{column!r} of {name} has other classes in one split than in another: {kinds}")
+        return data
+    numbers = all(kind.dtype.startswith(("int", "uint")) for kind in kinds.values())
+    data = data.cast_column(column, Value("string"))
+    found = {label for rows in data.values() for label in rows.unique(column)}
+    return data.cast_column(column, ClassLabel(names=sorted(found, key=int if numbers else None)))
 
 
 def with_eval(data: DatasetDict, seed: int) -> DatasetDict:

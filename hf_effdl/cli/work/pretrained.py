@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import create_repo, upload_folder
+from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from hf_effdl.cli.arguments import UsageError
@@ -138,10 +139,24 @@ def path_of(options: Any) -> SparsePath | None:
     return None
 
 
+def _one(options: Any, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """One row to count with: a picture of the size that the checkpoint's processor makes, else a guess."""
+    found = guess_inputs(model)
+    if set(found) != {"pixel_values"}:
+        return found
+    try:
+        processor = AutoImageProcessor.from_pretrained(options.model_name_or_path)
+    except OSError:  # the checkpoint came without one
+        return found
+    mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
+    pixels = processor([Image.new(mode, (64, 64))], return_tensors="pt")["pixel_values"]
+    return on_its_device({"pixel_values": pixels}, model)
+
+
 def _slimmed(
     options: Any, model: PreTrainedModel, path: SparsePath | None, calibration: list[dict[str, Any]] | None
 ) -> PreTrainedModel:
-    example = {name: value[:1] for name, value in calibration[0].items()} if calibration else guess_inputs(model)
+    example = {name: value[:1] for name, value in calibration[0].items()} if calibration else _one(options, model)
     groups = find_groups(model, example)
     if path is not None:
         round_to = options.round_to if options.round_to > 1 else None

@@ -33,6 +33,16 @@ def limit_of(budget: float, unit: str, costs: Mapping[str, int], ranks: Mapping[
     return int(share * whole + 1e-6)
 
 
+def check_limit(costs: Mapping[str, int], limit: int, least: Mapping[str, int]) -> None:
+    """Refuse a limit that not even the ranks of `least`, or one rank, keep; see `ranks_within`."""
+    smallest = sum(costs[name] * least.get(name, 0) for name in costs) or min(costs.values())
+    if limit < smallest:
+        raise ValueError(
+            f"the budget allows {limit:,}, and the smallest adapter of these modules costs {smallest:,}; ask for at "
+            "least that"
+        )
+
+
 def ranks_within(
     scores: Mapping[str, Tensor], costs: Mapping[str, int], limit: int, least: Mapping[str, int]
 ) -> dict[str, Tensor]:
@@ -49,13 +59,8 @@ def ranks_within(
     """
     order = {name: torch.argsort(score, descending=True, stable=True).tolist() for name, score in scores.items()}
     forced = {name: order[name][: least.get(name, 0)] for name in scores}
+    check_limit(costs, limit, least)
     spent = sum(costs[name] * len(units) for name, units in forced.items())
-    smallest = spent or min(costs.values())
-    if limit < smallest:
-        raise ValueError(
-            f"the budget allows {limit:,}, and the smallest adapter of these modules costs {smallest:,}; ask for at "
-            "least that"
-        )
     rest = [(name, rank) for name, ranks in order.items() for rank in ranks[len(forced[name]) :]]
     # Python's sort keeps equals in their order: the earlier module first
     rest.sort(key=lambda pair: -scores[pair[0]][pair[1]].item())

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_effdl.checks import instance
+from hf_effdl.checks import instance, whole_number
 from hf_effdl.pictures import LINE, bare, figure
 from hf_effdl.structure.path.path import SparsePath
 
@@ -44,12 +44,17 @@ def plot_lora_ranks(path: SparsePath, ranks: Mapping[str, int] | None = None) ->
     Returns:
         A matplotlib Figure; needs matplotlib (the extra `plot`).
 
+    Raises:
+        TypeError: `path` is no `SparsePath`, or `ranks` no mapping.
+        ValueError: `ranks` is empty, names a module that the path does not know, or holds what is no whole number.
+
     Example:
         >>> plot_lora_ranks(trainer.path).savefig("ranks.png")  # doctest: +SKIP
     """
     instance("path", path, SparsePath, "trainer.path of a run on an adapter")
     if ranks is None:
         ranks = {name: int(inside.sum()) for name, inside in path.support.items()}
+    _check_ranks(ranks, path)
     kinds, rows = rank_table(ranks)
     picture = figure(11, max(3.6, 1.4 + 0.3 * len(rows)))
     left, right = picture.subplots(1, 2)
@@ -57,6 +62,15 @@ def plot_lora_ranks(path: SparsePath, ranks: Mapping[str, int] | None = None) ->
     _draw_steps(left, path, kinds)
     _draw_modules(right, kinds, rows)
     return picture
+
+
+def _check_ranks(ranks: Any, path: SparsePath) -> None:
+    instance("ranks", ranks, Mapping, "a rank for every module, {name: rank}")
+    if not ranks or (unknown := [name for name in ranks if name not in path.units]):
+        near = list(path.units)[:3]
+        raise ValueError(f"ranks names {unknown if ranks else 'nothing'}; modules of the path are {near} ...")
+    for name, rank in ranks.items():
+        whole_number(f"ranks[{name!r}]", rank, least=0)
 
 
 def _draw_steps(axis: Any, path: SparsePath, kinds: Iterable[str]) -> None:

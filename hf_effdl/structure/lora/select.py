@@ -13,7 +13,7 @@ from hf_effdl.structure.groups.finders.lora import active_adapter, lora_groups
 from hf_effdl.structure.groups.group import Group, rows_of
 from hf_effdl.structure.groups.inputs import copy_of
 from hf_effdl.structure.groups.surgery import cut
-from hf_effdl.structure.lora.budget import limit_of, ranks_within
+from hf_effdl.structure.lora.budget import check_limit, limit_of, ranks_within
 from hf_effdl.structure.path.path import ORDERS, SparsePath
 
 
@@ -70,10 +70,12 @@ def select_lora_ranks(
     one_of("order", order, (SIZE, EFFECT, *ORDERS))
     adapter, groups = active_adapter(model), lora_groups(model)
     _check_path(path, groups, order)
+    _check_finite(model, path, groups)
     costs = {group.name: group.params for group in groups}
     limit = limit_of(budget, unit, costs, {group.name: group.units for group in groups})
-    least = {group.name: _least(model.get_submodule(group.name), adapter) for group in groups}
+    least = {group.name: _least(model, group.name, adapter) for group in groups}
     paid = costs if unit == "params" else dict.fromkeys(costs, 1)
+    check_limit(paid, limit, least)  # before anything is turned
     small = model if inplace else copy_of(model)
     forget_accelerate(small)
     scores = path.scores(order, relative=False) if order in ORDERS else _worths(small, groups, path, order)
@@ -109,9 +111,21 @@ def _check_path(path: SparsePath, groups: list[Group], order: str) -> None:
         )
 
 
-def _least(layer: Any, adapter: str) -> int:
-    """Ranks that a module cannot do without: what DoRA and `lora_bias` learn besides would go with the last one."""
-    return int(bool(layer.use_dora.get(adapter) or layer.lora_bias.get(adapter)))
+def _check_finite(model: nn.Module, path: SparsePath, groups: list[Group]) -> None:
+    for group in groups:
+        of_path = [path.units[group.name][key] for key in ("dual", "gradient") if key in path.units[group.name]]
+        tensors = [model.get_parameter(part.tensor) for part in group.slices] + of_path
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise ValueError(
+                f"{group.name} has entries that are nan or infinite, in the adapter or the path: the run "
+                "diverged; train again with a lower learning_rate"
+            )
+
+
+def _least(model: nn.Module, name: str, adapter: str) -> int:
+    """Ranks that a module cannot do without: what DoRA and biases learn besides would go with the last one."""
+    layer, own_bias = model.get_submodule(name), model.peft_config[adapter].bias == "lora_only"
+    return int(bool(layer.use_dora.get(adapter) or layer.lora_bias.get(adapter) or own_bias))
 
 
 # ---- making it smaller
@@ -138,7 +152,7 @@ def _shrink(model: Any, adapter: str, groups: list[Group], kept: Mapping[str, Te
     for name in gone:
         _take_off(model, name)
     if gone:
-        _name_targets(config, stay, gone)
+        _name_targets(model, config, stay)
     config.init_lora_weights = True  # others may need data, or a rank of their own kind
 
 
@@ -156,15 +170,14 @@ def _take_off(model: nn.Module, name: str) -> None:
     setattr(model.get_submodule(parent), leaf, plain)
 
 
-def _name_targets(config: Any, stay: list[str], gone: list[str]) -> None:
+def _name_targets(model: nn.Module, config: Any, stay: list[str]) -> None:
     """Say in a config which modules are adapted, one by one."""
     names = {name.removeprefix(PREFIX) for name in stay}
     config.target_modules = names
     config.layers_to_transform = config.layers_pattern = None
-    gone = {name.removeprefix(PREFIX) for name in gone}
-    ambiguous = {name for name in gone if any(name.endswith(f".{other}") for other in names)}
-    if ambiguous:
-        config.exclude_modules = ambiguous
+    # PEFT adapts what ends with a name too: modules left without a rank, and those that were never adapted
+    others = {name.removeprefix(PREFIX) for name, _ in model.named_modules() if name.startswith(PREFIX)} - names
+    config.exclude_modules = {name for name in others if name.endswith(tuple(f".{name}" for name in names))} or None
 
 
 # ---- singular directions

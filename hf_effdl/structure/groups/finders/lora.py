@@ -62,6 +62,8 @@ def holds(layer: Any, adapter: str) -> bool:
 def active_adapter(model: nn.Module) -> str:
     """The name of the one active adapter of a model with LoRA layers."""
     names = dict.fromkeys(name for layer in _layers(model).values() for name in layer.active_adapters)
+    if not names:
+        raise ValueError("the model has no LoRA layer, so there are no ranks to choose; adapt it by a LoraConfig")
     if len(names) != 1:
         raise ValueError(
             f"the adapters {list(names)} are active, and ranks are chosen of one at a time; "
@@ -124,6 +126,8 @@ def _check_layer(name: str, layer: Any, adapter: str) -> None:
         why = "is merged into the base weights; call unmerge_adapter() first"
     elif variant is not None and not layer.use_dora.get(adapter):
         why = f"is of the variant {type(variant).__name__}; plain LoRA, rsLoRA and DoRA can be chosen from"
+    elif isinstance(layer.get_base_layer(), nn.MultiheadAttention):
+        why = "adapts an nn.MultiheadAttention, whose projections have one rank in PEFT's files; leave it out"
     elif any(type(part) not in (nn.Linear, *CONVS) for part in weights):
         why = f"keeps its ranks in a {type(weights[0]).__name__}, which cannot be sliced"
     elif any(getattr(part, "groups", 1) > 1 for part in weights):
