@@ -88,7 +88,8 @@ def _run(verb: str, argv: list[str], shown: bool) -> int:
         if shown or not is_of_the_user(error):
             raise
         cause = f": {error.__cause__}" if type(error).__module__ == "datasets.exceptions" and error.__cause__ else ""
-        return _told((str(error) or type(error).__name__) + cause, 2 if isinstance(error, UsageError) else 1)
+        said = "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
+        return _told(said + cause, 2 if isinstance(error, UsageError) else 1)
     return 0
 
 

@@ -24,8 +24,9 @@ from hf_effdl.processes import is_first, together
 from hf_effdl.samples.probes.linear_probes import LinearProbes
 from hf_effdl.samples.probes.probes import Probes
 from hf_effdl.samples.probes.trained_probes import train_probes
-from hf_effdl.samples.scale.score_shards import reader, score_shards
+from hf_effdl.samples.scale.score_shards import score_shards
 from hf_effdl.samples.scale.scorers import ProbeScorer
+from hf_effdl.samples.scale.sources import reader
 from hf_effdl.samples.selection.selector import UncertaintySelector
 from hf_effdl.weighting import WeightedTrainer
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -179,6 +179,9 @@ class PoolReader:
                 f"the data set repository {repo_id} holds no pool: there is no {MANIFEST}; make "
                 "one with ExamplePool.push_to_hub"
             ) from error
+        except LocalEntryNotFoundError as error:  # the client does not say what it was asked for
+            error.add_note(f"{repo_id!r} is no folder here, and the Hub could not be asked for a pool of that name")
+            raise
         commit = Path(file).parent.name  # a push between the two downloads does not matter
         folder = snapshot_download(
             repo_id, repo_type="dataset", revision=commit, token=token, allow_patterns=[MANIFEST, "data/pool-*"]
