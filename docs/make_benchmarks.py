@@ -35,6 +35,7 @@ PRINTED = (
     "selection_digits",
     "selection_banking77",
     "selection_cifar10n",
+    "selection_sft",
     "scoring_overhead",
     "sampling_scale",
     "vicl_pets",

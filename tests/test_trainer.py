@@ -168,6 +168,22 @@ def test_resuming_skips_a_checkpoint_whose_saving_was_cut_off(tmp_path):
         last_complete_checkpoint(str(tmp_path / "checkpoint-8"))
 
 
+def test_a_checkpoint_is_complete_once_the_random_states_of_all_processes_are_whole(tmp_path):
+    for step in (4, 8):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+        for rank in range(2):
+            torch.save({"cpu": torch.get_rng_state()}, folder / f"rng_state_{rank}.pth")
+    states = folder / "rng_state_1.pth"
+    whole = states.read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 30):  # killed while it was written
+        states.write_bytes(whole[:length])
+        assert last_complete_checkpoint(str(tmp_path), 2).endswith("checkpoint-4")
+    states.write_bytes(whole)
+    assert last_complete_checkpoint(str(tmp_path), 2).endswith("checkpoint-8")
+
+
 def test_the_best_model_and_its_path_are_loaded_at_the_end(tmp_path):
     run = tiny_run.trainer(
         str(tmp_path), load_best_model_at_end=True, metric_for_best_model="eval_sparse_loss", greater_is_better=False

@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from."""
 
 from pathlib import Path
+from zipfile import is_zipfile
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -25,7 +26,8 @@ def last_complete_checkpoint(folder: str, processes: int = 1) -> str:
             read_json(checkpoint / "trainer_state.json")
         except (FileNotFoundError, ValueError):
             continue
-        if processes == 1 or all((checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(processes)):
+        # each process writes its random states itself, maybe later than that: whole once the archive has its end
+        if processes == 1 or all(is_zipfile(checkpoint / f"rng_state_{rank}.pth") for rank in range(processes)):
             return str(checkpoint)
     raise ValueError(
         f"no complete checkpoint in {folder} ({len(checkpoints)} begun); train without resume_from_checkpoint"
