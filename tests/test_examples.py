@@ -198,7 +198,8 @@ def test_arguments_come_from_the_line_then_the_file_then_the_script(config, tmp_
     file = tmp_path / "run.yaml"
     file.write_text(
         config.read_text().replace("eval_strategy: epoch", "eval_strategy: 'no'")
-        + "learning_rate: 1e-3\nlr_scheduler_kwargs: {min_lr: 0.01}\neval_split: null\nlr_scheduler_type: cosine_with_min_lr\nlogging_steps: 5\n"
+        + "learning_rate: 1e-3\nlr_scheduler_kwargs: {min_lr: 0.01}\n"
+        "eval_split: null\nlr_scheduler_type: cosine_with_min_lr\nlogging_steps: 5\n"
     )
     command = ["--config", str(file), "--output-dir", "out", "--macs", "0.7"]
     script, args = sparsify_image_classifier.parse(command)
