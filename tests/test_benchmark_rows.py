@@ -20,7 +20,7 @@ TABLES = {
     "growth_mnist": ("bbab0e6473f08673", "MNIST, 60,000 rows, 6 epochs"),
     "lora_ranks_banking77": ("9e4dd1a416867e1c", "| 0.0625 | path, columns | "),
     "pool_scale": ("4553905212a8ac3d", "| rows | noise | probes |"),
-    "pretrained_minilm": ("4515f14b8fb4992f", "| 25% | obs | "),
+    "pretrained_minilm": ("d5cba159c80251b9", "| 25% | obs | "),
     "pretrained_dinov2": ("02993e70875dc035", "| 50% | 64 | activation | yes | "),
     "pretrained_smollm2": ("5f8f945935835a0c", "| ffn:0.75 | obs | wikitext, 128 tokens |"),
     "pretrained_resnet20": ("abe18d8d6b13bdf6", "| 48.5% | activation | yes | "),
