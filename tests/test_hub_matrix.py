@@ -32,6 +32,7 @@ SAID = {
     "broken": "500|couldn't connect|locate the file on the Hub",
     "cut": "disconnected|Can't load the configuration",
 }
+OF_DATASETS = "Couldn't find any data file at "  # how a plain FileNotFoundError of theirs begins
 UPSTREAM = {"huggingface_hub", "httpx", "httpx2", "datasets"}
 
 
@@ -105,6 +106,7 @@ def upstreams_own(error, fault):
     """Whether an error is the client's or upstream's own, and says what has happened."""
     *kinds, text = error
     own = {kind.partition(".")[0] for kind in kinds} & UPSTREAM or kinds[0] == "builtins.OSError"
+    own = own or (kinds[0] == "builtins.FileNotFoundError" and text.startswith(OF_DATASETS))
     return own and re.search(SAID[fault], text) and "holds no" not in text
 
 
