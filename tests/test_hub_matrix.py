@@ -32,7 +32,8 @@ SAID = {
     "broken": "500|couldn't connect|locate the file on the Hub",
     "cut": "disconnected|Can't load the configuration",
 }
-OF_DATASETS = "Couldn't find any data file at "  # how a plain FileNotFoundError of theirs begins
+# a plain FileNotFoundError of theirs, around the client's own error
+OF_DATASETS = re.compile("^Couldn.t find any data file at .* on the Hugging Face Hub either: LocalEntryNotFoundError")
 UPSTREAM = {"huggingface_hub", "httpx", "httpx2", "datasets"}
 
 
@@ -106,7 +107,8 @@ def upstreams_own(error, fault):
     """Whether an error is the client's or upstream's own, and says what has happened."""
     *kinds, text = error
     own = {kind.partition(".")[0] for kind in kinds} & UPSTREAM or kinds[0] == "builtins.OSError"
-    own = own or (kinds[0] == "builtins.FileNotFoundError" and text.startswith(OF_DATASETS))
+    if fault == "broken" and kinds[0] == "builtins.FileNotFoundError":
+        own = OF_DATASETS.search(text)
     return own and re.search(SAID[fault], text) and "holds no" not in text
 
 
