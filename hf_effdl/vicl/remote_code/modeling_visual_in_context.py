@@ -19,6 +19,7 @@ from .frozen_sam3 import Sam3InContext
 from .frozen_seggpt import SegGptInContext
 from .images import BICUBIC
 from .ranker_selector import RankerSelector
+from .strategies import AUTO
 from .vision_encoder import VisionEncoder
 from .writing import check_folder, filled_beside
 
@@ -125,7 +126,8 @@ class VisualInContextModel(PreTrainedModel):
             encoder: of the pool; default: the frozen model's own.
             task: "segmentation", "detection" or "colourisation".
             embed: True puts all weights into this model's file, False none; default: those without a repository.
-            config: further fields of `VisualInContextConfig`.
+            config: further fields of `VisualInContextConfig`; `strategy` is "auto" here, for what does best on images
+                of the pool.
         """
         own = _own_encoder(frozen)
         if encoder is None and own is None:
@@ -135,7 +137,7 @@ class VisualInContextModel(PreTrainedModel):
         if hasattr(frozen, "check_task"):
             frozen.check_task(task)
         separate = None if encoder is own else encoder
-        model = cls(VisualInContextConfig(task=task, **config))
+        model = cls(VisualInContextConfig(task=task, **{"strategy": AUTO} | config))
         if getattr(frozen, "kind", None) in FROZEN:
             source = source_of(frozen.backbone, frozen.id, frozen.revision, embed)
             model.config.frozen_model = {"kind": frozen.kind, "backbone": source, **frozen.settings()}
@@ -274,7 +276,7 @@ class VisualInContextModel(PreTrainedModel):
         """
         if selector is None:
             self.selector, self.config.selector = None, None
-            self.config.strategy = "nearest" if self.config.strategy in KINDS else self.config.strategy
+            self.config.strategy = AUTO if self.config.strategy in KINDS else self.config.strategy
             return self
         if not isinstance(selector, tuple(KINDS.values())):
             raise TypeError(
