@@ -8,7 +8,6 @@ from .strategies import AUTO, find_strategy
 from .strategy_check import check_strategies
 
 
-
 class Choice:
     """Finds the selector of each call.
 

@@ -108,7 +108,8 @@ def _run(examples: Examples, queries: Queries, rows: Tensor) -> Tensor:
     """Of the chosen examples, by the frozen model; says how long that will take where it is slow."""
     parts, start = [], time.perf_counter()
     for place in torch.arange(len(queries)).split(EACH):
-        some = Queries(queries.cells[place.to(queries.cells.device)], {}, queries.truth[place.to(queries.cells.device)])
+        here = place.to(queries.cells.device)
+        some = Queries(queries.cells[here], {}, queries.truth[here])
         parts.append(examples.measure(some, rows[place])[:, 0])
         whole = (time.perf_counter() - start) / len(parts) * len(queries) / EACH
         if len(parts) == 1 and whole > SLOW:
