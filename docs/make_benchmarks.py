@@ -36,6 +36,7 @@ PRINTED = (
     "selection_banking77",
     "selection_cifar10n",
     "selection_sft",
+    "active_rounds",
     "scoring_overhead",
     "sampling_scale",
     "vicl_pets",
