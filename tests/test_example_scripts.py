@@ -29,13 +29,14 @@ COME_ALONG = {"numpy", "yaml", "pyarrow", "tqdm"}
 OTHERS = {"models_seggpt"}  # the authors' code, from a folder that the user names
 PARSED = ("fit_cascade", "grow_image_classifier", "select_then_train", "sparsify_image_classifier", "train_ranker")
 PARSED += ("sparsify_text_classifier", "sparsify_causal_lm")
+TASK = "--task {segmentation,detection,colourisation,image-to-image}"
 CHOICES = {
     "sparsify_image_classifier": ("--widths {stock,free}",),
     "sparsify_text_classifier": ("--widths {stock,free}", "--score {path,magnitude,activation,obs,fisher}"),
     "sparsify_causal_lm": ("--widths {stock,free}",),
     "select_then_train": ("--probes {linear,trained}", "--preset {default,paper}"),
-    "vicl_seggpt": ("--task {segmentation,detection,colourisation}", "--strategy {random,nearest,static,dense,"),
-    "fit_cascade": ("--task {segmentation,detection,colourisation}", "--head {ridge,listwise}"),
+    "vicl_seggpt": (TASK, "--strategy {random,nearest,static,dense,"),
+    "fit_cascade": (TASK, "--head {ridge,listwise}"),
     "train_ranker": ("--schedule {covering,partitions,random,knock-out}",),
 }
 

@@ -4,17 +4,28 @@ import json
 import sys
 import zlib
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from answers import photos, plain, tiny_seggpt
 from conftest import ROOT
+from datasets import Dataset, Features
+from PIL import Image
 from safetensors.torch import load_file
 from scenes import make_pool, tiny_encoder
 from transformers import AutoModel, SegGptForImageSegmentation
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from hf_effdl import PainterInContext, SegGptInContext, VisualInContextModel, VisualInContextPipeline
+from hf_effdl import (
+    ExamplePool,
+    PainterInContext,
+    SegGptInContext,
+    VisualInContextModel,
+    VisualInContextPipeline,
+    measure_examples,
+)
+from hf_effdl.vicl.remote_code.images import pixels
 
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -104,6 +115,43 @@ def test_half_precision(prompt, painted, dtype):
     answer = f(prompt[0], prompt[1][:, None], prompt[2][:, None])
     exact = (painted[:, :, 32:] * STD + MEAN).clamp(0, 1)
     assert answer.dtype == torch.float32 and (answer - exact).abs().mean() < 0.02
+
+
+def noisy_rows(count=8):
+    """Photos, and beside them what each is to become: the photo in negative."""
+    images = photos(range(count))
+    clean = [Image.fromarray(255 - np.asarray(image)) for image in images]
+    kinds = Features({"image": datasets.Image(), "clean": datasets.Image()})
+    return Dataset.from_dict({"image": images, "clean": clean}, features=kinds)
+
+
+def test_photos_become_pictures_by_example(model, tmp_path):
+    data = noisy_rows()
+    options = {"encoder": tiny_encoder(), "cache_dir": tmp_path, "progress": False, "task": "image-to-image"}
+    pool = ExamplePool.from_dataset(data, label_column="clean", **options)
+    again = ExamplePool.from_pretrained(pool.save_pretrained(tmp_path / "copy"))
+    for row in (0, 7):
+        assert np.array_equal(np.asarray(again.label(row)), np.asarray(data[row]["clean"]))
+    card = (tmp_path / "copy" / "README.md").read_text()
+    assert "what each is to become" in card and "`label.png`" in card and "image-to-image" in card
+    frozen = PainterInContext(model)
+    measured = VisualInContextModel.from_parts(frozen, pool.encoder_module, task="image-to-image")
+    measure_examples(measured, pool, candidates=3, progress=False)
+    pipe, image = VisualInContextPipeline(measured, "oracle", pool), photos()[0]
+    truth = Image.fromarray(255 - np.asarray(image))
+    out = pipe(image, labels=truth, soft_map=True)
+    assert out["prediction"].size == image.size and out["confidence"] is None
+    assert np.abs(out["soft_map"] - np.asarray(out["prediction"]).mean(2) / 255).mean() < 0.02  # two ways of resizing
+    cells = [pixels([one], (32, 32)) for one in (image, pool.image(0), pool.label(0))]
+    worth = pipe.visual_task.score(frozen(cells[0], *(cell[:, None] for cell in cells[1:])), pixels([truth], (32, 32)))
+    scores = pipe(image, labels=truth, num_examples=8)
+    assert scores["scores"][scores["example_ids"].index("0")] == pytest.approx(-float(worth), abs=1e-4)
+    assert pipe.plot(image, labels=truth).size[1] > 0
+    with pytest.raises(ValueError, match="PainterInContext paints one picture"):
+        pipe(image, instances=True)
+    without = Dataset.from_dict({"image": data["image"][:2], "clean": [None, data["clean"][1]]}, data.features)
+    with pytest.raises(ValueError, match="row 0, id '0'.*no picture as its label"):
+        ExamplePool.from_dataset(without, label_column="clean", **options)
 
 
 # ---- the converter

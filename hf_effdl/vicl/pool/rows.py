@@ -107,6 +107,8 @@ class Rows(torch.utils.data.Dataset):
                 raise ValueError("it has no mask; draw one that is all 0 where there is no object")
             row.mask = self.task.read(values[self.label], image)
             row.files["label.png"], row.blank = _png(row.mask.picture()), not row.mask.white.any()
+        elif self.task.name == "image-to-image":
+            row.files["label.png"] = _png(self.task.label(values[self.label], image))
         elif self.task.name == "detection":
             self.task.label(values[self.label], image)  # for its checks
             box = self.task.corners(values[self.label])

@@ -12,7 +12,7 @@ class VisualInContextConfig(PreTrainedConfig):
     weights stand in this model's file.
 
     Args:
-        task: "segmentation", "detection" or "colourisation".
+        task: "segmentation", "detection", "colourisation" or "image-to-image".
         frozen_model: `{"kind": ..., "backbone": ..., settings of that kind}`, the kind one of the keys of `FROZEN`.
         encoder: `{"backbone": ..., settings of VisionEncoder}` of the encoder that the pool was built with; None: the
             frozen model's own.

@@ -92,7 +92,7 @@ class VisualInContextModel(PreTrainedModel):
 
         Args:
             backbone: e.g. `BAAI/seggpt-vit-large` or `facebook/dinov2-base`.
-            task: "segmentation", "detection" or "colourisation".
+            task: "segmentation", "detection", "colourisation" or "image-to-image".
             encoder: encoder for retrieval; default: the backbone itself. SAM 3 and MAE-VQGAN need one.
             revision: of the backbone.
             settings: for `SegGptInContext` (`embedding_type`, `ensemble`), `PainterInContext` (`ensemble`) or
@@ -101,9 +101,7 @@ class VisualInContextModel(PreTrainedModel):
         """
         check_folder(backbone, revision)
         config = AutoConfig.from_pretrained(backbone, revision=revision, token=token, trust_remote_code=False)
-        frozen = frozen_class(config).from_pretrained(
-            backbone, task=task, revision=revision, token=token, **settings
-        )
+        frozen = frozen_class(config).from_pretrained(backbone, task=task, revision=revision, token=token, **settings)
         if isinstance(encoder, str):
             encoder = VisionEncoder.from_pretrained(encoder, token=token)
         return cls.from_parts(frozen, encoder, task=task)
@@ -125,7 +123,7 @@ class VisualInContextModel(PreTrainedModel):
                 `image_size`, `encode` and `predict`; of a kind that `FROZEN` does not hold it works here and now, but
                 cannot be saved.
             encoder: of the pool; default: the frozen model's own.
-            task: "segmentation", "detection" or "colourisation".
+            task: "segmentation", "detection", "colourisation" or "image-to-image".
             embed: True puts all weights into this model's file, False none; default: those without a repository.
             config: further fields of `VisualInContextConfig`.
         """
