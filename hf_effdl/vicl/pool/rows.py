@@ -61,7 +61,7 @@ class Rows(torch.utils.data.Dataset):
     def __init__(self, ds: Dataset, manifest: Mapping[str, Any], encoder: Any, first: int) -> None:
         settings = manifest["settings"]
         self.image, self.label = settings["image_column"], settings["label_column"]
-        named = [name for name in (self.image, self.label) if name is not None]
+        named = [name for name in dict.fromkeys((self.image, self.label)) if name is not None]
         said = {name: settings.get(f"{name}_column") for name in ("group", "class")}
         _check_columns(ds, [*named, settings["id_column"], *said.values()])
         self.columns = {name: _texts(ds, column) for name, column in said.items() if column is not None}
