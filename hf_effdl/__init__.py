@@ -93,6 +93,7 @@ _PUBLIC = {
     "vicl.ranking.ranking_lists": ["RankingLists"],
     "vicl.remote_code.ranker_reliable": ["reliable_rows"],
     "vicl.remote_code.frozen_painter": ["PainterInContext"],
+    "vicl.remote_code.frozen_sam2": ["Sam2InContext"],
     "vicl.remote_code.frozen_sam3": ["Sam3InContext"],
     "vicl.remote_code.frozen_seggpt": ["SegGptInContext"],
     "vicl.remote_code.vision_encoder": ["VisionEncoder"],
@@ -167,6 +168,7 @@ if TYPE_CHECKING:
     from hf_effdl.vicl.remote_code.frozen_mae_vqgan import MaeVqganInContext
     from hf_effdl.vicl.remote_code.frozen_matching import FeatureMatching
     from hf_effdl.vicl.remote_code.frozen_painter import PainterInContext
+    from hf_effdl.vicl.remote_code.frozen_sam2 import Sam2InContext
     from hf_effdl.vicl.remote_code.frozen_sam3 import Sam3InContext
     from hf_effdl.vicl.remote_code.frozen_seggpt import SegGptInContext
     from hf_effdl.vicl.remote_code.ranker_aggregation import aggregate_rankings

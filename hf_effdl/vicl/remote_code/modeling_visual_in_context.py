@@ -16,6 +16,7 @@ from .frozen_mae_vqgan import MaeVqganInContext
 from .frozen_matching import FeatureMatching
 from .frozen_model import FrozenModel
 from .frozen_painter import PainterInContext
+from .frozen_sam2 import Sam2InContext
 from .frozen_sam3 import Sam3InContext
 from .frozen_seggpt import SegGptInContext
 from .images import BICUBIC
@@ -28,7 +29,10 @@ DEFAULT = "BAAI/seggpt-vit-large"
 # frozen models that can be saved, by the name of their kind; a Painter is a SegGPT too
 FROZEN: dict[str, type[FrozenModel]] = {
     frozen.kind: frozen
-    for frozen in (PainterInContext, SegGptInContext, Sam3InContext, MaeVqganInContext, FeatureMatching)
+    for frozen in (
+        *(PainterInContext, SegGptInContext, Sam3InContext, Sam2InContext, MaeVqganInContext),
+        FeatureMatching,  # of whatever no other takes
+    )
 }
 # selectors that a model can keep, by the name of the strategy
 KINDS = {selector.kind: selector for selector in (CascadeSelector, RankerSelector)}
@@ -88,12 +92,12 @@ class VisualInContextModel(PreTrainedModel):
         token: str | bool | None = None,
         **settings: Any,
     ) -> "VisualInContextModel":
-        """A model from a repository or folder: its SegGPT, Painter, SAM 3 or MAE-VQGAN, else feature matching.
+        """A model from a repository or folder: its SegGPT, Painter, SAM 3, SAM 2 or MAE-VQGAN, else feature matching.
 
         Args:
             backbone: e.g. `BAAI/seggpt-vit-large` or `facebook/dinov2-base`.
             task: "segmentation", "detection", "colourisation" or "image-to-image".
-            encoder: encoder for retrieval; default: the backbone itself. SAM 3 and MAE-VQGAN need one.
+            encoder: encoder for retrieval; default: the backbone itself. SAM 2, SAM 3 and MAE-VQGAN need one.
             revision: of the backbone.
             settings: for `SegGptInContext` (`embedding_type`, `ensemble`), `PainterInContext` (`ensemble`) or
                 `Sam3InContext` (`text`, `threshold`, `paint`), or for `FeatureMatching` (`matching`, `temperature`,
