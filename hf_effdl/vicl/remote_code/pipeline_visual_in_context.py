@@ -38,7 +38,7 @@ from .pipeline_picture import draw_panels
 from .pipeline_saving import pushed, saved
 from .pool_reader import PoolReader
 from .pool_rows import allowed_rows
-from .visual_tasks import find_task, task_of
+from .visual_tasks import PICTURES, find_task, task_of
 
 
 TASK = "visual-in-context-learning"
@@ -411,7 +411,7 @@ class VisualInContextPipeline(Pipeline):
             return self._answer(encoded, images, labels, weights, options, 0)
         layouts = range(self.model.frozen.arrangements)
         answers = [self._answer(encoded, images, labels, weights, options, layout) for layout in layouts]
-        return count_votes(torch.stack(answers), self.visual_task.name != "colourisation")
+        return count_votes(torch.stack(answers), self.visual_task.name not in PICTURES)
 
     def postprocess(self, outputs: dict[str, Any]) -> list[dict[str, Any]]:
         predictions = self.visual_task.decode(outputs["painted"].float(), outputs["sizes"])
