@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_effdl.structure.groups.group import PRODUCERS, Group
+from hf_effdl.structure.groups.group import Group
 
 
 @torch.no_grad()
 def mask(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -> nn.Module:
-    """Silence, in place, every unit that is not kept: its rows, bias, norm weight and norm bias become zero.
+    """Silence, in place, every unit that is not kept: its `silent_slices` become zero.
 
     Args:
         model: changed in place and returned.
@@ -23,10 +23,9 @@ def mask(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) 
         if group.name not in kept:
             continue
         gone = _gone(group, kept)
-        for part in group.slices:
-            if part.role in PRODUCERS:
-                tensor = model.get_parameter(part.tensor)
-                tensor.index_fill_(part.axis, part.entries(gone).to(tensor.device), 0)
+        for part in group.silent_slices:
+            tensor = model.get_parameter(part.tensor)
+            tensor.index_fill_(part.axis, part.entries(gone).to(tensor.device), 0)
     return model
 
 

@@ -201,8 +201,9 @@ def _effect(
 def _head_sizes(entry: str, value: int, groups: Sequence[Group]) -> list[dict[str, int]]:
     """Sizes of a head to hold: where it is not held, the number of heads divides the width up."""
     head_dim = f"{entry.rpartition('.')[0]}.{HEAD_SIZE}".removeprefix(".")
+    roles = ("row", "table")
     sizes = {
-        min(part.block for part in group.slices if part.role == "row") for group in groups if value % group.units == 0
+        part.block for group in groups if value % group.units == 0 for part in group.slices if part.role in roles
     }
     return [{head_dim: size} for size in sorted(sizes - {1})]
 
