@@ -155,6 +155,7 @@ def test_quantised_weights_are_refused_with_what_to_do():
         ({"tables": {"0": [0]}}, "no number it can be"),
         ({"counts": {"_parameters": {"0": 1}}}, "names the attribute '_parameters'"),
         ({"counts": {"heads": {"0": "8"}}}, "no number it can be"),
+        ({"counts": {"config.__class__": {"0": 1}}}, "names the attribute 'config.__class__'"),
     ],
 )
 def test_forged_sizes_of_a_slim_model_are_refused_by_their_entry(given, words):

@@ -14,7 +14,15 @@ from datasets import Dataset, DatasetDict
 from forked import Script
 from hub import LoopbackHub
 from lora_run import adapted, bert
-from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from torch import nn
 from transformers import BertTokenizerFast, GPT2Config, GPT2LMHeadModel
 
@@ -175,8 +183,6 @@ def quantised():
 
 
 REFUSED = {
-    "PiSSA": (entangled("pissa"), "init_lora_weights='pissa' puts a part"),
-    "OLoRA": (entangled("olora"), "init_lora_weights='olora'"),
     "orthogonal": (entangled("orthogonal"), "ranks that cancel each"),
     "AdaLoRA": (other_method(AdaLoraConfig(total_step=9, target_modules=["query"])), "adalora"),
     "IA3": (other_method(IA3Config(target_modules=["query"], feedforward_modules=[])), "query is a peft.tuners.ia3"),
@@ -268,6 +274,77 @@ def test_the_largest_singular_directions_are_kept_and_each_module_has_its_best(n
         gone += [(value.item(), group.params) for value in effect[kept:]]
     left = small.effdl_report["params"]["before"] * 0.4 - small.effdl_report["params"]["after"]
     assert max((value for value, cost in gone if cost <= left), default=0) <= min(value for value, _ in effects)
+
+
+@pytest.mark.parametrize(
+    ("base", "config"),
+    [
+        (bert, {"init_lora_weights": "pissa"}),
+        (bert, {"init_lora_weights": "pissa_niter_4", "use_rslora": True, "rank_pattern": {"query": 3}}),
+        (bert, {"init_lora_weights": "olora"}),
+        (gpt2, {"init_lora_weights": "pissa", "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    ],
+    ids=["PiSSA", "PiSSA, rsLoRA", "OLoRA", "Conv1D"],
+)
+def test_what_began_with_a_part_of_the_base_weights_is_selected_by_what_has_changed(base, config, tmp_path):
+    """Reference: torch's singular value decomposition of the weights after training less those of the base."""
+    net, before = adapted(base().eval(), **config), base().eval()
+    torch.testing.assert_close(said(net), said(before), atol=1e-5, rtol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT: the folder says nothing of the base weights
+        net.save_pretrained(tmp_path / "initial")
+    initial = get_peft_model_state_dict(net)
+    initial = {name: tensor.clone() for name, tensor in initial.items()}
+    generator = torch.Generator().manual_seed(3)
+    for i, p in enumerate(p for p in net.parameters() if p.requires_grad):
+        p.data += 0.02 * (1 + i % 5) * torch.randn(p.shape, generator=generator)
+    path = path_of(net, generator)
+    small = select_lora_ranks(net, path, 0.4, initial=tmp_path / "initial")
+    assert_same(ranks_of(small), ranks_of(select_lora_ranks(net, path, 0.4, initial=initial)))
+    assert small.effdl_report["params"]["ratio"] <= 0.4
+    expected, full = base().eval(), base().eval()
+    for name, pair in small.effdl_report["units"].items():
+        layer, weight = net.get_submodule(name), before.get_submodule(name.removeprefix("base_model.model.")).weight
+        change = layer.get_base_layer().weight + layer.get_delta_weight("default") - weight
+        u, s, v = torch.linalg.svd(change.detach().double(), full_matrices=False)
+        kept = (u[:, : pair["after"]] * s[: pair["after"]] @ v[: pair["after"]]).float()
+        for copied, added in ((expected, kept), (full, change.detach())):
+            copied.get_submodule(name.removeprefix("base_model.model.")).weight.data += added
+    small.save_pretrained(tmp_path / "small")
+    loaded = PeftModel.from_pretrained(base().eval(), tmp_path / "small")
+    for one in (small, loaded, loaded.merge_and_unload()):
+        torch.testing.assert_close(said(one), said(expected), atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(said(net), said(full), atol=2e-6, rtol=2e-6)
+    assert not torch.allclose(said(expected), said(full), atol=1e-4)
+
+
+def ranks_of(net):
+    return {name: p for name, p in net.named_parameters() if "lora" in name}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({}, ValueError, "init_lora_weights='pissa' moved a part of the base weights.*initial=folder"),
+        ({"initial": 3}, TypeError, "initial is a int"),
+        ({"initial": "nowhere"}, FileNotFoundError, "adapter_model.safetensors does not exist"),
+        ({"initial": {}}, ValueError, "initial holds no such tensor for base_model"),
+        ({"initial": None, "spoil": torch.ones(2, 2)}, ValueError, r"initial holds one of shape \(2, 2\)"),
+        ({"initial": None, "spoil": float("nan")}, ValueError, "where the adapter has finite numbers"),
+        ({"initial": None, "order": "dual"}, ValueError, "order='dual' is of ranks as they were trained"),
+    ],
+)
+def test_what_an_adapter_was_before_training_is_asked_for_and_checked(change, error, message):
+    net = adapted(bert(), init_lora_weights="pissa")
+    path = path_of(net, torch.Generator())
+    if "initial" in change and change["initial"] is None:
+        change = change | {"initial": {name: t.clone() for name, t in get_peft_model_state_dict(net).items()}}
+        spoil = change.pop("spoil", None)
+        first = next(iter(change["initial"]))
+        if spoil is not None:
+            change["initial"][first] = spoil if isinstance(spoil, torch.Tensor) else change["initial"][first] * spoil
+    with pytest.raises(error, match=message):
+        select_lora_ranks(net, path, 0.5, **change)
 
 
 def test_a_selected_adapter_is_trained_selected_and_saved_again(tmp_path):

@@ -87,7 +87,7 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
         _even_out(copy, inputs)
         found, skipped = _find(copy, inputs, network)
         settings = settings_for(copy, inputs, labels_of(example_inputs, copy))
-        groups = keep_removable(settings, with_counts(copy, settings[0], found), skipped)
+        groups = keep_removable(settings, with_counts(copy, settings, found, skipped), skipped)
     _report_skipped(groups, skipped, model)
     return _lift(groups, model, unit)
 

@@ -30,8 +30,8 @@ class Slice:
         block: consecutive entries per unit along that axis (height times width where a convolution is flattened, the
             outputs per channel of a depthwise convolution).
         role: `"row"` (producer weight), `"bias"`, `"scale"` and `"shift"` (norm weight and bias), `"mean"` and `"var"`
-            (running statistics), `"table"` (entries that go along, as a column of a table of position biases) or
-            `"input"` (consumer weight).
+            (running statistics), `"table"` (entries that go along, as a column of a table of position biases, or
+            queries that alone do not make a unit's value) or `"input"` (consumer weight).
         start: first entry along that axis; queries, keys and values that lie in one tensor start at three places.
     """
 
@@ -135,6 +135,12 @@ class Group:
                 break
         return [by_tensor[name] for name in self.lifted]
 
+    @property
+    def silent_slices(self) -> list[Slice]:
+        """What is zero where a unit is silent: all that makes its value, or else all that reads it."""
+        has_rows = any(part.role == "row" for part in self.slices)
+        return [part for part in self.slices if (part.role in PRODUCERS if has_rows else part.role == "input")]
+
     @torch.no_grad()
     def param_group(self, model: nn.Module | None = None) -> dict[str, Any]:
         """The group as a torch param group of plain values, for `SplitLBI`.
@@ -182,9 +188,9 @@ class Group:
     def norm(self, model: nn.Module) -> Tensor:
         """Size of every unit in `model`, `(units,)`: over its lifted slices, each divided by its mean over the units.
 
-        A group that lifts nothing is measured by its producer rows.
+        A group that lifts nothing is measured by its producer rows, or where it has none by what reads it.
         """
-        parts = self.lifted_slices or [part for part in self.slices if part.role == "row"]
+        parts = self.lifted_slices or [part for part in self.silent_slices if part.role in ("row", "input")]
         squared = torch.zeros(self.units)
         for part in parts:
             norm = rows_of(model.get_parameter(part.tensor), part, self.units).norm(dim=1).float().cpu()

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from hf_effdl.structure.groups.group import PRODUCERS, Group, Groups, Network
+from hf_effdl.structure.groups.numbers import is_number_name
 from hf_effdl.structure.groups.ties import Tie
 
 
@@ -136,8 +137,7 @@ def _check_count(count: Any, group: str) -> None:
     where = f"counts of {group}"
     require(len(listed(count, where)) == 3, where, f"has {len(count)} values where there are 3")
     text(count[0], where)
-    plain = text(count[1], where).isidentifier() and not count[1].startswith("__")
-    require(plain, where, f"names the attribute {count[1][:20]!r}")
+    require(is_number_name(text(count[1], where)), where, f"names the attribute {count[1][:20]!r}")
     whole(count[2], where, 1, LARGEST)
 
 

@@ -13,6 +13,15 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_effdl.structure.groups.numbers import (
+    IN_CONFIG,
+    is_number_name,
+    number_of,
+    numbers_of,
+    own_numbers,
+    set_number,
+    shared_config,
+)
 from hf_effdl.structure.groups.record import LARGEST, listed, named, require, whole
 from hf_effdl.structure.groups.surgery import has_inputs_first, set_sizes
 
@@ -53,8 +62,7 @@ class SlimConfig(QuantizationConfigMixin):
         }
         self.counts = {}
         for attribute, values in named(counts or {}, "counts").items():
-            plain = attribute.isidentifier() and not attribute.startswith("_")
-            require(plain, "counts", f"names the attribute {attribute[:20]!r}")
+            require(is_number_name(attribute), "counts", f"names the attribute {attribute[:20]!r}")
             entries = named(values, f"counts of {attribute}").items()
             self.counts[attribute] = {_number(at, "counts"): whole(n, "counts", 1, LARGEST) for at, n in entries}
         self.count = whole(count, "count", 0, LARGEST)
@@ -118,7 +126,7 @@ class SlimQuantizer(HfQuantizer):
                         f"this checkpoint sets {attribute} of module {number}, but {type(model).__name__} has "
                         f"{len(modules)} such modules; load it with the class it was saved from"
                     )
-                setattr(modules[int(number)], attribute, value)
+                set_number(modules[int(number)], attribute, value)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -126,8 +134,8 @@ class SlimQuantizer(HfQuantizer):
         # the sizes for the next load.
         del model.hf_quantizer, model.is_quantized, model.quantization_method
         for module in model.modules():
-            if getattr(module, "config", None) is not None:
-                module.config._is_quantized = False
+            if (config := shared_config(module)) is not None:
+                config._is_quantized = False
         return model
 
     def is_serializable(self) -> bool:
@@ -177,22 +185,18 @@ def _resize_tables(model: nn.Module, wanted: Mapping[str, list[int]]) -> None:
 
 def _modules_with(model: nn.Module, attribute: str) -> list[nn.Module]:
     """The modules, sized layers aside, that keep a whole number of that name."""
-    return [m for m in model.modules() if type(vars(m).get(attribute)) is int and not _is_sized(m)]
+    return [m for m in model.modules() if number_of(m, attribute) is not None and not _is_sized(m)]
 
 
 def _counts_that_differ(model: nn.Module, stock: nn.Module) -> dict[str, dict[str, int]]:
     """Whole numbers of modules that are not what the stock class sets, by attribute and place."""
-    names = {
-        name
-        for module in model.modules()
-        if not _is_sized(module) and not isinstance(module, nn.Embedding)
-        for name, value in vars(module).items()
-        if type(value) is int and not name.startswith("_")
-    }
+    modules = [m for m in model.modules() if not _is_sized(m) and not isinstance(m, nn.Embedding)]
+    names = {name for module in modules for name, _ in numbers_of(module, in_config=False)}
+    names |= {IN_CONFIG + name for module in modules for name in own_numbers(module)}
     counts = {}
     for name in sorted(names):
         pairs = zip(_modules_with(model, name), _modules_with(stock, name), strict=False)
-        values = [(getattr(mine, name), getattr(theirs, name)) for mine, theirs in pairs]
+        values = [(number_of(mine, name), number_of(theirs, name)) for mine, theirs in pairs]
         differ = {str(i): mine for i, (mine, theirs) in enumerate(values) if mine != theirs}
         counts |= {name: differ} if differ else {}
     return counts

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_effdl.structure.groups.group import PRODUCERS, Group
+from hf_effdl.structure.groups.group import Group
+from hf_effdl.structure.groups.numbers import IN_CONFIG, number_of, own_numbers, set_number, shared_config
 
 
 @torch.no_grad()
 def mask(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -> nn.Module:
-    """Silence, in place, every unit that is not kept: its rows, bias, norm weight and norm bias become zero.
+    """Silence, in place, every unit that is not kept: its `silent_slices` become zero.
 
     Args:
         model: changed in place and returned.
@@ -23,10 +24,9 @@ def mask(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) 
         if group.name not in kept:
             continue
         gone = _gone(group, kept)
-        for part in group.slices:
-            if part.role in PRODUCERS:
-                tensor = model.get_parameter(part.tensor)
-                tensor.index_fill_(part.axis, part.entries(gone).to(tensor.device), 0)
+        for part in group.silent_slices:
+            tensor = model.get_parameter(part.tensor)
+            tensor.index_fill_(part.axis, part.entries(gone).to(tensor.device), 0)
     return model
 
 
@@ -67,13 +67,13 @@ def _set_counts(model: nn.Module, group: Group, units: int) -> None:
     """Bring the numbers that modules keep of a group's units in line with how many are left."""
     for path, attribute, number in group.counts:
         module = model.get_submodule(path)
-        now = vars(module).get(attribute)
-        if type(now) is not int or now != group.units * number:
+        now = number_of(module, attribute)
+        if now != group.units * number:
             raise ValueError(
                 f"{path}.{attribute} is {now!r}, but the {group.units} units of group {group.name!r} make it "
                 f"{group.units * number}; call find_groups on this model"
             )
-        setattr(module, attribute, units * number)
+        set_number(module, attribute, units * number)
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -107,13 +107,17 @@ def set_sizes(module: nn.Module) -> None:
 def share_config(model: nn.Module, config: Any) -> None:
     """Give a config to a transformers model and to its parts, which share one object, in place.
 
-    A part with a config of its own, as the encoder of a T5, keeps that.
+    A part with a config of its own, as the encoder of a T5, keeps that. Numbers that a module has of its own in the
+    shared one are gone where the new config says them.
     """
     before = getattr(model, "config", None)
     for module in model.modules():
-        own = getattr(module, "config", None)
-        if type(own) is type(config) and (own is before or own.to_dict() == before.to_dict()):
+        shared, own = shared_config(module), own_numbers(module)
+        if type(shared) is type(config) and (shared is before or shared.to_dict() == before.to_dict()):
             module.config = config
+            for name, value in own.items():
+                if getattr(config, name) != value:
+                    set_number(module, IN_CONFIG + name, value)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

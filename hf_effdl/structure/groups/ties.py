@@ -188,21 +188,33 @@ def _effect(
             for axis, (old, new) in enumerate(zip(shape, grown.get(name, ()), strict=False))
             if new != old
         }
-        doubled = {(name, axis) for name, axis in changed if grown[name][axis] == 2 * shapes[name][axis]}
-        names = {group.name for group in groups for part in group.slices if (part.tensor, part.axis) in doubled}
+        growth = {(name, axis): grown[name][axis] - shapes[name][axis] for name, axis in changed}
+        names = {group.name for group in groups if _doubles(group, growth)}
         own = {(part.tensor, part.axis) for group in groups if group.name in names for part in group.slices}
         if names:
             return _Effect(entry, value, frozenset(names), held, changed <= own and grown.keys() == shapes.keys())
-        if changed:
+        if changed and held:
             return None
     return None
+
+
+def _doubles(group: Group, growth: Mapping[tuple[str, int], int]) -> bool:
+    """Whether axes have grown by what units of a group take of them: of a fused layer, by its queries, say."""
+    sizes: dict[tuple[str, int], set[int]] = {}
+    for part in group.slices:
+        place = part.tensor, part.axis
+        before = sizes.get(place, {0})
+        sizes[place] = before | {size + group.units * part.block for size in before}
+    return any(growth.get(place) in some - {0} for place, some in sizes.items())
 
 
 def _head_sizes(entry: str, value: int, groups: Sequence[Group]) -> list[dict[str, int]]:
     """Sizes of a head to hold: where it is not held, the number of heads divides the width up."""
     head_dim = f"{entry.rpartition('.')[0]}.{HEAD_SIZE}".removeprefix(".")
     sizes = {
-        min(part.block for part in group.slices if part.role == "row") for group in groups if value % group.units == 0
+        min(group.slices, key=lambda part: (part.role != "row", part.block)).block
+        for group in groups
+        if value % group.units == 0
     }
     return [{head_dim: size} for size in sorted(sizes - {1})]
 

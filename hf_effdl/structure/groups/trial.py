@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_effdl.random_state import seed_all
-from hf_effdl.structure.groups.group import BATCH_NORMS, PRODUCERS, Group
+from hf_effdl.structure.groups.group import BATCH_NORMS, Group
 from hf_effdl.structure.groups.inputs import all_values, call, copy_of, each_tensor, output_tensors, twice, with_labels
 from hf_effdl.structure.groups.reading import Reading
 from hf_effdl.structure.groups.surgery import cut, mask
@@ -259,8 +259,8 @@ def _alike(setting: Setting, groups: Sequence[Group], kept: dict[str, Tensor], s
 @contextmanager
 def _masked(model: nn.Module, groups: Sequence[Group], kept: dict[str, Tensor]) -> Iterator[nn.Module]:
     """A model whose other units are silent for the length of a `with` block."""
-    producers = {part.tensor for group in groups for part in group.slices if part.role in PRODUCERS}
-    saved = {name: model.get_parameter(name).detach().clone() for name in producers}
+    changed = {part.tensor for group in groups for part in group.silent_slices}
+    saved = {name: model.get_parameter(name).detach().clone() for name in changed}
     try:
         yield mask(model, groups, kept)
     finally:

@@ -1,5 +1,6 @@
 """`select_lora_ranks`: from a trained LoRA adapter and its path to a smaller plain one."""
 
+import os
 from collections.abc import Mapping
 from math import prod
 from typing import Any
@@ -14,6 +15,7 @@ from hf_effdl.structure.groups.group import Group, rows_of
 from hf_effdl.structure.groups.inputs import copy_of
 from hf_effdl.structure.groups.surgery import cut
 from hf_effdl.structure.lora.budget import check_limit, limit_of, ranks_within
+from hf_effdl.structure.lora.initial import as_change, initial_tensors
 from hf_effdl.structure.path.path import ORDERS, SparsePath
 
 
@@ -30,6 +32,7 @@ def select_lora_ranks(
     unit: str = "params",
     order: str = "size",
     inplace: bool = False,
+    initial: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """A smaller plain LoRA adapter: the ranks that a budget keeps along the path, over all modules.
 
@@ -43,6 +46,10 @@ def select_lora_ranks(
     but for a factor, singular value times `g / |a|`, with g the root mean square of the gradient's entries in the
     lifted tensor (`path.units[name]["gradient"]`) and |a| that of the norms of the other tensor's ranks.
 
+    An adapter that began with a part of the base weights (PiSSA, OLoRA) is first said as what training has changed,
+    `s (B A - B0 A0)`, on the base weights as they were, which takes `initial`. So what comes out loads on the model
+    that everybody has; a module may then keep up to twice the ranks that it had.
+
     Args:
         model: a `PeftModel` with one active LoRA adapter (rsLoRA and DoRA too), as it was trained; stays as it is.
         path: of that run, `trainer.path`.
@@ -51,6 +58,8 @@ def select_lora_ranks(
         order: `"size"` or `"effect"`, as above; or `"dual"` or `"entry"`, ranks as they were trained, see
             `SparsePath.scores`: scores of different modules are compared as they are.
         inplace: make `model` itself smaller instead of a copy, which takes as much memory as the whole model.
+        initial: the adapter as it was before training: the folder of its `save_pretrained`, or its tensors by name
+            (`peft.get_peft_model_state_dict`). Needed for PiSSA and OLoRA, with `order` `"size"` or `"effect"`.
 
     Returns:
         A `PeftModel` with that adapter alone, ready to be saved, merged or trained on. What was kept stands in
@@ -59,7 +68,8 @@ def select_lora_ranks(
     Raises:
         TypeError: `model` is no `PeftModel`, or `path` no `SparsePath`.
         ValueError: a budget out of range or too small for one rank, a path of another adapter or without gradients, or
-            an adapter whose ranks cannot go one at a time (see `find_groups`).
+            an adapter whose ranks cannot go one at a time (see `find_groups`); `initial` of another adapter.
+        FileNotFoundError: there is no adapter in `initial`.
 
     Example:
         >>> trainer.train()                                                   # doctest: +SKIP
@@ -71,6 +81,9 @@ def select_lora_ranks(
     adapter, groups = active_adapter(model), lora_groups(model)
     _check_path(path, groups, order)
     _check_finite(model, path, groups)
+    before = initial_tensors(model, adapter, groups, initial)
+    if before and order in ORDERS:
+        raise ValueError(f"order={order!r} is of ranks as they were trained, initial= of what changed: take 'size'")
     costs = {group.name: group.params for group in groups}
     limit = limit_of(budget, unit, costs, {group.name: group.units for group in groups})
     least = {group.name: _least(model, group.name, adapter) for group in groups}
@@ -78,9 +91,10 @@ def select_lora_ranks(
     check_limit(paid, limit, least)  # before anything is turned
     small = model if inplace else copy_of(model)
     forget_accelerate(small)
-    scores = path.scores(order, relative=False) if order in ORDERS else _worths(small, groups, path, order)
+    now = as_change(small, adapter, groups, before)
+    scores = path.scores(order, relative=False) if order in ORDERS else _worths(small, now, path, order)
     kept = ranks_within(scores, paid, limit, least)
-    _shrink(small, adapter, groups, kept)
+    _shrink(small, adapter, now, kept)
     small.effdl_report = _report(groups, kept, costs) | {"budget": {unit: budget}, "order": order}
     return small
 
@@ -201,7 +215,8 @@ def _turn(model: nn.Module, group: Group) -> Tensor:
     first, second = (model.get_parameter(part.tensor) for part in group.slices)
     # B is (outputs, ranks), A is (ranks, inputs), each with the axes of a convolution's kernel behind
     b, a = (first, second) if group.slices[0].axis else (second, first)
-    wide = torch.promote_types(b.dtype, torch.float32)
+    # in double: of a difference little may be left
+    wide = torch.float32 if b.device.type == "mps" else torch.float64
     rank, outputs, inputs = a.shape[0], b.shape[0], prod(a.shape[1:])
     q_b, r_b = torch.linalg.qr(b.detach().to(wide).reshape(outputs, rank))
     q_a, r_a = torch.linalg.qr(a.detach().to(wide).reshape(rank, inputs).T)

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.calibration.batches import HELD_OUT
-from hf_effdl.structure.groups.group import PRODUCERS, Group, Slice
+from hf_effdl.structure.groups.group import Group, Slice
 from hf_effdl.structure.groups.inputs import evaluating
 from hf_effdl.structure.optim.prox import per_entry
 from hf_effdl.structure.optim.sharding import local
@@ -58,10 +58,9 @@ def projected(
                 outside = {name: ~support[name].to(units.device) for name, units in outside.items()}
             named = {WRAPPERS.sub("", name): p for name, p in model.named_parameters()}
             for group in groups:
-                for part in group.slices if group.name in outside else ():
-                    if part.role in PRODUCERS:
-                        p = named[part.tensor]
-                        local(p).masked_fill_(per_entry(_entries_of(outside[group.name], p, part), p, part.axis, 1), 0)
+                for part in group.silent_slices if group.name in outside else ():
+                    p = named[part.tensor]
+                    local(p).masked_fill_(per_entry(_entries_of(outside[group.name], p, part), p, part.axis, 1), 0)
         yield model
     finally:
         with torch.no_grad():

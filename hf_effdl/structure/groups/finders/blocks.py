@@ -1,8 +1,9 @@
 """FFN neurons, attention heads and key/value groups with their query heads, from what reaches what.
 
 All three are one thing: channels of what a linear layer reads fall into units, and every entry of the layers before it
-reaches one unit at most. A unit is one channel of an FFN (gated or not), all channels of a head, or those of all query
-heads that read one key/value head.
+reaches one unit at most, or all of them. A unit is one channel of an FFN (gated or not), all channels of a head, or
+those of all query heads that read one key/value head. The one key/value head of multi-query attention reaches all: it
+stays, and so zero queries do not silence a head, but zeros in the layer that reads it do.
 """
 
 from collections import Counter, defaultdict
@@ -80,7 +81,7 @@ def find_blocks(model: nn.Module, inputs: Any, network: Network) -> Blocks:
         elif reading.kind == OPEN or (reading.kind == APART and all(other.kind != DENSE for other in others)):
             is_all = False
     position = {name: i for i, name in enumerate(network.shapes)}
-    groups = [_group(same, network, position) for same in found.values()]
+    groups = [_group(same, network, position) for same in _joined(found.values())]
     groups.sort(key=lambda group: position[group.slices[0].tensor])
     skipped = {_name(reading): reading.reason for reading in readings if reading.reason}
     return Blocks(_usable(groups, model, skipped), skipped, is_all)
@@ -108,50 +109,66 @@ def _reading(
     probe = Probe(product, [(one.leaf, one.channels) for one in leaves])
     first = probe.reached(torch.arange(1))
     everything = [bool(entries.all()) and len(entries) > 1 for entries in first]
-    if any(everything):
-        reason = None
-        partly = any(
-            bool(entries.any()) and not all_of_it for entries, all_of_it in zip(first, everything, strict=True)
-        )
-        if partly and product.kind == "linear":
-            shared = leaves[everything.index(True)].weight.rpartition(".")[0]
-            reason = f"what {shared} makes goes into every one of them, as one key/value head does"
-        return _Reading(product, before, DENSE, reason=reason)
+    partly = any(bool(entries.any()) and not whole for entries, whole in zip(first, everything, strict=True))
+    if any(everything) and not partly:
+        return _Reading(product, before, DENSE)
     if normed or any(one.kind == "convolution" for one in (product, *leaves)):
+        return _Reading(product, before, DENSE if any(everything) else OPEN)
+    block, common = _smallest_block(probe)
+    slices = _slices(leaves, probe.units(block), common, probe.channels // block) if block else None
+    if slices:
+        slices |= _tables(product, parameters, block)
+        return _Reading(product, before, APART, block, probe.channels // block, frozenset(slices))
+    if not any(everything):
         return _Reading(product, before, OPEN)
-    block = _smallest_block(probe)
-    slices = _slices(leaves, probe.units(block), probe.channels // block) if block else None
-    if not slices:
-        return _Reading(product, before, OPEN)
-    slices |= _tables(product, parameters, block)
-    return _Reading(product, before, APART, block, probe.channels // block, frozenset(slices))
+    shared = leaves[everything.index(True)].weight.rpartition(".")[0]
+    return _Reading(product, before, DENSE, reason=f"what {shared} makes goes into every one of them")
 
 
-def _smallest_block(probe: Probe) -> int | None:
-    """The fewest channels per unit with which nothing reaches the first and another; None without another."""
+def _smallest_block(probe: Probe) -> tuple[int, list[Tensor]]:
+    """The fewest channels per unit with which what reaches the first and another reaches all; 0 without another.
+
+    Returns:
+        that number, and for every leaf which of its entries reach all units (bool).
+    """
     channels = torch.arange(probe.channels)
     for block in range(1, probe.channels // 2 + 1):
         if probe.channels % block:
             continue
         first, rest = probe.reached(channels[:block]), probe.reached(channels[block:])
-        if not any(bool((a & b).any()) for a, b in zip(first, rest, strict=True)):
-            return block
-    return None
+        common = [a & b for a, b in zip(first, rest, strict=True)]
+        if not any(map(torch.any, common)) or all(
+            _is_within(common, probe.reached(unit)) for unit in reversed(channels.split(block))
+        ):
+            return block, common
+    return 0, []
 
 
-def _slices(leaves: Sequence[Product], units: Sequence[Tensor], count: int) -> set[Slice] | None:
-    """Where the units lie in the layers before; None where one of those has them in no regular order."""
-    slices = set()
-    for product, unit in zip(leaves, units, strict=True):
-        runs = _runs(unit.tolist(), count)
+def _is_within(entries: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return not any(bool((a & ~b).any()) for a, b in zip(entries, others, strict=True))
+
+
+def _slices(
+    leaves: Sequence[Product], units: Sequence[Tensor], common: Sequence[Tensor], count: int
+) -> set[Slice] | None:
+    """Where the units lie in the layers before; None where one of those has them in no regular order.
+
+    Where some entries reach all units, the others go along with theirs, but do not silence them.
+    """
+    slices, producers = set(), {"row": "row", "bias": "bias"}
+    if any(map(torch.any, common)):
+        producers = dict.fromkeys(producers, "table")
+    for product, unit, in_all in zip(leaves, units, common, strict=True):
+        runs = _runs(unit.masked_fill(in_all, -1).tolist(), count)
         if runs is None:
             return None
         for start, block in runs:
-            role = "table" if product.kind == "lookup" else "row"
+            role = "table" if product.kind == "lookup" else producers["row"]
             slices.add(Slice(product.weight, product.out_axis, block, role, start))
             if product.bias:
-                slices.add(Slice(product.bias, 0, block, "bias", start))
-    return slices if any(part.role == "row" for part in slices) else None
+                slices.add(Slice(product.bias, 0, block, producers["bias"], start))
+    computed = {product.weight for product in leaves if product.kind != "lookup"}
+    return slices if any(part.tensor in computed for part in slices) else None
 
 
 def _runs(units: Sequence[int], count: int) -> list[tuple[int, int]] | None:
@@ -184,11 +201,23 @@ def _tables(product: Product, parameters: Mapping[str, Tensor], block: int) -> s
 # ---- groups
 
 
+def _joined(found: Iterable[list[_Reading]]) -> list[list[_Reading]]:
+    """Readings by group: those whose units have a table in common are of one, as all layers of a T5 are."""
+    joined: list[list[_Reading]] = []
+    for readings in found:
+        tables = {part for part in readings[0].slices if part.role == "table"}
+        alike = [others for others in joined if any(tables & other.slices for other in others)]
+        joined = [others for others in joined if others not in alike]
+        joined.append([reading for others in alike for reading in others] + readings)
+    return joined
+
+
 def _group(same: Sequence[_Reading], network: Network, position: Mapping[str, int]) -> Group:
     products = [(reading.product, reading.block) for reading in same]
     readers = {Slice(product.weight, 1 - product.out_axis, block, "input") for product, block in products}
-    slices = sorted(same[0].slices | readers, key=lambda part: (position[part.tensor], part.start))
-    first = next(part for part in slices if part.role == "row")  # it names the group
+    slices = frozenset.union(*(reading.slices for reading in same)) | readers
+    slices = sorted(slices, key=lambda part: (position[part.tensor], part.start))
+    first = min(slices, key=lambda part: part.role != "row")  # it names the group
     rest = [part for part in slices if part is not first]
     return Group(first.tensor.rpartition(".")[0], same[0].units, (first, *rest), (), network)
 

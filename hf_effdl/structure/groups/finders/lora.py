@@ -13,8 +13,10 @@ from torch import nn
 from hf_effdl.structure.groups.group import CONVS, Group, Groups, Network, Slice
 
 
-# They move a part of the base weights into the adapter, or have ranks that cancel each other.
-ENTANGLED = ("pissa", "olora", "corda", "lora_ga", "loftq", "orthogonal")
+# They move a part of the base weights into the adapter: ranks are chosen of what training has changed.
+MOVED = ("pissa", "olora")
+# The same, by data or for quantised weights, or they have ranks that cancel each other.
+ENTANGLED = ("corda", "lora_ga", "loftq", "orthogonal")
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -88,6 +90,12 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return layers
 
 
+def takes_base_weights(config: Any) -> bool:
+    """Whether an adapter began with a part of the base weights, by its config."""
+    init = config.init_lora_weights
+    return isinstance(init, str) and init.lower().startswith(MOVED)
+
+
 def _check_config(config: Any) -> None:
     """Refuse settings under which a rank cannot go alone."""
     if config is None:
@@ -96,7 +104,8 @@ def _check_config(config: Any) -> None:
     if isinstance(init, str) and init.lower().startswith(ENTANGLED):
         raise ValueError(
             f"init_lora_weights={init!r} puts a part of the base weights into the adapter, or ranks that cancel each "
-            "other, so that no rank can go alone; begin with init_lora_weights=True, 'gaussian' or 'eva'"
+            "other, so that no rank can go alone; begin with init_lora_weights=True, 'gaussian', 'eva', 'pissa' or "
+            "'olora'"
         )
     if config.target_parameters:
         raise ValueError(f"target_parameters={config.target_parameters}: ranks are chosen of target_modules only")
