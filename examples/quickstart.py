@@ -49,8 +49,8 @@ from digits_task import SHARED, accuracy, augment, digits, new_model, pool_with_
 from PIL import Image as Picture
 from PIL import ImageDraw
 from quickstart_page import Page
+from three_pillars import COLUMNS, SHARE, Net, Task, compare
 from transformers import ResNetForImageClassification, SegGptForImageSegmentation, Trainer, TrainingArguments
-from whole import COLUMNS, SHARE, Net, Task, compare
 
 from hf_effdl import (
     ExamplePool,
@@ -66,6 +66,7 @@ from hf_effdl import (
     WeightedTrainer,
     metrics,
 )
+from hf_effdl.cli.arguments import refuse_several_processes
 
 
 TINY = Path(__file__).parents[1] / "model_cards" / "tiny-seggpt-digits"
@@ -226,7 +227,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--select-epochs", type=float, default=3, help="length of each run, in epochs of the pool")
     parser.add_argument("--queries", type=int, default=40, help="scenes to segment by example")
     parser.add_argument("--scenes", type=int, default=200, help="scenes to choose the example from")
-    run(parser.parse_args(argv))
+    options = parser.parse_args(argv)
+    refuse_several_processes("the demo")
+    run(options)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@
 
 """All three pillars on one task, scikit-learn's digits: fewer rows, a smaller net, and its encoder shown examples.
 
-    python examples/whole.py     # half a minute on one free core
+    python examples/three_pillars.py     # half a minute on one free core
 
 Of a pool with a fifth of the labels wrong, 30 % of the rows are chosen; a small ResNet is trained on them with split
 LBI and made smaller, to 30 % of the multiply-accumulates, with the next layers refitted; then its encoder finds the
@@ -53,6 +53,7 @@ from hf_effdl import (
     VisualInContextPipeline,
     WeightedTrainer,
 )
+from hf_effdl.cli.arguments import refuse_several_processes
 
 
 SHARE = 0.3  # of the rows, and of the MACs
@@ -192,12 +193,13 @@ def facts(net: Net) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/whole"))
+    parser.add_argument("--out", type=Path, default=Path("runs/three_pillars"))
     parser.add_argument("--epochs", type=float, default=3, help="length of each run, in epochs of the pool")
     parser.add_argument("--tune-epochs", type=float, default=1, help="of a smaller net, more, in epochs of the pool")
     parser.add_argument("--queries", type=int, default=40, help="scenes to segment by example")
     parser.add_argument("--scenes", type=int, default=200, help="scenes to choose the example from")
     options = parser.parse_args(argv)
+    refuse_several_processes("this comparison")
     torch.set_num_threads(1)  # in nets this small, threads wait for each other for longer than they work
     transformers.logging.set_verbosity_error()
     task = Task(*choose(), digits()[1], options.epochs, options.tune_epochs, options.out)
