@@ -41,6 +41,7 @@ PRINTED = (
     "sampling_scale",
     "vicl_pets",
     "vicl_digits",
+    "vicl_cutouts",
     "vicl_matching",
     "vicl_classes",
     "pool_scale",

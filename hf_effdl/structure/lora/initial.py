@@ -48,7 +48,9 @@ def initial_tensors(model: Any, adapter: str, groups: Sequence[Group], initial: 
             )
         wanted[name] = tensor
     if dora := [group.name for group in groups if model.get_submodule(group.name).use_dora.get(adapter)]:
-        raise ValueError(f"{dora[0]} has DoRA, whose norms are of the base weights that initial= brings back: leave it")
+        raise ValueError(
+            f"{dora[0]} has DoRA, whose norms are of the base weights that initial= brings back: leave it"
+        )
     return wanted
 
 
