@@ -20,6 +20,9 @@ schedule of its own. Nets, rows and schedules are those of
 those "at equal MACs".
 
 - path, group lasso (same unit), global L2, random: the order that cuts; all search for as many steps as the path does;
+- even order: by the same scores, with widths halfway to one share of every layer (`order="even"`, which
+  `train_small` takes);
+- uniform widths, widths between: one share of every layer, and the geometric mean of that and the path's widths;
 - refitted: the layers behind the cut are refitted by least squares on 512 training images (`calibration=`);
 - new weights, path's widths: the small net starts from new weights; the search is paid for its widths alone;
 - Fisher, OBS: as many units of every layer as the path keeps, chosen by what the net that the path trained does on 512
@@ -60,13 +63,16 @@ BUDGETS = (0.25, 0.1)
 CALIBRATION = 512
 OURS = "path"
 # arm -> (what trains the dense net, what orders the units); scratch arms have neither
-REFITTED = ", refitted"
+REFITTED, EVEN = ", refitted", ", even order"
 RECIPE = {
     "path": ("path", "dual"),
     "group lasso": ("lasso", "norm"),
     "global L2": ("sgd", "l2"),
     "random": ("sgd", "random"),
     "new weights, path's widths": ("path", "dual"),
+    "path, even order": ("path", "dual"),
+    "group lasso, even order": ("lasso", "norm"),
+    "global L2, even order": ("sgd", "l2"),
     "path, uniform widths": ("path", "uniform"),
     "path, widths between": ("path", "between"),
     "random order, path's widths": ("path", "drawn"),
@@ -222,7 +228,7 @@ def by_recipe(run: Run, arm: str, seed: int, budget: float, ours: Found) -> tupl
     facts = {"dense": run.accuracy(found.model)}
     trained = {"model": found.model, "groups": found.groups, "optimizer": found.optimizer}
     path, order = path_of("dual" if how == "path" else scoring, trained, seed)
-    kept = path.select(macs=budget, order=order)
+    kept = path.select(macs=budget, order="even" if arm.endswith(EVEN) else order)
     images = run.rows(CALIBRATION, 128)
     if scoring in ("uniform", "between", "drawn uniform"):
         sizes = {name: len(index) for name, index in uniform(found.groups, budget).items()}

@@ -119,7 +119,7 @@ class SmallMixin:
         learning_rate: float | None = None,
         distill: float = 0.0,
         teacher: nn.Module | None = None,
-        order: str = "dual",
+        order: str = "even",
         widths: str = "stock",
         calibration: bool | Iterable[Any] = False,
         score: str = "path",
@@ -146,7 +146,8 @@ class SmallMixin:
             learning_rate: of the small net at its peak; default: that of the arguments.
             distill: the teacher's share of the small net's loss, see `Distillation`.
             teacher: default: the path's own teacher if there is one, else the dense net where its search stopped.
-            order, widths: see `SparsePath.select`.
+            order, widths: see `SparsePath.select`. So early, widths halfway to one share of every group have been
+                better at a tenth of the MACs than the path's own, and no worse at a quarter.
             calibration, score: see `slim`. By default nothing is refitted: the path's nets, which train this long
                 afterwards, have been no better for it, see the benchmarks.
             bn_batches: training batches for the batch norms; default: as in the arguments.
