@@ -23,7 +23,7 @@ TABLES = {
     "pool_scale": ("4553905212a8ac3d", "| rows | noise | probes |"),
     "pretrained_minilm": ("d5cba159c80251b9", "| 25% | obs | "),
     "pretrained_dinov2": ("02993e70875dc035", "| 50% | 64 | activation | yes | "),
-    "pretrained_smollm2": ("5f8f945935835a0c", "| ffn:0.75 | obs | wikitext, 128 tokens |"),
+    "pretrained_smollm2": ("32e15e38fd236f85", "| ffn:0.75 | obs | wikitext, 128 tokens |"),
     "pretrained_resnet20": ("abe18d8d6b13bdf6", "| 48.5% | activation | yes | "),
     "recipe_mnist": ("fb511631eac93339", "| scratch, uniform widths, equal MACs |"),
     "sampling_scale": ("97a6552bd4990ef7", "| plan_shards | "),
