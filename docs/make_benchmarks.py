@@ -42,6 +42,7 @@ PRINTED = (
     "vicl_digits",
     "vicl_matching",
     "vicl_classes",
+    "vicl_throughput",
     "pool_scale",
     "selection_speed",
     "scaling",
