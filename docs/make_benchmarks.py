@@ -44,6 +44,7 @@ PRINTED = (
     "vicl_cutouts",
     "vicl_matching",
     "vicl_classes",
+    "vicl_throughput",
     "pool_scale",
     "selection_speed",
     "scaling",
