@@ -284,9 +284,10 @@ def test_the_largest_singular_directions_are_kept_and_each_module_has_its_best(n
         (bert, {"init_lora_weights": "pissa"}),
         (bert, {"init_lora_weights": "pissa_niter_4", "use_rslora": True, "rank_pattern": {"query": 3}}),
         (bert, {"init_lora_weights": "olora"}),
+        (bert, {}),
         (gpt2, {"init_lora_weights": "pissa", "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     ],
-    ids=["PiSSA", "PiSSA, rsLoRA", "OLoRA", "Conv1D"],
+    ids=["PiSSA", "PiSSA, rsLoRA", "OLoRA", "plain", "Conv1D"],
 )
 def test_what_began_with_a_part_of_the_base_weights_is_selected_by_what_has_changed(base, config, tmp_path):
     """Reference: torch's singular value decomposition of the weights after training less those of the base."""
