@@ -327,7 +327,7 @@ def _print_part(rows: list[dict], dense: dict[int, float], what: str) -> None:
 def _print_pairs(rows: list[dict]) -> None:
     """How far the best path is ahead of every other arm, paired over seeds; each arm refitted, where it can be."""
     refitted = [
-        row for row in rows if row["refit"] is not False and row.get("ridge") is row.get("calibration") is None
+        row for row in rows if row.get("refit") is not False and row.get("ridge") is row.get("calibration") is None
     ]
     for share in sorted({row["kept"] for row in refitted}, reverse=True):
         by_arm = {
