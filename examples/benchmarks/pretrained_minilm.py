@@ -237,10 +237,11 @@ class Run:
 
 
 def rows_of(run: Run, options: Any, share: float, arm: str, file: RowFile) -> None:
-    """All rows of one arm and share that are missing; with a ridge or more rows only the refitted model's."""
+    """All missing rows of one arm and share; with a ridge, more rows or if asked only the refitted model's."""
     named = {"ridge": options.ridge, "calibration": run.calibrated_on, "teacher": options.teacher, "seed": run.seed}
     named = {"units": options.units, "kept": share, "arm": arm} | named
-    refits = (None,) if arm in ALONE else REFITS if named["ridge"] is named["calibration"] is None else (True,)
+    both = named["ridge"] is named["calibration"] is None and not options.refitted
+    refits = (None,) if arm in ALONE else REFITS if both else (True,)
     rows = [named | {"refit": refit, "epochs": n} for refit in refits for n in options.epochs]
     rows = [row for row in rows if file.key_of(row) not in file]
     if not rows:
@@ -371,6 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ridge", type=float, default=None, help="of every refit; default: chosen on held-out rows")
     parser.add_argument("--sizes", type=int, nargs=2, default=(ROWS, CALIBRATION), metavar=("TRAINING", "CALIBRATION"))
     parser.add_argument("--work", type=Path, default=Path("runs/banking77"), help="where fine-tuned models are kept")
+    parser.add_argument("--refitted", action="store_true", help="no rows of models whose layers are as they are")
     parser.add_argument("--check", action="store_true", help="all arms on a few rows: says whether they run")
     options = parser.parse_args(arguments)
     if options.check:
