@@ -32,7 +32,7 @@ from datasets import Dataset
 from transformers import AutoModel, AutoTokenizer
 
 from hf_effdl import ActiveLearner, ColumnAnswers, CsvAnswers, LinearProbes
-from hf_effdl.cli.arguments import Options, leave, parse_arguments
+from hf_effdl.cli.arguments import Options, leave, parse_arguments, refuse_several_processes
 from hf_effdl.cli.work.data import load_any
 
 
@@ -120,6 +120,7 @@ def plot(curves: dict[str, list[tuple[int, float]]], file: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     (script,) = parse_arguments(sys.argv[1:] if argv is None else argv, ScriptArguments, description=__doc__)
+    refuse_several_processes("labelling in rounds")
     if script.dataset_name is None:
         compare_on_digits(script)
     elif script.model_name_or_path is None or not script.classes:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from hf_effdl import MaeVqganConfig, MaeVqganForImageInpainting
+from hf_effdl.cli.arguments import refuse_several_processes
 
 
 HEADS, DECODER_HEADS = 16, 16
@@ -140,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=HEADS)
     parser.add_argument("--decoder_heads", type=int, default=DECODER_HEADS)
     options = parser.parse_args(arguments)
+    refuse_several_processes("converting files")
     vqgan = None if options.vqgan is None else read(options.vqgan, "state_dict")
     model = convert(read(options.mae, "model"), vqgan, options.heads, options.decoder_heads)
     model.save_pretrained(options.out)

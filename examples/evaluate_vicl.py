@@ -45,7 +45,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from voc_folds import BENCHMARKS, VOID, Item, as_dataset, read
+from voc_folds import BENCHMARKS, FOLDS, VOID, Item, as_dataset, read
 
 from hf_effdl import (
     CascadeSelector,
@@ -65,11 +65,11 @@ MEASURED = ("transfer", "cascade")
 CONVENTIONS = ("vicl", "fss")
 TASKS = {
     "pascal5i": "segmentation",
+    "coco20i": "segmentation",
     "fss1000": "segmentation",
     "detection": "detection",
     "colourisation": "colourisation",
 }
-FOLDS = {"pascal5i": 4, "colourisation": 4}
 CELL, ROUND = 111, 1000  # pixels of a side where IoU is counted, and queries of the evaluators that go round
 # an answer is of these arguments
 SETTINGS = ("benchmark", "convention", "model", "encoder", "num_examples", "candidates", "label_budget", "seed")
@@ -86,6 +86,10 @@ PUBLISHED = {
         ("FSS-SAM3, one example, arXiv 2604.05433", 79.6),
         ("FSS-SAM3, one example and the class's name", 81.2),
     ),
+    ("coco20i", "fss"): (
+        ("FSS-SAM3, one example, arXiv 2604.05433", 66.6),
+        ("FSS-SAM3, one example and the class's name", 75.8),
+    ),
     ("detection", "vicl"): (("Partial2Global, MAE-VQGAN", 30.66), ("RH-Partial2Global, MAE-VQGAN", 30.94)),
     ("colourisation", "vicl"): (("Partial2Global, MAE-VQGAN", 0.58), ("RH-Partial2Global, MAE-VQGAN", 0.56)),
 }
@@ -98,7 +102,9 @@ class Arguments(Options):
     benchmark: str = field(default="pascal5i", metadata={"choices": list(BENCHMARKS), "help": "See voc_folds.py."})
     folder: str = field(metadata={"help": "Of the images, as they are published."})
     lists: str | None = field(default=None, metadata={"help": "Folder of the folds' lists, or file of the classes."})
-    folds: list[int] = field(default_factory=list, metadata={"help": "Of pascal5i and colourisation; default: all."})
+    folds: list[int] = field(
+        default_factory=list, metadata={"help": "Of pascal5i, coco20i and colourisation; default: all."}
+    )
     convention: str = field(default="vicl", metadata={"choices": list(CONVENTIONS), "help": "How is counted."})
     model: str = field(default="BAAI/seggpt-vit-large", metadata={"help": "SegGPT, SAM 3, or an encoder."})
     encoder: str | None = field(default=None, metadata={"help": "Of the pool; default: the model's own features."})

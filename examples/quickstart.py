@@ -16,7 +16,7 @@
 
 """Train once on scikit-learn's handwritten digits, watch which channels the data asks for, take a smaller model; then
 choose the rows worth training on from a pool with wrong labels, and the examples worth showing to a frozen model; then
-grow the same net from a few channels.
+grow the same net from a few channels; at the end fewer rows, a smaller net and a chosen example on one task.
 
     python examples/quickstart.py     # about a minute on one free core; then open runs/quickstart/index.html
 
@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +43,14 @@ import evaluate
 import numpy as np
 import torch
 import transformers
-from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from datasets import Dataset
 from digit_scenes import make_scenes
+from digits_task import SHARED, accuracy, augment, digits, new_model, pool_with_wrong_labels, show, train_with_bar
 from PIL import Image as Picture
 from PIL import ImageDraw
 from quickstart_page import Page
-from sklearn.datasets import load_digits
-from tqdm.auto import tqdm
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    ResNetConfig,
-    ResNetForImageClassification,
-    SegGptForImageSegmentation,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from three_pillars import COLUMNS, SHARE, Net, Task, compare
+from transformers import ResNetForImageClassification, SegGptForImageSegmentation, Trainer, TrainingArguments
 
 from hf_effdl import (
     ExamplePool,
@@ -76,128 +66,26 @@ from hf_effdl import (
     WeightedTrainer,
     metrics,
 )
-from hf_effdl.hub.cards import markdown_table
+from hf_effdl.cli.arguments import refuse_several_processes
 
 
 TINY = Path(__file__).parents[1] / "model_cards" / "tiny-seggpt-digits"
 
 
-SHARED = {
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 512,
-    "learning_rate": 0.1,
-    "report_to": "none",
-    "max_grad_norm": 0.0,
-    "dataloader_pin_memory": False,
-    "logging_strategy": "epoch",
-    "eval_strategy": "epoch",
-    "disable_tqdm": True,  # `Bar` instead
-}
 TEXTS = {"accuracy": "test accuracy", "params": "parameters", "macs": "MACs", "latency_ms": "ms a batch of 32"}
 SHOWN = ("nearest", "dense", "oracle")  # side by side in the picture
-
-
-class Bar(TrainerCallback):
-    """One progress bar for a training, with the last accuracy, instead of a line of numbers per epoch."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.bar = name, None
-
-    def on_train_begin(self, args, state, control, **others) -> None:
-        if self.bar is None:  # growth trains in stages
-            self.bar = tqdm(total=state.max_steps, desc=f"  {self.name}", unit=" steps", mininterval=2, leave=True)
-
-    def on_step_end(self, args, state, control, **others) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_evaluate(self, args, state, control, metrics=None, **others) -> None:
-        if self.bar is not None and "eval_accuracy" in (metrics or {}):
-            self.bar.set_postfix(accuracy=f"{metrics['eval_accuracy']:.3f}")
-
-    def close(self) -> None:
-        self.bar.refresh()
-        self.bar.close()
-        self.bar = None
-
-
-def train_with_bar(trainer: Trainer, name: str) -> None:
-    """What the callbacks print goes to `training.txt` in the trainer's folder."""
-    bar = Bar(name)
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(bar)
-    folder = Path(trainer.args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "training.txt", "w", encoding="utf-8") as log, redirect_stdout(log):
-        trainer.train()
-    bar.close()
-    trainer.remove_callback(bar)
 
 
 @contextmanager
 def step(number: int, text: str, seconds: int) -> Iterator[None]:
     """A heading that says how long it takes, and how long it took."""
-    print(f"\n[{number}/7] {text}: about {seconds} s on a free core", flush=True)
+    print(f"\n[{number}/8] {text}: about {seconds} s on a free core", flush=True)
     start = time.monotonic()
     yield
-    print(f"[{number}/7] took {time.monotonic() - start:.0f} s", flush=True)
+    print(f"[{number}/8] took {time.monotonic() - start:.0f} s", flush=True)
 
 
-def show(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    print(f"\n{markdown_table(rows, columns)}\n", flush=True)
-
-
-def digits(seed: int = 0) -> tuple[Dataset, list[dict[str, torch.Tensor]]]:
-    """1,437 training and 360 test rows of 32x32 pixels, `pixel_values` and `labels`."""
-    data = load_digits()
-    images = torch.nn.functional.interpolate(
-        torch.tensor(data.images / 16, dtype=torch.float32)[:, None], size=(32, 32), mode="bilinear"
-    )
-    images = (images - images.mean()) / images.std()
-    order = np.random.default_rng(seed).permutation(len(images))
-
-    def rows(index: np.ndarray) -> Dataset:
-        columns = {"pixel_values": images[index].numpy(), "labels": data.target[index]}
-        return Dataset.from_dict(columns).with_format("torch")
-
-    return rows(order[360:]).with_transform(augment), list(rows(order[:360]))  # read out once, evaluated many times
-
-
-def augment(rows: dict[str, list]) -> dict[str, torch.Tensor]:
-    """Shift images by up to three pixels and add noise; without it the net knows all digits after two epochs."""
-    images = torch.tensor(np.array(rows["pixel_values"]), dtype=torch.float32)
-    shifts = torch.randint(-3, 4, (len(images), 2)).tolist()
-    images = torch.stack([image.roll(shift, (1, 2)) for image, shift in zip(images, shifts, strict=True)])
-    kept = {name: torch.tensor(rows[name]) for name in ("labels", "weight") if name in rows}
-    return {"pixel_values": images + 0.3 * torch.randn_like(images), **kept}
-
-
-def pool_with_wrong_labels(share: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """300 rows for the probes and a pool of 1,137, with a share of the labels wrong in both; none of the test rows."""
-    data, rng = load_digits(), np.random.default_rng(seed)
-    rows = rng.permutation(len(data.images))[360:]
-    wrong = rng.random(len(rows)) < share
-    labels = np.where(wrong, (data.target[rows] + rng.integers(1, 10, len(rows))) % 10, data.target[rows])
-    train = digits(seed)[0].with_format(None)["pixel_values"][:]
-    columns = {
-        "image": [Picture.fromarray((16 - data.images[i]).astype(np.uint8) * 15).resize((64, 64)) for i in rows],
-        "pixels": (data.images[rows] / 16).reshape(len(rows), -1),
-        "pixel_values": train,
-        "labels": labels,
-    }
-    features = Features(
-        {
-            "image": Image(),
-            "pixels": List(Value("float32")),
-            "pixel_values": List(List(List(Value("float32")))),
-            "labels": ClassLabel(names=[str(i) for i in range(10)]),
-        }
-    )
-    pool = Dataset.from_dict(columns, features=features)
-    return pool.select(range(300)), pool.select(range(300, len(pool)))
-
-
-def choose_rows(budget: float, epochs: float, out: Path, test: list) -> list[dict[str, Any]]:
+def choose_rows(budget: float, epochs: float, out: Path, test: list) -> tuple[dict[str, Dataset], dict[str, Net]]:
     """The same net trained on chosen rows, on as many random rows, and on the whole of a pool with wrong labels."""
     probe_rows, pool = pool_with_wrong_labels()
     probes = LinearProbes.train(None, probe_rows, "labels", input_column="pixels")
@@ -212,7 +100,7 @@ def choose_rows(budget: float, epochs: float, out: Path, test: list) -> list[dic
         "random": everything.shuffle(seed=0).select(range(len(subset))),
         "the whole pool": everything,
     }
-    table = []
+    nets = {}
     for name, rows in sets.items():
         args = TrainingArguments(
             str(out / "run"),
@@ -226,8 +114,8 @@ def choose_rows(budget: float, epochs: float, out: Path, test: list) -> list[dic
             new_model(), args, train_dataset=rows.with_transform(augment), eval_dataset=test, compute_metrics=accuracy
         )
         train_with_bar(trainer, name)
-        table.append({"rows": f"{name}, {len(rows)} rows", "accuracy": trainer.evaluate()["eval_accuracy"]})
-    return table
+        nets[name] = Net(trainer.model, len(rows), trainer.evaluate()["eval_accuracy"])
+    return sets, nets
 
 
 def choose_examples(queries: int, pool_rows: int, out: Path) -> list[dict[str, Any]]:
@@ -313,25 +201,6 @@ def grow(epochs: float, max_macs: int, out: Path, train: Dataset, test: list) ->
     return trainer
 
 
-def new_model(width: int = 16) -> ResNetForImageClassification:
-    set_seed(0)
-    return ResNetForImageClassification(
-        ResNetConfig(
-            num_channels=1,
-            embedding_size=width,
-            hidden_sizes=[width, 2 * width, 4 * width],
-            depths=[1, 1, 1],
-            layer_type="basic",
-            id2label={i: str(i) for i in range(10)},
-            label2id={str(i): i for i in range(10)},
-        )
-    )
-
-
-def accuracy(prediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
 def plain_sgd(name: str, model, epochs: float, out: Path, train: Dataset, test: list, **options) -> list[dict]:
     """Train, and return every evaluation."""
     args = TrainingArguments(
@@ -354,15 +223,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=float, default=15)
     parser.add_argument("--tune-epochs", type=float, default=5)
     parser.add_argument("--macs", type=float, default=0.25, help="share of the multiply-accumulates to keep")
-    parser.add_argument("--budget", type=float, default=0.2, help="share of the pool to select")
+    parser.add_argument("--budget", type=float, default=SHARE, help="share of the pool to select")
     parser.add_argument("--select-epochs", type=float, default=3, help="length of each run, in epochs of the pool")
     parser.add_argument("--queries", type=int, default=40, help="scenes to segment by example")
     parser.add_argument("--scenes", type=int, default=200, help="scenes to choose the example from")
-    run(parser.parse_args(argv))
+    options = parser.parse_args(argv)
+    refuse_several_processes("the demo")
+    run(options)
 
 
 def run(options: argparse.Namespace) -> None:
-    """All seven steps; each adds its part to the page."""
+    """All eight steps; each adds its part to the page."""
     start, out = time.monotonic(), options.out
     torch.set_num_threads(1)  # in nets this small, threads wait for each other for longer than they work
     transformers.logging.set_verbosity_error()
@@ -390,11 +261,16 @@ def run(options: argparse.Namespace) -> None:
         small = take_smaller(trainer, dense, options, train, test)
         smaller_part(page, trainer, small, curve)
     with step(5, f"{options.budget:.0%} of a pool with a fifth of its labels wrong", 10):
-        selection_part(page, choose_rows(options.budget, options.select_epochs, out / "selection", test))
+        sets, nets = choose_rows(options.budget, options.select_epochs, out / "selection", test)
+        selection_part(page, nets)
     with step(6, "which example to show a frozen model: a tiny SegGPT on scenes of digits", 10):
         prompts_part(page, choose_examples(options.queries, options.scenes, out / "prompts"))
     with step(7, "growing the same net from a seed of 4 channels", 12):
         growth_part(page, trainer, dense, options, train, test)
+    with step(8, "all of it on one task: fewer rows, a smaller net, a chosen example", 10):
+        task = Task(sets["the whole pool"], sets["chosen"], test, options.select_epochs, 1, out / "whole")
+        known = {"nothing": nets["the whole pool"], "rows chosen": nets["chosen"]}
+        whole_part(page, compare(task, options.queries, options.scenes, known))
     print(f"\nall tables and pictures: {page.save()}\n{time.monotonic() - start:.0f} s in all")
 
 
@@ -449,7 +325,8 @@ def smaller_part(page: Page, trainer: SplitLBITrainer, small: torch.nn.Module, c
     )
 
 
-def selection_part(page: Page, table: list[dict]) -> None:
+def selection_part(page: Page, nets: Mapping[str, Net]) -> None:
+    table = [{"rows": f"{name}, {net.rows} rows", "accuracy": net.accuracy} for name, net in nets.items()]
     columns = {"rows": "trained on (same number of steps)", "accuracy": "test accuracy"}
     show(table, columns)
     page.add(
@@ -510,6 +387,18 @@ def growth_part(
         columns,
         {"Widths over the steps, and accuracy against the cost of training:": "grown/growth.png"},
         {"the grown model and its card": "grown/README.md"},
+    )
+
+
+def whole_part(page: Page, table: list[dict]) -> None:
+    show(table, COLUMNS)
+    page.add(
+        "All three on one task",
+        f"Chosen rows of a pool with a fifth of its labels wrong; a net with {SHARE:.0%} of the MACs, refitted and "
+        "tuned; its encoder shown one example of scenes of digits. Beside it none of this, and each alone. Training "
+        "MACs, MACs and latency are shares of those of the whole net on the whole pool.",
+        table,
+        COLUMNS,
     )
 
 

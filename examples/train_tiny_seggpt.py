@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw
 from transformers import SegGptConfig, SegGptForImageSegmentation, SegGptImageProcessorPil, set_seed
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from hf_effdl.cli.arguments import Options, parse_arguments
+from hf_effdl.cli.arguments import Options, parse_arguments, refuse_several_processes
 
 
 @dataclass(kw_only=True)
@@ -348,6 +348,7 @@ def save(model: SegGptForImageSegmentation, processor: SegGptImageProcessorPil, 
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     (args,) = parse_arguments(sys.argv[1:] if argv is None else argv, Arguments, description=__doc__)
+    refuse_several_processes("this training")
     folder = Path(args.output_dir)
     set_seed(args.seed)
     model = build_model(args)

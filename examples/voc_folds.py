@@ -14,6 +14,11 @@
 
 - pascal5i: a VOC2012 folder (`JPEGImages`, `SegmentationClassAug` or `SegmentationClass`), and lists of the folds,
   `trn/fold0.txt` and `val/fold0.txt` and so on, with lines `2007_000033__01`: an image and one of its classes.
+- coco20i: a COCO folder: `annotations/instances_train2014.json` and `instances_val2014.json`, or of 2017, and the images
+  in `train2014` and `val2014`. Of the 80 classes in the order of their numbers, every fourth is of a fold: 0, 4, 8 and
+  so on of fold 0. An image is a query once for each class of its fold; examples are of the training images, or, where
+  their annotations are not there, of the same images as the queries, as few-shot segmentation draws them. Crowds belong
+  to their class.
 - fss1000: a folder for every class with `1.jpg`, `1.png` and so on, and a list of classes; each image is a query, and
   the others are the pool.
 - detection: the same VOC2012 folder, with `Annotations` and `ImageSets/Main/train.txt` and `val.txt`; images with one
@@ -27,6 +32,7 @@
 
 import argparse
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +44,12 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image
 
+from hf_effdl.vicl.remote_code.masks import coco_mask
 
-BENCHMARKS = ("pascal5i", "fss1000", "detection", "colourisation")
+
+BENCHMARKS = ("pascal5i", "coco20i", "fss1000", "detection", "colourisation")
 VOID = 255
+FOLDS = {"pascal5i": 4, "colourisation": 4, "coco20i": 4}
 LARGEST = 0.2  # share of an image that the object of a detection query covers at most
 SHOWN = 3
 
@@ -55,6 +64,8 @@ class Item:
         kind: class.
         value: of the class in the mask; None: every value but 0.
         box: corners, for detection.
+        regions: of COCO, polygons or runs, instead of a mask.
+        size: `(H, W)` that they are of.
     """
 
     id: str
@@ -63,9 +74,13 @@ class Item:
     mask: Path | None = None
     value: int | None = None
     box: tuple[int, ...] | None = None
+    regions: tuple[Any, ...] = ()
+    size: tuple[int, int] = (0, 0)
 
     def classes(self) -> np.ndarray:
         """`(H, W)` uint8: 1 where the class is, 255 where nothing counts."""
+        if self.regions:
+            return np.logical_or.reduce([coco_mask(region, self.size) for region in self.regions]).astype(np.uint8)
         mask = np.asarray(Image.open(self.mask))
         mask = mask if mask.ndim == 2 else mask[..., 0]
         if self.value is None:
@@ -74,7 +89,7 @@ class Item:
 
     def label(self) -> Any:
         """As a pool's data set has it: a mask, a box, or nothing."""
-        return self.box if self.mask is None else self.classes() == 1
+        return self.classes() == 1 if self.regions or self.mask is not None else self.box
 
 
 def read(benchmark: str, folder: Path, lists: Path | None, fold: int) -> tuple[list[Item], list[Item]]:
@@ -96,6 +111,9 @@ def read(benchmark: str, folder: Path, lists: Path | None, fold: int) -> tuple[l
                 list({item.image: Item(item.image.stem, item.image, "any") for item in part}.values())
                 for part in parts
             ]
+    elif benchmark == "coco20i":
+        parts = [_coco(folder, part, fold) for part in ("train", "val")]
+        parts[0] = parts[0] or parts[1]
     elif benchmark == "fss1000":
         parts = [_fss(folder, _needed(lists))] * 2
     else:
@@ -132,6 +150,39 @@ def _pascal(folder: Path, file: Path) -> list[Item]:
         kind = value.zfill(2)
         items.append(Item(line, folder / "JPEGImages" / f"{name}.jpg", kind, masks / f"{name}.png", int(value)))
     return items
+
+
+def _coco(folder: Path, part: str, fold: int) -> list[Item]:
+    """Images and classes of a part, in the order of images; none where the training part is not there."""
+    file = next(iter(sorted((folder / "annotations").glob(f"instances_{part}*.json"))), None)
+    if file is None:
+        if part == "train":
+            return []
+        raise ValueError(f"{folder / 'annotations'} holds no instances_{part}*.json: pass the folder of a COCO")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        images = {image["id"]: image for image in content["images"]}
+        names = {one["id"]: one["name"] for one in content["categories"]}
+        kinds = set(sorted(names)[fold :: FOLDS["coco20i"]])
+        regions: dict[tuple[int, int], list[Any]] = {}
+        for one in content["annotations"]:
+            if one["category_id"] in kinds:
+                regions.setdefault((one["image_id"], one["category_id"]), []).append(one["segmentation"])
+        return [
+            Item(
+                f"{Path(images[image]['file_name']).stem}__{kind:02d}",
+                folder / file.stem.removeprefix("instances_") / images[image]["file_name"],
+                names[kind],
+                regions=tuple(found),
+                size=(images[image]["height"], images[image]["width"]),
+            )
+            for (image, kind), found in sorted(regions.items())
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} cannot be read as instances of COCO ({type(error).__name__}: {str(error)[:100]}): download it "
+            "again"
+        ) from error
 
 
 def _fss(folder: Path, file: Path) -> list[Item]:
@@ -204,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--lists", type=Path)
     options = parser.parse_args(arguments)
-    for fold in range(4 if options.benchmark in ("pascal5i", "colourisation") else 1):
+    for fold in range(FOLDS.get(options.benchmark, 1)):
         pool, queries = read(options.benchmark, options.folder, options.lists, fold)
         kinds = sorted({item.kind for item in pool})
         print(f"fold {fold}: {len(pool):,} examples, {len(queries):,} queries, classes {', '.join(kinds[:10])}")

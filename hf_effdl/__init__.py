@@ -92,6 +92,8 @@ _PUBLIC = {
     "vicl.ranking.ranker_trainer": ["RankerTrainer"],
     "vicl.ranking.ranking_lists": ["RankingLists"],
     "vicl.remote_code.ranker_reliable": ["reliable_rows"],
+    "vicl.remote_code.frozen_painter": ["PainterInContext"],
+    "vicl.remote_code.frozen_sam2": ["Sam2InContext"],
     "vicl.remote_code.frozen_sam3": ["Sam3InContext"],
     "vicl.remote_code.frozen_seggpt": ["SegGptInContext"],
     "vicl.remote_code.vision_encoder": ["VisionEncoder"],
@@ -165,6 +167,8 @@ if TYPE_CHECKING:
     from hf_effdl.vicl.remote_code.cascade import CascadeSelector
     from hf_effdl.vicl.remote_code.frozen_mae_vqgan import MaeVqganInContext
     from hf_effdl.vicl.remote_code.frozen_matching import FeatureMatching
+    from hf_effdl.vicl.remote_code.frozen_painter import PainterInContext
+    from hf_effdl.vicl.remote_code.frozen_sam2 import Sam2InContext
     from hf_effdl.vicl.remote_code.frozen_sam3 import Sam3InContext
     from hf_effdl.vicl.remote_code.frozen_seggpt import SegGptInContext
     from hf_effdl.vicl.remote_code.ranker_aggregation import aggregate_rankings

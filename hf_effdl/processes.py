@@ -1,12 +1,13 @@
 """Several processes: who comes first, waiting for all, errors of one, and what Accelerate leaves on a model."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from hf_effdl.launched import count_started, refuse_unstarted
 
 
 def is_first() -> bool:
@@ -78,7 +79,7 @@ def same_fate() -> Iterator[None]:
 
 
 def refuse_lone_processes() -> None:
-    """Refuse to run where a launcher started several processes and none of them sees the others.
+    """Refuse to run where a launcher started several processes and none of them sees the others, or fewer than asked.
 
     They would all do the whole work, into one folder. Call it once the process group may be there: after `Accelerator`
     or `TrainingArguments.device`.
@@ -86,8 +87,9 @@ def refuse_lone_processes() -> None:
     Raises:
         ValueError: as under `torchrun` on a machine without accelerators, where Accelerate must be told.
     """
-    count = int(os.environ.get("WORLD_SIZE") or 1)
-    if count == 1 or "RANK" not in os.environ:  # a scheduler may set the first without launching anything
+    refuse_unstarted()
+    count = count_started()
+    if count == 1:
         return
     from accelerate import PartialState
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from scenes import SIZE, tiny_encoder
@@ -109,6 +110,26 @@ def test_weighted_means_and_ten_pass_arms_are_what_they_say(arms):
     assert of["dense 10, mean"] == pytest.approx(float(task.score(painted[:10].mean(0), truth)))
     best = arms.agreement(task, painted[:10]).argmax()
     assert of["medoid of dense 10"] == pytest.approx(float(task.score(painted[best], truth)))
+
+
+@pytest.mark.slow
+def test_cutouts_small(benchmarks, data_folder, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    arguments = ["--categories", "cat", "--frozen", "soft", "--scenes", "40"]
+    arguments += ["--out", str(file), "--cache", str(tmp_path / "cache")]
+    found, table = runs_twice(benchmarks("vicl_cutouts").main, arguments, file, capsys)
+    of = {row["arm"]: row["folds"] for row in found}
+    assert all(len(folds) == 4 for folds in of.values()) and "| auto, without a cascade | 1 |" in table
+    assert any(of["auto, without a cascade"] == of[arm] for arm in ("nearest", "dense", "transfer"))
+
+
+def test_a_cutout_is_the_other_picture_inside_the_mask_and_nothing_else(benchmarks):
+    module = benchmarks("vicl_cutouts")
+    for seed in range(5):
+        thing, behind = np.full((32, 32, 3), 200, np.uint8), np.full((32, 32, 3), 20, np.uint8)
+        picture, mask = map(np.asarray, module.scene(thing, behind, np.random.RandomState(seed)))
+        assert set(np.unique(mask)) == {0, 1} and 0.02 < mask.mean() < 0.5
+        assert (picture[mask == 1] == 200).all() and (picture[mask == 0] == 20).all()
 
 
 def test_queries_and_their_near_duplicates_are_not_in_a_pool(benchmarks, monkeypatch):

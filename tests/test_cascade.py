@@ -259,7 +259,7 @@ def test_of_a_noisy_model_it_finds_the_good_answers_and_the_fusion_is_better_sti
     images, task, scores = photos(range(100, 116)), find_task("segmentation"), {}
     truth = Painter.truth(asked(model, range(100, 116)).cells.flatten(1)).expand(-1, 3, -1, -1)
     for name, options in {
-        "nearest": {},
+        "nearest": {"strategy": "nearest"},
         "cascade": {"strategy": cascade},
         "weighted": {"strategy": cascade, "num_examples": 8, "fusion": "weighted"},
     }.items():
@@ -561,14 +561,14 @@ def test_a_kept_cascade_is_the_default_until_it_is_forgotten(fitted, measured, p
     cascade = fitted(model=model)
     before = {name: value.clone() for name, value in cascade.state_dict().items()}
     pipe = VisualInContextPipeline(model, pool=pool)
-    nearest = plain(pipe(photos()))
+    nearest, first = plain(pipe(photos(), strategy="nearest")), plain(pipe(photos()))
     assert model.set_selector(cascade) is model and model.config.strategy == "cascade"
     assert {name for name in model.state_dict() if name.startswith("selector.")} == {f"selector.{n}" for n in before}
     found = plain(pipe(photos()))
     assert found == plain(pipe(photos(), strategy="cascade")) == plain(pipe(photos(), strategy=cascade)) != nearest
     assert plain(pipe(photos(), strategy="nearest")) == nearest
     model.set_selector(None)
-    assert model.config.strategy == "nearest" and model.config.selector is None and plain(pipe(photos())) == nearest
+    assert model.config.strategy == "auto" and model.config.selector is None and plain(pipe(photos())) == first
     model.config.strategy = "dense"
     assert model.set_selector(None).config.strategy == "dense"
 

@@ -1,5 +1,7 @@
 """The evaluator on a made-up folder in the shape of VOC 2012: every benchmark, both conventions, cut and resumed."""
 
+import json
+import shutil
 import sys
 from xml.sax.saxutils import escape
 
@@ -75,6 +77,120 @@ def voc(tmp_path_factory):
         (folder / "ImageSets" / "Main" / f"{main}.txt").write_text("\n".join(names))
     (folder / "classes.txt").write_text("cat\ndog\n")
     return folder
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """Photos in the shape of COCO: one or two classes of each fold, polygons, runs, a crowd, another class beside."""
+    folder, rng = tmp_path_factory.mktemp("coco"), np.random.default_rng(0)
+    kinds = [1, 2, 3, 4, 7, 10, 11, 90]  # of folds 0, 1, 2, 3, 0, 1, 2, 3
+    (folder / "annotations").mkdir()
+    for part in ("train", "val"):
+        (folder / f"{part}2014").mkdir()
+        images, annotations = [], []
+        for number in range(8):
+            height, width, name = 40 + number, 50 - number, f"COCO_{part}2014_{number:012d}.jpg"
+            Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(folder / f"{part}2014" / name)
+            images.append({"id": number, "file_name": name, "height": height, "width": width})
+            runs = {"size": [height, width], "counts": [3 * height, 2 * height, (width - 5) * height]}  # two columns
+            annotations += [
+                {"image_id": number, "category_id": kinds[number % 2], "iscrowd": 0, "segmentation": SQUARE},
+                {"image_id": number, "category_id": kinds[4 + number % 2], "iscrowd": 1, "segmentation": runs},
+                {"image_id": number, "category_id": kinds[number % 2], "iscrowd": 1, "segmentation": runs},
+                {"image_id": number, "category_id": kinds[2 + number % 2], "iscrowd": 0, "segmentation": SQUARE},
+            ]
+        content = {
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": k, "name": f"k{k}"} for k in kinds],
+        }
+        (folder / "annotations" / f"instances_{part}2014.json").write_text(json.dumps(content))
+    return folder
+
+
+SQUARE = [[10, 10, 20, 10, 20, 30, 10, 30], [0, 35, 5, 35, 5, 38, 0, 38]]  # of 200 and of 15 pixels
+
+
+def run_coco(coco, out, *arguments):
+    given = ["--benchmark", "coco20i", "--folder", str(coco), "--model", MODEL, "--candidates", "3", *arguments]
+    evaluate_vicl.main([*given, "--output_dir", str(out)])
+    return evaluate_vicl.Rows(out, 0).read() if out.exists() else []
+
+
+def test_folds_of_coco_are_every_fourth_class_and_masks_are_the_union_of_what_is_marked(coco, capsys):
+    found = [voc_folds.read("coco20i", coco, None, fold) for fold in range(4)]
+    assert [sorted({item.kind for item in pool}) for pool, _ in found] == [["k1", "k7"], ["k10", "k2"], ["k3"], ["k4"]]
+    for pool, queries in found:
+        assert {item.image.parent.name for item in pool} == {"train2014"} and len(pool) == len(queries)
+        assert {item.image.parent.name for item in queries} == {"val2014"} and len(set(map(str, queries))) == len(
+            queries
+        )
+        for item in queries:
+            mask, (height, width) = item.classes(), item.size
+            by_hand = np.zeros((height, width), np.uint8)
+            if item.kind in ("k1", "k2", "k7", "k10"):
+                by_hand[:, 3:5] = 1
+            if item.kind not in ("k7", "k10"):
+                by_hand[10:30, 10:20] = by_hand[35:38, :5] = 1
+            assert np.array_equal(mask, by_hand) and Image.open(item.image).size == (width, height)
+    voc_folds.main(["coco20i", "--folder", str(coco)])
+    assert capsys.readouterr().out.splitlines()[0] == "fold 0: 8 examples, 8 queries, classes k1, k7"
+
+
+@pytest.mark.parametrize(
+    ("options", "queries"),
+    [
+        (("--convention", "fss", "--folds", "0", "1", "--strategies", "random", "nearest"), 32),
+        (("--folds", "3", "--strategies", "oracle"), 4),
+        (("--dry_run",), 0),
+    ],
+)
+def test_coco_runs_in_both_conventions(coco, tmp_path, capsys, options, queries):
+    rows = run_coco(coco, tmp_path / "out", *options)
+    printed = capsys.readouterr().out
+    assert len(rows) == queries and ("FSS-SAM3" in printed) == ("fss" in options)
+    for row in rows:
+        if "fss" in options:  # of the query's class, which another class beside does not count for
+            assert {id.split("__")[1] for id in row["example_ids"]} == {row["query"].split("__")[1]}
+            assert 0 <= row["intersection"] <= row["union"]
+        else:
+            assert 0 <= row["score"] <= 1
+    if not queries:
+        assert "fold 0: 8 examples" in printed and "fold 3: 4 examples" in printed
+
+
+def test_without_training_annotations_examples_are_of_the_queries_images(coco, tmp_path):
+    for name in ("annotations", "val2014"):
+        shutil.copytree(coco / name, tmp_path / "coco" / name)
+    (tmp_path / "coco" / "annotations" / "instances_train2014.json").unlink()
+    pool, queries = voc_folds.read("coco20i", tmp_path / "coco", None, 0)
+    assert pool == queries
+    rows = run_coco(tmp_path / "coco", tmp_path / "out", "--convention", "fss", "--folds", "2", "--num_examples", "2")
+    assert rows and all(row["query"] not in row["example_ids"] and len(row["example_ids"]) == 2 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda folder: (folder / "val2014" / "COCO_val2014_000000000003.jpg").unlink(), "1 of .* files are missing"),
+        (
+            lambda folder: (folder / "annotations" / "instances_val2014.json").unlink(),
+            r"holds no instances_val\*.json",
+        ),
+        (lambda folder: (folder / "annotations" / "instances_val2014.json").write_text("{"), "cannot be read as inst"),
+        (lambda folder: (folder / "annotations" / "instances_val2014.json").write_text("{}"), "KeyError: 'images'"),
+        (
+            lambda folder: (folder / "annotations" / "instances_val2014.json").write_text("[]"),
+            "cannot be read as inst",
+        ),
+    ],
+)
+def test_a_coco_folder_that_is_not_whole_is_refused_before_a_run(coco, tmp_path, change, text):
+    shutil.copytree(coco, tmp_path / "coco")
+    change(tmp_path / "coco")
+    with pytest.raises(ValueError, match=text):
+        run_coco(tmp_path / "coco", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def run(voc, out, *arguments, benchmark="pascal5i"):

@@ -29,13 +29,14 @@ COME_ALONG = {"numpy", "yaml", "pyarrow", "tqdm"}
 OTHERS = {"models_seggpt"}  # the authors' code, from a folder that the user names
 PARSED = ("fit_cascade", "grow_image_classifier", "select_then_train", "sparsify_image_classifier", "train_ranker")
 PARSED += ("sparsify_text_classifier", "sparsify_causal_lm")
+TASK = "--task {segmentation,detection,colourisation,image-to-image}"
 CHOICES = {
     "sparsify_image_classifier": ("--widths {stock,free}",),
     "sparsify_text_classifier": ("--widths {stock,free}", "--score {path,magnitude,activation,obs,fisher}"),
     "sparsify_causal_lm": ("--widths {stock,free}",),
     "select_then_train": ("--probes {linear,trained}", "--preset {default,paper}"),
-    "vicl_seggpt": ("--task {segmentation,detection,colourisation}", "--strategy {random,nearest,static,dense,"),
-    "fit_cascade": ("--task {segmentation,detection,colourisation}", "--head {ridge,listwise}"),
+    "vicl_seggpt": (TASK, "--strategy {random,nearest,static,dense,"),
+    "fit_cascade": (TASK, "--head {ridge,listwise}"),
     "train_ranker": ("--schedule {covering,partitions,random,knock-out}",),
 }
 
@@ -114,7 +115,8 @@ def test_help_begins_with_the_docstring_and_the_scripts_own_arguments(name, caps
         assert printed.index("  --output_dir ") < printed.index("  --per_device_train_batch_size ")
 
 
-ONE_PROCESS = {"quickstart", "digit_scenes", "voc_folds", "convert_mae_vqgan"}  # the demo, data, a conversion of files
+# the demo, data, conversions of files
+ONE_PROCESS = {"quickstart", "digit_scenes", "voc_folds", "convert_mae_vqgan", "convert_painter"}
 
 
 def test_every_script_that_trains_refuses_processes_that_do_not_know_of_each_other(monkeypatch):

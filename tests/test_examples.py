@@ -227,9 +227,9 @@ def test_the_quickstart_runs_and_leaves_a_page_of_its_tables_and_pictures(tmp_pa
     small = "--epochs 1 --tune-epochs 1 --select-epochs 1 --queries 6 --scenes 24".split()
     quickstart.main([*small, "--out", str(folder)])
     out = capsys.readouterr().out
-    assert "| slim, fine-tuned |" in out and "a stock config" in out and "| chosen, 227 rows |" in out
+    assert "| slim, fine-tuned |" in out and "a stock config" in out and "| chosen, 341 rows |" in out
     assert "| grown" in out and "{'" not in out
-    assert all(f"[{number}/7] " in out for number in range(1, 8)) and out.count(" s on a free core") == 7
+    assert all(f"[{number}/8] " in out for number in range(1, 9)) and out.count(" s on a free core") == 8
     scores = {row.split("|")[1].strip(): row.split("|")[2] for row in out.splitlines() if row.startswith("|")}
     assert float(scores["oracle"]) >= max(float(scores[name]) for name in ("random", "nearest", "dense"))
     page = (folder / "index.html").read_text()
@@ -238,7 +238,7 @@ def test_the_quickstart_runs_and_leaves_a_page_of_its_tables_and_pictures(tmp_pa
     pictures = {file.relative_to(folder).as_posix() for file in folder.glob("*/*.png")}
     pictures -= {"dense/sparse_path.png", "grown/sparse_path.png"}  # in cards
     assert pictures == {link for link in links if link.endswith(".png")}
-    for name in ("slim, fine-tuned", "the whole pool, 1137 rows", "oracle", "grown"):
+    for name in ("slim, fine-tuned", "the whole pool, 1137 rows", "oracle", "grown", "all three"):
         assert f"<td>{name}</td>" in page
     for file in ("prompts/model/model.safetensors", "selection/report.json", "slim/model.safetensors"):
         assert (folder / file).is_file()

@@ -8,7 +8,7 @@ from hub import LoopbackHub
 from hub_scripts import MAKE, PUSH, WITH_US, WITHOUT_US
 
 
-KINDS = ("embedded", "named", "cascade", "ranker")
+KINDS = ("embedded", "named", "cascade", "ranker", "painter")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,8 @@ def test_backbones_with_a_repository_are_named_and_not_copied(hub, pushed):
     assert config["frozen_model"]["backbone"] == {"id": "tester/vit", "revision": vit.oid}
     assert (config["pool"], config["pool_revision"]) == ("tester/scenes", pool.oid)
     assert len(tree["model.safetensors"]) < 1000 < len(vit.tree["model.safetensors"])
+    frozen = tree_of(hub, "painter")[1]["frozen_model"]
+    assert (frozen["kind"], frozen["backbone"]["id"]) == ("painter", "tester/weights")
 
 
 @pytest.mark.parametrize("kind", ["cascade", "ranker"])

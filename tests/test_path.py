@@ -189,7 +189,7 @@ def greedy(path, widths, budget, share, order, round_to):
 def test_widths_equal_taking_out_the_lowest_score_one_by_one(name, budget, widths, round_to):
     for seed, share in enumerate((0.9, 0.6, 0.35, 0.2)):
         path = random_path(name, seed)
-        for order in ("dual", "entry"):
+        for order in ("dual", "entry", "even"):
             expected = greedy(path, widths, budget, share, order, round_to)
             given = {budget: share, "widths": widths, "order": order, "round_to": round_to, "least": 1}
             if expected is None:
@@ -200,6 +200,19 @@ def test_widths_equal_taking_out_the_lowest_score_one_by_one(name, budget, width
             assert sizes_of(kept) == expected
             for group, index in kept.items():
                 assert index.tolist() == scores[group].topk(len(index)).indices.sort().values.tolist()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_an_even_order_is_the_mean_of_a_units_places_among_all_and_in_its_group(name):
+    for seed in range(3):
+        path = random_path(name, seed)
+        dual, even = path.scores("dual"), path.scores("even")
+        every = [value for score in dual.values() for value in score.tolist()]
+        for group, score in dual.items():
+            for unit, value in enumerate(score.tolist()):
+                places = [sum(v <= value for v in of) / len(of) for of in (every, score.tolist())]
+                assert even[group][unit].item() == pytest.approx(sum(places) / 2, abs=1e-6)
+            assert torch.equal(even[group].argsort(), score.argsort())
 
 
 # ---- budgets
@@ -213,7 +226,7 @@ def test_widths_equal_taking_out_the_lowest_score_one_by_one(name, budget, width
     st.floats(0.05, 1),
     st.integers(1, 5),
     st.sampled_from(["stock", "free"]),
-    st.sampled_from(["dual", "entry"]),
+    st.sampled_from(["dual", "entry", "even"]),
 )
 def test_a_budget_is_never_exceeded_and_the_best_units_stay(seed, name, budget, share, round_to, widths, order):
     path = random_path(name, seed)

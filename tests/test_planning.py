@@ -522,6 +522,19 @@ def test_what_to_label_follows_the_accuracy(accuracy, regime, options):
     assert chosen(named) != chosen(active_plan(table, 100, accuracy=accuracy))
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "budget", "regime"),
+    [(1.0, 39, "uniform"), (None, 39, "uniform"), (1.0, 40, "clipped"), (1.0, 99, "clipped"), (1.0, 100, "unclipped")],
+)
+def test_what_to_label_is_as_careful_with_few_rows_a_class_as_what_to_train_on(accuracy, budget, regime):
+    table = score_table()  # of five classes
+    assert active_plan(table, budget, accuracy=accuracy).settings["regime"] == regime
+    if accuracy is not None:
+        labelled = table | {"label": table["predicted"], "p_clean": torch.ones(600), "confidence": torch.ones(600)}
+        found = default_plan(labelled, budget, trial=lambda *_: accuracy).settings["regime"]
+        assert found == {"uniform": "agreement"}.get(regime, regime)
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 def test_the_released_recipe_draws_by_class_where_there_are_labels_and_weights_by_u(labelled):
     table, score = score_table(), "u_y" if labelled else "u_x"

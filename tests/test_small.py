@@ -16,6 +16,7 @@ from transformers import AutoModelForImageClassification, Trainer, TrainingArgum
 from hf_effdl import GrowingArguments, GrowingTrainer, find_ticket, recalibrate_batch_norm
 from hf_effdl.structure.slim.report import get_report
 from hf_effdl.structure.training.evaluation import training_inputs
+from hf_effdl.structure.training.small import longest_search
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,11 @@ def test_what_is_asked_for_reaches_the_small_net(tmp_path):
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["lr"] == 0.01
     assert run.tuner.state.global_step == 16 and run.tuner.state.best_model_checkpoint
     assert get_report(small)["params"]["ratio"] <= 0.6 and "calibration" not in get_report(small)
+
+
+@pytest.mark.parametrize("share,within", [(0.5, 0.2), (0.2, 0.2), (0.15, 0.15), (0.02, 0.1)])
+def test_a_search_costs_no_more_than_a_net_that_is_a_fifth_of_the_dense_one(share, within):
+    assert longest_search(share) == within
 
 
 BEGUN = "has files of an earlier run: pass resume_from_checkpoint=True"

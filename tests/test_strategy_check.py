@@ -50,6 +50,16 @@ def test_a_pool_of_few_rows_is_answered_by_the_nearest(count, kept, tmp_path):
     assert pipe.self_check["strategy"] == "nearest" and pipe.self_check["images"] == (2 if count == 2 else 0)
 
 
+def test_it_is_the_default_and_says_what_it_costs(pool, monkeypatch, caplog):
+    pipe = VisualInContextPipeline(make_model(encoder=pool.encoder_module), pool=pool)
+    monkeypatch.setattr(strategy_check, "SLOW", 0.0)
+    monkeypatch.setattr(strategy_check.logger, "propagate", True)
+    shown = [one["example_ids"] for one in pipe(photos())]
+    assert len(caplog.messages) == 2 and f"is tried on {COUNT} images of the pool" in caplog.messages[0]
+    again = pipe(photos(), strategy=pipe.self_check["strategy"])
+    assert shown == [one["example_ids"] for one in again] and len(caplog.messages) == 2
+
+
 def asked_of(pool, rows):
     return strategy_check._queries(examples_of(pool, make_model()), torch.tensor(list(rows)), None, labelled=False)
 

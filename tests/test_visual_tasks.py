@@ -9,10 +9,12 @@ from PIL import Image
 from scipy import ndimage
 
 from hf_effdl.vicl.remote_code.images import pixels, to_rgb
+from hf_effdl.vicl.remote_code.pipeline_inputs import soft_map
 from hf_effdl.vicl.remote_code.visual_tasks import (
     TASKS,
     Colourisation,
     Detection,
+    ImageToImage,
     Segmentation,
     find_task,
     largest_boxes,
@@ -410,6 +412,22 @@ def test_colourisation_shows_grey_and_wants_colour():
     assert np.array_equal(np.asarray(Segmentation().query(image)), np.asarray(image))
 
 
+def test_a_picture_becomes_another_and_depth_comes_back_from_grey():
+    task, image, clean = ImageToImage(), photo(), photo(seed=1)
+    assert np.array_equal(np.asarray(task.query(image)), np.asarray(image))
+    soft = task.labels([clean], [image], (5, 7))
+    assert torch.equal(soft, pixels([clean], (5, 7)))
+    assert np.array_equal(np.asarray(task.decode(soft[0], (5, 7))), np.asarray(clean))
+    noise, colours = task.score(pixels([image], (5, 7)), soft), Colourisation().score(pixels([image], (5, 7)), soft)
+    assert noise == colours > 0 == task.score(soft, soft) and not task.greater_is_better
+    depth = np.random.default_rng(0).uniform(0, 10, (5, 7)).astype(np.float32)
+    white = soft_map(task.labels([depth / 10], [image], (5, 7))[0], (5, 7))
+    assert np.abs(10 * white - depth).max() <= 10 / 255 / 2 + 1e-6
+    for label, text in ((None, "no picture as its label"), (photo(6, 5), "label is 6 x 5 pixels and its image 7 x 5")):
+        with pytest.raises(ValueError, match=text):
+            task.label(label, image)
+
+
 def test_labels_and_images_come_in_pairs():
     for task in TASKS.values():
         with pytest.raises(ValueError):
@@ -422,6 +440,7 @@ def test_tasks_are_found_by_name_or_given():
         "segmentation": "foreground_iou",
         "detection": "box_iou",
         "colourisation": "colour_mse",
+        "image-to-image": "colour_mse",
     }
     assert find_task("detection") is TASKS["detection"] and not find_task("colourisation").greater_is_better
     mine = Segmentation(foreground=[3])

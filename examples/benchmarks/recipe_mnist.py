@@ -20,6 +20,9 @@ schedule of its own. Nets, rows and schedules are those of
 those "at equal MACs".
 
 - path, group lasso (same unit), global L2, random: the order that cuts; all search for as many steps as the path does;
+- even order: by the same scores, with widths halfway to one share of every layer (`order="even"`, which
+  `train_small` takes);
+- uniform widths, widths between: one share of every layer, and the geometric mean of that and the path's widths;
 - refitted: the layers behind the cut are refitted by least squares on 512 training images (`calibration=`);
 - new weights, path's widths: the small net starts from new weights; the search is paid for its widths alone;
 - Fisher, OBS: as many units of every layer as the path keeps, chosen by what the net that the path trained does on 512
@@ -60,14 +63,20 @@ BUDGETS = (0.25, 0.1)
 CALIBRATION = 512
 OURS = "path"
 # arm -> (what trains the dense net, what orders the units); scratch arms have neither
-REFITTED = ", refitted"
+REFITTED, EVEN = ", refitted", ", even order"
 RECIPE = {
     "path": ("path", "dual"),
     "group lasso": ("lasso", "norm"),
     "global L2": ("sgd", "l2"),
     "random": ("sgd", "random"),
     "new weights, path's widths": ("path", "dual"),
+    "path, even order": ("path", "dual"),
+    "group lasso, even order": ("lasso", "norm"),
+    "global L2, even order": ("sgd", "l2"),
+    "path, uniform widths": ("path", "uniform"),
+    "path, widths between": ("path", "between"),
     "random order, path's widths": ("path", "drawn"),
+    "random order, uniform widths": ("path", "drawn uniform"),
     "Fisher, path's widths": ("path", "fisher"),
     "OBS, path's widths": ("path", "obs"),
 }
@@ -79,7 +88,7 @@ SCRATCH = (
     "scratch, uniform widths, equal MACs",
 )
 ARMS = (*RECIPE, *SCRATCH)
-KEYS = ("net", "budget", "arm", "seed")
+KEYS = ("net", "budget", "arm", "seed", "within", "stretch")
 
 
 @dataclass
@@ -89,6 +98,14 @@ class Run:
     net: str
     data: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
+    within: float = WITHIN
+    stretch: float = 1.0
+
+    @property
+    def named(self) -> dict[str, float]:
+        """What tells this run's rows from others, where it is not the default."""
+        named = {"within": self.within, "stretch": self.stretch}
+        return {name: value for name, value in named.items() if value != getattr(Run, name)}
 
     @property
     def epoch(self) -> int:
@@ -133,7 +150,7 @@ class Stop(Exception):
 
 def search(run: Run, how: str, seed: int, budget: float, until: int | None = None) -> Found:
     """Train a dense net until the path's selection has settled, or of another kind up to a step."""
-    bound = int(WITHIN * run.steps)
+    bound = int(run.within * run.steps)
     lrs = rates(run.net, run.steps, run.settings["lr"])[: until or bound]
     torch.manual_seed(seed)
     model = Classifier(build(run.net))
@@ -183,6 +200,17 @@ def uniform(groups: Sequence[Any], budget: float) -> dict[str, Tensor]:
     raise ValueError(f"no share of every layer is {budget:.0%} of the MACs")
 
 
+def between(groups: Sequence[Any], some: dict[str, int], others: dict[str, int], budget: float) -> dict[str, int]:
+    """The geometric means of two widths of every layer, times what holds the budget best."""
+    most = {group.name: group.units for group in groups}
+    for scale in range(2000, 0, -1):
+        wanted = {name: round((size * others[name]) ** 0.5 * scale / 1000) for name, size in some.items()}
+        sizes = {name: min(max(size, 1), most[name]) for name, size in wanted.items()}
+        if macs_of(groups, {name: torch.arange(size) for name, size in sizes.items()}) <= budget:
+            return sizes
+    raise ValueError(f"no widths are {budget:.0%} of the MACs")
+
+
 def drawn(kept: dict[str, Tensor], groups: Sequence[Any], seed: int) -> dict[str, Tensor]:
     """As many units of every layer, at random."""
     generator = torch.Generator().manual_seed(seed)
@@ -200,9 +228,15 @@ def by_recipe(run: Run, arm: str, seed: int, budget: float, ours: Found) -> tupl
     facts = {"dense": run.accuracy(found.model)}
     trained = {"model": found.model, "groups": found.groups, "optimizer": found.optimizer}
     path, order = path_of("dual" if how == "path" else scoring, trained, seed)
-    kept = path.select(macs=budget, order=order)
+    kept = path.select(macs=budget, order="even" if arm.endswith(EVEN) else order)
     images = run.rows(CALIBRATION, 128)
-    if scoring == "drawn":
+    if scoring in ("uniform", "between", "drawn uniform"):
+        sizes = {name: len(index) for name, index in uniform(found.groups, budget).items()}
+        if scoring == "between":
+            sizes = between(found.groups, {name: len(index) for name, index in kept.items()}, sizes, budget)
+        scores = path.scores(order)
+        kept = {name: scores[name].topk(size).indices.sort().values for name, size in sizes.items()}
+    if scoring.startswith("drawn"):
         kept = drawn(kept, found.groups, seed)
     if scoring in ("fisher", "obs"):
         wishes = {name: Wish(len(index)) for name, index in kept.items()}
@@ -235,20 +269,20 @@ def one_row(run: Run, arm: str, seed: int, budget: float, searched: Callable[...
     left = run.steps - ours.step
     if arm in RECIPE:
         small, facts = by_recipe(run, arm, seed, budget, ours)
-        steps, spent = left, ours.step
+        steps, spent = round(run.stretch * left), ours.step
     else:
         small, facts = from_scratch(arm, seed, budget, ours, chosen)
         steps, spent = run.steps, 0
     kept = facts.pop("kept")
     macs = macs_of(ours.groups, kept)
     if arm.endswith("equal MACs"):
-        steps = round((ours.step + left * macs_of(ours.groups, chosen)) / macs)
+        steps = round((ours.step + run.stretch * left * macs_of(ours.groups, chosen)) / macs)
     run.fit(small, rates(run.net, steps, run.settings["lr"]), 2000 + seed)
     facts |= {"after": run.accuracy(small), "macs": macs, "cost": (spent + steps * macs) / run.steps}
     facts |= {"found": ours.step / run.steps, "settled": ours.settled, "steps": steps}
     facts["distances"] = ours.distances if arm == OURS else None
     facts["units"] = {name: len(index) for name, index in kept.items()}
-    row = {"net": run.net, "budget": budget, "arm": arm, "seed": seed}
+    row = {"net": run.net, "budget": budget, "arm": arm, "seed": seed} | run.named
     return row | facts | {"seconds": time.perf_counter() - start}
 
 
@@ -256,17 +290,23 @@ def one_row(run: Run, arm: str, seed: int, budget: float, searched: Callable[...
 
 
 def table(rows: list[dict]) -> None:
-    for cell in sorted({tuple(row[key] for key in KEYS[:2]) for row in rows}, reverse=True):
-        of = {(row["arm"], row["seed"]): row for row in rows if tuple(row[key] for key in KEYS[:2]) == cell}
+    for cell in sorted({cell_of(row) for row in rows}, reverse=True):
+        of = {(row["arm"], row["seed"]): row for row in rows if cell_of(row) == cell}
         seeds = sorted({seed for arm, seed in of if arm == OURS})
-        net, budget = cell
-        print(f"\n{net}, {budget:.0%} of the MACs: {len(seeds)} seeds ({', '.join(map(str, seeds))})")
+        net, budget, within, stretch = cell
+        more = "" if within == WITHIN else f", search within {within:.0%} of the steps"
+        more += "" if stretch == 1 else f", the small net for {stretch:g} times the steps left"
+        print(f"\n{net}, {budget:.0%} of the MACs{more}: {len(seeds)} seeds ({', '.join(map(str, seeds))})")
         print("| arm | accuracy % at the cut | after | path ahead by (SE) | training MACs | search |")
         print("|---|---|---|---|---|---|")
         for arm in ARMS:
             mine = [of[arm, seed] for seed in seeds if (arm, seed) in of]
             if mine:
                 print(line(arm, mine, [of[OURS, row["seed"]] for row in mine]))
+
+
+def cell_of(row: dict) -> tuple:
+    return row["net"], row["budget"], row.get("within", WITHIN), row.get("stretch", 1.0)
 
 
 def line(arm: str, mine: list[dict], ours: list[dict]) -> str:
@@ -287,6 +327,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[6, 7, 8, 9, 10])
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=ARMS, metavar="ARM", help="only these arms")
     parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS)
+    parser.add_argument("--within", type=float, default=WITHIN, help="share of the steps that a search may take")
+    parser.add_argument("--stretch", type=float, default=1.0, help="times the steps left that the small net trains")
     parser.add_argument("--rows", type=int, help="training rows")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -297,11 +339,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     images, labels = mnist("train", options.net)
     options.rows = options.rows or ROWS.get(options.net, 20_000)
     run = Run(options.net, (images[: options.rows], labels[: options.rows]), mnist("test", options.net))
+    run.within, run.stretch = options.within, options.stretch
     searched = lru_cache(1)(lambda seed, budget: search(run, "path", seed, budget))
     for seed in options.seeds:
         for budget in options.budgets:
             for arm in options.arms:
-                if (options.net, budget, arm, seed) not in file:
+                key = {"net": options.net, "budget": budget, "arm": arm, "seed": seed} | run.named
+                if file.key_of(key) not in file:
                     file.add(
                         one_row(run, arm, seed, budget, searched) | machine(), hide=("platform", "units", "distances")
                     )

@@ -69,6 +69,7 @@ from hf_effdl.vicl.remote_code.examples import Examples, Queries
 from hf_effdl.vicl.remote_code.frozen_matching import GREY
 from hf_effdl.vicl.remote_code.images import pixels
 from hf_effdl.vicl.remote_code.strategies import STRATEGIES
+from hf_effdl.vicl.remote_code.strategy_check import check_strategies
 from hf_effdl.vicl.remote_code.visual_tasks import Colourisation, Detection, Segmentation
 
 
@@ -219,9 +220,8 @@ class Photos:
         return torch.cat(parts)
 
 
-def prepare(task: str, matching: str, count: int, encoder: VisionEncoder, cache: Path) -> Photos:
+def prepare(task: str, matching: str, data: Dataset, encoder: VisionEncoder, cache: Path) -> Photos:
     """Encode all photos and score all pairs; kept in `cache`."""
-    data = read_photos(task, count)
     pool = ExamplePool.from_dataset(
         data,
         encoder=encoder,
@@ -345,11 +345,14 @@ def without_copies(photos: Photos, queries: np.ndarray, members: np.ndarray, see
     return np.array([member for member in members if photos.names[member] in set(split.pool)])
 
 
-def learned_arms(known: Known, batch: Queries, heads: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, tuple]]:
-    """What cascades of both label budgets choose: arm -> rows, best first; arm of a mean -> rows and weights."""
+def learned_arms(known: Known, batch: Queries, heads: Sequence[str]) -> tuple[dict, dict, dict[str, str]]:
+    """What cascades of both label budgets choose: arm -> rows, best first; arm of a mean -> rows and weights.
+
+    Also the strategy that the pool's own images speak for, with the cascade and where none was fitted.
+    """
     rows: dict[str, Tensor] = {}
     weighted: dict[str, tuple] = {}
-
+    auto: dict[str, str] = {}
     for labels, budget in (("", (None, None)), (", 100 x 50 labels", (CANDIDATES, BUDGET))):
         known.set_performance(*budget)
         for head in heads if not labels else ("ridge",):
@@ -358,9 +361,12 @@ def learned_arms(known: Known, batch: Queries, heads: Sequence[str]) -> tuple[di
                 warnings.simplefilter("ignore")  # plain consensus fails with a biased model: a row of the table
                 cascade.fit(known.pool, examples=known, progress=False)
             kind = labels + (", list-wise heads" if head == "listwise" else "")
+            if not kind:
+                for arm, selector in (("auto", cascade), ("auto, without a cascade", None)):
+                    auto[arm] = check_strategies(known, CANDIDATES, selector)["strategy"]
             chosen, means = cascade_arms(cascade, batch, known, kind, BATCH)
             rows, weighted = rows | chosen, weighted | means
-    return rows, weighted
+    return rows, weighted, auto
 
 
 def run_fold(
@@ -387,8 +393,9 @@ def run_fold(
     quality, order = STRATEGIES["static"](batch, known, len(pool), CANDIDATES)
     quality = torch.empty_like(quality).scatter_(1, order, quality).gather(1, candidates)
     rows["quality inside the 50"] = candidates.gather(1, quality.argmax(1)[:, None])
-    learned, weighted = learned_arms(known, batch, ("ridge", "listwise") if rankers else ("ridge",))
+    learned, weighted, auto = learned_arms(known, batch, ("ridge", "listwise") if rankers else ("ridge",))
     rows |= learned
+    rows |= {arm: rows[strategy] for arm, strategy in auto.items()}
     if rankers:
         known.set_performance(CANDIDATES - 1)
         table = known.model.measured_candidates.long(), known.model.measured_performance
@@ -500,7 +507,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if (task, matching, options.photos, seed) in file:
                     continue
                 start = time.perf_counter()
-                photos = photos or prepare(task, matching, options.photos, encoder, options.cache)
+                photos = photos or prepare(task, matching, read_photos(task, options.photos), encoder, options.cache)
                 folds = []
                 with tempfile.TemporaryDirectory(dir=options.cache) as folder:
                     for queries, members in splits(task, len(photos.pool), seed, options.folds):

@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,8 @@ from typing import Any, get_args
 
 import yaml
 from transformers import HfArgumentParser
+
+from hf_effdl.launched import count_started, refuse_unstarted
 
 
 TRAINING = "transformers:TrainingArguments"
@@ -151,7 +152,8 @@ def parse_arguments(
 
     Raises:
         UsageError: where the file sets a name that no dataclass has.
-        ValueError: where this is one of several processes that do not know of each other.
+        ValueError: where this is one of several processes that do not know of each other, or fewer were started than
+            asked for.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     defaults = dict(defaults or {})
@@ -170,6 +172,7 @@ def parse_arguments(
     if unknown:
         hint = _nearest(unknown[0].partition("=")[0], [f"--{name}" for name in names_of(kinds)])
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    refuse_unstarted()
     if any(hasattr(kind, "world_size") for kind in kinds):  # those of a Trainer; others make a group of their own
         from hf_effdl.processes import refuse_lone_processes
 
@@ -270,8 +273,8 @@ def refuse_several_processes(what: str) -> None:
     Raises:
         UsageError: in such a process.
     """
-    count = int(os.environ.get("WORLD_SIZE") or 1)
-    if count > 1 and "RANK" in os.environ:
+    refuse_unstarted()
+    if (count := count_started()) > 1:
         raise UsageError(f"{count} processes were started, and {what} is the work of one: start it by itself")
 
 

@@ -60,7 +60,10 @@ class PoolOptions(Options):
     foreground: list[int] | None = field(default=None, metadata={"help": "Mask values of the object; default: not 0."})
     task: str = field(
         default="segmentation",
-        metadata={"choices": ["segmentation", "detection", "colourisation"], "help": "What the labels are."},
+        metadata={
+            "choices": ["segmentation", "detection", "colourisation", "image-to-image"],
+            "help": "What the labels are.",
+        },
     )
     model: str = field(default="BAAI/seggpt-vit-large", metadata={"help": "SegGPT, or an encoder for matching."})
     encoder: str | None = field(default=None, metadata={"help": "Of the pool; default: the model's own features."})

@@ -42,7 +42,10 @@ class BuildOptions(RowOptions):
     class_column: str | None = field(default=None, metadata={"help": "Column of what a row's object is."})
     task: str = field(
         default="segmentation",
-        metadata={"choices": ["segmentation", "detection", "colourisation"], "help": "What the labels are."},
+        metadata={
+            "choices": ["segmentation", "detection", "colourisation", "image-to-image"],
+            "help": "What the labels are.",
+        },
     )
     foreground: list[int] | None = field(default=None, metadata={"help": "Mask values of the object; default: not 0."})
     boxes: str | None = field(

@@ -153,7 +153,9 @@ class Request(BaseHTTPRequestHandler):
         # The body has to be read even if it is not wanted, or it would be taken for the next request.
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         reply = self.server.fault(self) or self.server.answer(self)
-        if reply == "cut":
+        while reply == "silent" and self.server.is_silent:
+            time.sleep(0.02)
+        if reply in ("cut", "silent"):
             self.close_connection = True
             return
         body = reply.content if isinstance(reply.content, bytes) else json.dumps(reply.content).encode()
@@ -254,6 +256,11 @@ class LoopbackHub(ThreadingHTTPServer):
             requests = "\n".join(self.log[seen:][-20:])
             raise AssertionError(f"{done.stdout}\n{done.stderr}\nexit status {done.returncode}, after\n{requests}")
         return done.stdout
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether requests are taken and not answered."""
+        return self.faults is not None and self.faults[0] == "silent"
 
     def fault(self, request: Request) -> Reply | str | None:
         """What happens in the place of an answer; children ask for it by `GET /fault/<name>/<text>`."""

@@ -58,7 +58,7 @@ auto = AutoModel.from_pretrained({repo!r})  # no trust_remote_code: the class is
 assert type(auto) is type(model)
 print(json.dumps([out["prediction"].tolist(), str(out["prediction"].dtype), out["example_ids"], out["scores"]]))
 """
-# after MAKE: pipelines of four kinds, what each answers, and what is said of commits and folders
+# after MAKE: pipelines of five kinds, what each answers, and what is said of commits and folders
 PUSH = """
 import warnings
 from huggingface_hub import HfApi
@@ -99,7 +99,11 @@ pushed(VisualInContextPipeline(model, RankerSelector(ranker, reliable=torch.aran
 
 sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, decoder_hidden_size=4)
 shape = dict(image_size=(64, 32), patch_size=8, pretrain_image_size=32, merge_index=0)
-config = SegGptConfig(**sizes, **shape, intermediate_hidden_state_indices=[0, 1])
+shape |= dict(intermediate_hidden_state_indices=[0, 1])
+SegGptForImageSegmentation(SegGptConfig(**sizes, **shape, in_context_model="painter")).push_to_hub("tester/weights")
+pushed(VisualInContextPipeline("tester/weights", pool="tester/scenes"), "painter")
+
+config = SegGptConfig(**sizes, **shape)
 commits = []
 for _ in range(2):  # two sets of weights
     SegGptForImageSegmentation(config).push_to_hub("tester/seggpt")

@@ -80,7 +80,7 @@ def default_plan(
     if noise <= NOISY and trial is not None:
         balance = {"quotas": overrides["quotas"]} if "quotas" in overrides else {}
         accuracy = _tried_out(table, budget, trial, trials, {"keep": likely} | shared | balance)
-    regime = "agreement" if noise > NOISY else _regime(accuracy, budget / classes)
+    regime = "agreement" if noise > NOISY or accuracy is None else _regime(accuracy, budget / classes, "agreement")
     agree = read_column(table, "label") == read_column(table, "predicted")
     keep = agree if regime == "agreement" else likely
     options = {"clip_quantile": 0.5}
@@ -104,11 +104,12 @@ def default_plan(
     return replace(plan, settings=readings | plan.settings)
 
 
-def _regime(accuracy: float | None, rows_a_class: float) -> str:
-    """The regime of a clean pool."""
-    if accuracy is None or accuracy < HARD_ROWS_HELP or rows_a_class < FEW_ROWS:
-        return "agreement"
-    return "clipped" if accuracy < NEARLY_SOLVED or rows_a_class < ENOUGH_ROWS else "unclipped"
+def _regime(accuracy: float | None, rows_a_class: float, weak: str) -> str:
+    """How far a draw goes by uncertainty where labels are right; not at all, `weak`, for a weak model or few rows."""
+    if rows_a_class < FEW_ROWS or (accuracy is not None and accuracy < HARD_ROWS_HELP):
+        return weak
+    strong = accuracy is not None and accuracy >= NEARLY_SOLVED and rows_a_class >= ENOUGH_ROWS
+    return "unclipped" if strong else "clipped"
 
 
 def _tried_out(table: Mapping[str, Tensor], budget: int, trial: Trial, trials: int, options: dict[str, Any]) -> float:
@@ -170,24 +171,23 @@ def active_plan(
 ) -> Plan:
     """The default for pools without labels: which rows to have labelled.
 
-    Quotas by the class voted for; uniform if the model is weak (accuracy below 0.86), in proportion to `u_x` if it is
-    strong (0.945 and above), else and if the accuracy is unknown to `min(u_x, median)`. Weights are 1: a choice by x
-    alone does not bias a model that can fit the pool.
+    Quotas by the class voted for; uniform if the model is weak (accuracy below 0.86) or the budget allows fewer than 8
+    rows a class, in proportion to `u_x` if it is strong (0.945 and above) and there are 20 rows a class, else and if
+    the accuracy is unknown to `min(u_x, median)`: the rule of `default_plan`, of labels that will be right. Weights are
+    1: a choice by x alone does not bias a model that can fit the pool.
 
     Args:
         table: `predicted`, `u_x`.
         accuracy: of the probes on rows they were not trained on.
         budget, seed, row_ids, overrides: see `default_plan`.
     """
-    if accuracy is not None and accuracy < HARD_ROWS_HELP:
-        regime, options = "uniform", {"score": "uniform"}
-    elif accuracy is not None and accuracy >= NEARLY_SOLVED:
-        regime, options = "unclipped", {}
-    else:
-        regime, options = "clipped", {"clip_quantile": 0.5}
+    budget = check_rows(budget, row_count(table))
+    classes = len(read_column(table, "predicted").unique()) if "predicted" in table else 1
+    regime = _regime(accuracy, budget / classes, "uniform")
+    options = {"uniform": {"score": "uniform"}, "unclipped": {}, "clipped": {"clip_quantile": 0.5}}[regime]
     options = {"quotas": "predicted", "weights": "none", "seed": seed, "row_ids": row_ids} | options
     plan = make_plan(table, budget, **overridden(options, overrides))
-    readings = {"preset": "default", "regime": regime, "trial_accuracy": accuracy}
+    readings = {"preset": "default", "regime": regime, "trial_accuracy": accuracy, "classes": classes}
     return replace(plan, settings=readings | plan.settings)
 
 

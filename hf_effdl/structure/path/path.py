@@ -25,7 +25,7 @@ from hf_effdl.structure.path.picture import plot_path
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "sparse_path.safetensors"
-ORDERS = ("dual", "entry")
+ORDERS = ("dual", "entry", "even")
 WIDTHS = ("stock", "free")
 LOOKS = 5  # at a latency near the budget
 
@@ -123,8 +123,12 @@ class SparsePath:
                 units that never did on one scale; with a dense start it is the share of the run that a unit stayed
                 for, at most 1, where it left. `"entry"`: rank by (entry step, -||W||) inside the group, as in the
                 authors' code, so that every group gives up the same share; with a dense start by exit instead.
+                `"even"`: units by `"dual"`, and how many of each group halfway to the same share: the mean of a
+                unit's place among all and its place in its group, each in (0, 1].
         """
         one_of("order", order, ORDERS)
+        if order == "even":
+            return _halfway(self.scores("dual"))
         result = {}
         for name, unit in self.units.items():
             if order == "dual" or self.start == "dense":
@@ -295,3 +299,13 @@ def _rms(squares: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
     roots = [square.detach().float().sqrt() for square in squares]
     entries = sum(square.numel() for square in squares) / group["units"]
     return (unit_norm(roots, group["axis"], group["block"], [1.0] * len(roots)) / entries**0.5).cpu()
+
+
+def _halfway(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean of every score's place among all and in its group, each in (0, 1]."""
+    every = torch.cat(list(scores.values())).sort().values
+
+    def place(score: Tensor, among: Tensor) -> Tensor:
+        return torch.searchsorted(among, score, right=True) / len(among)
+
+    return {name: (place(score, every) + place(score, score.sort().values)) / 2 for name, score in scores.items()}

@@ -39,11 +39,11 @@ def slim(
 
     With `calibration` the layers that read the removed units are refitted, so that they do without: by least squares
     on their inputs, `W G[:, S] G[S, S]^-1` with `G` the Gram of the inputs and `S` those that stay, with a ridge
-    towards the weights as they were, each position weighted by one over the squared size of the residual stream that
-    the layer adds to there, or of what it says where it adds to none. Group after group, on the model as it is by
-    then; behind groups that stay whole, what was lost before is made up for. A fifth of the rows is held out: refits
-    are taken, and their ridge is chosen, by how near what the layer says there comes to what it should say, and all
-    together by the model's outputs. No labels and no training; the report says what was taken.
+    towards the weights as they were, each position weighted by one over the squared size of what the layer says there,
+    or, where that joins a residual stream, over its size times the stream's. Group after group, on the model as it is
+    by then; behind groups that stay whole, what was lost before is made up for. A fifth of the rows is held out:
+    refits are taken, and their ridge is chosen, by how near what the layer says there comes to what it should say, and
+    all together by the model's outputs. No labels and no training; the report says what was taken.
 
     Args:
         model: left as it is.

@@ -19,6 +19,7 @@ from hf_effdl.vicl.remote_code.pool_reader import MANIFEST, NAME
 
 
 CATEGORIES = {"segmentation": "image-segmentation", "detection": "object-detection", "colourisation": "image-to-image"}
+CATEGORIES["image-to-image"] = "image-to-image"
 CONFIGS = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.tar"}]}]
 
 
@@ -107,7 +108,7 @@ def _features(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     if manifest["task"] == "detection":
         said.append({"name": "box", "list": "float64"})
     images = [f"image.{kind}" for kind in _formats(manifest)]
-    images += ["label.png"] if manifest["task"] == "segmentation" else []
+    images += ["label.png"] if manifest["task"] in ("segmentation", "image-to-image") else []
     return [
         *({"name": name, "dtype": "image"} for name in images),
         {"name": "json", "struct": said},

@@ -89,9 +89,10 @@ class ExamplePool(PoolReader):
             ds: images that are JPEG, PNG or WebP files go into the pool as they are, others as PNG.
             image_column: a `datasets.Image` column, or one of paths or file contents.
             label_column: masks for segmentation, also as COCO's polygons or runs; boxes `[x0, y0, x1, y1]` or None
-                for detection, see `boxes`; not read for colourisation.
+                for detection, see `boxes`; pictures for "image-to-image"; not read for colourisation.
             encoder: a `VisionEncoder`, a vision model of transformers, or the id or folder of one.
-            task: "segmentation", "detection", "colourisation", or an instance such as `Segmentation(void=None)`.
+            task: "segmentation", "detection", "colourisation", "image-to-image", or an instance such as
+                `Segmentation(void=None)`.
             id_column: unique texts or integers that name the rows; default: their numbers, from 0.
             group_column: what rows belong to (a video, a patient, a photo), texts or integers: no image is shown an
                 example of its own group, see `VisualInContextPipeline`.

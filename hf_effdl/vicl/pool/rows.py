@@ -61,7 +61,7 @@ class Rows(torch.utils.data.Dataset):
     def __init__(self, ds: Dataset, manifest: Mapping[str, Any], encoder: Any, first: int) -> None:
         settings = manifest["settings"]
         self.image, self.label = settings["image_column"], settings["label_column"]
-        named = [name for name in (self.image, self.label) if name is not None]
+        named = [name for name in dict.fromkeys((self.image, self.label)) if name is not None]
         said = {name: settings.get(f"{name}_column") for name in ("group", "class")}
         _check_columns(ds, [*named, settings["id_column"], *said.values()])
         self.columns = {name: _texts(ds, column) for name, column in said.items() if column is not None}
@@ -107,6 +107,8 @@ class Rows(torch.utils.data.Dataset):
                 raise ValueError("it has no mask; draw one that is all 0 where there is no object")
             row.mask = self.task.read(values[self.label], image)
             row.files["label.png"], row.blank = _png(row.mask.picture()), not row.mask.white.any()
+        elif self.task.name == "image-to-image":
+            row.files["label.png"] = _png(self.task.label(values[self.label], image))
         elif self.task.name == "detection":
             self.task.label(values[self.label], image)  # for its checks
             box = self.task.corners(values[self.label])

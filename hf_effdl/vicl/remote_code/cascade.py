@@ -17,7 +17,7 @@ from .cascade_stages import FIRST, TURNS, FirstStage, Scorer, SecondStage, Tried
 from .examples import Examples, Queries
 from .pool_rows import group_numbers, groups_of
 from .strategies import best
-from .visual_tasks import find_task
+from .visual_tasks import PICTURES, find_task
 
 
 HEADS = ("ridge", "listwise")
@@ -169,7 +169,7 @@ class CascadeSelector(nn.Module):
             precedents = Precedents.of(pool, tuple(part.cpu() for part in measured), lists, numbers)
             seed = self.seed if self.head == "listwise" else None
             fitted = fit(examples, lists, precedents, passes=self.passes, seed=seed, progress=progress)
-        self._keep(fitted, colours=examples.task.name == "colourisation")
+        self._keep(fitted, colours=examples.task.name in PICTURES)
         self._known, self.pool_fingerprint = (model.measured_performance, precedents), pool.fingerprint
         warn_of(self.report)
         return self.eval()

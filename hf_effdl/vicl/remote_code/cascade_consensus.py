@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .visual_tasks import PICTURES
+
 
 # how many features and maps there are; features by whether labels are colours
 ANSWERS, MAPS = {False: 31, True: 22}, 17
@@ -44,7 +46,7 @@ class Consensus:
     def __init__(
         self, task: object, painted: Tensor, scores: Tensor, temperature: float, grid: Tensor, known: Tensor
     ) -> None:
-        self.task, self.colours = task, task.name == "colourisation"
+        self.task, self.colours = task, task.name in PICTURES
         # masks have one channel
         self.painted = painted if self.colours else painted.mean(2, keepdim=True)
         self.rounded = self.painted if self.colours else (self.painted >= 0.5).float()

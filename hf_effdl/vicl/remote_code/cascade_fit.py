@@ -28,6 +28,7 @@ from .cascade_stages import (
 )
 from .confidence import certainty, learn_confidence
 from .examples import Examples
+from .visual_tasks import PICTURES
 
 
 BATCH = 8  # images encoded, and answered for, at once
@@ -90,7 +91,7 @@ def fit(
 
 def _confidence(answered: "_Answered", scores: Tensor) -> list[float] | None:
     """What the worth of the chosen answer can be told from; scores are from folds without the image."""
-    if answered.examples.task.name == "colourisation":  # which has no certainty of its own
+    if answered.examples.task.name in PICTURES:  # which has no certainty of its own
         return None
     lists = answered.lists
     at = scores.masked_fill(~lists.known, -torch.inf).argmax(1)
@@ -177,7 +178,7 @@ def _answers(examples: Examples, lists: MeasuredLists, progress: bool, what: str
     for part in logging.tqdm(parts[rank::world], desc=what, unit=" batches", disable=not progress or rank > 0):
         encoded, _ = examples.encoded(lists.images[part])
         answers = small(examples.answers(encoded, lists.rows[part])).cpu()
-        mine.append(answers if examples.task.name == "colourisation" else answers.mean(2, keepdim=True))
+        mine.append(answers if examples.task.name in PICTURES else answers.mean(2, keepdim=True))
     if not many:
         return torch.cat(mine)
     of_ranks: list[Any] = [None] * world

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .visual_tasks import PICTURES
+
 
 def certainty(painted: Tensor) -> Tensor:
     """Of masks `(..., c, h, w)`: how far from grey they are where they are white, everywhere where nothing is; (...,).
@@ -37,14 +39,14 @@ def expected_performance(weights: list[float], certain: Tensor, scores: Tensor) 
 
 
 def confidence_of(task: str, painted: Tensor, scores: Tensor, learnt: list[float] | None) -> list[float | None]:
-    """How sure each of some answers `(B, 3, h, w)` is; None for colours.
+    """How sure each of some answers `(B, 3, h, w)` is; None for pictures.
 
     Args:
         task: by name.
         scores: `(B, m)` of the examples shown.
         learnt: weights of `expected_performance`; None: certainty is all that is known.
     """
-    if task == "colourisation":
+    if task in PICTURES:
         return [None] * len(painted)
     sure = certainty(painted).cpu()
     return (sure if learnt is None else expected_performance(learnt, sure, scores[:, 0].float().cpu())).tolist()

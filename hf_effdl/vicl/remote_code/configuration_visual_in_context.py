@@ -12,8 +12,8 @@ class VisualInContextConfig(PreTrainedConfig):
     weights stand in this model's file.
 
     Args:
-        task: "segmentation", "detection" or "colourisation".
-        frozen_model: `{"kind": "seggpt", "sam3" or "feature-matching", "backbone": ..., settings of that kind}`.
+        task: "segmentation", "detection", "colourisation" or "image-to-image".
+        frozen_model: `{"kind": ..., "backbone": ..., settings of that kind}`, the kind one of the keys of `FROZEN`.
         encoder: `{"backbone": ..., settings of VisionEncoder}` of the encoder that the pool was built with; None: the
             frozen model's own.
         strategy: how examples are chosen by default.

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .frozen_model import FrozenModel
 from .vision_encoder import VisionEncoder
+from .visual_tasks import PICTURES
 
 
 MATCHINGS = ("soft", "nearest", "prototype", "mutual")
@@ -163,9 +164,9 @@ class FeatureMatching(FrozenModel):
 
     def check_task(self, task: str) -> None:
         """Colours have no prototypes."""
-        if self.matching == "prototype" and task == "colourisation":
+        if self.matching == "prototype" and task in PICTURES:
             raise ValueError(
-                "matching='prototype' for task='colourisation': a prototype is of black and white labels; use "
+                f"matching='prototype' for task={task!r}: a prototype is of black and white labels; use "
                 "matching='soft'"
             )
 

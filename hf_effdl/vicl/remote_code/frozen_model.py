@@ -29,6 +29,11 @@ class FrozenModel(nn.Module, ABC):
     id: str | None = None
     revision: str | None = None
 
+    @classmethod
+    def takes(cls, config: Any) -> bool:
+        """Whether it is made from models of transformers with this config."""
+        return getattr(config, "model_type", None) in cls.model_types
+
     @property
     def backbone(self) -> PreTrainedModel | None:
         """The model of transformers inside, whose weights may be in a repository of their own; None: all are here."""

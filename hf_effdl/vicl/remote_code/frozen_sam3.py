@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from .backbones import commit_of, config_of, load_backbone
 from .frozen_model import FrozenModel, check_prompts
-from .visual_tasks import largest_boxes
+from .visual_tasks import PICTURES, largest_boxes
 from .writing import check_folder
 
 
@@ -125,8 +125,8 @@ class Sam3InContext(FrozenModel):
 
     def check_task(self, task: str) -> None:
         """It finds objects."""
-        if task == "colourisation":
-            raise ValueError("task='colourisation': a SAM 3 finds objects and paints no colours")
+        if task in PICTURES:
+            raise ValueError(f"task={task!r}: a SAM 3 finds objects and paints no colours")
 
     def settings(self) -> dict[str, Any]:
         """The arguments beside the model, as plain values."""
@@ -155,7 +155,7 @@ class Sam3InContext(FrozenModel):
         **settings: Any,
     ) -> "Sam3InContext":
         """Made from the SAM 3 in a repository or folder; boxes are painted for detection by default."""
-        if task == "colourisation":
+        if task in PICTURES:
             raise ValueError(f"{id}: a SAM 3 finds objects and paints no colours; pass task='segmentation'")
         check_folder(id, revision)
         config = AutoConfig.from_pretrained(id, revision=revision, token=token)

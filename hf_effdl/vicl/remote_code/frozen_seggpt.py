@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
@@ -18,7 +18,7 @@ from .writing import check_folder
 
 
 EMBEDDING_TYPES = ("instance", "semantic")
-ENSEMBLES = ("original", "upstream")
+ENSEMBLES = ("original", "upstream", "answers")
 # examples of each query and half of the query, while this thread paints with several; a model may serve many threads
 ENSEMBLE: ContextVar[tuple[int, int] | None] = ContextVar("ENSEMBLE", default=None)
 # attention modules that look there
@@ -44,13 +44,14 @@ class SegGptInContext(FrozenModel):
 
     `ensemble="original"` is that formula, the authors' code (`examples/benchmarks/seggpt_original.py`). transformers'
     own `feature_ensemble=True`, here `"upstream"`, also averages over the two streams in block `merge_index`, and so
-    paints something else; it does so even for a single example, for which this class never sets it.
+    paints something else; it does so even for a single example, for which this class never sets it. `"answers"` joins
+    nothing: each example is shown by itself, and the answers are averaged.
 
     Args:
         model: the model. It is frozen in place: evaluation mode, no gradients.
         embedding_type: `"instance"` (default) or `"semantic"`, which of SegGPT's two type tokens is added.
-        ensemble: `"original"` (default), any number of queries at once, or `"upstream"`, one query after the other, in
-            arrangement 0 only.
+        ensemble: `"original"` (default) or `"answers"`, any number of queries at once, or `"upstream"`, one query
+            after the other, in arrangement 0 only.
 
     Raises:
         TypeError: where the model is another one.
@@ -70,6 +71,7 @@ class SegGptInContext(FrozenModel):
 
     kind = "seggpt"
     model_types = ("seggpt",)
+    kept: ClassVar[tuple[str, ...]] = ("embedding_type", "ensemble")  # settings that it is made from again
 
     def __init__(
         self, model: SegGptForImageSegmentation, embedding_type: str = "instance", ensemble: str = "original"
@@ -85,7 +87,7 @@ class SegGptInContext(FrozenModel):
             _have_look(layer.attention)
         self.embedding_type, self.ensemble = embedding_type, ensemble
         # upstream's ensemble averages the lower half wherever the query is
-        self.arrangements = 2 if ensemble == "original" else 1
+        self.arrangements = 1 if ensemble == "upstream" else 2
 
     # ---- the contract of a frozen model
 
@@ -101,7 +103,7 @@ class SegGptInContext(FrozenModel):
 
     def settings(self) -> dict[str, Any]:
         """The arguments beside the model, as plain values."""
-        return {"embedding_type": self.embedding_type, "ensemble": self.ensemble}
+        return {name: getattr(self, name) for name in self.kept}
 
     @classmethod
     def from_settings(
@@ -110,7 +112,7 @@ class SegGptInContext(FrozenModel):
         """Made from `settings` and the source of its backbone."""
         source = settings["backbone"]
         model = load_backbone(source, SegGptForImageSegmentation, token, trust)
-        frozen = cls(model, embedding_type=settings["embedding_type"], ensemble=settings["ensemble"])
+        frozen = cls(model, **{name: settings[name] for name in cls.kept})
         frozen.revision = source.get("revision")
         return frozen
 
@@ -167,7 +169,7 @@ class SegGptInContext(FrozenModel):
             parts = zip(above.split(m), below.split(m), label.split(m))
             painted = torch.cat([self._paint(*part, half, feature_ensemble=True) for part in parts])
         else:
-            with _ensemble(m, half):
+            with _ensemble(1 if self.ensemble == "answers" else m, half):
                 painted = self._paint(above, below, label, half)
         painted = painted.chunk(2, dim=2)[half].to(queries).unflatten(0, (b, m)).mean(1)
         return (painted * channels(STD, painted) + channels(MEAN, painted)).clamp(0, 1)

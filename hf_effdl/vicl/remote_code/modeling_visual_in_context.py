@@ -15,26 +15,33 @@ from .configuration_visual_in_context import VisualInContextConfig
 from .frozen_mae_vqgan import MaeVqganInContext
 from .frozen_matching import FeatureMatching
 from .frozen_model import FrozenModel
+from .frozen_painter import PainterInContext
+from .frozen_sam2 import Sam2InContext
 from .frozen_sam3 import Sam3InContext
 from .frozen_seggpt import SegGptInContext
 from .images import BICUBIC
 from .ranker_selector import RankerSelector
+from .strategies import AUTO
 from .vision_encoder import VisionEncoder
 from .writing import check_folder, filled_beside
 
 
 DEFAULT = "BAAI/seggpt-vit-large"
-# frozen models that can be saved, by the name of their kind
+# frozen models that can be saved, by the name of their kind; a Painter is a SegGPT too
 FROZEN: dict[str, type[FrozenModel]] = {
-    frozen.kind: frozen for frozen in (SegGptInContext, Sam3InContext, MaeVqganInContext, FeatureMatching)
+    frozen.kind: frozen
+    for frozen in (
+        *(PainterInContext, SegGptInContext, Sam3InContext, Sam2InContext, MaeVqganInContext),
+        FeatureMatching,  # of whatever no other takes
+    )
 }
 # selectors that a model can keep, by the name of the strategy
 KINDS = {selector.kind: selector for selector in (CascadeSelector, RankerSelector)}
 
 
-def frozen_class(model_type: str | None) -> type[FrozenModel]:
-    """What a model of transformers is made into: the kind that takes its type, else feature matching on it."""
-    return next((frozen for frozen in FROZEN.values() if model_type in frozen.model_types), FeatureMatching)
+def frozen_class(config: Any) -> type[FrozenModel]:
+    """What a model of transformers is made into: the kind that takes its config, else feature matching on it."""
+    return next((frozen for frozen in FROZEN.values() if frozen.takes(config)), FeatureMatching)
 
 
 class VisualInContextModel(PreTrainedModel):
@@ -86,22 +93,20 @@ class VisualInContextModel(PreTrainedModel):
         token: str | bool | None = None,
         **settings: Any,
     ) -> "VisualInContextModel":
-        """A model from a repository or folder: its SegGPT, SAM 3 or MAE-VQGAN, else feature matching.
+        """A model from a repository or folder: its SegGPT, Painter, SAM 3, SAM 2 or MAE-VQGAN, else feature matching.
 
         Args:
             backbone: e.g. `BAAI/seggpt-vit-large` or `facebook/dinov2-base`.
-            task: "segmentation", "detection" or "colourisation".
-            encoder: encoder for retrieval; default: the backbone itself. SAM 3 and MAE-VQGAN need one.
+            task: "segmentation", "detection", "colourisation" or "image-to-image".
+            encoder: encoder for retrieval; default: the backbone itself. SAM 2, SAM 3 and MAE-VQGAN need one.
             revision: of the backbone.
-            settings: for `SegGptInContext` (`embedding_type`, `ensemble`), for `Sam3InContext` (`text`, `threshold`,
-                `paint`), or for `FeatureMatching` (`matching`, `temperature`, `carry`, `layers`, `positions`) and its
-                encoder (`image_size`, `layer`).
+            settings: for `SegGptInContext` (`embedding_type`, `ensemble`), `PainterInContext` (`ensemble`) or
+                `Sam3InContext` (`text`, `threshold`, `paint`), or for `FeatureMatching` (`matching`, `temperature`,
+                `carry`, `layers`, `positions`) and its encoder (`image_size`, `layer`).
         """
         check_folder(backbone, revision)
         config = AutoConfig.from_pretrained(backbone, revision=revision, token=token, trust_remote_code=False)
-        frozen = frozen_class(config.model_type).from_pretrained(
-            backbone, task=task, revision=revision, token=token, **settings
-        )
+        frozen = frozen_class(config).from_pretrained(backbone, task=task, revision=revision, token=token, **settings)
         if isinstance(encoder, str):
             encoder = VisionEncoder.from_pretrained(encoder, token=token)
         return cls.from_parts(frozen, encoder, task=task)
@@ -123,9 +128,10 @@ class VisualInContextModel(PreTrainedModel):
                 `image_size`, `encode` and `predict`; of a kind that `FROZEN` does not hold it works here and now, but
                 cannot be saved.
             encoder: of the pool; default: the frozen model's own.
-            task: "segmentation", "detection" or "colourisation".
+            task: "segmentation", "detection", "colourisation" or "image-to-image".
             embed: True puts all weights into this model's file, False none; default: those without a repository.
-            config: further fields of `VisualInContextConfig`.
+            config: further fields of `VisualInContextConfig`; `strategy` is "auto" here, for what does best on images
+                of the pool.
         """
         own = _own_encoder(frozen)
         if encoder is None and own is None:
@@ -135,7 +141,7 @@ class VisualInContextModel(PreTrainedModel):
         if hasattr(frozen, "check_task"):
             frozen.check_task(task)
         separate = None if encoder is own else encoder
-        model = cls(VisualInContextConfig(task=task, **config))
+        model = cls(VisualInContextConfig(task=task, **{"strategy": AUTO} | config))
         if getattr(frozen, "kind", None) in FROZEN:
             source = source_of(frozen.backbone, frozen.id, frozen.revision, embed)
             model.config.frozen_model = {"kind": frozen.kind, "backbone": source, **frozen.settings()}
@@ -274,7 +280,7 @@ class VisualInContextModel(PreTrainedModel):
         """
         if selector is None:
             self.selector, self.config.selector = None, None
-            self.config.strategy = "nearest" if self.config.strategy in KINDS else self.config.strategy
+            self.config.strategy = AUTO if self.config.strategy in KINDS else self.config.strategy
             return self
         if not isinstance(selector, tuple(KINDS.values())):
             raise TypeError(

@@ -14,6 +14,7 @@ PIPELINE_TAGS = {
     "segmentation": "image-segmentation",
     "detection": "object-detection",
     "colourisation": "image-to-image",
+    "image-to-image": "image-to-image",
 }
 WIDTH = 119  # of the text
 INSTALL = "pip install git+https://github.com/hf-effdl/hf_effdl"  # that of version.py, which does not travel

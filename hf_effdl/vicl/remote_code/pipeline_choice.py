@@ -4,11 +4,8 @@ import warnings
 from typing import Any
 
 from .modeling_visual_in_context import KINDS
-from .strategies import find_strategy
+from .strategies import AUTO, find_strategy
 from .strategy_check import check_strategies
-
-
-AUTO = "auto"
 
 
 class Choice:

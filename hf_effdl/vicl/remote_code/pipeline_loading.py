@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,12 +33,12 @@ def load_parts(
         if not hasattr(model, "frozen"):
             pool = _opened(pool, token)
             model = from_module(model, pool, token)
-    elif (model_type := _model_type(str(model), token, revision)) == VisualInContextConfig.model_type:
+    elif (config := _config(str(model), token, revision)).model_type == VisualInContextConfig.model_type:
         pinned = {} if revision is None else {"revision": revision}
         model = VisualInContextModel.from_pretrained(str(model), token=token, **pinned)
     else:  # a backbone's name says nothing of the pool's task and encoder
         pool = _opened(pool, token)
-        model = from_backbone(str(model), model_type, pool, token, revision)
+        model = from_backbone(str(model), config, pool, token, revision)
     if dtype is not None:
         model.cast(dtype)
     if pool is None:
@@ -49,9 +50,12 @@ def load_parts(
     return model, pool
 
 
-def _model_type(name: str, token: str | bool | None, revision: str | None) -> str | None:
+def _config(name: str, token: str | bool | None, revision: str | None) -> SimpleNamespace:
+    """As it is written: also of a model whose class only its repository knows."""
     check_folder(name, revision)
-    return PreTrainedConfig.get_config_dict(name, token=token, revision=revision)[0].get("model_type")
+    return SimpleNamespace(
+        **{"model_type": None} | PreTrainedConfig.get_config_dict(name, token=token, revision=revision)[0]
+    )
 
 
 def _opened(pool: Any, token: str | bool | None) -> Any:
@@ -97,7 +101,7 @@ def save_pool(pool: PoolReader, folder: Path) -> None:
 
 
 def from_backbone(
-    name: str, model_type: str | None, pool: Any, token: str | bool | None, revision: str | None
+    name: str, config: SimpleNamespace, pool: Any, token: str | bool | None, revision: str | None
 ) -> VisualInContextModel:
     if not hasattr(pool, "encoder"):
         raise ValueError(f"{name} is a backbone and not a VisualInContextModel, which would name its pool: pass pool=")
@@ -107,7 +111,7 @@ def from_backbone(
         encoder = VisionEncoder.from_pretrained(name, revision, token=token, **shape)
         if encoder.fingerprint == made["fingerprint"]:  # a pool that was saved does not name a folder
             made = made | {"id": name}
-    if made["id"] == name and set(shape) <= set(frozen_class(model_type).encoder_options):  # one encoder for both
+    if made["id"] == name and set(shape) <= set(frozen_class(config).encoder_options):  # one encoder for both
         return VisualInContextModel.from_backbone(
             name, task=pool.task, revision=revision or made["revision"], token=token, **shape
         )
@@ -116,9 +120,9 @@ def from_backbone(
 
 
 def from_module(frozen: Any, pool: Any, token: str | bool | None) -> VisualInContextModel:
-    for kind in FROZEN.values():  # what is no frozen model yet, but the inside of one
-        if getattr(getattr(frozen, "config", None), "model_type", None) in kind.model_types:
-            frozen = kind(frozen)
+    inside = next((kind for kind in FROZEN.values() if kind.takes(getattr(frozen, "config", None))), None)
+    if inside is not None:  # what is no frozen model yet, but the inside of one
+        frozen = inside(frozen)
     if not isinstance(frozen, nn.Module) or not hasattr(frozen, "predict"):
         raise TypeError(
             f"model is a {type(frozen).__name__}: pass a VisualInContextModel (from_backbone, from_parts, "

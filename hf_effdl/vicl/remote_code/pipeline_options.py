@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .examples import Queries
+from .visual_tasks import PICTURES
 
 
 FUSIONS = ("mean", "weighted", "model")
@@ -86,9 +87,9 @@ def check_options(options: Options, pipe: Any, choose: Any, said: str) -> None:
         ValueError: naming the option.
     """
     frozen, pool, kept = pipe.model.frozen, pipe.pool, pipe.model.selector
-    for name in ("soft_map", "presence"):
-        if getattr(options, name) and pipe.visual_task.name == "colourisation":
-            raise ValueError(f"{name}=True, but colours are not cut in two: the prediction is all there is")
+    for name, without in (("soft_map", ("colourisation",)), ("presence", PICTURES)):
+        if getattr(options, name) and pipe.visual_task.name in without:
+            raise ValueError(f"{name}=True, but pictures are not cut in two: the prediction is all there is")
     if options.instances:
         _check_instances(options, frozen)
     if options.vote and getattr(frozen, "arrangements", 1) == 1:

@@ -7,6 +7,7 @@ import numpy as np
 
 from .images import to_rgb
 from .pipeline_picture import Answer, Shown
+from .visual_tasks import PICTURES
 
 
 def rows_shown(
@@ -52,4 +53,4 @@ def _drawn(pipe: Any, label: Any, image: Any, task: Any = None) -> Any:
     if task.name == "detection":
         return task.corners(label)
     drawn = task.label(label, image)
-    return drawn if pipe.visual_task.name == "colourisation" else np.asarray(drawn)[:, :, 0] // 255
+    return drawn if pipe.visual_task.name in PICTURES else np.asarray(drawn)[:, :, 0] // 255

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .visual_tasks import PICTURES
+
 
 COLOUR = (255, 64, 32)
 INK, PALE = (36, 41, 47), (87, 96, 106)
@@ -27,8 +29,9 @@ LABELS = {
     "segmentation": "object as labelled (examples, truth) or predicted; all else is dimmed",
     "detection": "box as labelled (examples, truth) or predicted",
     "colourisation": "examples, truth and prediction in colour; the query as the model sees it",
+    "image-to-image": "examples and query, what each is to become, and what was painted",
 }
-METRICS = {"segmentation": "IoU", "detection": "IoU", "colourisation": "error"}
+METRICS = {"segmentation": "IoU", "detection": "IoU", "colourisation": "error", "image-to-image": "error"}
 # image and caption, its two lines
 Panel = tuple[Image.Image, tuple[str, str]]
 
@@ -66,7 +69,7 @@ def draw_panels(rows: Sequence[Shown], task: str, height: int = 160) -> Image.Im
 
     Args:
         rows: the queries.
-        task: "segmentation", "detection" or "colourisation".
+        task: "segmentation", "detection", "colourisation" or "image-to-image".
         height: of an image in pixels.
     """
     if not rows:
@@ -97,7 +100,7 @@ def _panels(row: Shown, task: str) -> list[Panel]:
 def _example_panels(answer: Answer, task: str, before: str) -> list[Panel]:
     measured = answer.strategy == "oracle"
     what = METRICS[task] if measured else SCORES.get(answer.strategy, "score")
-    sign = -1 if measured and task == "colourisation" else 1  # scores are larger where better, errors are not
+    sign = -1 if measured and task in PICTURES else 1  # scores are larger where better, errors are not
     return [
         (
             marked(image, label, task),
@@ -114,7 +117,7 @@ def _prediction_panel(query: Image.Image, answer: Answer, task: str, what: str) 
 
 def marked(image: Image.Image, label: Any, task: str) -> Image.Image:
     """The image with a mask tinted, a box drawn, or its colours."""
-    if task == "colourisation":
+    if task in PICTURES:
         return label if isinstance(label, Image.Image) else image
     image = image.convert("RGB")
     if label is None:
@@ -135,11 +138,11 @@ def marked(image: Image.Image, label: Any, task: str) -> Image.Image:
 
 def _legend(task: str) -> Image.Image:
     """What the colour means."""
-    text, left = LABELS[task], GAP if task == "colourisation" else GAP + LINE + GAP
+    text, left = LABELS[task], GAP if task in PICTURES else GAP + LINE + GAP
     width = round(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(text)) + left + GAP
     legend = Image.new("RGB", (width, LEGEND), "white")
     draw = ImageDraw.Draw(legend)
-    if task != "colourisation":
+    if task not in PICTURES:
         swatch = (GAP, 5, GAP + LINE, LEGEND - 5)
         draw.rectangle(swatch, outline=COLOUR, fill=COLOUR if task == "segmentation" else "white", width=2)
     draw.text((left, 4), text, fill=PALE)

@@ -38,7 +38,7 @@ from .pipeline_picture import draw_panels
 from .pipeline_saving import pushed, saved
 from .pool_reader import PoolReader
 from .pool_rows import allowed_rows
-from .visual_tasks import find_task, task_of
+from .visual_tasks import PICTURES, find_task, task_of
 
 
 TASK = "visual-in-context-learning"
@@ -59,8 +59,8 @@ class VisualInContextPipeline(Pipeline):
             `CascadeSelector` or a `RankerSelector`, or "cascade" or "ranker" for one that the model keeps; "auto" for
             the best of those that need no label of the query, as tried on images of the pool (`self_check` says what
             was found); or a callable `(queries, examples, count, candidates) -> (scores, rows)`, and, where it knows
-            them, the answers `(B, count, 3, h, w)` to each. Default: the model's `config.strategy`, which is
-            "cascade" where it keeps one.
+            them, the answers `(B, count, 3, h, w)` to each. Default: the model's `config.strategy`: "auto" where the
+            model was made from parts or a backbone, "cascade" where it keeps one, what was saved else.
         pool: an `ExamplePool` or `PoolReader`, or a repository or folder of one; default: the one that the config
             names.
         metric, greater_is_better: what the oracle goes by, see `Examples`; default: the task's own metric.
@@ -411,7 +411,7 @@ class VisualInContextPipeline(Pipeline):
             return self._answer(encoded, images, labels, weights, options, 0)
         layouts = range(self.model.frozen.arrangements)
         answers = [self._answer(encoded, images, labels, weights, options, layout) for layout in layouts]
-        return count_votes(torch.stack(answers), self.visual_task.name != "colourisation")
+        return count_votes(torch.stack(answers), self.visual_task.name not in PICTURES)
 
     def postprocess(self, outputs: dict[str, Any]) -> list[dict[str, Any]]:
         predictions = self.visual_task.decode(outputs["painted"].float(), outputs["sizes"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 FORMAT = 1
 NAME = r"pool-[0-9]{5,}-[0-9a-f]{12}"
-TASKS = ("segmentation", "detection", "colourisation")
+TASKS = ("segmentation", "detection", "colourisation", "image-to-image")
 # readers of Pillow for the files that pools hold; that of JPEG takes the MPO of many phones too
 IMAGES, MASKS = ("JPEG", "PNG", "WEBP"), ("PNG",)
 MANIFEST_BYTES, WIDEST, LARGEST_SIDE = 2**28, 2**16, 2**14

@@ -136,7 +136,7 @@ class PoolReader:
 
     Attributes:
         ids: name of every row.
-        task: "segmentation", "detection" or "colourisation".
+        task: "segmentation", "detection", "colourisation" or "image-to-image".
         encoder: what made the features: id, revision, layer, image_size, fingerprint.
         fingerprint: of ids, images, labels, their order, the task and the encoder.
         commit: of the repository it was loaded from, None for a folder.
@@ -369,7 +369,7 @@ class PoolReader:
         return to_rgb(opened(self.files(row)[0], IMAGES))
 
     def label(self, row: int) -> Image.Image | list[float] | None:
-        """The label of a row: a white-on-black mask (PIL L), a box `[x0, y0, x1, y1]` or None.
+        """The label of a row: a white-on-black mask (PIL L), a box `[x0, y0, x1, y1]`, a picture (PIL RGB) or None.
 
         None is the label of an image without an object in detection, and of every image in colourisation, where the
         image is its own label.
@@ -379,6 +379,8 @@ class PoolReader:
             mask = opened(stored, MASKS).convert("L")
             mask.white_on_black = True  # not the class numbers of the data set that the pool was made from
             return mask
+        if self.task == "image-to-image":
+            return to_rgb(opened(stored, MASKS))
         try:
             return check_box(json.loads(stored).get("box"))
         except (ValueError, AttributeError, RecursionError) as error:

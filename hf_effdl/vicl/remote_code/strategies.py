@@ -79,6 +79,7 @@ def oracle(queries: Queries, examples: Examples, count: int, candidates: int) ->
     return best(performance, rows, count)
 
 
+AUTO = "auto"  # the best of them on images of the pool
 STRATEGIES = {
     "random": random,
     "nearest": nearest,
@@ -94,7 +95,7 @@ def find_strategy(selector: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     """A strategy by name, or anything called as one: `(queries, examples, count, candidates) -> (scores, rows)`."""
     if isinstance(selector, str):
         if selector not in STRATEGIES:
-            raise ValueError(f"strategy={selector!r}: it must be one of {[*STRATEGIES, 'auto']}")
+            raise ValueError(f"strategy={selector!r}: it must be one of {[*STRATEGIES, AUTO]}")
         return STRATEGIES[selector]
     if not callable(selector):
         raise TypeError(

@@ -1,10 +1,12 @@
 """Which strategy suits a pool: each is tried on images of the pool, whose labels are known, and the best is taken."""
 
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from .examples import Examples, Queries
 from .images import pixels
@@ -12,6 +14,10 @@ from .pool_rows import fellows
 from .strategies import STRATEGIES
 
 
+logger = logging.get_logger(__name__)
+
+EACH = 4  # images of one call of the frozen model
+SLOW = 10.0  # seconds from which it is said how long it will take
 LOOKED_UP, RUN = 100, 32  # pool images that are asked about where their examples were measured, and where not
 
 
@@ -90,12 +96,30 @@ def _performance(
 ) -> Tensor:
     """Of the chosen examples `rows (B, 1)`; of one that was not measured on the image, the mean of those that were."""
     if table is None:
-        return examples.measure(queries, rows)[:, 0]
+        return _run(examples, queries, rows)
     candidates, performance = table[0][images], table[1][images]
     known = candidates >= 0
     mean = (performance * known).sum(1) / known.sum(1)
     same = candidates == rows
     return torch.where(same.any(1), (performance * same).sum(1), mean)
+
+
+def _run(examples: Examples, queries: Queries, rows: Tensor) -> Tensor:
+    """Of the chosen examples, by the frozen model; says how long that will take where it is slow."""
+    parts, start = [], time.perf_counter()
+    for place in torch.arange(len(queries)).split(EACH):
+        here = place.to(queries.cells.device)
+        some = Queries(queries.cells[here], {}, queries.truth[here])
+        parts.append(examples.measure(some, rows[place])[:, 0])
+        whole = (time.perf_counter() - start) / len(parts) * len(queries) / EACH
+        if len(parts) == 1 and whole > SLOW:
+            logger.warning(
+                "how examples are chosen is tried on %d images of the pool, once for each way: about %.0f s a way; "
+                "selector='nearest' or 'dense' is taken as it is",
+                len(queries),
+                whole,
+            )
+    return torch.cat(parts)
 
 
 def _ahead(values: Tensor, others: Tensor) -> list[float]:

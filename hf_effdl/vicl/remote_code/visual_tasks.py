@@ -1,4 +1,4 @@
-"""The three tasks of visual in-context learning: how labels become images, and how painted images are read and scored.
+"""The tasks of visual in-context learning: how labels become images, and how painted images are read and scored.
 
 A frozen model sees and paints RGB images only, so a task says how a label is drawn (`label`, `labels`), how a painted
 answer is read (`decode`) and how good it is (`score`). Pixels are float `(N, 3, h, w)` in [0, 1]; images are squashed
@@ -321,7 +321,34 @@ class Colourisation(_Task):
         return (error / error.new_tensor(_STD)[:, None, None]).square().mean((-3, -2, -1))
 
 
-TASKS = {task.name: task for task in (Segmentation(), Detection(), Colourisation())}
+class ImageToImage(Colourisation):
+    """Any picture of an image: the image cleaned, sharpened or lit, its depth in grey; score: that of colourisation.
+
+    Depth is drawn as a share of the farthest that is to be told, `depth / far`, in grey, and the answer's `soft_map`
+    times `far` is depth again.
+
+    Example:
+        >>> task, noisy, clean = ImageToImage(), Image.new("RGB", (2, 2), "red"), Image.new("RGB", (2, 2), "blue")
+        >>> task.query(noisy).getpixel((0, 0)), task.label(clean, noisy).getpixel((0, 0))
+        ((255, 0, 0), (0, 0, 255))
+    """
+
+    name = "image-to-image"
+
+    def query(self, image: Any) -> Image.Image:
+        """The image."""
+        return to_rgb(image)
+
+    def label(self, label: Any, image: Any) -> Image.Image:
+        """The picture `label`, any that `to_rgb` takes, of `image`'s size."""
+        if label is None:
+            raise ValueError("it has no picture as its label; what an image is to become is a picture of its size")
+        return super().label(label, image)
+
+
+TASKS = {task.name: task for task in (Segmentation(), Detection(), Colourisation(), ImageToImage())}
+# tasks whose labels are pictures, not white on black
+PICTURES = tuple(name for name, task in TASKS.items() if isinstance(task, Colourisation))
 
 
 def find_task(
@@ -330,7 +357,8 @@ def find_task(
     """A task by name, with its defaults, or the given task itself.
 
     Args:
-        task: "segmentation", "detection", "colourisation", or an instance such as `Segmentation(foreground=[1])`.
+        task: "segmentation", "detection", "colourisation", "image-to-image", or an instance such as
+            `Segmentation(foreground=[1])`.
         foreground: for "segmentation" by name: the mask values that are the object.
         boxes: for "detection" by name: how boxes are given.
 
