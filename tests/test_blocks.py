@@ -32,11 +32,11 @@ class Net(nn.Module):
 
     @property
     def keys(self) -> int:
-        return HEADS // READERS if "grouped" in self.order else HEADS
+        return 1 if "shared" in self.order else HEADS // READERS if "grouped" in self.order else HEADS
 
     @property
     def units(self) -> int:
-        return 5 if self.order in ("halves", "pairs", "plain") else self.keys
+        return 5 if self.order in ("halves", "pairs", "plain") else HEADS if "shared" in self.order else self.keys
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.many(self.norm(x))
@@ -53,7 +53,7 @@ class Net(nn.Module):
     def attend(self, y: torch.Tensor) -> torch.Tensor:
         rows, tokens, width = y.shape
         heads = self.heads  # without it the cut model does not run
-        keys = heads // READERS if "grouped" in self.order else heads
+        keys = 1 if "shared" in self.order else heads // READERS if "grouped" in self.order else heads
         if self.order.startswith("by head"):
             y = y.view(rows, tokens, keys, -1, SIZE)
             q, k, v = y[:, :, :, :-2].flatten(2, 3), y[:, :, :, -2], y[:, :, :, -1]
@@ -68,6 +68,8 @@ def expected(order: str) -> list[list[int]]:
     """Rows of the first layer by unit, in order."""
     if order in ("plain", "halves", "pairs"):
         return [{"plain": [i], "halves": [i, 5 + i], "pairs": [2 * i, 2 * i + 1]}[order] for i in range(5)]
+    if "shared" in order:  # the key and the value are of no unit
+        return torch.arange(HEADS * SIZE).view(HEADS, SIZE).tolist()
     keys = HEADS // READERS if "grouped" in order else HEADS
     per, run = HEADS // keys * SIZE, torch.arange
     if order.startswith("by head"):
@@ -77,13 +79,14 @@ def expected(order: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "order", ["plain", "halves", "pairs", "all q, k, v", "by head", "all grouped", "by head grouped"]
+    "order", ["plain", "halves", "pairs", "all q, k, v", "by head", "all grouped", "by head grouped", "all shared"]
 )
 def test_units_are_found_in_any_order_and_said_rightly_after_a_cut(order):
     model = Net(order)
     groups = find_groups(model, X)
     [group] = groups
-    rows = [part for part in group.slices if part.role == "row"]
+    rows = [part for part in group.slices if part.role == ("table" if "shared" in order else "row")]
+    rows = [part for part in rows if part.tensor == "many.weight"]
     found = [[i for part in rows for i in part.entries(torch.tensor([u])).tolist()] for u in range(group.units)]
     assert found == expected(order)
     assert [(name, n) for _, name, n in group.counts] == [("heads", HEADS // group.units)] * (

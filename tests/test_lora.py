@@ -1,6 +1,8 @@
 """Ranks of LoRA adapters: found as groups, selected by signal alone, and left as a plain adapter."""
 
 import json
+import random
+import time
 import warnings
 from copy import deepcopy
 
@@ -282,9 +284,10 @@ def test_the_largest_singular_directions_are_kept_and_each_module_has_its_best(n
         (bert, {"init_lora_weights": "pissa"}),
         (bert, {"init_lora_weights": "pissa_niter_4", "use_rslora": True, "rank_pattern": {"query": 3}}),
         (bert, {"init_lora_weights": "olora"}),
+        (bert, {}),
         (gpt2, {"init_lora_weights": "pissa", "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     ],
-    ids=["PiSSA", "PiSSA, rsLoRA", "OLoRA", "Conv1D"],
+    ids=["PiSSA", "PiSSA, rsLoRA", "OLoRA", "plain", "Conv1D"],
 )
 def test_what_began_with_a_part_of_the_base_weights_is_selected_by_what_has_changed(base, config, tmp_path):
     """Reference: torch's singular value decomposition of the weights after training less those of the base."""
@@ -585,6 +588,63 @@ def test_what_a_run_in_another_mode_leaves_is_selected_from(mode, tmp_path):
 def test_two_processes_equal_one(run, tmp_path):
     Script("lora_run.py", tmp_path, "--processes", 2, processes=2).finish()
     assert_close(torch.load(tmp_path / "final.pt", weights_only=True), lora_run.outcome(run))
+
+
+@pytest.fixture(scope="module")
+def run_from_base_weights(tmp_path_factory):
+    net, initial = lora_run.from_base_weights("pissa")
+    run = lora_run.trainer(tmp_path_factory.mktemp("pissa"), net, save_strategy="steps", save_steps=10)
+    run.train()
+    return run, initial
+
+
+def test_a_run_that_began_with_base_weights_is_dense_and_resumed_and_selected_bit_for_bit(
+    run_from_base_weights, tmp_path
+):
+    (run, initial), (net, again) = run_from_base_weights, lora_run.from_base_weights("pissa")
+    assert run.args.start == "dense"
+    resumed = lora_run.trainer(tmp_path, net)
+    resumed.train(resume_from_checkpoint=f"{run.args.output_dir}/checkpoint-40")
+    assert_same(lora_run.outcome(resumed, again), lora_run.outcome(run, initial))
+    small = select_lora_ranks(run.model, run.path, 0.4, initial=initial)
+    losses = [run.evaluate_model(one)["loss"] for one in (run.model, small, bert())]
+    assert losses[1] == pytest.approx(losses[0], abs=0.05) and losses[0] < losses[2] - 0.3
+
+
+def test_selecting_from_a_saved_adapter_and_its_saved_path_is_the_same_bit_for_bit(run):
+    checkpoint = f"{run.args.output_dir}/checkpoint-60"
+    loaded = PeftModel.from_pretrained(bert().double().eval(), checkpoint, is_trainable=True)
+    for order in ("size", "dual", "effect"):
+        ours, theirs = (
+            select_lora_ranks(net, path, 0.4, order=order)
+            for net, path in ((run.model, run.path), (loaded, SparsePath.load(checkpoint)))
+        )
+        assert ours.effdl_report == theirs.effdl_report
+        assert_same(ranks_of(theirs), ranks_of(ours))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", [None, "pissa"])
+def test_a_run_killed_at_a_random_moment_and_resumed_selects_bit_for_bit_what_an_uninterrupted_one_does(
+    init, run, run_from_base_weights, tmp_path
+):
+    more = ("--init", init) if init else ()
+    script = Script("lora_run.py", tmp_path, *more)
+    script.wait_for(lambda: list(tmp_path.glob("checkpoint-*/trainer_state.json")))
+    delay = random.SystemRandom().uniform(0, 0.4)
+    time.sleep(delay)
+    assert script.kill() or (tmp_path / "final.pt").exists()
+    Script("lora_run.py", tmp_path, *more, "--resume").finish()
+    whole = lora_run.outcome(*run_from_base_weights) if init else lora_run.outcome(run)
+    assert_same(torch.load(tmp_path / "final.pt", weights_only=True), whole, f"killed after {delay:.3f} s")
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_from_base_weights_on(run_from_base_weights, tmp_path):
+    Script("lora_run.py", tmp_path, "--processes", 2, "--init", "pissa", processes=2).finish()
+    both, one = torch.load(tmp_path / "final.pt", weights_only=True), lora_run.outcome(*run_from_base_weights)
+    assert both["report"] == one["report"]
+    assert_close(both["weights"], one["weights"], 1e-5)
 
 
 def test_the_masked_evaluation_is_that_of_the_selected_adapter(run):

@@ -77,7 +77,8 @@ def test_what_does_not_fit_is_refused_with_what_to_change(script, inputs, change
 
 @pytest.fixture
 def benchmarks():
-    with importable("pretrained_arms", "pretrained_minilm", "pretrained_dinov2", "pretrained_resnet20") as found:
+    names = ("arms", "minilm", "dinov2", "resnet20", "training")
+    with importable(*(f"pretrained_{name}" for name in names)) as found:
         yield found
 
 
@@ -103,6 +104,67 @@ def test_a_class_score_is_that_of_the_mean_over_the_tokens_that_are_there(benchm
         torch.testing.assert_close(model(padded, there).logits, model(ids, mask).logits, atol=1e-5, rtol=1e-5)
         said = model(ids, mask, labels=torch.tensor([0, 2]))
     assert said.loss == nn.functional.cross_entropy(said.logits, torch.tensor([0, 2]))
+
+
+class Rows:
+    """Texts whose class is their first word."""
+
+    def batch(self, places: torch.Tensor) -> dict[str, torch.Tensor]:
+        ids = torch.stack(
+            [torch.randint(5, 45, (6,), generator=torch.Generator().manual_seed(int(i))) for i in places]
+        )
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 3}
+
+
+@pytest.fixture
+def classifier(benchmarks):
+    torch.manual_seed(0)
+    model = benchmarks["pretrained_minilm"].Classifier(small_bert(), 3).eval()
+    batch = Rows().batch(torch.arange(32))
+    return (
+        model,
+        benchmarks["pretrained_arms"].sized(find_groups(model, {k: v[:1] for k, v in batch.items()}), 32),
+        batch,
+    )
+
+
+def unit_norms(model: nn.Module, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    block = model.encoder.encoder.layer[layer]
+    return block.intermediate.dense.weight.detach().norm(dim=1), block.output.dense.weight.detach().norm(dim=0)
+
+
+def test_a_lasso_takes_its_strength_off_every_unit_over_a_run_and_no_more_than_there_is(benchmarks, classifier):
+    (model, groups, _), script = classifier, benchmarks["pretrained_training"]
+    with torch.no_grad():
+        model.encoder.encoder.layer[0].intermediate.dense.weight[3] *= 0.1
+        model.encoder.encoder.layer[0].output.dense.weight[:, 3] *= 0.1
+    (rows, columns), way = unit_norms(model, 0), script.Lasso(groups)
+    before = torch.stack([rows / rows.mean(), columns / columns.mean()]).norm(dim=0)
+    way.start(model, (1e-3, 1e-3), [0.5, 1.0, 0.25])
+    for step in range(3):
+        way.after_step(step)
+    left = (before - script.STRENGTH).clamp_min(0) / before
+    for now, then in zip(unit_norms(model, 0), (rows, columns), strict=True):
+        torch.testing.assert_close(now, then * left)
+    assert left[3] == 0 and left.count_nonzero() == 31
+
+
+def test_along_a_path_cheap_units_are_pressed_hardest_and_the_layers_behind_those_that_left_read_nothing_of_them(
+    benchmarks, classifier
+):
+    (model, groups, batch), script = classifier, benchmarks["pretrained_training"]
+    worth = script.unit_scores(model, groups, [batch], "obs")
+    way = script.Path(groups, [batch], score="obs", refits=True)
+    script.train(model, Rows(), torch.arange(256), 2, (3e-3, 3e-3), seed=0, way=way)
+    lifted = {group["name"]: group for group in way.optimizer.param_groups if group["penalty"]}
+    path = script.SparsePath.from_optimizer(way.optimizer, groups)
+    for layer, group in enumerate(groups):
+        factors = torch.tensor(lifted[group.name]["penalty_factor"])
+        assert factors.argmax() == worth[group.name].argmin() and factors.argmin() == worth[group.name].argmax()
+        assert factors.max() / factors.min() == pytest.approx(script.SPREAD**2)
+        inside, (_, columns) = path.support[group.name], unit_norms(model, layer)
+        assert 0 < inside.sum() < 32 and torch.equal(columns > 0, inside)
+        assert way.scores()[group.name][inside].min() >= 1 > way.scores()[group.name][~inside].max()
 
 
 def test_features_that_did_not_move_are_at_no_distance_and_the_nearest_is_another_photo(benchmarks):

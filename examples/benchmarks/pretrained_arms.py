@@ -40,13 +40,15 @@ def sized(groups: Sequence[Group], units: int) -> list[Group]:
     return found
 
 
-def wishes(groups: Sequence[Group], share: float, score: str, seed: int) -> dict[str, Wish]:
-    """The same number of units of every group; the random arm says which."""
+def wishes(groups: Sequence[Group], share: float, score: str | Mapping[str, Tensor], seed: int) -> dict[str, Wish]:
+    """The same number of units of every group; the random arm says which, and so do scores that are there already."""
     found = {}
     for place, group in enumerate(groups):
         size = max(1, round(share * group.units))
         rng = torch.Generator().manual_seed(1000 * seed + place)
         drawn = torch.randperm(group.units, generator=rng)[:size].sort().values if score == "random" else None
+        if isinstance(score, Mapping):
+            drawn = score[group.name].topk(size).indices.sort().values
         found[group.name] = Wish(size, drawn)
     return found
 
@@ -55,20 +57,19 @@ def smaller(
     model: nn.Module,
     groups: Sequence[Group],
     share: float,
-    score: str,
+    score: str | Mapping[str, Tensor],
     batches: Iterable[Any],
     seed: int = 0,
     ridge: float | None = None,
     others: Sequence[Group] = (),
 ) -> Iterator[Smaller]:
-    """The model without and with refits, of one score and share; what `slim` does, keeping what it throws away.
+    """The model without and with refits, of one score (a name, or numbers by group) and share; as `slim` does it.
 
     The layers behind `others`, which stay whole, make up for what was lost before them.
     """
     asked = wishes(groups, share, score, seed)
-    done = compensate(
-        model, [*groups, *others], asked, batches, score="magnitude" if score == "random" else score, ridge=ridge
-    )
+    named = "magnitude" if score == "random" or isinstance(score, Mapping) else score
+    done = compensate(model, [*groups, *others], asked, batches, score=named, ridge=ridge)
     yield Smaller(cut_copy(model, groups, done.kept), False, {"held-out error": done.report["error_without"]})
     yield Smaller(cut_copy(done.model, groups, done.kept), True, facts(done.report))
 

@@ -19,13 +19,16 @@ batch 32), its accuracy on the official test set. Every layer keeps the same num
 heads. 512 of the training rows calibrate. Units stay by chance, norm, activation, Fisher's score or OBS; the same
 units stand once with the next layers as they are and once with them refitted by least squares
 (`slim(..., calibration=)`). Beside them: the first layers of the model alone, as many as cost no more than those
-widths.
+widths; a model of those widths trained from fresh weights; and models whose units were pressed out in the four epochs
+themselves, by a group lasso or along a path (`pretrained_training.py`), then cut and refitted like the others.
 
     pip install ".[bench]"
     python examples/benchmarks/pretrained_minilm.py                     # three seeds: about an hour on one thread
     python examples/benchmarks/pretrained_minilm.py --epochs 0 1        # also after one more epoch of training
     python examples/benchmarks/pretrained_minilm.py --epochs 1 --teacher 0.5   # with the whole model as its teacher
+    python examples/benchmarks/pretrained_minilm.py --arms scratch lasso path "path, OBS" --epochs 0 1 3
     python examples/benchmarks/pretrained_minilm.py --units heads --kept 0.5
+    python examples/benchmarks/pretrained_minilm.py --check --work runs/check --out runs/check.jsonl  # all arms, tiny
     python examples/benchmarks/pretrained_minilm.py --ridge 0.01        # one ridge instead of the best of some
     python examples/benchmarks/pretrained_minilm.py --sizes 3000 3000 --arms obs   # all training rows calibrate
     python examples/benchmarks/pretrained_minilm.py --table
@@ -38,13 +41,15 @@ rows that are there are skipped.
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pretrained_arms import REFITS, SCORES, cell, sized, smaller
+from pretrained_training import WAYS, train
 from rows import RowFile, machine, parser_of
 from selection_banking77 import Texts, minilm, read
 from torch import Tensor, nn
@@ -53,13 +58,16 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_effdl import find_groups, slim
 from hf_effdl.structure.slim.latency import measure_latency
-from hf_effdl.structure.training.distill import distillation_terms
 
 
-ROWS, CALIBRATION, BATCH, EPOCHS = 3000, 512, 32, 4
+ROWS, CALIBRATION, EPOCHS = 3000, 512, 4
 RATE, HEAD_RATE = 2e-4, 1e-3
 KEPT = (0.5, 0.25)
-ARMS = (*SCORES, "layers")
+LAYERS, SCRATCH = "layers", "scratch"
+ALONE = {LAYERS: "first layers alone", SCRATCH: "fresh weights"}  # arms that nothing is cut from
+CUT = (*SCORES, LAYERS)
+ARMS = (*CUT, SCRATCH, *WAYS)
+CHECK = {"sizes": (64, 32), "seeds": (0,), "kept": (0.5,), "epochs": (0, 1), "arms": ARMS}
 KEYS = ("units", "kept", "arm", "refit", "ridge", "calibration", "epochs", "teacher", "seed")
 
 
@@ -113,59 +121,6 @@ class Tokens:
         return [self.batch(part) for part in places[lengths.argsort(stable=True)].split(size)]
 
 
-def train(
-    model: nn.Module,
-    data: Tokens,
-    places: Tensor,
-    epochs: int,
-    rates: tuple[float, float],
-    seed: int,
-    teacher: tuple[nn.Module, float] | None = None,
-) -> None:
-    """AdamW with a warm-up over a tenth of the steps and linear decay; dropout as the encoder has it.
-
-    Args:
-        model: a `Classifier`.
-        data, places: rows.
-        epochs: over them.
-        rates: of the encoder and of the head.
-        seed: of order and dropout.
-        teacher: a model, and its share of the loss.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    body = [p for name, p in model.named_parameters() if not name.startswith("head.")]
-    optimizer = torch.optim.AdamW(
-        [{"params": body, "lr": rates[0]}, {"params": model.head.parameters(), "lr": rates[1]}], weight_decay=0.01
-    )
-    steps = epochs * -(-len(places) // BATCH)
-
-    def share(step: int) -> float:
-        return min((step + 1) / max(1, steps // 10), (steps - step) / steps)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-    model.train()
-    for _ in range(epochs):
-        for part in places[torch.randperm(len(places), generator=rng)].split(BATCH):
-            optimizer.zero_grad()
-            loss_of(model, data.batch(part), teacher).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-    model.eval()
-
-
-def loss_of(model: nn.Module, batch: dict[str, Tensor], teacher: tuple[nn.Module, float] | None) -> Tensor:
-    """The loss of a batch, a share of it that of what a teacher says."""
-    said = model(**batch)
-    if teacher is None:
-        return said.loss
-    whole, share = teacher
-    with torch.no_grad():
-        taught = whole(**batch).logits
-    return (1 - share) * said.loss + share * distillation_terms(said.logits, taught, batch["labels"])[0].mean()
-
-
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Tokens) -> float:
     """Percent of the rows that a model is right about."""
@@ -189,30 +144,66 @@ class Run:
     """
 
     def __init__(self, texts: Texts, seed: int, work: Path, sizes: tuple[int, int] = (ROWS, CALIBRATION)) -> None:
-        torch.manual_seed(seed)
-        encoder, tokenizer = minilm()
-        self.seed, self.model = seed, Classifier(encoder, len(texts.names))
+        self.seed, self.classes, self.work, self.sizes = seed, len(texts.names), work, sizes
+        self.model, tokenizer = self.untrained()
         self.train_rows, self.test_rows = Tokens(tokenizer, *texts.train), Tokens(tokenizer, *texts.test)
         rng = torch.Generator().manual_seed(seed)
         self.places = torch.randperm(len(texts.train[1]), generator=rng)[: sizes[0]]
         self.calibrated_on = None if sizes[1] == CALIBRATION else sizes[1]
         self.calibration = self.train_rows.batches(self.places[: sizes[1]], 64)
-        self._fine_tune(work / f"minilm-{sizes[0]}-{seed}.pt")
+        self.model.load_state_dict(self._kept("", lambda: self._fine_tuned(self.model)))
+        self.model.eval()
         example = {name: value[:1] for name, value in self.calibration[-1].items()}
-        self.groups, config = find_groups(self.model, example), encoder.config
+        self.groups, config = find_groups(self.model, example), self.model.encoder.config
         self.members = {
             None: sized(self.groups, config.intermediate_size),
             "heads": sized(self.groups, config.num_attention_heads),
         }
 
-    def _fine_tune(self, file: Path) -> None:
+    def untrained(self) -> tuple[nn.Module, Any]:
+        """The pretrained encoder with a fresh head, the same for all that are fine-tuned; and its tokenizer."""
+        torch.manual_seed(self.seed)
+        encoder, tokenizer = minilm()
+        return Classifier(encoder, self.classes), tokenizer
+
+    def _kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """What was made once, in a file."""
+        file = self.work / f"minilm-{self.sizes[0]}-{self.seed}{name}.pt"
         if not file.is_file():
-            train(self.model, self.train_rows, self.places, EPOCHS, (RATE, HEAD_RATE), self.seed)
+            made = make()
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(self.model.state_dict(), f"{file}.tmp")
+            torch.save(made, f"{file}.tmp")
             os.replace(f"{file}.tmp", file)
-        self.model.load_state_dict(torch.load(file, weights_only=True))
-        self.model.eval()
+        return torch.load(file, weights_only=True)
+
+    def _fine_tuned(self, model: nn.Module, way: Any = None) -> dict[str, Tensor]:
+        train(model, self.train_rows, self.places, EPOCHS, (RATE, HEAD_RATE), self.seed, way=way)
+        return model.state_dict()
+
+    def pressed(self, units: str | None, arm: str) -> tuple[nn.Module, dict[str, Tensor]]:
+        """A model fine-tuned in another way for as many epochs, and what its units are worth."""
+        (model, _), (kind, settings) = self.untrained(), WAYS[arm]
+
+        def make() -> dict[str, Any]:
+            way = kind(self.members[units], self.calibration, **settings)
+            return {"state": self._fine_tuned(model, way), "scores": way.scores()}
+
+        found = self._kept(f"-{units or 'ffn'}-{arm.replace(', ', '-')}", make)
+        model.load_state_dict(found["state"])
+        return model.eval(), found["scores"]
+
+    def scratch(self, units: str | None, share: float) -> nn.Module:
+        """A model with a share of the units, trained from fresh weights for as many epochs."""
+        encoder = self.model.encoder
+        torch.manual_seed(self.seed)
+        fresh = Classifier(type(encoder)(encoder.config, add_pooling_layer=False), self.classes)
+        model = slim(fresh, self.members[units], share)
+        model.load_state_dict(self._kept(f"-{units or 'ffn'}-{share:g}-scratch", lambda: self._fine_tuned(model)))
+        return model.eval()
+
+    def alone(self, arm: str, units: str | None, share: float) -> nn.Module:
+        """The model of an arm that nothing is cut from."""
+        return self.first_layers(self.macs(units, share)) if arm == LAYERS else self.scratch(units, share)
 
     def after(self, model: nn.Module, epochs: int, share: float | None = None) -> float:
         """Accuracy after some more epochs on the training rows, at half the rate, with a share of the loss taught."""
@@ -246,22 +237,26 @@ class Run:
 
 
 def rows_of(run: Run, options: Any, share: float, arm: str, file: RowFile) -> None:
-    """All rows of one arm and share that are missing; with a ridge or more rows only the refitted model's."""
+    """All missing rows of one arm and share; with a ridge, more rows or if asked only the refitted model's."""
     named = {"ridge": options.ridge, "calibration": run.calibrated_on, "teacher": options.teacher, "seed": run.seed}
     named = {"units": options.units, "kept": share, "arm": arm} | named
-    refits = (None,) if arm == "layers" else REFITS if named["ridge"] is named["calibration"] is None else (True,)
+    both = named["ridge"] is named["calibration"] is None and not options.refitted
+    refits = (None,) if arm in ALONE else REFITS if both else (True,)
     rows = [named | {"refit": refit, "epochs": n} for refit in refits for n in options.epochs]
     rows = [row for row in rows if file.key_of(row) not in file]
     if not rows:
         return
     start = time.process_time()
-    if arm == "layers":
-        found = {None: (run.first_layers(run.macs(options.units, share)), {})}
+    if arm in ALONE:
+        found = {None: (run.alone(arm, options.units, share), {})}
     else:
-        members = run.members[options.units]
+        members, (model, score) = run.members[options.units], (run.model, arm)
+        if arm in WAYS:
+            model, score = run.pressed(options.units, arm)
+        before = {"before the cut": run.after(model, 0)} if arm in WAYS else {}
         others = [group for group in run.groups if group not in members]
-        pair = smaller(run.model, members, share, arm, run.calibration, run.seed, options.ridge, others)
-        found = {small.refit: (small.model, small.facts) for small in pair}
+        pair = smaller(model, members, share, score, run.calibration, run.seed, options.ridge, others)
+        found = {small.refit: (small.model, small.facts | before) for small in pair}
     seconds = round(time.process_time() - start, 1)
     for row in rows:
         model, facts = found[row["refit"]]
@@ -321,13 +316,34 @@ def _print_part(rows: list[dict], dense: dict[int, float], what: str) -> None:
     kinds += [(True, None, count) for count in more]
     for share in sorted({row["kept"] for row in rows}, reverse=True):
         for arm in ARMS:
-            wanted = [(None, None, None), *kinds[1:]] if arm == "layers" else kinds
+            wanted = [(None, None, None), *kinds[1:]] if arm in ALONE else kinds
             found = [cells(rows, (share, arm, *kind), dense) for kind in wanted]
             if any(found):
                 texts = ["{} ({})".format(*map(cell, zip(*part))) if part else "-" for part in found]
-                name = "first layers alone" if arm == "layers" else arm
-                print(f"| {share:.0%} | {name} | {' | '.join(texts)} | {max(map(len, found))} |")
+                print(f"| {share:.0%} | {ALONE.get(arm, arm)} | {' | '.join(texts)} | {max(map(len, found))} |")
     print()
+    _print_pairs(rows)
+
+
+def _print_pairs(rows: list[dict]) -> None:
+    """How far the best path is ahead of every other arm, paired over seeds; each arm refitted, where it can be."""
+    refitted = [
+        row for row in rows if row.get("refit") is not False and row.get("ridge") is row.get("calibration") is None
+    ]
+    for share in sorted({row["kept"] for row in refitted}, reverse=True):
+        by_arm = {
+            arm: {row["seed"]: row["accuracy"] for row in refitted if (row["kept"], row["arm"]) == (share, arm)}
+            for arm in ARMS
+        }
+        paths = [arm for arm in WAYS if arm.startswith("path") and by_arm[arm]]
+        if not paths:
+            continue
+        best = max(paths, key=lambda arm: sum(by_arm[arm].values()) / len(by_arm[arm]))
+        ahead = []
+        for arm, found in by_arm.items():
+            differences = [by_arm[best][seed] - found[seed] for seed in found if seed in by_arm[best]]
+            ahead += [f"{ALONE.get(arm, arm)} {cell(differences)}"] if arm != best and differences else []
+        print(f"{share:.0%} kept, points that `{best}` is ahead of: {'; '.join(ahead)}\n")
 
 
 def cells(rows: list[dict], key: tuple, dense: dict[int, float]) -> list[tuple[float, float]]:
@@ -338,11 +354,16 @@ def cells(rows: list[dict], key: tuple, dense: dict[int, float]) -> list[tuple[f
     return [(row["accuracy"], dense[row["seed"]] - row["accuracy"]) for row in mine if row["seed"] in dense]
 
 
+def few(texts: Texts) -> Texts:
+    """The first test rows alone."""
+    return replace(texts, test=tuple(part[:64] for part in texts.test))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__, "pretrained_minilm")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--kept", type=float, nargs="+", default=KEPT)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=CUT)
     parser.add_argument("--units", choices=("heads",), default=None, help="default: neurons of the FFNs")
     parser.add_argument("--epochs", type=int, nargs="+", default=(0,), help="more epochs after the cut")
     parser.add_argument(
@@ -351,12 +372,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ridge", type=float, default=None, help="of every refit; default: chosen on held-out rows")
     parser.add_argument("--sizes", type=int, nargs=2, default=(ROWS, CALIBRATION), metavar=("TRAINING", "CALIBRATION"))
     parser.add_argument("--work", type=Path, default=Path("runs/banking77"), help="where fine-tuned models are kept")
+    parser.add_argument("--refitted", action="store_true", help="no rows of models whose layers are as they are")
+    parser.add_argument("--check", action="store_true", help="all arms on a few rows: says whether they run")
     options = parser.parse_args(arguments)
+    if options.check:
+        vars(options).update(CHECK)
     torch.set_num_threads(options.threads)
     file = RowFile(options.out, KEYS)
     if options.table:
         return table(file.rows)
-    texts = read()
+    texts = few(read()) if options.check else read()
     for seed in options.seeds:
         run = Run(texts, seed, options.work, tuple(options.sizes))
         other_rows(run, options, file)

@@ -1,4 +1,4 @@
-"""A short run on a LoRA adapter, as a script: `python lora_run.py OUT [--processes 2]`.
+"""A short run on a LoRA adapter, as a script: `python lora_run.py OUT [--processes 2] [--init pissa] [--resume]`.
 
 Leaves everything that runs must have in common in OUT/final.pt.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from leave import leave
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, set_seed
 
@@ -61,8 +61,14 @@ def trainer(out: str | Path, net: nn.Module | None = None, collate: Any = None, 
     return SplitLBITrainer(net, args, train_dataset=texts(128, 1), eval_dataset=texts(32, 2), data_collator=collate)
 
 
-def outcome(run: SplitLBITrainer) -> dict[str, Any]:
-    small = select_lora_ranks(run.model, run.path, 0.4)
+def from_base_weights(init: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A fresh adapter that takes a part of the base weights, and its tensors."""
+    net = adapted(bert().eval(), init_lora_weights=init, modules_to_save=["classifier"], task_type="SEQ_CLS")
+    return net, {name: tensor.clone() for name, tensor in get_peft_model_state_dict(net).items()}
+
+
+def outcome(run: SplitLBITrainer, initial: Any = None) -> dict[str, Any]:
+    small = select_lora_ranks(run.model, run.path, 0.4, initial=initial)
     return {
         "weights": {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad},
         "small": {name: p.detach().clone() for name, p in small.named_parameters() if p.requires_grad},
@@ -75,11 +81,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--init")
+    parser.add_argument("--resume", action="store_true")
     options = parser.parse_args(sys.argv[1:])
     torch.set_num_threads(1)
-    run = trainer(options.out, per_device_train_batch_size=16 // options.processes)
-    run.train()
-    found = outcome(run)
+    net, initial = from_base_weights(options.init) if options.init else (None, None)
+    saving = {"save_strategy": "steps", "save_steps": 10}
+    run = trainer(options.out, net, per_device_train_batch_size=16 // options.processes, **saving)
+    run.train(resume_from_checkpoint=options.resume or None)
+    found = outcome(run, initial)
     if run.is_world_process_zero():
         torch.save(found, options.out / "final.pt")
     leave()

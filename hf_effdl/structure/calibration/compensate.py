@@ -142,6 +142,33 @@ def compensate(
     return Compensated(slim, {name: kept[name] for name in asked}, report | {"groups": steps})
 
 
+def unit_scores(
+    model: nn.Module, groups: Sequence[Group], batches: Any, score: str = "activation", share: float = 0.5
+) -> dict[str, Tensor]:
+    """What every unit of some groups is worth to the whole model on calibration rows, `(units,)` by group.
+
+    Args:
+        model: left as it is.
+        groups: of the model.
+        batches: see `compensate`.
+        score: one of `SCORES`; those of `"obs"` are ranks.
+        share: of the units that are to be left, for `"obs"`: the others leave before the order of those is taken.
+    """
+    check_settings(score, None, False)
+    with evaluating(model):
+        walk = _Walk.of(model, deepcopy(model).eval(), groups, split_rows(batches, model))
+        losses = walk.losses() if score == "fisher" else {}
+        found = {}
+        for group in walk.groups:
+            walk.advance(group)
+            grams = [] if score in ("fisher", "magnitude") else walk.grams(group)[0]
+            values = losses.get(group.name)
+            if values is None:
+                values = walk.worth(score, group, grams, max(1, round(share * group.units)))
+            found[group.name] = check_finite(values, group.name)
+    return {group.name: found[group.name] for group in groups}
+
+
 @dataclass
 class _Walk:
     """A copy of the model on its way from group to group.
@@ -213,10 +240,10 @@ class _Walk:
         """Ascending indices of the units of a group that stay."""
         if not wish.is_open:
             return wish.chosen
-        values = losses[group.name] if losses else self._score(score, group, grams, wish.size)
+        values = losses[group.name] if losses else self.worth(score, group, grams, wish.size)
         return wish.kept(check_finite(values, group.name))
 
-    def _score(self, score: str, group: Group, grams: Sequence[Gram], size: int) -> Tensor:
+    def worth(self, score: str, group: Group, grams: Sequence[Gram], size: int) -> Tensor:
         """What the units of a group are worth by now."""
         if score == "magnitude":
             return group.norm(self.ensemble.slim.model)

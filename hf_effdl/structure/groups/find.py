@@ -37,14 +37,16 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
     """Find the units of a model that can be removed, each with all its tensor slices.
 
     In transformers a unit is a neuron of an FFN (gated or not), an attention head, or a key/value head together with
-    the query heads that read it; gradients of one forward pass of a copy say what reaches what. Convolutional networks
-    are traced with Torch-Pruning's dependency graph. Module and model names play no part, and the model itself stays
-    as it is. Every group found is tried out: taking random units out of the copy must give the same output as
-    silencing them, in eval and in train mode, with labels where the model takes them, on inputs as they are and
-    larger, up to pixels, and on a batch. Groups that fail are left out with a warning, and so are those that hold
-    layers other than plain and depthwise convolutions, linear layers and batch norms (subclasses included), or that a
-    concatenation joins. A depthwise convolution belongs to the units that it filters. Inputs and outputs of the model
-    are never groups. What is frozen (`requires_grad=False`) shows no signal and is not lifted.
+    the query heads that read it, or a query head alone where all read the same one; gradients of one forward pass of a
+    copy say what reaches what. Where layers share position biases or a mask, as those of a T5, a unit is the head of
+    that number in all of them. Convolutional networks are traced with Torch-Pruning's dependency graph. Module and
+    model names play no part, and the model itself stays as it is. Every group found is tried out: taking random units
+    out of the copy must give the same output as silencing them, in eval and in train mode, with labels where the model
+    takes them, on inputs as they are and larger, up to pixels, and on a batch. Groups that fail are left out with a
+    warning, and so are those that hold layers other than plain and depthwise convolutions, linear layers and batch
+    norms (subclasses included), or that a concatenation joins. A depthwise convolution belongs to the units that it
+    filters. Inputs and outputs of the model are never groups. What is frozen (`requires_grad=False`) shows no signal
+    and is not lifted.
 
     In a model with a LoRA adapter of PEFT the units are the adapter's ranks, one group per adapted module, and nothing
     else; they need no example and no trial. The lifted tensor is B (of an embedding A), which starts at zero.

@@ -97,7 +97,8 @@ class Group:
         tensors: the lifted parameters themselves, by name.
         equalise: scale every lifted tensor by its mean initial norm per unit, so that tensors of different size weigh
             the same.
-        counts: numbers that modules keep of the units (of heads, say): `(module, attribute, number per unit)`.
+        counts: numbers that modules keep of the units (of heads, say): `(module, attribute, number per unit)`; of one
+            in the config that all modules share the attribute is `"config.<entry>"`.
         from_zero: the lifted tensors start at zero, as those of a fresh LoRA adapter, and have no initial norm.
     """
 

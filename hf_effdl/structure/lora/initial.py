@@ -32,8 +32,8 @@ def initial_tensors(model: Any, adapter: str, groups: Sequence[Group], initial: 
     if initial is None:
         if takes_base_weights(config):
             raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r} moved a part of the base weights into the adapter, so "
-                f"a smaller one is to hold what training has changed, and it takes what the adapter was: {HOW}"
+                f"init_lora_weights={config.init_lora_weights!r} moved a part of the base weights into the adapter, "
+                f"so a smaller one is to hold what training has changed, and it takes what the adapter was: {HOW}"
             )
         return {}
     stored, wanted = _stored(initial), {}
