@@ -48,6 +48,7 @@ PRINTED = (
     "pool_scale",
     "selection_speed",
     "scaling",
+    "whole",
 )
 # what selects as late, and as early, as the path does; the same with layers refitted at the cut
 LIKE = {
