@@ -96,6 +96,7 @@ bench: $(READY)
 	$(BENCHMARK)/pool_scale.py
 	$(BENCHMARK)/selection_speed.py
 	$(BENCHMARK)/scaling.py
+	$(BENCHMARK)/whole.py
 
 style: $(READY)
 	$(BIN)/ruff check --fix .

@@ -44,9 +44,11 @@ PRINTED = (
     "vicl_cutouts",
     "vicl_matching",
     "vicl_classes",
+    "vicl_throughput",
     "pool_scale",
     "selection_speed",
     "scaling",
+    "whole",
 )
 # what selects as late, and as early, as the path does; the same with layers refitted at the cut
 LIKE = {

@@ -106,7 +106,9 @@ class Arguments(Options):
         default_factory=list, metadata={"help": "Of pascal5i, coco20i and colourisation; default: all."}
     )
     convention: str = field(default="vicl", metadata={"choices": list(CONVENTIONS), "help": "How is counted."})
-    model: str = field(default="BAAI/seggpt-vit-large", metadata={"help": "SegGPT, SAM 3, or an encoder."})
+    model: str = field(
+        default="BAAI/seggpt-vit-large", metadata={"help": "SegGPT, SAM 2 or 3, what was converted, or an encoder."}
+    )
     encoder: str | None = field(default=None, metadata={"help": "Of the pool; default: the model's own features."})
     strategies: list[str] = field(
         default_factory=lambda: ["nearest"], metadata={"choices": list(STRATEGIES), "help": "How examples are chosen."}

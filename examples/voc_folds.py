@@ -14,11 +14,11 @@
 
 - pascal5i: a VOC2012 folder (`JPEGImages`, `SegmentationClassAug` or `SegmentationClass`), and lists of the folds,
   `trn/fold0.txt` and `val/fold0.txt` and so on, with lines `2007_000033__01`: an image and one of its classes.
-- coco20i: a COCO folder: `annotations/instances_train2014.json` and `instances_val2014.json`, or of 2017, and the images
-  in `train2014` and `val2014`. Of the 80 classes in the order of their numbers, every fourth is of a fold: 0, 4, 8 and
-  so on of fold 0. An image is a query once for each class of its fold; examples are of the training images, or, where
-  their annotations are not there, of the same images as the queries, as few-shot segmentation draws them. Crowds belong
-  to their class.
+- coco20i: a COCO folder, `annotations/instances_train2014.json`, `instances_val2014.json` (or of 2017) and images in
+  `train2014` and `val2014`. Of the 80 classes in the order of their numbers every fourth is of a fold: 0, 4, 8 and so
+  on of fold 0. An image is a query once for each class of its fold. Examples are of the training images, or, where
+  their annotations are not there, of the queries' own images, as few-shot segmentation draws them. Crowds belong to
+  their class.
 - fss1000: a folder for every class with `1.jpg`, `1.png` and so on, and a list of classes; each image is a query, and
   the others are the pool.
 - detection: the same VOC2012 folder, with `Annotations` and `ImageSets/Main/train.txt` and `val.txt`; images with one

@@ -29,6 +29,20 @@ def agreed(value: Any) -> Any:
     return values[0]
 
 
+def of_all(value: Any) -> list[Any]:
+    """The values of all processes, in their order, on every process; plain values and tensors on the CPU."""
+    values = [value]
+    if _several():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def place_and_count() -> tuple[int, int]:
+    """Which of how many processes this is, from 0 on."""
+    return (dist.get_rank(), dist.get_world_size()) if _several() else (0, 1)
+
+
 def decided(decide: Callable[[], Any]) -> Any:
     """What a function finds or raises on the first process alone, on every process; plain values only.
 
@@ -68,8 +82,7 @@ def same_fate() -> Iterator[None]:
     except Exception as error:
         failure = error
     if _several():
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, failure and f"{type(failure).__name__}: {failure}")
+        told = of_all(failure and f"{type(failure).__name__}: {failure}")
         if failure is None:
             for rank, text in enumerate(told):
                 if text is not None:

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from answers import tiny_seggpt
 from scenes import SIZE, tiny_encoder
+from tiny_sam2 import tiny_sam2
 
-from hf_effdl import FeatureMatching
+from hf_effdl import FeatureMatching, Sam2InContext, SegGptInContext
 from hf_effdl.vicl.remote_code.visual_tasks import Segmentation
 
 
@@ -172,3 +174,26 @@ def test_leads_of_feature_matching_are_paired_and_maps_that_are_kept_answer_as_p
 def test_the_pool_of_small_classes_has_14_to_23_rows_of_each(benchmarks):
     scenes = benchmarks("vicl_classes").pool_scenes(0)
     assert [sum(scene.label == digit for scene in scenes) for digit in range(10)] == list(range(14, 24))
+
+
+def test_rates_are_of_calls_what_is_kept_changes_no_answer_and_costs_follow(benchmarks, tmp_path, capsys, monkeypatch):
+    speed, file = benchmarks("vicl_throughput"), tmp_path / "rows.jsonl"
+    tiny = {"one canvas": lambda: SegGptInContext(tiny_seggpt()), "by itself": lambda: Sam2InContext(tiny_sam2())}
+    made = []
+    monkeypatch.setattr(speed, "BUILD", {name: lambda name=name: made.append(name) or tiny[name]() for name in tiny})
+    arguments = ["--models", *tiny, "--batch", "2", "--examples", "3", "--out", str(file)]
+    speed.main(arguments)
+    found, (printed, _) = rows(file), capsys.readouterr()
+    assert made == list(tiny)
+    assert [(row["model"], row["queries"], row["examples"], row["kept"]) for row in found] == [
+        ("one canvas", 2, 1, False),
+        ("by itself", 2, 1, False),
+        ("by itself", 1, 3, False),
+        ("by itself", 1, 3, True),
+    ]
+    assert found[-1]["apart"] < 1e-5 and all(row["seconds"] > 0 and row["date"] for row in found)
+    assert f"3 examples: {found[2]['seconds'] / found[3]['seconds']:.2f} times as fast" in printed
+    hours = 45_400_000 / (2 / found[0]["seconds"]) / 3600
+    assert "| one canvas, cpu, float32 | " in printed and f" {hours:,.1f} |" in printed
+    speed.main(arguments)
+    assert rows(file) == found and capsys.readouterr().out == printed

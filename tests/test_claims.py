@@ -25,22 +25,28 @@ SCRATCH = (STRUCTURE, ("bn", "0.1"), "scratch, widths of path", "path, early")
 NEW_25, NEW_10 = ((STRUCTURE, ("bn14", budget), "path, early", "random, early") for budget in ("0.25", "0.1"))
 NEW_L2, NEW_BN = ((STRUCTURE, ("bn14", "0.25"), "path, early", f"{arm}, early") for arm in ("global L2", "BN weight"))
 UNIFORM, WIDTHS = (f"scratch, {widths} widths, equal MACs" for widths in ("uniform", "path's"))
-SMALL_25 = (RECIPE, ("bn14", 0.25), "path", UNIFORM)
-SMALL_25_WIDTHS = (RECIPE, ("bn14", 0.25), "path", WIDTHS)
-SMALL_25_NEW = (RECIPE, ("bn14", 0.25), "path", "new weights, path's widths")
-SMALL_25_RANDOM = (RECIPE, ("bn14", 0.25), "path", "random")
-SMALL_10 = (RECIPE, ("bn14", 0.1), UNIFORM, "path")
-SMALL_10_WIDTHS = (RECIPE, ("bn14", 0.1), WIDTHS, "path")
-REFITTED = (RECIPE, ("bn14", 0.1), "path", "path, refitted")
-REFITTED_LASSO = (RECIPE, ("bn14", 0.1), "group lasso, refitted", "group lasso")
+SMALL = "path, even order"  # what `train_small` does
+QUARTER, TENTH, LONG_SEARCH = ("bn14", 0.25, 0.2), ("bn14", 0.1, 0.1), ("bn14", 0.1, 0.2)
+SMALL_25 = (RECIPE, QUARTER, SMALL, UNIFORM)
+SMALL_25_WIDTHS = (RECIPE, QUARTER, SMALL, WIDTHS)
+SMALL_25_NEW = (RECIPE, QUARTER, "path", "new weights, path's widths")
+SMALL_25_RANDOM = (RECIPE, QUARTER, SMALL, "random")
+SMALL_10 = (RECIPE, TENTH, SMALL, UNIFORM)
+SMALL_10_RANDOM = (RECIPE, TENTH, SMALL, "random")
+SMALL_10_PATH = (RECIPE, TENTH, SMALL, "path")
+SMALL_10_L2 = (RECIPE, TENTH, SMALL, "global L2, even order")
+LONG_10 = (RECIPE, LONG_SEARCH, UNIFORM, "path")
+REFITTED = (RECIPE, LONG_SEARCH, "path", "path, refitted")
 RECIPES = (
-    REFITTED_LASSO,
     SMALL_25,
     SMALL_25_WIDTHS,
     SMALL_25_NEW,
     SMALL_25_RANDOM,
     SMALL_10,
-    SMALL_10_WIDTHS,
+    SMALL_10_RANDOM,
+    SMALL_10_PATH,
+    SMALL_10_L2,
+    LONG_10,
     REFITTED,
 )
 TICKET_25 = (TICKETS, ("lenet", 0.25), "path ticket, late", "dense")
@@ -70,7 +76,7 @@ def accuracies(name: str, cell: tuple, arm: str) -> dict[int, float]:
             continue
         if name == STRUCTURE and row["net"] == cell[0] and cell[1] in row.get("budgets", {}):
             found[row["seed"]] = row["budgets"][cell[1]]["after"]
-        if name == RECIPE and (row["net"], row["budget"]) == cell:
+        if name == RECIPE and (row["net"], row["budget"], row.get("within", 0.2)) == cell and "stretch" not in row:
             found[row["seed"]] = row["after"]
         if name == TICKETS and row["net"] == cell[0] and row["budget"] in (cell[1], 1.0):
             found[row["seed"]] = row["accuracy"]

@@ -136,7 +136,8 @@ def test_a_selection_is_saved_as_a_data_set_of_its_rows(texts, tmp_path, cli):  
     folder = texts.parent
     line = f"select --model_name_or_path {folder / 'model'} --dataset_name {folder / 'data'} --label_column topic"
     printed = cli(*line.split(), "--budget", 20, "--output_dir", tmp_path / "out", *QUIET)
-    assert "20 of 86 rows selected" in printed and not (tmp_path / "out" / "selected").exists()
+    assert "22 rows train the probes, 86 are scored" in printed and "20 of 86 rows selected" in printed
+    assert not (tmp_path / "out" / "selected").exists()
     (tmp_path / "out" / "selection" / "README.md").unlink()
     assert "- data-selection\n" in cli("card", "--folder", tmp_path / "out" / "selection", "--write")
     rows = load_from_disk(folder / "data")["train"].class_encode_column("topic")
@@ -209,7 +210,7 @@ def test_a_card_is_made_again_from_the_files(sparse, tmp_path, cli):
     for folder, title in (says | {tmp_path / "pipe" / "pool": "# pool\n"}).items():
         (folder / "README.md").unlink(missing_ok=True)
         assert main(["card", "--folder", str(folder)]) == 1
-        assert title in cli("card", "--folder", folder, "--write") and (folder / "README.md").is_file()
+        assert title in cli("card", folder, "--write") and (folder / "README.md").is_file()
 
 
 CODE = """
@@ -396,7 +397,10 @@ WRONG = {
     "a file": ("slim --model_name_or_path m --output_dir run.yaml", 1, "run.yaml is a file: name a folder"),
     "no config": ("env --config none.yaml", 1, "none.yaml"),
     "unknown key": ("env --config run.yaml", 2, "sets ['macs']"),
-    "no folder": ("card --folder none", 1, "none is no folder"),
+    "no folder": ("card none", 1, "none is no folder"),
+    "two folders": ("card none --folder other", 2, "'none' and --folder both say the folder: leave one out"),
+    "no bound": ("choose run.yaml", 1, "give one bound or more"),
+    "no family": ("choose . --macs 5", 1, "family.json"),
     "no card": ("card --folder .", 1, "has no README.md, nor anything of this package"),
     "no model": (f"select {MODEL}", 1, "d"),
     "no pool": ("pool info --pool none/such", 1, "none/such"),
@@ -414,6 +418,31 @@ def test_what_is_wrong_is_said_in_one_line(case, tmp_path, monkeypatch, capsys):
     assert said in error and "Traceback" not in error
     assert case == "nothing" or (error.startswith("hf-effdl: error: ") and error.count("\n") == 1)
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("slim --keep 0.5 0.75 --output_dir o", "--keep takes one value: 0.75 is too much"),
+        (f"select {MODEL} --dataset_name a b c", "--dataset_name takes one value: b c is too much"),
+        ("pool build --keep-grids true false", "--keep-grids takes one value: false is too much"),
+        ("slim --config run.yaml", "'keep' in the file of --config takes one value, not [0.5, 0.75]"),
+    ],
+)
+def test_a_list_for_an_option_of_one_value_is_said_with_its_name(line, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("keep: [0.5, 0.75]\n")
+    required = {"slim": "--model_name_or_path m --output_dir o", "pool": "--dataset_name d --output_dir o --encoder e"}
+    with pytest.raises(SystemExit) as stop:
+        main([*line.split(), *required.get(line.split()[0], "").split()])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("verb", "trains"), [("slim", False), ("env", False), ("card", False), ("select", True)])
+def test_options_of_a_trainer_are_spoken_of_where_there_are_any(verb, trains, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    assert ("--help-all" in capsys.readouterr().out) == trains
 
 
 def test_a_misspelt_option_is_told_with_the_nearest_as_argparse_tells_it(capsys):

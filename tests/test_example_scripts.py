@@ -115,8 +115,8 @@ def test_help_begins_with_the_docstring_and_the_scripts_own_arguments(name, caps
         assert printed.index("  --output_dir ") < printed.index("  --per_device_train_batch_size ")
 
 
-# the demo, data, conversions of files
-ONE_PROCESS = {"quickstart", "digit_scenes", "voc_folds", "convert_mae_vqgan", "convert_painter"}
+# the demos, data, conversions of files
+ONE_PROCESS = {"quickstart", "three_pillars", "digit_scenes", "voc_folds", "convert_mae_vqgan", "convert_painter"}
 
 
 def test_every_script_that_trains_refuses_processes_that_do_not_know_of_each_other(monkeypatch):

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, eval_result_entries_to_yaml, parse_eval_r
 from transformers import AutoModelForImageClassification
 
 from hf_effdl import choose
+from hf_effdl.cli.__main__ import main
 from hf_effdl.structure.slim.family import FILE_NAME, family_record, read_family, write_family
 
 
@@ -181,6 +182,13 @@ def test_which_is_the_best_follows_the_arguments(family, metrics, arguments, exp
     record = read_family(tmp_path)
     assert (record["metric"], record["greater_is_better"]) == expected
     assert all(set(one["metrics"]) == set(metrics) for one in record["members"])
+
+
+def test_the_command_line_chooses_as_the_function_does(family, capsys):
+    _, folder, _, _ = family
+    macs = max(one["macs"] for one in read_family(folder)["members"]) - 1
+    assert main(["choose", str(folder), "--macs", str(macs)]) == 0
+    assert capsys.readouterr().out.strip() == choose(folder, macs=macs) == "macs-0.4"
 
 
 def test_where_asked_the_models_are_timed_here_and_not_believed(family, tmp_path):

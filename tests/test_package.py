@@ -161,7 +161,7 @@ def test_what_stands_below_the_pillars_imports_none():
 
 # What the command line's own files import at the top: they say what options there are, and torch would take long.
 QUICK = {"hf_effdl.cli.arguments", "hf_effdl.cli.options", "hf_effdl.cli.sparsify", "hf_effdl.version"}
-QUICK |= {"transformers", "yaml"} | set(sys.stdlib_module_names)
+QUICK |= {"hf_effdl.launched", "transformers", "yaml"} | set(sys.stdlib_module_names)
 
 
 def test_nothing_imports_the_command_line_and_its_verbs_are_quick():

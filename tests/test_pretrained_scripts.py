@@ -1,5 +1,7 @@
 """What scripts make of pretrained models: a smaller checkpoint of any of them, and the benchmarks' arithmetic."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from benchmarks import FOLDER, importable
@@ -56,6 +58,21 @@ def test_a_smaller_checkpoint_is_stock_and_nearer_to_the_model_than_without_refi
     told = small.config.effdl_report
     assert told["calibration"]["rows"] + told["calibration"]["held_out"] == 60
     assert told["calibration"]["error"] < told["calibration"]["error_without"] and told["macs"]["ratio"] < 1
+
+
+def test_a_checkpoint_is_saved_whole_or_the_earlier_one_stays(script, inputs, tmp_path, monkeypatch):
+    out = [*arguments(inputs), "--rows", "8", "--output_dir", str(tmp_path / "out")]
+    script.main([*out, "--keep", "0.5"])
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+
+    def cut(model, folder, **more):
+        (Path(folder) / "config.json").write_text("{")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BertModel, "save_pretrained", cut)
+    with pytest.raises(KeyboardInterrupt):
+        script.main([*out, "--keep", "0.75"])
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 
 @pytest.mark.parametrize(

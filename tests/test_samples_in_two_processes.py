@@ -29,6 +29,14 @@ def test_two_processes_score_and_choose_the_same(outcome, monkeypatch):
     assert selection_run.same(torch.load(outcome / "selection.pt", weights_only=True), alone)
 
 
+def test_two_processes_share_the_rows_of_linear_probes_and_have_the_same_heads(outcome):
+    alone = selection_run.linear_probes()
+    both = [torch.load(outcome / f"probes-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert [int(found.pop("rows")) for found in both] == [48, 42] and alone.pop("rows") == 90
+    assert_same_tensors(both[0], both[1])  # of one process's fit
+    assert all(torch.allclose(both[0][name], value, atol=1e-5) for name, value in alone.items())
+
+
 def test_two_processes_record_what_one_does(outcome, tmp_path):
     assert list(files(outcome / "with")) == names(1, 2, 3, 4)
     ends = {name: [torch.load(outcome / name / f"{rank}.pt") for rank in (0, 1)] for name in ("with", "without")}

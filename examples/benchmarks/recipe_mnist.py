@@ -62,6 +62,7 @@ SETTLED = {"threshold": 0.05, "window": 3, "patience": 2, "min_path": 0.4}
 BUDGETS = (0.25, 0.1)
 CALIBRATION = 512
 OURS = "path"
+DEFAULT = "path, even order"  # what `train_small` does
 # arm -> (what trains the dense net, what orders the units); scratch arms have neither
 REFITTED, EVEN = ", refitted", ", even order"
 RECIPE = {
@@ -292,17 +293,18 @@ def one_row(run: Run, arm: str, seed: int, budget: float, searched: Callable[...
 def table(rows: list[dict]) -> None:
     for cell in sorted({cell_of(row) for row in rows}, reverse=True):
         of = {(row["arm"], row["seed"]): row for row in rows if cell_of(row) == cell}
-        seeds = sorted({seed for arm, seed in of if arm == OURS})
+        ours = DEFAULT if any(arm == DEFAULT for arm, _ in of) else OURS
+        seeds = sorted({seed for arm, seed in of if arm == ours})
         net, budget, within, stretch = cell
         more = "" if within == WITHIN else f", search within {within:.0%} of the steps"
         more += "" if stretch == 1 else f", the small net for {stretch:g} times the steps left"
         print(f"\n{net}, {budget:.0%} of the MACs{more}: {len(seeds)} seeds ({', '.join(map(str, seeds))})")
-        print("| arm | accuracy % at the cut | after | path ahead by (SE) | training MACs | search |")
+        print(f"| arm | accuracy % at the cut | after | {ours} ahead by (SE) | training MACs | search |")
         print("|---|---|---|---|---|---|")
         for arm in ARMS:
             mine = [of[arm, seed] for seed in seeds if (arm, seed) in of]
             if mine:
-                print(line(arm, mine, [of[OURS, row["seed"]] for row in mine]))
+                print(line(arm, mine, [of[ours, row["seed"]] for row in mine]))
 
 
 def cell_of(row: dict) -> tuple:

@@ -26,7 +26,7 @@ every process does once, such as finding the groups, counts the less, the more r
 
   training      SplitLBITrainer, ResNet of 32 and 64 channels, 32 x 32, 64 rows a step in all; DDP joins the gradients
   scoring       UncertaintySelector.score, 8 linear heads on a ViT of 6 layers, 192 wide, 64 x 64 pixels
-  linear probes LinearProbes.train on such rows: every process does all of it, with the same outcome
+  linear probes LinearProbes.train on such rows; of the committed rows every process did all of it
   measuring     measure_examples, feature matching on the same ViT, 8 candidates a query
 
 What they see is noise: no step takes longer for what is in a picture. One JSON line per run goes to `--out`.

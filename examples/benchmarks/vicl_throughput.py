@@ -172,10 +172,10 @@ def table(rows: list[dict]) -> None:
             best[key] = max(best.get(key, 0.0), row["queries"] / row["seconds"])
     costs = [
         {"model": f"{model}, {device}, {dtype}"}
-        | {name: f"{runs / rate / 3600:,.3g}" for name, runs in TABLES.items()}
+        | {name: f"{runs / rate / 3600:,.1f}" for name, runs in TABLES.items()}
         for (model, device, dtype), rate in best.items()
     ]
-    print("\nhours that tables of Pascal-5i take at that rate")
+    print("\nhours that tables of Pascal-5i take at the rate of one example, nothing kept")
     print(markdown_table(costs, {"model": "model"} | {name: f"{name} ({n:,})" for name, n in TABLES.items()}))
 
 

@@ -17,13 +17,13 @@
 600 photos of pets (Oxford-IIIT Pet, three breeds). DINOv2-small is fine-tuned to tell the breeds, at 112 x 112 pixels,
 on photos of which a fifth has a wrong label; then its encoder is the frozen model of visual prompts: `FeatureMatching`
 carries the mask of one example over to a new photo. A permutation of the photos gives 100 for the probes, a pool of
-300, and 200 for the test, whose labels are right.
+300, and 150 for the test, whose labels are right.
 
 - rows: all of the pool, or 30 % of it: chosen (`UncertaintySelector` with its defaults; eight linear probes on the
   untouched encoder's features, trained on the 100 other rows, a fifth of them wrong, too), or drawn by chance;
 - model: whole (AdamW), or 30 % of the multiply-accumulates: trained by `SplitLBITrainer` (AdamW base, dense start),
-  slimmed with the layers behind refitted on the training rows, and trained for as many epochs again;
-- prompts: the example by chance, or by matching parts (`dense`), of 150 photos of the pool; 100 test photos ask.
+  slimmed by activation with the layers behind refitted on 64 photos, which takes no labels; not trained further;
+- prompts: the example by chance, or by matching parts (`dense`), of 100 photos of the pool; 60 test photos ask.
 
 Every run sees its rows for the same number of epochs, from a head that was fitted to the untouched encoder's features
 of these rows. Training MACs are three forward passes for each row and epoch, and one for each row that an encoder was
@@ -73,13 +73,14 @@ from hf_effdl.structure.slim.latency import measure_latency
 from hf_effdl.structure.slim.report import get_report
 
 
-SIZES, SIDE = {"probes": 100, "pool": 300, "test": 200}, 112
-EXAMPLES, QUERIES = 150, 100  # photos of pool and test that prompts are made of
+SIZES, SIDE = {"probes": 100, "pool": 300, "test": 150}, 112
+EXAMPLES, QUERIES = 100, 60  # photos of pool and test that prompts are made of
+CALIBRATION = 64  # photos of the pool that layers are refitted on
 WRONG, SHARE, MACS = 0.2, 0.3, 0.3
 EPOCHS, BATCH, HEAD_STEPS = 3, 8, 100
 TUNED_ON = 100  # a seed that no result is of
 RATES = {"whole": (1e-5, 3e-5), "smaller": (1e-5, 3e-5)}
-CHOSEN_RATES = {"whole": 1e-5, "smaller": 1e-5}
+CHOSEN_RATES = {"whole": 3e-5, "smaller": 1e-5}
 ROWS = ("all", "chosen", "by chance")
 ARMS = (("all", "whole"), ("by chance", "whole"), ("chosen", "whole"), ("all", "smaller"), ("chosen", "smaller"))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that the encoder was trained on
@@ -183,12 +184,13 @@ def train(photos: Photos, rows: Dataset, model: Any, rate: float, seed: int, out
 
 
 def train_smaller(photos: Photos, rows: Dataset, model: Any, rate: float, seed: int, out: str) -> Any:
-    """A smaller one: the path, the cut with refits, and as many epochs again."""
+    """A smaller one: the path says how many units stay, their activation which, and the layers behind are refitted."""
     args = SplitLBIArguments(out, base="adamw", start="dense", **settings(rate, seed))
     trainer = SplitLBITrainer(model, args, train_dataset=photos.feed(rows))
     trainer.train()
-    small = trainer.slim(macs=MACS, widths="free", latency_batch=0)
-    return trainer.finetune(small, epochs=EPOCHS)
+    places = torch.tensor(photos.part("pool")[:CALIBRATION])
+    seen = [{"pixel_values": photos.pixels[part]} for part in places.split(16)]
+    return trainer.slim(macs=MACS, widths="free", latency_batch=0, score="activation", calibration=seen)
 
 
 TRAIN = {"whole": train, "smaller": train_smaller}
@@ -273,11 +275,11 @@ def rows_of(photos: Photos, kind: str, encoder: str, seed: int) -> Dataset:
     return pool.select(np.random.default_rng([seed, 1]).permutation(len(pool))[: round(SHARE * len(pool))].tolist())
 
 
-def cost(rows: int, kind: str, small: float | None) -> float:
+def cost(rows: int, kind: str, model: str) -> float:
     """MACs of training, in those of the whole model on the whole pool, without its head's."""
     passes = rows + 3 * rows * EPOCHS + (SIZES["probes"] + SIZES["pool"] if kind == "chosen" else 0)
-    if small is not None:
-        passes += rows + 3 * rows * EPOCHS * small
+    if model == "smaller":
+        passes += CALIBRATION
     return passes / (3 * SIZES["pool"] * EPOCHS)
 
 
@@ -291,8 +293,7 @@ def one_row(options: Any, photos: Photos, kind: str, model: str, rate: float, se
     seconds, said, report = time.process_time() - start, accuracy(trained, photos), get_report(trained)
     wrong = np.mean(photos.labels[rows["place"]].numpy() != np.array(rows["labels"]))
     facts = {"rows used": len(rows), "wrong": round(float(wrong), 3), "accuracy": said, "seconds": round(seconds, 1)}
-    ratio = None if model == "whole" else report["macs"]["ratio"]
-    facts |= {"training": cost(len(rows), kind, ratio)} | sizes(fresh(options.encoder, seed), trained, report)
+    facts |= {"training": cost(len(rows), kind, model)} | sizes(fresh(options.encoder, seed), trained, report)
     return facts | ({} if seed == TUNED_ON else prompts(photos, trained.base_model))
 
 

@@ -4,5 +4,5 @@ __main__    the verbs, what is said of them, errors and exit codes
 arguments   options as dataclasses, from the command line and a YAML file; the help
 options     what several verbs ask for
 work/       what the verbs do; only there torch is imported
-sparsify, slim, ticket, grow, lora_ranks, select, score, pool, fit, prompt, card, env    the verbs
+sparsify, slim, ticket, choose, grow, lora_ranks, select, score, pool, fit, prompt, card, env    the verbs
 """

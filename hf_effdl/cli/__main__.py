@@ -18,6 +18,7 @@ VERBS = {
     "sparsify": "train a model with its path of smaller ones, take one of them, fine-tune it",
     "slim": "make a trained model smaller without training: by its path, or on calibration rows",
     "ticket": "find early in a run which units to keep, and the small net to train instead",
+    "choose": "choose the model of a family that is small or fast enough",
     "grow": "grow an image classifier from a narrow ResNet",
     "lora-ranks": "fine-tune a text classifier by LoRA and let the run choose the ranks",
     "select": "choose the rows worth training on",

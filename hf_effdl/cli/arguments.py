@@ -170,8 +170,7 @@ def parse_arguments(
         [*as_arguments(values), *argv], look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
-        hint = _nearest(unknown[0].partition("=")[0], [f"--{name}" for name in names_of(kinds)])
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        parser.error(_unknown(unknown, argv, values, names_of(kinds)))
     refuse_unstarted()
     if any(hasattr(kind, "world_size") for kind in kinds):  # those of a Trainer; others make a group of their own
         from hf_effdl.processes import refuse_lone_processes
@@ -195,7 +194,9 @@ def _parser(
     if texts:
         often = ", ".join(f"--{name}" for name in OFTEN.split())
         parser.epilog = fill(f"and the {texts[0]} of a Trainer, shown by --help-all: {often}, ...", 100)
-    parser.add_argument("--help-all", "--help_all", action="help", help="show all options, also those of a Trainer")
+    trains = texts or any(hasattr(kind, "world_size") for kind in kinds)
+    told = "show all options, also those of a Trainer" if trains else argparse.SUPPRESS
+    parser.add_argument("--help-all", "--help_all", action="help", help=told)
     return parser
 
 
@@ -227,6 +228,20 @@ def _check_empty(values: Mapping[str, Any], kinds: Sequence[type], argv: Sequenc
         never = item.default is not dataclasses.MISSING and type(None) not in get_args(item.type)
         if never and item.default is not None and item.name in values and values[item.name] is None:
             raise UsageError(f"{config_file(argv)} says nothing after {item.name!r}: set it or drop the line")
+
+
+def _unknown(unknown: Sequence[str], argv: Sequence[str], values: Mapping[str, Any], names: set[str]) -> str:
+    """What is said of words that no option takes: an option that nobody knows, or too many values of one."""
+    for name, value in values.items():
+        if isinstance(value, list) and unknown[0] in map(_as_text, value[1:]):
+            return f"{name!r} in the file of --config takes one value, not {value}"
+    before = list(argv[: argv.index(unknown[0])]) if unknown[0] in argv else []
+    option = next((word for word in reversed(before) if word.startswith("--")), None)
+    if not unknown[0].startswith("-") and option is not None and option[2:].replace("-", "_") in names:
+        count = len(before) - before.index(option) - 1
+        return f"{option} takes {'one value' if count else 'no more'}: {' '.join(unknown)} is too much"
+    hint = _nearest(unknown[0].partition("=")[0], [f"--{name}" for name in names])
+    return f"unrecognized arguments: {' '.join(unknown)}{hint}"
 
 
 def _nearest(text: str, names: Iterable[str]) -> str:
@@ -265,6 +280,24 @@ def which(
         said = repr(argv[0]) if argv else "nothing"
         raise UsageError(f"say first what, one of {list(kinds)}, not {said}: see {prog} --help")
     return argv[0], argv[1:]
+
+
+def named_first(argv: Sequence[str] | None, name: str) -> list[str]:
+    """The arguments, with the name of an option in front of a first word that has none.
+
+    Raises:
+        UsageError: where the option is there as well.
+
+    Example:
+        >>> named_first(["runs/half", "--write"], "folder")
+        ['--folder', 'runs/half', '--write']
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0].startswith("-"):
+        return argv
+    if any(word.partition("=")[0] == f"--{name}" for word in argv):
+        raise UsageError(f"{argv[0]!r} and --{name} both say the {name}: leave one out")
+    return [f"--{name}", *argv]
 
 
 def refuse_several_processes(what: str) -> None:

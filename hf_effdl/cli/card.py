@@ -1,14 +1,14 @@
 """Show the card of a folder that this package saved, or make it again from the folder's files.
 
-hf-effdl card --folder runs/half
-hf-effdl card --folder runs/pool --write
+hf-effdl card runs/half
+hf-effdl card runs/pool --write
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_effdl.cli.arguments import Options, parse_arguments, refuse_several_processes
+from hf_effdl.cli.arguments import Options, named_first, parse_arguments, refuse_several_processes
 
 
 @dataclass(kw_only=True)
@@ -20,7 +20,7 @@ class CardOptions(Options):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    (options,) = parse_arguments(argv, CardOptions, description=__doc__, prog="hf-effdl card")
+    (options,) = parse_arguments(named_first(argv, "folder"), CardOptions, description=__doc__, prog="hf-effdl card")
     refuse_several_processes("writing a card")
     from hf_effdl.cli.work.cards import show_or_write
 

@@ -8,11 +8,13 @@ import sys
 import dynamics_run
 import selection_run
 import torch
+from accelerate import PartialState
 from leave import leave
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     selection_run.write(f"{sys.argv[1]}/selection.pt")
+    torch.save(selection_run.linear_probes(), f"{sys.argv[1]}/probes-{PartialState().process_index}.pt")
     dynamics_run.with_and_without(sys.argv[1])
     leave()

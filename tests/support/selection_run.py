@@ -51,6 +51,26 @@ def scored_and_chosen(cache: str | None = None, seconds: float = 0.0) -> dict[st
     return columns | {"chosen": plan.positions, "weights": plan.weights}
 
 
+class Counting(nn.Module):
+    """A backbone that knows how many rows it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.rows = nn.Linear(6, 5), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.rows += len(x)
+        return self.layer(x).tanh()
+
+
+def linear_probes() -> dict[str, torch.Tensor]:
+    """Heads trained on 90 rows in batches of 16, of which each process encodes some."""
+    backbone = Counting()
+    probes = LinearProbes.train(backbone, rows(90, 1), input_column="x", batch_size=16)
+    return {"heads": probes.heads, "mean": probes.mean, "scale": probes.scale, "rows": torch.tensor(backbone.rows)}
+
+
 def write(out: str, cache: str | None = None, seconds: float = 0.0) -> None:
     """The same in parts of 40 rows, into a file."""
     scoring.PART = PART

@@ -23,18 +23,23 @@ PATIENCE = 20  # seconds after which fewer do
 
 @dataclass
 class Cost:
-    """Time in seconds, memory and disk in bytes; `how` says what was measured."""
+    """Time in seconds, memory and disk in bytes; `how` says what was measured, `most` how long it may take."""
 
     seconds: float
     disk: float
     how: list[str] = field(default_factory=list)
+    most: float | None = None
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.seconds + other.seconds, self.disk + other.disk, self.how + other.how)
+        known = self.most is not None or other.most is not None
+        most = (self.most or self.seconds) + (other.most or other.seconds) if known else None
+        return Cost(self.seconds + other.seconds, self.disk + other.disk, self.how + other.how, most)
 
     def __str__(self) -> str:
         memory = peak_memory()
-        lines = [f"time    {in_words(self.seconds)} ({'; '.join(self.how)})"]
+        span = [self.seconds] if self.most is None else [self.seconds, self.most]
+        told = [*self.how, "on this machine, as busy as it is now"]
+        lines = [f"time    {' to '.join(map(in_words, span))} ({'; '.join(told)})"]
         lines.append(f"memory  {in_bytes(memory) if memory else 'not known here'}, the largest so far")
         lines.append(f"disk    {in_bytes(self.disk)}")
         return "\n".join([*lines, "nothing was written"])

