@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hf_effdl import find_groups, slim
 from hf_effdl.structure.calibration.batches import split_rows
-from hf_effdl.structure.calibration.compensate import RIDGES, SAFE_RIDGE, SCORES
+from hf_effdl.structure.calibration.compensate import RIDGES, SAFE_RIDGE, SCORES, Wish, compensate, unit_scores
 from hf_effdl.structure.calibration.consumer import Consumer, consumer_of
 from hf_effdl.structure.calibration.grams import Gram
 from hf_effdl.structure.calibration.joints import joints_of
@@ -374,6 +374,17 @@ def test_padding_has_no_say(score, dtype):
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert a.dtype == dtype and torch.allclose(a, b, atol=1e-5 if dtype == torch.float32 else 0.05)
     assert first.config.effdl_report["calibration"]["error"] < 0.5
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_the_units_that_stay_first_are_those_worth_most(score):
+    model, batch = bert(), texts(20)
+    groups = [g for g in find_groups(model, {**texts(1), "labels": None}) if g.units == 24]
+    worth = unit_scores(model, groups, [batch], score, share=0.5)
+    kept = compensate(model, groups, {g.name: Wish(12) for g in groups}, [batch], score=score).kept
+    first = groups[0].name  # by the later ones the slim copy is another model
+    assert kept[first].tolist() == worth[first].topk(12).indices.sort().values.tolist()
+    assert list(worth) == [g.name for g in groups] and all(values.shape == (24,) for values in worth.values())
 
 
 def test_the_model_and_its_mode_stay_and_frozen_layers_stay_frozen():
