@@ -40,6 +40,7 @@ TABLES = {
     "vicl_digits": ("e128df34e7f403f0", "segmentation, oracle less nearest: "),
     "vicl_classes": ("4d5952ab2881141c", "cascade of all classes, ahead of one for each class: +0.0"),
     "vicl_matching": ("aca2439b359ef955", "| pets | DINOv2-small | soft, several layers | "),
+    "whole": ("1c444815069b15e0", "| chosen, 90 | 4 | smaller | "),
     "vicl_pets": ("fb8683ba0231a518", "| cascade 10, weighted | 10 |"),
 }
 
