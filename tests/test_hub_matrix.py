@@ -22,7 +22,7 @@ ARTEFACTS = list(hub_matrix.LOADERS)
 # what needs the package, and what is said without it
 NEEDS_US = {"free": "Unknown quantization type, got hf_effdl", "ticket": "import of hf_effdl halted"}
 PUSH_FAULTS = [("forbidden", ""), ("private", ""), ("missing", ""), ("broken", "commit"), ("cut", "commit")]
-LOAD_FAULTS = [("gated", ""), ("private", ""), ("missing", ""), ("broken", ""), ("cut", ""), ("silent", "")]
+LOAD_FAULTS = [("gated", ""), ("private", ""), ("missing", ""), ("broken", ""), ("cut", ""), ("silent", "resolve")]
 PATIENCE = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}  # seconds
 # each in the words of the client, of transformers or of datasets, none of them in ours
 SAID = {
@@ -32,7 +32,7 @@ SAID = {
     "missing": "404|not a valid model identifier|doesn't exist on the Hub",
     "broken": "500|couldn't connect|locate the file on the Hub",
     "cut": "disconnected|Can't load the configuration",
-    "silent": "timed out|Can't load the configuration",
+    "silent": "timed out|couldn't connect|locate the file on the Hub|Can't load the configuration",
 }
 # a plain FileNotFoundError of theirs, around the client's own error
 OF_DATASETS = re.compile("^Couldn.t find any data file at .* on the Hugging Face Hub either: LocalEntryNotFoundError")

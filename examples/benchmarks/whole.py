@@ -276,11 +276,11 @@ def rows_of(photos: Photos, kind: str, encoder: str, seed: int) -> Dataset:
 
 
 def cost(rows: int, kind: str, model: str) -> float:
-    """MACs of training, in those of the whole model on the whole pool, without its head's."""
+    """MACs of training, in those of the whole model on the whole pool."""
     passes = rows + 3 * rows * EPOCHS + (SIZES["probes"] + SIZES["pool"] if kind == "chosen" else 0)
     if model == "smaller":
         passes += CALIBRATION
-    return passes / (3 * SIZES["pool"] * EPOCHS)
+    return passes / (SIZES["pool"] * (1 + 3 * EPOCHS))
 
 
 def one_row(options: Any, photos: Photos, kind: str, model: str, rate: float, seed: int) -> dict[str, Any]:

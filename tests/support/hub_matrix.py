@@ -24,6 +24,14 @@ time.sleep = lambda seconds: _sleep(min(seconds, 0.01))  # clients wait long bet
 OWNER = "tester"
 
 
+def short_of_patience() -> None:
+    """Let the client wait for a second where it waits for a minute, at its second try for a file it does not have."""
+    from huggingface_hub import file_download
+
+    assert file_download._ETAG_RETRY_TIMEOUT == 60
+    file_download._ETAG_RETRY_TIMEOUT = 1
+
+
 def fault(name: str = "", text: str = "") -> None:
     """Let something happen to requests from now on, see `hub.FAULTS`; nothing without a name."""
     os.environ["NO_PROXY"] = "127.0.0.1"
@@ -292,6 +300,8 @@ def load(revisions: dict[str, str | None], ours: bool = True, faults: list[tuple
     if not ours:
         sys.modules["hf_effdl"] = None
     said: dict[str, Any] = {}
+    if faults:
+        short_of_patience()
     for name, revision in revisions.items():
         loader, told = LOADERS[name], []
         for what, where in faults:

@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from datasets import Dataset
 
 from hf_effdl.cli.work.data import load_any, split_of
@@ -18,8 +20,14 @@ def _rows(options: Any) -> Dataset:
     return split_of(data, options.dataset_name, options.split, "split")
 
 
+def processes_on_this_machine() -> PartialState:
+    """This process and its siblings, which without an accelerator find each other on the CPU."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def build(options: Any) -> None:
     """A pool in `output_dir`; what is half done waits beside it."""
+    state = processes_on_this_machine()
     out = Path(options.output_dir)
     half = out / "half"
     columns = ("image_column", "label_column", "id_column", "group_column", "class_column")
@@ -27,7 +35,6 @@ def build(options: Any) -> None:
     names = {name: getattr(options, name) for name in (*columns, *more)}
     pool = ExamplePool.from_dataset(_rows(options), encoder=options.encoder, cache_dir=half, **names)
     pool.save_pretrained(out)
-    state = processes()
     if state.is_main_process:
         shutil.rmtree(half)
         print(described(ExamplePool.from_pretrained(out)))
@@ -38,6 +45,7 @@ def build(options: Any) -> None:
 
 def add(options: Any) -> None:
     """More rows of the same columns."""
+    processes_on_this_machine()
     pool = ExamplePool.from_pretrained(options.pool)
     encoder = options.encoder or pool.encoder.get("id")
     if encoder is None:
@@ -50,6 +58,7 @@ def add(options: Any) -> None:
 
 def remove(options: Any) -> None:
     """Fewer rows; their files go too."""
+    processes_on_this_machine()
     pool = ExamplePool.from_pretrained(options.pool)
     before = len(pool)
     pool.remove(options.ids)

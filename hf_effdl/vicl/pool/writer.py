@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from hf_effdl.files import digest, flush, write_whole
+from hf_effdl.processes import refuse_lone_processes
 from hf_effdl.version import __version__
 from hf_effdl.vicl.pool.rows import Row, Rows
 from hf_effdl.vicl.remote_code.masks import added, check_one_meaning, tally, told
@@ -44,8 +45,14 @@ LITTER = 86_400
 
 
 def processes() -> PartialState:
-    """This process and its siblings; unlike an `Accelerator` it leaves the precision of a later one open."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    """This process and its siblings; unlike an `Accelerator` it leaves the precision of a later one open.
+
+    Raises:
+        ValueError: where siblings were started and this process does not see them.
+    """
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    refuse_lone_processes()
+    return state
 
 
 class ShardWriter:
