@@ -1,13 +1,15 @@
 """Which strategy a pool's own images speak for."""
 
+from threading import Thread
+
 import pytest
 import torch
 from answers import photos
 from cascade_run import COUNT, K, painter
-from scenes import make_model, make_pool, tiny_encoder
+from scenes import make_model, make_pool, rows, tiny_encoder
 
 from hf_effdl import CascadeSelector, VisualInContextPipeline, measure_examples
-from hf_effdl.vicl.remote_code import strategy_check
+from hf_effdl.vicl.remote_code import pipeline_choice, strategy_check
 from hf_effdl.vicl.remote_code.examples import Examples
 from hf_effdl.vicl.remote_code.strategies import STRATEGIES
 from hf_effdl.vicl.remote_code.strategy_check import check_strategies
@@ -128,8 +130,8 @@ def test_a_pipeline_that_looks_for_itself(pool, tmp_path):
     assert [one["example_ids"] for one in pipe(photos())] == [
         one["example_ids"] for one in pipe(photos(), strategy="cascade")
     ]
-    cascade.report |= {"stage 2": 0.05}
-    assert VisualInContextPipeline(model, "auto", pool).self_check["strategy"] != "cascade"
+    cascade.report = cascade.report | {"stage 2": 0.05}  # as a new fit gives it
+    assert pipe.self_check["strategy"] != "cascade"
 
 
 def test_groups_and_classes_are_kept_to(tmp_path, monkeypatch):
@@ -147,3 +149,40 @@ def test_groups_and_classes_are_kept_to(tmp_path, monkeypatch):
     assert found["images"] == len(seen) == 22  # both cows are of one group
     assert all(groups[i] != groups[j] and classes[i] == classes[j] for i, j in seen)
     assert found["strategy"] in ("nearest", "dense")
+
+
+@pytest.mark.parametrize("undefined", [3, COUNT])
+def test_images_without_a_metric_are_left_out_and_said(pool, undefined):
+    model, task = make_model(encoder=pool.encoder_module), find_task("segmentation")
+    masks = [task.decode(task.labels([pool.label(i)], [pool.image(i)], (32, 32)), (32, 32))[0] for i in range(COUNT)]
+    bad = [float("nan"), float("inf")] * COUNT
+
+    def metric(predictions, references):
+        row = next(i for i, mask in enumerate(masks) if (mask == references[0]).all())
+        return bad[row] if row < undefined else float((predictions[0] == references[0]).mean())
+
+    with pytest.warns(UserWarning, match=f"no finite number on {undefined} of the {COUNT} images"):
+        found = check_strategies(Examples(pool, model, task, metric), K)
+    assert found["images"] == COUNT - undefined
+    assert all(0 < value < 1 for value in found["performance"].values())
+    assert bool(found["performance"]) == (undefined < COUNT) and found["strategy"] in ("nearest", "dense")
+
+
+def test_one_look_for_all_threads_made_anew_where_what_it_goes_by_changes(tmp_path, monkeypatch):
+    pool = make_pool(tmp_path / "pool", count=8, encoder=tiny_encoder())
+    pipe = VisualInContextPipeline(make_model(encoder=pool.encoder_module), pool=pool, candidates=3)
+    looks = []
+    monkeypatch.setattr(
+        pipeline_choice, "check_strategies", lambda *given: looks.append(given[1]) or check_strategies(*given)
+    )
+    threads = [Thread(target=pipe, args=(photos()[:1],)) for _ in range(3)]
+    for step in ("start", "join"):
+        for thread in threads:
+            getattr(thread, step)()
+    assert looks == [3]  # K is the pipeline's own
+    pipe.save_pretrained(tmp_path / "saved")
+    pool.add(rows(2, first=50))
+    pipe(photos()[0])
+    assert looks == [3, 3] and pipe.self_check["images"] == 10  # saving has not settled what chooses here
+    with pytest.raises(ValueError, match="here '(nearest|dense)', which 'auto' found best on the pool, chooses"):
+        pipe(photos()[0], fusion="weighted")

@@ -1,11 +1,16 @@
 """Who chooses the examples of a pipeline: a call, its selector, the model's config, or a look at the pool."""
 
 import warnings
+from operator import is_not
+from threading import RLock
 from typing import Any
 
 from .modeling_visual_in_context import KINDS
 from .strategies import AUTO, find_strategy
 from .strategy_check import check_strategies
+
+
+LOOKING = RLock()  # of all pipelines, so that threads of one look at its pool once; a lock of its own is not copied
 
 
 class Choice:
@@ -21,19 +26,22 @@ class Choice:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.kept = pipe.model.selector  # as far as the user of this pipeline has been told
-        self._checked: tuple[Any, dict[str, Any]] | None = None
+        self._checked: tuple[Any, Any, dict[str, Any]] | None = None
         if not _is_auto(self._asked_for(None)):  # which is tried when it is needed
             self.selector(None)
 
     @property
     def self_check(self) -> dict[str, Any]:
-        """See `check_strategies`; made anew when the pool, what was measured of it, or the kept selector changes."""
+        """See `check_strategies`; made anew when what it goes by changes: pool, measurements, selector or its fit, K."""
         pipe, model = self.pipe, self.pipe.model
-        known = pipe.pool.fingerprint, model.measured_performance, model.selector
-        before = self._checked and self._checked[0]
-        if not before or before[0] != known[0] or before[1] is not known[1] or before[2] is not known[2]:
-            self._checked = known, check_strategies(pipe.examples, model.config.candidates, model.selector)
-        return self._checked[1]
+        candidates = pipe.options_of({}).get("candidates", model.config.candidates)
+        values = pipe.pool.fingerprint, candidates
+        objects = model.measured_performance, model.selector, getattr(model.selector, "report", None)
+        with LOOKING:
+            before = self._checked
+            if before is None or before[0] != values or any(map(is_not, before[1], objects)):
+                self._checked = values, objects, check_strategies(pipe.examples, candidates, model.selector)
+            return self._checked[2]
 
     def strategy(self, given: Any) -> Any:
         """A name, or what is called, from what a call says."""
@@ -56,6 +64,8 @@ class Choice:
         """What chooses, and who said so."""
         strategy = self.strategy(given)
         name = repr(strategy) if isinstance(strategy, str) else f"a {type(strategy).__name__}"
+        if _is_auto(self._asked_for(given)):
+            return f"{name}, which 'auto' found best on the pool,"
         if given is not None:
             return f"strategy={name}"
         return (

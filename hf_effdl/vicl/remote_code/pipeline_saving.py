@@ -12,6 +12,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .pipeline_card import write_model_card
 from .pipeline_loading import is_repository, save_pool
+from .strategies import AUTO
 from .writing import copy_file, is_first
 
 
@@ -20,7 +21,7 @@ def saved(pipe: Any, folder: Path, strategy: Any, candidates: int, code: str, re
     """Save what is around a pipeline's model: before it the pool, and behind it code and card.
 
     Args:
-        pipe: the pipeline, whose config is told what is saved.
+        pipe: the pipeline, whose config is told what is saved; "auto" it stays, and what was found is in the file.
         folder: where to.
         strategy, candidates: of the pipeline.
         code: the pipeline's own file, which names the others that it needs.
@@ -30,6 +31,7 @@ def saved(pipe: Any, folder: Path, strategy: Any, candidates: int, code: str, re
         Whether this process has to save the model.
     """
     config, first = pipe.model.config, is_first()
+    before = config.strategy
     if isinstance(strategy, str):
         config.strategy = strategy
     elif hasattr(strategy, "settings"):
@@ -45,13 +47,17 @@ def saved(pipe: Any, folder: Path, strategy: Any, candidates: int, code: str, re
         if first or hasattr(pipe.pool, "save_pretrained"):  # which waits for the first
             save_pool(pipe.pool, folder / "pool")
         config.pool, config.pool_revision = "pool", None
-    yield first
-    if first:
-        # of a pipeline whose code came from the Hub upstream copies the model's files alone
-        for file in map(Path, (code, *get_relative_import_files(code))):
-            if file.resolve() != (folder / file.name).resolve():
-                copy_file(file, folder / file.name)
-        write_model_card(folder, config, pipe.pool, repo_id)
+    try:
+        yield first
+        if first:
+            # of a pipeline whose code came from the Hub upstream copies the model's files alone
+            for file in map(Path, (code, *get_relative_import_files(code))):
+                if file.resolve() != (folder / file.name).resolve():
+                    copy_file(file, folder / file.name)
+            write_model_card(folder, config, pipe.pool, repo_id)
+    finally:
+        if before == AUTO and pipe.selector is None:  # here, where the pool may still change
+            config.strategy = before
 
 
 def pushed(

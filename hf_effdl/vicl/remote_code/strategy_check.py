@@ -1,6 +1,7 @@
 """Which strategy suits a pool: each is tried on images of the pool, whose labels are known, and the best is taken."""
 
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ def check_strategies(examples: Examples, candidates: int, selector: Any = None) 
         candidates: K.
         selector: that the model keeps.
 
+    Images on which the metric is no finite number for one of the strategies are left out of all, with a warning.
+
     Returns:
         `{"strategy", "images", "performance", "ahead"}`: the best one's name; how many images; of each its mean
         performance, larger is better, and by how much that is more than the nearest's, with the standard error.
@@ -49,13 +52,17 @@ def check_strategies(examples: Examples, candidates: int, selector: Any = None) 
     if allowed is not None:  # one that is alone cannot be asked about
         allowed[torch.arange(len(images)), images] = False
         images, allowed = images[allowed.any(1)], allowed[allowed.any(1)]
+    nothing = {"strategy": "nearest", "images": 0, "performance": {}, "ahead": {}}
     if len(pool) < 2 or not len(images):  # no image has another one to be shown
-        return {"strategy": "nearest", "images": 0, "performance": {}, "ahead": {}}
+        return nothing
     queries = _queries(examples, images, allowed, labelled=table is None)
     found: dict[str, Tensor] = {}
     for name in ("nearest", "dense", *(() if table is None else ("transfer",))):
         rows = STRATEGIES[name](queries, examples, 1, candidates)[1]
         found[name] = _performance(examples, queries, images, rows, table)
+    found = _defined(found)
+    if not (count := len(found["nearest"])):
+        return nothing
     performance = {name: float(values.mean()) for name, values in found.items()}
     ahead = {name: _ahead(values, found["nearest"]) for name, values in found.items() if name != "nearest"}
     if getattr(selector, "kind", None) == "cascade" and selector.pool_fingerprint == pool.fingerprint:
@@ -64,7 +71,7 @@ def check_strategies(examples: Examples, candidates: int, selector: Any = None) 
         ahead["cascade"], performance["cascade"] = [gain, 0.0], performance["nearest"] + gain
     better = {name: gain for name, (gain, error) in ahead.items() if gain > error}
     strategy = max(better, key=better.__getitem__) if better else "nearest"
-    return {"strategy": strategy, "images": len(images), "performance": performance, "ahead": ahead}
+    return {"strategy": strategy, "images": count, "performance": performance, "ahead": ahead}
 
 
 def _table(model: Any, pool: Any) -> tuple[Tensor, Tensor] | None:
@@ -120,6 +127,19 @@ def _run(examples: Examples, queries: Queries, rows: Tensor) -> Tensor:
                 whole,
             )
     return torch.cat(parts)
+
+
+def _defined(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the images on which one of them is no finite number."""
+    defined = torch.stack([*found.values()]).isfinite().all(0)
+    if not defined.all():
+        warnings.warn(
+            f"the metric is no finite number on {int((~defined).sum())} of the {len(defined)} images of the pool on which "
+            "how examples are chosen was tried: they are left out, and of none it is 'nearest'; a metric has to be "
+            "defined for every prediction, also for an empty one",
+            stacklevel=2,
+        )
+    return {name: values[defined] for name, values in found.items()}
 
 
 def _ahead(values: Tensor, others: Tensor) -> list[float]:
