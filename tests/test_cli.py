@@ -445,6 +445,14 @@ def test_options_of_a_trainer_are_spoken_of_where_there_are_any(verb, trains, ca
     assert ("--help-all" in capsys.readouterr().out) == trains
 
 
+@pytest.mark.parametrize("verb", ["select", "sparsify --task text-classification"])
+def test_one_row_is_too_few_and_the_option_for_others_is_named(verb, texts, tmp_path, capsys):  # noqa: F811
+    Dataset.from_dict({"text": ["cat"], "label": ["a"]}).save_to_disk(tmp_path / "one")
+    line = f"{verb} --model_name_or_path {texts.parent / 'model'} --dataset_name {tmp_path / 'one'}"
+    assert main([*line.split(), "--output_dir", str(tmp_path / "out"), *QUIET]) == 1
+    assert "1 rows: a tenth of them cannot be set aside; pass more, or set --eval_split" in capsys.readouterr().err
+
+
 def test_a_misspelt_option_is_told_with_the_nearest_as_argparse_tells_it(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["env", "--confg", "x"])

@@ -85,8 +85,21 @@ def with_eval(data: DatasetDict, seed: int) -> DatasetDict:
     """`{"train", "eval"}`; where no rows to evaluate on were named, they are a tenth of the others."""
     if "eval" in data:
         return data
-    split = data["train"].train_test_split(test_size=0.1, seed=seed)
+    split = tenth_aside(data["train"], seed, "eval_split")
     return DatasetDict(train=split["train"], eval=split["test"])
+
+
+def tenth_aside(rows: Dataset, seed: int, option: str) -> DatasetDict:
+    """`{"train", "test"}`, a tenth of the rows in the second, where `option` names no split of their own.
+
+    Raises:
+        ValueError: for fewer than two rows.
+    """
+    if len(rows) < 2:
+        raise ValueError(
+            f"{len(rows)} rows: a tenth of them cannot be set aside; pass more, or set --{option} to other rows"
+        )
+    return rows.train_test_split(test_size=0.1, seed=seed)
 
 
 def load_splits(options: Any, seed: int, columns: Sequence[str] = ("label_column",)) -> DatasetDict:

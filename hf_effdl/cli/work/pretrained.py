@@ -110,6 +110,7 @@ def slim_checkpoint(options: Any) -> None:
         with rehearsal():
             tell("slim", _cost(options, model))
         return
+    Path(options.output_dir).mkdir(parents=True, exist_ok=True)  # what cannot be written to is told before the work
     calibration = [on_its_device(batch, model) for batch in batches(options, model)] if options.calibration else None
     small = _slimmed(options, model, path, calibration)
     if calibration:

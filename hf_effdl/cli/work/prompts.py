@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from hf_effdl.cli.work.data import load_any, split_of
+from hf_effdl.cli.work.data import load_any, split_of, tenth_aside
 from hf_effdl.vicl.pool.pool import ExamplePool
 from hf_effdl.vicl.remote_code.images import to_rgb
 from hf_effdl.vicl.remote_code.modeling_visual_in_context import VisualInContextModel
@@ -26,7 +26,7 @@ def load_pool_splits(options: Any) -> tuple[Dataset, Dataset]:
     rows = split_of(data, options.dataset_name, options.pool_split, "pool_split")
     split = options.query_split or next((name for name in ("test", "validation") if name in data), None)
     if split is None:
-        parts = rows.train_test_split(test_size=0.1, seed=0)
+        parts = tenth_aside(rows, 0, "query_split")
         pool, queries = parts["train"], parts["test"]
     else:
         pool, queries = rows, split_of(data, options.dataset_name, split, "query_split")
