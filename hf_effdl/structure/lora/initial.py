@@ -32,8 +32,8 @@ def initial_tensors(model: Any, adapter: str, groups: Sequence[Group], initial: 
     if initial is None:
         if takes_base_weights(config):
             raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r} moved a part of the base weights into the adapter, so "
-                f"a smaller one is to hold what training has changed, and it takes what the adapter was: {HOW}"
+                f"init_lora_weights={config.init_lora_weights!r} moved a part of the base weights into the adapter, "
+                f"so a smaller one is to hold what training has changed, and it takes what the adapter was: {HOW}"
             )
         return {}
     stored, wanted = _stored(initial), {}
@@ -50,6 +50,14 @@ def initial_tensors(model: Any, adapter: str, groups: Sequence[Group], initial: 
     if dora := [group.name for group in groups if model.get_submodule(group.name).use_dora.get(adapter)]:
         raise ValueError(
             f"{dora[0]} has DoRA, whose norms are of the base weights that initial= brings back: leave it"
+        )
+    weights = {group.name: model.get_submodule(group.name).get_base_layer().weight for group in groups}
+    if packed := [
+        name for name, weight in weights.items() if not weight.is_floating_point() or weight.dtype.itemsize == 1
+    ]:
+        raise ValueError(
+            f"{packed[0]} has base weights in {weights[packed[0]].dtype}, to which what the adapter took from them "
+            "cannot be given back: train on weights that are not quantised"
         )
     return wanted
 

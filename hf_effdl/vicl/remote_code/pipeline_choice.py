@@ -32,7 +32,7 @@ class Choice:
 
     @property
     def self_check(self) -> dict[str, Any]:
-        """See `check_strategies`; made anew when what it goes by changes: pool, measurements, selector or its fit, K."""
+        """See `check_strategies`; made anew when what it goes by changes: pool, measurements, selector, its fit, K."""
         pipe, model = self.pipe, self.pipe.model
         candidates = pipe.options_of({}).get("candidates", model.config.candidates)
         values = pipe.pool.fingerprint, candidates
