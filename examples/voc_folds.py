@@ -14,11 +14,11 @@
 
 - pascal5i: a VOC2012 folder (`JPEGImages`, `SegmentationClassAug` or `SegmentationClass`), and lists of the folds,
   `trn/fold0.txt` and `val/fold0.txt` and so on, with lines `2007_000033__01`: an image and one of its classes.
-- coco20i: a COCO folder, `annotations/instances_train2014.json`, `instances_val2014.json` (or of 2017) and images in
-  `train2014` and `val2014`. Of the 80 classes in the order of their numbers every fourth is of a fold: 0, 4, 8 and so
-  on of fold 0. An image is a query once for each class of its fold. Examples are of the training images, or, where
-  their annotations are not there, of the queries' own images, as few-shot segmentation draws them. Crowds belong to
-  their class.
+- coco20i: a COCO folder: `annotations/instances_train2014.json` and `instances_val2014.json`, or of 2017, and the
+  images in `train2014` and `val2014`. Of 80 classes in the order of their numbers, every fourth is of a fold: 0, 4,
+  8 and so on of fold 0. An image is a query once for each class of its fold of which something is marked; examples are
+  of the training images, or, where their annotations are not there, of the same images as the queries, as few-shot
+  segmentation draws them. Crowds belong to their class.
 - fss1000: a folder for every class with `1.jpg`, `1.png` and so on, and a list of classes; each image is a query, and
   the others are the pool.
 - detection: the same VOC2012 folder, with `Annotations` and `ImageSets/Main/train.txt` and `val.txt`; images with one
@@ -166,7 +166,9 @@ def _coco(folder: Path, part: str, fold: int) -> list[Item]:
         kinds = set(sorted(names)[fold :: FOLDS["coco20i"]])
         regions: dict[tuple[int, int], list[Any]] = {}
         for one in content["annotations"]:
-            if one["category_id"] in kinds:
+            image, kind = images[one["image_id"]], names[one["category_id"]]
+            _check_marks(one["segmentation"], (image["height"], image["width"]), f"{image['file_name']}, {kind}")
+            if one["category_id"] in kinds and one["segmentation"]:  # one of nothing shows and asks nothing
                 regions.setdefault((one["image_id"], one["category_id"]), []).append(one["segmentation"])
         return [
             Item(
@@ -180,9 +182,19 @@ def _coco(folder: Path, part: str, fold: int) -> list[Item]:
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{file} cannot be read as instances of COCO ({type(error).__name__}: {str(error)[:100]}): download it "
+            f"{file} cannot be read as instances of COCO ({type(error).__name__}: {str(error)[:160]}): download it "
             "again"
         ) from error
+
+
+def _check_marks(marks: Any, size: tuple[int, int], what: str) -> None:
+    """Refuse, before any mask is drawn, what would only be seen at its query."""
+    if isinstance(marks, dict):
+        fits = "counts" in marks and list(marks.get("size", ())) == list(size)
+    else:
+        fits = isinstance(marks, list) and all(isinstance(part, list) and len(part) % 2 == 0 for part in marks)
+    if not fits:
+        raise ValueError(f"{what}: {str(marks)[:30]} is neither polygons of x and y nor runs of {size[0]} x {size[1]}")
 
 
 def _fss(folder: Path, file: Path) -> list[Item]:

@@ -169,9 +169,25 @@ def test_without_training_annotations_examples_are_of_the_queries_images(coco, t
     assert rows and all(row["query"] not in row["example_ids"] and len(row["example_ids"]) == 2 for row in rows)
 
 
+def change_first(folder, **values):
+    """Change the first annotation of the validation part."""
+    file = folder / "annotations" / "instances_val2014.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0] |= values
+    file.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
+        (
+            lambda folder: change_first(folder, segmentation=[[1, 2, 3]]),
+            r"000.jpg, k1: \[\[1, 2, 3\]\] is neither poly",
+        ),
+        (lambda folder: change_first(folder, segmentation={"size": [9, 9], "counts": [81]}), "nor runs of 40 x 50"),
+        (lambda folder: change_first(folder, segmentation=None), "None is neither polygons"),
+        (lambda folder: change_first(folder, category_id=99), "KeyError: 99"),
+        (lambda folder: change_first(folder, image_id=99), "KeyError: 99"),
         (lambda folder: (folder / "val2014" / "COCO_val2014_000000000003.jpg").unlink(), "1 of .* files are missing"),
         (
             lambda folder: (folder / "annotations" / "instances_val2014.json").unlink(),
@@ -191,6 +207,14 @@ def test_a_coco_folder_that_is_not_whole_is_refused_before_a_run(coco, tmp_path,
     with pytest.raises(ValueError, match=text):
         run_coco(tmp_path / "coco", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_where_nothing_of_a_class_is_marked_nothing_is_asked(coco, tmp_path):
+    shutil.copytree(coco, tmp_path / "coco")
+    change_first(tmp_path / "coco", segmentation=[], image_id=1)  # which has no other of the class
+    found = [voc_folds.read("coco20i", folder, None, 0)[1] for folder in (coco, tmp_path / "coco")]
+    assert {item.id for item in found[1]} <= {item.id for item in found[0]}
+    assert all(item.classes().any() for item in found[1])
 
 
 def run(voc, out, *arguments, benchmark="pascal5i"):

@@ -335,6 +335,8 @@ def ranks_of(net):
         ({"initial": None, "spoil": torch.ones(2, 2)}, ValueError, r"initial holds one of shape \(2, 2\)"),
         ({"initial": None, "spoil": float("nan")}, ValueError, "where the adapter has finite numbers"),
         ({"initial": None, "order": "dual"}, ValueError, "order='dual' is of ranks as they were trained"),
+        ({"initial": None, "packed": torch.int8}, ValueError, "base weights in torch.int8, to which what the adapter"),
+        ({"initial": None, "packed": torch.float8_e4m3fn}, ValueError, "base weights in torch.float8"),
     ],
 )
 def test_what_an_adapter_was_before_training_is_asked_for_and_checked(change, error, message):
@@ -346,6 +348,9 @@ def test_what_an_adapter_was_before_training_is_asked_for_and_checked(change, er
         first = next(iter(change["initial"]))
         if spoil is not None:
             change["initial"][first] = spoil if isinstance(spoil, torch.Tensor) else change["initial"][first] * spoil
+        layer = net.get_submodule(next(iter(path.units))).get_base_layer()
+        packed = layer.weight.detach().to(change.pop("packed", layer.weight.dtype))
+        layer.weight = torch.nn.Parameter(packed, requires_grad=False)
     with pytest.raises(error, match=message):
         select_lora_ranks(net, path, 0.5, **change)
 

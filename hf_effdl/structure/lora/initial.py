@@ -51,6 +51,14 @@ def initial_tensors(model: Any, adapter: str, groups: Sequence[Group], initial: 
         raise ValueError(
             f"{dora[0]} has DoRA, whose norms are of the base weights that initial= brings back: leave it"
         )
+    weights = {group.name: model.get_submodule(group.name).get_base_layer().weight for group in groups}
+    if packed := [
+        name for name, weight in weights.items() if not weight.is_floating_point() or weight.dtype.itemsize == 1
+    ]:
+        raise ValueError(
+            f"{packed[0]} has base weights in {weights[packed[0]].dtype}, to which what the adapter took from them "
+            "cannot be given back: train on weights that are not quantised"
+        )
     return wanted
 
 

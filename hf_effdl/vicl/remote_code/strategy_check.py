@@ -134,9 +134,9 @@ def _defined(found: dict[str, Tensor]) -> dict[str, Tensor]:
     defined = torch.stack([*found.values()]).isfinite().all(0)
     if not defined.all():
         warnings.warn(
-            f"the metric is no finite number on {int((~defined).sum())} of the {len(defined)} images of the pool on "
-            "which how examples are chosen was tried: they are left out, and of none it is 'nearest'; a metric has to "
-            "be defined for every prediction, also for an empty one",
+            f"the metric is no finite number on {int((~defined).sum())} of the {len(defined)} images of the pool "
+            "on which choices were tried: they are left out, and of none it is 'nearest'; a metric has to be "
+            "defined for every prediction, also for an empty one",
             stacklevel=2,
         )
     return {name: values[defined] for name, values in found.items()}
