@@ -31,6 +31,8 @@ from convert_mae_vqgan import read
 from torch import Tensor
 from transformers import SegGptConfig, SegGptForImageSegmentation
 
+from hf_effdl.cli.arguments import refuse_several_processes
+
 
 # the block after which images and labels become one, and how many blocks, evenly spaced, the decoder reads
 MERGE, READ = 2, 4
@@ -146,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--painter", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
+    refuse_several_processes("converting files")
     model = convert(read(options.painter, "model"))
     model.save_pretrained(options.out)
     print(f"{sum(weight.numel() for weight in model.parameters()):,} weights in {options.out}")

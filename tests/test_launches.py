@@ -53,6 +53,7 @@ LAUNCHES = {
     "active_learning": ("", f"labelling in rounds {ONE}"),
     "train_tiny_seggpt": ("--output_dir out", f"this training {ONE}"),
     "convert_mae_vqgan": ("--mae a --out out", f"converting files {ONE}"),
+    "convert_painter": ("--painter a --out out", f"converting files {ONE}"),
 }
 NO_WORK = {"digit_scenes", "voc_folds"}  # data that others read
 

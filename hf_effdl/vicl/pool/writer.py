@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from hf_effdl.files import digest, flush, write_whole
-from hf_effdl.processes import refuse_lone_processes
 from hf_effdl.version import __version__
 from hf_effdl.vicl.pool.rows import Row, Rows
 from hf_effdl.vicl.remote_code.masks import added, check_one_meaning, tally, told
@@ -47,12 +46,10 @@ LITTER = 86_400
 def processes() -> PartialState:
     """This process and its siblings; unlike an `Accelerator` it leaves the precision of a later one open.
 
-    Raises:
-        ValueError: where siblings were started and this process does not see them.
+    Siblings that have not been told yet that they are on a CPU do not see each other here: one of them builds a pool
+    and the others, which wait for its lock, open it.
     """
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    refuse_lone_processes()
-    return state
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 class ShardWriter:
