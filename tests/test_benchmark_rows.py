@@ -24,7 +24,7 @@ TABLES = {
     "pretrained_minilm": ("c869893c10bb6a3f", "| 25% | obs | "),
     "pretrained_dinov2": ("ab7ac8771074ff19", "| 50% | 64 | activation | yes | "),
     "pretrained_smollm2": ("32e15e38fd236f85", "| ffn:0.75 | obs | wikitext, 128 tokens |"),
-    "pretrained_resnet20": ("abe18d8d6b13bdf6", "| 48.5% | activation | yes | "),
+    "pretrained_resnet20": ("d4abc96503dd5b1a", "| 48.5% | activation | yes | "),
     "recipe_mnist": ("77c33a6b0228300f", "| scratch, uniform widths, equal MACs |"),
     "sampling_scale": ("97a6552bd4990ef7", "| plan_shards | "),
     "scaling": ("00cafb2d0c50efe1", "| scoring | 1,024 | 2 | "),
