@@ -32,10 +32,13 @@ SAID = {
     "missing": "404|not a valid model identifier|doesn't exist on the Hub",
     "broken": "500|couldn't connect|locate the file on the Hub",
     "cut": "disconnected|Can't load the configuration",
-    "silent": "timed out|couldn't connect|locate the file on the Hub|Can't load the configuration",
+    "silent": "timed out|couldn't connect|locate the file on the Hub|Can't load the configuration|Couldn't reach",
 }
-# a plain FileNotFoundError of theirs, around the client's own error
-OF_DATASETS = re.compile("^Couldn.t find any data file at .* on the Hugging Face Hub either: LocalEntryNotFoundError")
+# plain errors of Python's with their own words, around the client's error
+OF_DATASETS = {
+    "builtins.FileNotFoundError": "^Couldn.t find any data file .* on the Hugging Face Hub either: LocalEntryNotFound",
+    "builtins.ConnectionError": r"^Couldn't reach '.*' on the Hub \(LocalEntryNotFoundError\)$",
+}
 UPSTREAM = {"huggingface_hub", "httpx", "httpx2", "datasets"}
 
 
@@ -109,8 +112,8 @@ def upstreams_own(error, fault):
     """Whether an error is the client's or upstream's own, and says what has happened."""
     *kinds, text = error
     own = {kind.partition(".")[0] for kind in kinds} & UPSTREAM or kinds[0] == "builtins.OSError"
-    if fault == "broken" and kinds[0] == "builtins.FileNotFoundError":
-        own = OF_DATASETS.search(text)
+    if fault in ("broken", "silent") and kinds[0] in OF_DATASETS:
+        own = re.search(OF_DATASETS[kinds[0]], text)
     return own and re.search(SAID[fault], text) and "holds no" not in text
 
 

@@ -136,8 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for category, matching in ((c, f) for c in options.categories for f in options.frozen):
         if (category, matching, options.scenes) not in file:
             start = time.perf_counter()
-            file.add(*rows_of(category, matching, options, encoder))
-            say(f"{category}, {matching}: {time.perf_counter() - start:.0f} s")
+            found = rows_of(category, matching, options, encoder)
+            file.add(*found)
+            say(f"{category}, {matching}: {len(found)} arms, {time.perf_counter() - start:.0f} s")
     print_tables(file.rows)
 
 
