@@ -29,7 +29,7 @@ class Gram:
     Each position is weighted by one over the squared size of the answer there in the whole model, so that it counts by
     its relative error; where the answer joins a stream, over the size of the answer times that of the stream. Without
     that the few tokens with massive activations own the sums; by the answer alone those tokens do to which a layer
-    says next to nothing, and by the stream alone the refit of a text encoder was a little worse.
+    says next to nothing.
 
     Args:
         products: `G = sum w a a^T`, `(inputs, inputs)`, float64.

@@ -146,8 +146,8 @@ class SmallMixin:
             learning_rate: of the small net at its peak; default: that of the arguments.
             distill: the teacher's share of the small net's loss, see `Distillation`.
             teacher: default: the path's own teacher if there is one, else the dense net where its search stopped.
-            order, widths: see `SparsePath.select`. So early, widths halfway to one share of every group have been
-                better at a tenth of the MACs than the path's own, and no worse at a quarter.
+            order, widths: see `SparsePath.select`. So early the path's own widths are rough: these lie halfway to one
+                share of every group. What that changes is in the benchmarks.
             calibration, score: see `slim`. By default nothing is refitted: the path's nets, which train this long
                 afterwards, have been no better for it, see the benchmarks.
             bn_batches: training batches for the batch norms; default: as in the arguments.
