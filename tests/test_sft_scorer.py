@@ -283,6 +283,17 @@ def test_damaged_rows_are_found_and_left_out():
     assert len(choose(table, 80, groups=groups)) == 80  # where the budget asks for more, the others come too
 
 
+def test_the_default_is_random_rows_of_those_that_look_whole():
+    table, groups = planted()
+    groups = (torch.arange(80) >= 60).long()  # of other sizes, so that equal shares would be other rows
+    whole = ~torch.stack(list(damaged_rows(table, groups).values())).any(0)
+    ids = torch.arange(80)
+    alone = {name: values[whole] for name, values in table.items()}
+    expected = ids[whole][choose(alone, 30, method="random", row_ids=ids[whole]).positions]
+    assert choose(table, 30, groups=groups, row_ids=ids).positions.tolist() == expected.tolist()
+    assert choose(table, 30, method="balanced", groups=groups, row_ids=ids).positions.tolist() != expected.tolist()
+
+
 def test_clusters_are_found_whatever_the_order():
     table, groups = planted()
     for seed in range(3):

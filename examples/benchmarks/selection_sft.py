@@ -199,9 +199,8 @@ class Pool:
         if arm == "clean":
             whole = torch.tensor([not one for one in self.data["pool"]["damage"]]).nonzero().flatten()
             table = {name: values[whole] for name, values in self.table.items()}
-            positions = choose(
-                table, self.budget, method="balanced", **options | {"groups": self.groups[whole]}
-            ).positions
+            uniform = {name: value for name, value in options.items() if name != "groups"}
+            positions = choose(table, self.budget, method="random", **uniform).positions
             return whole[positions]
         query = None
         if arm == "nearest":

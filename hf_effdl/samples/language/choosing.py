@@ -124,7 +124,7 @@ def choose(
     ================  ==================================================================================
     method            rows
     ================  ==================================================================================
-    `default`         uniform with equal shares for clusters, among rows that are in none of `damaged_rows`
+    `default`         uniform, among rows that are in none of `damaged_rows`
     `random`          uniform
     `balanced`        uniform, equal shares for clusters
     `length`          the longest answers
@@ -141,7 +141,8 @@ def choose(
         budget: rows, or tokens (column `tokens`) that all chosen rows together stay within.
         unit: `"rows"` or `"tokens"`.
         method: a line of the table.
-        groups: `(N,)` clusters, for those that take shares.
+        groups: `(N,)` clusters, for those that take shares, and for `default`: a row looks damaged beside its own
+            cluster.
         query: `(Q, d)` embeddings, for `nearest`.
         seed, row_ids: see `make_plan`.
 
@@ -154,7 +155,7 @@ def choose(
     one_of("unit", unit, UNITS)
     one_of("method", method, METHODS)
     if groups is None and method in ("default", "balanced", "uncertainty"):
-        raise ValueError(f"method={method!r} takes shares of clusters; score with embed=True, or pass groups=")
+        raise ValueError(f"method={method!r} looks at clusters; score with embed=True, or pass groups=")
     if missing := [name for name in NEEDED.get(method, ()) if name not in table]:
         raise ValueError(
             f"method={method!r} needs the columns {missing}; score with contrast=True, embed=True and two probes"
@@ -176,7 +177,7 @@ def _planner(
     if groups is not None:
         table["predicted"] = groups
     if method in ("random", "balanced", "default", "uncertainty"):
-        shares = {"quotas": "none" if method == "random" else "predicted", "score": "uniform"}
+        shares = {"quotas": "none" if method in ("random", "default") else "predicted", "score": "uniform"}
         if method == "uncertainty":
             shares |= {"score": "u_x", "clip_quantile": 0.5}
         if method == "default":

@@ -172,7 +172,7 @@ class SFTScorer:
             data: rows, scored or not.
             budget: rows, or tokens that the chosen rows stay within.
             unit: `"rows"` or `"tokens"`.
-            method: `"default"` (rows that do not look damaged, uniform with equal shares for clusters), `"random"`,
+            method: `"default"` (uniform among rows that do not look damaged), `"random"`,
                 `"balanced"`, `"length"`, `"mid-perplexity"`, `"top-perplexity"`, `"ifd"`, `"el2n"`, `"uncertainty"` or
                 `"nearest"` to the rows of `query`.
             query: rows of what the model is to be good at, for `method="nearest"`.
