@@ -19,7 +19,7 @@ from benchmarks import FOLDER, importable
 TABLES = {
     "active_rounds": ("f847ec91f5ad3adc", "| diverse | 0.8846 |"),
     "growth_mnist": ("bbab0e6473f08673", "MNIST, 60,000 rows, 6 epochs"),
-    "lora_ranks_banking77": ("a0b0a142bfd08455", "| 0.0625 | path, columns | "),
+    "lora_ranks_banking77": ("8232cbc390c7ccab", "| 0.0625 | path, columns | "),
     "pool_scale": ("4553905212a8ac3d", "| rows | noise | probes |"),
     "pretrained_minilm": ("c869893c10bb6a3f", "| 25% | obs | "),
     "pretrained_dinov2": ("ab7ac8771074ff19", "| 50% | 64 | activation | yes | "),
