@@ -22,7 +22,8 @@ carries the mask of one example over to a new photo. A permutation of the photos
 - rows: all of the pool, or 30 % of it: chosen (`UncertaintySelector` with its defaults; eight linear probes on the
   untouched encoder's features, trained on the 100 other rows, a fifth of them wrong, too), or drawn by chance;
 - model: whole (AdamW), or 30 % of the multiply-accumulates: trained by `SplitLBITrainer` (AdamW base, dense start),
-  slimmed by activation with the layers behind refitted on 64 photos, which takes no labels; not trained further;
+  slimmed by activation with the layers behind refitted on the 400 photos of pool and probes, which takes no labels; not
+  trained further;
 - prompts: the example by chance, or by matching parts (`dense`), of 100 photos of the pool; 60 test photos ask.
 
 Every run sees its rows for the same number of epochs, from a head that was fitted to the untouched encoder's features
@@ -75,7 +76,7 @@ from hf_effdl.structure.slim.report import get_report
 
 SIZES, SIDE = {"probes": 100, "pool": 300, "test": 150}, 112
 EXAMPLES, QUERIES = 100, 60  # photos of pool and test that prompts are made of
-CALIBRATION = 64  # photos of the pool that layers are refitted on
+CALIBRATION = ("probes", "pool")  # parts whose photos layers are refitted on
 WRONG, SHARE, MACS = 0.2, 0.3, 0.3
 EPOCHS, BATCH, HEAD_STEPS = 3, 8, 100
 TUNED_ON = 100  # a seed that no result is of
@@ -188,7 +189,7 @@ def train_smaller(photos: Photos, rows: Dataset, model: Any, rate: float, seed: 
     args = SplitLBIArguments(out, base="adamw", start="dense", **settings(rate, seed))
     trainer = SplitLBITrainer(model, args, train_dataset=photos.feed(rows))
     trainer.train()
-    places = torch.tensor(photos.part("pool")[:CALIBRATION])
+    places = torch.tensor([place for part in CALIBRATION for place in photos.part(part)])
     seen = [{"pixel_values": photos.pixels[part]} for part in places.split(16)]
     return trainer.slim(macs=MACS, widths="free", latency_batch=0, score="activation", calibration=seen)
 
@@ -279,7 +280,7 @@ def cost(rows: int, kind: str, model: str) -> float:
     """MACs of training, in those of the whole model on the whole pool."""
     passes = rows + 3 * rows * EPOCHS + (SIZES["probes"] + SIZES["pool"] if kind == "chosen" else 0)
     if model == "smaller":
-        passes += CALIBRATION
+        passes += sum(SIZES[part] for part in CALIBRATION)
     return passes / (SIZES["pool"] * (1 + 3 * EPOCHS))
 
 
