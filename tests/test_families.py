@@ -176,6 +176,19 @@ def test_units_that_depend_on_how_many_there_are_or_have_no_layers_are_left_out_
     assert "layers.0.mlp.experts (MixtralExperts)" in caplog.text and "no units are found inside" in caplog.text
 
 
+def test_rows_padded_on_the_left_have_the_groups_of_others_and_answers_of_nan_are_called_that():
+    """The mask of BLOOM and its slopes together are minus infinity, in double precision alone."""
+    cls, settings, *_ = (FAMILIES | MORE)["BLOOM"]
+    model = getattr(transformers, cls)(transformers.BloomConfig(**settings)).eval()
+    mask = torch.tensor([[0, 0, 0, *[1] * 7]])
+    padded = find_groups(model, TEXT | {"attention_mask": mask})
+    assert [group.name for group in padded] == [group.name for group in find_groups(model, TEXT)]
+    with torch.no_grad():
+        model.transformer.h[0].mlp.dense_4h_to_h.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the model answers NaN, so nothing can be compared: pass example_inputs"):
+        find_groups(model, TEXT)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("HF_EFFDL_SMOLLM2" not in os.environ, reason="the converter knows tokenizers by name: SmolLM2's")
 def test_a_smaller_llama_converts_to_gguf_and_back(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from answers import photos
 from cascade_run import COUNT, K, painter
-from scenes import make_model, make_pool, rows, tiny_encoder
+from scenes import make_model, make_pool, rows, scene, tiny_encoder
 
 from hf_effdl import CascadeSelector, VisualInContextPipeline, measure_examples
 from hf_effdl.vicl.remote_code import pipeline_choice, strategy_check
@@ -186,3 +186,15 @@ def test_one_look_for_all_threads_made_anew_where_what_it_goes_by_changes(tmp_pa
     assert looks == [3, 3] and pipe.self_check["images"] == 10  # saving has not settled what chooses here
     with pytest.raises(ValueError, match="here '(nearest|dense)', which 'auto' found best on the pool, chooses"):
         pipe(photos()[0], fusion="weighted")
+
+
+def test_a_metric_that_raises_is_named_and_keeps_no_prediction_back(pool, tmp_path):
+    def overlap(predictions, references):
+        raise KeyError("iou")
+
+    pipe = VisualInContextPipeline(make_model(), "auto", pool, metric=overlap)
+    with pytest.warns(UserWarning, match="it is 'nearest': the metric 'overlap' raised KeyError: 'iou'; pass one that"):
+        shown = pipe(photos()[0])["example_ids"]
+    assert shown == pipe(photos()[0], strategy="nearest")["example_ids"] and pipe.self_check["images"] == 0
+    with pytest.raises(ValueError, match="the metric 'overlap' raised KeyError: 'iou'"):
+        pipe(photos()[0], strategy="oracle", labels=scene(100)[1])

@@ -171,6 +171,10 @@ def parse_arguments(
     )
     if unknown:
         parser.error(_unknown(unknown, argv, values, names_of(kinds)))
+    for one in found:  # a text in its dataclass, where Trainer takes a folder or yes and no
+        said = str(getattr(one, "resume_from_checkpoint", None)).lower()
+        if said in ("true", "false"):
+            one.resume_from_checkpoint = said == "true"
     refuse_unstarted()
     if any(hasattr(kind, "world_size") for kind in kinds):  # those of a Trainer; others make a group of their own
         from hf_effdl.processes import refuse_lone_processes

@@ -1,6 +1,5 @@
 """Predictions by example, as files."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
+from hf_effdl.files import write_json, write_whole
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.vicl.remote_code.images import to_rgb
 from hf_effdl.vicl.remote_code.pipeline_visual_in_context import VisualInContextPipeline
@@ -26,7 +26,7 @@ def prompt(options: Any) -> None:
     out = Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     answers = [_written(output, file, name) for output, file, name in zip(outputs, files, _names(files, out))]
-    (out / "answers.json").write_text(json.dumps(answers, indent=1), encoding="utf-8")
+    write_json(out / "answers.json", answers)  # last: it says which pictures are whole
     if options.shown:
         pipe.plot(images[: options.shown], outputs[: options.shown], path=out / "panel.png")
     columns = {"image": "image", "prediction": "prediction", "example_ids": "examples", "confidence": "confidence"}
@@ -61,10 +61,10 @@ def _written(output: dict[str, Any], file: Path, target: Path) -> dict[str, Any]
     """What `answers.json` says of an image; a picture is written beside it."""
     prediction = output["prediction"]
     if isinstance(prediction, Image.Image):
-        prediction.save(target)
+        write_whole(target, prediction.save)
         prediction = target.name
     elif getattr(prediction, "ndim", 1) == 2:
-        Image.fromarray(prediction * 255).save(target)
+        write_whole(target, Image.fromarray(prediction * 255).save)
         prediction = target.name
     elif prediction is not None:
         prediction = [float(value) for value in prediction]

@@ -1,7 +1,6 @@
 """What chooses examples: a cascade or rankers, fitted on a pool and compared on other images."""
 
 import copy
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 
 from hf_effdl.cli.work.cost import Cost, rehearsal, size_of, tell
 from hf_effdl.cli.work.prompts import load_frozen, load_pool_splits, make_pool, score_strategy
+from hf_effdl.files import write_json
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.processes import is_first
 from hf_effdl.vicl.auto import ListwiseRanker, ListwiseRankerConfig
@@ -124,7 +124,7 @@ def fit_cascade(options: Any, rows: Rows = load_pool_splits) -> None:
     if accelerator.is_main_process:
         print(_cascade_table(scores, options, pipe.visual_task))
         report = {"excluded": len(exclude), "labelled": budget, "fit": cascade.report, "scores": scores}
-        (out / "report.json").write_text(json.dumps(report, indent=1))
+        write_json(out / "report.json", report)
         shown = [to_rgb(image) for image in query_rows.select(range(min(4, len(query_rows))))[options.image_column]]
         pipe.plot(shown, num_examples=min(3, options.passes), path=out / "examples.png")
     pipe.save_pretrained(out / "model")
@@ -231,5 +231,5 @@ def fit_ranker(options: Any, training: TrainingArguments, rows: Rows = load_pool
             {"strategy": name, "queries": len(each), "score": float(np.mean(each))} for name, each in scores.items()
         ]
         print(markdown_table(table, {"strategy": "strategy", "queries": "queries", "score": pipe.visual_task.metric}))
-        (out / "report.json").write_text(json.dumps(report | {"scores": scores}, indent=1))
+        write_json(out / "report.json", report | {"scores": scores})
     PartialState().wait_for_everyone()

@@ -20,6 +20,7 @@ from transformers import (
 
 from hf_effdl.cli.work.cost import Cost, evaluation_cost, rehearsal, seconds_each, tell, training_cost
 from hf_effdl.cli.work.data import accuracy, labels_of, load_splits, named_splits
+from hf_effdl.files import write_whole
 from hf_effdl.processes import is_first, together
 from hf_effdl.samples.probes.linear_probes import LinearProbes
 from hf_effdl.samples.probes.probes import Probes
@@ -246,10 +247,8 @@ def score(options: Any) -> None:
     selector = UncertaintySelector(probes, options.label_column, mode, batch_size=options.batch_size)
     scored = selector.score(others)
     if state.is_main_process:
-        file = Path(options.output_dir, "scores.parquet")
-        file.parent.mkdir(parents=True, exist_ok=True)
         table = scored.remove_columns([name for name in others.column_names if name != "row_id"])
-        table.to_parquet(file)
+        file = write_whole(Path(options.output_dir, "scores.parquet"), table.to_parquet)
         print(f"scores of {len(table)} rows in {file}; row_id is their place in {options.train_split!r}")
     together()
 

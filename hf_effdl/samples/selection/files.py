@@ -11,8 +11,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 
 from hf_effdl.files import check_folder, damaged, locked, read_json, write_whole
 from hf_effdl.files import digest as digest_of
@@ -200,11 +202,22 @@ def _located(
 ) -> tuple[dict[str, Any], list[Path]]:
     """The record of a config, and the files of its chosen rows and of its scores, downloaded where need be."""
     check_folder(where, revision)
-    folder, commit = Path(where), None
-    if not folder.is_dir():
-        folder = _download(str(where), [f"*/{RECORD}", f"{config_name}/{CHOSEN}"], revision, token)
-        commit = folder.name  # a push between the two downloads does not matter
-    configs = sorted(file.parent.name for file in folder.glob(f"*/{RECORD}"))
+    folder, get = Path(where), None
+    if folder.is_dir():
+        configs = sorted(file.parent.name for file in folder.glob(f"*/{RECORD}"))
+        _check_config(where, config_name, configs)
+    else:
+        folder, get = _downloaded(str(where), config_name, revision, token)
+    record = records(folder, config_name)[config_name]
+    shared = Path(record["scores"]["config"])
+    if get is not None:
+        for name in (f"{config_name}/{CHOSEN}", f"{shared}/{SCORES}", f"{shared}/{SCORES_DIGEST}"):
+            with suppress(RemoteEntryNotFoundError):  # as the last, which earlier versions did not write
+                get(name, revision=folder.name)  # of the same commit
+    return record, [folder / config_name / CHOSEN, folder / shared / SCORES]
+
+
+def _check_config(where: Any, config_name: str, configs: list[str]) -> None:
     if not configs:
         raise FileNotFoundError(
             f"{where} holds no selection: there is no <config_name>/{RECORD}; write one with "
@@ -212,11 +225,26 @@ def _located(
         )
     if config_name not in configs:
         raise ValueError(f"{where} has no config_name={config_name!r}; it has {configs}")
-    record = records(folder, config_name)[config_name]
-    shared = f"{record['scores']['config']}/{SCORES}"
-    if commit is not None:
-        folder = _download(str(where), [shared, f"{record['scores']['config']}/{SCORES_DIGEST}"], commit, token)
-    return record, [folder / config_name / CHOSEN, folder / shared]
+
+
+def _downloaded(
+    repo_id: str, config_name: str, revision: str | None, token: str | bool | None
+) -> tuple[Path, Callable[..., str]]:
+    """A folder with the record of a config, and what gets other files into it.
+
+    Files are got by their names: for a list of all of them the client waits without end.
+    """
+    get = partial(hf_hub_download, repo_id, repo_type="dataset", token=token)
+    try:
+        return Path(get(f"{config_name}/{RECORD}", revision=revision)).parents[1], get
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{repo_id!r} is neither a folder nor a repository id") from error
+    except RemoteEntryNotFoundError:
+        api = HfApi(token=token)
+        files = api.dataset_info(repo_id, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT).siblings
+        names = (file.rfilename.split("/") for file in files)
+        _check_config(repo_id, config_name, sorted(parts[0] for parts in names if parts[1:] == [RECORD]))
+        raise
 
 
 def push(
@@ -355,12 +383,3 @@ def _read(file: Path, sha256: str | None = None) -> Dataset:
 def _array(data: Dataset, name: str) -> np.ndarray:
     # with_format("numpy") would round float64 to float32
     return data.data.column(name).to_numpy()
-
-
-def _download(repo_id: str, patterns: list[str], revision: str | None, token: str | bool | None) -> Path:
-    try:
-        return Path(
-            snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token, allow_patterns=patterns)
-        )
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{repo_id!r} is neither a folder nor a repository id") from error

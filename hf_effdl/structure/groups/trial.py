@@ -71,7 +71,9 @@ def in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
     """A model and its inputs in double precision, where it runs in that: what a few units change shows up better."""
     try:
         double, doubled = copy_of(model).double(), each_tensor(_double, inputs)
-        if all(tensor.dtype == torch.float64 for tensor in output_tensors(call(double, doubled))):
+        answer = output_tensors(call(double, doubled))
+        # a mask of the lowest number there is, with a bias added, is minus infinity in double precision alone
+        if all(tensor.dtype == torch.float64 and not tensor.isnan().any() for tensor in answer):
             return double, doubled
     except Exception:  # noqa: BLE001 - a dtype written into the forward pass, a device without double precision
         pass
@@ -188,14 +190,23 @@ def _removable(setting: Setting, groups: list[Group], skipped: dict[str, str], s
     if not groups or is_removable(setting, groups, seed):  # the common case costs two forward passes in all
         return groups
     if len(groups) == 1:
-        skipped[groups[0].name] = "a model without some of them is not the model in which those are silent"
-        skipped[groups[0].name] += setting.words
+        skipped[groups[0].name] = _why(setting, seed) + setting.words
         return []
     middle = len(groups) // 2
     left = [_removable(setting, half, skipped, seed) for half in (groups[:middle], groups[middle:])]
     if not all(left) or is_removable(setting, [*left[0], *left[1]], seed):
         return [*left[0], *left[1]]
     return _one_by_one(setting, [*left[0], *left[1]], skipped, seed)
+
+
+@torch.no_grad()
+def _why(setting: Setting, seed: int) -> str:
+    """Why units of one group cannot be taken out."""
+    if any(value.isnan().any() for value in _answer(setting, setting.model, seed) if value.is_floating_point()):
+        return (
+            "the model answers NaN, so nothing can be compared: pass example_inputs to which it answers with numbers"
+        )
+    return "a model without some of them is not the model in which those are silent"
 
 
 def _one_by_one(setting: Setting, groups: list[Group], skipped: dict[str, str], seed: int) -> list[Group]:

@@ -9,12 +9,13 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -74,20 +75,41 @@ def load_ticket(
     folder = Path(where)
     if not folder.is_dir():
         check_folder(where, revision)
-        patterns = [RECORD, KEPT, WEIGHTS.format("*")]
-        try:
-            folder = Path(snapshot_download(str(where), revision=revision, token=token, allow_patterns=patterns))
-        except HFValidationError as error:
-            raise FileNotFoundError(f"{where!r} is neither a folder nor a repository id") from error
+        folder = _downloaded(str(where), revision, token)
     if not (folder / RECORD).is_file():
-        raise FileNotFoundError(
-            f"{where} holds no ticket: there is no {RECORD}; write one with Ticket.save_pretrained or push_to_hub"
-        )
+        raise _no_ticket(where)
     try:
         return _read(folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"the ticket in {where} cannot be read: {what}") from error
+
+
+def _no_ticket(where: Any) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{where} holds no ticket: there is no {RECORD}; write one with Ticket.save_pretrained or push_to_hub"
+    )
+
+
+def _downloaded(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
+    """A folder with a ticket's files, got by their names: for a list of all files the client waits without end."""
+    try:
+        folder = Path(hf_hub_download(repo_id, RECORD, revision=revision, token=token)).parent
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{repo_id!r} is neither a folder nor a repository id") from error
+    except RemoteEntryNotFoundError as error:
+        raise _no_ticket(repo_id) from error
+    with suppress(ValueError, KeyError, TypeError):  # a damaged record; whoever reads it says so
+        for name in _files(read_json(folder / RECORD)).values():
+            with suppress(RemoteEntryNotFoundError):
+                hf_hub_download(repo_id, name, revision=folder.name, token=token)  # of the same commit
+    return folder
+
+
+def _files(record: Mapping[str, Any]) -> dict[Any, str]:
+    """The names of a ticket's other files, by step; the kept units' by itself."""
+    steps = [whole(step, "weights", 0) for step in listed(record["weights"], "weights")]
+    return {KEPT: KEPT} | {step: WEIGHTS.format(step) for step in steps}
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -100,8 +122,7 @@ def _read(folder: Path) -> dict[str, Any]:
     if record.get("sha256_of_this", _record_digest(record)) != _record_digest(record):  # 0.1.0 wrote none
         raise damaged(folder / RECORD, "its content is not what was written", REMEDY)
     groups = groups_of(record)
-    steps = [whole(step, "weights", 0) for step in listed(record["weights"], "weights")]
-    files = {KEPT: KEPT} | {step: WEIGHTS.format(step) for step in steps}
+    files = _files(record)
     for name in files.values():
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing; {REMEDY}")

@@ -66,6 +66,10 @@ class Queries:
         return len(self.cells)
 
 
+class MetricError(ValueError):
+    """What the user's metric raised, with its name."""
+
+
 class Examples:
     """A pool as the frozen model sees it: encoded images and label cells by row, and grids; kept up to 1 GiB.
 
@@ -182,10 +186,19 @@ class Examples:
             return self.task.score(painted, truth) * (1 if self.task.greater_is_better else -1)
         size = tuple(painted.shape[-2:])
         pairs = zip(self.task.decode(painted, size), self.task.decode(truth, size))
-        compute = getattr(self.metric, "compute", self.metric)
-        values = [compute(predictions=[one], references=[other]) for one, other in pairs]
-        values = [next(iter(value.values())) if isinstance(value, dict) else value for value in values]
-        return torch.tensor([float(value) for value in values]) * (1 if self.greater_is_better else -1)
+        try:
+            values = [self._judged(one, other) for one, other in pairs]
+        except Exception as error:  # noqa: BLE001 - it is the user's, and may raise anything
+            raise MetricError(
+                f"the metric {getattr(self.metric, 'name', None) or getattr(self.metric, '__name__', self.metric)!r} "
+                f"raised {type(error).__name__}: {error}; pass one that is called with predictions=[...] and "
+                f"references=[...], of one {self.task.name} each as the task decodes it, and gives a number"
+            ) from error
+        return torch.tensor(values) * (1 if self.greater_is_better else -1)
+
+    def _judged(self, prediction: Any, reference: Any) -> float:
+        value = getattr(self.metric, "compute", self.metric)(predictions=[prediction], references=[reference])
+        return float(next(iter(value.values())) if isinstance(value, dict) else value)
 
     # ---- what is kept
 

@@ -18,13 +18,16 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.utils import tqdm
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -125,6 +128,18 @@ def _index(file: Path, entry: dict[str, Any], width: int | None) -> tuple[dict[s
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
 
 
+def _download_shards(repo_id: str, manifest: dict[str, Any], commit: str, token: str | bool | None) -> None:
+    """Get the files by their names: for a list of all files of a repository, the client waits without end."""
+
+    def get(name: str) -> None:
+        with suppress(RemoteEntryNotFoundError):  # whoever opens it says what is missing
+            hf_hub_download(repo_id, name, repo_type="dataset", revision=commit, token=token)
+
+    names = [f"data/{entry['name']}.{kind}" for entry in manifest["shards"] for kind in ("tar", "safetensors")]
+    with ThreadPoolExecutor(8) as threads:
+        list(tqdm(threads.map(get, names), desc=f"Fetching {len(names)} files", total=len(names)))
+
+
 class PoolReader:
     """A pool of labelled images with their features: looked up by row or id, searched by similarity.
 
@@ -182,10 +197,9 @@ class PoolReader:
         except LocalEntryNotFoundError as error:  # the client does not say what it was asked for
             error.add_note(f"{repo_id!r} is no folder here, and the Hub could not be asked for a pool of that name")
             raise
-        commit = Path(file).parent.name  # a push between the two downloads does not matter
-        folder = snapshot_download(
-            repo_id, repo_type="dataset", revision=commit, token=token, allow_patterns=[MANIFEST, "data/pool-*"]
-        )
+        folder = Path(file).parent
+        commit = folder.name  # a push between the downloads does not matter
+        _download_shards(repo_id, _manifest(folder), commit, token)
         return cls(folder, commit=commit)
 
     def _open(self, folder: Path, manifest: dict[str, Any], commit: str | None) -> None:

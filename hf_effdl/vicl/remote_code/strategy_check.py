@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .examples import Examples, Queries
+from .examples import Examples, MetricError, Queries
 from .images import pixels
 from .pool_rows import fellows
 from .strategies import STRATEGIES
@@ -36,7 +36,8 @@ def check_strategies(examples: Examples, candidates: int, selector: Any = None) 
         candidates: K.
         selector: that the model keeps.
 
-    Images on which the metric is no finite number for one of the strategies are left out of all, with a warning.
+    Images on which the metric is no finite number for one of the strategies are left out of all, with a warning; where
+    it raises, nothing is tried, with a warning that says what.
 
     Returns:
         `{"strategy", "images", "performance", "ahead"}`: the best one's name; how many images; of each its mean
@@ -57,9 +58,13 @@ def check_strategies(examples: Examples, candidates: int, selector: Any = None) 
         return nothing
     queries = _queries(examples, images, allowed, labelled=table is None)
     found: dict[str, Tensor] = {}
-    for name in ("nearest", "dense", *(() if table is None else ("transfer",))):
-        rows = STRATEGIES[name](queries, examples, 1, candidates)[1]
-        found[name] = _performance(examples, queries, images, rows, table)
+    try:
+        for name in ("nearest", "dense", *(() if table is None else ("transfer",))):
+            rows = STRATEGIES[name](queries, examples, 1, candidates)[1]
+            found[name] = _performance(examples, queries, images, rows, table)
+    except MetricError as error:  # predictions need no metric
+        warnings.warn(f"choices cannot be tried on images of the pool, and it is 'nearest': {error}", stacklevel=2)
+        return nothing
     found = _defined(found)
     if not (count := len(found["nearest"])):
         return nothing
