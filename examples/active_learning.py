@@ -34,6 +34,7 @@ from transformers import AutoModel, AutoTokenizer
 from hf_effdl import ActiveLearner, ColumnAnswers, CsvAnswers, LinearProbes
 from hf_effdl.cli.arguments import Options, leave, parse_arguments, refuse_several_processes
 from hf_effdl.cli.work.data import load_any
+from hf_effdl.pictures import bare, figure, shades
 
 
 @dataclass(kw_only=True)
@@ -106,15 +107,16 @@ def compare_on_digits(script: ScriptArguments) -> None:
 
 
 def plot(curves: dict[str, list[tuple[int, float]]], file: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4))
-    axes = figure.subplots()
-    for name, curve in curves.items():
-        axes.plot(*zip(*curve, strict=True), marker="o", label=name)
-    axes.set(xlabel="labelled rows", ylabel="accuracy")
-    axes.legend()
-    figure.savefig(file, bbox_inches="tight")
+    picture = figure(7, 4)
+    axes = picture.subplots()
+    bare(axes)
+    for (name, curve), colour in zip(curves.items(), shades(len(curves)), strict=True):
+        axes.plot(*zip(*curve, strict=True), "o-", ms=4, color=colour, label=name)
+    axes.set(xlabel="labelled rows", ylabel="accuracy on rows held back")
+    axes.set_title("What labels are worth, by who asks for them", loc="left", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, frameon=False)
+    picture.savefig(file)
     print(f"the picture is {file}")
 
 

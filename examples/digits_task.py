@@ -6,6 +6,7 @@ train, test = digits()
 
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ SHARED = {
     "logging_strategy": "epoch",
     "eval_strategy": "epoch",
     "disable_tqdm": True,  # `Bar` instead
+    "remove_unused_columns": False,  # `augment` reads columns that the model does not know
 }
 
 
@@ -82,29 +84,35 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
     print(f"\n{markdown_table(rows, columns)}\n", flush=True)
 
 
+@cache
+def pictures() -> torch.Tensor:
+    """All 1,797 digits as 32x32 pixels, `(1797, 1, 32, 32)`: rows of data sets name theirs by its place here."""
+    images = torch.tensor(load_digits().images / 16, dtype=torch.float32)[:, None]
+    images = torch.nn.functional.interpolate(images, size=(32, 32), mode="bilinear")
+    return (images - images.mean()) / images.std()
+
+
 def digits(seed: int = 0) -> tuple[Dataset, list[dict[str, torch.Tensor]]]:
-    """1,437 training and 360 test rows of 32x32 pixels, `pixel_values` and `labels`."""
-    data = load_digits()
-    images = torch.nn.functional.interpolate(
-        torch.tensor(data.images / 16, dtype=torch.float32)[:, None], size=(32, 32), mode="bilinear"
-    )
-    images = (images - images.mean()) / images.std()
-    order = np.random.default_rng(seed).permutation(len(images))
-
-    def rows(index: np.ndarray) -> Dataset:
-        columns = {"pixel_values": images[index].numpy(), "labels": data.target[index]}
-        return Dataset.from_dict(columns).with_format("torch")
-
-    return rows(order[360:]).with_transform(augment), list(rows(order[:360]))  # read out once, evaluated many times
+    """1,437 training and 360 test rows, `pixel_values` of 32x32 pixels and `labels`."""
+    target = load_digits().target
+    order = np.random.default_rng(seed).permutation(len(target))
+    train = Dataset.from_dict({"row": order[360:], "labels": target[order[360:]]})
+    test = [{"pixel_values": pictures()[row], "labels": torch.tensor(target[row])} for row in order[:360].tolist()]
+    return train.with_transform(augment), test
 
 
 def augment(rows: dict[str, list]) -> dict[str, torch.Tensor]:
     """Shift images by up to three pixels and add noise; without it the net knows all digits after two epochs."""
-    images = torch.tensor(np.array(rows["pixel_values"]), dtype=torch.float32)
+    images = pictures()[rows["row"]]
     shifts = torch.randint(-3, 4, (len(images), 2)).tolist()
     images = torch.stack([image.roll(shift, (1, 2)) for image, shift in zip(images, shifts, strict=True)])
     kept = {name: torch.tensor(rows[name]) for name in ("labels", "weight") if name in rows}
     return {"pixel_values": images + 0.3 * torch.randn_like(images), **kept}
+
+
+def to_train(rows: Dataset) -> Dataset:
+    """Rows of the pool as a `WeightedTrainer` takes them."""
+    return rows.select_columns(["row", "labels", "weight"]).with_transform(augment)
 
 
 def pool_with_wrong_labels(share: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -113,22 +121,20 @@ def pool_with_wrong_labels(share: float = 0.2, seed: int = 0) -> tuple[Dataset, 
     rows = rng.permutation(len(data.images))[360:]
     wrong = rng.random(len(rows)) < share
     labels = np.where(wrong, (data.target[rows] + rng.integers(1, 10, len(rows))) % 10, data.target[rows])
-    train = digits(seed)[0].with_format(None)["pixel_values"][:]
     columns = {
         "image": [Picture.fromarray((16 - data.images[i]).astype(np.uint8) * 15).resize((64, 64)) for i in rows],
         "pixels": (data.images[rows] / 16).reshape(len(rows), -1),
-        "pixel_values": train,
+        "row": rows,
         "labels": labels,
     }
-    features = Features(
-        {
-            "image": Image(),
-            "pixels": List(Value("float32")),
-            "pixel_values": List(List(List(Value("float32")))),
-            "labels": ClassLabel(names=[str(i) for i in range(10)]),
-        }
-    )
-    pool = Dataset.from_dict(columns, features=features)
+    names = [str(i) for i in range(10)]
+    kinds = {
+        "image": Image(),
+        "pixels": List(Value("float32")),
+        "row": Value("int64"),
+        "labels": ClassLabel(names=names),
+    }
+    pool = Dataset.from_dict(columns, features=Features(kinds))
     return pool.select(range(300)), pool.select(range(300, len(pool)))
 
 

@@ -25,6 +25,7 @@ on one core, and its results stand on the page as soon as they are there.
 """
 
 import argparse
+import gc
 import shutil
 import sys
 import tempfile
@@ -45,9 +46,9 @@ import torch
 import transformers
 from datasets import Dataset
 from digit_scenes import make_scenes
-from digits_task import SHARED, accuracy, augment, digits, new_model, pool_with_wrong_labels, show, train_with_bar
+from digits_task import SHARED, accuracy, digits, new_model, pool_with_wrong_labels, show, to_train, train_with_bar
 from PIL import Image as Picture
-from PIL import ImageDraw
+from PIL import ImageDraw, ImageFont
 from quickstart_page import Page
 from three_pillars import COLUMNS, SHARE, Net, Task, compare
 from transformers import ResNetForImageClassification, SegGptForImageSegmentation, Trainer, TrainingArguments
@@ -108,10 +109,10 @@ def choose_rows(budget: float, epochs: float, out: Path, test: list) -> tuple[di
             optim_args="momentum=0.9",
             save_strategy="no",
             num_train_epochs=epochs * len(pool) / len(rows),
-            **{**SHARED, "learning_rate": 0.05, "eval_strategy": "no", "remove_unused_columns": False},
+            **{**SHARED, "learning_rate": 0.05, "eval_strategy": "no"},
         )
         trainer = WeightedTrainer(
-            new_model(), args, train_dataset=rows.with_transform(augment), eval_dataset=test, compute_metrics=accuracy
+            new_model(), args, train_dataset=to_train(rows), eval_dataset=test, compute_metrics=accuracy
         )
         train_with_bar(trainer, name)
         nets[name] = Net(trainer.model, len(rows), trainer.evaluate()["eval_accuracy"])
@@ -162,13 +163,13 @@ def draw_answers(
         red = Picture.blend(big, Picture.new("RGB", big.size, (214, 39, 40)), 0.65)
         return Picture.composite(red, pale, marked)
 
-    gap, wide, top, foot = 6, 22, 34, 18
+    gap, wide, top, foot, font = 6, 22, 30, 22, ImageFont.load_default(13)
     columns = ["query", "true mask", *(text for name in SHOWN for text in (f"example: {name}", f"answer: {name}"))]
     lefts = [gap + (side + gap) * i + wide * (i // 2) for i in range(len(columns))]
     sheet = Picture.new("RGB", (lefts[-1] + side + gap, top + len(images) * (side + foot) + gap), "white")
     pen = ImageDraw.Draw(sheet)
     for left, text in zip(lefts, columns, strict=True):
-        pen.text((left, 14), text, fill="black")
+        pen.text((left, 10), text, fill="black", font=font)
     for line, (image, mask) in enumerate(zip(images, masks, strict=True)):
         tiles = [(image.resize((side, side), Picture.Resampling.NEAREST), ""), (painted(image, mask), "")]
         for name in SHOWN:
@@ -178,7 +179,7 @@ def draw_answers(
             tiles.append((painted(image, output["prediction"]), f"IoU {scores[name][line]:.2f}"))
         for left, (tile, text) in zip(lefts, tiles, strict=True):
             sheet.paste(tile, (left, top + line * (side + foot)))
-            pen.text((left, top + line * (side + foot) + side + 2), text, fill="black")
+            pen.text((left, top + line * (side + foot) + side + 2), text, fill="#57606a", font=font)
     return sheet
 
 
@@ -236,6 +237,7 @@ def run(options: argparse.Namespace) -> None:
     """All eight steps; each adds its part to the page."""
     start, out = time.monotonic(), options.out
     torch.set_num_threads(1)  # in nets this small, threads wait for each other for longer than they work
+    gc.freeze()  # every training ends with a search for garbage, which need not look through what was imported
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -38,7 +38,7 @@ import torch
 import transformers
 from datasets import Dataset
 from digit_scenes import make_scenes
-from digits_task import SHARED, accuracy, augment, digits, new_model, pool_with_wrong_labels, show, train_with_bar
+from digits_task import SHARED, accuracy, digits, new_model, pool_with_wrong_labels, show, to_train, train_with_bar
 from transformers import ResNetForImageClassification, TrainingArguments
 
 from hf_effdl import (
@@ -94,7 +94,7 @@ class Task:
 
     def settings(self, rows: Dataset) -> dict[str, Any]:
         epochs = self.steps * len(self.pool) / len(rows)
-        same = {"num_train_epochs": epochs, "save_strategy": "no", "remove_unused_columns": False}
+        same = {"num_train_epochs": epochs, "save_strategy": "no"}
         return {**SHARED, "learning_rate": 0.05, "eval_strategy": "no", **same}
 
 
@@ -121,7 +121,7 @@ def choose(share: float = SHARE) -> tuple[Dataset, Dataset]:
 def train_whole(task: Task, rows: Dataset, name: str) -> Net:
     """A net of its usual size."""
     args = TrainingArguments(str(task.out / "whole"), optim="sgd", optim_args="momentum=0.9", **task.settings(rows))
-    data = {"train_dataset": rows.with_transform(augment), "eval_dataset": task.test}
+    data = {"train_dataset": to_train(rows), "eval_dataset": task.test}
     trainer = WeightedTrainer(new_model(), args, **data, compute_metrics=accuracy)
     train_with_bar(trainer, name)
     return Net(trainer.model, len(rows), trainer.evaluate()["eval_accuracy"])
@@ -130,7 +130,7 @@ def train_whole(task: Task, rows: Dataset, name: str) -> Net:
 def train_smaller(task: Task, rows: Dataset, name: str) -> Net:
     """Trained with its path, slimmed with refits, and trained a little more."""
     args = SplitLBIArguments(str(task.out / "smaller"), **task.settings(rows))
-    data = {"train_dataset": rows.with_transform(augment), "eval_dataset": task.test}
+    data = {"train_dataset": to_train(rows), "eval_dataset": task.test}
     trainer = SplitLBITrainer(new_model(), args, **data, compute_metrics=accuracy)
     train_with_bar(trainer, name)
     small = trainer.slim(macs=SHARE, bn_batches=8)
@@ -154,7 +154,9 @@ def in_colour(model: ResNetForImageClassification) -> torch.nn.Module:
     return backbone
 
 
-def mean_iou(model: ResNetForImageClassification, pool_rows: Dataset, scenes: Sequence[Mapping]) -> dict[str, float]:
+def mean_iou(
+    model: ResNetForImageClassification, pool_rows: Dataset, scenes: Sequence[Mapping], strategies: Sequence[str]
+) -> dict[str, float]:
     """Of scenes of unseen digits, by how the one example was chosen."""
     encoder = VisionEncoder(in_colour(model), image_size=SIDE, layer=LAYER)
     frozen = VisualInContextModel.from_parts(FeatureMatching(encoder, "prototype"), embed=True)
@@ -164,7 +166,7 @@ def mean_iou(model: ResNetForImageClassification, pool_rows: Dataset, scenes: Se
         options = {"label_column": "mask", "cache_dir": folder, "progress": False, "foreground": 1}
         pool = ExamplePool.from_dataset(pool_rows, encoder=encoder, **options)
         pipe = VisualInContextPipeline(frozen, "dense", pool)
-        for strategy in ("random", "dense"):
+        for strategy in strategies:
             said = [answer["prediction"] > 0 for answer in pipe(images, strategy=strategy)]
             found[strategy] = float(np.mean([(a & b).sum() / (a | b).sum() for a, b in zip(said, masks, strict=True)]))
     return found
@@ -183,7 +185,8 @@ def compare(task: Task, queries: int, scenes: int, known: Mapping[str, Net] | No
     nets["all three"] = train_smaller(task, task.chosen, "smaller net, chosen rows")
     examples = Dataset.from_list(make_scenes(scenes, split="train", task="segmentation", seed=1))
     asked = make_scenes(queries, split="test", task="segmentation", seed=2)
-    iou = {name: mean_iou(net.model, examples, asked) for name, net in nets.items()}
+    chosen = {name: [how for net, how in ARMS.values() if net == name] for name in nets}
+    iou = {name: mean_iou(net.model, examples, asked, chosen[name]) for name, net in nets.items()}
     return [{"what": what, **facts(nets[name]), "iou": iou[name][how]} for what, (name, how) in ARMS.items()]
 
 

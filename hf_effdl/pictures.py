@@ -23,3 +23,15 @@ def bare(*axes: Any) -> None:
     """Take the upper and the right border off."""
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
+
+
+def shades(count: int) -> list[tuple[float, float, float]]:
+    """Colours from the first of the house to its grey, for so many lines."""
+    from matplotlib.colors import to_rgb
+
+    marks = [to_rgb(colour) for colour in (CHOSEN, LINE, OTHER)]
+    places = [2 * i / max(count - 1, 1) * 0.9 for i in range(count)]
+    return [
+        tuple(a + (b - a) * (place % 1) for a, b in zip(marks[int(place)], marks[int(place) + 1], strict=True))
+        for place in places
+    ]

@@ -6,6 +6,7 @@ What is on the main branches when things are loaded would raise where it is read
 import json
 import re
 from importlib.resources import files
+from pathlib import Path
 from types import SimpleNamespace
 
 import hub_matrix
@@ -158,6 +159,43 @@ def test_a_load_that_failed_says_why_in_upstreams_words_and_can_be_repeated(push
     for (fault, _), error in zip(LOAD_FAULTS, past_faults[name]["told"], strict=True):
         assert error and upstreams_own(error, fault), error
     assert answers(past_faults, pushed, name)
+
+
+LOADS = """
+import json, time
+import hub_matrix
+from hf_effdl import ExamplePool, Ticket
+from hf_effdl.samples.selection.files import load
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+def loaded(name):
+    loads = {"ticket": Ticket.from_pretrained, "pool": ExamplePool.from_pretrained, "selection": load}
+    return loads[name]("tester/" + name)
+
+hub_matrix.short_of_patience()
+for silent, raises in (("", True), ("api", False), ("", False)):  # the last time all is in the cache
+    hub_matrix.fault("silent", silent)
+    for name in ("ticket", "pool", "selection"):
+        try:
+            loaded(name)
+            assert not raises, name
+        except LocalEntryNotFoundError:
+            assert raises, name
+"""
+
+
+@pytest.mark.slow
+def test_a_hub_that_falls_silent_keeps_no_load_waiting_longer_than_the_client_is_told_to(tmp_path):
+    """The client itself waits without end for an answer of the Hub's API, which is not asked."""
+    fixtures = Path(__file__).parent / "fixtures"
+    with LoopbackHub() as hub:
+        for name, kind in (("ticket", "model"), ("pool", "dataset"), ("selection", "dataset")):
+            folder = fixtures / name / "saved"
+            found = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+            hub.add(f"tester/{name}", {place: file.read_bytes() for place, file in found.items()}, kind)
+        hub.run(f"import os; os.environ.update({PATIENCE})\n{LOADS}", tmp_path, timeout=300)
+    asked = {line.split()[1] for line in hub.log}
+    assert asked and not [path for path in asked if path.startswith("/api/")]
 
 
 @pytest.mark.parametrize(

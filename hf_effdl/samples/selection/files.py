@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
-from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RemoteEntryNotFoundError
 
 from hf_effdl.files import check_folder, damaged, locked, read_json, write_whole
 from hf_effdl.files import digest as digest_of
@@ -211,9 +211,14 @@ def _located(
     record = records(folder, config_name)[config_name]
     shared = Path(record["scores"]["config"])
     if get is not None:
-        for name in (f"{config_name}/{CHOSEN}", f"{shared}/{SCORES}", f"{shared}/{SCORES_DIGEST}"):
-            with suppress(RemoteEntryNotFoundError):  # as the last, which earlier versions did not write
-                get(name, revision=folder.name)  # of the same commit
+        more = {"revision": folder.name}  # of the same commit
+        for name in (f"{config_name}/{CHOSEN}", f"{shared}/{SCORES}"):
+            with suppress(RemoteEntryNotFoundError):  # whoever opens it says so
+                get(name, **more)
+        noted = f"{shared}/{SCORES_DIGEST}"  # which earlier versions did not write
+        if try_to_load_from_cache(str(where), noted, repo_type="dataset", **more) is None:  # else it is known
+            with suppress(EntryNotFoundError):
+                get(noted, **more)
     return record, [folder / config_name / CHOSEN, folder / shared / SCORES]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_effdl.pictures import CHOSEN, DARK, LINE, OTHER, bare, figure
+from hf_effdl.pictures import CHOSEN, DARK, LINE, bare, figure, shades
 from hf_effdl.structure.growing.history import Row, by_round, grew
 from hf_effdl.structure.path.picture import short_names
 
@@ -103,15 +103,3 @@ def _mark_rounds(axis: Any, rounds: Sequence[Sequence[Row]], key: str, size: flo
     places = [rows[0][key] / size for rows in rounds if grew(rows)]
     for i, place in enumerate(places):
         axis.axvline(place, color=DARK, ls=":", lw=1, label="growth" if i == 0 else None, zorder=1)
-
-
-def shades(count: int) -> list[tuple[float, float, float]]:
-    """Colours from the first of the house to its grey, for so many lines."""
-    from matplotlib.colors import to_rgb
-
-    marks = [to_rgb(colour) for colour in (CHOSEN, LINE, OTHER)]
-    places = [2 * i / max(count - 1, 1) * 0.9 for i in range(count)]
-    return [
-        tuple(a + (b - a) * (place % 1) for a, b in zip(marks[int(place)], marks[int(place) + 1], strict=True))
-        for place in places
-    ]

@@ -49,7 +49,8 @@ def plot_path(
     event = "entered" if start == "empty" else "left"
     left.set_title(f"When each unit {event} the support", loc="left", fontsize=11)
     colours = [Line2D([], [], color=colour, lw=4) for colour in (CHOSEN, OTHER)]
-    left.legend(colours, words, loc="lower left", fontsize=8, framealpha=0.9)
+    # above the axes: bars may be anywhere inside
+    left.legend(colours, words, loc="lower right", bbox_to_anchor=(1, 0.99), ncols=2, fontsize=8, frameon=False)
     if curve:
         _plot_curve(axes[1], curve)
     return picture

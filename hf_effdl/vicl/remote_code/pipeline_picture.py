@@ -2,19 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from .visual_tasks import PICTURES
 
 
 COLOUR = (255, 64, 32)
 INK, PALE = (36, 41, 47), (87, 96, 106)
-GAP, LINE = 4, 14
+GAP, APART, LINE = 4, 20, 16  # APART: before what another strategy would have shown
+FONT = ImageFont.load_default(12)
 CAPTION = 2 * LINE  # what a panel is, and its number
-LEGEND = 20
+LEGEND = 24
 # what the score of an example is, by the strategy that gives it
 SCORES = {
     "nearest": "similarity",
@@ -29,7 +31,7 @@ LABELS = {
     "segmentation": "object as labelled (examples, truth) or predicted; all else is dimmed",
     "detection": "box as labelled (examples, truth) or predicted",
     "colourisation": "examples, truth and prediction in colour; the query as the model sees it",
-    "image-to-image": "examples and query, what each is to become, and what was painted",
+    "image-to-image": "an example and what it becomes, the query and what was painted of it",
 }
 METRICS = {"segmentation": "IoU", "detection": "IoU", "colourisation": "error", "image-to-image": "error"}
 # image and caption, its two lines
@@ -86,28 +88,31 @@ def draw_panels(rows: Sequence[Shown], task: str, height: int = 160) -> Image.Im
     return sheet
 
 
-def _panels(row: Shown, task: str) -> list[Panel]:
+def _panels(row: Shown, task: str) -> list[list[Panel]]:
+    """Those of the pipeline's answer, and of every other one."""
     own, *others = row.answers
     panels = _example_panels(own, task, "")
     panels += [(row.query, ("query", "")), _prediction_panel(row.query, own, task, "prediction")]
     panels += [(marked(row.query, label, task), ("truth", "")) for label in row.truth]
+    beside = []
     for other in others:
-        panels += _example_panels(other, task, f"{other.strategy}: ")
-        panels.append(_prediction_panel(row.query, other, task, f"{other.strategy}: prediction"))
-    return panels
+        shown = _example_panels(other, task, f"{other.strategy}: ")
+        beside.append([*shown, _prediction_panel(row.query, other, task, f"{other.strategy}: prediction")])
+    return [panels, *beside]
 
 
 def _example_panels(answer: Answer, task: str, before: str) -> list[Panel]:
     measured = answer.strategy == "oracle"
     what = METRICS[task] if measured else SCORES.get(answer.strategy, "score")
     sign = -1 if measured and task in PICTURES else 1  # scores are larger where better, errors are not
-    return [
-        (
-            marked(image, label, task),
-            (f"{before}{f'row {id}' if id.isdecimal() else id}", f"{what} {sign * score:.3f}"),
-        )
-        for (id, image, label), score in zip(answer.examples, answer.scores, strict=True)
-    ]
+    panels: list[Panel] = []
+    for (id, image, label), score in zip(answer.examples, answer.scores, strict=True):
+        lines = f"{before}{f'row {id}' if id.isdecimal() else id}", f"{what} {sign * score:.3f}"
+        if task == "image-to-image":  # what the label is of does not show in it
+            panels += [(image, lines), (marked(image, label, task), ("becomes", ""))]
+        else:
+            panels.append((marked(image, label, task), lines))
+    return panels
 
 
 def _prediction_panel(query: Image.Image, answer: Answer, task: str, what: str) -> Panel:
@@ -139,28 +144,31 @@ def marked(image: Image.Image, label: Any, task: str) -> Image.Image:
 def _legend(task: str) -> Image.Image:
     """What the colour means."""
     text, left = LABELS[task], GAP if task in PICTURES else GAP + LINE + GAP
-    width = round(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(text)) + left + GAP
+    width = round(FONT.getlength(text)) + left + GAP
     legend = Image.new("RGB", (width, LEGEND), "white")
     draw = ImageDraw.Draw(legend)
     if task not in PICTURES:
-        swatch = (GAP, 5, GAP + LINE, LEGEND - 5)
+        swatch = (GAP, 4, GAP + LINE, LEGEND - 6)
         draw.rectangle(swatch, outline=COLOUR, fill=COLOUR if task == "segmentation" else "white", width=2)
-    draw.text((left, 4), text, fill=PALE)
+    draw.text((left, 3), text, fill=PALE, font=FONT)
     return legend
 
 
-def _strip(panels: Sequence[Panel], height: int) -> Image.Image:
+def _strip(parts: Sequence[Sequence[Panel]], height: int) -> Image.Image:
     sized = [
         (image.convert("RGB").resize((max(1, round(image.width * height / image.height)), height)), lines)
+        for panels in parts
         for image, lines in panels
     ]
-    width = sum(image.width + GAP for image, _ in sized) + GAP
+    firsts = set(accumulate(map(len, parts))) - {len(sized)}  # of all parts but the first
+    width = sum(image.width + GAP for image, _ in sized) + GAP + len(firsts) * APART
     strip = Image.new("RGB", (width, height + CAPTION + GAP), "white")
     draw, left = ImageDraw.Draw(strip), GAP
-    for image, lines in sized:
+    for place, (image, lines) in enumerate(sized):
+        left += APART if place in firsts else 0
         strip.paste(image, (left, CAPTION))
         for number, (text, ink) in enumerate(zip(lines, (INK, PALE), strict=True)):
-            draw.text((left, 1 + number * LINE), _fitted(draw, text, image.width), fill=ink)
+            draw.text((left, number * LINE), _fitted(draw, text, image.width), fill=ink, font=FONT)
         left += image.width + GAP
     return strip
 
@@ -168,6 +176,6 @@ def _strip(panels: Sequence[Panel], height: int) -> Image.Image:
 def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
     """As much of a text as fits above its image, so that it does not run into the next caption."""
     text = " ".join(text.splitlines())  # of an id
-    while text and draw.textlength(text) > width:
+    while text and draw.textlength(text, font=FONT) > width:
         text = text[:-1]
     return text

@@ -32,6 +32,7 @@ def with_counts(
     what the model with those units silent does. Blocks of the same modules are alike, so one of each kind is tried.
     Where no choice helps, all of a kind are tried as one group: the layers of a T5 that read its encoder are given one
     mask, which has a row per head. And where that does not help either, the numbers in the modules' configs too.
+    Groups without heads that can all go at once need no numbers, and none are tried.
 
     Args:
         model: that the groups are of.
@@ -39,18 +40,28 @@ def with_counts(
         groups: without counts.
         skipped: gets the heads for which there is no choice, and why.
     """
+    result: dict[str, Group] = {}
+    plain = [group for group in groups if not _has_heads(group)]
+    # tried all at once, which costs as much as one of them
+    if plain and all(is_removable(setting, plain, 0) for setting in settings):
+        result = {group.name: group for group in plain}
     kinds: dict[Any, list[Group]] = defaultdict(list)
     for group in groups:
+        if group.name in result:
+            continue
         between = dict(_between(model, group))
         kinds[(*map(type, between.values()), len(group.slices), group.units)].append(group)
-    result: dict[str, Group] = {}
     for members in kinds.values():
         counted = _counted_alike(model, settings, members)
-        if counted is None and any(part.block > 1 for part in members[0].slices if part.role == "input"):
+        if counted is None and _has_heads(members[0]):
             skipped |= {group.name: DEPENDS for group in members}
         else:
             result |= {group.name: group for group in counted or members}
     return [result[group.name] for group in groups if group.name in result]
+
+
+def _has_heads(group: Group) -> bool:
+    return any(part.block > 1 for part in group.slices if part.role == "input")
 
 
 def _counted_alike(model: nn.Module, settings: Sequence[Setting], members: Sequence[Group]) -> list[Group] | None:
