@@ -10,6 +10,7 @@ import tomllib
 from importlib import import_module
 from pathlib import Path
 
+import chat
 import pyarrow.parquet as pq
 import pytest
 import scenes
@@ -22,7 +23,17 @@ from peft import PeftModel
 from PIL import Image
 from safetensors import SafetensorError
 from test_examples import TWO, config, run, texts  # noqa: F401 - fixtures: pictures and texts, each with a model
-from transformers import AutoModelForSequenceClassification, ResNetConfig, ResNetForImageClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from hf_effdl import ExamplePool, SparsePath, Ticket, VisualInContextPipeline, load_selection, rewind
 from hf_effdl.cli import fit, options, pool, prompt, select, sparsify
@@ -127,6 +138,40 @@ def test_lora_ranks_leave_an_adapter_that_peft_loads(texts, tmp_path, cli):  # n
     base = AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=2)
     assert 0 < PeftModel.from_pretrained(base, out).get_nb_trainable_parameters()[1]
     assert (out / "README.md").is_file()
+
+
+@pytest.fixture(scope="module")
+def llama(texts, tmp_path_factory):  # noqa: F811
+    """A language model that knows the words of the texts, as it comes from the Hub: without a token to pad with."""
+    folder = tmp_path_factory.mktemp("llama")
+    words = {word: number for number, word in enumerate(["<s>", "<unk>", "cat", "dog", "bus", "van"])}
+    model = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<s>", unk_token="<unk>").save_pretrained(folder)
+    chat.llama(vocab_size=len(words), pad_token_id=None, eos_token_id=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings(PEFT)
+def test_a_language_model_is_slimmed_given_ranks_and_scored_with(llama, texts, tmp_path, cli):  # noqa: F811
+    data = texts.parent / "data"
+    line = f"slim --model_name_or_path {llama} --keep 0.5 --calibration {data} --split train --column text"
+    printed = cli(*line.split(), "--output_dir", tmp_path / "half", "--batch_size", 8)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    whole = AutoModelForCausalLM.from_pretrained(llama)
+    assert small.config.intermediate_size == whole.config.intermediate_size // 2 and "held-out rows" in printed
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "half")("cat dog", return_tensors="pt")
+    assert small(**tokens).logits.shape == whole(**tokens).logits.shape
+
+    rows = f"--model_name_or_path {llama} --dataset_name {data} --label_column topic"
+    line = f"lora-ranks {rows} --output_dir {tmp_path / 'adapter'} --rank 4 --budget 0.5 --max_steps 3 --max_length 8"
+    assert "| all ranks |" in cli(*line.split(), *QUIET)
+    base = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=2)
+    assert 0 < PeftModel.from_pretrained(base, tmp_path / "adapter").get_nb_trainable_parameters()[1]
+
+    cli(*f"score {rows} --probe_rows 40 --num_probes 3 --output_dir {tmp_path}".split())
+    scores = pq.read_table(tmp_path / "scores.parquet")
+    assert len(scores) == 80 and all(value is not None and value >= 0 for value in scores["u_x"].to_pylist())
 
 
 # ---- samples

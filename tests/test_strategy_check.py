@@ -193,7 +193,7 @@ def test_a_metric_that_raises_is_named_and_keeps_no_prediction_back(pool, tmp_pa
         raise KeyError("iou")
 
     pipe = VisualInContextPipeline(make_model(), "auto", pool, metric=overlap)
-    with pytest.warns(UserWarning, match="it is 'nearest': the metric 'overlap' raised KeyError: 'iou'; pass one that"):
+    with pytest.warns(UserWarning, match="'nearest': the metric 'overlap' raised KeyError: 'iou'; pass one that"):
         shown = pipe(photos()[0])["example_ids"]
     assert shown == pipe(photos()[0], strategy="nearest")["example_ids"] and pipe.self_check["images"] == 0
     with pytest.raises(ValueError, match="the metric 'overlap' raised KeyError: 'iou'"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
+from transformers import AutoTokenizer, PreTrainedModel
 
 
 def load_any(name: str, config: str | None = None) -> Any:
@@ -128,3 +129,18 @@ def as_pixels(options: Any, processor: Any, channels: int) -> Callable[[dict[str
 def accuracy(prediction: Any) -> dict[str, float]:
     """Share of rows whose largest logit is at the label."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def load_tokenizer(name: str) -> Any:
+    """A tokenizer that can pad: with the end of a text where it has nothing else, as those of language models."""
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def padded_by(tokenizer: Any, model: PreTrainedModel) -> PreTrainedModel:
+    """The model, whose config says what rows are padded with: classifiers that read the last token go by it."""
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return model

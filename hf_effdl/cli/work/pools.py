@@ -9,6 +9,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from hf_effdl.cli.work.data import load_any, split_of
+from hf_effdl.files import sweep
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.vicl.pool.pool import ExamplePool
 from hf_effdl.vicl.pool.writer import processes
@@ -37,6 +38,7 @@ def build(options: Any) -> None:
     pool.save_pretrained(out)
     if state.is_main_process:
         shutil.rmtree(half)
+        sweep(out, "pool.json"), sweep(out / "data", "pool-*")  # of runs that were killed
         print(described(ExamplePool.from_pretrained(out)))
         if options.push_to_hub:
             print(ExamplePool.from_pretrained(out).push_to_hub(options.push_to_hub))

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrain
 from hf_effdl.cli.arguments import UsageError
 from hf_effdl.cli.work.cards import write_slim_card
 from hf_effdl.cli.work.cost import Cost, rehearsal, seconds_each, size_of, tell
-from hf_effdl.cli.work.data import check_column, load_any, split_of
+from hf_effdl.cli.work.data import check_column, load_any, load_tokenizer, split_of
+from hf_effdl.files import sweep
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.group import Group
@@ -64,8 +65,7 @@ def batches(options: Any, model: PreTrainedModel, most: int | None = None) -> It
     if name == "pixel_values":
         processor = AutoImageProcessor.from_pretrained(options.model_name_or_path)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        tokenizer = load_tokenizer(options.model_name_or_path)
     mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
     for start in range(0, len(rows), options.batch_size):
         some = rows[start : start + options.batch_size]
@@ -182,6 +182,7 @@ def _save(small: PreTrainedModel, options: Any) -> None:
         if options.calibration:
             raise
         processor = None
+    sweep(Path(options.output_dir), "saving")
     with filled_beside(Path(options.output_dir), last="config.json") as folder:
         for part in filter(None, (small, processor)):
             part.save_pretrained(folder)

@@ -14,13 +14,12 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     set_seed,
 )
 
 from hf_effdl.cli.work.cost import Cost, evaluation_cost, rehearsal, seconds_each, tell, training_cost
-from hf_effdl.cli.work.data import accuracy, labels_of, load_splits, named_splits
-from hf_effdl.files import write_whole
+from hf_effdl.cli.work.data import accuracy, labels_of, load_splits, load_tokenizer, named_splits, padded_by
+from hf_effdl.files import sweep, write_whole
 from hf_effdl.processes import is_first, together
 from hf_effdl.samples.probes.linear_probes import LinearProbes
 from hf_effdl.samples.probes.probes import Probes
@@ -46,8 +45,8 @@ class Source:
         return cls(options, *find_input(data["train"], options), labels_of(data, options))
 
     def processor(self) -> Any:
-        kind = AutoImageProcessor if self.images else AutoTokenizer
-        return kind.from_pretrained(self.options.model_name_or_path)
+        load = AutoImageProcessor.from_pretrained if self.images else load_tokenizer
+        return load(self.options.model_name_or_path)
 
     def backbone(self) -> torch.nn.Module:
         return AutoModel.from_pretrained(self.options.model_name_or_path, dtype=torch.float32)
@@ -56,7 +55,8 @@ class Source:
         """In single precision whatever the checkpoint has: images come in it, and layers want both alike."""
         kind = AutoModelForImageClassification if self.images else AutoModelForSequenceClassification
         name = self.options.model_name_or_path
-        return kind.from_pretrained(name, ignore_mismatched_sizes=True, dtype=torch.float32, **self.labels)
+        model = kind.from_pretrained(name, ignore_mismatched_sizes=True, dtype=torch.float32, **self.labels)
+        return model if self.images else padded_by(self.processor(), model)
 
     def collator(self) -> Callable[[list[dict]], dict[str, Any]]:
         processor, label = self.processor(), self.options.label_column
@@ -248,7 +248,9 @@ def score(options: Any) -> None:
     scored = selector.score(others)
     if state.is_main_process:
         table = scored.remove_columns([name for name in others.column_names if name != "row_id"])
-        file = write_whole(Path(options.output_dir, "scores.parquet"), table.to_parquet)
+        file = Path(options.output_dir, "scores.parquet")
+        sweep(file.parent, file.name)
+        write_whole(file, table.to_parquet)
         print(f"scores of {len(table)} rows in {file}; row_id is their place in {options.train_split!r}")
     together()
 

@@ -13,11 +13,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     default_data_collator,
 )
 
-from hf_effdl.cli.work.data import accuracy, as_pixels, labels_of, load_splits, named_splits, with_eval
+from hf_effdl.cli.work.data import (
+    accuracy,
+    as_pixels,
+    labels_of,
+    load_splits,
+    load_tokenizer,
+    named_splits,
+    padded_by,
+    with_eval,
+)
 
 
 @dataclass
@@ -62,8 +70,8 @@ def images(options: Any, args: Any) -> Material:
 def texts(options: Any, args: Any) -> Material:
     """A text classifier."""
     data = load_splits(options, args.seed, ("text_column", "label_column"))
-    tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
-    model = load_model(AutoModelForSequenceClassification, options, **labels_of(data, options))
+    tokenizer = load_tokenizer(options.model_name_or_path)
+    model = padded_by(tokenizer, load_model(AutoModelForSequenceClassification, options, **labels_of(data, options)))
 
     def tokens(rows: dict[str, list]) -> dict[str, list]:
         found = tokenizer(rows[options.text_column], truncation=True, max_length=options.max_length)
@@ -75,7 +83,7 @@ def texts(options: Any, args: Any) -> Material:
 
 def language(options: Any, args: Any) -> Material:
     """A language model, and sequences of equal length; what is left over at the end is too short for one."""
-    tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
+    tokenizer = load_tokenizer(options.model_name_or_path)
     data = named_splits(options, ("text_column",))
 
     def sequences(some: dict[str, list]) -> dict[str, list]:

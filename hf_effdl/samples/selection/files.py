@@ -25,7 +25,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RemoteEntryNotFoundError
 
-from hf_effdl.files import check_folder, damaged, locked, read_json, write_whole
+from hf_effdl.files import check_folder, damaged, locked, read_json, sweep, write_whole
 from hf_effdl.files import digest as digest_of
 from hf_effdl.hub.repos import own_dataset_repo
 from hf_effdl.processes import is_first
@@ -88,6 +88,7 @@ def _write(
         "summary": summary(selection),
     }
     target = Path(folder) / record["scores"]["config"] / SCORES
+    sweep(target.parent, "scores.*"), sweep(Path(folder) / config_name, "selection.*")
     if record["scores"] not in scores_by_config.values() or not target.is_file():
         # beside the file and not in the record: configs share it, and equal scores may be written anew in other bytes
         noted = target.with_name(SCORES_DIGEST)
