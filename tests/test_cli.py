@@ -604,6 +604,7 @@ DRY = {
     "select": "select {texts} --train --compare --use_cpu",
     "score": "score {texts} --files {folder}/rows.parquet",
     "slim": "slim --model_name_or_path {model} --calibration {folder}/data --column text --batch_size 4",
+    "pool": "pool build --dataset_name {photos}/data --label_column mask --foreground 1 --encoder {photos}/vit",
     "fit": "fit cascade --dataset_name {photos}/data --label_column mask --model {photos}/vit --candidates 6",
     "fit ranker": "fit ranker --dataset_name {photos}/data --label_column mask --model {photos}/vit --use_cpu",
 }

@@ -49,11 +49,8 @@ VERBS = {
     ),
 }
 TRAINED = ("sparsify", "select", "fit ranker")  # by a Trainer
-POINTS = [
-    pytest.param(verb, where, marks=[] if verb == "score shards" else pytest.mark.slow, id=f"{verb} at {where}")
-    for verb, (_, _, points) in VERBS.items()
-    for where in points
-]
+POINTS = [(verb, where) for verb, (_, _, points) in VERBS.items() for where in points]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +113,6 @@ def test_a_verb_that_was_killed_ends_the_second_time_as_one_that_was_not(
     assert not [path for path in (tmp_path / "out").rglob(".*") if path.is_dir()]  # what the first time was half done
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "where",
     [
@@ -136,7 +132,6 @@ def test_a_killed_training_goes_on_where_it_is_told_to(where, command, uninterru
     assert Path(begun, "model.safetensors").stat().st_mtime_ns == written  # it is not made again
 
 
-@pytest.mark.slow
 def test_a_fine_tuning_that_was_cut_off_is_not_taken_for_another(command, tmp_path):
     argv = command("sparsify", tmp_path / "out")
     killed(tmp_path, "finetune/checkpoint-4/trainer_state.json", argv)

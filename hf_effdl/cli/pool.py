@@ -13,7 +13,7 @@ A pool is a folder, or a data set repository that `--push_to_hub` made; only fol
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hf_effdl.cli.arguments import Options, parse_arguments, which
+from hf_effdl.cli.arguments import LongOptions, Options, parse_arguments, which
 
 
 @dataclass(kw_only=True)
@@ -30,7 +30,7 @@ class RowOptions(Options):
 
 
 @dataclass(kw_only=True)
-class BuildOptions(RowOptions):
+class BuildOptions(RowOptions, LongOptions):
     """Of which columns, and how they are read."""
 
     output_dir: str = field(metadata={"help": "Folder of the pool."})

@@ -1,6 +1,7 @@
 """Pools: build, add, remove, info."""
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,18 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
+from hf_effdl.cli.work.cost import Cost, rehearsal, tell
 from hf_effdl.cli.work.data import load_any, split_of
 from hf_effdl.files import sweep
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.vicl.pool.pool import ExamplePool
 from hf_effdl.vicl.pool.writer import processes
 from hf_effdl.vicl.remote_code.pool_reader import PoolReader
+from hf_effdl.vicl.remote_code.vision_encoder import VisionEncoder
+
+
+OF_POOLS = ("image_column", "label_column", "id_column", "group_column", "class_column", "task", "foreground", "boxes")
+OF_POOLS += ("keep_grids", "batch_size", "on_bad_row")
 
 
 def _rows(options: Any) -> Dataset:
@@ -29,11 +36,13 @@ def processes_on_this_machine() -> PartialState:
 def build(options: Any) -> None:
     """A pool in `output_dir`; what is half done waits beside it."""
     state = processes_on_this_machine()
+    names = {name: getattr(options, name) for name in OF_POOLS}
+    if options.dry_run:
+        with rehearsal() as folder:
+            tell("pool build", _cost(options, Path(folder), names))
+        return
     out = Path(options.output_dir)
     half = out / "half"
-    columns = ("image_column", "label_column", "id_column", "group_column", "class_column")
-    more = ("task", "foreground", "boxes", "keep_grids", "batch_size", "on_bad_row")
-    names = {name: getattr(options, name) for name in (*columns, *more)}
     pool = ExamplePool.from_dataset(_rows(options), encoder=options.encoder, cache_dir=half, **names)
     pool.save_pretrained(out)
     if state.is_main_process:
@@ -43,6 +52,20 @@ def build(options: Any) -> None:
         if options.push_to_hub:
             print(ExamplePool.from_pretrained(out).push_to_hub(options.push_to_hub))
     state.wait_for_everyone()
+
+
+def _cost(options: Any, folder: Path, names: dict[str, Any]) -> Cost:
+    """Of encoding all rows, by a batch of them; what the first ones take beside is not counted."""
+    rows, encoder = _rows(options), VisionEncoder.from_pretrained(options.encoder)
+    few = rows.select(range(min(len(rows), options.batch_size)))
+    given = names | {"encoder": encoder, "progress": False}
+    ExamplePool.from_dataset(few.select(range(min(len(few), 2))), cache_dir=folder / "first", **given)
+    start = time.perf_counter()
+    pool = ExamplePool.from_dataset(few, cache_dir=folder / "few", **given)
+    each = (time.perf_counter() - start) / len(few)
+    size = sum(file.stat().st_size for file in Path(pool.folder, "data").iterdir()) / len(few)
+    told = [f"{len(rows)} rows to encode, one took {each:.3g} s"]
+    return Cost(each * len(rows), 2 * size * len(rows), [*told, "on the disk twice until it is whole"])
 
 
 def add(options: Any) -> None:

@@ -36,9 +36,7 @@ def write_language_card(
         plan: what was chosen; None: a card of the scores alone.
         facts: settings and probes, shown as they are.
         left_out: rows by what looked damaged in them.
-        repo_id: named in the snippet; default: the folder's name.
-        source: id of the data set that the rows are from.
-        license, tags: of the metadata.
+        repo_id, source, license, tags: see `SFTScorer.write_card`.
     """
     folder = Path(folder)
     repo_id = repo_id or folder.resolve().name
@@ -62,8 +60,7 @@ def write_language_card(
 
 
 def _how(table: Mapping[str, Tensor], plan: Plan) -> str:
-    tokens = int(table["tokens"][plan.positions].sum())
-    return f"method `{plan.settings['method']}`, {tokens:,} of {int(table['tokens'].sum()):,} tokens"
+    return f"method `{plan.settings['method']}`, {_chosen(table, plan):,} of {int(table['tokens'].sum()):,} tokens"
 
 
 def _plan_facts(table: Mapping[str, Tensor], plan: Plan) -> dict[str, Any]:
@@ -71,9 +68,14 @@ def _plan_facts(table: Mapping[str, Tensor], plan: Plan) -> dict[str, Any]:
     return {
         "method": f"`{settings['method']}`",
         "budget": f"{settings['budget']:,} {settings['unit']}",
-        "chosen": f"{len(plan):,} rows, {int(table['tokens'][plan.positions].sum()):,} tokens",
+        "chosen": f"{len(plan):,} rows, {_chosen(table, plan):,} tokens",
         "seed": settings["seed"],
     }
+
+
+def _chosen(table: Mapping[str, Tensor], plan: Plan) -> int:
+    """Tokens of the chosen rows."""
+    return int(table["tokens"][plan.positions].sum())
 
 
 def _score_table(table: Mapping[str, Tensor], plan: Plan | None) -> str:
