@@ -18,7 +18,7 @@
 choose the rows worth training on from a pool with wrong labels, and the examples worth showing to a frozen model; then
 grow the same net from a few channels; at the end fewer rows, a smaller net and a chosen example on one task.
 
-    python examples/quickstart.py     # about a minute on one free core; then open runs/quickstart/index.html
+    python examples/quickstart.py     # a minute or two on one core; then open runs/quickstart/index.html
 
 The data ship with scikit-learn (1,797 scans of 8x8 pixels); nothing is downloaded. Every step says how long it takes
 on one core, and its results stand on the page as soon as they are there.
@@ -175,7 +175,7 @@ def draw_answers(
         for name in SHOWN:
             output = outputs[name][line]
             row = pool.ids.index(output["example_ids"][0])
-            tiles.append((painted(pool.image(row), pool.label(row)), f"scene {output['example_ids'][0]} of the pool"))
+            tiles.append((painted(pool.image(row), pool.label(row)), f"scene {output['example_ids'][0]}"))
             tiles.append((painted(image, output["prediction"]), f"IoU {scores[name][line]:.2f}"))
         for left, (tile, text) in zip(lefts, tiles, strict=True):
             sheet.paste(tile, (left, top + line * (side + foot)))
@@ -249,25 +249,25 @@ def run(options: argparse.Namespace) -> None:
     )
     train, test = digits()
 
-    with step(1, "the same net with plain SGD, for comparison", 10):
+    with step(1, "the same net with plain SGD, for comparison", 8):
         dense = plain_sgd("plain SGD", new_model(), options.epochs, out / "sgd", train, test)
-    with step(2, "one run with split LBI", 15):
+    with step(2, "one run with split LBI", 12):
         args = SplitLBIArguments(str(out / "dense"), num_train_epochs=options.epochs, save_strategy="no", **SHARED)
         trainer = SplitLBITrainer(new_model(), args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
         train_with_bar(trainer, "split LBI")
-    with step(3, "the accuracy of smaller models taken from it, without training again", 2):
+    with step(3, "the accuracy of smaller models taken from it, without training again", 4):
         curve = trainer.evaluate_path(shares=(0.9, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1))
         columns = {"macs": "MACs", "params": "parameters", "accuracy": "accuracy"}
         show(curve, columns)
     with step(4, f"the model with {options.macs:.0%} of the MACs, fine-tuned", 5):
         small = take_smaller(trainer, dense, options, train, test)
         smaller_part(page, trainer, small, curve)
-    with step(5, f"{options.budget:.0%} of a pool with a fifth of its labels wrong", 10):
+    with step(5, f"{options.budget:.0%} of a pool with a fifth of its labels wrong", 6):
         sets, nets = choose_rows(options.budget, options.select_epochs, out / "selection", test)
         selection_part(page, nets)
-    with step(6, "which example to show a frozen model: a tiny SegGPT on scenes of digits", 10):
+    with step(6, "which example to show a frozen model: a tiny SegGPT on scenes of digits", 8):
         prompts_part(page, choose_examples(options.queries, options.scenes, out / "prompts"))
-    with step(7, "growing the same net from a seed of 4 channels", 12):
+    with step(7, "growing the same net from a seed of 4 channels", 15):
         growth_part(page, trainer, dense, options, train, test)
     with step(8, "all of it on one task: fewer rows, a smaller net, a chosen example", 10):
         task = Task(sets["the whole pool"], sets["chosen"], test, options.select_epochs, 1, out / "whole")
