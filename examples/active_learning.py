@@ -3,7 +3,6 @@
 # dependencies = [
 #     "hf_effdl[examples]",
 #     "datasets>=5.1",
-#     "matplotlib>=3.9",
 #     "scikit-learn>=1.6",
 #     "torch>=2.9",
 #     "transformers>=5.23,<6",
