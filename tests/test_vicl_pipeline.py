@@ -611,7 +611,7 @@ def test_a_picture_shows_the_truth_and_what_other_strategies_would_have_shown(pi
     monkeypatch.setattr(
         pipeline_module, "draw_panels", lambda rows, *given: (drawn.extend(rows), draw_panels(rows, *given))[1]
     )
-    picture = pipe.plot(images, labels=labels, beside=("dense", "oracle"))
+    picture = pipe.plot(images, labels=labels, strategy="nearest", beside=("dense", "oracle"))
     assert picture.height == LEGEND + 2 * (160 + CAPTION + GAP)
     answers = {name: pipe(images, strategy=name, labels=labels) for name in ("nearest", "dense", "oracle")}
     for i, row in enumerate(drawn):
