@@ -8,7 +8,8 @@ from torch import Tensor
 from hf_effdl.structure.optim.sharding import is_sharded, local_part, whole
 
 
-# Entries: five tensors of so many in float32, 5 MB, fit into the last cache; with fewer, calls cost more than memory.
+# Entries: five tensors of so many in float32, 5 MB, fit into the last cache, and several threads can share them; with
+# fewer, calls cost more than memory.
 CACHED = 1 << 18
 
 
