@@ -3,7 +3,6 @@
 import logging
 import random
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -84,13 +83,16 @@ def found(tmp_path_factory):
 
 def brute_force(masks, paths, threshold, window, patience, min_path):
     """The first look at which the selections have settled, from the definition."""
-    for look in range(len(masks)):
-        enough = look + 1 >= window + patience - 1 and paths[look] >= min_path
-        spans = [masks[k - window + 1 : k + 1] for k in range(look - patience + 1, look + 1)] if enough else []
-        if enough and all(
-            all(a.any() and b.any() and (a != b).float().mean() < threshold for a, b in combinations(span, 2))
-            for span in spans
-        ):
+
+    def may_change(look):
+        since = min([k for k in range(look + 1) if paths[k] >= paths[look] / 2] + [look - window + 1])
+        if since < 0 or not all(mask.any() for mask in masks[since : look + 1]):
+            return 2.0
+        furthest = max((masks[look] != masks[k]).float().mean().item() for k in range(since, look))
+        return 2 * furthest * max(0, 1 - paths[look]) / (paths[look] - paths[since])
+
+    for look in range(patience - 1, len(masks)):
+        if paths[look] >= min_path and all(may_change(k) < threshold for k in range(look - patience + 1, look + 1)):
             return look
     return None
 
