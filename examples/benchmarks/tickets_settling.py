@@ -2,7 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "hf_effdl[examples]",
-#     "scikit-learn",
+#     "pillow>=11",
+#     "scikit-learn>=1.6",
+#     "torch-pruning==1.6.1",
 #     "torch>=2.9",
 # ]
 #
@@ -182,12 +184,24 @@ def table(rows: list[dict]) -> None:
     )
     print("\n| task | looks | rule | early | of those wrong | furthest | mean path time | never |")
     print("|---|---|---|---|---|---|---|---|")
-    for task in [*dict.fromkeys(row["task"] for row in rows), "all"]:
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    for task in [*names, "all"]:
         here = [row for row in rows if task in (row["task"], "all")]
         for every in EVERY if task == "all" else EVERY[:1]:
             for name, rule in RULES.items():
                 cells = summary([said(rule, row, every) for row in here])
                 print(f"| {task} | 1/{LOOKS // every} | {name} | {' | '.join(cells)} |")
+    times = {task: statistics.mean(stays(row) for row in rows if row["task"] == task) for task in names}
+    print(f"\nThe selection stays within {THRESHOLD:.0%} of that at the end from this path time on (mean):")
+    print("; ".join(f"{task} {time:.2f}" for task, time in times.items()))
+
+
+def stays(row: dict) -> float:
+    """The path time from which the selection stays within the threshold of that at the end."""
+    last = unpack(row["looks"][-1][2])
+    return next(
+        (path for _, path, selection in reversed(row["looks"]) if (unpack(selection) != last).mean() > THRESHOLD), 0.0
+    )
 
 
 def summary(found: Sequence[Said]) -> list[str]:
@@ -210,10 +224,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return table(read_rows(options.out))
     file = RowFile(options.out, KEYS)
     for seed in options.seeds:
-        if all((options.task, budget, seed) in file for budget in BUDGETS):
-            continue
-        looks = looks_of(TASKS[options.task], seed)
-        for budget in BUDGETS:
+        missing = [budget for budget in BUDGETS if (options.task, budget, seed) not in file]
+        looks = looks_of(TASKS[options.task], seed) if missing else []
+        for budget in missing:
             row = {"task": options.task, "budget": budget, "seed": seed}
             row["looks"] = [[look["step"], look["path"], look["selections"][budget]] for look in looks]
             file.add(row | machine(), hide=("looks", "platform"))
