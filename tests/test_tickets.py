@@ -123,6 +123,15 @@ def test_settled_is_what_the_definition_says_on_random_sequences_of_selections()
     assert None in found and len(set(found)) > 6
 
 
+@pytest.mark.parametrize("looks", [20, 80, 1000])
+def test_a_steady_drift_settles_near_the_end_of_the_path_however_often_one_looks(looks):
+    """Units enter at an even pace: 1 - t of them are ahead at path time t, and twice as many are reckoned with."""
+    settling, enters = Settling(0.1, 3, 1, 0.4), torch.arange(1000) / 1000
+    times = [(k + 1) / looks for k in range(looks)]
+    said = [settling.note(k, time, pack(enters < time)) for k, time in enumerate(times)]
+    assert said.index(True) == next(k for k, time in enumerate(times) if 2 * (1 - time) < 0.1 - 1e-9)
+
+
 def test_a_selection_survives_packing_whatever_its_length():
     for units in range(1, 30):
         mask = torch.rand(units, generator=torch.Generator().manual_seed(units)) < 0.5
