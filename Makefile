@@ -80,6 +80,7 @@ bench: $(READY)
 		--set batch=32 lasso=0.004
 	$(BENCHMARK)/tickets_mnist.py --net lenet
 	$(BENCHMARK)/tickets_mnist.py --net wide
+	for task in digits MNIST "MNIST, LeNet" CIFAR-10; do $(BENCHMARK)/tickets_settling.py --task "$$task" || exit 1; done
 	$(BENCHMARK)/growth_mnist.py
 	$(BENCHMARK)/optimizer_step.py
 	$(BENCHMARK)/train_overhead.py

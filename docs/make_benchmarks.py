@@ -25,6 +25,7 @@ PRINTED = (
     "recipe_mnist",
     "structure_cifar10",
     "tickets_mnist",
+    "tickets_settling",
     "growth_mnist",
     "slim_latency",
     "pretrained_minilm",

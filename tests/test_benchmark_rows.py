@@ -37,6 +37,7 @@ TABLES = {
     "slim_latency": ("c058d19617ff1d8e", "resnet18: medians over seeds"),
     "structure_cifar10": ("85f3bec7b5358de2", "supports no claim"),
     "structure_mnist": ("f4ce9637a47a6b60", "| path, early | "),
+    "tickets_settling": ("f47919cce32baea1", "| all | 1/50 | forecast | 52 of 80 | 5 |"),
     "tickets_mnist": ("ba4ef91e0d5c1d1e", "| path ticket, late (5 seeds) |"),
     "vicl_digits": ("e128df34e7f403f0", "segmentation, oracle less nearest: "),
     "vicl_classes": ("4d5952ab2881141c", "cascade of all classes, ahead of one for each class: +0.0"),
@@ -175,6 +176,16 @@ def tickets_mnist(script, patch, made) -> list[str]:
     patch.setattr(script, "mnist", lambda split, net="": images_of(40, 1, 2, 2))
     patch.setattr(script, "rows_of_seed", lambda *given: ticket_rows(*given, made))
     patch.setattr(script, "transfer_rows", lambda setting, seed, *given, **named: [moved_row(setting, seed, made)])
+    return ["--seeds", "1", "2"]
+
+
+def tickets_settling(script, patch, made) -> list[str]:
+    def looks_of(task, seed) -> list[dict]:
+        made.append(seed)
+        one = dict.fromkeys(script.BUDGETS, "8:c0")
+        return [{"step": k, "path": k / 40, "selections": one} for k in range(1, 41)]
+
+    patch.setattr(script, "looks_of", looks_of)
     return ["--seeds", "1", "2"]
 
 
@@ -327,7 +338,8 @@ def pretrained_resnet20(script, patch, made) -> list[str]:
 
 MAKERS: tuple[Maker, ...] = (growth_mnist, selection_banking77, selection_digits, selection_speed, slim_latency)
 MAKERS += (pretrained_dinov2, pretrained_minilm, pretrained_resnet20, recipe_mnist)
-MAKERS += (scoring_overhead, selection_cifar10n, structure_mnist, tickets_mnist, vicl_digits, vicl_pets, whole)
+MAKERS += (scoring_overhead, selection_cifar10n, structure_mnist, tickets_mnist, tickets_settling)
+MAKERS += (vicl_digits, vicl_pets, whole)
 MADE_UP = {maker.__name__: maker for maker in MAKERS}
 
 

@@ -3,7 +3,6 @@
 import logging
 import random
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -84,13 +83,16 @@ def found(tmp_path_factory):
 
 def brute_force(masks, paths, threshold, window, patience, min_path):
     """The first look at which the selections have settled, from the definition."""
-    for look in range(len(masks)):
-        enough = look + 1 >= window + patience - 1 and paths[look] >= min_path
-        spans = [masks[k - window + 1 : k + 1] for k in range(look - patience + 1, look + 1)] if enough else []
-        if enough and all(
-            all(a.any() and b.any() and (a != b).float().mean() < threshold for a, b in combinations(span, 2))
-            for span in spans
-        ):
+
+    def may_change(look):
+        since = min([k for k in range(look + 1) if paths[k] >= paths[look] / 2] + [look - window + 1])
+        if since < 0 or not all(mask.any() for mask in masks[since : look + 1]):
+            return 2.0
+        furthest = max((masks[look] != masks[k]).float().mean().item() for k in range(since, look))
+        return 2 * furthest * max(0, 1 - paths[look]) / (paths[look] - paths[since])
+
+    for look in range(patience - 1, len(masks)):
+        if paths[look] >= min_path and all(may_change(k) < threshold for k in range(look - patience + 1, look + 1)):
             return look
     return None
 
@@ -119,6 +121,15 @@ def test_settled_is_what_the_definition_says_on_random_sequences_of_selections()
         assert torch.equal(settling.selection, masks[-1])
         found.append(expected)
     assert None in found and len(set(found)) > 6
+
+
+@pytest.mark.parametrize("looks", [20, 80, 1000])
+def test_a_steady_drift_settles_near_the_end_of_the_path_however_often_one_looks(looks):
+    """Units enter at an even pace: 1 - t of them are ahead at path time t, and twice as many are reckoned with."""
+    settling, enters = Settling(0.1, 3, 1, 0.4), torch.arange(1000) / 1000
+    times = [(k + 1) / looks for k in range(looks)]
+    said = [settling.note(k, time, pack(enters < time)) for k, time in enumerate(times)]
+    assert said.index(True) == next(k for k, time in enumerate(times) if 2 * (1 - time) < 0.1 - 1e-9)
 
 
 def test_a_selection_survives_packing_whatever_its_length():

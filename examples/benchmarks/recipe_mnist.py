@@ -58,7 +58,7 @@ from hf_effdl.structure.path.settling import Settling, pack
 
 
 WITHIN, LOOKS = 0.2, 50  # the bound of a search, and how often a run is looked at
-SETTLED = {"threshold": 0.05, "window": 3, "patience": 2, "min_path": 0.4}
+SETTLED = {"threshold": 0.05, "window": 3, "patience": 1, "min_path": 0.4}
 BUDGETS = (0.25, 0.1)
 CALIBRATION = 512
 OURS = "path"

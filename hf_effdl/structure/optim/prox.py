@@ -8,7 +8,9 @@ from torch import Tensor
 from hf_effdl.structure.optim.sharding import is_sharded, local_part, whole
 
 
-CACHED = 1 << 16  # entries: five tensors of so many in float32 fit into one core's cache
+# Entries: five tensors of so many in float32, 5 MB, fit into the last cache, and several threads can share them; with
+# fewer, calls cost more than memory.
+CACHED = 1 << 18
 
 
 def unit_norm(
@@ -27,21 +29,46 @@ def unit_norm(
     Returns:
         Tensor of shape `(units,)`, the same on every process.
     """
+    return joint_norm([squares(*one) for one in zip(tensors, axes, strict=True)], blocks, scales)
+
+
+def joint_norm(squared: Sequence[Tensor], blocks: Sequence[int], scales: Sequence[float]) -> Tensor:
+    """`unit_norm` from the `squares` of the tensors."""
     total = None
-    for tensor, axis, block, scale in zip(tensors, axes, blocks, scales, strict=True):
-        squared = _squares(tensor, axis).unflatten(0, (-1, block)).sum(1) * scale**2
-        total = squared if total is None else total + squared
+    for entries, block, scale in zip(squared, blocks, scales, strict=True):
+        share = (entries.view(-1, block).sum(1) if block > 1 else entries) * scale**2
+        total = share if total is None else total + share
     return total.sqrt()
 
 
-def _squares(tensor: Tensor, axis: int) -> Tensor:
+def squares(tensor: Tensor, axis: int) -> Tensor:
     """Sum of squares over all other axes, one value per entry of `axis`."""
-    others = [dim for dim in range(tensor.ndim) if dim != axis]
-    if axis == 0 or is_sharded(tensor) or tensor.device.type != "cpu":
-        return whole(torch.linalg.vector_norm(tensor, dim=others) if others else tensor.abs()).square()
+    if is_sharded(tensor):
+        return whole(_norms(tensor, axis)).square()
+    return joint_squares([squares_of_rows(part, axis) for part in tensor.split(rows_in_cache(tensor))], axis)
+
+
+def squares_of_rows(rows: Tensor, axis: int) -> Tensor:
+    """Of some rows of a tensor, what `joint_squares` makes its `squares` of."""
     # on CPU a norm over axes in front of others is slow, many times slower than sums of rows that stay in the cache
-    parts = [part.square().sum(tuple(range(axis))) for part in tensor.split(rows_in_cache(tensor))]
-    return torch.stack(parts).sum(0).flatten(1).sum(1) if tensor.ndim - axis > 1 else torch.stack(parts).sum(0)
+    return _norms(rows, axis) if _by_norms(rows, axis) else rows.square().sum(tuple(range(axis)))
+
+
+def joint_squares(parts: Sequence[Tensor], axis: int) -> Tensor:
+    """`squares` of a tensor from the `squares_of_rows` of all its rows."""
+    if _by_norms(parts[0], axis):
+        return torch.cat(parts).square()
+    total = torch.stack(parts).sum(0)
+    return total.flatten(1).sum(1) if total.ndim > 1 else total
+
+
+def _by_norms(tensor: Tensor, axis: int) -> bool:
+    return axis == 0 or tensor.device.type != "cpu"
+
+
+def _norms(tensor: Tensor, axis: int) -> Tensor:
+    others = [dim for dim in range(tensor.ndim) if dim != axis]
+    return torch.linalg.vector_norm(tensor, dim=others) if others else tensor.abs()
 
 
 def rows_in_cache(tensor: Tensor) -> int:
@@ -68,4 +95,5 @@ def shrinkage(norm: Tensor, threshold: Tensor) -> Tensor:
 
 def soft_threshold(dual: Tensor, threshold: Tensor) -> Tensor:
     """Prox of `threshold * ||.||_1`: `sign(V) max(|V| - threshold, 0)`."""
-    return dual - dual.clamp(-threshold, threshold)
+    # one bound after the other: clamping between two tensors is many times slower on CPU
+    return dual - torch.maximum(torch.minimum(dual, threshold), -threshold)

@@ -17,8 +17,8 @@ from hf_effdl.structure.optim.checks import (
     snapshot,
 )
 from hf_effdl.structure.optim.kernel import Kernel, initial_dual, raise_thresholds
-from hf_effdl.structure.optim.plain import PlainStep, unit_factor
-from hf_effdl.structure.optim.prox import per_entry, soft_threshold
+from hf_effdl.structure.optim.plain import PlainStep
+from hf_effdl.structure.optim.prox import per_entry, shrinkage, soft_threshold
 from hf_effdl.structure.optim.sharding import local, sharded_like
 
 
@@ -263,9 +263,9 @@ class SplitLBI(torch.optim.Optimizer):
         if group["penalty"] == "l1":
             part = group["kappa"] * soft_threshold(local(dual), self.state[p]["threshold"])
         else:
-            part = local(dual) * per_entry(
-                unit_factor(group, self.state), dual, group["axis"][index], group["block"][index]
-            )
+            unit = self.state[group["params"][0]]
+            factor = group["kappa"] * shrinkage(unit["norm"], unit["threshold"])
+            part = local(dual) * per_entry(factor, dual, group["axis"][index], group["block"][index])
         return sharded_like(part, dual)
 
     @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any
 
 import numpy
@@ -10,24 +9,35 @@ import torch
 from torch import Tensor
 
 
+# What lies ahead is often more than the pace so far says. Set on searches of other seeds than `tickets_settling.py`
+# reports.
+MARGIN = 2.0
+
+
 @dataclass
 class Settling:
     """The last selections of a run, and whether they have settled.
 
-    The distance between two selections is the share of all units in which they differ. They have settled when the
-    largest distance among the last `window` selections was below `threshold` at `patience` looks in a row, and at
-    least `min_path` of the path lies behind. With the empty selection nothing settles.
+    The distance between two selections is the share of all units in which they differ. At path time t (1 is the end)
+    d is the largest distance between the newest selection and those since t / 2, and at least the last `window`, the
+    oldest of them at t_0. What is still to change is forecast as if it went on at that pace, with a margin of two:
+
+        ahead = 2 d (1 - t) / (t - t_0),        0 at the end of the path
+
+    The selections have settled when this was below `threshold` at `patience` looks in a row, and at least `min_path`
+    of the path lies behind. With an empty selection nothing settles. How often one looks matters little, since the
+    stretch that is compared is a part of the path and not a number of looks.
 
     Args:
         threshold, window, patience, min_path: see above.
-        looks: one row per look: `{"step", "path", "change", "distance"}`, see `Ticket`.
-        recent: the last selections, packed, the newest one last.
+        looks: one row per look: `{"step", "path", "change", "distance", "ahead"}`, see `Ticket`.
+        recent: the selections to compare with, packed, the newest one last.
 
     Example:
         >>> settling = Settling(threshold=0.3, window=2, patience=1, min_path=0.0)
         >>> selections = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]]).bool()
         >>> [settling.note(step, 0.1 * step, pack(selection)) for step, selection in enumerate(selections)]
-        [False, True, True]
+        [False, False, True]
     """
 
     threshold: float
@@ -39,19 +49,31 @@ class Settling:
 
     def note(self, step: int, path: float, selection: str) -> bool:
         """Note a selection (`pack`) at a path time; whether it has settled."""
-        self.recent = [*self.recent[1 - self.window :], selection]
+        self.looks.append({"step": step, "path": path})
+        later_half = sum(look["path"] >= path / 2 for look in self.looks)
+        self.recent = [*self.recent, selection][-max(later_half, self.window) :]
         seen = [unpack(text) for text in self.recent]
         change = float((seen[-1] != seen[-2]).mean()) if len(seen) > 1 else None
-        self.looks.append({"step": step, "path": path, "change": change, "distance": self._distance(seen)})
-        last = [look["distance"] for look in self.looks[-self.patience :]]
-        quiet = len(last) == self.patience and all(d is not None and d < self.threshold for d in last)
+        distance = self._distance(seen)
+        ahead = self._ahead(distance, path, self.looks[-len(seen)]["path"])
+        self.looks[-1] |= {"change": change, "distance": distance, "ahead": ahead}
+        # a checkpoint of an earlier release has looks without a forecast
+        last = [look.get("ahead") for look in self.looks[-self.patience :]]
+        quiet = len(last) == self.patience and all(share is not None and share < self.threshold for share in last)
         return quiet and path >= self.min_path - 1e-9
 
     def _distance(self, seen: Sequence[numpy.ndarray]) -> float | None:
-        """The largest distance between two selections; None while they are too few, or one is empty."""
+        """The largest distance of the newest selection to others; None while they are too few, or one is empty."""
         if len(seen) < self.window or not all(inside.any() for inside in seen):
             return None
-        return max(float((a != b).mean()) for a, b in combinations(seen, 2))
+        return max(float((seen[-1] != other).mean()) for other in seen[:-1])
+
+    @staticmethod
+    def _ahead(distance: float | None, path: float, since: float) -> float | None:
+        """Share of the units that may change until the path ends; None where there is nothing to tell it by."""
+        if distance is None or path <= since:
+            return None
+        return MARGIN * distance * max(1 - path, 0.0) / (path - since)
 
     @property
     def selection(self) -> Tensor:

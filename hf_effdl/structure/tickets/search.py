@@ -108,9 +108,11 @@ class EarlyTicketCallback(SettledCallback):
     """Stops a run once the units that it would keep no longer change, and has them as `ticket`.
 
     Every `every` steps it takes the selection: with a budget what `SparsePath.select` keeps, without one the support.
-    The distance between two selections is the share of all units of the lifted groups in which they differ. The
-    selection has settled when the largest distance among the last `window` selections was below `threshold` at
-    `patience` looks in a row, and at least `min_path` of the path lies behind.
+    The distance between two selections is the share of all units of the lifted groups in which they differ. At path
+    time t, d is the largest one between this selection and those since t / 2, at least the last `window`, the oldest
+    of them at t_0. The selection has settled when what may still change until the path ends,
+    `2 d (1 - t) / (t - t_0)`, was below `threshold` at `patience` looks in a row, and at least `min_path` of the path
+    lies behind. So a search that travels its whole path ends settled: at its end nothing lies ahead.
 
     Path time is the summed learning rate so far, divided by that of one path: `path_length` (2.5 where the arguments
     have none) times what a unit of unchanged norm takes to enter, `lam nu / path_scale`. With `lam_scale="none"`,
@@ -126,8 +128,8 @@ class EarlyTicketCallback(SettledCallback):
             which a group that no unit has entered keeps its best one.
         order, widths: see `SparsePath.select`.
         every: steps between two looks; default: a fiftieth of the run.
-        threshold: distance below which selections count as the same, in (0, 1].
-        window: selections that are compared, at least 2.
+        threshold: share of the units that may still change, in (0, 1].
+        window: selections that are compared at least, 2 or more.
         patience: looks in a row, at least 1.
         min_path: path time before which nothing has settled.
         within: share of the run after which the ticket is taken at the latest, in (0, 1]; it is then not `settled`.
@@ -145,8 +147,8 @@ class EarlyTicketCallback(SettledCallback):
         ...         optimizer_cls_and_kwargs=(SplitLBI, kwargs)).train()      # doctest: +SKIP
         >>> callback.ticket.step                                              # doctest: +SKIP
 
-    Source: distance and window as in early-bird tickets, You et al. (https://arxiv.org/abs/1909.11957); the selection
-    is that of the path of arXiv 2007.02010.
+    Source: the distance is that of early-bird tickets, You et al. (https://arxiv.org/abs/1909.11957), the forecast is
+    ours; the selection is that of the path of arXiv 2007.02010.
     """
 
     DEFAULTS = {**SettledCallback.DEFAULTS, "at_step": None, "at_epoch": None, "weights_at": ()}
@@ -165,7 +167,7 @@ class EarlyTicketCallback(SettledCallback):
         every: int | None = None,
         threshold: float = 0.05,
         window: int = 3,
-        patience: int = 2,
+        patience: int = 1,
         min_path: float = 0.4,
         within: float = 1.0,
         at_step: int | None = None,

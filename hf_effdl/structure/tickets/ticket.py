@@ -22,9 +22,10 @@ class Ticket:
         groups: the groups of the dense model.
         kept: ascending indices of the kept units by group name; groups not named keep all.
         step: optimizer steps after which it was found.
-        settled: whether the selection had stopped changing by then.
-        distances: one row per look: `{"step", "path", "change", "distance"}`: path time, share of the units in which
-            the selection differs from the one before, and the largest such share among the last `window` selections.
+        settled: whether little of the selection could still change by then; so it is at the end of a path.
+        distances: one row per look: `{"step", "path", "change", "distance", "ahead"}`: path time, share of the units
+            in which the selection differs from the one before, the largest such share between it and those since half
+            of its path time, and the share that may still change (not in tickets of 0.1.0): `EarlyTicketCallback`.
         init: where the initial weights are from: `{"sha256", "class", "source", "seed"}`: their `digest`, the model's
             class and name, and the seed of the run.
         weights: state dicts by step: 0 (the initial ones), the step found, and those asked for.

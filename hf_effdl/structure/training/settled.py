@@ -60,7 +60,7 @@ class SettledCallback(TrainerCallback, ExportableState):
         "every": None,
         "threshold": 0.05,
         "window": 3,
-        "patience": 2,
+        "patience": 1,
         "min_path": 0.4,
         "within": 1.0,
     }
@@ -220,12 +220,12 @@ class SettledCallback(TrainerCallback, ExportableState):
     def _warn_unsettled(self, state: TrainerState) -> None:
         logger.warning(
             "the selection had not settled by step %d of %d, the bound of within=%s: %s is what it was then. "
-            "Distances of the last looks: %s",
+            "Share of the units that could still change, at the last looks: %s",
             state.global_step,
             state.max_steps,
             self.settings["within"],
             self.wanted,
-            [row["distance"] for row in self.settling.looks[-3:]],
+            [row["ahead"] for row in self.settling.looks[-3:]],
         )
 
     # ---- a look
