@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_effdl.files import digest
 from hf_effdl.vicl.remote_code.images import BICUBIC, pixels, to_rgb
 from hf_effdl.vicl.remote_code.masks import Reading
+from hf_effdl.vicl.remote_code.pool_rows import name_of
 from hf_effdl.vicl.remote_code.visual_tasks import task_of
 
 
@@ -152,9 +153,7 @@ def _texts(ds: Dataset, column: str) -> list[str | None]:
     feature, values = ds.features[column], ds.with_format(None)[column][:]
     if isinstance(feature, datasets.ClassLabel):
         return [None if value is None else feature.int2str(value) for value in values]
-    if wrong := next((value for value in values if value is not None and not isinstance(value, str | int)), None):
-        raise TypeError(f"column {column!r} holds {wrong!r}: pass texts, whole numbers or None")
-    return [None if value is None else str(value) for value in values]
+    return [name_of(value, f"column {column!r}") for value in values]
 
 
 def _state_of_files(ds: Dataset) -> str:
