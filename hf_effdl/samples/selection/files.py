@@ -23,7 +23,7 @@ from datasets import Dataset
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from hf_effdl.files import check_folder, damaged, locked, read_json, write_whole
+from hf_effdl.files import check_folder, damaged, locked, plain, read_json, write_whole
 from hf_effdl.files import digest as digest_of
 from hf_effdl.hub.repos import own_dataset_repo
 from hf_effdl.processes import is_first
@@ -93,6 +93,7 @@ def _write(
         write_whole(noted, digest_of(write_whole(target, scores.to_parquet)))
     target = Path(folder) / config_name
     record["chosen_sha256"] = digest_of(write_whole(target / CHOSEN, chosen.to_parquet))
+    record = json.loads(json.dumps(record, default=plain))
     record["sha256"] = _seal(record)
     # last, and with the digests of the other two: a write that was cut off is noticed
     write_whole(target / RECORD, json.dumps(record, indent=2, ensure_ascii=False))

@@ -104,8 +104,8 @@ def _four_numbers(box: Sequence[float]) -> tuple[float, ...]:
         raise ValueError(f"a box is four numbers [x0, y0, x1, y1], or None; got {box!r}")
     if max(values) <= 1 and any(value % 1 for value in values):
         raise ValueError(
-            f"the box {box!r} holds nothing above 1, and boxes are in pixels: multiply shares by the image's width and "
-            "height"
+            f"the box {box!r} holds nothing above 1, and boxes are in pixels: multiply shares by the image's width "
+            "and height"
         )
     return values
 
