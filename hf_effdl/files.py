@@ -46,7 +46,14 @@ def write_whole(target: str | os.PathLike[str], content: bytes | str | Callable[
 
 def write_json(target: str | os.PathLike[str], value: Any) -> Path:
     """Write plain values as JSON, whole; floats come back as they were."""
-    return write_whole(target, json.dumps(value, indent=2) + "\n")
+    return write_whole(target, json.dumps(value, indent=2, default=plain) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Numbers of NumPy and torch as Python's own, for `json.dumps(..., default=plain)`."""
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"{type(value).__name__} is no plain value that a file could hold")
+    return value.tolist()
 
 
 def check_folder(where: Any, revision: str | None = None) -> None:

@@ -196,6 +196,10 @@ def test_malformed_lists_are_named(lists, error, words):
         aggregate_rankings([[0, 1]], 2, "elo")
 
 
+def test_a_number_of_items_of_numpy_is_a_number():
+    assert aggregate_rankings([[0, 1], [1, 2]], np.int64(3)).tolist() == [1, 0, -1]
+
+
 @pytest.mark.parametrize("wrong", [1, 0, -3, 2.0, None, True])
 def test_numbers_of_items_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match="num_items=.*at least 2"):

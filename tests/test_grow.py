@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from models import NETS, build, convnext, logits, mobilenet, randomise_norms, resnet
@@ -200,6 +201,15 @@ def test_draws_depend_on_the_seed_and_on_nothing_else():
     both = widen_groups(model, groups[::-1], {groups[2].name: 2, groups[0].name: 4}, seed=5)
     for part in groups[0].slices:
         assert torch.equal(tensor(alone, part), tensor(both, part))
+
+
+def test_new_units_may_be_a_number_of_numpy_and_the_config_is_saved(tmp_path):
+    model = resnet("basic")
+    group = find_groups(model, {"pixel_values": torch.zeros(1, 3, 32, 32)})[0]
+    big = widen(model, group, add=np.int64(2))
+    big.save_pretrained(tmp_path)
+    saved = type(model).from_pretrained(tmp_path)
+    assert same(state(saved), state(big)) and same(state(big), state(widen(model, group, add=2)))
 
 
 def test_a_group_that_is_widened_again_draws_anew():

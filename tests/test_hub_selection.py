@@ -5,6 +5,7 @@ import re
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset
@@ -119,6 +120,19 @@ def test_a_write_that_was_cut_off_is_noticed(selector, pool, tmp_path):
     target.unlink()
     with pytest.raises(FileNotFoundError, match="selection.parquet is missing"):
         Selection.load(tmp_path)
+
+
+def test_a_selection_with_numbers_of_numpy_is_written_as_pythons_own(selector, pool, tmp_path):
+    selector.select(pool, 20)
+    selection = selector.selection
+    selection.save(tmp_path / "python")
+    settings = selection.plan.settings | {"seed": np.int64(selection.plan.settings["seed"])}
+    numbers = replace(
+        selection, plan=replace(selection.plan, settings=settings), info=selection.info | {"cut": np.float32(0.5)}
+    )
+    numbers.save(tmp_path / "numpy")
+    read = Selection.load(tmp_path / "numpy")
+    assert read.plan.settings == Selection.load(tmp_path / "python").plan.settings and read.info["cut"] == 0.5
 
 
 def test_a_changed_number_or_name_in_the_record_is_damage(selector, pool, tmp_path):

@@ -138,6 +138,52 @@ def test_candidates_that_there_are_not_are_refused(pipe, where):
     assert CLASSES[pipe.pool.position(one["example_ids"][0])] == "cat" and one["example_ids"] != ["scene 0"]
 
 
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """Three groups of four rows, which have numbers for names."""
+    numbers = [i // 4 for i in range(12)]
+    return make_pool(tmp_path_factory.mktemp("groups"), groups=numbers, classes=numbers, encoder=tiny_encoder())
+
+
+@pytest.mark.parametrize("kind", [int, str, np.int64, np.str_, torch.tensor])
+def test_a_group_is_the_same_in_every_type(numbered, kind):
+    pipe = VisualInContextPipeline(make_model(encoder=numbered.encoder_module), "nearest", numbered)
+    photo, one = scene(5)[0], kind("1") if kind in (str, np.str_) else kind(1)
+
+    def shown(**given):
+        return {numbered.groups[numbered.position(id)] for id in pipe(photo, num_examples=8, **given)["example_ids"]}
+
+    assert "1" in shown()
+    assert shown(groups=one) == {"0", "2"}
+    assert shown(classes=one) == {"1"}
+
+
+@pytest.mark.parametrize("name", [1.0, np.float32(1), b"1", [1], torch.tensor([1])])
+def test_what_would_be_another_group_than_it_says_is_refused(numbered, name):
+    model = make_model(encoder=numbered.encoder_module)
+    pipe = VisualInContextPipeline(model, "nearest", numbered)
+    for argument in ("groups", "classes"):
+        with pytest.raises(TypeError, match=f"{argument} holds .*pass texts, whole numbers or None"):
+            pipe([scene(5)[0]], **{argument: [name]})
+    with pytest.raises(TypeError, match="'group'. holds .*pass texts, whole numbers or None"):
+        pipe(scene(5)[0], candidates_where={"group": [name]})
+    with pytest.raises(TypeError, match="groups holds .*pass texts, whole numbers or None"):
+        measure_examples(model, numbered, groups=[name] * 12)
+
+
+def test_rows_without_a_group_in_a_table_are_of_none(numbered):
+    model = make_model(encoder=numbered.encoder_module)
+    expected = measure_examples(model, numbered, candidates=4, groups=["a", None] * 6, progress=False)
+    got = measure_examples(model, numbered, candidates=4, groups=["a", float("nan")] * 6, progress=False)
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("wrong", [0.0, b"", [], [[1]]])
+def test_a_column_of_groups_that_are_no_names_is_refused(tmp_path, wrong):
+    with pytest.raises(TypeError, match="column 'group' holds .*pass texts, whole numbers or None"):
+        make_pool(tmp_path, groups=[wrong] * 12)
+
+
 def test_panels_beside_keep_to_what_may_be_shown(pipe, monkeypatch):
     shown = []
     monkeypatch.setattr(

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from PIL import Image, ImageFilter
 from pool_run import Encoder, encoded
@@ -181,6 +182,48 @@ def test_polygons_are_what_their_outline_holds():
     assert np.asarray(Segmentation(5).label([[2, 1, 6, 1, 6, 4, 2, 4]], image))[2, 3, 0] == 255
 
 
+@pytest.mark.parametrize("value", [1, 7, 255, True, 1.0])
+def test_lists_of_the_size_of_the_image_are_its_pixels_and_no_polygons(value):
+    white = np.zeros((6, 8), bool)
+    white[1:4, 2:6] = True
+    rows = [[value * bool(one) for one in row] for row in white.tolist()]
+    image = Image.new("RGB", (8, 6))
+    assert np.array_equal(Segmentation().read(rows, image).white, white)
+    other = np.array([[0, 0, 8, 0, 8, 6, 0, 6]])  # of arrays and NumPy's numbers as well as of lists
+    for whole in (list(other), [list(other[0])], other.tolist()):
+        assert Segmentation().read(whole, image).white.all()
+
+
+@pytest.mark.parametrize(
+    ("polygons", "says"),
+    [
+        ([[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]], "hold nothing above 1.*multiply shares"),
+        ([[0, 0, 1, 1, 1, 0]] * 4, "lists must be of its image's size"),  # a mask of 4 x 6
+        ([[0, 0, 1e308, 0, 1e308, 1e308]], "huge"),
+        ([[0, 0, 10**400, 0, 5, 5]], "huge"),
+        ([[0, 0, float("nan"), 0, 5, 5]], "NaN"),
+    ],
+)
+def test_polygons_that_are_not_in_pixels_are_refused(polygons, says):
+    with pytest.raises(ValueError, match=says):
+        Segmentation().read(polygons, Image.new("RGB", (8, 6)))
+    assert coco_mask([[0, 0, 1, 0, 1, 1, 0, 1]], (6, 8)).sum() == 1  # one pixel in its corner is a polygon
+
+
+@pytest.mark.parametrize("value", [float("inf"), 1e30, 2.0**60, float("nan"), 0.5])
+def test_floats_that_are_no_class_numbers_are_refused(value):
+    with pytest.raises(ValueError, match="whole class numbers"):
+        Segmentation().read(np.where(np.eye(6, 8), value, 0), Image.new("RGB", (8, 6)))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.bfloat16, torch.float32])
+def test_a_tensor_is_a_mask(dtype):
+    mask = torch.eye(6, 8)
+    of_training = mask.clone().requires_grad_()
+    for label in (mask.to(dtype), of_training):
+        assert np.array_equal(Segmentation().read(label, Image.new("RGB", (8, 6))).white, mask.bool().numpy())
+
+
 def test_runs_go_down_the_columns_packed_or_not():
     mask = np.zeros((3, 4), int)
     mask[1:3, 0] = mask[0, 2] = 1
@@ -198,6 +241,7 @@ def test_runs_go_down_the_columns_packed_or_not():
         ({"size": [3, 4], "counts": [-5, 17]}, "do not add up"),
         ({"size": [3, 4], "counts": "~~~~~~~~"}, "no compressed counts"),
         ({"size": [3, 4], "counts": [10**12]}, "do not add up"),
+        ({"size": 12, "counts": [12]}, "of a mask of size 12"),
     ):
         with pytest.raises(ValueError, match=text):
             coco_mask(wrong, (3, 4))

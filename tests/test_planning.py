@@ -641,6 +641,13 @@ def test_budgets_that_are_no_number_of_rows_and_empty_tables_are_refused(make):
         ({"row_ids": torch.arange(599)}, "599 row_ids for 600 rows"),
         ({"row_ids": ["a"] * 601}, "601 row_ids for 600 rows"),
         ({"row_ids": torch.arange(600.0)}, "pass one integer or text a row"),
+        ({"force": "no"}, "force='no': it must be True or False"),
+        ({"log_scores": "no"}, "log_scores='no': it must be True or False"),
+        ({"uniform_share": "0.1"}, "uniform_share='0.1': it must be a number"),
+        ({"quotas": "strata", "bins": 2.5}, "bins=2.5: it must be a whole number"),
+        ({"weights": "damped", "beta": "0.1"}, "beta='0.1': it must be a number"),
+        ({"clip": "0.1"}, "clip='0.1': it must be a number"),
+        ({"row_ids": (i for i in range(600))}, "row_ids is a generator; pass a tensor, an array or a list"),
         ({"keep": torch.ones(600)}, r"keep is torch.float32 of shape \(600,\); pass a boolean mask of 600 rows"),
         ({"keep": torch.arange(600)}, r"keep is torch.int64"),
         ({"keep": torch.ones(599, dtype=torch.bool)}, r"keep is torch.bool of shape \(599,\)"),
@@ -701,6 +708,38 @@ def test_an_empty_poisson_draw_is_refused():
     seed = next(s for s in range(99) if (hashed_uniform(s, torch.arange(600)) >= 1 / 600).all())
     with pytest.raises(ValueError, match="Poisson draw with budget=1 came out empty.*sampler='priority'"):
         make_plan(table, 1, score="uniform", quotas="none", sampler="poisson", seed=seed)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor])
+def test_settings_of_numpy_and_torch_are_kept_as_pythons_own(kind):
+    whole = {np.float32: np.int32, np.float64: np.int64}.get(kind, torch.tensor)
+    numbers = {"clip_quantile": 0.5, "uniform_share": 0.25, "beta": 0.125}
+    given = {name: kind(value) for name, value in numbers.items()} | {"seed": whole(3)}
+    plan = make_plan(score_table(), whole(60), weights="damped", **given)
+    assert same(plan, make_plan(score_table(), 60, weights="damped", seed=3, **numbers))
+    assert {name: plan.settings[name] for name in numbers} == numbers and json.loads(json.dumps(plan.settings))
+    assert json.dumps(make_plan(score_table(), 60, quotas="strata", bins=whole(5)).settings)
+
+
+def test_columns_of_tables_come_in_their_order_whatever_their_index():
+    pandas = pytest.importorskip("pandas")
+    table, keep, ids = score_table(), np.arange(600) % 2 == 0, [f"row {i}" for i in range(600)]
+    plan = make_plan(table, 60, keep=torch.from_numpy(keep), row_ids=ids)
+    turned = np.arange(600)[::-1]
+
+    def column(values):
+        return pandas.Series(np.asarray(values), index=turned + 7)
+
+    columns = {name: column(values) for name, values in table.items()}
+    assert same(make_plan(columns, 60, keep=column(keep), row_ids=column(np.array(ids, dtype=object))), plan)
+    numbers = 3 * torch.arange(600)
+    of_tensor = make_plan(table, 60, row_ids=numbers)
+    assert same(make_plan(table, 60, row_ids=column(numbers)), of_tensor)
+    assert same(make_plan(table | {"u_x": table["u_x"].numpy().astype(">f8")}, 60), make_plan(table, 60))
+    assert same(make_plan(table | {"u_x": table["u_x"].flip(0).numpy()[::-1]}, 60), make_plan(table, 60))
+    holes = np.ma.masked_array(table["u_x"].numpy(), np.arange(600) == 3)
+    with pytest.raises(TypeError, match="column 'u_x' are no numbers .some are masked.; pass"):
+        make_plan(table | {"u_x": holes}, 60)
 
 
 def test_scores_of_any_real_type_and_masks_from_numpy_are_taken():

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Image, concatenate_datasets
+from datasets import Dataset, DatasetDict, Image, Value, concatenate_datasets
 from forked import Script
 from PIL import Image as PILImage
 from pool_run import Encoder, encoded, picture, rows
@@ -394,6 +394,30 @@ def test_the_same_call_encodes_nothing_and_any_other_call_everything(make):
         assert (found.fingerprint not in fingerprints) == content
         folders.add(found.folder)
         fingerprints.add(found.fingerprint)
+
+
+@pytest.mark.parametrize("kind", ["image", "file", "text", "large text", "label"])
+def test_a_file_that_was_edited_behind_its_path_is_encoded_again(make, tmp_path, kind):
+    ds = rows(3)
+    column = "label" if kind == "label" else "image"
+    plain = ds.cast_column(column, Image(decode=False))[:][column]
+    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for path, value in zip(paths, plain):
+        Path(path).write_bytes(value["bytes"])
+    named = {
+        "text": (paths, Value("string")),
+        "large text": (paths, Value("large_string")),
+        "file": ([{"bytes": None, "path": path} for path in paths], None),
+    }
+    values, feature = named.get(kind, (paths, Image()))
+    ds = ds.remove_columns(column).add_column(column, values)
+    ds = ds if feature is None else ds.cast_column(column, feature)
+    pool = make(ds)
+    assert make(ds).folder == pool.folder
+    Path(paths[1]).write_bytes(plain[0]["bytes"])
+    os.utime(paths[1], (1, 1))  # the size may be what it was
+    edited = make(ds)
+    assert edited.folder != pool.folder and edited.files(1) != pool.files(1)
 
 
 # ---- changes

@@ -1,11 +1,12 @@
 """What probes are fed and trained on: taken as it is meant, or refused by name before any long work."""
 
+import io
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 from forked import Script
 from PIL import Image as Picture
 from torch import nn
@@ -50,6 +51,26 @@ def test_sixteen_bit_images_keep_their_grey_levels(kind):
         Inputs(processor, "image")([{"image": Picture.fromarray(ramp.astype("float32"))}])
     with pytest.raises(ValueError, match="values from -1 to .*whose white is not known"):
         Inputs(processor, "image")([{"image": Picture.fromarray(ramp.astype("int32") - 1)}])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "1", "P", "I;16"])
+@pytest.mark.parametrize("kind", ["numpy", "torch", "pandas", "arrow"])
+def test_images_are_fed_alike_in_every_format_of_the_data_set(mode, kind):
+    colours = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    if mode == "I;16":
+        image = Picture.fromarray(colours[..., 0].astype("uint16") * 257)
+    else:
+        image = Picture.fromarray(colours).quantize(7) if mode == "P" else Picture.fromarray(colours).convert(mode)
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    table = {"image": [{"bytes": stream.getvalue(), "path": None}] * 2}
+    data = Dataset.from_dict(table).cast_column("image", Image())
+    seen = []
+    for one in (data, data.with_format(kind)):
+        inputs = Inputs(processor := Taken(), "image").bind(one)
+        inputs(inputs.read(one, [0, 1]))
+        seen.append(processor.images)
+    assert np.array_equal(*seen) and seen[0][0].shape == (8, 8, 3)
 
 
 @pytest.fixture(scope="module")

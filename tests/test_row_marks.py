@@ -154,6 +154,18 @@ def test_views_of_a_pool_give_the_selected_rows_or_are_refused(view, probes, tmp
                 apply(change(pool))
 
 
+def test_classes_of_the_same_names_in_another_order_are_other_classes():
+    def named(names, seed, count=200):
+        return rows(count, seed).cast_column("label", ClassLabel(names=names))
+
+    pool = named(["x", "y", "z"], 0)
+    selector = UncertaintySelector(LinearProbes.train(None, named(["x", "y", "z"], 1), input_column="x"), trial=False)
+    right = selector.select(pool, 30)["text"]
+    assert selector.selection.apply(named(["one", "two", "three"], 0))["text"] == right  # says it in other words
+    with pytest.raises(ValueError, match="classes of column 'label' are in another order.*align_labels_with_mapping"):
+        selector.selection.apply(named(["z", "y", "x"], 0))
+
+
 def test_rows_that_moved_are_refused_where_no_labels_are_looked_at(probes):
     pool = rows(200)
     selector = UncertaintySelector(probes, mode="active")

@@ -217,7 +217,7 @@ def test_groups_of_another_model_are_refused():
 def test_numbers_of_numpy_and_torch_are_numbers():
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2))
     groups = find_groups(model, np.zeros((1, 1, 8, 8)))
-    for keep in (np.float32(0.5), torch.tensor(0.5)):
+    for keep in (np.float32(0.5), torch.tensor(0.5), {"0": np.float32(0.5)}):
         assert slim(model, groups, keep)[0].out_channels == 4
     assert slim(model, groups, {"0": np.array([0, 2, 5], dtype=np.uint16)}, round_to=np.int64(2))[0].out_channels == 4
     for keep in (np.bool_(True), torch.tensor(True), np.array([0.5, 0.5])):

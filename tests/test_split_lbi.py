@@ -402,6 +402,29 @@ def test_state_dict_holds_tensors_and_plain_values_only():
     assert exactly_equal(torch.load(file, weights_only=True), opt.state_dict())
 
 
+@pytest.mark.parametrize("kind", [np.float64, np.float32, torch.tensor])
+def test_settings_of_numpy_are_kept_as_pythons_own_and_read_back(kind):
+    names = ("lr", "kappa", "nu", "momentum", "weight_decay", "lam", "path_scale", "eps")
+    settings = {name: kind(0.5) for name in names} | {"betas": (kind(0.5), kind(0.75))}
+    weight = torch.nn.Parameter(torch.ones(4, 2))
+    group = {
+        "params": [weight],
+        "penalty": "group",
+        "axis": [np.int64(0)],
+        "block": [np.int64(2)],
+        "scale": [kind(0.5)],
+    }
+    opt = SplitLBI([group], **settings)
+    weight.grad = torch.ones_like(weight)
+    opt.step()
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert exactly_equal(saved, opt.state_dict())
+    assert all(saved["param_groups"][0][name] == 0.5 for name in names) and saved["param_groups"][0]["units"] == 2
+
+
 @pytest.mark.parametrize("hyper", [{}, {"base": "adamw", "nu": 0.4}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_reloaded_optimizer_continues_bit_for_bit(dtype, hyper):

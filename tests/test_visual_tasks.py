@@ -321,6 +321,10 @@ def test_nan_in_a_painted_image_is_no_answer():
         ([0, 0, 5, 7], "y1 <= 5"),
         ([0, 0, float("nan"), 4], "nan"),
         ([0, 0, 4], "four numbers"),
+        (["a", 0, 4, 4], "four numbers"),
+        ([0, 0, None, 4], "four numbers"),
+        ([0, 0, 10**400, 4], "four numbers"),
+        ([0.1, 0.1, 0.5, 0.5], "nothing above 1.*multiply shares"),
         ([[0, 0, 4, 4]], "four numbers"),
         ([], "four numbers"),
     ],
@@ -330,6 +334,11 @@ def test_boxes_that_are_none_are_refused(box, says):
         Detection().label(box, photo())
     with pytest.raises(ValueError, match=says):
         Detection().labels([box], [photo()], (16, 16))
+
+
+def test_corner_and_size_in_bytes_add_up_beyond_256():
+    box = np.array([200, 10, 100, 50], dtype=np.uint8)
+    assert Detection("xywh").corners(box) == [200, 10, 300, 60]
 
 
 def test_a_small_box_keeps_a_pixel_and_fractions_are_rounded():

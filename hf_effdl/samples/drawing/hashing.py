@@ -45,6 +45,9 @@ def _signed(value: int) -> int:
 
 def hash_ids(row_ids: Tensor | Sequence[int | str]) -> Tensor:
     """Ids as int64: integers as they are, texts hashed."""
+    if hasattr(row_ids, "__array__") and not isinstance(row_ids, Tensor):
+        row_ids = np.require(row_ids, requirements=["C", "W"])  # a table's column in its order, whatever its index is
+        row_ids = row_ids.tolist() if row_ids.dtype == object and row_ids.ndim == 1 else row_ids
     if len(row_ids) and isinstance(row_ids[0], str):
         return _hash_texts(row_ids)
     if not isinstance(row_ids, Tensor) and str(getattr(row_ids, "dtype", "")) == "uint64":
@@ -112,6 +115,8 @@ def integer_ids(row_ids: Tensor | Sequence[int | str] | None, rows: int) -> Tens
     """The rows' ids as the hash takes them, `(rows,)` int64, each another; their positions where they have none."""
     if row_ids is None:
         return torch.arange(rows)
+    if not hasattr(row_ids, "__len__"):
+        raise TypeError(f"row_ids is a {type(row_ids).__name__}; pass a tensor, an array or a list")
     if len(row_ids) != rows:
         raise ValueError(f"{len(row_ids)} row_ids for {rows} rows; pass one a row")
     return check_once(hash_ids(row_ids))

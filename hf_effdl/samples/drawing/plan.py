@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from hf_effdl.checks import flag, real_number, whole_number
 from hf_effdl.samples.drawing.checks import (
     check_choice,
     check_rows,
@@ -32,6 +33,7 @@ from hf_effdl.samples.drawing.hashing import integer_ids
 from hf_effdl.samples.drawing.probabilities import clip_scores, inclusion_probabilities, mix_uniform, read_scores
 from hf_effdl.samples.drawing.quotas import check_quotas, class_turns, even_shares, strata, without_hardest
 from hf_effdl.samples.drawing.weights import WEIGHTS, check_bias, kish_size, loss_weights, weight_column
+from hf_effdl.samples.scores.numbers import as_numbers
 
 
 SAMPLERS = ("priority", "poisson", "sequential", "top-k")
@@ -92,7 +94,12 @@ class PlanSettings:
     log_scores: bool = False
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
+        self._keep_plain("seed", check_seed(self.seed))
+        self._keep_plain("bins", whole_number("bins", self.bins, 1))
+        self._keep_plain("log_scores", flag("log_scores", self.log_scores))
+        for name in ("uniform_share", "cut_hardest", "beta", "clip", "clip_quantile"):
+            if (value := getattr(self, name)) is not None:
+                self._keep_plain(name, real_number(name, value))
         check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("quotas", self.quotas, QUOTAS)
         check_choice("weights", self.weights, WEIGHTS)
@@ -113,6 +120,9 @@ class PlanSettings:
         for why, contradictory in contradictions.items():
             if contradictory:
                 raise ValueError(why)
+
+    def _keep_plain(self, name: str, value: int | float | bool) -> None:
+        object.__setattr__(self, name, value)  # of Python, as a plan's settings are written to a file
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Self:
@@ -187,7 +197,7 @@ def make_plan(
         seed=seed,
         log_scores=log_scores,
     )
-    check_bias(score, weights, force)
+    check_bias(score, weights, flag("force", force))
     if sampler == "top-k" and budget < 0.3 * rows:
         warnings.warn(
             f"sampler='top-k' keeps {budget / rows:.0%} of the rows: below 30 % the hardest rows alone do "
@@ -199,7 +209,7 @@ def make_plan(
     name = weight_column(weights, score, table)
     read = read_probabilities if weights == "p_label" else read_column
     given = None if name is None else read(table, name)[positions]
-    shares = loss_weights(weights, probabilities=probabilities, uncertainty=given, p_label=given, beta=beta)
+    shares = loss_weights(weights, probabilities=probabilities, uncertainty=given, p_label=given, beta=settings.beta)
     return Plan(positions, probabilities, shares, rows, asdict(settings))
 
 
@@ -227,7 +237,7 @@ class _Urn:
         if settings.score != "uniform":
             scores = read_column(table, settings.score)
             scores = read_scores(scores, log_scores=True) if settings.log_scores else scores
-        kept = torch.ones(rows, dtype=torch.bool) if keep is None else torch.as_tensor(keep).clone()
+        kept = torch.ones(rows, dtype=torch.bool) if keep is None else as_numbers(keep, "keep").clone()
         if kept.dtype != torch.bool or kept.shape != (rows,):
             raise ValueError(f"keep is {kept.dtype} of shape {tuple(kept.shape)}; pass a boolean mask of {rows} rows")
         if settings.cut_hardest:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hf_effdl.checks import flag
 from hf_effdl.samples.drawing.checks import check_budget, check_scores
 from hf_effdl.samples.scores.numbers import as_numbers
 
@@ -32,7 +33,7 @@ def read_scores(scores: Tensor, log_scores: bool = False) -> Tensor:
         >>> read_scores(torch.tensor([-2000.0, -2001.0]), log_scores=True).log().diff()
         tensor([-1.], dtype=torch.float64)
     """
-    if not log_scores:
+    if not flag("log_scores", log_scores):
         return check_scores(scores)
     logs = as_numbers(scores, "log scores").double()
     zero = logs == float("-inf")

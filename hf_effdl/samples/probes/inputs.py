@@ -208,7 +208,10 @@ class Inputs:
         needed = self.fed_columns(data)
         if needed:  # a transform may need columns that it does not return
             data = data.select_columns(needed)
-        if data.format["type"] not in (None, "numpy", "torch", "custom"):
+        kind = data.format["type"]
+        # arrays and tensors of an image say neither its mode nor its palette
+        as_stored = kind != "custom" and self.collator is None and any(is_decoded(data, name) for name in needed or ())
+        if as_stored or kind not in (None, "numpy", "torch", "custom"):
             data = data.with_format(None)  # tables of other libraries, whose batches are no dicts of lists
         batch = data[list(places)]
         return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]

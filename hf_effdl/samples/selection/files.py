@@ -25,7 +25,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RemoteEntryNotFoundError
 
-from hf_effdl.files import check_folder, damaged, locked, read_json, sweep, write_whole
+from hf_effdl.files import check_folder, damaged, locked, plain, read_json, sweep, write_whole
 from hf_effdl.files import digest as digest_of
 from hf_effdl.hub.repos import own_dataset_repo
 from hf_effdl.processes import is_first
@@ -96,6 +96,7 @@ def _write(
         write_whole(noted, digest_of(write_whole(target, scores.to_parquet)))
     target = Path(folder) / config_name
     record["chosen_sha256"] = digest_of(write_whole(target / CHOSEN, chosen.to_parquet))
+    record = json.loads(json.dumps(record, default=plain))
     record["sha256"] = _seal(record)
     # last, and with the digests of the other two: a write that was cut off is noticed
     write_whole(target / RECORD, json.dumps(record, indent=2, ensure_ascii=False))

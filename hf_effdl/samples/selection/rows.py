@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_effdl.files import digest
 from hf_effdl.samples.drawing.plan import Plan
-from hf_effdl.samples.probes.inputs import NOT_INPUTS, check_dataset, label_values
+from hf_effdl.samples.probes.inputs import NOT_INPUTS, check_dataset, label_names, label_values
 from hf_effdl.samples.probes.row_marks import row_marks
 from hf_effdl.samples.probes.scoring import SCORES
 
@@ -73,6 +73,8 @@ class SelectedRows:
         Raises:
             ValueError: if this is not the data set that was selected from.
         """
+        check_dataset(data)
+        self._check_names(data)
         if self.info.get("id_column") is not None:
             return self._found_by_id(data, rows)
         if (marked := self.row_marks()) is not None:
@@ -84,6 +86,15 @@ class SelectedRows:
                 stacklevel=3,
             )
         return self._found_by_place(data, rows)
+
+    def _check_names(self, data: Dataset) -> None:
+        names = label_names(data, self.info.get("label_column"))
+        if names and self.names and list(names) != list(self.names) and sorted(names) == sorted(self.names):
+            raise ValueError(
+                f"the classes of column {self.info['label_column']!r} are in another order, {names[:4]} ..., than "
+                f"those that the selection was made from, {list(self.names)[:4]} ..., so its labels mean others; "
+                "align_labels_with_mapping them"
+            )
 
     def row_marks(self) -> tuple[Tensor, list[str]] | None:
         """The marks of all rows of the pool and the columns that they are made of; None where they are not known."""

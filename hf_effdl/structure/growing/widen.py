@@ -1,5 +1,6 @@
 """Putting units in: the same class with larger tensors, computing what it computed before."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -134,7 +135,8 @@ def widen_groups(
     if isinstance(model, PreTrainedModel):
         ties = config_ties(model, groups)
         _forget_sizes(big.config)
-        set_config(big, ties, {group.name: group.units + add.get(group.name, 0) for group in groups})
+        more = {group.name: units for group, units in growth}
+        set_config(big, ties, {group.name: group.units + more.get(group.name, 0) for group in groups})
     return big
 
 
@@ -164,7 +166,7 @@ def _check(
     if unknown := [name for name in add if name not in _names(groups)]:
         raise ValueError(f"add names group {unknown[0]!r}, which is not among {_names(groups)}")
     check_same_network(groups, model)
-    growth = [(group, add[group.name]) for group in groups if group.name in add]
+    growth = [(group, operator.index(add[group.name])) for group in groups if group.name in add]
     shared, tensors = shared_names(model), _tensors(model)
     for group, more in growth:
         _check_group(group, more, shared, tensors)
@@ -183,7 +185,7 @@ def _check_types(model: Any, groups: Any, add: Any, seed: Any) -> None:
     if not isinstance(add, Mapping):
         raise TypeError(f"add={add!r}: it must give new units by group name, as {{group.name: 8}}")
     for name, value in {"seed": seed, **{f"add[{name!r}]": value for name, value in add.items()}}.items():
-        if type(value) is not int:
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise TypeError(f"{name}={value!r}: it must be a whole number")
 
 

@@ -51,9 +51,12 @@ def check_group(group: dict[str, Any]) -> None:
         if group[key] not in choices:
             raise ValueError(f"{key}={group[key]!r} in group {name!r}: it must be one of {choices}")
     check_numbers(group, POSITIVE)
-    for key in (*POSITIVE[1:], "weight_decay", "eps", "momentum"):  # torch's schedulers know a tensor as lr
-        if not isinstance(group[key], (int, float)):
+    # of Python, which alone is read back from a checkpoint; NumPy's float64 is a float as well
+    for key in (*POSITIVE, "weight_decay", "eps", "momentum", "rise"):
+        is_tensor = key == "lr" and isinstance(group[key], Tensor)  # torch's schedulers know one
+        if type(group[key]) not in (int, float, type(None)) and not is_tensor:
             group[key] = real_number(key, group[key])
+    group["betas"] = tuple(real_number("betas", beta) for beta in group["betas"])
     if group["decoupled_weight_decay"] is None:
         group["decoupled_weight_decay"] = group["base"] == "adamw"
     _check_types(group, name)
@@ -171,6 +174,9 @@ def _check_units(group: dict[str, Any], name: str) -> None:
     for scale in group["scale"]:
         if not 0 < float(scale) < float("inf"):
             raise ValueError(f"scale={scale} of group {name!r} must be a positive finite number")
+    group["scale"] = [float(scale) for scale in group["scale"]]
+    for key in ("axis", "block"):
+        group[key] = [operator.index(value) for value in group[key]]
     parts = list(zip(group["params"], group["axis"], group["block"], strict=True))
     units = {_units_along(p, axis, block, name) for p, axis, block in parts}
     group["axis"] = [axis % p.ndim for p, axis, _ in parts]

@@ -174,7 +174,7 @@ def _wanted(
         raise ValueError(f"keep names group {unknown[0]!r}, which is not among {list(units)}")
     chosen, sizes = {}, {}
     for name, value in keep.items():
-        if isinstance(value, float):
+        if isinstance(value, float | np.floating):
             _, share = one_budget(**{f"keep[{name!r}]": value})
             count = math.ceil(share * units[name] - 1e-9)
         else:

@@ -12,6 +12,7 @@ from urllib.request import Request, urlopen
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from PIL import Image
@@ -20,6 +21,7 @@ from torch import Tensor
 from hf_effdl.files import digest
 from hf_effdl.vicl.remote_code.images import BICUBIC, pixels, to_rgb
 from hf_effdl.vicl.remote_code.masks import Reading
+from hf_effdl.vicl.remote_code.pool_rows import name_of
 from hf_effdl.vicl.remote_code.visual_tasks import task_of
 
 
@@ -27,7 +29,7 @@ from hf_effdl.vicl.remote_code.visual_tasks import task_of
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 SHOWN = 5
 # of the way labels are read: raised where the same file comes to mean something else
-READING = 2
+READING = 3
 # seconds after which a file that was not finished is removed
 LITTER = 86_400
 TIMEOUT = 60  # seconds without a word from a server
@@ -152,25 +154,26 @@ def _texts(ds: Dataset, column: str) -> list[str | None]:
     feature, values = ds.features[column], ds.with_format(None)[column][:]
     if isinstance(feature, datasets.ClassLabel):
         return [None if value is None else feature.int2str(value) for value in values]
-    if wrong := next((value for value in values if value is not None and not isinstance(value, str | int)), None):
-        raise TypeError(f"column {column!r} holds {wrong!r}: pass texts, whole numbers or None")
-    return [None if value is None else str(value) for value in values]
+    return [name_of(value, f"column {column!r}") for value in values]
 
 
 def _state_of_files(ds: Dataset) -> str:
     """A digest of the size and time of every file that rows only name: what is in it is not the data set's."""
     states = hashlib.sha256()
     for name in ds.column_names:
-        # texts, or images of which some may be in the table and some behind a path
-        if not isinstance(ds.features[name], datasets.Image) and getattr(ds.features[name], "dtype", "") != "string":
-            continue
         for table in ds.with_format("arrow").select_columns([name]).iter(batch_size=1000):
-            column = table[name].combine_chunks()
-            if isinstance(ds.features[name], datasets.Image):
-                column = column.field("path").filter(column.field("bytes").is_null())
-            for path in column.to_pylist():
-                states.update(f"{path}{_state_of(path)}\n".encode())
+            for path in _paths(table[name].combine_chunks()):
+                states.update(f"{path}{_state_of(path)}\n".encode(errors="surrogatepass"))
     return states.hexdigest()
+
+
+def _paths(column: pa.Array) -> list[str | None]:
+    """What may be paths in a column: its texts, or, of files with `bytes` and `path`, those that have no bytes."""
+    kind = column.type
+    if pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:
+        column = column.field("path").filter(column.field("bytes").is_null())
+        kind = column.type
+    return column.to_pylist() if str(kind) in ("string", "large_string", "string_view") else []
 
 
 def _state_of(path: str | None) -> tuple[int, int] | None:

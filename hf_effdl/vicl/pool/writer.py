@@ -31,11 +31,7 @@ from hf_effdl.vicl.remote_code.pool_checks import check_entry
 from hf_effdl.vicl.remote_code.pool_reader import MANIFEST, Shard, content_fingerprint, row_digest
 
 
-# formats whose files go into the pool as they are; MPO is the JPEG of many phones
-KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 SHOWN = 5
-# of the way labels are read: raised where the same file comes to mean something else
-READING = 2
 # seconds after which a file that was not finished is removed
 LITTER = 86_400
 

@@ -12,7 +12,7 @@ from hf_effdl.checks import instance
 from hf_effdl.vicl.held_out import near_duplicates
 from hf_effdl.vicl.remote_code.modeling_visual_in_context import VisualInContextModel
 from hf_effdl.vicl.remote_code.pool_reader import PoolReader
-from hf_effdl.vicl.remote_code.pool_rows import rows_checked, rows_of_ids
+from hf_effdl.vicl.remote_code.pool_rows import group_numbers, groups_of, rows_checked, rows_of_ids
 from hf_effdl.vicl.remote_code.ranker_selector import pool_label_tokens
 from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
@@ -207,15 +207,11 @@ def _named(pool: PoolReader, ids: Any, rows: Any, name: str) -> Tensor:
 
 def _of_others(pool: PoolReader, candidates: Tensor, groups: Sequence[int | str | None] | None) -> Tensor:
     """`(n, K)` bool: candidates that do not belong to the same group as the image."""
-    groups = pool.groups if groups is None else list(groups)
+    groups = groups_of(pool, groups)
     if groups is None:
         return torch.ones(candidates.shape, dtype=torch.bool)
-    if len(groups) != len(pool):
-        raise ValueError(f"{len(groups)} groups for a pool of {len(pool)}: pass one for each row, None for no group")
-    number: dict[str, int] = {}
-    belongs = [-1 if one is None else number.setdefault(str(one), len(number)) for one in groups]
-    places = torch.tensor(belongs)
-    return (places[candidates.clamp(min=0)] != places[:, None]) | (places < 0)[:, None]
+    numbers, none = group_numbers(groups, len(pool)), torch.tensor([one is None for one in groups])
+    return (numbers[candidates.clamp(min=0)] != numbers[:, None]) | none[:, None]
 
 
 def _subsets(known: Tensor, k: int, count: int, generator: torch.Generator) -> Tensor:

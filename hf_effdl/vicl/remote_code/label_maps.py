@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .pipeline_inputs import ONE_OF, check_batch_size, check_each, is_image, walkable
-from .pool_rows import as_list, column_of
+from .pool_rows import as_list, column_of, name_of
 
 
 def label_maps(
@@ -37,11 +37,12 @@ def _classes(pipe: Any, classes: Sequence[str] | None) -> list[str]:
     if classes is None:
         return known
     classes = as_list(classes)
-    if not classes or len(set(map(str, classes))) < len(classes):
+    names = [name_of(one, "classes") for one in classes]
+    if not names or len(set(names)) < len(names):
         raise ValueError(f"classes={classes!r}: name one class or more, each once")
-    if missing := [one for one in classes if str(one) not in known]:
+    if missing := [one for one, name in zip(classes, names, strict=True) if name not in known]:
         raise ValueError(f"classes= holds {missing[0]!r}, of which the pool has no example; it has {known[:10]}")
-    return [str(one) for one in classes]
+    return names
 
 
 def _stream(

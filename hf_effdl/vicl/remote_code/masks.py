@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 
 ANY = "any"
@@ -26,6 +28,7 @@ STRAY, FLAT = 0.01, 0.0003
 LOSSY = ("JPEG", "MPO")
 SHOWN = 8
 GREY = 100  # values in one mask
+LARGEST = 2.0**53  # of whole numbers that floats tell apart
 NAME = 'name the object by foreground=, one value or several, or foreground="any" for every value but 0 and void'
 
 
@@ -198,6 +201,8 @@ def value_map(label: Any, image: Any) -> np.ndarray:
     Raises:
         ValueError: for colours, transparency, fractions and negative numbers.
     """
+    if isinstance(label, Tensor):
+        label = (label.double() if label.is_floating_point() else label).detach().cpu()
     mask = np.asarray(label)
     if isinstance(image, Image.Image) and image.mode == "P":
         mask = _black_and_white(image, mask)
@@ -206,7 +211,7 @@ def value_map(label: Any, image: Any) -> np.ndarray:
     if mask.ndim != 2 or mask.dtype.kind not in "buif":
         what = f"PIL mode {image.mode}" if isinstance(image, Image.Image) else f"{mask.dtype} {mask.shape}"
         raise ValueError(f"a mask is (H, W) with one class number a pixel; got {what}")
-    if not (mask == np.round(mask)).all():
+    if mask.dtype.kind == "f" and not ((mask == np.round(mask)) & (np.abs(mask) < LARGEST)).all():
         raise ValueError("a float mask must hold whole class numbers; threshold a soft mask first")
     if mask.size and mask.min() < 0:
         raise ValueError(f"a mask has no negative values; got {mask.min()} (void pixels are 255)")
@@ -235,16 +240,22 @@ def _one_channel(mask: np.ndarray) -> np.ndarray:
     return mask[:, :, 0] if (mask == mask[:, :, :1]).all() else mask
 
 
-def is_coco(label: Any) -> bool:
-    """Whether a mask is given as polygons `[[x, y, x, y, ...], ...]` or as runs `{"counts", "size"}`."""
+def is_coco(label: Any, size: tuple[int, int]) -> bool:
+    """Whether a mask is given as polygons `[[x, y, x, y, ...], ...]` or as runs `{"counts", "size"}`.
+
+    Lists of the image's size `(H, W)` are its pixels, as a column of arrays gives them.
+    """
     if isinstance(label, dict):
         return "counts" in label
     several = isinstance(label, list | tuple) and len(label) > 0
-    return several and all(isinstance(part, list | tuple) and _is_polygon(part) for part in label)
+    if not several or not all(isinstance(part, list | tuple | np.ndarray) and _is_polygon(part) for part in label):
+        return False
+    return len(label) != size[0] or any(len(part) != size[1] for part in label)
 
 
 def _is_polygon(points: Sequence[Any]) -> bool:
-    return len(points) >= 6 and not len(points) % 2 and all(isinstance(value, int | float) for value in points)
+    whole = len(points) >= 6 and not len(points) % 2
+    return whole and all(isinstance(value, Real) and not isinstance(value, bool) for value in points)
 
 
 def coco_mask(label: Any, size: tuple[int, int]) -> np.ndarray:
@@ -264,14 +275,31 @@ def coco_mask(label: Any, size: tuple[int, int]) -> np.ndarray:
     if isinstance(label, dict):
         return _of_runs(label, size)
     mask = np.zeros(size, dtype=bool)
-    for points in label:
-        mask |= _filled(np.asarray(points, dtype=np.float64).reshape(-1, 2), size)
+    for points in _points(label):
+        mask |= _filled(points, size)
     return mask
+
+
+def _points(label: Sequence[Sequence[Real]]) -> list[np.ndarray]:
+    """Of every polygon its points `(n, 2)`."""
+    try:
+        parts = [np.asarray(points, dtype=np.float64).reshape(-1, 2) for points in label]
+    except OverflowError:
+        parts = [np.array([[np.inf, np.inf]])]
+    values = np.concatenate(parts)
+    if not (np.abs(values) < LARGEST).all():
+        raise ValueError("a polygon of the mask holds NaN, infinite or huge values")
+    if values.min() >= 0 and values.max() <= 1 and (len(parts) > 1 or (values % 1).any()):
+        raise ValueError(
+            "the polygons of the mask hold nothing above 1, and their coordinates are pixels: multiply shares by the "
+            "image's width and height; a mask that is given as lists must be of its image's size (H, W)"
+        )
+    return parts
 
 
 def _of_runs(label: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
     shape, counts = label.get("size"), label["counts"]
-    if shape is None or list(shape) != list(size):
+    if np.shape(shape) != (2,) or list(shape) != list(size):
         raise ValueError(f"the runs are of a mask of size {shape} and its image is {list(size)} (height, width)")
     if isinstance(counts, str | bytes):
         counts = _unpacked(counts.encode() if isinstance(counts, str) else counts)
@@ -305,8 +333,6 @@ def _unpacked(text: bytes) -> list[int]:
 
 def _filled(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Pixels whose centres are inside a polygon: crossed by its outline an odd number of times, to the left."""
-    if not np.isfinite(points).all():
-        raise ValueError("a polygon of the mask holds NaN or infinite values")
     height, width = size
     toggles = np.zeros((height, width + 1), dtype=bool)
     for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):

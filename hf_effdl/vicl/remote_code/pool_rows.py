@@ -103,13 +103,33 @@ def classes_of(pool: PoolReader, classes: Sequence[Any] | None) -> list[str | No
     return None if classes is None or set(classes) == {None} else classes
 
 
+def name_of(value: Any, argument: str) -> str | None:
+    """What a row belongs to or shows, as the text that a pool keeps of it; None for nothing, as for a table's NaN.
+
+    A number that came as a float or a tensor would be another text, and so another group, than the same whole number.
+
+    Args:
+        value: a text, or a whole number of Python, NumPy or torch.
+        argument: that holds it, for errors.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    one = value.item() if getattr(value, "shape", None) == () else value
+    if one is None or (isinstance(one, float) and one != one):
+        return None
+    if not isinstance(one, str | Integral):
+        raise TypeError(f"{argument} holds {value!r}: pass texts, whole numbers or None")
+    return str(one)
+
+
 def _one_each(pool: PoolReader, values: Sequence[Any], name: str) -> list[str | None]:
+    several = "classes" if name == "class" else f"{name}s"
     if len(values := list(values)) != len(pool):
-        several = "classes" if name == "class" else f"{name}s"
         raise ValueError(
             f"{len(values)} {several} for a pool of {len(pool)}: pass one for each row, None for no {name}"
         )
-    return [None if one is None else str(one) for one in values]
+    return [name_of(one, several) for one in values]
 
 
 def group_numbers(groups: Sequence[str | None] | None, count: int) -> Tensor:
@@ -121,10 +141,8 @@ def group_numbers(groups: Sequence[str | None] | None, count: int) -> Tensor:
 
 def of_other_groups(pool: PoolReader, groups: Sequence[Any], why: str = "groups= is given") -> Tensor:
     """`(B, n)` bool: rows that do not belong to the same group as each query; a query of None belongs to none."""
-    kept = column_of(pool, "group", why)
-    return torch.from_numpy(
-        np.stack([np.ones(len(kept), bool) if one is None else kept != str(one) for one in groups])
-    )
+    kept, names = column_of(pool, "group", why), [name_of(one, "groups") for one in groups]
+    return torch.from_numpy(np.stack([np.ones(len(kept), bool) if name is None else kept != name for name in names]))
 
 
 def fellows(rows: Tensor, groups: Sequence[Any] | None, classes: Sequence[Any] | None) -> Tensor | None:
@@ -167,16 +185,16 @@ def allowed_rows(
     if classes is not None:
         kept = column_of(pool, "class", "classes= is given")
         for i, one in enumerate(classes):
-            if one is not None:
-                allowed[i] &= torch.from_numpy((kept == str(one)).astype(bool))
+            if (name := name_of(one, "classes")) is not None:
+                allowed[i] &= torch.from_numpy((kept == name).astype(bool))
     if where is not None and not (isinstance(where, dict) and where.keys() <= COLUMNS.keys()):
         raise ValueError(
             f"candidates_where={where!r}: pass a dict of {' or '.join(map(repr, COLUMNS))} and what it is to be"
         )
     for name, wanted in (where or {}).items():
         kept = column_of(pool, name, "candidates_where= is given")
-        several = [str(one) for one in as_list(wanted) if one is not None]
-        allowed &= torch.from_numpy(np.isin(kept.astype(str), several) & (kept != None))  # noqa: E711
+        names = {name_of(one, f"candidates_where[{name!r}]") for one in as_list(wanted)} - {None}
+        allowed &= torch.from_numpy(np.isin(kept.astype(str), list(names)) & (kept != None))  # noqa: E711
     if len(nothing := (~allowed.any(1)).nonzero()[:, 0]):
         raise ValueError(
             f"image {int(nothing[0])} of the batch may be shown no example of the pool: exclude=, groups=, classes= "

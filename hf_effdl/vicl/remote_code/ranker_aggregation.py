@@ -1,6 +1,7 @@
 """From many short rankings to one global ranking: least squares on the graph of comparisons, or win rates."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -79,13 +80,14 @@ def comparison_counts(lists: Tensor | Sequence[Sequence[int]], num_items: int) -
                 [0., 0., 0.]], dtype=torch.float64)
     """
     lists = _padded(lists)
-    if isinstance(num_items, bool) or not isinstance(num_items, int) or not 2 <= num_items <= MOST_ITEMS:
+    if isinstance(num_items, bool) or not isinstance(num_items, Integral) or not 2 <= num_items <= MOST_ITEMS:
         raise ValueError(f"num_items={num_items!r}: pass the number of items, at least 2 and at most {MOST_ITEMS:,}")
     batched = lists.dim() == 3
     if not batched:
         lists = lists[None]
     _check_lists(lists, num_items)
     batch, _, k = lists.shape
+    num_items = int(num_items)
     counts = torch.zeros(batch, num_items**2, dtype=torch.float64, device=lists.device)
     # all pairs of places at once would be k / 2 times the memory
     for apart in range(1, k):

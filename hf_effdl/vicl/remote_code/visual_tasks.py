@@ -95,6 +95,21 @@ def _rescaled(box: Sequence[float], old: Size, new: Size) -> list[int]:
     return [int(value) for value in (*low, *high)]
 
 
+def _four_numbers(box: Sequence[float]) -> tuple[float, ...]:
+    try:
+        values = tuple(float(value) for value in box) if np.shape(box) == (4,) else ()
+    except (TypeError, ValueError, OverflowError):
+        values = ()
+    if not values:
+        raise ValueError(f"a box is four numbers [x0, y0, x1, y1], or None; got {box!r}")
+    if max(values) <= 1 and any(value % 1 for value in values):
+        raise ValueError(
+            f"the box {box!r} holds nothing above 1, and boxes are in pixels: multiply shares by the image's width "
+            "and height"
+        )
+    return values
+
+
 def _is_drawn(mask: np.ndarray) -> bool:
     """Whether a mask looks black and white: of nothing but 0 and 255, as much of it as an object has."""
     return bool(((mask == 0) | (mask == 255)).all() and (mask == 255).mean() > VOID_AT_MOST)
@@ -185,7 +200,7 @@ class Segmentation(_Task):
     def read(self, label: Any, image: Any) -> Reading:
         """The mask, and what its values were taken for; arguments and errors are those of `label`."""
         size = to_rgb(image).size
-        if is_coco(label):
+        if is_coco(label, size[::-1]):
             return Reading(coco_mask(label, size[::-1]), "outlines or runs of COCO")
         file = opened(label)
         mask = value_map(file, file)
@@ -238,7 +253,7 @@ class Detection(_Task):
         """A box, as it was given, as `[x0, y0, x1, y1]`."""
         if self.boxes == "xyxy" or box is None or np.shape(box) != (4,):
             return box
-        x, y, width, height = box
+        x, y, width, height = np.asarray(box).tolist()  # Python's numbers: sums of bytes would start again at 256
         return [x, y, x + width, y + height]
 
     def label(self, label: Sequence[float] | None, image: Any) -> Image.Image:
@@ -255,9 +270,7 @@ class Detection(_Task):
         canvas = np.zeros(new, dtype=np.uint8)
         if box is None:
             return canvas
-        if np.shape(box) != (4,):
-            raise ValueError(f"a box is four numbers [x0, y0, x1, y1], or None; got {box!r}")
-        x0, y0, x1, y1 = (float(value) for value in box)
+        x0, y0, x1, y1 = _four_numbers(box)
         if not (-0.5 <= x0 < x1 <= old[1] + 0.5 and -0.5 <= y0 < y1 <= old[0] + 0.5):
             raise ValueError(
                 f"box [{x0:g}, {y0:g}, {x1:g}, {y1:g}] is not 0 <= x0 < x1 <= {old[1]} and "
