@@ -6,10 +6,12 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel
 
 from hf_effdl import find_groups, slim
 from hf_effdl.structure.calibration.compensate import Wish, compensate, free_wishes
+from hf_effdl.structure.calibration.judge import LIKELIEST, Divergence
+from hf_effdl.structure.calibration.replay import Replay
 from hf_effdl.structure.calibration.widths import STEPS, Loss, divide
 
 
@@ -88,6 +90,44 @@ def test_an_error_that_does_not_grow_counts_as_growing_in_step():
     assert [measured.at(count) for count in (20, 40)] == pytest.approx([0.5, 2.0])
 
 
+# ---- what is measured
+
+
+def said_by(model, batches):
+    return torch.cat([model(**batch).logits[batch["attention_mask"].bool()].log_softmax(-1) for batch in batches])
+
+
+@pytest.mark.parametrize("classes", [7, 300])
+def test_the_divergence_is_that_of_the_probabilities_at_places_that_are_no_padding(classes):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=50, num_labels=classes, initializer_range=1.0, **sizes)
+    model, other = (BertForTokenClassification(config).eval() for _ in range(2))
+    other.load_state_dict({k: v + 0.02 * torch.randn_like(v) for k, v in model.state_dict().items()})
+    batches = [{"input_ids": ids, "attention_mask": (ids > 4).long()} for ids in torch.randint(0, 50, (6, 8)).split(2)]
+    divergence = Divergence.of(Replay(model), dict(enumerate(batches)))
+    with torch.no_grad():
+        before, now = said_by(model, batches), said_by(other, batches)
+    full = float((before.exp() * (before - now)).sum(1).mean())
+    found = divergence.error(Replay(other))
+    assert divergence.error(Replay(model)) == pytest.approx(0, abs=1e-6)
+    if classes <= LIKELIEST:
+        assert found == pytest.approx(full, rel=1e-3)
+    else:  # classes taken together tell less apart
+        assert 0.5 * full < found < full
+
+
+def test_answers_that_are_no_probabilities_have_no_divergence():
+    torch.manual_seed(0)
+    batch = {"input_ids": torch.randint(0, 50, (2, 8))}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=50, num_labels=3, problem_type="regression", **sizes)
+    for model in (BertForSequenceClassification(config), BertModel(config)):
+        assert Divergence.of(Replay(model.eval()), {0: batch}) is None
+    config.problem_type = None
+    assert Divergence.of(Replay(BertForSequenceClassification(config).eval()), {0: batch}) is not None
+
+
 # ---- on a model
 
 
@@ -132,7 +172,13 @@ def test_groups_whose_units_were_named_keep_these():
 def test_a_transformer_of_free_widths_saves_loads_and_costs_no_more(tmp_path):
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, vocab_size=50, num_labels=3
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vocab_size=50,
+        num_labels=3,
+        initializer_range=0.5,  # else the classes hardly say anything
     )
     model = BertForSequenceClassification(config).eval()
     batches = [{"input_ids": ids} for ids in torch.randint(0, 50, (40, 8)).split(8)]

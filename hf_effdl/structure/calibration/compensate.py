@@ -16,7 +16,7 @@ from hf_effdl.processes import is_first, same_fate
 from hf_effdl.structure.calibration.batches import Calibration, answer, first_rows, split_rows
 from hf_effdl.structure.calibration.grams import Ensemble, Gram, Pair, answer_sizes, geometric_mean
 from hf_effdl.structure.calibration.joints import joints_of
-from hf_effdl.structure.calibration.judge import Judge
+from hf_effdl.structure.calibration.judge import Divergence, Judge
 from hf_effdl.structure.calibration.readers import Readers, Weights
 from hf_effdl.structure.calibration.replay import replay_of
 from hf_effdl.structure.calibration.scores import activation, check_finite, fisher, obs
@@ -184,9 +184,10 @@ def free_wishes(
 ) -> dict[str, Wish]:
     """The same budget divided otherwise: a group loses the more, the less the model's outputs miss.
 
-    Each group is cut alone, to its wish, with its readers refitted, and the error of the model's outputs on the rows
-    held out is measured. How it grows is taken from the error of the readers when twice as much goes (at most
-    `FURTHEST`); no group loses more than that. See `divide` for the rest.
+    Each group is cut alone, to its wish, with its readers refitted, and it is measured on rows held out how far the
+    model's outputs have moved: their probabilities (`Divergence`) where it gives any, else all of them (`Judge`). How
+    that grows is taken from the error of the readers when twice as much goes (at most `FURTHEST`); no group loses more
+    than that. See `divide` for the rest.
 
     Args:
         model, groups, batches, score, ridge, intercept: see `compensate`.
@@ -200,6 +201,7 @@ def free_wishes(
     with evaluating(model):
         walk = _Walk.of(model, deepcopy(model).eval(), cut, split_rows(batches, model))
         walk.ridge, walk.intercept = ridge, intercept
+        walk.judge = Divergence.of(walk.ensemble.whole, walk.judge.batches) or walk.judge
         losses = walk.losses() if score == "fisher" else {}
         found = {}
         for group in transformers_logging.tqdm(walk.groups, desc="measuring", unit=" groups", disable=not is_first()):
@@ -233,7 +235,7 @@ class _Walk:
     calls: Mapping[str, int]
     groups: Sequence[Group]
     rows: Calibration
-    judge: Judge
+    judge: Judge | Divergence
     ridge: float | None = None
     intercept: bool = False
 
