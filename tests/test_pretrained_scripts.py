@@ -1,6 +1,7 @@
 """What scripts make of pretrained models: a smaller checkpoint of any of them, and the benchmarks' arithmetic."""
 
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -58,6 +59,21 @@ def test_a_smaller_checkpoint_is_stock_and_nearer_to_the_model_than_without_refi
     told = small.config.effdl_report
     assert told["calibration"]["rows"] + told["calibration"]["held_out"] == 60
     assert told["calibration"]["error"] < told["calibration"]["error_without"] and told["macs"]["ratio"] < 1
+
+
+def test_free_widths_save_as_much_as_equal_ones_and_go_by_rows(script, inputs, capsys, tmp_path):
+    copytree(inputs / "bert", tmp_path / "bert")
+    model = small_bert()
+    model.encoder.layer[0].output.dense.weight.data *= 0.1
+    model.save_pretrained(tmp_path / "bert")
+    more = ["--model_name_or_path", str(tmp_path / "bert"), "--widths", "free", "--output_dir", str(tmp_path / "free")]
+    script.main(arguments(inputs, "--keep", "0.75", *more))
+    assert "loading it needs `import hf_effdl`" in capsys.readouterr().out
+    small = BertModel.from_pretrained(tmp_path / "free")
+    first, second = (layer.intermediate.dense.out_features for layer in small.encoder.layer)
+    assert first + second == 2 * 24 and first < second
+    with pytest.raises(ValueError, match="set --calibration"):
+        script.main(more)
 
 
 def test_a_checkpoint_is_saved_whole_or_the_earlier_one_stays(script, inputs, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Arms of the benchmarks on pretrained models: which units stay, and whether the layers behind are refitted."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from rows import mean_and_error
 from torch import Tensor, nn
 
-from hf_effdl.structure.calibration.compensate import Wish, compensate
+from hf_effdl.structure.calibration.compensate import Wish, compensate, free_wishes
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.slim.slim import cut_copy
 
@@ -58,17 +58,21 @@ def smaller(
     groups: Sequence[Group],
     share: float,
     score: str | Mapping[str, Tensor],
-    batches: Iterable[Any],
+    batches: Sequence[Any],
     seed: int = 0,
     ridge: float | None = None,
     others: Sequence[Group] = (),
+    widths: str = "stock",
 ) -> Iterator[Smaller]:
     """The model without and with refits, of one score (a name, or numbers by group) and share; as `slim` does it.
 
-    The layers behind `others`, which stay whole, make up for what was lost before them.
+    The layers behind `others`, which stay whole, make up for what was lost before them. With `widths="free"` a named
+    score also says what stays of each group, at the same multiply-accumulates.
     """
     asked = wishes(groups, share, score, seed)
     named = "magnitude" if score == "random" or isinstance(score, Mapping) else score
+    if widths == "free":
+        asked = free_wishes(model, groups, asked, batches, score=named, ridge=ridge)
     done = compensate(model, [*groups, *others], asked, batches, score=named, ridge=ridge)
     yield Smaller(cut_copy(model, groups, done.kept), False, {"held-out error": done.report["error_without"]})
     yield Smaller(cut_copy(done.model, groups, done.kept), True, facts(done.report))

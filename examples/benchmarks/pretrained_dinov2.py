@@ -16,7 +16,8 @@
 DINOv2-small on photos of pets (Oxford-IIIT Pet, three breeds, at 224 x 224). Every layer keeps the same number of its
 1536 FFN neurons. A permutation of the photos gives calibration and test photos, other ones. Units stay by chance,
 norm, activation or OBS (Fisher's score needs a loss, and there is none); the same units stand once with the next
-layers as they are and once with them refitted by least squares (`slim(..., calibration=)`). Measured on the test
+layers as they are and once with them refitted by least squares (`slim(..., calibration=)`). With `--widths free` all
+layers together keep that number, more where the outputs miss them most. Measured on the test
 photos: the cosine of the class token's and of the patches' features to the whole encoder's, their relative error
 `|f - f'| / |f|`, the breed of the nearest other test photo by the class token, and masks by example: the encoder as
 the frozen model of visual prompts (`FeatureMatching`), shown the nearest other test photo by its mean patch, or the
@@ -27,7 +28,8 @@ best of the ten nearest.
     python examples/benchmarks/pretrained_dinov2.py --table
 
 Photos are looked for in `pets/images` under HF_EFFDL_DATA; `--encoder` (or HF_EFFDL_DINOV2) is a model id or a folder.
-Rows go to `--out` as one JSON line per (kept, arm, refit, rows, seed); rows already there are skipped.
+Rows go to `--out` as one JSON line per (kept, arm, refit, rows, seed, widths); rows already there are
+skipped.
 """
 
 import os
@@ -133,11 +135,12 @@ def by_example(model: nn.Module, found: Tensor, masks: Tensor, side: int) -> dic
 
 def run(options, seed: int, file: RowFile) -> None:
     """All rows of one seed that are missing."""
+    free = "free" if options.widths == "free" else None  # rows of equal widths do not say so
     missing = [
         (share, score)
         for share in options.kept
         for score in options.arms
-        if any((share, score, refit, options.rows, seed) not in file for refit in REFITS)
+        if any((share, score, refit, options.rows, seed, free) not in file for refit in REFITS)
     ]
     if not missing:
         return
@@ -155,10 +158,13 @@ def run(options, seed: int, file: RowFile) -> None:
         file.add(key | said | {"seconds": looking} | machine(), hide=("platform",))
     for share, score in missing:
         start = time.process_time()
-        pair = list(smaller(model, groups, share, score, photos.calibration, seed, others=others))
+        pair = list(
+            smaller(model, groups, share, score, photos.calibration, seed, others=others, widths=options.widths)
+        )
         seconds = round(looking + time.process_time() - start, 1)  # finding the groups belongs to it
         for small in pair:
             row = {"kept": share, "arm": score, "refit": small.refit, "rows": options.rows, "seed": seed}
+            row |= {"widths": free} if free else {}
             if file.key_of(row) not in file:
                 small_features = features(small.model, photos.test)
                 said = measures(small_features, whole, photos.breeds)
@@ -177,12 +183,17 @@ def table(rows: list[dict]) -> None:
     print("whole encoder: breed of the nearest {} %, IoU by the nearest {}, by the best of ten {}\n".format(*texts))
     print(f"| FFN kept | calibration photos | units by | refitted | {' | '.join(MEASURES)} | seeds |")
     print("|---" * (5 + len(MEASURES)) + "|")
-    keys = [(row["kept"], row["rows"], row["arm"], row["refit"]) for row in rows if row["arm"] != "dense"]
-    for key in sorted(dict.fromkeys(keys), key=lambda key: (-key[0], key[1], ARMS.index(key[2]), key[3])):
-        mine = [row for row in rows if (row["kept"], row["rows"], row["arm"], row["refit"]) == key]
+    keys = [key_of(row) for row in rows if row["arm"] != "dense"]
+    for key in sorted(dict.fromkeys(keys), key=lambda key: (-key[0], key[1], ARMS.index(key[2]), key[3], key[4])):
+        mine = [row for row in rows if key_of(row) == key]
         texts = [cell(_values(mine, name), digits) for name, digits in MEASURES.items()]
-        told = f"{key[0]:.0%} | {key[1]} | {key[2]} | {'yes' if key[3] else 'no'}"
+        told = f"{key[0]:.0%} | {key[1]} | {key[2]}{key[4]} | {'yes' if key[3] else 'no'}"
         print(f"| {told} | {' | '.join(texts)} | {len(mine)} |")
+
+
+def key_of(row: dict) -> tuple:
+    """What the lines of the table are of; the last is how widths are chosen, where they are not equal."""
+    return row["kept"], row["rows"], row["arm"], row["refit"], ", free widths" if row.get("widths") == "free" else ""
 
 
 def _values(rows: list[dict], name: str) -> list[float]:
@@ -197,9 +208,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--rows", type=int, default=64, help="calibration photos")
     parser.add_argument("--test", type=int, default=TEST, help="test photos")
+    parser.add_argument("--widths", choices=("stock", "free"), default="stock", help="equal in all layers, or not")
     options = parser.parse_args(arguments)
+    if options.widths == "free" and "random" in options.arms:
+        parser.error("--widths free goes by a score: leave random out of --arms")
     torch.set_num_threads(options.threads)
-    file = RowFile(options.out, ("kept", "arm", "refit", "rows", "seed"))
+    file = RowFile(options.out, ("kept", "arm", "refit", "rows", "seed", "widths"))
     if options.table:
         return table(file.rows)
     for seed in options.seeds:

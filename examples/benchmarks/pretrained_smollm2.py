@@ -13,7 +13,8 @@
 """A small language model made smaller without a training step: its perplexity beside that of the whole one.
 
 SmolLM2-135M-Instruct, a Llama of 30 layers with 1536 FFN neurons and 3 key/value heads each. Every layer keeps the
-same number of neurons, or of key/value heads with the query heads that read them. Units stay by chance, norm,
+same number of neurons, or of key/value heads with the query heads that read them; with `--widths free` all layers
+together do, more where the model's outputs miss them most. Units stay by chance, norm,
 activation, Fisher's score or OBS; the same units stand once with the next layers as they are and once with them
 refitted by least squares (`slim(..., calibration=)`). The text is WikiText-2's validation file: perplexity is measured
 on `--tokens` tokens of its second half, in windows of 512, behind the first 8,192: on those and with sequences of seed
@@ -24,11 +25,12 @@ of instructions, another domain than the test's) or `wikitext` (the first half o
 
     python examples/benchmarks/pretrained_smollm2.py --model HuggingFaceTB/SmolLM2-135M-Instruct
     python examples/benchmarks/pretrained_smollm2.py --cuts heads:0.667 --arms random obs --seeds 0
+    python examples/benchmarks/pretrained_smollm2.py --cuts ffn:0.75 --arms obs --widths free --calibration wikitext
     python examples/benchmarks/pretrained_smollm2.py --table
 
 Texts are looked for in `wikitext2`, `gsm8k` and `instructions` under HF_EFFDL_DATA; `--model` or HF_EFFDL_SMOLLM2 is
-a model id or a folder. Rows go to `--out` as one JSON line per (cut, arm, refit, calibration, length, seed); rows that
-are there are skipped.
+a model id or a folder. Rows go to `--out` as one JSON line per (cut, arm, refit, calibration, length, seed, widths);
+rows that are there are skipped.
 """
 
 import json
@@ -54,7 +56,7 @@ MODEL = os.environ.get("HF_EFFDL_SMOLLM2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 CUTS = ("ffn:0.75", "ffn:0.5", "heads:0.667")
 SEQUENCES, LENGTH, BATCH, WINDOW = 256, 128, 32, 512
 LOOKED_AT = 8192  # tokens that choices were made on
-KEYS = ("cut", "arm", "refit", "calibration", "length", "seed")
+KEYS = ("cut", "arm", "refit", "calibration", "length", "seed", "widths")
 
 
 # ---- texts
@@ -154,7 +156,7 @@ def run(options: Any, file: RowFile) -> None:
     text = tokens_of(tokenizer, wikitext()[1])[LOOKED_AT:][: options.tokens]
     windows = text[: len(text) // WINDOW * WINDOW].view(-1, WINDOW)
     dense = losses(model, windows)
-    if (None, "dense", None, None, None, None) not in file:
+    if file.key_of({"arm": "dense"}) not in file:
         said = {"arm": "dense", "perplexity": math.exp(dense.mean()), "tokens": windows.numel()}
         said["precision"] = options.precision
         file.add(said | machine(), hide=("platform",))
@@ -164,12 +166,13 @@ def run(options: Any, file: RowFile) -> None:
     for seed in options.seeds:
         for cut, arm in ((cut, arm) for arm in options.arms for cut in options.cuts):
             key = {"cut": cut, "arm": arm, "calibration": options.calibration, "length": options.length, "seed": seed}
+            key |= {"widths": "free"} if options.widths == "free" else {}  # rows of equal widths do not say so
             if any(file.key_of(key | {"refit": refit}) not in file for refit in REFITS):
                 some, share = members(groups, model, cut)
                 batches = calibration(tokenizer, options.calibration, options.length, seed)
                 others = [group for group in groups if group not in some]
                 start = time.process_time()
-                pair = list(smaller(model, some, share, arm, batches, seed, others=others))
+                pair = list(smaller(model, some, share, arm, batches, seed, others=others, widths=options.widths))
                 seconds = round(looking + time.process_time() - start, 1)
                 for small in pair:
                     found = compared(small.model, windows, dense) | small.facts | {"seconds": seconds}
@@ -192,7 +195,7 @@ def table(rows: list[dict]) -> None:
     print("| kept | units by | 256 sequences of | as they are | refitted | ratio to the whole | seconds | seeds |")
     print("|---" * 8 + "|")
     fitted_rows = [row for row in rows if "length" in row]
-    keys = [(row["cut"], row["arm"], f"{row['calibration']}, {row['length']} tokens") for row in fitted_rows]
+    keys = [(row["cut"], row["arm"], source_of(row)) for row in fitted_rows]
     for cut, arm, source in sorted(dict.fromkeys(keys), key=lambda key: (order(key[0]), SCORES.index(key[1]), key[2])):
         mine = [row for row, key in zip(fitted_rows, keys, strict=True) if key == (cut, arm, source)]
         plain, fitted = ([row for row in mine if row["refit"] is refit] for refit in REFITS)
@@ -204,6 +207,11 @@ def table(rows: list[dict]) -> None:
     for row in rows:
         if row["arm"] == "speed":
             print(f"| {row['cut']} | {' | '.join(f'{row[name]:.3g}' for name in names)} |")
+
+
+def source_of(row: dict) -> str:
+    """What calibrates, and how widths are chosen where they are not equal."""
+    return f"{row['calibration']}, {row['length']} tokens" + (", free widths" if row.get("widths") == "free" else "")
 
 
 def order(cut: str) -> tuple[str, float]:
@@ -219,9 +227,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=SCORES, default=SCORES)
     parser.add_argument("--calibration", choices=("instructions", "wikitext"), default="instructions")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a sequence that calibrates")
+    parser.add_argument("--widths", choices=("stock", "free"), default="stock", help="equal in all layers, or not")
     parser.add_argument("--precision", choices=("highest", "medium"), default="highest", help="medium: bf16 products")
     parser.add_argument("--tokens", type=int, default=16384, help="how many perplexity is measured on")
     options = parser.parse_args(arguments)
+    if options.widths == "free" and "random" in options.arms:
+        parser.error("--widths free goes by a score: leave random out of --arms")
     torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision(options.precision)
     file = RowFile(options.out, KEYS)

@@ -10,9 +10,10 @@
 Every layer keeps `--keep` of its FFN neurons, and with `--calibration` the layer behind is refitted on the rows so
 that it does without the others; so are the layers behind the heads, to make up for what is lost before them. Rows come
 from a text file with a row per line, a folder of images, a folder from `save_to_disk`, or an id on the Hub; a fifth of
-them is held out. What is printed and stands in the checkpoint's config as `effdl_report` are parameters,
-multiply-accumulates and latency of one row, and the relative squared error of the outputs on those. A folder with a
-path (`sparse_path.safetensors`) says itself which units stay, under a budget of any kind.
+them is held out. With `--widths free` more goes from layers that the outputs miss less. What is printed and stands in
+the checkpoint's config as `effdl_report` are parameters, multiply-accumulates and latency of one row, and the relative
+squared error of the outputs on those. A folder with a path (`sparse_path.safetensors`) says itself which units stay,
+under a budget of any kind.
 """
 
 from collections.abc import Sequence

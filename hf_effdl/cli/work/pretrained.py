@@ -129,7 +129,7 @@ def path_of(options: Any) -> SparsePath | None:
     """The path that the checkpoint was trained with, where it is asked for or there.
 
     Raises:
-        UsageError: for a budget or score that needs one where none is.
+        UsageError: for a budget or score that needs one where none is, or widths that need rows.
     """
     folder = Path(options.model_name_or_path)
     if (folder / PATH_FILE).is_file() and options.score in (None, "path"):
@@ -140,6 +140,8 @@ def path_of(options: Any) -> SparsePath | None:
             f"{asked} go by a path, and {options.model_name_or_path} is no folder with {PATH_FILE}, as sparsify makes "
             "one: set --keep and another --score"
         )
+    if options.widths == "free" and not options.calibration:
+        raise UsageError("--widths free asks the model on rows what it can do without: set --calibration")
     return None
 
 
@@ -165,12 +167,12 @@ def _slimmed(
     if path is not None:
         round_to = options.round_to if options.round_to > 1 else None
         keep = path.select(**options.budget(), widths=options.widths, round_to=round_to)
-        score = None
+        score, widths = None, "stock"  # the path has chosen
     else:
         keep = {group.name: float(options.keep) for group in wanted(groups, options.units)}
-        score = options.score
+        score, widths = options.score, options.widths
     more = {"calibration": calibration, "score": score, "ridge": options.ridge, "round_to": options.round_to}
-    return slim(model, groups, keep, example_inputs=example, **more)
+    return slim(model, groups, keep, example_inputs=example, widths=widths, **more)
 
 
 def _save(small: PreTrainedModel, options: Any) -> None:

@@ -16,11 +16,12 @@ from hf_effdl.processes import is_first, same_fate
 from hf_effdl.structure.calibration.batches import Calibration, answer, first_rows, split_rows
 from hf_effdl.structure.calibration.grams import Ensemble, Gram, Pair, answer_sizes, geometric_mean
 from hf_effdl.structure.calibration.joints import joints_of
-from hf_effdl.structure.calibration.judge import Judge
+from hf_effdl.structure.calibration.judge import Divergence, Judge
 from hf_effdl.structure.calibration.readers import Readers, Weights
 from hf_effdl.structure.calibration.replay import replay_of
 from hf_effdl.structure.calibration.scores import activation, check_finite, fisher, obs
 from hf_effdl.structure.calibration.taps import Joint, count_calls
+from hf_effdl.structure.calibration.widths import Loss, divide
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.inputs import evaluating
 
@@ -32,6 +33,7 @@ RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)  # in units of the mean diagonal
 SLOW = 60.0  # seconds that a calibration may take without a word
 GAIN = 1e-5  # of a relative error: less is lost in rounding
 SAFE_RIDGE = 0.1  # the least where there are fewer positions than inputs to fit on them
+FURTHEST = 0.9  # of a group's units: more never goes where sizes are free
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,50 @@ def unit_scores(
     return {group.name: found[group.name] for group in groups}
 
 
+def free_wishes(
+    model: nn.Module,
+    groups: Sequence[Group],
+    wishes: Mapping[str, Wish],
+    batches: Sequence[Any],
+    *,
+    score: str = "activation",
+    ridge: float | None = None,
+    intercept: bool = False,
+    round_to: int = 1,
+) -> dict[str, Wish]:
+    """The same budget divided otherwise: a group loses the more, the less the model's outputs miss.
+
+    Each group is cut alone, to its wish, with its readers refitted, and it is measured on rows held out how far the
+    model's outputs have moved: their probabilities (`Divergence`) where it gives any, else all of them (`Judge`). How
+    that grows is taken from the error of the readers when twice as much goes (at most `FURTHEST`); no group loses more
+    than that. See `divide` for the rest.
+
+    Args:
+        model, groups, batches, score, ridge, intercept: see `compensate`.
+        wishes: those with chosen units stay as they are. The budget is what the others save in multiply-accumulates.
+        round_to: see `divide`.
+    """
+    check_settings(score, ridge, intercept)
+    cut = [group for group in groups if group.name in wishes and _is_free(wishes[group.name], group)]
+    if not cut:
+        return dict(wishes)
+    with evaluating(model):
+        walk = _Walk.of(model, deepcopy(model).eval(), cut, split_rows(batches, model))
+        walk.ridge, walk.intercept = ridge, intercept
+        walk.judge = Divergence.of(walk.ensemble.whole, walk.judge.batches) or walk.judge
+        losses = walk.losses() if score == "fisher" else {}
+        found = {}
+        for group in transformers_logging.tqdm(walk.groups, desc="measuring", unit=" groups", disable=not is_first()):
+            walk.advance(group)
+            found[group.name] = walk.alone(group, wishes[group.name].size, score, losses)
+    budget = sum(found[group.name].cost * (group.units - wishes[group.name].size) for group in cut)
+    return dict(wishes) | {name: Wish(size) for name, size in divide(found, budget, round_to).items()}
+
+
+def _is_free(wish: Wish, group: Group) -> bool:
+    return wish.chosen is None and wish.size < group.units
+
+
 @dataclass
 class _Walk:
     """A copy of the model on its way from group to group.
@@ -189,7 +235,7 @@ class _Walk:
     calls: Mapping[str, int]
     groups: Sequence[Group]
     rows: Calibration
-    judge: Judge
+    judge: Judge | Divergence
     ridge: float | None = None
     intercept: bool = False
 
@@ -266,6 +312,21 @@ class _Walk:
         least, ridge, best = min(tries, key=lambda entry: entry[0])
         behind.write(best)
         return {"ridge": ridge, "error": without if ridge is None else least, "error_without": without}
+
+    def alone(self, group: Group, size: int, score: str, losses: Mapping[str, Tensor]) -> Loss:
+        """What it costs to cut this group and no other; the layers behind are afterwards as they were."""
+        grams, units = self.grams(group), group.units
+        gone = units - size
+        further = max(gone, min(2 * gone, int(FURTHEST * units)))
+        errors = []
+        for wish in (Wish(size), Wish(units - further)):
+            step = self.settle(group, grams, self.chosen(wish, group, grams[0], score, losses))
+            errors.append(step["error"])
+            if len(errors) == 1:
+                of_outputs = self.judge.error(self.ensemble.slim)
+        self.readers[group.name].write(self.readers[group.name].original)
+        growth = errors[1] / errors[0] if errors[0] > 0 else 1.0
+        return Loss.of(units, gone / units, further / units, (of_outputs, growth * of_outputs), max(group.macs, 1))
 
     def _ridges(self, group: Group, grams: Sequence[Gram], kept: Tensor) -> list[float]:
         columns = self.readers[group.name].kept_columns(kept)

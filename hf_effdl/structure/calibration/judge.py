@@ -1,5 +1,6 @@
 """How far a model's outputs have moved from what they were, on rows that nothing was fitted on."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from hf_effdl.structure.calibration.replay import Replay
 from hf_effdl.structure.groups.inputs import output_tensors
 
 
+LIKELIEST = 64  # classes that are looked at one by one
 WIDE = 1024  # of an axis longer than that, so many fixed places are looked at: a vocabulary would fill the memory
 
 
@@ -63,6 +65,71 @@ class Judge:
             name = type(model.model).__name__
             raise ValueError(f"{name} answers with no floating point tensor, so nothing can be judged")
         return [_positions(output, mask_of(batch)) for output in outputs if output.ndim]
+
+
+class Divergence:
+    """Remembers the probabilities that a model gives to classes or next tokens on some rows, and compares.
+
+    The error is the mean over positions of `sum_k p_k log(p_k / q_k)`, `p` of the whole model, over its `LIKELIEST`
+    classes and all others taken together. In the squared error of logits every class counts alike, and what the last
+    layers say of the likely ones is lost among the many others.
+
+    Args:
+        whole, batches: see `Judge`.
+    """
+
+    def __init__(self, whole: Replay, batches: dict[int, Any]) -> None:
+        self.batches = batches
+        self.expected: dict[int, tuple[Tensor, Tensor]] = {}
+        with same_fate():
+            for number in batches:
+                said = self._said(whole, number)
+                places = said.topk(min(LIKELIEST, said.shape[1])).indices
+                self.expected[number] = places, _with_rest(said.gather(1, places))
+
+    @classmethod
+    def of(cls, whole: Replay, batches: dict[int, Any]) -> "Divergence | None":
+        """None for a model whose answer holds no logits of classes that exclude each other."""
+        problem = getattr(getattr(whole.model, "config", None), "problem_type", None)
+        if not batches or problem in ("regression", "multi_label_classification"):
+            return None
+        number = next(iter(batches))
+        with torch.no_grad(), same_fate():
+            said = whole.run(batches[number], number)
+        logits = said.get("logits") if isinstance(said, Mapping) else None
+        fits = isinstance(logits, Tensor) and logits.ndim in (2, 3) and logits.shape[-1] > 1
+        return cls(whole, batches) if fits else None
+
+    @torch.no_grad()
+    def error(self, slim: Replay) -> float:
+        """Mean divergence of a model's probabilities from those of the whole one, over all processes."""
+        device = next(slim.model.parameters()).device
+        total = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        with same_fate():
+            for number, (places, before) in self.expected.items():
+                now = _with_rest(self._said(slim, number).gather(1, places))
+                # both sum to one, so that this is `sum p log(p / q)`, without its cancellations
+                gain = (now - before).clamp_max(80)
+                divergence = (before.exp() * (gain.expm1() - gain)).sum(1)
+                total += torch.stack([divergence.sum(), divergence.new_tensor(len(divergence))]).to(total)
+        total = summed(total)
+        error = float(total[0] / total[1])
+        return error if error == error else float("inf")  # nothing is worse than NaN
+
+    @torch.no_grad()
+    def _said(self, model: Replay, number: int) -> Tensor:
+        """Logarithms of probabilities, `(positions, classes)`; padding left out."""
+        batch = self.batches[number]
+        logits, mask = model.run(batch, number)["logits"], mask_of(batch)
+        is_text = mask is not None and logits.ndim == 3 and logits.shape[:2] == mask.shape
+        logits = logits[mask.bool()] if is_text else logits.flatten(0, -2)
+        return at_least_float32(logits).log_softmax(-1)
+
+
+def _with_rest(said: Tensor) -> Tensor:
+    """Logarithms of probabilities, and behind them that of what they leave to one."""
+    rest = (1 - said.exp().sum(1, keepdim=True)).clamp_min(1e-7)
+    return torch.cat([said, rest.log()], 1)
 
 
 def _relative_error(before: Tensor, now: Tensor, quiet: float) -> Tensor:
