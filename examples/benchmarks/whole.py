@@ -22,8 +22,8 @@ carries the mask of one example over to a new photo. A permutation of the photos
 - rows: all of the pool, or 30 % of it: chosen (`UncertaintySelector` with its defaults; eight linear probes on the
   untouched encoder's features, trained on the 100 other rows, a fifth of them wrong, too), or drawn by chance;
 - model: whole (AdamW), or 30 % of the multiply-accumulates: trained by `SplitLBITrainer` (AdamW base, dense start),
-  slimmed by activation with the layers behind refitted on the 400 photos of pool and probes, which takes no labels; not
-  trained further;
+  slimmed by activation with the layers behind refitted on the 400 photos of pool and probes, which takes no labels;
+  not trained further;
 - prompts: the example by chance, or by matching parts (`dense`), of 100 photos of the pool; 60 test photos ask.
 
 Every run sees its rows for the same number of epochs, from a head that was fitted to the untouched encoder's features
