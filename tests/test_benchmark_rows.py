@@ -44,7 +44,7 @@ TABLES = {
     "vicl_cutouts": ("cf2f963103d900fe", "| auto | 10 | 0.8964 | 77.0 ± 5.4 |"),
     "vicl_matching": ("aca2439b359ef955", "| pets | DINOv2-small | soft, several layers | "),
     "vicl_throughput": ("7a13457369217782", "SAM 2, Hiera-tiny, 10 examples: 3.52 times as fast"),
-    "whole": ("7e568acf614610de", "| chosen, 90 | 4 | smaller | "),
+    "whole": ("7e568acf614610de", "| chosen, 90 | 4 ± 1 | smaller | "),
     "vicl_pets": ("fb8683ba0231a518", "| cascade 10, weighted | 10 |"),
 }
 

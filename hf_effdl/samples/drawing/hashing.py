@@ -6,6 +6,7 @@ them there are.
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,12 +47,9 @@ def _signed(value: int) -> int:
 def hash_ids(row_ids: Tensor | Sequence[int | str]) -> Tensor:
     """Ids as int64: integers as they are, texts hashed."""
     if hasattr(row_ids, "__array__") and not isinstance(row_ids, Tensor):
-        row_ids = np.require(row_ids, requirements=["C", "W"])  # a table's column in its order, whatever its index is
-        row_ids = row_ids.tolist() if row_ids.dtype == object and row_ids.ndim == 1 else row_ids
+        row_ids = _column(row_ids)
     if len(row_ids) and isinstance(row_ids[0], str):
         return _hash_texts(row_ids)
-    if not isinstance(row_ids, Tensor) and str(getattr(row_ids, "dtype", "")) == "uint64":
-        row_ids = row_ids.view("int64")  # of NumPy; the hash takes the bits
     _refuse_truth_values(row_ids)
     try:
         ids = torch.as_tensor(row_ids)
@@ -60,6 +58,14 @@ def hash_ids(row_ids: Tensor | Sequence[int | str]) -> Tensor:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.ndim != 1:
         raise TypeError(f"row_ids are {ids.dtype} of shape {tuple(ids.shape)}; pass one integer or text a row")
     return ids.detach().cpu().long()
+
+
+def _column(row_ids: Any) -> np.ndarray | list:
+    """What NumPy makes of a column: in its order whatever its index is; whole numbers as int64, of the same bits."""
+    column = np.require(row_ids, requirements=["C", "W"])
+    if column.dtype == object and column.ndim == 1:
+        return column.tolist()
+    return column.view("int64") if column.dtype == "uint64" else column
 
 
 def _refuse_truth_values(row_ids: Tensor | Sequence[int | str]) -> None:

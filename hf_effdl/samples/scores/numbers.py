@@ -15,10 +15,7 @@ def as_numbers(values: Any, name: str = "scores") -> Tensor:
     """
     ask = "pass a tensor, an array or a list of numbers"
     try:
-        values = _array(values) if hasattr(values, "__array__") and not isinstance(values, Tensor) else values
-        numbers = torch.as_tensor(values)
-        if numbers.is_floating_point() and not hasattr(values, "dtype"):
-            numbers = torch.as_tensor(values, dtype=torch.float64)
+        numbers = _tensor(values)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"{name} are no numbers ({error}); {ask}") from error
     if numbers.is_complex():
@@ -29,6 +26,14 @@ def as_numbers(values: Any, name: str = "scores") -> Tensor:
         )
     eighth = numbers.is_floating_point() and numbers.itemsize == 1  # which hardly anything can be asked about
     return (numbers.float() if eighth else numbers).detach().cpu()
+
+
+def _tensor(values: Any) -> Tensor:
+    if hasattr(values, "__array__") and not isinstance(values, Tensor):
+        values = _array(values)
+    numbers = torch.as_tensor(values)
+    exact = numbers.is_floating_point() and not hasattr(values, "dtype")  # floats of Python have 64 bits
+    return torch.as_tensor(values, dtype=torch.float64) if exact else numbers
 
 
 def _array(values: Any) -> np.ndarray:
