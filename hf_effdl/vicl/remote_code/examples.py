@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cascade_consensus import small
-from .cascade_features import dense_matches
+from .cascade_features import byte_matches, dense_matches
+from .cell_bytes import CellBytes, quick
 from .images import pixels
 from .pool_reader import PoolReader
 from .pool_search import exact_search
@@ -87,7 +88,7 @@ class Examples:
         self.pool, self.model, self.task = pool, model, task
         self.metric, self.greater_is_better = metric, greater_is_better
         self._kept: dict[str, OrderedDict[int, Tensor]] = {
-            kind: OrderedDict() for kind in ("encoded", "labels", "small", "grids")
+            kind: OrderedDict() for kind in ("encoded", "labels", "small", "grids", "bytes")
         }
         self._bytes, self._fingerprint = 0, pool.fingerprint
 
@@ -134,12 +135,25 @@ class Examples:
         return self._gather("small", rows, lambda part: small(self._draw(part)))
 
     @torch.no_grad()
-    def matches(self, views: dict[str, Tensor], rows: Tensor) -> Tensor:
-        """`dense_matches` of queries with each of `rows (B, K)`: `(B, K, 8)`."""
+    def matches(self, views: dict[str, Tensor], rows: Tensor, exact: bool = False) -> Tensor:
+        """`dense_matches` of queries with each of `rows (B, K)`: `(B, K, 8)`.
+
+        Where that is quicker, cosines are computed from whole numbers, to about 1e-5 (`CellBytes`), which `exact`
+        leaves.
+        """
         grid = views["grid"]
         shares = F.adaptive_avg_pool2d(self.small_labels(rows).flatten(0, 1).mean(1, keepdim=True), grid.shape[1:3])
         shares = shares.flatten(1).unflatten(0, rows.shape)
-        return dense_matches(F.normalize(grid.flatten(1, 2).float(), dim=2), self.grids(rows), shares)
+        asked = F.normalize(grid.flatten(1, 2).float(), dim=2)
+        if exact or not quick(asked.shape[2], self.model.device):
+            return dense_matches(asked, self.grids(rows), shares)
+        each = zip(asked, rows, shares.to(asked.device), strict=True)
+        return torch.stack(
+            [
+                byte_matches(CellBytes.of(one), [CellBytes.unpacked(cells) for cells in self._byte_cells(some)], white)
+                for one, some, white in each
+            ]
+        )
 
     @torch.no_grad()
     def answers(self, encoded: Tensor, rows: Tensor) -> Tensor:
@@ -208,8 +222,18 @@ class Examples:
             grids = encoder(pixels(images, encoder.image_size, encoder.resample).to(self.model.device))["grid"]
         return F.normalize(grids.flatten(1, 2), dim=2)
 
-    @torch.no_grad()
+    def _byte_cells(self, rows: Tensor) -> list[Tensor]:
+        """Features of every cell as whole numbers, see `CellBytes.packed`."""
+        return self._values(
+            "bytes", rows, lambda part: torch.stack([CellBytes.of(cells).packed for cells in self._features(part)])
+        )
+
     def _gather(self, kind: str, rows: Tensor, make: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        return torch.stack(self._values(kind, rows, make)).unflatten(0, rows.shape)
+
+    @torch.no_grad()
+    def _values(self, kind: str, rows: Tensor, make: Callable[[Sequence[int]], Tensor]) -> list[Tensor]:
+        """Of each row, in their order, what is kept, or made now."""
         wanted, fingerprint = rows.flatten().tolist(), self.pool.fingerprint
         with KEEPING:
             self._forget_another_pool(fingerprint)
@@ -222,7 +246,7 @@ class Examples:
             if fingerprint == self._fingerprint:  # else another thread has seen the pool change
                 self._keep(kind, values, made)
         values |= made
-        return torch.stack([values[row] for row in wanted]).unflatten(0, rows.shape)
+        return [values[row] for row in wanted]
 
     def _keep(self, kind: str, used: Iterable[int], made: dict[int, Tensor]) -> None:
         kept = self._kept[kind]
