@@ -282,6 +282,7 @@ PRIVATE_UPSTREAM = {
     "_NormBase": "torch has no public class above all norms with running statistics",
     "_BatchNorm": "torch has no public class above all batch norms",
     "_dynamo": "torch.compile's errors have no public home",
+    "_int_mm": "torch has no public product of bytes",
     "_from_config": "transformers' public from_config wants an Auto class",
     "_is_quantized": "a stock model saved again must not name a quantisation method that it no longer needs",
     "_batch_size": "a pipeline's own batch size has no public name",

@@ -24,6 +24,8 @@ class VisualInContextConfig(PreTrainedConfig):
         performance: shape `[n, K]` of the table of measured performance in the weights; None: there is none.
         selector: the selector that the model keeps, as plain values; None: there is none.
         absence: when an object counts as absent, see `VisualInContextPipeline.calibrate_absence`; None: not learnt.
+        exact_cosines: match cells in single precision also where whole numbers, which are as good to about 1e-5, are
+            quicker (see `CellBytes`). Default: no.
     """
 
     model_type = "effdl-visual-in-context"
@@ -39,6 +41,7 @@ class VisualInContextConfig(PreTrainedConfig):
     performance: list[int] | None = None
     selector: dict[str, Any] | None = None
     absence: dict[str, Any] | None = None
+    exact_cosines: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.candidates, int) or self.candidates < 1:

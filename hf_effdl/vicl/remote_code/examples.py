@@ -135,17 +135,16 @@ class Examples:
         return self._gather("small", rows, lambda part: small(self._draw(part)))
 
     @torch.no_grad()
-    def matches(self, views: dict[str, Tensor], rows: Tensor, exact: bool = False) -> Tensor:
+    def matches(self, views: dict[str, Tensor], rows: Tensor) -> Tensor:
         """`dense_matches` of queries with each of `rows (B, K)`: `(B, K, 8)`.
 
-        Where that is quicker, cosines are computed from whole numbers, to about 1e-5 (`CellBytes`), which `exact`
-        leaves.
+        Where that is quicker, cosines are of whole numbers (`CellBytes`), unless `config.exact_cosines` says no.
         """
         grid = views["grid"]
         shares = F.adaptive_avg_pool2d(self.small_labels(rows).flatten(0, 1).mean(1, keepdim=True), grid.shape[1:3])
         shares = shares.flatten(1).unflatten(0, rows.shape)
         asked = F.normalize(grid.flatten(1, 2).float(), dim=2)
-        if exact or not quick(asked.shape[2], self.model.device):
+        if getattr(self.model.config, "exact_cosines", False) or not quick(asked.shape[2], self.model.device):
             return dense_matches(asked, self.grids(rows), shares)
         each = zip(asked, rows, shares.to(asked.device), strict=True)
         return torch.stack(
