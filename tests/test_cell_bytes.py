@@ -20,7 +20,7 @@ from hf_effdl import (
 )
 from hf_effdl.vicl.remote_code import examples as examples_module
 from hf_effdl.vicl.remote_code.cascade_features import MATCHES, byte_matches, dense_matches
-from hf_effdl.vicl.remote_code.cell_bytes import CellBytes, quick
+from hf_effdl.vicl.remote_code.cell_bytes import CellBytes
 
 
 def unit(*size: int, seed: int = 0) -> torch.Tensor:
@@ -72,20 +72,15 @@ def test_matches_are_those_of_floats(count):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_it_is_for_wide_features_on_processors():
-    assert not quick(768, torch.device("cuda")) and not quick(96, torch.device("cpu"))
-
-
 def both_ways(pipe: VisualInContextPipeline, images: list, monkeypatch) -> list[list[dict]]:
-    """Outputs with whole numbers, and with floats by the config's choice."""
-    monkeypatch.setattr(examples_module, "quick", lambda width, device: True)
+    """Outputs with whole numbers, and with floats."""
     found = []
-    for exact in (False, True):
-        pipe.model.config.exact_cosines = exact
+    for quick in (True, False):
+        pipe.model.config.quick_cosines = quick
         taken = []
         monkeypatch.setattr(examples_module, "byte_matches", lambda *given: taken.append(1) or byte_matches(*given))
         found.append(pipe(images))
-        assert bool(taken) != exact
+        assert bool(taken) == quick
     return found
 
 
@@ -99,7 +94,7 @@ def test_a_cascade_of_before_chooses_the_same_for_scenes_of_digits(monkeypatch):
     from digit_scenes import make_scenes
 
     pipe = VisualInContextPipeline(model=str(ROOT / "model_cards" / "tiny-cascade-digits"))
-    assert pipe.model.config.exact_cosines is False  # which its file does not say
+    assert pipe.model.config.quick_cosines is False  # which its file does not say
     check_same(both_ways(pipe, [scene["image"] for scene in make_scenes(24, "test", "segmentation", 5)], monkeypatch))
 
 

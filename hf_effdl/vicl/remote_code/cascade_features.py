@@ -19,7 +19,7 @@ MATCHES = (
     "worst places",
 )
 NOWHERE = -1e4  # added to a cosine that is not to count
-CELLS = 2**18  # similarities held at once
+CELLS, LAST = 2**18, 2**31  # similarities held at once; more candidates than there are
 STATISTICS = ("area", "x", "y", "x spread", "y spread", "border", "compactness", "outline", "chroma", "contrast")
 
 
@@ -49,8 +49,7 @@ def dense_matches(asked: Tensor, grids: Tensor, shares: Tensor) -> Tensor:
 
     Source: dense matching as in the strategy "dense"; its two sides by the label of the pool are ours.
     """
-    # a processor works on as many candidates at once as its cache holds similarities of
-    here = max(1, CELLS // (asked.shape[1] * grids.shape[2])) if grids.device.type == "cpu" else max(1, grids.shape[1])
+    here = at_once(asked[0], grids.shape[2]) if len(asked) else 1
 
     def of_one(asked: Tensor, cells: Tensor, shares: Tensor) -> Tensor:
         parts = zip(cells.split(here), shares.split(here), strict=True)
@@ -61,9 +60,14 @@ def dense_matches(asked: Tensor, grids: Tensor, shares: Tensor) -> Tensor:
     return torch.stack([of_one(*one) for one in zip(asked, grids, shares, strict=True)])
 
 
+def at_once(asked: Tensor, cells: int) -> int:
+    """Candidates of so many cells that are matched at once: on a processor, those of which its cache holds cosines."""
+    return max(1, CELLS // (len(asked) * cells)) if asked.device.type == "cpu" else LAST
+
+
 def byte_matches(asked: CellBytes, candidates: Sequence[CellBytes], shares: Tensor) -> Tensor:
     """The same of one query, `(K, 8)`, from features as whole numbers."""
-    here = max(1, CELLS // (len(asked.large) * shares.shape[1]))
+    here = at_once(asked.large, shares.shape[1])
     parts = []
     for start in range(0, len(candidates), here):
         similarity = torch.stack([one.cosines(asked) for one in candidates[start : start + here]])

@@ -8,7 +8,6 @@ from torch import Tensor
 
 STEPS = 127  # of the large part, and in half of one of its steps as many of the small part
 UNIT_BYTES = 4
-NARROW = 256  # features below which products of bytes save less than taking numbers apart costs
 
 
 class CellBytes(NamedTuple):
@@ -55,9 +54,3 @@ class CellBytes(NamedTuple):
         large, both = (torch._int_mm(self.large, part.T).float() for part in (other.large, other.small))
         both += torch._int_mm(self.small, other.large.T)
         return large.add_(both, alpha=1 / (2 * STEPS)).mul_(self.unit * other.unit)
-
-
-def quick(width: int, device: torch.device) -> bool:
-    """Whether this way is the quicker one: processors with AVX-512 through oneDNN multiply bytes several at a time."""
-    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return device.type == "cpu" and width >= NARROW and wide and torch.backends.mkldnn.is_available()

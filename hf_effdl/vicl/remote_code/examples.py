@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cascade_consensus import small
-from .cascade_features import byte_matches, dense_matches
-from .cell_bytes import CellBytes, quick
+from .cascade_features import at_once, byte_matches, dense_matches
+from .cell_bytes import CellBytes
 from .images import pixels
 from .pool_reader import PoolReader
 from .pool_search import exact_search
@@ -138,21 +138,28 @@ class Examples:
     def matches(self, views: dict[str, Tensor], rows: Tensor) -> Tensor:
         """`dense_matches` of queries with each of `rows (B, K)`: `(B, K, 8)`.
 
-        Where that is quicker, cosines are of whole numbers (`CellBytes`), unless `config.exact_cosines` says no.
+        Where `config.quick_cosines` says so, cosines are of whole numbers (`CellBytes`).
         """
         grid = views["grid"]
         shares = F.adaptive_avg_pool2d(self.small_labels(rows).flatten(0, 1).mean(1, keepdim=True), grid.shape[1:3])
         shares = shares.flatten(1).unflatten(0, rows.shape)
         asked = F.normalize(grid.flatten(1, 2).float(), dim=2)
-        if getattr(self.model.config, "exact_cosines", False) or not quick(asked.shape[2], self.model.device):
-            return dense_matches(asked, self.grids(rows), shares)
-        each = zip(asked, rows, shares.to(asked.device), strict=True)
-        return torch.stack(
-            [
-                byte_matches(CellBytes.of(one), [CellBytes.unpacked(cells) for cells in self._byte_cells(some)], white)
-                for one, some, white in each
-            ]
-        )
+        quick = getattr(self.model.config, "quick_cosines", False) and asked.device.type == "cpu"
+        match = self._byte_matches if quick else self._float_matches
+        return torch.stack([match(*one) for one in zip(asked, rows, shares.to(asked.device), strict=True)])
+
+    def _float_matches(self, asked: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
+        # gathered as they are matched: all at once would not fit into a processor's cache
+        here = at_once(asked, shares.shape[1])
+        parts = zip(rows.split(here), shares.split(here), strict=True)
+        return torch.cat([dense_matches(asked[None], self.grids(some)[None], white[None])[0] for some, white in parts])
+
+    def _byte_matches(self, asked: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
+        def make(part: Sequence[int]) -> Tensor:
+            return torch.stack([CellBytes.of(cells).packed for cells in self._features(part)])
+
+        cells = [CellBytes.unpacked(packed) for packed in self._values("bytes", rows, make)]
+        return byte_matches(CellBytes.of(asked), cells, shares)
 
     @torch.no_grad()
     def answers(self, encoded: Tensor, rows: Tensor) -> Tensor:
@@ -220,12 +227,6 @@ class Examples:
             encoder = self.model.encoder
             grids = encoder(pixels(images, encoder.image_size, encoder.resample).to(self.model.device))["grid"]
         return F.normalize(grids.flatten(1, 2), dim=2)
-
-    def _byte_cells(self, rows: Tensor) -> list[Tensor]:
-        """Features of every cell as whole numbers, see `CellBytes.packed`."""
-        return self._values(
-            "bytes", rows, lambda part: torch.stack([CellBytes.of(cells).packed for cells in self._features(part)])
-        )
 
     def _gather(self, kind: str, rows: Tensor, make: Callable[[Sequence[int]], Tensor]) -> Tensor:
         return torch.stack(self._values(kind, rows, make)).unflatten(0, rows.shape)
