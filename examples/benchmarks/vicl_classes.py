@@ -180,9 +180,8 @@ def print_table(rows: list[dict]) -> None:
     for arm, other in ((SHARED, EACH), (BY_CLASS, SHARED), (SHARED + ONE, EACH + ONE), (BY_CLASS + ONE, SHARED + ONE)):
         pair = [a - b for seed, of in by[arm].items() for a, b in zip(of, by[other][seed], strict=True)]
         mean, error = mean_and_error(pair)
-        print(
-            f"{arm}, ahead of {'one for each class' if other == EACH else other}: {100 * mean:+.1f} ± {100 * error:.1f} points of IoU"
-        )
+        than = "one for each class" if other == EACH else other
+        print(f"{arm}, ahead of {than}: {100 * mean:+.1f} ± {100 * error:.1f} points of IoU")
     kept = [row["absence"] for row in rows if row["arm"] == "nearest"]
     print(f"auto took {', '.join(one['auto took'] for one in kept)}")
     means = {

@@ -24,8 +24,9 @@ class VisualInContextConfig(PreTrainedConfig):
         performance: shape `[n, K]` of the table of measured performance in the weights; None: there is none.
         selector: the selector that the model keeps, as plain values; None: there is none.
         absence: when an object counts as absent, see `VisualInContextPipeline.calibrate_absence`; None: not learnt.
-        quick_cosines: match cells by whole numbers, in less time on processors that multiply bytes quickly. That is as good as
-            cosines to about 1e-5 (see `CellBytes`), which can turn a choice where two cells match one equally well. Heeded on the CPU alone. Default: single precision.
+        quick_cosines: match cells by whole numbers, in less time on processors that multiply bytes quickly. That is
+            as good as cosines to about 1e-5 (see `CellBytes`), which can turn a choice where two cells match one
+            equally well. Heeded on the CPU alone. Default: single precision.
     """
 
     model_type = "effdl-visual-in-context"
