@@ -33,7 +33,7 @@ TABLES = {
     "scoring_overhead": ("474fa450df782b8c", "| ProbeScorer, score_shards | 8,000 | "),
     "selection_digits": ("7d7049977f899d91", "| AUM, CCS (pool) |"),
     "selection_sft": ("a53a43c1a774c844", "| clean | "),
-    "selection_speed": ("1eff4e85d95950c9", "| hodge | "),
+    "selection_speed": ("ed4e17987d12e922", "| hodge | "),
     "slim_latency": ("c058d19617ff1d8e", "resnet18: medians over seeds"),
     "structure_cifar10": ("85f3bec7b5358de2", "supports no claim"),
     "structure_mnist": ("f4ce9637a47a6b60", "| path, early | "),
