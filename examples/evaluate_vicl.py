@@ -213,6 +213,7 @@ def evaluate(
         task=task,
         id_column="id",
         class_column="class",
+        group_column="photo",  # which is no example for itself, under another class either
         keep_grids={"dense", "cascade"} & set(args.strategies) != set(),
         cache_dir=out / "pools",
         batch_size=args.batch_size,
@@ -244,8 +245,7 @@ def answers(args: Arguments, pipe: VisualInContextPipeline, strategy: str, items
         options["classes"] = [item.kind for item in items]
     if strategy == "oracle":
         options["labels"] = [item.label() for item in items]
-    known = set(pipe.pool.ids)
-    options["exclude"] = [item.id if item.id in known else None for item in items]
+    options["groups"] = [item.photo for item in items]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # classes of few examples show fewer
         outputs = pipe(images, batch_size=args.batch_size, **options)

@@ -77,6 +77,11 @@ class Item:
     regions: tuple[Any, ...] = ()
     size: tuple[int, int] = (0, 0)
 
+    @property
+    def photo(self) -> str:
+        """What all items of one photo have in common, whatever class they ask for."""
+        return f"{self.image.parent.name}/{self.image.name}"
+
     def classes(self) -> np.ndarray:
         """`(H, W)` uint8: 1 where the class is, 255 where nothing counts."""
         if self.regions:
@@ -244,9 +249,9 @@ def _check(parts: Sequence[list[Item]]) -> None:
 
 
 def as_dataset(items: Sequence[Item], task: str) -> Dataset:
-    """Rows for `ExamplePool.from_dataset`: image, label, id and class."""
+    """Rows for `ExamplePool.from_dataset`: image, label, id, class and photo."""
     rows = {"image": [str(item.image) for item in items], "id": [item.id for item in items]}
-    rows["class"] = [item.kind for item in items]
+    rows |= {"class": [item.kind for item in items], "photo": [item.photo for item in items]}
     if task == "segmentation":
         rows["label"] = [{"bytes": _png(item.label()), "path": None} for item in items]
     elif task == "detection":

@@ -17,10 +17,14 @@ from hf_effdl.vicl.remote_code.cascade_features import (
     dense_matches,
     label_statistics,
     ridge,
+    ridge_by_class,
     standardised,
 )
 from hf_effdl.vicl.remote_code.cascade_head import ListHeads, train_heads
+from hf_effdl.vicl.remote_code.cascade_lists import MeasuredLists
+from hf_effdl.vicl.remote_code.cascade_precedents import CLASS
 from hf_effdl.vicl.remote_code.cascade_rows import RowModel, quarters_of
+from hf_effdl.vicl.remote_code.cascade_stages import Scorer
 from hf_effdl.vicl.remote_code.visual_tasks import find_task
 
 
@@ -278,6 +282,47 @@ def test_features_are_relative_to_the_list_in_two_units():
     again, same = standardised(features[:1], known[:1], spread)
     torch.testing.assert_close(again, found[:1])
     assert same is spread
+
+
+def test_classes_depart_from_shared_weights_as_columns_of_their_own_would():
+    features, target = torch.randn(9, 7, 3, generator=drawn()), torch.randn(9, 7, generator=drawn(1))
+    known, classes = torch.rand(9, 7, generator=drawn(2)) > 0.2, torch.randint(-1, 2, (9, 7), generator=drawn(3))
+    shared, apart = ridge_by_class(features, target, known, classes, 3, 5.0, 2.0)
+    rows, values, of = features[known].double(), target[known].double(), classes[known]
+    wide = torch.cat([rows, *(rows * (of == one)[:, None] for one in range(3))], 1)
+    penalty = torch.tensor([5.0] * 3 + [2.0] * 9).double().diag()
+    by_hand = torch.linalg.solve(wide.T @ wide + penalty, wide.T @ values).float()
+    torch.testing.assert_close(torch.cat([shared, apart.flatten()]), by_hand)
+    assert apart[2].abs().max() == 0 < apart[:2].abs().min()  # of which there is nothing
+    held = ridge_by_class(features, target, known, classes, 3, 5.0, 1e9)
+    torch.testing.assert_close(held[0], ridge(features, target, known, 5.0))
+    assert held[1].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("opposite", [True, False])
+def test_weights_are_learnt_by_class_where_classes_differ(opposite):
+    lists, size = 60, 8
+    features, classes = torch.randn(lists, size, 2, generator=drawn()), torch.arange(lists)[:, None] % 3
+    sign = torch.where(classes == 2, -1.0, 1.0) if opposite else torch.ones(lists, 1)
+    target = sign * features[..., 0] + 0.1 * torch.randn(lists, size, generator=drawn(1))
+    rows, alike, folds = torch.arange(size).expand(lists, -1), torch.zeros(lists, size), torch.arange(lists) % 5
+    measured = MeasuredLists(torch.arange(lists), rows, target, alike, folds)
+    columns = {"some": features, CLASS: classes[..., None].expand(-1, size, -1)}
+    scorer, held = Scorer.fit(columns, measured)
+    without, held_without = Scorer.fit({"some": features}, measured)
+    errors = [float((scores - measured.target).square().mean()) for scores in (held, held_without)]
+    if not opposite:
+        assert errors[0] <= errors[1]
+        return
+    assert errors[0] < 0.5 * errors[1] and scorer.apart.shape == (3, 4)
+    known = torch.ones(lists, size, dtype=torch.bool)
+    scores, other = scorer.scores(columns, known), scorer.scores(columns | {CLASS: columns[CLASS] * 0}, known)
+    assert torch.equal(scores[::3], other[::3])
+    agree = [float((part[2::3] * measured.target[2::3]).sum().sign()) for part in (scores, other)]
+    assert agree == [1.0, -1.0]
+    nobody = scorer.scores(columns | {CLASS: columns[CLASS] * 0 - 1}, known)  # has the shared ones
+    features = standardised(columns["some"], known, scorer.spread)[0]
+    torch.testing.assert_close(nobody, features @ scorer.weights)
 
 
 def test_ridge_is_least_squares_with_rows_that_hold_the_weights_down():

@@ -169,6 +169,24 @@ def test_without_training_annotations_examples_are_of_the_queries_images(coco, t
     assert rows and all(row["query"] not in row["example_ids"] and len(row["example_ids"]) == 2 for row in rows)
 
 
+@pytest.mark.parametrize("strategy", ["nearest", "random", "oracle"])
+def test_a_photo_is_no_example_for_itself_under_another_class_either(coco, tmp_path, strategy):
+    for name in ("annotations", "val2014"):
+        shutil.copytree(coco / name, tmp_path / "coco" / name)
+    (tmp_path / "coco" / "annotations" / "instances_train2014.json").unlink()
+    rows = run_coco(tmp_path / "coco", tmp_path / "out", "--folds", "0", "--strategies", strategy)
+    photos = [row["query"].split("__")[0] for row in rows]
+    assert len(rows) == 8 and len(set(photos)) == 4  # each is asked for two classes
+    assert all(photo != id.split("__")[0] for photo, row in zip(photos, rows) for id in row["example_ids"])
+
+
+def test_all_that_is_asked_of_a_photo_is_one_group_of_the_pool(coco):
+    pool = voc_folds.read("coco20i", coco, None, 0)[0]
+    photos = voc_folds.as_dataset(pool, "segmentation")["photo"]
+    assert len(set(photos)) == 4 and all(photos.count(photo) == 2 for photo in photos)
+    assert len({item.photo for item in pool + voc_folds.read("coco20i", coco, None, 0)[1]}) == 8
+
+
 def change_first(folder, **values):
     """Change the first annotation of the validation part."""
     file = folder / "annotations" / "instances_val2014.json"

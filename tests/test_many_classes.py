@@ -7,6 +7,7 @@ from answers import photos
 from scenes import make_model, make_pool, scene, tiny_encoder
 
 from hf_effdl import CascadeSelector, ExamplePool, VisualInContextPipeline, measure_examples
+from hf_effdl.vicl.remote_code import cascade_stages
 from hf_effdl.vicl.remote_code import pipeline_visual_in_context as pipeline_module
 from hf_effdl.vicl.remote_code.absence import FEATURES, fit_presence
 from hf_effdl.vicl.remote_code.label_maps import joined
@@ -65,6 +66,44 @@ def test_one_cascade_serves_all_classes_also_one_of_few_rows(tmp_path):
         for answer in pipe(photos(), classes=[name] * len(photos()), num_examples=2):
             assert {classes[pool.position(id)] for id in answer["example_ids"]} == {name}
             assert np.isfinite(answer["scores"]).all()
+
+
+@pytest.mark.filterwarnings("ignore:on the pool")
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_cascade_with_weights_by_class_survives_saving(tmp_path, monkeypatch, passes):
+    monkeypatch.setattr(cascade_stages, "OWN", (300.0, 3000.0))
+    monkeypatch.setattr(cascade_stages, "PENALTY", 1e6)  # so that what is shared predicts next to nothing
+    classes = ["rare"] * 5 + [KINDS[i % 2] for i in range(26)] + [None]
+    pool = make_pool(tmp_path, count=32, classes=classes, encoder=tiny_encoder())
+    model = make_model(encoder=pool.encoder_module)
+    measure_examples(model, pool, candidates=10, progress=False)
+    of = {
+        by_class: CascadeSelector(model, passes=passes, by_class=by_class).fit(pool, progress=False)
+        for by_class in (False, True)
+    }
+    assert of[True].classes == ["cat", "dog", "rare"] and of[True].first_apart.abs().amax(1).min() > 0
+    assert not [name for name in of[False].state_dict() if "apart" in name]
+    pipe = VisualInContextPipeline(model.set_selector(of[True]), pool=pool)
+    asked = dict(classes=["dog", "rare", "cat"], num_examples=2)
+    found = pipe(photos()[:3], **asked)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = VisualInContextPipeline(str(tmp_path / "saved"))
+    assert again.model.selector.by_class and again.model.selector.classes == of[True].classes
+    for one, other in zip(found, again(photos()[:3], **asked), strict=True):
+        assert one["example_ids"] == other["example_ids"] and one["scores"] == pytest.approx(other["scores"])
+    with torch.no_grad():
+        of[True].first_apart.neg_()
+    assert [one["scores"] for one in pipe(photos()[:3], **asked)] != [one["scores"] for one in found]
+
+
+def test_weights_by_class_need_classes_and_ridges(tmp_path):
+    pool = make_pool(tmp_path, count=12, encoder=tiny_encoder())
+    model = make_model(encoder=pool.encoder_module)
+    measure_examples(model, pool, candidates=5, progress=False)
+    with pytest.raises(ValueError, match="by_class=True, but this pool keeps no class.*class_column="):
+        CascadeSelector(model, passes=2, by_class=True).fit(pool)
+    with pytest.raises(ValueError, match="by_class=True with head='listwise': only head='ridge'"):
+        CascadeSelector(model, head="listwise", by_class=True)
 
 
 # ---- maps

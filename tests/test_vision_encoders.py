@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import transformers as t
@@ -23,12 +24,26 @@ SEGGPT |= {"merge_index": 0, "intermediate_hidden_state_indices": [0, 1]}
 DEEP = {"hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1]}
 SHORT = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 DINO2 = SIZES | {"image_size": 28, "patch_size": 14}
+FLEX = WIDE | {"num_patches": 16, "patch_size": 8}
+BOTH_FLEX = {"vision_config": FLEX, "text_config": WIDE | TEXT}
 BACKBONES = {  # model, config and its values, image_size, layer -> grid, width
     "vit": (ViTModel, ViTConfig, WIDE | SMALL, None, None, (4, 4), 16),
     "vit stretched": (ViTModel, ViTConfig, WIDE | SMALL, (48, 64), None, (6, 8), 16),
     "dinov2": (t.Dinov2Model, t.Dinov2Config, DINO2, 56, None, (4, 4), 16),
     "dinov2 registers": (t.Dinov2WithRegistersModel, t.Dinov2WithRegistersConfig, DINO2, 56, None, (4, 4), 16),
     "dinov3": (t.DINOv3ViTModel, t.DINOv3ViTConfig, WIDE | {"num_register_tokens": 4}, 64, None, (4, 4), 16),
+    "dinov3 wide": (
+        t.DINOv3ViTModel,
+        t.DINOv3ViTConfig,
+        WIDE | {"num_register_tokens": 4},
+        (64, 96),
+        None,
+        (4, 6),
+        16,
+    ),
+    "siglip2": (t.Siglip2Model, t.Siglip2Config, BOTH_FLEX, None, None, (4, 4), 16),
+    "siglip2 wide": (t.Siglip2Model, t.Siglip2Config, BOTH_FLEX, (32, 64), None, (4, 8), 16),
+    "siglip2 tower": (t.Siglip2VisionModel, t.Siglip2VisionConfig, FLEX, (48, 32), 1, (6, 4), 16),
     "clip": (t.CLIPModel, t.CLIPConfig, BOTH, None, None, (4, 4), 16),
     "siglip": (t.SiglipModel, t.SiglipConfig, BOTH, None, None, (4, 4), 16),
     "siglip tower": (t.SiglipVisionModel, t.SiglipVisionConfig, WIDE | SMALL, None, None, (4, 4), 16),
@@ -105,6 +120,65 @@ def test_the_class_token_stands_in_front_of_registers_and_patches():
     views = encoder(images)
     torch.testing.assert_close(views["tokens"][:, 0], states[:, 0])
     torch.testing.assert_close(views["grid"].flatten(1, 2), states[:, 5:])  # four registers are left out
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 96), (112, 48)])
+def test_features_of_a_dinov3_are_those_of_its_patches_taken_by_hand(size):
+    torch.manual_seed(0)
+    backbone = t.DINOv3ViTModel(t.DINOv3ViTConfig(**WIDE, num_register_tokens=4, image_size=64)).eval()
+    images, (gh, gw) = torch.rand(2, 3, *size), (size[0] // 16, size[1] // 16)
+    with torch.no_grad():
+        output = backbone((images - 0.5) / 0.5, output_hidden_states=True)
+    model = FeatureMatching(VisionEncoder(backbone, image_size=size), layers=[1, None])
+    by_hand = [states[:, 5:].unflatten(1, (gh, gw)) for states in (output.hidden_states[1], output.last_hidden_state)]
+    for found, expected in zip(model.maps(images), by_hand, strict=True):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(model.encoder(images)["tokens"][:, 0], output.last_hidden_state[:, 0])
+    cells = [torch.nn.functional.normalize(one, dim=3).flatten(1, 2) for one in by_hand]
+    cosines = sum(one[0] @ one[1].T for one in cells) / 2
+    label = (torch.rand(gh, gw) > 0.5).float()  # of a cell each, enlarged without a change in their midst
+    labels = label.repeat_interleave(16, 0).repeat_interleave(16, 1).expand(1, 1, 3, *size)
+    found = model(images[:1], images[None, 1:], labels)
+    expected = ((cosines / 0.05).softmax(1) @ label.flatten()).view(1, 1, gh, gw)
+    expected = torch.nn.functional.interpolate(expected, size, mode="bilinear")
+    torch.testing.assert_close(found, expected.expand(-1, 3, -1, -1).clamp(0, 1))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 48), (56, 16)])
+@pytest.mark.parametrize("whole", [True, False])
+def test_features_of_a_siglip2_are_those_of_its_own_processor(size, whole):
+    torch.manual_seed(0)
+    model = (
+        t.Siglip2Model(t.Siglip2Config(**BOTH_FLEX)) if whole else t.Siglip2VisionModel(t.Siglip2VisionConfig(**FLEX))
+    )
+    tower = model.vision_model if whole else model
+    encoder = VisionEncoder(model, image_size=size)
+    drawn = [Image.fromarray(torch.randint(256, (*size, 3), dtype=torch.uint8).numpy()) for _ in range(2)]
+    patches = size[0] * size[1] // 64
+    processor = t.Siglip2ImageProcessorPil(patch_size=8, max_num_patches=patches)  # which then leaves the size
+    given = processor(drawn, return_tensors="pt")
+    assert given["spatial_shapes"].tolist() == [[size[0] // 8, size[1] // 8]] * 2
+    with torch.no_grad():
+        output = tower(**given)
+    cells = torch.stack([torch.from_numpy(np.array(one)) for one in drawn]).permute(0, 3, 1, 2) / 255
+    views = encoder(cells)
+    torch.testing.assert_close(views["grid"].flatten(1, 2), output.last_hidden_state, atol=1e-5, rtol=1e-5)
+    pooled = output.pooler_output if whole else output.last_hidden_state.mean(1)
+    expected = torch.nn.functional.normalize(pooled, dim=1)
+    torch.testing.assert_close(views["vector"], expected, atol=1e-5, rtol=1e-5)
+    matching = FeatureMatching(encoder)
+    unit = torch.nn.functional.normalize(output.last_hidden_state, dim=2)
+    torch.testing.assert_close(matching.encode(cells).unflatten(1, (patches, 16)), unit, atol=1e-5, rtol=1e-5)
+
+
+def test_a_siglip2_without_a_size_takes_as_many_patches_as_it_has_positions(tmp_path):
+    t.Siglip2VisionModel(t.Siglip2VisionConfig(**FLEX)).save_pretrained(tmp_path)
+    t.Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16).save_pretrained(tmp_path)
+    encoder = VisionEncoder.from_pretrained(str(tmp_path))
+    assert encoder.image_size == (32, 32) and encoder.grid_size == (4, 4) and encoder.mean == (0.5, 0.5, 0.5)
+    with pytest.warns(UserWarning, match=r"patches of \(8, 8\) pixels do not divide"):
+        cut = VisionEncoder(encoder.backbone, image_size=(36, 44))
+    assert cut(torch.rand(1, 3, 36, 44))["grid"].shape == (1, 4, 5, 16)
 
 
 def test_a_contrastive_tower_is_asked_for_its_pooled_output():

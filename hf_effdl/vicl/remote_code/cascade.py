@@ -15,7 +15,7 @@ from .cascade_lists import MeasuredLists
 from .cascade_precedents import Precedents
 from .cascade_stages import FIRST, TURNS, FirstStage, Scorer, SecondStage, Tried, Turn, first_columns, gathered
 from .examples import Examples, Queries
-from .pool_rows import group_numbers, groups_of
+from .pool_rows import column_of, group_numbers, groups_of
 from .strategies import best
 from .visual_tasks import PICTURES, find_task
 
@@ -51,6 +51,9 @@ class CascadeSelector(nn.Module):
         head: of both stages: "ridge", or "listwise", ten small `ListwiseRanker`s each over the same features, which
             see the candidates beside each other. Slower to fit (minutes); with many labels better for one pass.
         seed: of the training of a list-wise head.
+        by_class: in a pool of many classes, let each class depart from the weights that all share, as far as that
+            predicts better on images that were not learnt from (`ridge_by_class`); a small class borrows from the
+            others. Default: all classes share them. Of the head "ridge" alone.
 
     Raises:
         ValueError: for other values; when called before `fit`, or with a pool that is not the fitted one, or was
@@ -72,13 +75,18 @@ class CascadeSelector(nn.Module):
 
     kind = "cascade"
 
-    def __init__(self, model: Any = None, *, passes: int = 10, head: str = "ridge", seed: int = 0) -> None:
+    def __init__(
+        self, model: Any = None, *, passes: int = 10, head: str = "ridge", seed: int = 0, by_class: bool = False
+    ) -> None:
         super().__init__()
         if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
             raise ValueError(f"passes={passes!r}: pass a whole number of runs of the frozen model, at least 1")
         if head not in HEADS:
             raise ValueError(f"head={head!r}: choose one of {HEADS}")
-        self.passes, self.head, self.seed = passes, head, seed
+        if by_class and head != "ridge":
+            raise ValueError(f"by_class=True with head={head!r}: only head='ridge' has weights by class")
+        self.passes, self.head, self.seed, self.by_class = passes, head, seed, bool(by_class)
+        self.classes: list[str] = []  # whose weights were learnt
         borrow(self, "model", model)  # the model keeps the selector, not the other way round
         self._known: tuple[Tensor, Precedents] | None = None
         self.pool_fingerprint: str | None = None
@@ -88,8 +96,8 @@ class CascadeSelector(nn.Module):
         self.second_heads: ListHeads | None = None
         self.make_weights(colours=False)
 
-    def make_weights(self, colours: bool) -> None:
-        """Room for what `fit` learns.
+    def make_weights(self, colours: bool, classes: int = 0) -> None:
+        """Room for what `fit` learns, with weights of `classes` classes.
 
         Spreads and weights of both stages; how far performance is from the scores of stage 1, and how much of that
         related examples share; calibration; temperatures of the consensus in each turn, and of a fusion at last.
@@ -105,6 +113,9 @@ class CascadeSelector(nn.Module):
             ("temperatures", (TURNS + 1,)),
         ):
             self.register_buffer(name, torch.zeros(size))
+        apart = {"first_apart": (classes, 2 * first), "second_apart": (TURNS, classes, 2 * second)}
+        for name, size in apart.items():  # not saved where there are none
+            self.register_buffer(name, torch.zeros(size) if classes else None)
         self.colours = colours
 
     @property
@@ -164,9 +175,14 @@ class CascadeSelector(nn.Module):
         if measured[1] is not model.measured_performance:  # there they are looked up for every prediction
             model.set_performance(*(part.cpu() for part in measured), pool.fingerprint)
         examples = examples if examples is not None else Examples(pool, model, find_task(model.config.task))
+        if self.by_class:
+            kept = column_of(pool, "class", "by_class=True")
+            self.classes = sorted({one for one in kept if one is not None})
         with torch.no_grad():
             lists = MeasuredLists.read(pool, measured, model.config.candidates, numbers)
-            precedents = Precedents.of(pool, tuple(part.cpu() for part in measured), lists, numbers)
+            precedents = Precedents.of(
+                pool, tuple(part.cpu() for part in measured), lists, numbers, self._class_numbers(pool)
+            )
             seed = self.seed if self.head == "listwise" else None
             fitted = fit(examples, lists, precedents, passes=self.passes, seed=seed, progress=progress)
         self._keep(fitted, colours=examples.task.name in PICTURES)
@@ -220,23 +236,34 @@ class CascadeSelector(nn.Module):
             measured = model.measured_candidates.cpu(), model.measured_performance.cpu()
             groups = group_numbers(pool.groups, len(pool))
             lists = MeasuredLists.read(pool, measured, model.config.candidates, groups)
-            known = self._known = model.measured_performance, Precedents.of(pool, measured, lists, groups)
+            known = self._known = (
+                model.measured_performance,
+                Precedents.of(pool, measured, lists, groups, self._class_numbers(pool)),
+            )
         return known[1]
+
+    def _class_numbers(self, pool: Any) -> Tensor | None:
+        """`(n,)` of the pool's rows, in the order of `classes`, -1 for others; None where classes do not count."""
+        if not self.classes:
+            return None
+        number = {name: at for at, name in enumerate(self.classes)}
+        return torch.tensor([number.get(one, -1) for one in pool.classes or [None] * len(pool)])
 
     def stages(self) -> tuple[FirstStage, SecondStage]:
         """Both stages, with weights as features are: on the CPU in single precision, of a model in half too."""
         weights = {name: buffer.float().cpu() for name, buffer in self.named_buffers(recurse=False)}
-        first = Scorer(weights["first_spread"], weights["first_weights"], self.first_heads)
+        first = Scorer(weights["first_spread"], weights["first_weights"], self.first_heads, weights.get("first_apart"))
+        apart = weights.get("second_apart", [None] * TURNS)
         turns = []
         for turn in range(TURNS if self.passes > 1 else 0):
             heads = self.second_heads if turn == TURNS - 1 else None
-            scorer = Scorer(weights["second_spread"][turn], weights["second_weights"][turn], heads)
+            scorer = Scorer(weights["second_spread"][turn], weights["second_weights"][turn], heads, apart[turn])
             turns.append(Turn(float(weights["temperatures"][turn]), weights["calibration"][turn], scorer))
         return FirstStage(first, weights["doubt"]), SecondStage(tuple(turns))
 
     def _keep(self, fitted: Fitted, colours: bool) -> None:
         """Put what was fitted where it is saved with a model."""
-        self.make_weights(colours)
+        self.make_weights(colours, len(self.classes))
         first = fitted.first
         for buffer, value in (
             (self.first_spread, first.scorer.spread),
@@ -248,6 +275,10 @@ class CascadeSelector(nn.Module):
         for number, turn in enumerate(fitted.turns):
             self.calibration[number] = turn.calibration
             self.second_spread[number], self.second_weights[number] = turn.scorer.spread, turn.scorer.weights
+        for number, scorer in enumerate((first.scorer, *(turn.scorer for turn in fitted.turns))):
+            if scorer.apart is not None:  # classes of which nothing was measured are the last, if any
+                room = self.first_apart if number == 0 else self.second_apart[number - 1]
+                room[: len(scorer.apart)] = scorer.apart
         self.first_heads = first.scorer.heads
         self.second_heads = fitted.turns[-1].scorer.heads if fitted.turns else None
         self.report, self.confidence = fitted.report, fitted.confidence
@@ -275,15 +306,18 @@ class CascadeSelector(nn.Module):
             "pool_fingerprint": self.pool_fingerprint,
             "report": self.report,
             "confidence": self.confidence,
+            "classes": self.classes,
         }
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "CascadeSelector":
         """A selector with room for the weights, which are then loaded."""
         made = cls(passes=settings["passes"], head=settings["head"])
-        made.make_weights(settings["colours"])
+        made.classes = settings.get("classes", [])  # as also confidence, not before 0.2
+        made.by_class = bool(made.classes)
+        made.make_weights(settings["colours"], len(made.classes))
         made.pool_fingerprint, made.report = settings["pool_fingerprint"], settings["report"]
-        made.confidence = settings.get("confidence")  # not learnt before 0.2
+        made.confidence = settings.get("confidence")
         if made.head == "listwise":
             made.first_heads = ListHeads(len(made.first_weights))
             made.second_heads = ListHeads(made.second_weights.shape[1]) if made.passes > 1 else None

@@ -41,10 +41,18 @@ class Consensus:
         grid: `(B, gh, gw, d)` features of the queries, along which answers are smoothed: a cell takes the mean of the
             cells that look like it.
         known: `(B, m)` bool; answers that exist.
+        alike: `affinities` of the grid, where they are known.
     """
 
     def __init__(
-        self, task: object, painted: Tensor, scores: Tensor, temperature: float, grid: Tensor, known: Tensor
+        self,
+        task: object,
+        painted: Tensor,
+        scores: Tensor,
+        temperature: float,
+        grid: Tensor,
+        known: Tensor,
+        alike: Tensor | None = None,
     ) -> None:
         self.task, self.colours = task, task.name in PICTURES
         # masks have one channel
@@ -59,13 +67,13 @@ class Consensus:
             "votes": self._mean(self.weights, self.rounded),
             "plain": self._mean(self.even, self.painted),
         }
-        self.grid = grid
+        self.grid, self.alike = grid, alike
 
     def maps(self) -> Tensor:
         """Every pixel in numbers, `(B, c, h, w, 17)`; of masks they are log-odds."""
         weighted, votes, plain = self.means.values()
         estimates = [weighted, votes, plain, self._mean(self.even, self.rounded), self._mean(self.sharp, self.painted)]
-        estimates += [smooth for mean in (weighted, votes) for smooth in self._smooth(mean)]
+        estimates += self._smooth(weighted, votes)
         exists = self.known[:, :, None, None, None]
         estimates += [self.painted.masked_fill(~exists, 1).amin(1), self.painted.masked_fill(~exists, 0).amax(1)]
         if not self.colours:
@@ -156,19 +164,25 @@ class Consensus:
         either = area[:, :, None] + area[:, None] - both
         return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
-    def _smooth(self, mean: Tensor) -> list[Tensor]:
-        coarse = F.adaptive_avg_pool2d(mean, self.grid.shape[1:3]).flatten(2).transpose(1, 2)
-        cells = F.normalize(self.grid.flatten(1, 2).float(), dim=2)
-        alike = cells @ cells.transpose(1, 2)
-        smoothed = []
-        for temperature in AFFINITIES:
-            smooth = ((alike / temperature).softmax(2) @ coarse).transpose(1, 2).unflatten(2, self.grid.shape[1:3])
-            smoothed.append(F.interpolate(smooth, size=mean.shape[-2:], mode="bilinear", align_corners=False))
-        return smoothed
+    def _smooth(self, *means: Tensor) -> list[Tensor]:
+        alike = affinities(self.grid) if self.alike is None else self.alike
+        sides, channels = self.grid.shape[1:3], [mean.shape[1] for mean in means]
+        coarse = F.adaptive_avg_pool2d(torch.cat(means, 1), sides).flatten(2).transpose(1, 2)
+        smooth = (alike @ coarse).transpose(2, 3).flatten(0, 1).unflatten(2, sides)
+        smooth = F.interpolate(smooth, size=means[0].shape[-2:], mode="bilinear", align_corners=False)
+        each = smooth.unflatten(0, alike.shape[:2]).split(channels, 2)
+        return [one for of_mean in each for one in of_mean]
 
     @staticmethod
     def _mean(weights: Tensor, values: Tensor) -> Tensor:
         return torch.einsum("bm,bmchw->bchw", weights, values)
+
+
+def affinities(grid: Tensor) -> Tensor:
+    """How much each cell looks like each other, softmax of cosines: `(B, gh, gw, d)` to `(2, B, G, G)`."""
+    cells = F.normalize(grid.flatten(1, 2).float(), dim=2)
+    alike = cells @ cells.transpose(1, 2)
+    return torch.stack([(alike / temperature).softmax(2) for temperature in AFFINITIES])
 
 
 def _overlap(rounded: Tensor, chance: Tensor) -> Tensor:

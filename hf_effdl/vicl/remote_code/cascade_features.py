@@ -15,7 +15,7 @@ MATCHES = (
     "worst places",
 )
 NOWHERE = -1e4  # added to a cosine that is not to count
-CELLS = 2**18  # similarities held at once
+CELLS, LAST = 2**18, 2**31  # similarities held at once; more candidates than there are
 STATISTICS = ("area", "x", "y", "x spread", "y spread", "border", "compactness", "outline", "chroma", "contrast")
 
 
@@ -45,19 +45,25 @@ def dense_matches(asked: Tensor, grids: Tensor, shares: Tensor) -> Tensor:
 
     Source: dense matching as in the strategy "dense"; its two sides by the label of the pool are ours.
     """
-    # a processor works on as many candidates at once as its cache holds similarities of
-    here = max(1, CELLS // (asked.shape[1] * grids.shape[2])) if grids.device.type == "cpu" else max(1, grids.shape[1])
-    return torch.stack(
-        [
-            torch.cat([_matches(one, *part) for part in zip(cells.split(here), white.split(here), strict=True)])
-            for one, cells, white in zip(asked, grids, shares, strict=True)
-        ]
-    )
+    here = at_once(asked[0], grids.shape[2]) if len(asked) else 1
+
+    def of_one(asked: Tensor, cells: Tensor, shares: Tensor) -> Tensor:
+        parts = zip(cells.split(here), shares.split(here), strict=True)
+        return torch.cat(
+            [matches_of((some.flatten(0, 1) @ asked.T).unflatten(0, some.shape[:2]), white) for some, white in parts]
+        )
+
+    return torch.stack([of_one(*one) for one in zip(asked, grids, shares, strict=True)])
 
 
-def _matches(asked: Tensor, grids: Tensor, shares: Tensor) -> Tensor:
-    # (K, H, G), and neither indices nor masks: places of maxima and comparisons take several times as long as maxima
-    similarity = (grids.flatten(0, 1) @ asked.T).unflatten(0, grids.shape[:2])
+def at_once(asked: Tensor, cells: int) -> int:
+    """Candidates of so many cells that are matched at once: on a processor, those of which its cache holds cosines."""
+    return max(1, CELLS // (len(asked) * cells)) if asked.device.type == "cpu" else LAST
+
+
+def matches_of(similarity: Tensor, shares: Tensor) -> Tensor:
+    """What `dense_matches` says of cosines `(K, H, G)`, which are spoilt, and labels `(K, H)`: `(K, 8)`."""
+    # neither indices nor masks: places of maxima and comparisons take several times as long as maxima
     inside = (shares > 0.5)[:, :, None]
     to_object = (similarity + torch.where(inside, 0.0, NOWHERE)).amax(1)
     to_ground = (similarity + torch.where(inside, NOWHERE, 0.0)).amax(1)
@@ -65,7 +71,7 @@ def _matches(asked: Tensor, grids: Tensor, shares: Tensor) -> Tensor:
     # neither summand is above 0, and the sum is 0 for a pair that is the best match both ways
     short = (similarity - forward[:, None]).add_(similarity.sub_(backward[:, :, None]))
     mutual = short.amax(1) == 0
-    inside, worst = inside[:, :, 0].float(), max(1, asked.shape[0] // 10)
+    inside, worst = inside[:, :, 0].float(), max(1, similarity.shape[2] // 10)
     return torch.stack(
         [
             forward.mean(1),
@@ -153,3 +159,42 @@ def ridge(features: Tensor, target: Tensor, known: Tensor, penalty: float) -> Te
     rows, values = features[known].double(), target[known].double()
     gram = rows.T @ rows + penalty * torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device)
     return torch.linalg.solve(gram, rows.T @ values).float()
+
+
+def ridge_by_class(
+    features: Tensor, target: Tensor, known: Tensor, classes: Tensor, count: int, penalty: float, own: float
+) -> tuple[Tensor, Tensor]:
+    """Weights that all classes share, and of each class how it departs from them; a small class hardly does.
+
+        argmin_(w, d) sum_c sum_(i in c) (target_i - (w + d_c) features_i)^2 + penalty |w|^2 + own sum_c |d_c|^2
+
+    over known entries. With G_c and b_c the sums of squares and products of a class, A_c = own (G_c + own)^-1,
+
+        w = (sum_c A_c G_c + penalty)^-1 sum_c A_c b_c,    d_c = (G_c + own)^-1 (b_c - G_c w):
+
+    the more entries a class has of its own, the less of them counts for w.
+
+    Args:
+        features, target, known: as for `ridge`.
+        classes: `(B, K)` of the entries, 0 to `count` - 1; -1 for none, which departs from nothing.
+        penalty: on what is shared; large `own` is `ridge`.
+
+    Returns:
+        w `(f,)` and d `(count, f)`.
+
+    Source: Evgeniou and Pontil, "Regularized multi-task learning", KDD 2004, section 3, with squares for hinges.
+    """
+    eye = torch.eye(features.shape[2], dtype=torch.float64, device=features.device)
+
+    def sums(one: int) -> tuple[Tensor, Tensor]:
+        rows, values = features[known & (classes == one)].double(), target[known & (classes == one)].double()
+        return rows.T @ rows, rows.T @ values
+
+    each = [sums(one) for one in range(count)]
+    gram, slope = sums(-1)
+    for own_gram, own_slope in each:
+        gram = gram + own * torch.linalg.solve(own_gram + own * eye, own_gram)
+        slope = slope + own * torch.linalg.solve(own_gram + own * eye, own_slope)
+    shared = torch.linalg.solve(gram + penalty * eye, slope)
+    apart = [torch.linalg.solve(own_gram + own * eye, own_slope - own_gram @ shared) for own_gram, own_slope in each]
+    return shared.float(), torch.stack(apart).float()

@@ -12,6 +12,9 @@ from .cascade_rows import MATCHED, RowModel, quarters_of
 from .cascade_shortlist import Relations
 
 
+CLASS = "class"  # the one column of numbers that mean nothing by their size
+
+
 @dataclass(frozen=True)
 class Precedents:
     """How examples did on the pool's images, and which of them do well and badly together.
@@ -19,23 +22,33 @@ class Precedents:
     Args:
         rows: predicts how the candidates will do on a query.
         relations: says how much candidates have in common.
+        classes: `(n,)` a number for the class of each row of the pool, -1 for none; None: it is not to count.
     """
 
     rows: RowModel
     relations: Relations
+    classes: Tensor | None = None
 
     @classmethod
-    def of(cls, pool: Any, measured: tuple[Tensor, Tensor], lists: MeasuredLists, groups: Tensor) -> "Precedents":
-        """Of candidates and performance `(n, K)`, the lists that a cascade makes of them, and groups `(n,)`."""
+    def of(
+        cls,
+        pool: Any,
+        measured: tuple[Tensor, Tensor],
+        lists: MeasuredLists,
+        groups: Tensor,
+        classes: Tensor | None = None,
+    ) -> "Precedents":
+        """Of candidates and performance `(n, K)`, the lists that a cascade makes of them, groups, classes `(n,)`."""
         quarters = torch.cat([quarters_of(pool.tokens(rows)) for rows in torch.arange(len(pool)).split(4096)])
         return cls(
             RowModel(pool.vectors.float(), quarters, *measured, groups),
             Relations(lists.images, lists.rows, lists.target, groups),
+            classes,
         )
 
     def without(self, images: Tensor) -> "Precedents":
         """The same as if nothing had been measured on these rows of the pool; relations stay."""
-        return Precedents(self.rows.without(images), self.relations)
+        return Precedents(self.rows.without(images), self.relations, self.classes)
 
     def columns(
         self, vectors: Tensor, quarters: Tensor, matches: Tensor, rows: Tensor, own: Tensor | None
@@ -50,4 +63,7 @@ class Precedents:
         """
         alike = matches[..., [MATCHES.index(name) for name in MATCHED]]
         alike = standardised(alike, rows >= 0)[0][..., : len(MATCHED)]
-        return {"rows": self.rows.predict(vectors, quarters, rows, own), "among": self.rows.among(alike, rows, own)}
+        known = {"rows": self.rows.predict(vectors, quarters, rows, own), "among": self.rows.among(alike, rows, own)}
+        if self.classes is not None:
+            known[CLASS] = torch.where(rows >= 0, self.classes[rows.clamp(min=0)], -1)[..., None]
+        return known

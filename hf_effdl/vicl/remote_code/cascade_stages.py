@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cascade_consensus import Consensus
-from .cascade_features import MATCHES, STATISTICS, label_statistics, ridge, standardised
+from .cascade_consensus import Consensus, affinities
+from .cascade_features import MATCHES, STATISTICS, label_statistics, ridge, ridge_by_class, standardised
 from .cascade_head import ListHeads, train_heads
 from .cascade_lists import FOLDS, MeasuredLists
-from .cascade_precedents import Precedents
+from .cascade_precedents import CLASS, Precedents
 from .cascade_rows import RowModel, quarters_of
 from .cascade_shortlist import Relations, best_together
 from .examples import Examples
@@ -23,6 +24,7 @@ FIRST = ("similarity", "quarters", "rank", *MATCHES, *STATISTICS, *RowModel.name
 # turns of stage 2
 TURNS = 2
 PENALTY = 300.0
+OWN = (300.0, 1000.0, 3000.0, 10000.0)  # on what the weights of a class have of their own; what predicts best is taken
 ROWS = 64  # images that a row model predicts at once
 PIXELS = 8  # every so many of an answer's pixels calibration learns on
 SOFTNESS = 0.4  # of the weights in a consensus, in units of the spread of performance inside lists
@@ -50,16 +52,21 @@ class Scorer:
         spread: `(f,)` of the features in the lists that were learnt from.
         weights: `(2 f,)` of the regression.
         heads: networks that score instead.
+        apart: `(C, 2 f)` how the weights of each class depart from these; None: they do not.
     """
 
     spread: Tensor
     weights: Tensor
     heads: ListHeads | None = None
+    apart: Tensor | None = None
 
     def scores(self, columns: Columns, known: Tensor) -> Tensor:
         """`(B, K)`, -inf for candidates that do not exist."""
         features, _ = standardised(_flat(columns), known, self.spread)
-        scores = features @ self.weights if self.heads is None else self.heads(features, known)
+        if self.heads is not None:
+            scores = self.heads(features, known)
+        else:
+            scores = _linear(features, self.weights, self.apart, columns.get(CLASS))
         return scores.masked_fill(~known, -torch.inf)
 
     @classmethod
@@ -80,24 +87,54 @@ class Scorer:
             parts = [features] * FOLDS
         else:
             parts = [standardised(_flat(part), known, spread)[0] for part in folds]
-        weights = ridge(features, target, known, PENALTY)
-        if seed is None:
-            heads, held = None, _out_of_fold(parts, target, known, lists.fold)
-        else:
+        if seed is not None:
             heads, held = train_heads(parts, target, known, lists.fold, seed)
-        return cls(spread, weights, heads), held.masked_fill(~known, -torch.inf)
+            found = cls(spread, ridge(features, target, known, PENALTY), heads)
+            return found, held.masked_fill(~known, -torch.inf)
+        classes = columns.get(CLASS)
+        ways: list[float | None] = [None, *(OWN if classes is not None else ())]
+        helds = [_out_of_fold(parts, lists, classes, own) for own in ways]
+        errors = [float((held - target)[known].square().mean()) for held in helds]
+        best = errors.index(min(errors))
+        weights, apart = _weights(features, target, known, classes, ways[best])
+        return cls(spread, weights, None, apart), helds[best].masked_fill(~known, -torch.inf)
 
 
 def _flat(columns: Columns) -> Tensor:
-    return torch.cat(list(columns.values()), 2)
+    return torch.cat([part for name, part in columns.items() if name != CLASS], 2)
 
 
-def _out_of_fold(features: Sequence[Tensor], target: Tensor, known: Tensor, fold: Tensor) -> Tensor:
+def _linear(features: Tensor, weights: Tensor, apart: Tensor | None, classes: Tensor | None) -> Tensor:
+    """`(B, K)` from `(B, K, f)`, with what the class of each candidate adds to the weights."""
+    scores = features @ weights
+    if apart is None or classes is None:
+        return scores
+    none = torch.zeros_like(apart[:1])  # the last, which -1 finds
+    return scores + (features * torch.cat([apart, none])[classes[..., 0]]).sum(2)
+
+
+def _weights(
+    features: Tensor, target: Tensor, known: Tensor, classes: Tensor | None, own: float | None
+) -> tuple[Tensor, Tensor | None]:
+    if own is None:
+        return ridge(features, target, known, PENALTY), None
+    classes = classes[..., 0]
+    return ridge_by_class(features, target, known, classes, int(classes.max()) + 1, PENALTY, own)
+
+
+def _out_of_fold(
+    features: Sequence[Tensor], lists: MeasuredLists, classes: Tensor | None, own: float | None
+) -> Tensor:
     """Scores by ridge regressions that each go without one fold, of features `(L, K, f)` for each fold."""
+    target, known = lists.target, lists.known
     scores = torch.zeros(target.shape)
     for one, part in enumerate(features):
-        train, test = fold != one, fold == one
-        scores[test] = part[test] @ ridge(part[train], target[train], known[train], PENALTY)
+        train, test = lists.fold != one, lists.fold == one
+        shown, asked = (None if classes is None else classes[some] for some in (train, test))
+        weights, apart = _weights(part[train], target[train], known[train], shown, own)
+        if apart is not None and asked is not None:  # a class that is in this fold alone
+            apart = torch.cat([apart, apart.new_zeros(max(0, int(asked.max()) + 1 - len(apart)), apart.shape[1])])
+        scores[test] = _linear(part[test], weights, apart, asked)
     return scores
 
 
@@ -234,7 +271,12 @@ class Tried:
 
     def consensus(self, scores: Tensor, temperature: float) -> Consensus:
         """Of the answers, weighted by scores `(B, m)`."""
-        return Consensus(self.task, self.painted, scores, temperature, self.grid, self.known)
+        return Consensus(self.task, self.painted, scores, temperature, self.grid, self.known, self.alike)
+
+    @cached_property
+    def alike(self) -> Tensor:
+        """Of the queries' cells, the same for every consensus."""
+        return affinities(self.grid)
 
 
 def second_columns(tried: Tried, consensus: Consensus, calibrated: Tensor, scores: Tensor) -> Columns:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cascade_consensus import small
-from .cascade_features import dense_matches
+from .cascade_features import at_once, dense_matches
 from .images import pixels
 from .pool_reader import PoolReader
 from .pool_search import exact_search
@@ -91,7 +91,7 @@ class Examples:
         self.pool, self.model, self.task = pool, model, task
         self.metric, self.greater_is_better = metric, greater_is_better
         self._kept: dict[str, OrderedDict[int, Tensor]] = {
-            kind: OrderedDict() for kind in ("encoded", "labels", "small", "grids")
+            kind: OrderedDict() for kind in ("encoded", "labels", "small", "grids", "bytes")
         }
         self._bytes, self._fingerprint = 0, pool.fingerprint
 
@@ -143,7 +143,14 @@ class Examples:
         grid = views["grid"]
         shares = F.adaptive_avg_pool2d(self.small_labels(rows).flatten(0, 1).mean(1, keepdim=True), grid.shape[1:3])
         shares = shares.flatten(1).unflatten(0, rows.shape)
-        return dense_matches(F.normalize(grid.flatten(1, 2).float(), dim=2), self.grids(rows), shares)
+        asked = F.normalize(grid.flatten(1, 2).float(), dim=2)
+        return torch.stack([self._matches(*one) for one in zip(asked, rows, shares.to(asked.device), strict=True)])
+
+    def _matches(self, asked: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
+        # gathered as they are matched: all at once would not fit into a processor's cache
+        here = at_once(asked, shares.shape[1])
+        parts = zip(rows.split(here), shares.split(here), strict=True)
+        return torch.cat([dense_matches(asked[None], self.grids(some)[None], white[None])[0] for some, white in parts])
 
     @torch.no_grad()
     def answers(self, encoded: Tensor, rows: Tensor) -> Tensor:
@@ -221,8 +228,12 @@ class Examples:
             grids = encoder(pixels(images, encoder.image_size, encoder.resample).to(self.model.device))["grid"]
         return F.normalize(grids.flatten(1, 2), dim=2)
 
-    @torch.no_grad()
     def _gather(self, kind: str, rows: Tensor, make: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        return torch.stack(self._values(kind, rows, make)).unflatten(0, rows.shape)
+
+    @torch.no_grad()
+    def _values(self, kind: str, rows: Tensor, make: Callable[[Sequence[int]], Tensor]) -> list[Tensor]:
+        """Of each row, in their order, what is kept, or made now."""
         wanted, fingerprint = rows.flatten().tolist(), self.pool.fingerprint
         with KEEPING:
             self._forget_another_pool(fingerprint)
@@ -235,7 +246,7 @@ class Examples:
             if fingerprint == self._fingerprint:  # else another thread has seen the pool change
                 self._keep(kind, values, made)
         values |= made
-        return torch.stack([values[row] for row in wanted]).unflatten(0, rows.shape)
+        return [values[row] for row in wanted]
 
     def _keep(self, kind: str, used: Iterable[int], made: dict[int, Tensor]) -> None:
         kept = self._kept[kind]

@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backbones import check_sizes, commit_of, is_named
+from .backbones import check_sizes, is_named
 from .configuration_mae_vqgan import MaeVqganConfig
 from .frozen_canvas import PATCHES, SIDE, CanvasModel
 from .modeling_mae_vqgan import MaeVqganForImageInpainting
-from .writing import check_folder
 
 
 class MaeVqganInContext(CanvasModel):
@@ -36,6 +35,7 @@ class MaeVqganInContext(CanvasModel):
 
     kind = "mae-vqgan"
     model_types = (MaeVqganConfig.model_type,)
+    backbone_class = MaeVqganForImageInpainting
 
     def __init__(self, model: MaeVqganForImageInpainting) -> None:
         super().__init__()
@@ -65,36 +65,12 @@ class MaeVqganInContext(CanvasModel):
         return self.model.config.name_or_path or None
 
     @classmethod
-    def from_settings(
-        cls, settings: dict[str, Any], token: str | bool | None = None, trust: bool = False
-    ) -> "MaeVqganInContext":
-        """Made from the source of its backbone."""
-        source = settings["backbone"]
+    def load(
+        cls, source: dict[str, Any], token: str | bool | None = None, trust: bool = False
+    ) -> MaeVqganForImageInpainting:
+        """The backbone at a source; its classes are of this folder, which transformers need not know."""
         if is_named(source):
-            return cls._loaded(source["id"], source.get("revision"), token)
+            return super().load(source, token, trust)
         values = {name: value for name, value in source["config"].items() if name not in ("model_type", "auto_map")}
         check_sizes(values)
-        return cls(MaeVqganForImageInpainting(MaeVqganConfig(**values)))
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        id: str,
-        *,
-        task: str = "segmentation",
-        revision: str | None = None,
-        token: str | bool | None = None,
-        **settings: Any,
-    ) -> "MaeVqganInContext":
-        """Made from a converted checkpoint in a repository or folder."""
-        check_folder(id, revision)
-        frozen = cls._loaded(id, revision, token, **settings)
-        frozen.revision = commit_of(id, revision, token) or revision
-        return frozen
-
-    @classmethod
-    def _loaded(cls, id: str, revision: str | None, token: str | bool | None, **settings: Any) -> "MaeVqganInContext":
-        model = MaeVqganForImageInpainting.from_pretrained(id, revision=revision, token=token, dtype=torch.float32)
-        frozen = cls(model, **settings)
-        frozen.revision = revision
-        return frozen
+        return MaeVqganForImageInpainting(MaeVqganConfig(**values))

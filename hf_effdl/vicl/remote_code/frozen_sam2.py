@@ -1,19 +1,15 @@
 """SAM 2 as a frozen in-context model: examples are the remembered frames of a video, and the query is its next one."""
 
-from typing import Any
-
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Sam2VideoInferenceSession, Sam2VideoModel
 
-from .backbones import commit_of, load_backbone
 from .encoder_seggpt import MEAN, STD, channels
 from .frozen_model import FrozenModel
 from .images import check_pixels
 from .visual_tasks import PICTURES
-from .writing import check_folder
 
 
 IMAGES = 4  # encoded in one call of the model
@@ -50,6 +46,7 @@ class Sam2InContext(FrozenModel):
 
     kind = "sam2"
     model_types = ("sam2_video",)
+    backbone_class = Sam2VideoModel
     resample = Image.Resampling.BILINEAR  # as its processor
 
     def __init__(self, model: Sam2VideoModel) -> None:
@@ -84,33 +81,6 @@ class Sam2InContext(FrozenModel):
         """It finds an object."""
         if task in PICTURES:
             raise ValueError(f"task={task!r}: a SAM 2 finds an object and paints no colours")
-
-    @classmethod
-    def from_settings(
-        cls, settings: dict[str, Any], token: str | bool | None = None, trust: bool = False
-    ) -> "Sam2InContext":
-        """Made from the source of its backbone."""
-        source = settings["backbone"]
-        frozen = cls(load_backbone(source, Sam2VideoModel, token, trust))
-        frozen.revision = source.get("revision")
-        return frozen
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        id: str,
-        *,
-        task: str = "segmentation",
-        revision: str | None = None,
-        token: str | bool | None = None,
-        **settings: Any,
-    ) -> "Sam2InContext":
-        """Made from the SAM 2 in a repository or folder."""
-        check_folder(id, revision)
-        frozen = cls(load_backbone({"id": id, "revision": revision}, Sam2VideoModel, token), **settings)
-        frozen.check_task(task)
-        frozen.revision = commit_of(id, revision, token) or revision
-        return frozen
 
     # ---- seeing and remembering
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from .backbones import commit_of, config_of, load_backbone
+from .backbones import config_of, load_backbone
 from .frozen_model import FrozenModel, check_prompts
 from .visual_tasks import PICTURES, largest_boxes
 from .writing import check_folder
@@ -84,6 +84,8 @@ class Sam3InContext(FrozenModel):
 
     kind = "sam3"
     model_types = ("sam3", "sam3_lite_text", "sam3_video")
+    backbone_class = PreTrainedModel  # one of two, see `load`
+    kept = ("text", "tokens", "threshold", "paint")
     arrangements = 2
 
     def __init__(
@@ -128,21 +130,13 @@ class Sam3InContext(FrozenModel):
         if task in PICTURES:
             raise ValueError(f"task={task!r}: a SAM 3 finds objects and paints no colours")
 
-    def settings(self) -> dict[str, Any]:
-        """The arguments beside the model, as plain values."""
-        return {"text": self.text, "tokens": self.tokens, "threshold": self.threshold, "paint": self.paint}
-
     @classmethod
-    def from_settings(
-        cls, settings: dict[str, Any], token: str | bool | None = None, trust: bool = False
-    ) -> "Sam3InContext":
-        """Made from `settings` and the source of its backbone."""
-        source = settings["backbone"]
+    def load(cls, source: dict[str, Any], token: str | bool | None = None, trust: bool = False) -> PreTrainedModel:
+        """The backbone at a source, of the class that its config names."""
         model = load_backbone(source, _class_of(config_of(source, token).model_type), token, trust)
+        # a checkpoint for videos has its images' config inside, without a name
         model.config.name_or_path = source.get("id") or ""
-        frozen = cls(model, **{name: settings[name] for name in ("text", "tokens", "threshold", "paint")})
-        frozen.revision = source.get("revision")
-        return frozen
+        return model
 
     @classmethod
     def from_pretrained(
@@ -158,15 +152,10 @@ class Sam3InContext(FrozenModel):
         if task in PICTURES:
             raise ValueError(f"{id}: a SAM 3 finds objects and paints no colours; pass task='segmentation'")
         check_folder(id, revision)
-        config = AutoConfig.from_pretrained(id, revision=revision, token=token)
         tokenizer = AutoTokenizer.from_pretrained(id, revision=revision, token=token)
-        model = load_backbone({"id": id, "revision": revision}, _class_of(config.model_type), token)
-        model.config.name_or_path = id  # a checkpoint for videos has its images' config inside, without a name
         if task == "detection":
             settings.setdefault("paint", "box")
-        frozen = cls(model, tokenizer, **settings)
-        frozen.revision = commit_of(id, revision, token) or revision
-        return frozen
+        return super().from_pretrained(id, task=task, revision=revision, token=token, tokenizer=tokenizer, **settings)
 
     # ---- finding
 

@@ -3,18 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import ClassVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers import SegGptForImageSegmentation
 
-from .backbones import commit_of, load_backbone
 from .encoder_seggpt import MEAN, STD, SegGptFeatures, cell_of, channels, normalised
 from .frozen_model import FrozenModel, check_prompts
 from .vision_encoder import VisionEncoder
-from .writing import check_folder
 
 
 EMBEDDING_TYPES = ("instance", "semantic")
@@ -71,7 +69,8 @@ class SegGptInContext(FrozenModel):
 
     kind = "seggpt"
     model_types = ("seggpt",)
-    kept: ClassVar[tuple[str, ...]] = ("embedding_type", "ensemble")  # settings that it is made from again
+    backbone_class = SegGptForImageSegmentation
+    kept: ClassVar[tuple[str, ...]] = ("embedding_type", "ensemble")
 
     def __init__(
         self, model: SegGptForImageSegmentation, embedding_type: str = "instance", ensemble: str = "original"
@@ -100,37 +99,6 @@ class SegGptInContext(FrozenModel):
     def id(self) -> str | None:
         """Repository or folder that the model was loaded from."""
         return self.model.config.name_or_path or None
-
-    def settings(self) -> dict[str, Any]:
-        """The arguments beside the model, as plain values."""
-        return {name: getattr(self, name) for name in self.kept}
-
-    @classmethod
-    def from_settings(
-        cls, settings: dict[str, Any], token: str | bool | None = None, trust: bool = False
-    ) -> "SegGptInContext":
-        """Made from `settings` and the source of its backbone."""
-        source = settings["backbone"]
-        model = load_backbone(source, SegGptForImageSegmentation, token, trust)
-        frozen = cls(model, **{name: settings[name] for name in cls.kept})
-        frozen.revision = source.get("revision")
-        return frozen
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        id: str,
-        *,
-        task: str = "segmentation",
-        revision: str | None = None,
-        token: str | bool | None = None,
-        **settings: Any,
-    ) -> "SegGptInContext":
-        """Made from the SegGPT in a repository or folder; `settings` are the constructor's."""
-        check_folder(id, revision)
-        frozen = cls(load_backbone({"id": id, "revision": revision}, SegGptForImageSegmentation, token), **settings)
-        frozen.revision = commit_of(id, revision, token) or revision
-        return frozen
 
     def own_encoder(self) -> VisionEncoder:
         """SegGPT's own features, with these weights."""

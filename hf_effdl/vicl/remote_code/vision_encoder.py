@@ -32,7 +32,8 @@ class VisionEncoder(nn.Module):
     One pass of the backbone gives three views:
 
     - `vector` `(N, d)`: unit norm, for nearest neighbours. The last layer's class token where the backbone has one,
-      the pooled output of a contrastive model's vision tower (CLIP, SigLIP), else the mean of the last feature map.
+      the pooled output of a contrastive model's vision tower (CLIP, SigLIP 1 and 2), else the mean of the last feature
+      map.
     - `tokens` `(N, 5, d)`: the vector before it is normalised, then the last feature map averaged over a 2x2 grid in
       reading order: the input of the list-wise ranker (Partial2Global, arXiv 2405.15279).
     - `grid` `(N, gh, gw, d')`: the feature map of `layer`, for dense similarity and feature matching.
@@ -41,9 +42,9 @@ class VisionEncoder(nn.Module):
     (else a warning says so): a grid cell and the same cell of a mask show the same place.
 
     Args:
-        backbone: a transformers vision model with a class token (ViT, DINOv2), without (SigLIP) or convolutional
-            (MobileNetV2, ResNet, ConvNeXt); a two-tower model, whose vision tower is taken; or a
-            `SegGptForImageSegmentation`, whose own features are used. It is frozen in place.
+        backbone: a transformers vision model with a class token (ViT, DINOv2, DINOv3), without (SigLIP, SigLIP 2, also
+            "NaFlex") or convolutional (MobileNetV2, ResNet, ConvNeXt); a two-tower model, whose vision tower is taken;
+            or a `SegGptForImageSegmentation`, whose own features are used. It is frozen in place.
         image_size: pixels `(h, w)` or one side that images are resized to; default: the config's `image_size`, else
             224.
         layer: index into `hidden_states` for `grid`; None is the last one. A shallower layer of a convolutional
@@ -87,11 +88,14 @@ class VisionEncoder(nn.Module):
         self._reader = None if reader is None else reader(backbone)  # no module: the weights are registered once
         if self._reader is not None:
             image_size = self._reader.image_size
+        parameters = signature(self.backbone.forward).parameters
+        self.patched, self.stretches = "spatial_shapes" in parameters, "interpolate_pos_encoding" in parameters
         if image_size is None:
             image_size = getattr(self.backbone.config, "image_size", None) or 224
+            if self.patched:  # of as many patches as it has positions
+                image_size = int(self.backbone.config.num_patches**0.5) * self.backbone.config.patch_size
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self._tell_what_is_cut()
-        self.stretches = "interpolate_pos_encoding" in signature(self.backbone.forward).parameters
         self.layer, self.mean, self.std, self.resample = layer, tuple(mean), tuple(std), int(resample)
         self.id, self.revision = id, revision
         self._fingerprint: str | None = None
@@ -288,6 +292,10 @@ class VisionEncoder(nn.Module):
         weight = next(self.backbone.parameters())
         mean, std = (torch.tensor(v, device=weight.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         normalised = ((pixels.to(weight.device) - mean) / std).to(weight.dtype)
+        if self.patched:
+            return self.backbone(
+                **patches_of(normalised, self.backbone.config.patch_size), output_hidden_states=hidden
+            )
         # positions are made for one size; one that can stretch them says so in its signature
         stretch = {"interpolate_pos_encoding": True} if self.stretches else {}
         return self.backbone(normalised, output_hidden_states=hidden, **stretch)
@@ -328,6 +336,21 @@ class VisionEncoder(nn.Module):
                 f"{self.image_size}: it merges patches, or was made for another size"
             )
         return states[:, extra:].unflatten(1, (gh, gw)), states[:, 0] if extra else None
+
+
+def patches_of(pixels: Tensor, patch: int) -> dict[str, Tensor]:
+    """What SigLIP 2 in its native aspect ratio ("NaFlex") takes of images of one size: patches of whole images.
+
+    `(N, 3, h, w)` to patches `(N, gh gw, patch^2 3)`, row by row and with the channels of a pixel beside each other, a
+    mask of ones, and the sides of the grids `(N, 2)`.
+    """
+    count, gh, gw = len(pixels), pixels.shape[2] // patch, pixels.shape[3] // patch
+    cut = pixels[..., : gh * patch, : gw * patch].unflatten(3, (gw, patch)).unflatten(2, (gh, patch))
+    return {
+        "pixel_values": cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2),
+        "pixel_attention_mask": torch.ones(count, gh * gw, dtype=torch.long, device=pixels.device),
+        "spatial_shapes": torch.tensor([[gh, gw]], device=pixels.device).expand(count, -1),
+    }
 
 
 def digest_weights(digest: Any, module: nn.Module) -> None:
