@@ -127,6 +127,23 @@ def test_conditions_that_no_unit_decides_cost_no_group(condition):
     }
 
 
+@pytest.mark.parametrize("asked", [2, 5])
+def test_units_that_a_forward_pass_asks_for_by_number_are_left_out(asked, caplog):
+    class Winners(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(6, 12), nn.Linear(12, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            x = x * (x >= x.topk(asked, 1).values[:, -1:])  # of half of the units there are as many
+            return self.head(self.second(x).relu())
+
+    torch.manual_seed(0)
+    assert [group.name for group in find_groups(Winners(), torch.randn(1, 6))] == ["second"]
+    assert "the units of first" in caplog.text and "where one unit of each is left" in caplog.text
+
+
 def test_a_net_without_couplings_keeps_all_its_groups():
     net = Hidden("none", 0)
     assert {"a.0", "b.0", "body.0.0"} <= {group.name for group in find_groups(net, torch.rand(1, 3, 8, 8))}

@@ -203,6 +203,19 @@ def test_loading_takes_the_normalisation_and_crop_size_of_the_processor(tmp_path
     assert VisionEncoder.from_pretrained(str(tmp_path)).fingerprint == encoder.fingerprint
 
 
+def test_weights_that_were_trained_on_are_another_encoder_to_a_pool():
+    encoder = encoder_of("vit")
+    before = encoder.describe()["fingerprint"]
+    encoder.to(torch.bfloat16).to(torch.float32)  # rounded, and no other encoder
+    encoder.half()
+    assert encoder.describe()["fingerprint"] == encoder.float().describe()["fingerprint"] == before
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(0.1)
+    after = encoder.describe()["fingerprint"]
+    assert after != before and encoder.fingerprint == after == encoder.describe()["fingerprint"]
+
+
 def test_the_fingerprint_knows_weights_layer_and_size():
     seen = {encoder_of(name).fingerprint for name in ("vit", "vit stretched", "mobilenet", "mobilenet layer")}
     encoder = encoder_of("vit")

@@ -49,6 +49,7 @@ class Setting:
         exact: in double precision already, or in what the model insists on: a failure needs no second look.
         may_overflow: on inputs larger than the model may be made for.
         draws: how often units are drawn: of a few units there are some whose absence does not show.
+        least: as few units stay as may, one of each group: a forward pass may ask for more (`x.topk(4, 1)`).
         against: number of the condition that is told the other way round, see `Reading`.
     """
 
@@ -58,6 +59,7 @@ class Setting:
     exact: bool = False
     may_overflow: bool = False
     draws: int = 1
+    least: bool = False
     against: int | None = None
 
     def doubled(self) -> "Setting":
@@ -98,6 +100,7 @@ def settings_for(model: nn.Module, inputs: Any, labels: Any = None) -> list[Sett
     """
     draws = 2 if _is_small(model) else 1
     settings = [Setting(model, inputs, draws=draws).doubled()]
+    least = replace(settings[0], words=" where one unit of each is left", draws=1, least=True)
     has_sizes = any(tensor.is_floating_point() for tensor in all_values(inputs))  # tokens have none
     settings += [_at_scale(model, inputs, scale, draws) for scale in SCALES if has_sizes]
     training, labelled = _training(model), with_labels(model, inputs, labels)
@@ -108,7 +111,7 @@ def settings_for(model: nn.Module, inputs: Any, labels: Any = None) -> list[Sett
         heads.append(_that_runs(training, [*rows, inputs, twice(inputs)], " in train mode"))
         heads += [Setting(model, with_them, " with labels") for with_them in labelled]
     settings += [head for head in heads if head is not None]
-    return settings + [branch for setting in settings if not setting.may_overflow for branch in _branches(setting)]
+    return [*settings, *[b for setting in settings if not setting.may_overflow for b in _branches(setting)], least]
 
 
 def _branches(setting: Setting) -> list[Setting]:
@@ -226,7 +229,7 @@ def _one_by_one(setting: Setting, groups: list[Group], skipped: dict[str, str], 
 @torch.no_grad()
 def is_removable(setting: Setting, groups: Sequence[Group], seed: int) -> bool:
     """Whether random units of all groups can be taken out at once."""
-    kept = _random_units(groups, seed)
+    kept = _one_unit(groups, seed) if setting.least else _random_units(groups, seed)
     if _alike(setting, groups, kept, seed):
         return True
     exact = setting if setting.exact else setting.doubled()
@@ -245,6 +248,12 @@ def _random_units(groups: Sequence[Group], seed: int) -> dict[str, Tensor]:
         elif group.units > 2:
             kept[group.name] = _drawn(group.units, generator, with_gap=seed % 2 == 1)
     return kept
+
+
+def _one_unit(groups: Sequence[Group], seed: int) -> dict[str, Tensor]:
+    """Of every group a random unit, by group."""
+    generator = torch.Generator().manual_seed(seed)
+    return {group.name: torch.randint(group.units, (1,), generator=generator) for group in groups if group.units > 1}
 
 
 def _drawn(units: int, generator: torch.Generator, with_gap: bool) -> Tensor:

@@ -99,6 +99,7 @@ class VisionEncoder(nn.Module):
         self.layer, self.mean, self.std, self.resample = layer, tuple(mean), tuple(std), int(resample)
         self.id, self.revision = id, revision
         self._fingerprint: str | None = None
+        self._weights: tuple[set[torch.dtype], str] | None = None  # as they were when the fingerprint was taken
 
     def _tell_what_is_cut(self) -> None:
         """Say where patches do not divide an image, whose last rows and columns the backbone does not look at."""
@@ -210,8 +211,13 @@ class VisionEncoder(nn.Module):
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps(self.settings() | {"model": self.backbone.config.model_type}).encode())
             digest_weights(digest, self.backbone)
-            self._fingerprint = digest.hexdigest()[:16]
+            self._fingerprint, self._weights = digest.hexdigest()[:16], self._weights_now()
         return self._fingerprint
+
+    def _weights_now(self) -> tuple[set[torch.dtype], str]:
+        digest = hashlib.sha256()
+        digest_weights(digest, self.backbone)
+        return {value.dtype for value in self.backbone.state_dict().values()}, digest.hexdigest()
 
     def settings(self) -> dict[str, Any]:
         """The arguments beside the backbone, as plain values."""
@@ -225,7 +231,14 @@ class VisionEncoder(nn.Module):
         }
 
     def describe(self) -> dict[str, Any]:
-        """What a pool records of its encoder: plain values, among them the fingerprint."""
+        """What a pool records of its encoder: plain values, among them the fingerprint.
+
+        Of weights that were trained on since, the fingerprint is another one; rounded ones are the same encoder.
+        """
+        now = self._weights_now()
+        if self._weights is not None and now[0] == self._weights[0] and now != self._weights:
+            self._fingerprint = None
+        self._weights = now
         return {
             "id": self.id,
             "revision": self.revision,
