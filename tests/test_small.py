@@ -57,7 +57,7 @@ def test_one_call_is_a_search_a_cut_and_a_plain_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "left", ["nothing", "a checkpoint of the search", "the start", "a checkpoint of the small net"]
+    "left", ["nothing", "a checkpoint of the search", "the start", "a checkpoint of the small net", "all of it"]
 )
 def test_a_run_goes_on_from_whatever_is_there(trained, tmp_path, left):
     run, _, expected = trained
@@ -65,7 +65,8 @@ def test_a_run_goes_on_from_whatever_is_there(trained, tmp_path, left):
     if left != "nothing":
         shutil.copytree(run.args.output_dir, out)
         newest = f"small/checkpoint-{run.tuner.state.global_step}"
-        gone = {"a checkpoint of the search": "small", "the start": "small/checkpoint-*"}.get(left, newest)
+        gone = {"a checkpoint of the search": "small", "the start": "small/checkpoint-*", "all of it": "none"}
+        gone = gone.get(left, newest)
         for folder in out.glob(gone):
             shutil.rmtree(folder)
     again = small_run.trainer(out)

@@ -3,7 +3,10 @@
 from pathlib import Path
 from zipfile import is_zipfile
 
+from safetensors.torch import load_model
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_effdl.files import read_json
 
@@ -45,3 +48,19 @@ def newest(folder: str | Path, processes: int = 1) -> str | None:
         return last_complete_checkpoint(str(folder), processes)
     except ValueError:
         return None
+
+
+def load_finished(trainer: Trainer, checkpoint: str) -> bool:
+    """Load the model that a finished run left, where a checkpoint is its last; else do nothing and return False.
+
+    Trainer would go on from there with one step too many, where the run ends within an epoch.
+    """
+    state, args = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json"), trainer.args
+    *_, last_step = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    best = state.best_model_checkpoint if args.load_best_model_at_end else None
+    weights = Path(best or checkpoint) / SAFE_WEIGHTS_NAME
+    if state.global_step < last_step or not weights.is_file():
+        return False
+    load_model(trainer.model, weights)
+    trainer.state = state
+    return True

@@ -24,7 +24,7 @@ from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.slim.report import forget_report, get_report, set_report
 from hf_effdl.structure.slim.slim import cut_copy, set_config
 from hf_effdl.structure.training.card import logged_rows
-from hf_effdl.structure.training.checkpoints import has_checkpoints, newest
+from hf_effdl.structure.training.checkpoints import has_checkpoints, load_finished, newest
 from hf_effdl.structure.training.distill import Distillation, DistillationMixin, frozen_copy, refuse_without_teacher
 from hf_effdl.structure.training.evaluation import training_inputs
 from hf_effdl.structure.training.settled import SettledCallback
@@ -314,7 +314,8 @@ class SmallMixin:
         if checkpoint and teacher is None:
             refuse_without_teacher(TrainerState.load_from_json(f"{checkpoint}/trainer_state.json"))
         together()
-        tuner.train(checkpoint)
+        if checkpoint is None or not load_finished(tuner, checkpoint):
+            tuner.train(checkpoint)
         broadcast(dict(small.named_buffers()))  # every process has its own batch statistics
         forget_accelerate(small)
         self.tuner = tuner
