@@ -332,7 +332,7 @@ def test_own_options_come_first_and_a_trainers_are_named_in_short(verb, capsys):
     assert len(short.splitlines()) < 110 < 500 < len(whole.splitlines())
     own = re.findall(r"(?m)^  --(\w+)", short)
     assert [name for name in re.findall(r"(?m)^  --(\w+)", whole) if name in own][: len(own)] == own[:-1] + own[-1:]
-    assert whole.index(f"  --{own[-2]}") < whole.index("  --per_device_train_batch_size ")
+    assert whole.index(f"  --{own[-2]}") < whole.index("  --per_device_train_batch_size")
     assert own[:2] == ["config", "dry_run"] and "--per_device_train_batch_size," in short
 
 

@@ -107,12 +107,13 @@ def test_help_begins_with_the_docstring_and_the_scripts_own_arguments(name, caps
     printed = capsys.readouterr().out
     assert module.__doc__.strip().splitlines()[0] in printed.splitlines()[2]
     printed = printed.partition("\noptions:")[2]
-    places = [printed.index(f"  --{option} ") for option in ("config", "dataset_name", "output_dir")]
-    assert places == sorted(places)
+    # how a name with two spellings goes on differs between versions of Python
+    place = {name: found.start() for found in re.finditer(r"(?m)^  --(\w+)", printed) for name in [found[1]]}
+    assert place["config"] < place["dataset_name"] < place["output_dir"]
     for text in CHOICES.get(name, ()):
-        assert text in printed and printed.index(text) < printed.find("  --push_to_hub ") % len(printed)
+        assert text in printed and printed.index(text) < place.get("push_to_hub", len(printed))
     if name in PARSED and "--per_device_train_batch_size" in printed:
-        assert printed.index("  --output_dir ") < printed.index("  --per_device_train_batch_size ")
+        assert place["output_dir"] < place["per_device_train_batch_size"]
 
 
 # the demos, data, conversions of files

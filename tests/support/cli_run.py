@@ -10,9 +10,6 @@ import time
 from pathlib import Path
 
 
-held, where, *argv = sys.argv[1:]
-
-
 def hold(event: str, given: tuple) -> None:
     if event == "os.rename":
         path = given[1]
@@ -28,6 +25,7 @@ def hold(event: str, given: tuple) -> None:
 if __name__ == "__main__":
     from hf_effdl.cli.__main__ import main
 
+    held, where, *argv = sys.argv[1:]
     if where:
         sys.addaudithook(hold)
     code = main(argv)

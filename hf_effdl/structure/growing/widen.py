@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_effdl.checks import whole_number
 from hf_effdl.structure.groups.group import Group, check_same_network, shared_names
 from hf_effdl.structure.groups.ties import config_ties
 from hf_effdl.structure.growing import new_units
@@ -185,8 +186,10 @@ def _check_types(model: Any, groups: Any, add: Any, seed: Any) -> None:
     if not isinstance(add, Mapping):
         raise TypeError(f"add={add!r}: it must give new units by group name, as {{group.name: 8}}")
     for name, value in {"seed": seed, **{f"add[{name!r}]": value for name, value in add.items()}}.items():
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"{name}={value!r}: it must be a whole number")
+        try:
+            whole_number(name, value, -(2**63))
+        except ValueError:
+            raise TypeError(f"{name}={value!r}: it must be a whole number") from None
 
 
 def _check_group(group: Group, add: int, shared: set[str], tensors: Mapping[str, Tensor]) -> None:
