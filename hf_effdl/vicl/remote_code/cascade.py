@@ -251,7 +251,8 @@ class CascadeSelector(nn.Module):
 
     def stages(self) -> tuple[FirstStage, SecondStage]:
         """Both stages, with weights as features are: on the CPU in single precision, of a model in half too."""
-        weights = {name: buffer.float().cpu() for name, buffer in self.named_buffers(recurse=False)}
+        # copies: sums round by where in memory their terms lie, and weights that were read lie as in their file
+        weights = {name: buffer.float().cpu().clone() for name, buffer in self.named_buffers(recurse=False)}
         first = Scorer(weights["first_spread"], weights["first_weights"], self.first_heads, weights.get("first_apart"))
         apart = weights.get("second_apart", [None] * TURNS)
         turns = []

@@ -91,7 +91,7 @@ class Examples:
         self.pool, self.model, self.task = pool, model, task
         self.metric, self.greater_is_better = metric, greater_is_better
         self._kept: dict[str, OrderedDict[int, Tensor]] = {
-            kind: OrderedDict() for kind in ("encoded", "labels", "small", "grids", "bytes")
+            kind: OrderedDict() for kind in ("encoded", "labels", "small", "grids")
         }
         self._bytes, self._fingerprint = 0, pool.fingerprint
 
@@ -144,13 +144,10 @@ class Examples:
         shares = F.adaptive_avg_pool2d(self.small_labels(rows).flatten(0, 1).mean(1, keepdim=True), grid.shape[1:3])
         shares = shares.flatten(1).unflatten(0, rows.shape)
         asked = F.normalize(grid.flatten(1, 2).float(), dim=2)
-        return torch.stack([self._matches(*one) for one in zip(asked, rows, shares.to(asked.device), strict=True)])
-
-    def _matches(self, asked: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
-        # gathered as they are matched: all at once would not fit into a processor's cache
-        here = at_once(asked, shares.shape[1])
-        parts = zip(rows.split(here), shares.split(here), strict=True)
-        return torch.cat([dense_matches(asked[None], self.grids(some)[None], white[None])[0] for some, white in parts])
+        # all are made together, so that an answer does not depend on who asked before
+        cells, count = self._values("grids", rows, self._features), rows.shape[1]
+        each = [cells[start : start + count] for start in range(0, len(cells), count)]
+        return torch.stack([_matches(*one) for one in zip(asked, each, shares.to(asked.device), strict=True)])
 
     @torch.no_grad()
     def answers(self, encoded: Tensor, rows: Tensor) -> Tensor:
@@ -270,3 +267,12 @@ class Examples:
             largest = max(self._kept.values(), key=len)
             _, value = largest.popitem(last=False)
             self._bytes -= value.numel() * value.element_size()
+
+
+def _matches(asked: Tensor, cells: Sequence[Tensor], shares: Tensor) -> Tensor:
+    """Of one query; gathered some at a time, as all at once would not fit into a processor's cache."""
+    here = at_once(asked, shares.shape[1])
+    some = (torch.stack(cells[start : start + here]) for start in range(0, len(cells), here))
+    return torch.cat(
+        [dense_matches(asked[None], one[None], white[None])[0] for one, white in zip(some, shares.split(here))]
+    )
