@@ -21,7 +21,7 @@ TABLES = {
     "growth_mnist": ("bbab0e6473f08673", "MNIST, 60,000 rows, 6 epochs"),
     "lora_ranks_banking77": ("8232cbc390c7ccab", "| 0.0625 | path, columns | "),
     "pool_scale": ("4553905212a8ac3d", "| rows | noise | probes |"),
-    "pretrained_minilm": ("b72a70042964c809", "| 25% | obs | "),
+    "pretrained_minilm": ("8f826cb0e364feca", "| 25% | obs | "),
     "pretrained_dinov2": ("ab7ac8771074ff19", "| 50% | 64 | activation | yes | "),
     "pretrained_smollm2": ("32e15e38fd236f85", "| ffn:0.75 | obs | wikitext, 128 tokens |"),
     "pretrained_resnet20": ("d4abc96503dd5b1a", "| 48.5% | activation | yes | "),
