@@ -3,6 +3,7 @@
 from pathlib import Path
 from shutil import copytree
 
+import numpy as np
 import pytest
 import torch
 from benchmarks import FOLDER, importable
@@ -238,3 +239,40 @@ def test_every_block_of_the_resnet_keeps_the_largest_share_that_holds_the_budget
     batch = {"pixel_values": x, "labels": torch.tensor([1, 2])}
     small = list(benchmarks["pretrained_arms"].smaller(model, groups, share, "fisher", [batch]))
     assert all(found.model(x)["logits"].shape == (2, 10) for found in small)
+
+
+def test_the_resnet_is_cut_after_some_epochs_and_trains_on(benchmarks, tmp_path, monkeypatch):
+    script, drawn = benchmarks["pretrained_resnet20"], torch.Generator().manual_seed(0)
+    images = torch.randint(256, (96, 32, 32, 3), dtype=torch.uint8, generator=drawn).numpy()
+
+    def net(file):
+        torch.manual_seed(0)
+        return script.ResNet20(width=4)
+
+    monkeypatch.setattr(script, "cifar10", lambda *given: (images, np.arange(96) % 3))
+    monkeypatch.setattr(script, "trained", net)
+    options = [
+        "--epochs",
+        "0",
+        "1",
+        "--before",
+        "1",
+        "--seeds",
+        "0",
+        "--budgets",
+        "0.5",
+        "--rows",
+        "32",
+        "--test",
+        "96",
+    ]
+    files = ["--work", str(tmp_path / "nets"), "--out", str(tmp_path / "rows.jsonl")]
+    script.main([*options, *files, "--arms", "magnitude", "path"])
+    rows = script.RowFile(tmp_path / "rows.jsonl", script.KEYS).rows
+    assert [(row["arm"], row["epochs"]) for row in rows] == [(a, e) for a in ("magnitude", "path") for e in (0, 1)]
+    nets = [torch.load(tmp_path / "nets" / f"{name}-1-0.pt") for name in ("plain", "path")]
+    assert any(not torch.equal(a, b) for a, b in zip(*(found["state"].values() for found in nets), strict=True))
+    monkeypatch.setattr(script.Run, "fit", None)  # the nets are there, and so are the rows
+    script.main([*options, *files, "--arms", "magnitude", "path"])
+    script.main([*options, *files, "--arms", "obs", "--epochs", "0"])
+    assert len(script.RowFile(tmp_path / "rows.jsonl", script.KEYS).rows) == 5

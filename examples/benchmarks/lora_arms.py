@@ -261,7 +261,7 @@ def add_rows(task: Task, arms: Sequence[str], budgets: Sequence[float], seed: in
         if all(key in file for key in wanted):
             continue
         for arm, budget, model in make(task, budgets, seed):
-            if (arm, budget, seed) not in file:
+            if arm in arms and (arm, budget, seed) not in file:
                 row = {"arm": arm, "budget": budget, "seed": seed, "params": parameters(model)}
                 file.add(row | dict(task.measure(model)), hide=())
 

@@ -41,7 +41,8 @@ class Plain:
     def start(self, model: nn.Module, rates: tuple[float, float], shares: Sequence[float]) -> torch.optim.Optimizer:
         """The optimizer of a run of so many steps, with rates of the encoder and of the head."""
         self.model, self.rates, self.shares = model, rates, shares
-        body = [p for name, p in model.named_parameters() if not name.startswith("head.")]
+        head = {id(p) for p in model.head.parameters()}
+        body = [p for p in model.parameters() if id(p) not in head]
         return torch.optim.AdamW(
             [{"params": body, "lr": rates[0]}, {"params": model.head.parameters(), "lr": rates[1]}], weight_decay=0.01
         )
@@ -166,21 +167,25 @@ def train(
     seed: int,
     teacher: tuple[nn.Module, float] | None = None,
     way: Plain | None = None,
+    size: int = BATCH,
+    precision: torch.dtype = torch.float32,
 ) -> None:
     """A warm-up over a tenth of the steps and linear decay; dropout as the encoder has it.
 
     Args:
-        model: a `Classifier`.
+        model: says a loss; its last layer is its `head`.
         data, places: rows, with `data.batch(places)`.
         epochs: over them.
         rates: of the encoder and of the head.
         seed: of order and dropout.
         teacher: a model, and its share of the loss.
         way: default `Plain()`.
+        size: of a batch.
+        precision: of products in forward passes.
     """
     rng = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    steps, way = epochs * -(-len(places) // BATCH), way or Plain()
+    steps, way = epochs * -(-len(places) // size), way or Plain()
 
     def share(step: int) -> float:
         return min((step + 1) / max(1, steps // 10), (steps - step) / steps)
@@ -189,9 +194,11 @@ def train(
     schedule, step = torch.optim.lr_scheduler.LambdaLR(optimizer, share), 0
     for _ in range(epochs):
         model.train()
-        for part in places[torch.randperm(len(places), generator=rng)].split(BATCH):
+        for part in places[torch.randperm(len(places), generator=rng)].split(size):
             optimizer.zero_grad()
-            loss_of(model, data.batch(part), teacher).backward()
+            with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+                loss = loss_of(model, data.batch(part), teacher)
+            loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             way.after_step(step)
