@@ -205,3 +205,26 @@ def test_the_committed_rows_are_whole(benchmark):
     for row in rows:
         assert row["arm"] in benchmark.ARMS and row["torch"] and row["budgets"].keys() == {"0.5", "0.25", "0.1"}
         assert all(found["macs"] <= float(budget) for budget, found in row["budgets"].items())
+
+
+def test_neighbours_of_what_is_chosen_come_later():
+    with importable("selection_cifar10") as scripts:
+        spread_out = scripts["selection_cifar10"].spread_out
+    points = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1], [5.2], [9.0], [9.1], [9.2]])
+    scores = torch.tensor([1.0, 1.0, 1.0, 0.9, 0.9, 0.9, 0.8, 0.8, 0.8])
+    assert spread_out(scores, points, 3, neighbours=2).tolist() == [1, 4, 7]  # the middle of each heap
+    assert sorted(spread_out(scores, points, 9, neighbours=2).tolist()) == list(range(9))
+
+
+@pytest.mark.slow
+def test_rows_of_cifar10_are_chosen_by_every_arm_and_not_again(data, tmp_path, monkeypatch):
+    with importable("selection_cifar10") as scripts:
+        script = scripts["selection_cifar10"]
+        monkeypatch.setitem(script.CHECK, "pool", 30)
+        monkeypatch.setitem(script.CHECK, "budgets", (20,))
+        options = ["--check", "--data", str(data[0]), "--work", str(tmp_path), "--out", str(tmp_path / "rows.jsonl")]
+        script.main([*options, "--device", "cpu"])
+        lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+        assert [json.loads(line)["arm"] for line in lines] == list(script.ARMS)
+        monkeypatch.setattr(script, "Task", None)  # nothing is missing
+        script.main([*options, "--device", "cpu"])

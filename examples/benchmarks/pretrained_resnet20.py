@@ -5,6 +5,7 @@
 #     "pillow>=11",
 #     "torch-pruning==1.6.1",
 #     "torch>=2.9",
+#     "transformers>=5.23,<6",
 # ]
 #
 # [tool.uv.sources]

@@ -50,13 +50,12 @@ import torch.nn.functional as F
 from rows import RowFile, machine, mean_and_error, parser_of
 from selection_arms import APART, Rows, best_arm, print_arms, print_default
 from selection_banking77 import ALL, ARMS, WHOLE, Pair, Texts, run
-from structure_cifar10 import cifar10
+from structure_cifar10 import NOISE, cifar10, people
 from torch import Tensor
 
 
 DATA = Path(os.environ.get("HF_EFFDL_DATA", Path(__file__).parents[3] / "shared" / "data"))
 ENCODER = os.environ.get("HF_EFFDL_DINOV2", "facebook/dinov2-small")
-NOISE = {"worse": "worse_label", "random1": "random_label1", "aggregate": "aggre_label", "clean": "clean_label"}
 SHARES = (0.05, 0.1, 0.2)
 ROWS, SIZES, SIDE, BATCH = {"train": 15_000, "test": 4_000}, (3_000, 10_000), 112, 250
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that the encoder was trained on
@@ -90,15 +89,6 @@ def features(encoder: str, work: Path) -> tuple[Tensor, Tensor]:
         os.replace(f"{file}.tmp", file)
     found = torch.load(file, weights_only=True)
     return found["train"], found["test"]
-
-
-def people() -> dict[str, Tensor]:
-    """The sets of labels of the training images."""
-    arrays = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Int64DType]
-    old = (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct")  # the name that the file knows
-    with torch.serialization.safe_globals([*arrays, old]):
-        found = torch.load(DATA / "cifar10-travel" / "CIFAR-10_human.pt", weights_only=True)
-    return {name: torch.from_numpy(found[column])[: ROWS["train"]] for name, column in NOISE.items()}
 
 
 class PeoplePair(Pair):
@@ -198,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = [*ALL, SUSPECTS] if options.arms is None else options.arms
     if unknown := set(names) - {*ALL, SUSPECTS}:
         parser.error(f"no arms {sorted(unknown)}; there are {[*ALL, SUSPECTS]}")
-    x, labels = features(options.encoder, options.work), people()
+    x, labels = features(options.encoder, options.work), people(DATA / "cifar10-travel", ROWS["train"])
     test = torch.from_numpy(cifar10("test", DATA / "cifar10-travel")[1])[: ROWS["test"]]
     for number in range(options.pairs):
         for noise in options.noise:

@@ -58,6 +58,8 @@ from torch import Tensor, nn
 PARTS = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 PADDING = 4
+# how wrong labels are told in names and in the file of CIFAR-10N
+NOISE = {"worse": "worse_label", "random1": "random_label1", "aggregate": "aggre_label", "clean": "clean_label"}
 # lasso: the penalty of the whole net is about that of the MNIST net; neither it nor group_norm was tuned on CIFAR-10,
 # `--validate` and `--set` are there to do it
 SETTINGS = {"weight_decay": 5e-4, "lr": 0.1, "batch": 128, "lasso": 1e-3, "group_norm": 1e-4}
@@ -95,6 +97,15 @@ def cifar10(split: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     if start != len(labels):
         raise SystemExit(f"{folder} has {start} images and {len(labels)} labels; are all files of one copy?")
     return np.concatenate(images), np.array(chosen, np.int64)
+
+
+def people(folder: Path, rows: int) -> dict[str, Tensor]:
+    """CIFAR-10N: the sets of labels that people gave to the first training images."""
+    arrays = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Int64DType]
+    old = (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct")  # the name that the file knows
+    with torch.serialization.safe_globals([*arrays, old]):
+        found = torch.load(folder / "CIFAR-10_human.pt", weights_only=True)
+    return {name: torch.from_numpy(found[column])[:rows] for name, column in NOISE.items()}
 
 
 def on_device(images: np.ndarray, labels: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
