@@ -220,7 +220,7 @@ def selection_cifar10n(script, patch, made) -> list[str]:
         }
 
     patch.setattr(script, "features", lambda *given: None)
-    patch.setattr(script, "people", dict)
+    patch.setattr(script, "people", lambda *given: {})
     patch.setattr(script, "cifar10", lambda *given: (None, np.zeros(3, np.int64)))
     patch.setattr(script, "PeoplePair", lambda x, labels, test, noise, number: number)
     patch.setattr(script, "suspects", suspects)
