@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 DATA = Path(os.environ.get("HF_EFFDL_DATA", Path(__file__).parents[3] / "shared" / "data"))
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS, RANK, IGNORED = 256, 16, -100
-RATES = (5e-4, 2e-3)
+RATES = (2e-3, 2e-3)
 FEW = ["q_proj", "v_proj"]
 BUDGETS = (0.25, 0.0625)
 
@@ -98,9 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--test", type=int, default=300, help="rows that the loss is of")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--precision", choices=("highest", "medium"), default="highest", help="medium: bf16 products")
     parser.add_argument("--rates", type=float, nargs=2, default=RATES, metavar=("LORA", "ADALORA"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision(options.precision)
     file = RowFile(options.out, KEYS)
     if not options.table:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
