@@ -75,6 +75,8 @@ def photos(tmp_path_factory) -> Path:
     (folder / "photos").mkdir()
     for number in (100, 101):
         scenes.scene(number)[0].save(folder / "photos" / f"{number}.png")
+    line = f"pool build --dataset_name {folder}/data --encoder {folder}/vit --label_column mask --foreground 1"
+    assert main([*line.split(), "--output_dir", str(folder / "pool")]) == 0
     return folder
 
 
@@ -231,6 +233,10 @@ def test_a_pool_is_built_changed_described_and_asked(photos, tmp_path, cli):
         assert mask.size == photo.size and set(mask.tobytes()) <= {0, 255}
         assert len(answer["example_ids"]) == len(answer["scores"]) == 2 and set(answer["example_ids"]) <= set(ids)
     assert (tmp_path / "out" / "panel.png").is_file()
+    (tmp_path / "cut.png").write_bytes((photos / "photos" / "100.png").read_bytes()[:200])
+    more = ["--images", photos / "photos", tmp_path / "cut.png", "--batch_size", 2, "--output_dir", tmp_path / "half"]
+    assert main([*line.split(), *map(str, more)]) == 1  # what was answered before it stays
+    assert {file.name for file in (tmp_path / "half").iterdir()} == {"100.png", "101.png"}
 
 
 def test_scores_are_of_the_object_that_is_named_however_it_is_named(photos, tmp_path):
@@ -607,6 +613,7 @@ DRY = {
     "pool": "pool build --dataset_name {photos}/data --label_column mask --foreground 1 --encoder {photos}/vit",
     "fit": "fit cascade --dataset_name {photos}/data --label_column mask --model {photos}/vit --candidates 6",
     "fit ranker": "fit ranker --dataset_name {photos}/data --label_column mask --model {photos}/vit --use_cpu",
+    "prompt": "prompt --images {photos}/photos --pool {photos}/pool --model {photos}/vit --batch_size 1",
 }
 
 
