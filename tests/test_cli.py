@@ -185,6 +185,7 @@ def test_a_selection_is_saved_as_a_data_set_of_its_rows(texts, tmp_path, cli):  
     printed = cli(*line.split(), "--budget", 20, "--output_dir", tmp_path / "out", *QUIET)
     assert "22 rows train the probes, 86 are scored" in printed and "20 of 86 rows selected" in printed
     assert not (tmp_path / "out" / "selected").exists()
+    assert str(folder) not in (tmp_path / "out" / "selection" / "README.md").read_text()
     (tmp_path / "out" / "selection" / "README.md").unlink()
     assert "- data-selection\n" in cli("card", "--folder", tmp_path / "out" / "selection", "--write")
     rows = load_from_disk(folder / "data")["train"].class_encode_column("topic")
@@ -192,6 +193,7 @@ def test_a_selection_is_saved_as_a_data_set_of_its_rows(texts, tmp_path, cli):  
     pool_rows = rows.train_test_split(test_size=0.2, seed=42, stratify_by_column="topic")["train"]
     chosen = load_selection(tmp_path / "out" / "selection", pool_rows)
     assert len(chosen) == 20 and chosen["weight"][0] > 0
+    assert load_from_disk(tmp_path / "out" / "rows").to_dict() == chosen.to_dict()
 
 
 def test_rows_of_a_split_and_of_shards_get_the_same_scores(texts, tmp_path, cli):  # noqa: F811
