@@ -50,8 +50,8 @@ def _answered(
 
 
 def _cost(options: Any, pipe: VisualInContextPipeline, files: list[Path], folder: Path) -> Cost:
-    """By some whole batches; the first one also takes what is done once, such as trying strategies on the pool."""
-    size = max(1, min(options.batch_size, len(files)))
+    """By two batches or more, as the first one also takes what is done once, such as trying strategies on the pool."""
+    size = max(1, min(options.batch_size, len(files) // 2))
     parts = [files[start : start + size] for start in range(0, len(files) - size + 1, size)]
     first: list[float] = []
 

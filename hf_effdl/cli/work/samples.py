@@ -147,9 +147,7 @@ def select(options: Any, args: Any) -> None:
         print(selector.report(), flush=True)
         with filled_beside(out / "rows", last="state.json") as folder:
             subset.save_to_disk(folder)
-        print(
-            f"the {len(subset)} rows with their weights are in {out / 'rows'}, as datasets.load_from_disk reads them"
-        )
+        print(f"{len(subset)} rows with their weights are in {out / 'rows'}: datasets.load_from_disk reads them")
     if options.train or options.compare:
         _compare(source, data, subset, options, args, out)
     if options.push_selection and is_first():
