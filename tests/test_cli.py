@@ -216,7 +216,7 @@ def test_rows_of_a_split_and_of_shards_get_the_same_scores(texts, tmp_path, cli)
 # ---- prompts
 
 
-def test_a_pool_is_built_changed_described_and_asked(photos, tmp_path, cli):
+def test_a_pool_is_built_changed_described_and_asked(photos, tmp_path, cli, capsys):
     folder, columns = tmp_path / "pool", "--label_column mask --id_column name --keep_grids --foreground 1"
     line = f"pool build --dataset_name {photos / 'data'} --encoder {photos / 'vit'} --output_dir {folder} {columns}"
     assert "| rows | 12 |" in cli(*line.split()) and not (folder / "half").exists()
@@ -239,6 +239,7 @@ def test_a_pool_is_built_changed_described_and_asked(photos, tmp_path, cli):
     more = ["--images", photos / "photos", tmp_path / "cut.png", "--batch_size", 2, "--output_dir", tmp_path / "half"]
     assert main([*line.split(), *map(str, more)]) == 1  # what was answered before it stays
     assert {file.name for file in (tmp_path / "half").iterdir()} == {"100.png", "101.png"}
+    assert "answering:  67%" in capsys.readouterr().err
 
 
 def test_scores_are_of_the_object_that_is_named_however_it_is_named(photos, tmp_path):

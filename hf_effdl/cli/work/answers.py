@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from PIL import Image
+from tqdm.auto import tqdm
 
 from hf_effdl.cli.work.cost import Cost, rehearsal, seconds_each, tell
 from hf_effdl.files import write_json, write_whole
@@ -33,7 +34,7 @@ def prompt(options: Any) -> None:
 
 
 def _answered(
-    options: Any, pipe: VisualInContextPipeline, files: list[Path], out: Path
+    options: Any, pipe: VisualInContextPipeline, files: list[Path], out: Path, progress: bool = True
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What `answers.json` says, now that it and its pictures are written; and what the panel shows."""
     out.mkdir(parents=True, exist_ok=True)
@@ -42,6 +43,7 @@ def _answered(
     exclude = [options.exclude] * len(files) if options.exclude else None
     answers, shown = [], []
     outputs = pipe(iter(files), exclude=exclude, **given)  # as they come, since photos may be more than memory holds
+    outputs = tqdm(outputs, total=len(files), desc="answering", unit=" images", disable=not progress)
     for output, file, name in zip(outputs, files, _names(files, out), strict=True):
         answers.append(_written(output, file, name))
         shown += [output] if len(shown) < options.shown else []
@@ -57,7 +59,7 @@ def _cost(options: Any, pipe: VisualInContextPipeline, files: list[Path], folder
 
     def answer(part: list[Path]) -> None:
         start = time.perf_counter()
-        _, shown = _answered(options, pipe, part, folder / f"{files.index(part[0])}")
+        _, shown = _answered(options, pipe, part, folder / f"{files.index(part[0])}", progress=False)
         if not first:
             first.append(time.perf_counter() - start)
             if options.shown:
