@@ -166,6 +166,7 @@ def train_language_probes(
 
     Raises:
         ValueError: for fewer than two probes, no rows, or rows that are no instruction data.
+        TypeError: for what is no function, no arguments, or no rows.
 
     Example:
         >>> probes = train_language_probes(load, args, seed_rows, tokenizer, num_probes=4)  # doctest: +SKIP
@@ -173,6 +174,9 @@ def train_language_probes(
     from peft import LoraConfig, get_peft_model
 
     count = whole_number("num_probes", num_probes, 2)
+    if not callable(model_init) or isinstance(model_init, nn.Module):
+        raise TypeError(f"model_init is a {type(model_init).__name__}: pass a function that makes the model")
+    instance("args", args, TrainingArguments, "the TrainingArguments of every probe")
     instance("rows", rows, (Dataset, list, tuple), "a data set of instruction rows")
     if not len(rows):
         raise ValueError("rows is empty; pass some hundred rows that are known to be good")
