@@ -62,6 +62,41 @@ CLAIMS = {
     "model_cards/structure_mnist.md": (EARLY_LASSO, SCRATCH, NEW_25, NEW_10),
 }
 
+LORA, SFT = "lora_ranks_banking77", "selection_sft"
+WHOLE, FULL = ("uniform", 1.0), ("path", 1.0)
+
+
+def at(one: str, other: str, *sizes: float) -> list[tuple]:
+    return [((one, size), (other, size)) for size in sizes or (0.5, 0.25, 0.0625, 0.015625)]
+
+
+# sentences with places for a difference and its standard error, and the arms, the one that is ahead first
+SENTENCES = {
+    "docs/benchmarks/lora.md": (
+        ("the path's adapter is {} ({}) points above the whole uniform adapter", (("path", 0.5), WHOLE)),
+        ("a quarter of its parameters, the path's adapter is {0} ({1}) points above", (("path", 0.25), WHOLE)),
+        ("to a sixteenth {} ({}); at", (("path", 0.0625), WHOLE)),
+        ("a sixty-fourth it is {} ({}) behind it", (WHOLE, ("path", 0.015625))),
+        ("each of the four sizes: by {} ({}), {} ({}), {} ({}) and {} ({}) points", *at("path", "SVD")),
+        ("{} ({}) points ahead at a quarter and {} ({}) at a sixteenth", *at("uniform", "path", 0.25, 0.0625)),
+        ("one rank on q and v alone is ahead by {} ({})", *at("uniform", "path", 0.015625)),
+        ("rank 4 beats rank 16 by {} ({})", (("uniform", 0.25), WHOLE)),
+        ("AdaLoRA is ahead of the cuts too, by {0}, {2}, {4} and {6} points", *at("AdaLoRA", "path")),
+        ("the whole adapter is {0} points better than the plain one", (FULL, WHOLE)),
+        ("end {0} to {2} points below SVD at a quarter", *at("SVD", "path, columns", 0.25, 0.0625)),
+        ("on a plain run {0} points worse", *at("SVD", "effect", 0.015625)),
+        ("({2} to +{6} points)", *at("path, early", "random, early")),
+    ),
+    "docs/data/language.md": (
+        ("level with random rows ({} behind, SE {}, three seeds)", ("random", "default")),
+        ("exactly the spoilt rows ({} behind, SE {})", ("random", "clean")),
+        ("random rows end {} ({}) nats ahead of them in six seeds", ("random", "balanced")),
+        ("the default is {} ({}) ahead of them", ("default", "balanced")),
+    ),
+}
+# of the same kind in a page: there may be no other
+LEFT = re.compile(r"\d*\.\d+ (?:\(|behind, SE )\d*\.\d+")
+
 
 @cache
 def rows(name: str) -> list[dict]:
@@ -86,15 +121,25 @@ def accuracies(name: str, cell: tuple, arm: str) -> dict[int, float]:
     return found
 
 
+def of_arm(arm: str | tuple) -> dict[int, float]:
+    """Accuracy in percent of an adapter, or what a language model's loss is below zero, by seed."""
+    if isinstance(arm, tuple):
+        return {row["seed"]: row["accuracy"] for row in rows(LORA) if (row["arm"], row["budget"]) == arm}
+    return {row["seed"]: -row["loss"] for row in rows(SFT) if row["arm"] == arm}
+
+
+def paired(mine: dict[int, float], theirs: dict[int, float]) -> tuple[float, float]:
+    """Mean and standard error of what the first is ahead by, over the seeds that both have."""
+    seeds = sorted(mine.keys() & theirs.keys())
+    assert len(seeds) >= 3, seeds
+    with importable("rows"):
+        return sys.modules["rows"].mean_and_error([mine[seed] - theirs[seed] for seed in seeds])
+
+
 def ahead(claim: tuple) -> str:
     """By how much, and the standard error, paired over seeds."""
-    with importable("rows"):
-        mean_and_error = sys.modules["rows"].mean_and_error
-        name, cell, one, other = claim
-        mine, theirs = (accuracies(name, cell, arm) for arm in (one, other))
-        seeds = sorted(mine.keys() & theirs.keys())
-        assert len(seeds) >= 3, f"{claim}: {seeds}"
-        mean, error = mean_and_error([mine[seed] - theirs[seed] for seed in seeds])
+    name, cell, one, other = claim
+    mean, error = paired(*(accuracies(name, cell, arm) for arm in (one, other)))
     return f"{mean:+.2f} ({error:.2f})"
 
 
@@ -111,6 +156,17 @@ def test_numbers_of_a_page_are_those_of_the_rows(page):
     computed = {text[1:]: text[0] for text in map(ahead, CLAIMS[page])}
     assert told.keys() == computed.keys()
     assert all(sign in ("", computed[text]) for text, sign in told.items())
+
+
+@pytest.mark.parametrize("page", SENTENCES)
+def test_differences_in_a_sentence_are_those_of_the_rows(page):
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    for sentence, *claims in SENTENCES[page]:
+        found = [number for one, other in claims for number in paired(of_arm(one), of_arm(other))]
+        told = [f"{number:.1f}" if page.endswith("lora.md") else f"{number:.3f}".lstrip("0") for number in found]
+        assert sentence.format(*told) in text
+    left = LEFT.findall(text)
+    assert len(left) == sum(sentence.count("{} (") + sentence.count("SE {}") for sentence, *_ in SENTENCES[page])
 
 
 def test_arms_that_are_compared_have_one_schedule():

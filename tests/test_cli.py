@@ -75,6 +75,8 @@ def photos(tmp_path_factory) -> Path:
     (folder / "photos").mkdir()
     for number in (100, 101):
         scenes.scene(number)[0].save(folder / "photos" / f"{number}.png")
+    line = f"pool build --dataset_name {folder}/data --encoder {folder}/vit --label_column mask --foreground 1"
+    assert main([*line.split(), "--output_dir", str(folder / "pool")]) == 0
     return folder
 
 
@@ -183,6 +185,7 @@ def test_a_selection_is_saved_as_a_data_set_of_its_rows(texts, tmp_path, cli):  
     printed = cli(*line.split(), "--budget", 20, "--output_dir", tmp_path / "out", *QUIET)
     assert "22 rows train the probes, 86 are scored" in printed and "20 of 86 rows selected" in printed
     assert not (tmp_path / "out" / "selected").exists()
+    assert str(folder) not in (tmp_path / "out" / "selection" / "README.md").read_text()
     (tmp_path / "out" / "selection" / "README.md").unlink()
     assert "- data-selection\n" in cli("card", "--folder", tmp_path / "out" / "selection", "--write")
     rows = load_from_disk(folder / "data")["train"].class_encode_column("topic")
@@ -190,6 +193,7 @@ def test_a_selection_is_saved_as_a_data_set_of_its_rows(texts, tmp_path, cli):  
     pool_rows = rows.train_test_split(test_size=0.2, seed=42, stratify_by_column="topic")["train"]
     chosen = load_selection(tmp_path / "out" / "selection", pool_rows)
     assert len(chosen) == 20 and chosen["weight"][0] > 0
+    assert load_from_disk(tmp_path / "out" / "rows").to_dict() == chosen.to_dict()
 
 
 def test_rows_of_a_split_and_of_shards_get_the_same_scores(texts, tmp_path, cli):  # noqa: F811
@@ -212,7 +216,7 @@ def test_rows_of_a_split_and_of_shards_get_the_same_scores(texts, tmp_path, cli)
 # ---- prompts
 
 
-def test_a_pool_is_built_changed_described_and_asked(photos, tmp_path, cli):
+def test_a_pool_is_built_changed_described_and_asked(photos, tmp_path, cli, capsys):
     folder, columns = tmp_path / "pool", "--label_column mask --id_column name --keep_grids --foreground 1"
     line = f"pool build --dataset_name {photos / 'data'} --encoder {photos / 'vit'} --output_dir {folder} {columns}"
     assert "| rows | 12 |" in cli(*line.split()) and not (folder / "half").exists()
@@ -231,6 +235,11 @@ def test_a_pool_is_built_changed_described_and_asked(photos, tmp_path, cli):
         assert mask.size == photo.size and set(mask.tobytes()) <= {0, 255}
         assert len(answer["example_ids"]) == len(answer["scores"]) == 2 and set(answer["example_ids"]) <= set(ids)
     assert (tmp_path / "out" / "panel.png").is_file()
+    (tmp_path / "cut.png").write_bytes((photos / "photos" / "100.png").read_bytes()[:200])
+    more = ["--images", photos / "photos", tmp_path / "cut.png", "--batch_size", 2, "--output_dir", tmp_path / "half"]
+    assert main([*line.split(), *map(str, more)]) == 1  # what was answered before it stays
+    assert {file.name for file in (tmp_path / "half").iterdir()} == {"100.png", "101.png"}
+    assert "answering:  67%" in capsys.readouterr().err
 
 
 def test_scores_are_of_the_object_that_is_named_however_it_is_named(photos, tmp_path):
@@ -607,6 +616,7 @@ DRY = {
     "pool": "pool build --dataset_name {photos}/data --label_column mask --foreground 1 --encoder {photos}/vit",
     "fit": "fit cascade --dataset_name {photos}/data --label_column mask --model {photos}/vit --candidates 6",
     "fit ranker": "fit ranker --dataset_name {photos}/data --label_column mask --model {photos}/vit --use_cpu",
+    "prompt": "prompt --images {photos}/photos --pool {photos}/pool --model {photos}/vit --batch_size 1",
 }
 
 

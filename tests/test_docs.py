@@ -49,7 +49,7 @@ def start_of(page: str) -> str | None:
     quickstart = f"{Path(page).parent.as_posix()}/quickstart.md"
     if page == "README.md":
         return page
-    return quickstart if page != quickstart and (ROOT / quickstart).is_file() else None
+    return quickstart if page != quickstart and quickstart in pages() else None
 
 
 def tiny_encoder(folder: Path) -> dict[str, bytes]:

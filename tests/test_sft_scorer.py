@@ -505,3 +505,6 @@ def test_what_cannot_score_is_refused():
         scorer(embed=False).select(FEW, 2)
     with pytest.raises(ValueError, match="num_probes=1"):
         train_language_probes(llama, None, FEW, tokenizer(), num_probes=1)
+    for call, message in (("m", "pass a function that makes"), (llama(), "a LlamaForCausalLM"), (llama, "args=None")):
+        with pytest.raises(TypeError, match=message):
+            train_language_probes(call, None, FEW, tokenizer())

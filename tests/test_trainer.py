@@ -13,7 +13,7 @@ from forked import Script
 from torch.utils.data import TensorDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
-from hf_effdl import SparsePath, SplitLBI, SplitLBIArguments, SplitLBICallback, SplitLBITrainer, find_groups
+from hf_effdl import SparsePath, SplitLBI, SplitLBIArguments, SplitLBICallback, SplitLBITrainer, find_groups, slim
 from hf_effdl.structure.groups.surgery import mask
 from hf_effdl.structure.optim.schedule import derive_path
 from hf_effdl.structure.training.arguments import scheduled_rates
@@ -249,6 +249,15 @@ def test_slim_refits_on_training_rows_unless_told_otherwise(trained):
     assert other["calibration"]["score"] == "obs" and other["calibration"]["rows"] == 16
     assert other["units"] == small.config.effdl_report["units"]
     assert "calibration" not in trained.slim(macs=0.5, calibration=False).config.effdl_report
+
+
+def test_the_path_sizes_free_groups_and_the_function_goes_by_the_outputs(trained):
+    by_path = trained.slim(keep=0.5, widths="free", latency_batch=0).config.effdl_report["units"]
+    kept = trained.path.select(keep=0.5, widths="free")
+    assert {name: of["after"] for name, of in by_path.items()} == {name: len(index) for name, index in kept.items()}
+    rows = {"pixel_values": torch.randn(20, 1, 16, 16)}
+    by_outputs = slim(trained.model, trained.groups, 0.5, example_inputs=rows, calibration=[rows] * 2, widths="free")
+    assert by_outputs.config.effdl_report["units"] != by_path
 
 
 def test_batch_norm_is_re_estimated_on_request_only(trained):

@@ -16,7 +16,7 @@ class ModelDataOptions(LongOptions):
 
     model_name_or_path: str = field(metadata={"help": "Model id on the Hub, or a folder."})
     dataset_name: str = field(
-        metadata={"help": "Data set id on the Hub, a folder, one from save_to_disk, or a text file."}
+        metadata={"help": "Id on the Hub, a folder, one from save_to_disk, or a file: CSV, JSON, Parquet, text."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     label_column: str = field(default="label", metadata={"help": "Column with the class labels."})

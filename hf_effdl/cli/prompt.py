@@ -13,11 +13,11 @@ every image its prediction, the ids of the examples shown, best first, their sco
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hf_effdl.cli.arguments import Options, parse_arguments, refuse_several_processes
+from hf_effdl.cli.arguments import LongOptions, parse_arguments, refuse_several_processes
 
 
 @dataclass(kw_only=True)
-class PromptOptions(Options):
+class PromptOptions(LongOptions):
     """Which images, by which examples."""
 
     images: list[str] = field(metadata={"help": "Files, or folders of them."})

@@ -7,8 +7,9 @@
 
 Images and texts are told apart by the data set's columns. A share of the training rows is set aside for the probes:
 by default linear heads on the model's frozen backbone (`--probes trained` trains whole models). The rest is the pool.
-The selection, with its card, is in `output_dir`/selection, where `load_selection` reads it, a report with pictures in
-`output_dir`/report. Several processes on a machine without a GPU need `--use_cpu`.
+The rows with their weights are in `output_dir`/rows, as `datasets.load_from_disk` and `--dataset_name` read them, a
+report with pictures in `output_dir`/report, and the choice alone, with its card, in `output_dir`/selection. Several
+processes on a machine without a GPU need `--use_cpu`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -35,7 +35,7 @@ class SlimOptions(LongOptions):
         default=None,
         metadata={
             "aliases": ["--dataset_name"],
-            "help": "Text file, folder, or data set id on the Hub; default: no refits.",
+            "help": "File of rows (text, CSV, JSON, Parquet), folder, or id on the Hub; default: no refits.",
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})

@@ -25,11 +25,9 @@ OWNER = "tester"
 
 
 def short_of_patience() -> None:
-    """Let the client wait for a second where it waits for a minute, at its second try for a file it does not have."""
-    from huggingface_hub import file_download
-
-    assert file_download._ETAG_RETRY_TIMEOUT == 60
-    file_download._ETAG_RETRY_TIMEOUT = 1
+    """What the page of troubles says against a Hub that is silent, with a second for ten."""
+    page = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    exec(page.partition("```python\n")[2].partition("```")[0].replace("10.0", "1.0"), {})
 
 
 def fault(name: str = "", text: str = "") -> None:

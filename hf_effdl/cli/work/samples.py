@@ -1,5 +1,6 @@
 """Rows worth training on: select and score."""
 
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from hf_effdl.samples.scale.score_shards import score_shards
 from hf_effdl.samples.scale.scorers import ProbeScorer
 from hf_effdl.samples.scale.sources import reader
 from hf_effdl.samples.selection.selector import UncertaintySelector
+from hf_effdl.vicl.remote_code.writing import filled_beside
 from hf_effdl.weighting import WeightedTrainer
 
 
@@ -135,7 +137,7 @@ def select(options: Any, args: Any) -> None:
         preset=options.preset,
         seed=args.seed,
         cache_dir=out / "scores",
-        source=options.dataset_name,
+        source=None if Path(options.dataset_name).exists() else options.dataset_name,  # no path goes into a card
         batch_size=args.per_device_eval_batch_size,
     )
     subset = selector.select(data["pool"], options.budget if options.budget <= 1 else int(options.budget))
@@ -143,7 +145,9 @@ def select(options: Any, args: Any) -> None:
         selector.report().save(out / "report")
         selector.selection.save(out / "selection", card=True)
         print(selector.report(), flush=True)
-        print(f"the selection is in {out / 'selection'}: hf_effdl.load_selection reads it")
+        with filled_beside(out / "rows", last="state.json") as folder:
+            subset.save_to_disk(folder)
+        print(f"{len(subset)} rows with their weights are in {out / 'rows'}: datasets.load_from_disk reads them")
     if options.train or options.compare:
         _compare(source, data, subset, options, args, out)
     if options.push_selection and is_first():
@@ -211,13 +215,21 @@ def _select_cost(options: Any, args: Any) -> Cost:
         cost = Cost(cost.seconds * options.num_probes, 0, cost.how)
         cost += Cost(part.seconds * options.num_probes, part.disk * options.num_probes, told)
     runs = bool(options.train or options.compare) + bool(options.compare)
+    share = options.budget if options.budget <= 1 else options.budget / len(pool)
+    rows = pool.select(range(max(1, round(share * len(pool)))))
     if runs:
-        share = options.budget if options.budget <= 1 else options.budget / len(pool)
-        rows = pool.select(range(max(1, round(share * len(pool)))))
         trainer = _weighted_trainer(source, rows, data["eval"], args)
         part = training_cost(trainer) + evaluation_cost(trainer, 1)
         cost += Cost(part.seconds * runs, part.disk * runs, [*part.how, f"{runs} trainings"])
-    return cost + Cost(0, 100 * len(pool))  # scores of a row are a dozen numbers
+    return cost + Cost(0, 100 * len(pool) + _stored(rows))  # scores of a row are a dozen numbers
+
+
+def _stored(rows: Dataset) -> float:
+    """Bytes that rows take in a folder, by some of them."""
+    few = rows.select(range(min(len(rows), 64)))
+    with tempfile.TemporaryDirectory() as folder:
+        few.save_to_disk(folder)
+        return sum(file.stat().st_size for file in Path(folder).iterdir()) / len(few) * len(rows)
 
 
 # ---- score

@@ -20,6 +20,7 @@ from hf_effdl.random_state import random_state_kept
 from hf_effdl.row_losses import IGNORED
 from hf_effdl.samples.language.rows import Batch, Encoded, encode
 from hf_effdl.samples.probes.probes import bootstrap_counts, weights_hash
+from hf_effdl.samples.probes.trained_probes import check_training
 
 
 class LanguageProbes:
@@ -166,6 +167,7 @@ def train_language_probes(
 
     Raises:
         ValueError: for fewer than two probes, no rows, or rows that are no instruction data.
+        TypeError: for what is no function, no arguments, or no rows.
 
     Example:
         >>> probes = train_language_probes(load, args, seed_rows, tokenizer, num_probes=4)  # doctest: +SKIP
@@ -173,6 +175,7 @@ def train_language_probes(
     from peft import LoraConfig, get_peft_model
 
     count = whole_number("num_probes", num_probes, 2)
+    check_training(model_init, args)
     instance("rows", rows, (Dataset, list, tuple), "a data set of instruction rows")
     if not len(rows):
         raise ValueError("rows is empty; pass some hundred rows that are known to be good")

@@ -74,6 +74,14 @@ class _Recipe:
         return trainer.accelerator.unwrap_model(trainer.model).eval()
 
 
+def check_training(model_init: Any, args: Any) -> None:
+    """Refuse what is no function that makes a model, such as a model, and what are no arguments of a Trainer."""
+    if not callable(model_init) or isinstance(model_init, nn.Module):
+        raise TypeError(f"model_init={_kind(model_init)}: pass a function that makes a fresh model")
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(f"args={_kind(args)}: pass the TrainingArguments of every probe")
+
+
 def _kind(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
@@ -132,10 +140,7 @@ def train_probes(
     """
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r}: it must be one of {tuple(PRESETS)}")
-    if not callable(model_init) or isinstance(model_init, nn.Module):
-        raise TypeError(f"model_init={_kind(model_init)}: pass a function that makes a fresh model for each probe")
-    if not isinstance(args, TrainingArguments):
-        raise TypeError(f"args={_kind(args)}: pass the TrainingArguments of every probe")
+    check_training(model_init, args)
     usual = PRESETS[preset]
     num_probes = usual[0] if num_probes is None else num_probes
     bootstrap = usual[1] if bootstrap is None else bootstrap

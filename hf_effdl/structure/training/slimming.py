@@ -51,7 +51,8 @@ class SlimMixin:
             order: see `SparsePath.scores`; default `"dual"`, or `"entry"` with the paper preset.
             widths: `"stock"`: sizes that the stock config can say, so that anyone's `from_pretrained` loads it; groups
                 that it says nothing of (the heads of a BERT) stay whole. `"free"`: every group on its own, which
-                `from_pretrained` loads after `import hf_effdl`.
+                `from_pretrained` loads after `import hf_effdl`. Either way the path sizes the groups, with or without
+                calibration; `slim`, which has no path, sizes free ones by what the model's outputs miss.
             round_to: sizes are multiples of this; default: 16 where a config number says at least 1024 units,
                 else 1, and with `latency` multiples of 16 where they fit. See `SparsePath.select`.
             calibration: batches as the model takes them; True: up to 512 training rows; False: no refit, the model is
