@@ -62,7 +62,7 @@ CLAIMS = {
     "model_cards/structure_mnist.md": (EARLY_LASSO, SCRATCH, NEW_25, NEW_10),
 }
 
-LORA, SFT = "lora_ranks_banking77", "selection_sft"
+LORA, SFT, CLEAN = "lora_ranks_banking77", "selection_sft", ", clean pool"
 WHOLE, FULL = ("uniform", 1.0), ("path", 1.0)
 
 
@@ -92,6 +92,8 @@ SENTENCES = {
         ("exactly the spoilt rows ({} behind, SE {})", ("random", "clean")),
         ("random rows end {} ({}) nats ahead of them in six seeds", ("random", "balanced")),
         ("the default is {} ({}) ahead of them", ("default", "balanced")),
+        ("the default loses {} ({}) to random rows", ("random" + CLEAN, "default" + CLEAN)),
+        ("is {} ({}) ahead of equal shares", ("default" + CLEAN, "balanced" + CLEAN)),
     ),
 }
 # of the same kind in a page: there may be no other
@@ -125,7 +127,7 @@ def of_arm(arm: str | tuple) -> dict[int, float]:
     """Accuracy in percent of an adapter, or what a language model's loss is below zero, by seed."""
     if isinstance(arm, tuple):
         return {row["seed"]: row["accuracy"] for row in rows(LORA) if (row["arm"], row["budget"]) == arm}
-    return {row["seed"]: -row["loss"] for row in rows(SFT) if row["arm"] == arm}
+    return {row["seed"]: -row["loss"] for row in rows(SFT) if row["arm"] + CLEAN * (not row["damage"]) == arm}
 
 
 def paired(mine: dict[int, float], theirs: dict[int, float]) -> tuple[float, float]:
