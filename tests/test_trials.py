@@ -70,6 +70,7 @@ class Hidden(nn.Module):
 
 KINDS = "detach no_grad numpy norm pixels strongest side training labels".split() + ["training product"]
 KINDS += ["float", "compared", "rare"]
+FAINT = {"pixels": (45, 117)}  # the norm hardly shows at any scale that is tried, since most of the signals are silent
 
 
 def answers(net, x, training, labels):
@@ -99,8 +100,9 @@ def assert_removable(net, groups, seed):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_forty_random_nets_with_hidden_couplings_lose_only_units_that_nothing_else_needs(kind):
-    for number in range(4):
-        net = Hidden(kind, 10 * KINDS.index(kind) + number).eval()
+    first = 10 * KINDS.index(kind)
+    for number in (*range(first, first + 4), *FAINT.get(kind, ())):
+        net = Hidden(kind, number).eval()
         for name, p in net.named_parameters():
             if p.ndim == 1:
                 nn.init.uniform_(p, 0.2, 1.0)
@@ -151,7 +153,7 @@ def test_a_net_without_couplings_keeps_all_its_groups():
 
 def test_the_warning_says_in_which_setting_units_are_needed(caplog):
     with caplog.at_level(logging.WARNING):
-        norm = nn.LocalResponseNorm(3, alpha=1e-9)
+        norm = nn.LocalResponseNorm(3, alpha=1e-13)
         net = nn.Sequential(block(3, 8), norm, block(8, 8), nn.Flatten(), nn.Linear(512, 2))
         find_groups(net, torch.rand(1, 3, 8, 8))
         find_groups(Hidden("labels", 1), torch.rand(1, 3, 8, 8))
