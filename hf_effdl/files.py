@@ -17,6 +17,9 @@ from torch import Tensor
 
 
 SEALED = "sealed"
+# what no model is loaded without (without a config upstream takes default values), and what would be read instead
+WHOLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+WEIGHTS = {WHOLE: (WHOLE, INDEX), INDEX: (WHOLE, INDEX), ADAPTER: (ADAPTER,)}
 
 
 def write_whole(target: str | os.PathLike[str], content: bytes | str | Callable[[Path], Any]) -> Path:
@@ -121,6 +124,38 @@ def locked(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator[None
                 if os.name != "nt":  # Windows removes no open file
                     file.unlink(missing_ok=True)
             return
+
+
+@contextmanager
+def filled_beside(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A scratch folder, whose files take their names in `folder` once all are written; an error leaves that as it was.
+
+    Lock the folder around it. Weights go before the first file and come after the others: a run that is killed
+    meanwhile leaves a folder without weights, which nothing loads, never old ones that are read by a new config.
+
+    Args:
+        folder: made if need be; other files in it stay.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder, "saving")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as scratch:
+        yield Path(scratch)
+        files = [file for file in Path(scratch).rglob("*") if file.is_file()]
+        for file in files:
+            flush(file)
+        targets = {file: folder / file.relative_to(scratch) for file in sorted(files, key=_weights_last)}
+        for target in targets.values():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for name in WEIGHTS.get(target.name, ()):
+                target.with_name(name).unlink(missing_ok=True)
+        for file, target in targets.items():
+            os.replace(file, target)
+    flush(folder)
+
+
+def _weights_last(file: Path) -> tuple[bool, Path]:
+    return file.name in WEIGHTS, file
 
 
 def flush(path: Path) -> None:
