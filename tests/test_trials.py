@@ -3,6 +3,7 @@
 import copy
 import logging
 import random
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from hf_effdl import slim, widen
 from hf_effdl.structure.groups.counting import network_of
 from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.inputs import all_values
@@ -328,6 +330,9 @@ class Gated(nn.Module):
             f = f * (1 + (mean > self.threshold).float())
         elif self.kind == "buffer":
             f = f + self.gate * mean
+        elif self.kind == "of the last pass":
+            f = f * (1 + self.gate)
+            self.gate = 0.9 * self.gate + f.detach().mean()
         elif self.kind == "left in a dict":
             self.aux = {"losses": [f.square().mean()]}
         out = self.head(F.relu(self.b(f)).mean((2, 3)))
@@ -336,13 +341,31 @@ class Gated(nn.Module):
 
 @pytest.mark.parametrize(
     "kind, threshold",
-    [("size", t) for t in (0.5, 2.0, 3.0, 10.0, 50.0)] + [("buffer", 0), ("batch", 0), ("left in a dict", 0)],
+    [("size", t) for t in (0.5, 2.0, 3.0, 10.0, 50.0)]
+    + [(kind, 0) for kind in ("buffer", "batch", "left in a dict", "of the last pass")],
 )
 def test_units_whose_mean_is_used_where_it_hardly_shows_are_left_out(kind, threshold):
     net = Gated(kind, threshold)
     names = [group.name for group in find_groups(net, torch.randn(1, 3, 8, 8))]
     assert names == ["b"]
     assert not net.gate.any()
+
+
+def test_a_model_that_holds_its_last_features_is_cut_as_one_that_does_not_and_what_cannot_be_copied_is_said():
+    class Holds(Gated):
+        def forward(self, x):
+            self.last = super().forward(x)
+            return self.last
+
+    net, x = Holds("none"), torch.randn(1, 3, 8, 8)
+    net(x)
+    groups = find_groups(net, x)
+    small = slim(net, groups, 0.5)
+    assert small.a.out_channels == 4 and net.last.grad_fn is not None
+    net.lock = threading.Lock()
+    for call in (lambda: find_groups(net, x), lambda: slim(net, groups, 0.5), lambda: widen(net, groups[0], 1)):
+        with pytest.raises(ValueError, match="Holds cannot be copied .*cannot pickle"):
+            call()
 
 
 def test_a_net_of_the_same_shape_without_a_gate_keeps_its_units():
