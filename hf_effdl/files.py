@@ -234,9 +234,9 @@ def read_sealed(
     if notes is None:
         return tensors, None
     try:
-        notes = json.loads(notes[SEALED])
+        notes = parsed(notes[SEALED])
         whole = notes.pop("sha256") == _seal(tensors, notes)
-    except (KeyError, ValueError, AttributeError):
+    except (KeyError, ValueError, AttributeError, TypeError):
         whole = False
     if not whole:
         raise damaged(file, "its content is not what was written", remedy)
@@ -255,9 +255,17 @@ def read_json(file: str | os.PathLike[str], sha256: str | None = None, remedy: s
     """The value of a JSON file; raises as `read_whole` does, also where it is no JSON."""
     content = read_whole(file, sha256, remedy)
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:  # the latter where it is nested without end
+        return parsed(content)
+    except ValueError as error:
         raise damaged(file, str(error), remedy) from error
+
+
+def parsed(text: bytes | str) -> Any:
+    """The value of a JSON text; raises ValueError, also where it is nested without end."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def damaged(file: str | os.PathLike[str], why: str, remedy: str = "make it anew") -> ValueError:

@@ -109,6 +109,9 @@ def test_a_spreadsheet_with_other_rows_is_refused(change, message, tmp_path):
     file.write_text("\n".join([head, *change(rows)]))
     with pytest.raises(ValueError, match=message):
         learner(tmp_path / "rounds", answers=answers).run(1)
+    file.write_text(f"{head}\n" + "x" * 140_000)
+    with pytest.raises(ValueError, match="is no table .*field larger than field limit"):
+        learner(tmp_path / "rounds", answers=answers).run(1)
     file.write_text("place,class\n1,2\n")
     with pytest.raises(ValueError, match="must have the columns 'row' and 'label'"):
         learner(tmp_path / "rounds", answers=answers).run(1)

@@ -82,7 +82,10 @@ class CsvAnswers:
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is no text in UTF-8 ({error}); save it as 'CSV UTF-8'") from error
         for comma in (",", ";", "\t"):
-            rows = list(csv.DictReader(io.StringIO(text, newline=""), restval="", delimiter=comma))
+            try:
+                rows = list(csv.DictReader(io.StringIO(text, newline=""), restval="", delimiter=comma))
+            except csv.Error as error:
+                raise ValueError(f"{file} is no table ({error}); remove it to ask again") from error
             if rows and {PLACE, self.label_column} <= set(rows[0]):
                 return rows
         raise ValueError(f"{file} must have the columns {PLACE!r} and {self.label_column!r}; remove it to ask again")
@@ -127,5 +130,5 @@ def checked_labels(labels: Any, count: int, before: Sequence[Any] = ()) -> list[
 def _kind(label: Any) -> type | None:
     """What a label is; None for what cannot be one."""
     if isinstance(label, list):
-        return list if all(isinstance(one, int | float) and one == int(one) for one in label) else None
+        return list if all(isinstance(one, int | float) and one % 1 == 0 for one in label) else None
     return int if isinstance(label, int) else str if isinstance(label, str) else None
