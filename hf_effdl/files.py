@@ -130,8 +130,8 @@ def locked(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator[None
 def filled_beside(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A scratch folder, whose files take their names in `folder` once all are written; an error leaves that as it was.
 
-    Lock the folder around it. Weights go before the first file and come after the others: a run that is killed
-    meanwhile leaves a folder without weights, which nothing loads, never old ones that are read by a new config.
+    Lock the folder around it. Files of these names go before the first of them comes, and weights come last: a run
+    that is killed meanwhile leaves a folder without weights, which nothing loads, never old ones and a new config.
 
     Args:
         folder: made if need be; other files in it stay.
@@ -145,9 +145,9 @@ def filled_beside(folder: str | os.PathLike[str]) -> Iterator[Path]:
         for file in files:
             flush(file)
         targets = {file: folder / file.relative_to(scratch) for file in sorted(files, key=_weights_last)}
-        for target in targets.values():
+        for target in reversed(targets.values()):
             target.parent.mkdir(parents=True, exist_ok=True)
-            for name in WEIGHTS.get(target.name, ()):
+            for name in WEIGHTS.get(target.name, (target.name,)):
                 target.with_name(name).unlink(missing_ok=True)
         for file, target in targets.items():
             os.replace(file, target)

@@ -180,6 +180,7 @@ def test_the_largest_scores_are_taken_and_the_regime_follows_the_accuracy():
         ({"answers": lambda *given: "a" * 12}, "answers gave a str; give a list"),
         ({"answers": lambda rows, *given: dict.fromkeys(range(12), 0)}, "answers gave a dict"),
         ({"answers": lambda *given: [0.5] * 12}, "answers gave 0.5 among the labels"),
+        ({"answers": lambda *given: [[float("inf")]] * 12}, r"answers gave \[inf\] among the labels"),
         ({"answers": lambda *given: [object()] * 12}, "answers gave <object object"),
         ({"answers": lambda *given: ["a"] + [0] * 11}, "answers gave 'a' among the labels; .* all texts"),
         ({"answers": ColumnAnswers("class")}, "the pool has no column 'class'"),

@@ -196,7 +196,7 @@ def test_finished_parts_are_kept_and_damaged_ones_made_again(tmp_path, monkeypat
     first.write_bytes(b"damaged")
     second.write_bytes(sealed({"loss": torch.ones(2)}))
     assert_close(alone, again.table(again.score(ROWS)), 0)
-    assert len(asked) == 1
+    assert len(asked) == 2
     for other in (scorer(tmp_path, seeds=(0, 1)), scorer(tmp_path, top=4), scorer(tmp_path, contrast=False)):
         asked.clear()
         other.score(ROWS)

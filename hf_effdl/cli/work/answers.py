@@ -7,7 +7,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from hf_effdl.files import write_json, write_whole
+from hf_effdl.files import filled_beside, locked, write_json
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.vicl.remote_code.images import to_rgb
 from hf_effdl.vicl.remote_code.pipeline_visual_in_context import VisualInContextPipeline
@@ -24,9 +24,10 @@ def prompt(options: Any) -> None:
     exclude = [options.exclude] * len(images) if options.exclude else None
     outputs = pipe(images, exclude=exclude, **given)
     out = Path(options.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    answers = [_written(output, file, name) for output, file, name in zip(outputs, files, _names(files, out))]
-    write_json(out / "answers.json", answers)  # last: it says which pictures are whole
+    with locked(out), filled_beside(out) as scratch:
+        targets = _names(files, scratch)
+        answers = [_written(output, file, name) for output, file, name in zip(outputs, files, targets, strict=True)]
+        write_json(scratch / "answers.json", answers)
     if options.shown:
         pipe.plot(images[: options.shown], outputs[: options.shown], path=out / "panel.png")
     columns = {"image": "image", "prediction": "prediction", "example_ids": "examples", "confidence": "confidence"}
@@ -61,10 +62,10 @@ def _written(output: dict[str, Any], file: Path, target: Path) -> dict[str, Any]
     """What `answers.json` says of an image; a picture is written beside it."""
     prediction = output["prediction"]
     if isinstance(prediction, Image.Image):
-        write_whole(target, prediction.save)
+        prediction.save(target)
         prediction = target.name
     elif getattr(prediction, "ndim", 1) == 2:
-        write_whole(target, Image.fromarray(prediction * 255).save)
+        Image.fromarray(prediction * 255).save(target)
         prediction = target.name
     elif prediction is not None:
         prediction = [float(value) for value in prediction]

@@ -19,7 +19,7 @@ from transformers import (
 
 from hf_effdl.cli.work.cost import Cost, evaluation_cost, rehearsal, seconds_each, tell, training_cost
 from hf_effdl.cli.work.data import accuracy, labels_of, load_splits, load_tokenizer, named_splits, padded_by
-from hf_effdl.files import sweep, write_whole
+from hf_effdl.files import locked, sweep, write_whole
 from hf_effdl.processes import is_first, together
 from hf_effdl.samples.probes.linear_probes import LinearProbes
 from hf_effdl.samples.probes.probes import Probes
@@ -249,8 +249,9 @@ def score(options: Any) -> None:
     if state.is_main_process:
         table = scored.remove_columns([name for name in others.column_names if name != "row_id"])
         file = Path(options.output_dir, "scores.parquet")
-        sweep(file.parent, file.name)
-        write_whole(file, table.to_parquet)
+        with locked(file.parent):
+            sweep(file.parent, file.name)
+            write_whole(file, table.to_parquet)
         print(f"scores of {len(table)} rows in {file}; row_id is their place in {options.train_split!r}")
     together()
 
