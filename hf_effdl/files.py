@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,9 @@ def locked(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator[None
     Path(folder).mkdir(parents=True, exist_ok=True)
     file = Path(folder) / name
     while True:
-        with file.open("ab") as ours, FileLock(file):
+        with file.open("ab") as ours, ExitStack() as stack:
+            with suppress(NotImplementedError):  # of file systems without locks, where no one is kept out
+                stack.enter_context(FileLock(file))
             # a file that was removed while we waited for it keeps no one out: it must still be the one we opened first
             if not file.is_file() or not os.path.samestat(os.fstat(ours.fileno()), file.stat()):
                 continue

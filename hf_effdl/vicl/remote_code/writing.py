@@ -4,12 +4,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import WeakFileLock
 
 
 # what no model is loaded without; the first would be read in the place of the second
@@ -92,7 +91,8 @@ def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / name
     while True:
-        with file.open("ab") as ours, WeakFileLock(file):
+        with file.open("ab") as ours:
+            _wait_for(ours)
             # a file that was removed while we waited for it keeps no one out
             if not file.is_file() or not os.path.samestat(os.fstat(ours.fileno()), file.stat()):
                 continue
@@ -102,6 +102,14 @@ def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
                 if os.name != "nt":  # Windows removes no open file
                     file.unlink(missing_ok=True)
             return
+
+
+def _wait_for(file: Any) -> None:
+    """Take the system's lock on a file, where system and file system have some."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 @contextmanager
