@@ -259,6 +259,20 @@ def test_a_wrong_answer_is_not_kept(tmp_path):
     assert made.run(2) and learner(tmp_path, "random").history == made.history
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"columns": "name"}, "columns"), ({"columns": [1]}, "columns"), ({"columns": 0}, "columns")]
+    + [({"label_column": []}, "label_column"), ({"columns": ["nmae"]}, "the pool has no column 'nmae'")],
+)
+def test_columns_to_show_are_names_that_the_pool_has(changes, message, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=message):
+        learner(tmp_path, answers=CsvAnswers(tmp_path / "csv", **changes)).run(1)
+    with pytest.raises(TypeError, match="column"):
+        ColumnAnswers(3)
+    learner(tmp_path, answers=CsvAnswers(tmp_path / "none", columns=[])).run(1)
+    assert (tmp_path / "none" / "asked-0000.csv").read_text(encoding="utf-8-sig").startswith("row,label\n")
+
+
 @pytest.mark.parametrize("comma, encoding", [(";", "utf-8"), ("\t", "utf-8-sig"), (",", "utf-16"), (";", "cp1252")])
 def test_spreadsheets_of_other_countries_are_read(comma, encoding, tmp_path):
     answers = CsvAnswers(tmp_path / "csv", columns=["name"])
