@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch import Tensor
 
 
 SEALED = "sealed"
+# what no model is loaded without (without a config upstream takes default values), and what would be read instead
+WHOLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+WEIGHTS = {WHOLE: (WHOLE, INDEX), INDEX: (WHOLE, INDEX), ADAPTER: (ADAPTER,)}
 
 
 def write_whole(target: str | os.PathLike[str], content: bytes | str | Callable[[Path], Any]) -> Path:
@@ -111,7 +114,9 @@ def locked(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator[None
     Path(folder).mkdir(parents=True, exist_ok=True)
     file = Path(folder) / name
     while True:
-        with file.open("ab") as ours, FileLock(file):
+        with file.open("ab") as ours, ExitStack() as stack:
+            with suppress(NotImplementedError):  # of file systems without locks, where no one is kept out
+                stack.enter_context(FileLock(file))
             # a file that was removed while we waited for it keeps no one out: it must still be the one we opened first
             if not file.is_file() or not os.path.samestat(os.fstat(ours.fileno()), file.stat()):
                 continue
@@ -121,6 +126,38 @@ def locked(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator[None
                 if os.name != "nt":  # Windows removes no open file
                     file.unlink(missing_ok=True)
             return
+
+
+@contextmanager
+def filled_beside(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A scratch folder, whose files take their names in `folder` once all are written; an error leaves that as it was.
+
+    Lock the folder around it. Files of these names go before the first of them comes, and weights come last: a run
+    that is killed meanwhile leaves a folder without weights, which nothing loads, never old ones and a new config.
+
+    Args:
+        folder: made if need be; other files in it stay.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder, "saving")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as scratch:
+        yield Path(scratch)
+        files = [file for file in Path(scratch).rglob("*") if file.is_file()]
+        for file in files:
+            flush(file)
+        targets = {file: folder / file.relative_to(scratch) for file in sorted(files, key=_weights_last)}
+        for target in reversed(targets.values()):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for name in WEIGHTS.get(target.name, (target.name,)):
+                target.with_name(name).unlink(missing_ok=True)
+        for file, target in targets.items():
+            os.replace(file, target)
+    flush(folder)
+
+
+def _weights_last(file: Path) -> tuple[bool, Path]:
+    return file.name in WEIGHTS, file
 
 
 def flush(path: Path) -> None:
@@ -199,9 +236,9 @@ def read_sealed(
     if notes is None:
         return tensors, None
     try:
-        notes = json.loads(notes[SEALED])
+        notes = parsed(notes[SEALED])
         whole = notes.pop("sha256") == _seal(tensors, notes)
-    except (KeyError, ValueError, AttributeError):
+    except (KeyError, ValueError, AttributeError, TypeError):
         whole = False
     if not whole:
         raise damaged(file, "its content is not what was written", remedy)
@@ -220,9 +257,17 @@ def read_json(file: str | os.PathLike[str], sha256: str | None = None, remedy: s
     """The value of a JSON file; raises as `read_whole` does, also where it is no JSON."""
     content = read_whole(file, sha256, remedy)
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:  # the latter where it is nested without end
+        return parsed(content)
+    except ValueError as error:
         raise damaged(file, str(error), remedy) from error
+
+
+def parsed(text: bytes | str) -> Any:
+    """The value of a JSON text; raises ValueError, also where it is nested without end."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def damaged(file: str | os.PathLike[str], why: str, remedy: str = "make it anew") -> ValueError:

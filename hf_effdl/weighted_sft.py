@@ -1,6 +1,5 @@
 """`WeightedSFTTrainer`: TRL's supervised fine-tuning on weights of rows, turns and tokens. Needs the extra `trl`."""
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hf_effdl.checks import instance
+from hf_effdl.files import parsed
 from hf_effdl.processes import refuse_lone_processes
 from hf_effdl.row_losses import COLUMN, IGNORED
 from hf_effdl.weighting import check_column, check_weights, columns_of, refuse_no_weights
@@ -302,7 +302,10 @@ def turn_ends(
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         raise ValueError(f"{where} has {TURNS!r} and no conversation in 'messages' or 'prompt' and 'completion'")
     tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
+    try:
+        tools = parsed(tools) if isinstance(tools, str) else tools
+    except ValueError as error:
+        raise ValueError(f"{where} has 'tools' that are no JSON: {error}") from error
     options = {"chat_template": chat_template, "tools": tools, **(row.get("chat_template_kwargs") or {})}
     whole, ends = list(row["input_ids"]), []
     for count in range(1, len(messages) + 1):

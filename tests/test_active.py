@@ -109,6 +109,9 @@ def test_a_spreadsheet_with_other_rows_is_refused(change, message, tmp_path):
     file.write_text("\n".join([head, *change(rows)]))
     with pytest.raises(ValueError, match=message):
         learner(tmp_path / "rounds", answers=answers).run(1)
+    file.write_text(f"{head}\n" + "x" * 140_000)
+    with pytest.raises(ValueError, match="is no table .*field larger than field limit"):
+        learner(tmp_path / "rounds", answers=answers).run(1)
     file.write_text("place,class\n1,2\n")
     with pytest.raises(ValueError, match="must have the columns 'row' and 'label'"):
         learner(tmp_path / "rounds", answers=answers).run(1)
@@ -177,6 +180,7 @@ def test_the_largest_scores_are_taken_and_the_regime_follows_the_accuracy():
         ({"answers": lambda *given: "a" * 12}, "answers gave a str; give a list"),
         ({"answers": lambda rows, *given: dict.fromkeys(range(12), 0)}, "answers gave a dict"),
         ({"answers": lambda *given: [0.5] * 12}, "answers gave 0.5 among the labels"),
+        ({"answers": lambda *given: [[float("inf")]] * 12}, r"answers gave \[inf\] among the labels"),
         ({"answers": lambda *given: [object()] * 12}, "answers gave <object object"),
         ({"answers": lambda *given: ["a"] + [0] * 11}, "answers gave 'a' among the labels; .* all texts"),
         ({"answers": ColumnAnswers("class")}, "the pool has no column 'class'"),
@@ -253,6 +257,20 @@ def test_a_wrong_answer_is_not_kept(tmp_path):
     assert made.labelled.column_names == ["features", "name"] and len(made.labelled) == 0
     made.answers = ColumnAnswers()
     assert made.run(2) and learner(tmp_path, "random").history == made.history
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"columns": "name"}, "columns"), ({"columns": [1]}, "columns"), ({"columns": 0}, "columns")]
+    + [({"label_column": []}, "label_column"), ({"columns": ["nmae"]}, "the pool has no column 'nmae'")],
+)
+def test_columns_to_show_are_names_that_the_pool_has(changes, message, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=message):
+        learner(tmp_path, answers=CsvAnswers(tmp_path / "csv", **changes)).run(1)
+    with pytest.raises(TypeError, match="column"):
+        ColumnAnswers(3)
+    learner(tmp_path, answers=CsvAnswers(tmp_path / "none", columns=[])).run(1)
+    assert (tmp_path / "none" / "asked-0000.csv").read_text(encoding="utf-8-sig").startswith("row,label\n")
 
 
 @pytest.mark.parametrize("comma, encoding", [(";", "utf-8"), ("\t", "utf-8-sig"), (",", "utf-16"), (";", "cp1252")])

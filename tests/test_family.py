@@ -45,6 +45,28 @@ def test_every_size_loads_and_the_largest_from_the_top(family):
     assert record["metric"] == "accuracy" and timed > 0 and untimed is None
 
 
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_what_is_cut_off_while_weights_are_written_leaves_what_was_there_and_no_family(family, tmp_path, monkeypatch):
+    run, _, _, models = family
+    run.save_slim(models[0.7], tmp_path / "slim")
+    run.save_family(models, tmp_path / "fam")
+    before = contents(tmp_path)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", lambda *args, **kwargs: 1 / 0)
+    for save in (
+        lambda: run.save_slim(models[0.4], tmp_path / "slim"),
+        lambda: run.save_family(models, tmp_path / "fam"),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            save()
+    before.pop(Path("fam", FILE_NAME))
+    assert contents(tmp_path) == before
+    with pytest.raises(FileNotFoundError, match="holds no family"):
+        choose(tmp_path / "fam", macs=10**9)
+
+
 def test_the_cards_show_all_sizes_and_results_of_their_own(family):
     run, folder, revisions, models = family
     top, small = (ModelCard.load(folder / place / "README.md") for place in (".", "macs-0.4"))

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
 from safetensors.torch import save, save_file
 
 from hf_effdl import files, processes
+from hf_effdl.vicl.remote_code import writing
 
 
 def test_bytes_text_and_what_a_function_writes_arrive(tmp_path):
@@ -112,6 +114,64 @@ def test_a_copy_of_a_prepared_model_is_free_of_accelerates_marks(monkeypatch):
     assert processes.forget_accelerate(model)
     assert set(vars(model)) == before and model(torch.ones(1, 2)).dtype == torch.float32
     assert not processes.forget_accelerate(model)
+
+
+# ---- checkpoints: a config, weights and other files
+
+
+def checkpoint(text, weights):
+    def write(folder):
+        for name in ("config.json", weights, "tokenizer.json"):
+            (folder / name).write_text(text)
+
+    return write
+
+
+def saved_here(folder, text, weights="model.safetensors"):
+    with files.locked(folder), files.filled_beside(folder) as part:
+        checkpoint(text, weights)(part)
+
+
+def saved_by_code_that_travels(folder, text, weights="model.safetensors"):
+    writing.save_whole(checkpoint(text, weights), folder)
+
+
+SAVERS = [(saved_here, weights) for weights in files.WEIGHTS]
+SAVERS += [(saved_by_code_that_travels, weights) for weights in writing.WEIGHTS]
+
+
+@pytest.mark.parametrize("save, weights", SAVERS)
+@pytest.mark.parametrize("moment", range(4))
+def test_killed_between_two_files_a_checkpoint_is_of_before_of_now_or_without_weights(
+    save, weights, moment, tmp_path, monkeypatch
+):
+    save(tmp_path, "old", weights if "adapter" in weights else "model.safetensors")
+    replace, left = os.replace, iter(range(moment))
+
+    def killed(*names):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        replace(*names)
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        save(tmp_path, "new", weights)
+    there = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert len(set(there.values())) == 1 or not files.WEIGHTS.keys() & there.keys()
+    (tmp_path / ".saving.x").mkdir()  # what a killed run leaves
+    save(tmp_path, "new", weights)
+    names = ("config.json", weights, "tokenizer.json")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(names, "new")
+
+
+@pytest.mark.parametrize("save", [saved_here, saved_by_code_that_travels])
+def test_two_who_save_into_one_folder_do_so_one_after_the_other(save, tmp_path, monkeypatch):
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: (time.sleep(0.002), replace(*names)))
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(save, tmp_path, str(turn)) for turn in range(12)]:
+            done.result()
+    assert len({file.read_text() for file in tmp_path.iterdir()}) == 1 and len(list(tmp_path.iterdir())) == 3
 
 
 # ---- locks and seals

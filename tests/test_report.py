@@ -326,6 +326,12 @@ def test_save_writes_text_numbers_and_pictures(tmp_path):
     assert Pillow.open(tmp_path / "new/folder/selection.png").size[0] > 1000
     fewer = {file.name for file in report.save(tmp_path / "b", examples=False)}
     assert fewer == {"report.md", "report.json", "selection.png"}
+    before = {file: file.read_bytes() for file in written}
+    other = by_hand(pool=pool).report()
+    other.to_dict = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        other.save(tmp_path / "new" / "folder")
+    assert {file: file.read_bytes() for file in (tmp_path / "new" / "folder").iterdir()} == before  # all or none
 
 
 def test_without_matplotlib_pictures_fail_clearly_and_the_rest_is_saved(tmp_path, monkeypatch):

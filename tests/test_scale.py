@@ -262,6 +262,11 @@ def test_tables_of_others_are_not_written_over_nor_read_with(source, tmp_path):
 def test_joined_files_are_not_written_over_their_sources_nor_beside_others(source, scored, tmp_path):
     tables = sorted(scored[0].glob("scores-*.parquet"))
     first = join_shards(source, tables, tmp_path)
+    whole, few = [file.read_bytes() for file in first], tmp_path / "few.parquet"
+    pq.write_table(read(scored[0]).slice(0, 5), few)
+    with pytest.raises(ValueError, match="does not have there"):
+        join_shards(source, [few, *tables[1:-1], few], tmp_path)
+    assert [file.read_bytes() for file in first] == whole  # none is replaced without the others
     ids = [Path(scored[0]) / "ids.parquet"]
     pq.write_table(read(scored[0]).select(["row_id"]).slice(0, COUNTS[0]), ids[0])
     with pytest.raises(ValueError, match="joined-00000-of-00005.parquet is of another number of files"):

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hf_effdl import SFTScorer, train_language_probes, uncertainty
+from hf_effdl.files import sealed
 from hf_effdl.samples.drawing.clusters import clusters
 from hf_effdl.samples.language.choosing import choose, damaged_rows, mismatched_rows, near_copies
 from hf_effdl.samples.language.rows import encode
@@ -191,9 +192,11 @@ def test_finished_parts_are_kept_and_damaged_ones_made_again(tmp_path, monkeypat
     assert_close(alone, (again := scorer(tmp_path)).table(again.score(ROWS)), 0)
     assert asked == [6, 2]
     asked.clear()
-    next(iter(tmp_path.glob("part-*"))).write_bytes(b"damaged")
+    first, second, *_ = tmp_path.glob("part-*")
+    first.write_bytes(b"damaged")
+    second.write_bytes(sealed({"loss": torch.ones(2)}))
     assert_close(alone, again.table(again.score(ROWS)), 0)
-    assert len(asked) == 1
+    assert len(asked) == 2
     for other in (scorer(tmp_path, seeds=(0, 1)), scorer(tmp_path, top=4), scorer(tmp_path, contrast=False)):
         asked.clear()
         other.score(ROWS)

@@ -1,7 +1,10 @@
 """Tickets: when a selection has settled, what a run leaves behind, and the networks that start again from it."""
 
 import logging
+import os
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -589,6 +592,18 @@ def test_a_ticket_comes_back_from_its_folder_as_it_was(found, tmp_path):
         (folder / name).unlink()
         with pytest.raises((ValueError, FileNotFoundError), match=name.replace("ticket.json", "holds no ticket")):
             Ticket.from_pretrained(folder)
+
+
+def test_two_who_save_a_ticket_do_so_one_after_the_other(found, tmp_path, monkeypatch):
+    tickets = [replace(found, step=step, weights={step: found.weights[0]}) for step in range(6)]
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: (time.sleep(0.002), rename(*names)))
+    (tmp_path / ".weights-9.safetensors.x").mkdir()  # what a killed run leaves
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda ticket: ticket.save_pretrained(tmp_path), tickets))
+    assert {file.name for file in tmp_path.iterdir()} == FILES | {
+        f"weights-{Ticket.from_pretrained(tmp_path).step}.safetensors"
+    }
 
 
 def test_a_card_of_something_else_stays(found, tmp_path):

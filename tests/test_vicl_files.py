@@ -164,6 +164,28 @@ def test_saving_leaves_what_others_wrote_and_an_error_leaves_all(tmp_path, monke
     assert before == {file: file.read_bytes() for file in (tmp_path / "second").rglob("*") if file.is_file()}
 
 
+def test_a_ranker_or_pipeline_that_is_cut_off_is_that_of_before_or_none(tmp_path, monkeypatch):
+    folders = {name: tmp_path / name for name in ("ranker", "same", "other")}
+    ranker = ListwiseRanker(ListwiseRankerConfig(hidden_size=8, num_attention_heads=2))
+    ranker.save_pretrained(folders["ranker"])
+    pipes = {
+        name: VisualInContextPipeline(make_model(), pool=make_pool(tmp_path, count=9 + (name == "other")))
+        for name in ("same", "other")
+    }
+    for name in pipes:
+        pipes["same"].save_pretrained(folders[name])
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.*") if file.is_file()}
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", lambda *args, **kwargs: 1 / 0)
+    for name, folder in folders.items():
+        with pytest.raises(ZeroDivisionError):
+            (ranker if name == "ranker" else pipes[name]).save_pretrained(folder)
+    lost = {file for file in before if not file.is_file()}
+    assert folders["other"] / "model.safetensors" in lost and all(folders["other"] in file.parents for file in lost)
+    assert all(file.read_bytes() == before[file] for file in before if folders["other"] not in file.parents)
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        VisualInContextPipeline(str(folders["other"]))
+
+
 def test_a_size_that_patches_do_not_divide_is_said(recwarn):
     config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, patch_size=32)
     VisionEncoder(ViTModel(config), image_size=224)

@@ -107,10 +107,12 @@ def read_config(argv: Sequence[str]) -> dict[str, Any]:
     try:
         with file.open(encoding="utf-8") as lines:
             values = yaml.load(lines, ConfigLoader) or {}  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise UsageError(f"{file} is no YAML of lines `name: value`: {error}") from None
+    except UsageError:
+        raise
     except UnicodeDecodeError as error:
         raise UsageError(f"{file} is not in UTF-8, save it as such: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # numbers of any length, nesting without end
+        raise UsageError(f"{file} is no YAML of lines `name: value`: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{file} holds a {type(values).__name__}: write lines of `name: value`")
     return {str(name).replace("-", "_"): value for name, value in values.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_effdl.checks import path, real_number, tensor, whole_number
-from hf_effdl.files import digest, write_whole
+from hf_effdl.files import digest, parsed, write_whole
 
 
 FORMAT = 1
@@ -250,7 +250,7 @@ def read_splits(file: str | os.PathLike[str]) -> dict[str, Split]:
         ValueError: for a file that is not one of these, was changed since, or is of a later format.
     """
     try:
-        content = json.loads(path("file", file).read_text(encoding="utf-8"))
+        content = parsed(path("file", file).read_text(encoding="utf-8"))
         version, stored, ids, table = (content[key] for key in ("format", "sha256", "ids", "splits"))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -260,11 +260,16 @@ def read_splits(file: str | os.PathLike[str]) -> dict[str, Split]:
         raise ValueError(f"{file} has format {version} and this version of hf_effdl reads {FORMAT}: upgrade hf_effdl")
     if _digest({"format": version, "ids": ids, "splits": table}) != stored:
         raise ValueError(f"{file} was changed after it was written: its SHA-256 is another; write it again")
-    return {name: _split_of(ids, places) for name, places in table.items()}
+    try:
+        return {name: _split_of(ids, places) for name, places in table.items()}
+    except (LookupError, TypeError, AttributeError, ValueError) as error:  # its digest was made anew
+        raise ValueError(f"{file} holds no splits ({type(error).__name__}: {error}); write it again") from error
 
 
 def _split_of(ids: Sequence[str], places: Mapping[str, Sequence[int]]) -> Split:
     elsewhere = {place for part in places.values() for place in part}
+    if not all(type(place) is int and 0 <= place < len(ids) for place in elsewhere):
+        raise ValueError(f"a place is none of its {len(ids)} ids")
     rest = [id for place, id in enumerate(ids) if place not in elsewhere]
     return Split([ids[i] for i in places["queries"]], rest, [ids[i] for i in places["dropped"]])
 

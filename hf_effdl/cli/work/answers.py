@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from hf_effdl.cli.work.cost import Cost, rehearsal, seconds_each, tell
-from hf_effdl.files import write_json, write_whole
+from hf_effdl.files import locked, write_json, write_whole
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.vicl.remote_code.pipeline_visual_in_context import VisualInContextPipeline
 
@@ -37,17 +37,18 @@ def _answered(
     options: Any, pipe: VisualInContextPipeline, files: list[Path], out: Path, progress: bool = True
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What `answers.json` says, now that it and its pictures are written; and what the panel shows."""
-    out.mkdir(parents=True, exist_ok=True)
     given = {"num_examples": options.num_examples, "batch_size": options.batch_size}
     given |= {"candidates": options.candidates} if options.candidates else {}
     exclude = [options.exclude] * len(files) if options.exclude else None
     answers, shown = [], []
     outputs = pipe(iter(files), exclude=exclude, **given)  # as they come, since photos may be more than memory holds
     outputs = tqdm(outputs, total=len(files), desc="answering", unit=" images", disable=not progress)
-    for output, file, name in zip(outputs, files, _names(files, out), strict=True):
-        answers.append(_written(output, file, name))
-        shown += [output] if len(shown) < options.shown else []
-    write_json(out / "answers.json", answers)  # last: it says which pictures are whole
+    with locked(out):
+        (out / "answers.json").unlink(missing_ok=True)
+        for output, file, name in zip(outputs, files, _names(files, out), strict=True):
+            answers.append(_written(output, file, name))
+            shown += [output] if len(shown) < options.shown else []
+        write_json(out / "answers.json", answers)  # last: it says which pictures are whole
     return answers, shown
 
 

@@ -1,13 +1,15 @@
 """The card of a folder: what is there, or made from what the files say."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from hf_effdl.files import read_json
 from hf_effdl.hub.cards import markdown_table, write_card
+from hf_effdl.structure.groups.record import listed, named
+from hf_effdl.structure.slim.report import checked_report
 from hf_effdl.version import __version__
 from hf_effdl.vicl.remote_code.configuration_visual_in_context import VisualInContextConfig
 
@@ -28,8 +30,8 @@ def write_slim_card(
         repo_id: for the snippet; default: the folder's name.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    report = config.get("effdl_report")
+    config = named(read_json(folder / "config.json"), "config.json")
+    report = checked_report(config.get("effdl_report"))
     if report is None:
         raise ValueError(f"{folder / 'config.json'} has no effdl_report, so it is no slim model of this package")
     names = {"params": "parameters", "macs": "multiply-accumulates", "latency_ms": "latency, ms"}
@@ -42,7 +44,7 @@ def write_slim_card(
         ModelCardData(library_name="transformers", tags=["hf_effdl", "slim"], base_model=hub),
         title=(repo_id or folder.name).split("/")[-1],
         repo_id=repo_id or folder.name,
-        kind=next(iter(config.get("architectures") or ["model"])),
+        kind=next(iter(listed(config.get("architectures") or ["model"], "architectures"))),
         base_model=base_model and Path(base_model).name if hub is None else hub,
         dataset=dataset and Path(dataset).name,
         needs_us="quantization_config" in config,
@@ -85,7 +87,7 @@ def _pipeline(folder: Path) -> None:
 
 def _is_pipeline(folder: Path) -> bool:
     file = folder / "config.json"
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == IN_CONTEXT
+    return file.is_file() and named(read_json(file), file.name).get("model_type") == IN_CONTEXT
 
 
 KINDS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {

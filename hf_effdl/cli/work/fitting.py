@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 
 from hf_effdl.cli.work.cost import Cost, rehearsal, size_of, tell
 from hf_effdl.cli.work.prompts import load_frozen, load_pool_splits, make_pool, score_strategy
-from hf_effdl.files import sweep, write_json
+from hf_effdl.files import locked, sweep, write_json
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.processes import is_first
 from hf_effdl.vicl.auto import ListwiseRanker, ListwiseRankerConfig
@@ -88,8 +88,9 @@ def _runs_cost(options: Any, rows: Rows, each_query: int, each_label: int, keep_
 
 
 def _report(out: Path, report: dict[str, Any]) -> None:
-    sweep(out, "report.json")
-    write_json(out / "report.json", report)
+    with locked(out):
+        sweep(out, "report.json")
+        write_json(out / "report.json", report)
 
 
 def gap_closed(scores: dict[str, list[float]], name: str, better: int) -> tuple[float, float]:
@@ -130,7 +131,6 @@ def fit_cascade(options: Any, rows: Rows = load_pool_splits) -> None:
         print(_cascade_table(scores, options, pipe.visual_task))
         report = {"excluded": len(exclude), "labelled": budget, "fit": cascade.report, "scores": scores}
         _report(out, report)
-        sweep(out / "model", "saving")
         shown = [to_rgb(image) for image in query_rows.select(range(min(4, len(query_rows))))[options.image_column]]
         pipe.plot(shown, num_examples=min(3, options.passes), path=out / "examples.png")
     pipe.save_pretrained(out / "model")

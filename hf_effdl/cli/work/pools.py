@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from datasets import Dataset
 
 from hf_effdl.cli.work.cost import Cost, rehearsal, tell
 from hf_effdl.cli.work.data import load_any, split_of
-from hf_effdl.files import sweep
+from hf_effdl.files import locked, sweep
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.vicl.pool.pool import ExamplePool
 from hf_effdl.vicl.pool.writer import processes
@@ -43,12 +44,14 @@ def build(options: Any) -> None:
         return
     out = Path(options.output_dir)
     half = out / "half"
-    pool = ExamplePool.from_dataset(_rows(options), encoder=options.encoder, cache_dir=half, **names)
-    pool.save_pretrained(out)
+    with locked(out, ".lock-build") if state.is_main_process else nullcontext():  # another run removes its half
+        pool = ExamplePool.from_dataset(_rows(options), encoder=options.encoder, cache_dir=half, **names)
+        pool.save_pretrained(out)
+        if state.is_main_process:
+            shutil.rmtree(half)
+            sweep(out, "pool.json"), sweep(out / "data", "pool-*")  # of runs that were killed
+            print(described(ExamplePool.from_pretrained(out)))
     if state.is_main_process:
-        shutil.rmtree(half)
-        sweep(out, "pool.json"), sweep(out / "data", "pool-*")  # of runs that were killed
-        print(described(ExamplePool.from_pretrained(out)))
         if options.push_to_hub:
             print(ExamplePool.from_pretrained(out).push_to_hub(options.push_to_hub))
     state.wait_for_everyone()

@@ -15,7 +15,7 @@ from hf_effdl.cli.arguments import UsageError
 from hf_effdl.cli.work.cards import write_slim_card
 from hf_effdl.cli.work.cost import Cost, rehearsal, seconds_each, size_of, tell
 from hf_effdl.cli.work.data import check_column, load_any, load_tokenizer, split_of
-from hf_effdl.files import sweep
+from hf_effdl.files import filled_beside, locked
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.group import Group
@@ -24,7 +24,6 @@ from hf_effdl.structure.path.path import FILE_NAME as PATH_FILE
 from hf_effdl.structure.path.path import SparsePath
 from hf_effdl.structure.slim.batch_norm import recalibrate_batch_norm
 from hf_effdl.structure.slim.slim import slim
-from hf_effdl.vicl.remote_code.writing import filled_beside
 
 
 # Passes over the calibration rows that it takes as long as: three through the layers, others to compare outputs, and
@@ -184,11 +183,11 @@ def _save(small: PreTrainedModel, options: Any) -> None:
         if options.calibration:
             raise
         processor = None
-    sweep(Path(options.output_dir), "saving")
-    with filled_beside(Path(options.output_dir), last="config.json") as folder:
-        for part in filter(None, (small, processor)):
-            part.save_pretrained(folder)
-    write_slim_card(options.output_dir, options.model_name_or_path, options.calibration)
+    with locked(options.output_dir):
+        with filled_beside(options.output_dir) as folder:
+            for part in filter(None, (small, processor)):
+                part.save_pretrained(folder)
+        write_slim_card(options.output_dir, options.model_name_or_path, options.calibration)
 
 
 def _cost(options: Any, model: PreTrainedModel) -> Cost:

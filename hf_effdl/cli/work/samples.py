@@ -20,7 +20,7 @@ from transformers import (
 
 from hf_effdl.cli.work.cost import Cost, evaluation_cost, rehearsal, seconds_each, tell, training_cost
 from hf_effdl.cli.work.data import accuracy, labels_of, load_splits, load_tokenizer, named_splits, padded_by
-from hf_effdl.files import sweep, write_whole
+from hf_effdl.files import filled_beside, locked, sweep, write_whole
 from hf_effdl.processes import is_first, together
 from hf_effdl.samples.probes.linear_probes import LinearProbes
 from hf_effdl.samples.probes.probes import Probes
@@ -29,7 +29,6 @@ from hf_effdl.samples.scale.score_shards import score_shards
 from hf_effdl.samples.scale.scorers import ProbeScorer
 from hf_effdl.samples.scale.sources import reader
 from hf_effdl.samples.selection.selector import UncertaintySelector
-from hf_effdl.vicl.remote_code.writing import filled_beside
 from hf_effdl.weighting import WeightedTrainer
 
 
@@ -145,7 +144,7 @@ def select(options: Any, args: Any) -> None:
         selector.report().save(out / "report")
         selector.selection.save(out / "selection", card=True)
         print(selector.report(), flush=True)
-        with filled_beside(out / "rows", last="state.json") as folder:
+        with locked(out / "rows"), filled_beside(out / "rows") as folder:
             subset.save_to_disk(folder)
         print(f"{len(subset)} rows with their weights are in {out / 'rows'}: datasets.load_from_disk reads them")
     if options.train or options.compare:
@@ -261,8 +260,9 @@ def score(options: Any) -> None:
     if state.is_main_process:
         table = scored.remove_columns([name for name in others.column_names if name != "row_id"])
         file = Path(options.output_dir, "scores.parquet")
-        sweep(file.parent, file.name)
-        write_whole(file, table.to_parquet)
+        with locked(file.parent):
+            sweep(file.parent, file.name)
+            write_whole(file, table.to_parquet)
         print(f"scores of {len(table)} rows in {file}; row_id is their place in {options.train_split!r}")
     together()
 

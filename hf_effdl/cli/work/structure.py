@@ -21,6 +21,7 @@ from hf_effdl.cli.work.cards import write_slim_card
 from hf_effdl.cli.work.cost import Cost, evaluation_cost, rehearsal, size_of, steps_of, tell, training_cost
 from hf_effdl.cli.work.data import accuracy, as_pixels, labels_of, load_splits
 from hf_effdl.cli.work.tasks import load_task, texts
+from hf_effdl.files import filled_beside, locked
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.processes import is_first
 from hf_effdl.structure.groups.find import find_groups
@@ -173,9 +174,11 @@ def ticket(options: Any, args: Any) -> None:
     folder = Path(args.output_dir, "small")
     to = "init" if options.weights == "start" else found.step
     small = rewind(lambda: deepcopy(trainer.plain_model()), found, to)
-    small.save_pretrained(folder)
-    material.processor.save_pretrained(folder)
-    write_slim_card(folder)
+    with locked(folder):
+        with filled_beside(folder) as part:
+            small.save_pretrained(part)
+            material.processor.save_pretrained(part)
+        write_slim_card(folder)
     report = found.report()
     print(f"found at step {found.step} of {trainer.state.max_steps}" + ("" if found.settled else ", not settled"))
     print(f"ticket in {args.output_dir}: MACs x {report['macs']['ratio']:.3f}, parameters x ", end="")

@@ -13,6 +13,7 @@ Holding the keys of a whole budget would save a reading, but memory would grow w
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,10 +130,11 @@ def _planned(sample: "_Sample", folder: "_Folder") -> dict[str, Any]:
     shards = sample.shards
     job = {"settings": sample.settings(), "inputs": shards.inputs, "rows": shards.rows}
     plan = folder.begun()
-    if "least_key" not in plan or any(plan.get(key) != value for key, value in job.items()):
+    names = [{"file": path.name} for path in folder.outputs]
+    there = [{"file": one["file"]} for one in plan.get("outputs", ())]
+    if "least_key" not in plan or there != names or any(plan.get(key) != value for key, value in job.items()):
         folder.clear(plan)
         tau = sample.threshold()
-        names = [{"file": path.name} for path in folder.outputs]
         keys = {"tau": max(0.0, tau) / ROOM, "least_key": None if tau == -math.inf else tau}
         plan = job | keys | sample.scale(tau) | {"outputs": names}
         folder.keep(PROGRESS, plan)
@@ -315,10 +317,25 @@ FIELDS = (
     "selected",
 )
 SEAL = "sha256"
+OUTPUT = re.compile(r"plan-\d{5}-of-\d{5}\.parquet")
 
 
 def _seal(plan: Any) -> str:
     return digest(json.dumps(plan, sort_keys=True))
+
+
+def _is_plan(plan: dict[str, Any]) -> bool:
+    """Whether files of a plan, which may be removed, are all that is named, and numbers are numbers."""
+    outputs = plan.get("outputs", [])
+    if not isinstance(outputs, list):
+        return False
+    names = [one.get("file") if isinstance(one, dict) else None for one in outputs]
+    numbers = [plan.get(name, 0) or 0 for name in ("tau", "least_key", "weight_scale")]
+    return all(isinstance(name, str) and OUTPUT.fullmatch(name) for name in names) and all(map(_is_number, numbers))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < math.inf
 
 
 class _Folder:
@@ -345,6 +362,8 @@ class _Folder:
         # earlier versions wrote none; a name that was changed may be that of the seal
         if seal != _seal(plan) if seal is not None else not (isinstance(plan, dict) and plan.keys() <= set(FIELDS)):
             raise damaged(file, "its content is not what was written", remedy)
+        if not _is_plan(plan):
+            raise damaged(file, "it names files that are none of a plan, or holds no numbers", remedy)
         return plan
 
     def keep(self, name: str, plan: dict[str, Any]) -> None:
@@ -359,6 +378,6 @@ class _Folder:
 
     def clear(self, plan: dict[str, Any]) -> None:
         """Remove the outputs of this plan and of the one to come."""
-        earlier = [self.path / Path(output["file"]).name for output in plan.get("outputs", ())]
+        earlier = [self.path / output["file"] for output in plan.get("outputs", ())]
         for file in (*self.outputs, *earlier, self.path / MANIFEST):
             file.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -358,12 +359,13 @@ class SFTScorer:
         file = Path(self.cache_dir) / f"part-{name}.safetensors"
         with locked(file.parent, f".lock-{name}"):  # another run may be at it
             sweep(file.parent, file.name)
-            try:
-                return read_sealed(file)[0]
-            except (FileNotFoundError, ValueError):
-                table = self._part(rows)
-                write_whole(file, sealed(table))
-                return table
+            with suppress(FileNotFoundError, ValueError):
+                table = read_sealed(file)[0]
+                if table.keys() == set(self.columns) and all(x.shape[:1] == (len(rows),) for x in table.values()):
+                    return table
+            table = self._part(rows)
+            write_whole(file, sealed(table))
+            return table
 
     def _part(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """The scores of rows that are scored together."""

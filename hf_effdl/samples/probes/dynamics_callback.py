@@ -4,7 +4,6 @@
 a sampler can use, by the formulas of `scores/dynamics.py`.
 """
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_effdl.checks import path
-from hf_effdl.files import SEALED, damaged, digest, read_sealed, sealed, sweep, write_whole
+from hf_effdl.files import SEALED, damaged, digest, parsed, read_sealed, sealed, sweep, write_whole
 from hf_effdl.processes import refuse_lone_processes, same_fate, together
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.samples.probes.row_marks import row_marks
@@ -284,7 +283,7 @@ def _head(file: Path) -> tuple[int, str | None]:
     try:
         with safe_open(file, "pt") as stored:
             [recorded] = stored.get_slice(RECORDED[0]).get_shape()
-            notes = json.loads((stored.metadata() or {}).get(SEALED, "{}"))
+            notes = parsed((stored.metadata() or {}).get(SEALED, "{}"))
             return recorded, notes.get(ROWS)
     except (SafetensorError, ValueError, AttributeError) as error:
         raise damaged(file, str(error), REMEDY) from error

@@ -308,7 +308,7 @@ def _read_part(file: Path, rows: int) -> dict[str, Tensor] | None:
         table, notes = read_sealed(file)
     except ValueError:
         return None
-    fits = notes is not None and {len(column) for column in table.values()} == {rows}
+    fits = notes is not None and {column.shape[:1] for column in table.values()} == {(rows,)}
     return table if fits else None
 
 

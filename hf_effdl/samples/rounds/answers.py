@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from hf_effdl.checks import path
+from hf_effdl.checks import instance, path
 from hf_effdl.files import write_whole
 from hf_effdl.samples.probes.inputs import check_dataset
 
@@ -25,7 +25,7 @@ class ColumnAnswers:
     """
 
     def __init__(self, column: str = "label") -> None:
-        self.column = column
+        self.column = instance("column", column, str, "the name of a column")
 
     def __call__(self, rows: Dataset, places: Sequence[int], number: int) -> list[Any]:
         check_dataset(rows, [self.column], "the pool", "ColumnAnswers(column)")
@@ -48,7 +48,12 @@ class CsvAnswers:
     def __init__(
         self, folder: str | os.PathLike, columns: Sequence[str] | None = None, label_column: str = "label"
     ) -> None:
-        self.folder, self.columns, self.label_column = path("folder", folder), columns, label_column
+        for name in instance(
+            "columns", () if columns is None else columns, (list, tuple), "a list of names of columns"
+        ):
+            instance("columns", name, str, "a list of names of columns")
+        self.folder, self.columns = path("folder", folder), columns
+        self.label_column = instance("label_column", label_column, str, "the name of a column")
 
     def __call__(self, rows: Dataset, places: Sequence[int], number: int) -> list[str] | None:
         file = self.folder / f"asked-{number:04d}.csv"
@@ -67,11 +72,12 @@ class CsvAnswers:
             kinds = {name: getattr(kind, "dtype", "") for name, kind in rows.features.items()}
             columns = [name for name, kind in kinds.items() if kind in ("string", "large_string") or "int" in kind]
             columns = [name for name in columns if name != self.label_column]
+        check_dataset(rows, columns, "the pool", "CsvAnswers(columns)")
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         writer.writerow([PLACE, *columns, self.label_column])
-        for place, row in zip(places, rows.select_columns(list(columns)), strict=True):
-            writer.writerow([place, *(row[name] for name in columns), ""])
+        shown = [rows[name][:] for name in columns]
+        writer.writerows([place, *values, ""] for place, *values in zip(places, *shown, strict=True))
         write_whole(file, "\ufeff" + text.getvalue())  # by this mark spreadsheets know UTF-8
 
     def _table(self, file: Path) -> list[dict[str, str]]:
@@ -82,7 +88,10 @@ class CsvAnswers:
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is no text in UTF-8 ({error}); save it as 'CSV UTF-8'") from error
         for comma in (",", ";", "\t"):
-            rows = list(csv.DictReader(io.StringIO(text, newline=""), restval="", delimiter=comma))
+            try:
+                rows = list(csv.DictReader(io.StringIO(text, newline=""), restval="", delimiter=comma))
+            except csv.Error as error:
+                raise ValueError(f"{file} is no table ({error}); remove it to ask again") from error
             if rows and {PLACE, self.label_column} <= set(rows[0]):
                 return rows
         raise ValueError(f"{file} must have the columns {PLACE!r} and {self.label_column!r}; remove it to ask again")
@@ -127,5 +136,5 @@ def checked_labels(labels: Any, count: int, before: Sequence[Any] = ()) -> list[
 def _kind(label: Any) -> type | None:
     """What a label is; None for what cannot be one."""
     if isinstance(label, list):
-        return list if all(isinstance(one, int | float) and one == int(one) for one in label) else None
+        return list if all(isinstance(one, int | float) and one % 1 == 0 for one in label) else None
     return int if isinstance(label, int) else str if isinstance(label, str) else None

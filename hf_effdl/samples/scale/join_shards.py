@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_effdl.checks import instance
-from hf_effdl.files import locked, sweep, write_whole
+from hf_effdl.files import filled_beside, locked
 from hf_effdl.samples.scale.sources import Shard, check_ids, check_whole, local_folder, reader, same_file
 
 
@@ -28,7 +28,7 @@ def join_shards(
     Args:
         files: the Parquet files of rows, as they were scored.
         tables: as many files with a column `row_id`, such as `sorted(Path(plan).glob("plan-*.parquet"))`.
-        output_dir: gets `joined-k-of-n.parquet`, each whole, by a rename.
+        output_dir: gets `joined-k-of-n.parquet`, all of them or none; of two calls one comes after the other.
         id_column: of the rows; None, or no column `"row_id"`: their number, counted through all files.
 
     Returns:
@@ -63,14 +63,12 @@ def join_shards(
             raise ValueError(f"{source.file} and {other.file} both have the columns {both}; rename them in one")
     outputs = [folder / f"joined-{k:05d}-of-{len(sources):05d}.parquet" for k in range(len(sources))]
     _check_folder(folder, outputs, [one.file for one in (*sources, *others)])
-    start, written = 0, []
-    for k, (source, other, output) in enumerate(zip(sources, others, outputs, strict=True)):
-        with locked(folder, f".lock-{k}"):
-            sweep(folder, output.name)
-            write_whole(output, _Pair(source, other, id_column, start).write)
-        written.append(output)
-        start += source.rows
-    return written
+    start = 0
+    with locked(folder), filled_beside(folder) as scratch:  # all of them or none
+        for source, other, output in zip(sources, others, outputs, strict=True):
+            _Pair(source, other, id_column, start).write(scratch / output.name)
+            start += source.rows
+    return outputs
 
 
 def _check_folder(folder: Path, outputs: Sequence[Path], inputs: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from datasets import Dataset, Features
 from torch import Tensor
 
 from hf_effdl.checks import instance, whole_number
-from hf_effdl.files import digest, locked, read_json, sweep, write_json, write_whole
+from hf_effdl.files import digest, locked, parsed, read_json, sweep, write_json, write_whole
 from hf_effdl.processes import is_first, refuse_lone_processes, same_fate, together
 from hf_effdl.samples.scale.scorers import RowScorer, as_scorer
 from hf_effdl.samples.scale.sources import Shard, check_ids, local_folder, same_file
@@ -207,9 +207,10 @@ def _read_causes(file: Path) -> dict[str, Any] | None:
     import pyarrow.parquet as pq
 
     try:
-        return json.loads(pq.read_schema(file).metadata[MADE_OF])
+        causes = parsed(pq.read_schema(file).metadata[MADE_OF])
     except (FileNotFoundError, pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
         return None
+    return causes if isinstance(causes, dict) else None
 
 
 def _is_of_others(file: Path) -> bool:

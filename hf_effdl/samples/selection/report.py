@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from hf_effdl.files import write_whole
+from hf_effdl.files import filled_beside, locked
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.samples.drawing.presets import ENOUGH_ROWS, HARD_ROWS_HELP, NEARLY_SOLVED
 from hf_effdl.samples.drawing.quotas import even_shares
@@ -141,7 +141,7 @@ class SelectionReport:
         return plot_selection(self.selection, count, column)
 
     def save(self, folder: str | os.PathLike[str], examples: bool = True) -> list[Path]:
-        """Write `report.md`, `report.json`, `selection.png` and `examples.png`, each atomically.
+        """Write `report.md`, `report.json`, `selection.png` and `examples.png`, all of them or none.
 
         Without matplotlib the pictures are left out, with a warning; without the data set the examples are.
 
@@ -152,17 +152,15 @@ class SelectionReport:
         Returns:
             The files written.
         """
-        folder = Path(folder)
-        written, text = [], str(self)
-        for name, picture in self._pictures(examples).items():
-            written.append(
-                write_whole(folder / name, lambda part, picture=picture: picture.savefig(part, format="png"))
-            )
-            text += f"\n\n![{'rows of the pool' if name == 'examples.png' else 'scores and classes'}]({name})"
-        numbers = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-        written.append(write_whole(folder / "report.md", text + "\n"))
-        written.append(write_whole(folder / "report.json", numbers + "\n"))
-        return written
+        folder, pictures, text = Path(folder), self._pictures(examples), str(self)
+        with locked(folder), filled_beside(folder) as scratch:
+            for name, picture in pictures.items():
+                picture.savefig(scratch / name, format="png")
+                text += f"\n\n![{'rows of the pool' if name == 'examples.png' else 'scores and classes'}]({name})"
+            numbers = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+            (scratch / "report.md").write_text(text + "\n", encoding="utf-8")
+            (scratch / "report.json").write_text(numbers + "\n", encoding="utf-8")
+        return [folder / name for name in (*pictures, "report.md", "report.json")]
 
     def _pictures(self, examples: bool) -> dict[str, Any]:
         try:

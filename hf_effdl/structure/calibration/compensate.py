@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +22,7 @@ from hf_effdl.structure.calibration.scores import activation, check_finite, fish
 from hf_effdl.structure.calibration.taps import Joint, count_calls
 from hf_effdl.structure.calibration.widths import Loss, divide
 from hf_effdl.structure.groups.group import Group
-from hf_effdl.structure.groups.inputs import evaluating
+from hf_effdl.structure.groups.inputs import copy_of, evaluating
 
 
 logger = logging.getLogger(__name__)
@@ -121,7 +120,7 @@ def compensate(
         intercept: also fit the bias of layers that have one.
     """
     check_settings(score, ridge, intercept)
-    slim = deepcopy(model).eval()
+    slim = copy_of(model).eval()
     asked, wishes = wishes, {group.name: wishes.get(group.name) or Wish.all_of(group) for group in groups}
     with evaluating(model):
         walk = _Walk.of(model, slim, groups, split_rows(batches, model))
@@ -158,7 +157,7 @@ def unit_scores(
     """
     check_settings(score, None, False)
     with evaluating(model):
-        walk = _Walk.of(model, deepcopy(model).eval(), groups, split_rows(batches, model))
+        walk = _Walk.of(model, copy_of(model).eval(), groups, split_rows(batches, model))
         losses = walk.losses() if score == "fisher" else {}
         found = {}
         for group in walk.groups:
@@ -199,7 +198,7 @@ def free_wishes(
     if not cut:
         return dict(wishes)
     with evaluating(model):
-        walk = _Walk.of(model, deepcopy(model).eval(), cut, split_rows(batches, model))
+        walk = _Walk.of(model, copy_of(model).eval(), cut, split_rows(batches, model))
         walk.ridge, walk.intercept = ridge, intercept
         walk.judge = Divergence.of(walk.ensemble.whole, walk.judge.batches) or walk.judge
         losses = walk.losses() if score == "fisher" else {}

@@ -78,6 +78,9 @@ def copy_of(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     Args:
         model: left as it is.
         shared: parameters that the copy has in common with it.
+
+    Raises:
+        ValueError: it holds something that cannot be copied.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
 
@@ -90,7 +93,13 @@ def copy_of(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
         for name, value in vars(module).items():
             if not name.startswith("_"):
                 each_tensor(detach, _if_plain(value))
-    return deepcopy(model, memo)
+    try:
+        return deepcopy(model, memo)
+    except Exception as error:  # of whatever the model holds
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and the model that is given "
+            "stays as it is: take off it what copy.deepcopy refuses, a lock or a compiled function, say"
+        ) from error
 
 
 def _if_plain(value: Any) -> Any:

@@ -26,6 +26,7 @@ class Reading(TorchFunctionMode):
     Attributes:
         values: what was read, in that order; of a truth that one number decides, that number too.
         truths: how many truths were read.
+        double: whether all numbers with fractions that came up are in double precision.
     """
 
     def __init__(self, against: int | None = None) -> None:
@@ -33,11 +34,13 @@ class Reading(TorchFunctionMode):
         self.against = against
         self.values: list[Tensor] = []
         self.truths = 0
+        self.double = True
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.double = self.double and not any(map(_is_single, result if isinstance(result, tuple) else (result,)))
         if func in READERS:
             self.values.append(args[0].detach().clone())
         elif _is_one_truth(result):
@@ -46,6 +49,10 @@ class Reading(TorchFunctionMode):
             return result
         self.truths += 1
         return not result if self.truths - 1 == self.against else result
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
 
 
 def _is_one_truth(value: Any) -> bool:

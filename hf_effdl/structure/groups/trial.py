@@ -47,6 +47,7 @@ class Setting:
         inputs: that it runs on.
         words: which setting this is, for messages.
         exact: in double precision already, or in what the model insists on: a failure needs no second look.
+        fine: in double precision throughout: a norm over channels that is all but neutral shows too.
         may_overflow: on inputs larger than the model may be made for.
         draws: how often units are drawn: of a few units there are some whose absence does not show.
         least: as few units stay as may, one of each group: a forward pass may ask for more (`x.topk(4, 1)`).
@@ -57,6 +58,7 @@ class Setting:
     inputs: Any
     words: str = ""
     exact: bool = False
+    fine: bool = False
     may_overflow: bool = False
     draws: int = 1
     least: bool = False
@@ -64,22 +66,26 @@ class Setting:
 
     def doubled(self) -> "Setting":
         """The same in double precision, where the model runs in that."""
-        model, inputs = in_double(self.model, self.inputs)
-        return replace(self, model=model, inputs=inputs, exact=True)
+        model, inputs, fine = in_double(self.model, self.inputs)
+        return replace(self, model=model, inputs=inputs, exact=True, fine=fine)
 
 
 @torch.no_grad()
-def in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
-    """A model and its inputs in double precision, where it runs in that: what a few units change shows up better."""
+def in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any, bool]:
+    """A model and its inputs in double precision, where it runs in that: what a few units change shows up better.
+
+    And whether it computes in double precision alone, so that what differs by more than rounding differs.
+    """
     try:
         double, doubled = copy_of(model).double(), each_tensor(_double, inputs)
-        answer = output_tensors(call(double, doubled))
+        with Reading() as reading:
+            answer = output_tensors(call(double, doubled))
         # a mask of the lowest number there is, with a bias added, is minus infinity in double precision alone
         if all(tensor.dtype == torch.float64 and not tensor.isnan().any() for tensor in answer):
-            return double, doubled
+            return double, doubled, reading.double
     except Exception:  # noqa: BLE001 - a dtype written into the forward pass, a device without double precision
         pass
-    return model, inputs
+    return model, inputs, False
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -273,7 +279,9 @@ def _alike(setting: Setting, groups: Sequence[Group], kept: dict[str, Tensor], s
         answer = _answer(setting, small, seed)
     except Exception:  # noqa: BLE001 - a size written into the forward pass may break it in any way
         return False
-    return len(silent) == len(answer) > 0 and all(map(_equal, silent, answer))
+    return len(silent) == len(answer) > 0 and all(
+        _equal(a, b, setting.fine) for a, b in zip(silent, answer, strict=True)
+    )
 
 
 @contextmanager
@@ -297,6 +305,8 @@ def _answer(setting: Setting, model: nn.Module, seed: int, with_read: bool = Tru
         answer
         + (reading.values if with_read else [])
         + [value for module in model.modules() for value in _scalars_left_on(module)]
+        # a mean over channels that the next pass will use, say
+        + [model.get_buffer(name) for name, value in setting.model.named_buffers() if value.numel() == 1]
     )
 
 
@@ -333,7 +343,7 @@ def _says_nothing(setting: Setting, groups: Sequence[Group], kept: dict[str, Ten
     return [value.shape for value in whole] == [value.shape for value in small]
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def _equal(a: Tensor, b: Tensor, fine: bool = False) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.numel() or not a.is_floating_point():
@@ -342,5 +352,5 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     if not torch.equal(a[~finite], b[~finite]):  # infinities alike; NaN is like nothing
         return False
     a, b = a[finite], b[finite]
-    tolerance = 1e-6 if a.dtype == torch.float64 else 1e-4
+    tolerance = (1e-10 if fine else 1e-6) if a.dtype == torch.float64 else 1e-4
     return not a.numel() or bool((a - b).abs().max() <= tolerance * (1 + a.abs().max()))

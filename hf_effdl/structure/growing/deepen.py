@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hf_effdl.random_state import random_state_kept
+from hf_effdl.structure.groups.inputs import copy_of
 from hf_effdl.structure.groups.surgery import share_config
 from hf_effdl.structure.growing.new_units import layout
 from hf_effdl.structure.optim.sharding import is_sharded
@@ -47,7 +48,7 @@ def deepen(model: nn.Module, stage: int = -1, *, seed: int = 0) -> nn.Module:
     """
     stage = _check_stage(model, stage)
     name, block = _new_block(model, stage, seed)
-    big = deepcopy(model)
+    big = copy_of(model)
     path, _, leaf = name.rpartition(".")
     blocks = big.get_submodule(path)
     like = next(p for p in blocks.parameters() if p.ndim == 4)

@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from math import prod, sqrt
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.func import functional_call
 
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.group import Group, Slice
+from hf_effdl.structure.groups.inputs import copy_of
 from hf_effdl.structure.groups.surgery import set_sizes
 
 
@@ -157,7 +157,7 @@ def _gradients(value: Tensor, leaves: Entries) -> Entries:
 
 def _trial(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A grown copy to differentiate: at least single precision, no dropout, norms on the statistics of the batch."""
-    trial = place(deepcopy(model), tensors)
+    trial = place(copy_of(model), tensors)
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in trial.parameters()):
         trial.float()
     trial.eval()

@@ -2,7 +2,6 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_effdl.checks import whole_number
 from hf_effdl.structure.groups.group import Group, check_same_network, shared_names
+from hf_effdl.structure.groups.inputs import copy_of
 from hf_effdl.structure.groups.ties import config_ties
 from hf_effdl.structure.growing import new_units
 from hf_effdl.structure.growing.new_units import INITS
@@ -131,7 +131,7 @@ def widen_groups(
         new = new_units.gradmax(tensors, growth, seed, model, batch, loss)
     else:
         new = {"zero-out": new_units.zero_out, "fresh": new_units.fresh}[init](tensors, growth, seed)
-    big = new_units.place(deepcopy(model), new)
+    big = new_units.place(copy_of(model), new)
     forget_report(big)
     if isinstance(model, PreTrainedModel):
         ties = config_ties(model, groups)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_effdl.files import read_tensors
 from hf_effdl.structure.groups.finders.lora import lora_groups, takes_base_weights
 from hf_effdl.structure.groups.group import Group
 from hf_effdl.structure.groups.surgery import set_sizes
@@ -73,9 +74,7 @@ def _stored(initial: Any) -> Mapping[str, Any]:
     file = Path(initial) / "adapter_model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; save the adapter before training: {HOW}")
-    from safetensors.torch import load_file
-
-    return load_file(file)
+    return read_tensors(file, remedy="save the adapter before training, and pass its folder")
 
 
 @torch.no_grad()

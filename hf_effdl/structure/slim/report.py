@@ -8,7 +8,13 @@ from transformers import PreTrainedModel
 
 from hf_effdl.structure.groups.counting import trace_network
 from hf_effdl.structure.groups.group import Group
+from hf_effdl.structure.groups.record import named, number, whole
 from hf_effdl.structure.slim.latency import measure_latency
+
+
+SIZE = ("before", "after", "ratio")
+NUMBERS = {"params": SIZE, "macs": SIZE, "latency_ms": SIZE, "search": ("step", "of")}
+NUMBERS |= {"calibration": ("rows", "held_out", "error", "error_without")}
 
 
 def set_report(small: nn.Module, report: dict[str, Any]) -> None:
@@ -18,8 +24,27 @@ def set_report(small: nn.Module, report: dict[str, Any]) -> None:
 
 
 def get_report(small: nn.Module) -> dict[str, Any] | None:
-    """The report of a slim model, if it has one."""
-    return getattr(small.config if isinstance(small, PreTrainedModel) else small, "effdl_report", None)
+    """The report of a slim model, if it has one; raises as `checked_report` does."""
+    return checked_report(getattr(small.config if isinstance(small, PreTrainedModel) else small, "effdl_report", None))
+
+
+def checked_report(report: Any) -> dict[str, Any] | None:
+    """A report of a config that may come from anybody, as it is; None stays None.
+
+    Raises:
+        ValueError: it is none of `slim`: names the entry.
+    """
+    if report is None:
+        return None
+    try:
+        for part in named(report, "effdl_report").keys() & NUMBERS.keys():
+            for name in NUMBERS[part]:
+                number(named(report[part], part).get(name), f"{part}, {name}")
+        for name, pair in named(report.get("units", {}), "units").items():
+            whole(named(pair, name).get("before"), name, 0), whole(pair.get("after"), name, 0)
+    except ValueError as error:
+        raise ValueError(f"the effdl_report of a model's config is none of slim: {error}; take it off") from error
+    return report
 
 
 def forget_report(model: nn.Module) -> None:

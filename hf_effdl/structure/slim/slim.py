@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_effdl.checks import one_of, whole_number
 from hf_effdl.structure.calibration.compensate import SCORES, Wish, compensate, free_wishes
 from hf_effdl.structure.groups.group import Group, check_groups, check_module, check_same_network
+from hf_effdl.structure.groups.inputs import copy_of
 from hf_effdl.structure.groups.surgery import cut, share_config
 from hf_effdl.structure.groups.ties import Tie, complete_ties, config_ties, sizes_for_share, stock_config
 from hf_effdl.structure.path.budget import one_budget
@@ -178,7 +179,7 @@ def cut_copy(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Tenso
         groups: the groups that `kept` speaks of.
         kept: ascending indices of the kept units by group name.
     """
-    small = cut(deepcopy(model), groups, kept)
+    small = cut(copy_of(model), groups, kept)
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     for name, old in model.named_parameters():
         if old.ndim in layouts and old.stride() != torch.empty(old.shape, device="meta").stride():

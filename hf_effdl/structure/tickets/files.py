@@ -19,7 +19,17 @@ from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from safetensors.torch import save
 from torch import Tensor
 
-from hf_effdl.files import check_folder, damaged, digest, read_json, read_tensors, write_json, write_whole
+from hf_effdl.files import (
+    check_folder,
+    damaged,
+    digest,
+    locked,
+    read_json,
+    read_tensors,
+    sweep,
+    write_json,
+    write_whole,
+)
 from hf_effdl.structure.groups.record import groups_of, groups_record, listed, named, plain_values, require, whole
 from hf_effdl.structure.tickets.card import CARD, write_ticket_card
 
@@ -32,11 +42,16 @@ REMEDY = "save or push the ticket again"
 
 def save_ticket(ticket: Any, folder: str | os.PathLike[str], weights: bool = True, repo_id: str | None = None) -> Path:
     """Write a ticket into a folder, and its card where there is none of something else."""
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    foreign = (target / CARD).is_file() and not (target / RECORD).is_file()
     steps = sorted(ticket.weights) if weights else []
     files = {KEPT: packed(ticket.kept)} | {WEIGHTS.format(step): packed(ticket.weights[step]) for step in steps}
+    with locked(folder):
+        return _write(ticket, Path(folder), files, steps, repo_id)
+
+
+def _write(ticket: Any, target: Path, files: Mapping[str, bytes], steps: list[int], repo_id: str | None) -> Path:
+    """The files of a ticket into a folder of one's own."""
+    sweep(target, "ticket.*"), sweep(target, WEIGHTS.format("*"))
+    foreign = (target / CARD).is_file() and not (target / RECORD).is_file()
     for name, content in files.items():
         write_whole(target / name, content)
     # last, and with the digests of the others: a write that was cut off is noticed

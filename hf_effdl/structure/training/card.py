@@ -15,6 +15,7 @@ from hf_effdl.hub.eval_results import write_eval_results
 from hf_effdl.structure.groups.finders.lora import has_adapter
 from hf_effdl.structure.lora.picture import plot_lora_ranks, rank_table
 from hf_effdl.structure.path.path import SparsePath
+from hf_effdl.structure.slim.report import checked_report
 from hf_effdl.version import __version__
 
 
@@ -129,7 +130,7 @@ def write_structure_card(
 def _report_of(small: Any) -> Mapping[str, Any] | None:
     """What a slim model says of itself, in its config where that is its own; None for the dense one."""
     config = getattr(small, "config", None) if small is not None and not has_adapter(small) else None
-    return getattr(config or small, "effdl_report", None)
+    return checked_report(getattr(config or small, "effdl_report", None))
 
 
 def _base_of(data: ModelCardData, config: Any) -> str | None:

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_effdl.checks import one_of, path, real_number
-from hf_effdl.files import write_whole
+from hf_effdl.files import locked, write_whole
 from hf_effdl.pictures import LINE, bare, figure
 from hf_effdl.structure.groups.finders.lora import has_adapter
-from hf_effdl.structure.slim.family import family_record, write_family
+from hf_effdl.structure.slim.family import FILE_NAME, family_record, write_family
 from hf_effdl.structure.slim.report import get_report
 
 
@@ -74,15 +74,17 @@ class FamilyMixin:
         self.results = (told or self._whole()) | {row["revision"]: self._row(row) for row in facts}
         details = {"repo_id": repo_id or target.name, "model_name": (repo_id or target.name).split("/")[-1], **card}
         try:
-            for revision, small in members.items():
-                self.save_slim(small, target / revision, revision=revision, **details)
-            largest = next(iter(members.values()))
-            picture = self._draw_family(facts, target)
-            self.save_slim(largest, target, family=list(members), family_picture=picture, **details)
+            with locked(target, ".lock-family"):
+                (target / FILE_NAME).unlink(missing_ok=True)  # written last: it says that all of these are there
+                for revision, small in members.items():
+                    self.save_slim(small, target / revision, revision=revision, **details)
+                largest = next(iter(members.values()))
+                picture = self._draw_family(facts, target)
+                self.save_slim(largest, target, family=list(members), family_picture=picture, **details)
+                metric, greater = self._metric_of(facts)
+                write_family(target, family_record(facts, metric, self._latency_inputs(32), greater))
         finally:
             self.results = told
-        metric, greater = self._metric_of(facts)
-        write_family(target, family_record(facts, metric, self._latency_inputs(32), greater))
         return list(members)
 
     def push_family(

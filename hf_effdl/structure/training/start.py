@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from hf_effdl.files import damaged, read_sealed, sealed, write_whole
+from hf_effdl.files import damaged, parsed, read_sealed, sealed, write_whole
 from hf_effdl.structure.training.evaluation import WRAPPERS
 
 
@@ -44,10 +44,13 @@ class Start:
         if not notes or "facts" not in notes:
             raise damaged(file, "it does not say what it is of", REMEDY)
         parts: dict[str, dict[str, Tensor]] = {"dense": {}, "small": {}}
-        for name, tensor in tensors.items():
-            part, _, inner = name.partition("|")
-            parts[part][inner] = tensor
-        return cls(**parts, facts=json.loads(notes["facts"]))
+        try:
+            for name, tensor in tensors.items():
+                part, _, inner = name.partition("|")
+                parts[part][inner] = tensor
+            return cls(**parts, facts=parsed(notes["facts"]))
+        except (KeyError, ValueError) as error:
+            raise damaged(file, f"{type(error).__name__}: {error}", REMEDY) from error
 
 
 def read_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_effdl.checks import whole_number
+from hf_effdl.files import filled_beside, locked
 from hf_effdl.processes import forget_accelerate, is_first, refuse_lone_processes
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.find import find_groups
@@ -348,12 +349,13 @@ class SplitLBITrainer(FamilyMixin, SmallMixin, SlimMixin, DistillationMixin, Wei
         """
         check_loadable(small)
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        small.save_pretrained(target)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(target)
-        self.path.save(target)
-        write_structure_card(self, target, small, **card)
+        with locked(target):
+            with filled_beside(target) as part:
+                small.save_pretrained(part)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(part)
+                self.path.save(part)
+            write_structure_card(self, target, small, **card)
         return target
 
     def push_slim(self, small: nn.Module, repo_id: str, *, private: bool | None = None, **card: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_effdl.files import digest, write_whole
+from hf_effdl.files import digest, read_json, write_whole
 from hf_effdl.vicl.remote_code.pool_search import exact_search
 
 
@@ -125,10 +125,10 @@ def _open_lists(index: Any, queries: Tensor, blocks: Blocks, own: Tensor, recall
 def open_index(file: Path, fingerprint: str, rows: int, dim: int) -> PoolIndex | None:
     """The index in a file, its lists memory-mapped; None where there is none for this very pool."""
     try:
-        record = json.loads(file.with_suffix(".json").read_text())
+        record = read_json(file.with_suffix(".json"))
     except (OSError, ValueError):
         return None
-    if any(
+    if not isinstance(record, dict) or any(
         record.get(name) != value for name, value in {"fingerprint": fingerprint, "rows": rows, "dim": dim}.items()
     ):
         return None

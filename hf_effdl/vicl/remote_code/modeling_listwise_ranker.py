@@ -1,5 +1,6 @@
 """The list-wise ranker: a small transformer that sees a query and k candidate examples at once and scores them."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from .borrowing import borrow
 from .configuration_listwise_ranker import ListwiseRankerConfig
 from .ranker_losses import neural_ndcg_loss, pairwise_margin_loss, ranks
 from .vision_encoder import VisionEncoder
-from .writing import check_folder
+from .writing import check_folder, save_whole
 
 
 QUERY, CANDIDATE = 0, 1
@@ -146,6 +147,10 @@ class ListwiseRanker(PreTrainedModel):
             model, info = super().from_pretrained(where, *args, **kwargs, output_loading_info=True)
         check_whole(info["missing_keys"], pretrained_model_name_or_path, info["unexpected_keys"])
         return (model, info) if with_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save config and weights."""
+        save_whole(super().save_pretrained, save_directory, *args, **kwargs)
 
     def attach(self, encoder: VisionEncoder) -> "ListwiseRanker":
         """Let pixels go through this encoder, frozen; its name and fingerprint are kept in the config.

@@ -1,7 +1,6 @@
 """One model for the Hub: a frozen in-context model, the encoder of its pool, and what is known of the examples."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from .images import BICUBIC
 from .ranker_selector import RankerSelector
 from .strategies import AUTO
 from .vision_encoder import VisionEncoder
-from .writing import check_folder, filled_beside
+from .writing import check_folder, save_whole
 
 
 DEFAULT = "BAAI/seggpt-vit-large"
@@ -221,16 +220,7 @@ class VisualInContextModel(PreTrainedModel):
             for name, value in state.items()
             if not name.startswith(tuple(named))
         }
-        if kwargs.get("push_to_hub") or os.path.isfile(save_directory):  # upstream's own way, or its own error
-            super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
-            return
-        with filled_beside(Path(save_directory), last="config.json") as folder:
-            super().save_pretrained(folder, *args, state_dict=state, **kwargs)
-            written = {file.name for file in folder.iterdir()}
-        whole, index = "model.safetensors", "model.safetensors.index.json"
-        for new, old in ((whole, index), (index, whole)):  # weights of before would be read first, or beside these
-            if new in written:
-                Path(save_directory, old).unlink(missing_ok=True)
+        save_whole(super().save_pretrained, save_directory, *args, state_dict=state, **kwargs)
 
     # ---- parts
 

@@ -1,5 +1,6 @@
 """What a pipeline is put together from: a model made from whatever the user has, and the pool that goes with it."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from .configuration_visual_in_context import VisualInContextConfig
 from .modeling_visual_in_context import FROZEN, VisualInContextModel, as_dtype, frozen_class
 from .pool_reader import MANIFEST, NAME, PoolReader
 from .vision_encoder import VisionEncoder
-from .writing import check_folder, copy_file
+from .writing import check_folder, copy_file, locked
 
 
 def load_parts(
@@ -87,17 +88,31 @@ def named_pool(model: VisualInContextModel) -> str:
     return inside if os.path.isdir(inside) else name
 
 
+def fingerprint_in(folder: Path) -> Any:
+    """Of the pool in a folder; None where there is none that can be read."""
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def save_pool(pool: PoolReader, folder: Path) -> None:
     if hasattr(pool, "save_pretrained"):
         pool.save_pretrained(folder)
-    elif folder.resolve() != Path(pool.folder).resolve():  # a reader's files, as they are
-        names = {f"{entry['name']}.{kind}" for entry in pool.manifest["shards"] for kind in ("tar", "safetensors")}
-        for name in sorted(names):
-            copy_file(Path(pool.folder, "data", name), folder / "data" / name)
-        copy_file(Path(pool.folder, MANIFEST), folder / MANIFEST)
-        for file in (folder / "data").iterdir():  # of a pool that was there before, and nothing else
-            if re.fullmatch(rf"{NAME}\.(tar|safetensors)", file.name) and file.name not in names:
-                file.unlink()
+    elif folder.resolve() != Path(pool.folder).resolve():
+        with locked(folder):
+            _copy_files(pool, folder)
+
+
+def _copy_files(pool: PoolReader, folder: Path) -> None:
+    """A reader's files, as they are."""
+    names = {f"{entry['name']}.{kind}" for entry in pool.manifest["shards"] for kind in ("tar", "safetensors")}
+    for name in sorted(names):
+        copy_file(Path(pool.folder, "data", name), folder / "data" / name)
+    copy_file(Path(pool.folder, MANIFEST), folder / MANIFEST)
+    for file in (folder / "data").iterdir():  # of a pool that was there before, and nothing else
+        if re.fullmatch(rf"{NAME}\.(tar|safetensors)", file.name) and file.name not in names:
+            file.unlink()
 
 
 def from_backbone(

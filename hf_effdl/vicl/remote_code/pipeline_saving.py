@@ -3,7 +3,7 @@
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from huggingface_hub import HfApi
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .pipeline_card import write_model_card
-from .pipeline_loading import is_repository, save_pool
+from .pipeline_loading import fingerprint_in, is_repository, save_pool
 from .strategies import AUTO
-from .writing import copy_file, is_first
+from .writing import copy_file, is_first, locked, remove_weights
 
 
 @contextmanager
@@ -43,7 +43,16 @@ def saved(pipe: Any, folder: Path, strategy: Any, candidates: int, code: str, re
             stacklevel=4,
         )
     config.candidates = candidates
+    with locked(folder, ".lock-pipeline") if first else nullcontext():
+        yield from _around_model(pipe, folder, before, code, repo_id)
+
+
+def _around_model(pipe: Any, folder: Path, before: Any, code: str, repo_id: str | None) -> Iterator[bool]:
+    """The steps of `saved`, in a folder of one's own."""
+    config, first = pipe.model.config, is_first()
     if config.frozen_model is not None and (config.pool is None or not is_repository(config.pool)):
+        if first and fingerprint_in(folder / "pool") not in (None, pipe.pool.fingerprint):
+            remove_weights(folder)  # the model of before is not to be read with this pool
         if first or hasattr(pipe.pool, "save_pretrained"):  # which waits for the first
             save_pool(pipe.pool, folder / "pool")
         config.pool, config.pool_revision = "pool", None

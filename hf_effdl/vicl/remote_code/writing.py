@@ -3,12 +3,16 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+# what no model is loaded without; the first would be read in the place of the second
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def is_first() -> bool:
@@ -66,22 +70,71 @@ def copy_file(source: Path, target: Path) -> Path:
     return target
 
 
-@contextmanager
-def filled_beside(folder: Path, last: str) -> Iterator[Path]:
-    """A scratch folder, whose files take their names in `folder` once all are written; an error leaves that as it was.
+def save_whole(save: Callable[..., Any], folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """Save a model by upstream's own function; killed at any moment, its folder is of before, of now, or refused.
 
     Args:
-        folder: made if need be; other files in it stay.
-        last: name of the file that says what the others are.
+        save: upstream's `save_pretrained`.
+        folder: where to.
+        *args, **kwargs: of that function.
     """
+    if kwargs.get("push_to_hub") or os.path.isfile(folder):  # upstream's own way, or its own error
+        save(folder, *args, **kwargs)
+        return
+    with locked(Path(folder)), _filled_beside(Path(folder)) as scratch:
+        save(scratch, *args, **kwargs)
+
+
+@contextmanager
+def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """Have a folder to oneself: others that ask for it wait, as in `hf_effdl.files`, which cannot travel along."""
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / name
+    while True:
+        with file.open("ab") as ours:
+            _wait_for(ours)
+            # a file that was removed while we waited for it keeps no one out
+            if not file.is_file() or not os.path.samestat(os.fstat(ours.fileno()), file.stat()):
+                continue
+            try:
+                yield
+            finally:
+                if os.name != "nt":  # Windows removes no open file
+                    file.unlink(missing_ok=True)
+            return
+
+
+def _wait_for(file: Any) -> None:
+    """Take the system's lock on a file, where system and file system have some."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+@contextmanager
+def _filled_beside(folder: Path) -> Iterator[Path]:
+    """A scratch folder, whose files take their names in `folder` once all are written; an error leaves that as it was.
+
+    Weights go before the first file and come after the others, so that none are read by a config of others.
+    """
+    for left in folder.glob(".saving.*"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as scratch:
         yield Path(scratch)
-        files = sorted(Path(scratch).iterdir(), key=lambda file: (file.name == last, file.name))
+        files = sorted(Path(scratch).iterdir(), key=lambda file: (file.name in WEIGHTS, file.name))
         for file in files:
             _flush(file)
+        if files:
+            remove_weights(folder)
         for file in files:
             os.replace(file, folder / file.name)
+
+
+def remove_weights(folder: Path) -> None:
+    """Leave a folder that no model is loaded from, until it has weights again."""
+    for name in WEIGHTS:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _flush(file: Path) -> None:
