@@ -213,8 +213,9 @@ def table(rows: list[dict], title: str) -> None:
     of = {(row["arm"], row["seed"]): row for row in rows}
     unit = {seed: row["training_macs"] for (arm, seed), row in of.items() if arm == "dense"}
     whole = {seed: row["macs"] for (arm, seed), row in of.items() if arm == "dense"}
+    ours = next(arm for arm in (*GROWN, *ARMS) if any(name == arm for name, _ in of))
     print(
-        f"\n{title}\n| arm | seeds | accuracy | beside dense (SE) | grown, ahead (SE) | parameters | MACs | "
+        f"\n{title}\n| arm | seeds | accuracy | beside dense (SE) | {ours}, ahead (SE) | parameters | MACs | "
         "training MACs | seconds |\n|---|---|---|---|---|---|---|---|---|"
     )
     for arm in ARMS:
@@ -222,20 +223,21 @@ def table(rows: list[dict], title: str) -> None:
         if not mine:
             continue
         beside, error, _ = paired(of, arm, "dense")
-        ahead, other_error, _ = paired(of, "grown", arm)
+        ahead, other_error, _ = paired(of, ours, arm)
         mean = {key: statistics.mean(row[key] for row in mine) for key in ("accuracy", "params", "seconds")}
         shares = [(row["macs"] / whole[row["seed"]], row["training_macs"] / unit[row["seed"]]) for row in mine]
         macs, cost = (statistics.mean(values) for values in zip(*shares, strict=True))
-        last = "" if arm == "grown" or ahead != ahead else f"{ahead:+.2f} ({other_error:.2f})"
+        last = "" if arm == ours else f"{ahead:+.2f} ({other_error:.2f})"
         print(
             f"| {arm} | {len(mine)} | {mean['accuracy']:.2f} | {beside:+.2f} ({error:.2f}) | {last} | "
             f"{mean['params']:,.0f} | {macs:.2f} | {cost:.2f} | {mean['seconds']:.0f} |"
         )
     for seed in unit:
-        if ("grown", seed) in of:
-            steps = dict.fromkeys(row["step"] for row in of["grown", seed]["history"])
-            widths = {step: [r["to"] for r in of["grown", seed]["history"] if r["step"] == step] for step in steps}
-            first = [r["from"] for r in of["grown", seed]["history"] if r["step"] == next(iter(steps))]
+        if "history" in of.get((ours, seed), {}):
+            history = of[ours, seed]["history"]
+            steps = dict.fromkeys(row["step"] for row in history)
+            widths = {step: [r["to"] for r in history if r["step"] == step] for step in steps}
+            first = [r["from"] for r in history if r["step"] == next(iter(steps))]
             print(f"seed {seed}: {first} " + " ".join(f"-> {value} at {step}" for step, value in widths.items()))
 
 

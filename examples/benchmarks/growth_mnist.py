@@ -35,11 +35,17 @@ SEED_WIDTHS = tuple(width // 4 for width in WIDTHS)
 
 
 def by_settings(rows: list[dict]) -> list[list[dict]]:
-    """Rows that may stand in one table, latest first."""
-    kinds: dict[tuple, list[dict]] = {}
-    for row in rows:
-        kinds.setdefault((row["rows"], row["epochs"], row["settings"]), []).append(row)
-    return list(kinds.values())[::-1]
+    """Rows that may stand in one table, the latest first; those of the dense net hold for all settings of growth."""
+    kinds = dict.fromkeys((row["rows"], row["epochs"], row["settings"]) for row in reversed(rows))
+    return [
+        [
+            row
+            for row in rows
+            if (row["rows"], row["epochs"]) == (size, epochs)
+            and ("dense" in row["arm"] or row["settings"] == settings)
+        ]
+        for size, epochs, settings in kinds
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -83,8 +83,8 @@ class GrowingArguments(SplitLBIArguments):
             value = getattr(self, name)
             if value is not None and not 0 < real_number(name, value) < float("inf"):
                 raise ValueError(f"{name}={value!r}: it must be a positive number, or None for no bound")
-        for name in ("growth_release", "growth_restart"):
-            flag(name, getattr(self, name))
+        flag("growth_release", self.growth_release)
+        flag("growth_restart", self.growth_restart)
         if not 0 < real_number("growth_until", self.growth_until) < 1:
             raise ValueError(
                 f"growth_until={self.growth_until}: it is a share of the run, above 0 and below 1; what "

@@ -118,11 +118,10 @@ def grow_checkpoint(
     rows = _rows(rounds.index(state.global_step) + 1, state, groups, support, add, history, rows_seen)
     after = {group.name: group.units + add.get(group.name, 0) for group in groups}
     is_last = state.global_step == rounds[-1] or growth_is_over(model, groups, args, history + rows, after)
-    releases, restarts = is_last and args.growth_release, is_last and args.growth_restart
-    if restarts:
-        rows = [row | {"restarted": True} for row in rows]
+    changes = is_last and (args.growth_release or args.growth_restart)
+    rows = _marked(rows, is_last and args.growth_restart)
     state.stateful_callbacks[CALLBACK]["attributes"]["history"] = history + rows
-    if not add and not releases and not restarts:
+    if not add and not changes:
         write_whole(folder / STATE, lambda part: state.save_to_json(str(part)))
         return folder
 
@@ -135,12 +134,18 @@ def grow_checkpoint(
         big = widen_groups(old, groups, add, args.growth_init, seed=seed, batch=batch, loss=loss)
     names = optimizer_names(old, args.split_lbi_params(old, groups, decay))
     optimizer = grow_optimizer(optimizer, names, {name: p.shape for name, p in big.named_parameters()}, add)
-    if releases:
-        release(optimizer, args.weight_decay)
-    if restarts:
-        big.load_state_dict(built_anew(big, args.seed).state_dict())
-        restart(optimizer, scheduled_rates(args, state.max_steps - state.global_step)[0])
+    if is_last:
+        _end_growth(big, optimizer, args, state.max_steps - state.global_step)
     return _write_grown(folder, state, big, regroup(groups, big), optimizer, args, decay)
+
+
+def _end_growth(big: nn.Module, optimizer: Mapping[str, Any], args: GrowingArguments, steps_left: int) -> None:
+    """What the arguments say of the time after the last round, in place."""
+    if args.growth_release:
+        release(optimizer, args.weight_decay)
+    if args.growth_restart:
+        big.load_state_dict(built_anew(big, args.seed).state_dict())
+        restart(optimizer, scheduled_rates(args, steps_left)[0])
 
 
 def _load_optimizer(folder: Path) -> dict[str, Any]:
@@ -232,6 +237,10 @@ def _rows(
         }
         for group in groups
     ]
+
+
+def _marked(rows: list[Row], restarted: bool) -> list[Row]:
+    return [row | {"restarted": True} for row in rows] if restarted else rows
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -128,10 +128,8 @@ def widen_groups(
     growth = _check(model, groups, add, init, seed, batch)
     names = {part.tensor for group, _ in growth for part in group.slices}
     tensors = {name: t.detach() for name, t in _tensors(model).items() if name in names}
-    if init == "split":
-        new = new_units.split(tensors, growth, seed, model)
-    elif init == "fresh-rows":
-        new = new_units.fresh_rows(tensors, growth, seed, model)
+    if init in ("split", "fresh-rows"):
+        new = {"split": new_units.split, "fresh-rows": new_units.fresh_rows}[init](tensors, growth, seed, model)
     elif init == "gradmax":
         new = new_units.gradmax(tensors, growth, seed, model, batch, loss)
     else:
