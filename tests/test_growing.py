@@ -611,7 +611,8 @@ def noisy(rows):
 
 OTHERS = [{"base": "adamw"}, {"preset": "paper"}, {"bf16": True}, {"widths": "free"}]
 OTHERS += [{"growth_init": "gradmax", "growth_batch": 16}, {"growth_init": "split"}, {"growth_init": "fresh"}]
-OTHERS += [{"gradient_accumulation_steps": 2}, {"growth_restart": True}, {"growth_restart": True, "base": "adamw"}]
+OTHERS += [{"gradient_accumulation_steps": 2}, {"growth_restart": True}]
+OTHERS += [{"growth_restart": True, "growth_init": "fresh-rows", "base": "adamw", "widths": "free"}]
 
 
 @pytest.mark.parametrize("changes", OTHERS, ids=str)

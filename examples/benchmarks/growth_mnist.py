@@ -34,18 +34,12 @@ from tickets_mnist import WIDTHS, conv_bn_net
 SEED_WIDTHS = tuple(width // 4 for width in WIDTHS)
 
 
-def by_settings(rows: list[dict]) -> list[list[dict]]:
-    """Rows that may stand in one table, the latest first; those of the dense net hold for all settings of growth."""
-    kinds = dict.fromkeys((row["rows"], row["epochs"], row["settings"]) for row in reversed(rows))
-    return [
-        [
-            row
-            for row in rows
-            if (row["rows"], row["epochs"]) == (size, epochs)
-            and ("dense" in row["arm"] or row["settings"] == settings)
-        ]
-        for size, epochs, settings in kinds
-    ]
+def tables(rows: list[dict]) -> None:
+    """One table for each setting; the rows of the dense net hold for all settings of growth."""
+    for size, epochs, settings in sorted({(row["rows"], row["epochs"], row["settings"]) for row in rows}):
+        alike = [row for row in rows if (row["rows"], row["epochs"]) == (size, epochs)]
+        mine = [row for row in alike if row["settings"] == settings or row["arm"] == "dense"]
+        table(mine, f"MNIST, {size:,} rows, {epochs} epochs {settings}".rstrip())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,9 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             config=config,
         )
         rows = run(setting, options.arms, options.seeds, options.out)
-    for mine in by_settings(rows):
-        size, epochs, settings = (mine[0][key] for key in ("rows", "epochs", "settings"))
-        table(mine, f"MNIST, {size:,} rows, {epochs} epochs {settings}".rstrip())
+    tables(rows)
     if options.picture:
         mine = [row for row in rows if all(row.get(key) == value for key, value in config.items())]
         save_picture(mine, options.seeds[0], options.picture, options.epochs * (options.rows // Setting.batch))

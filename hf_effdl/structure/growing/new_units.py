@@ -297,16 +297,25 @@ def _draw(shape: Sequence[int], group: Group, part: Slice, seed: int) -> Tensor:
 
 
 def built_anew(model: nn.Module, seed: int) -> nn.Module:
-    """The model before any training: as its config builds it, else a copy whose layers are drawn again."""
+    """The model before any training: as its config builds it, or a copy whose layers are drawn again.
+
+    The copy is for modules without a config, and where the config builds other tensors than the model has.
+    """
     with random_state_kept():
         torch.manual_seed(seed)
-        if isinstance(model, PreTrainedModel) and getattr(model.config, "quantization_config", None) is None:
-            return type(model)(deepcopy(model.config))
+        if isinstance(model, PreTrainedModel):
+            built = type(model)(deepcopy(model.config))
+            if _shapes(built) == _shapes(model):
+                return built
         built = deepcopy(model)
         for module in built.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
     return built
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _zero_out_entries(tensors: Mapping[str, Tensor], growth: Growth, seed: int) -> Entries:
