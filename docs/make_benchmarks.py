@@ -32,6 +32,7 @@ PRINTED = (
     "pretrained_dinov2",
     "pretrained_smollm2",
     "lora_ranks_banking77",
+    "lora_ranks_smollm2",
     "pretrained_resnet20",
     "selection_digits",
     "selection_banking77",

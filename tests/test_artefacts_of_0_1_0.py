@@ -11,6 +11,7 @@ import pkgutil
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -315,7 +316,8 @@ def test_a_split_lbi_run_goes_on_to_the_same_end(tmp_path):
 
 
 def test_a_growing_run_goes_on_to_the_same_end(tmp_path):
-    run = resumed("growing", hf_effdl.GrowingTrainer, hf_effdl.GrowingArguments, tmp_path)
+    arguments = partial(hf_effdl.GrowingArguments, growth_init="split")  # the default of 0.1.0
+    run = resumed("growing", hf_effdl.GrowingTrainer, arguments, tmp_path)
     expected = plain("growing")
     assert [row["step"] for row in run.history] == [4] * 4 + [9] * 4
     grown = Path("checkpoint-4", "grown", "model.safetensors")  # taken as it is: the first round is not made again

@@ -52,13 +52,19 @@ RECIPES = (
 )
 TICKET_25 = (TICKETS, ("lenet", 0.25), "path ticket, late", "dense")
 TICKET_10 = (TICKETS, ("lenet", 0.1), "path ticket, late", "dense")
-GROWN = (GROWTH, (), "final from scratch", "grown")
+EARLY, LATE = (10000, ""), (10000, "growth_rounds=1 growth_until=0.3")
+GROWN = (GROWTH, EARLY, "grown", "final from scratch")
+GROWN_SPLIT = (GROWTH, EARLY, "grown, split", "final from scratch")
+SPLIT_WHOLE = (GROWTH, (60000, ""), "final from scratch", "grown, split")
+GROWNS = (GROWN, SPLIT_WHOLE)
+UNIFORM_GROWN = (GROWTH, EARLY, "grown", "uniform from scratch")
+KEPT, ANEW = ((GROWTH, LATE, arm, "final from scratch") for arm in ("grown", "grown, begun anew"))
 CLAIMS = {
-    "README.md": (LATE_L2, LATE_LASSO, NEW_25, NEW_10, SMALL_25, SMALL_10, L2_SMALL_10, TICKET_25, TICKET_10, GROWN),
+    "README.md": (LATE_L2, LATE_LASSO, NEW_25, NEW_10, SMALL_25, SMALL_10, L2_SMALL_10, TICKET_25, TICKET_10, *GROWNS),
     "docs/benchmarks/structure.md": (EARLY_LASSO, SCRATCH, NEW_25, NEW_10, NEW_L2, NEW_BN, *RECIPES),
     "docs/smaller/finetuning.md": (SMALL_25, SMALL_25_WIDTHS, SMALL_10),
-    "docs/smaller/growing.md": (GROWN,),
-    "docs/benchmarks/growth.md": (GROWN,),
+    "docs/smaller/growing.md": (GROWN, UNIFORM_GROWN, KEPT, ANEW),
+    "docs/benchmarks/growth.md": (*GROWNS, GROWN_SPLIT, UNIFORM_GROWN, KEPT, ANEW),
     "model_cards/structure_mnist.md": (EARLY_LASSO, SCRATCH, NEW_25, NEW_10),
 }
 
@@ -118,7 +124,7 @@ def accuracies(name: str, cell: tuple, arm: str) -> dict[int, float]:
             found[row["seed"]] = row["after"]
         if name == TICKETS and row["net"] == cell[0] and row["budget"] in (cell[1], 1.0):
             found[row["seed"]] = row["accuracy"]
-        if name == GROWTH:
+        if name == GROWTH and (row["rows"], row["settings"]) == cell:
             found[row["seed"]] = row["accuracy"]
     return found
 

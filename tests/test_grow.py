@@ -132,7 +132,7 @@ def test_a_wider_model_computes_the_same(name, init):
     assert [(g.name, g.units, g.slices) for g in find_groups(big, x)] == [(g.name, g.units, g.slices) for g in wide]
 
 
-@pytest.mark.parametrize("init", ["zero-out", "split"])
+@pytest.mark.parametrize("init", ["zero-out", "fresh-rows", "split"])
 @pytest.mark.parametrize("name", ["lenet", "vgg", "resnet"])
 def test_each_group_on_its_own_and_again(name, init):
     model, groups, x, _ = net(name, seed=1)
@@ -243,6 +243,25 @@ def test_zero_out_entries(name):
             else:
                 after = after[:, : before.shape[1]] if name != "bottleneck" else after
                 torch.testing.assert_close(after.norm(dim=1), before.norm(dim=1).mean().expand(7))
+
+
+@pytest.mark.parametrize("name", ["lenet", "vgg", "resnet"])
+def test_fresh_rows_are_as_long_as_those_of_a_new_layer_whatever_the_old_ones_are(name):
+    model, groups, *_ = net(name)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    big, another = (
+        widen_groups(model, groups, dict.fromkeys([g.name for g in groups], 7), "fresh-rows"),
+        net(name, 9)[0],
+    )
+    for group in groups:
+        for part in group.slices:
+            if part.role == "row":
+                length = old(another, group, part).norm(dim=1).mean().expand(7)
+                torch.testing.assert_close(new(big, group, part).norm(dim=1), length, rtol=0.25, atol=0)
+            else:
+                assert (new(big, group, part) == float(part.role in ("scale", "var"))).all()
 
 
 def test_new_rows_lie_outside_the_span_of_the_old_ones():

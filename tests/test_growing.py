@@ -556,6 +556,24 @@ def test_the_ridge_is_released_after_the_last_round_and_the_path_goes_on_at_its_
     assert (fast / slow).median() == pytest.approx(1, abs=0.2)
 
 
+def test_a_net_that_begins_anew_has_new_weights_a_blank_optimizer_and_the_whole_schedule(tmp_path):
+    changes = {"save_strategy": "no", "eval_strategy": "no", "logging_steps": 1}
+    run = growing_run.trainer(tmp_path, **growing_run.USUAL, **changes, growth_restart=True)
+    run.train()
+    rates = [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([0.1 * (1 - k / 32) for k in range(19)] + [0.1 * (1 - k / 13) for k in range(13)])
+    assert {row["step"] for row in run.history if row.get("restarted")} == {19}
+    entered = torch.cat([units["entered"] for units in run.path.units.values()])
+    assert ((entered < 0) | (entered > 19)).all() and (entered > 0).any()
+    before, after = (tmp_path / "checkpoint-19" / name for name in ("", "grown"))
+    trained, new = (load_file(folder / "model.safetensors") for folder in (before, after))
+    for name, tensor in trained.items():
+        assert tensor.ndim < 2 or (new[name][tuple(slice(n) for n in tensor.shape)] != tensor).all(), name
+    state = torch.load(after / "optimizer.pt", weights_only=True)["state"].values()
+    assert not any("momentum_buffer" in entry for entry in state)
+    assert not any(entry["dual"].any() for entry in state if "dual" in entry)
+
+
 def test_a_seed_without_room_is_released_at_the_first_round(tmp_path):
     full = find_groups(tiny_run.model(), torch.zeros(1, 1, 16, 16))[0].network.count()["params"]
     run = growing_run.trainer(tmp_path, growth_release=True, growth_threshold=1.0, max_params=full, eval_strategy="no")
@@ -591,9 +609,10 @@ def noisy(rows):
     return batch | {"pixel_values": batch["pixel_values"] + torch.randn(batch["pixel_values"].shape)}
 
 
-OTHERS = [{"base": "adamw", "learning_rate": 0.003}, {"preset": "paper"}, {"bf16": True}, {"widths": "free"}]
+OTHERS = [{"base": "adamw"}, {"preset": "paper"}, {"bf16": True}, {"widths": "free"}]
 OTHERS += [{"growth_init": "gradmax", "growth_batch": 16}, {"growth_init": "split"}, {"growth_init": "fresh"}]
-OTHERS += [{"gradient_accumulation_steps": 2}]
+OTHERS += [{"gradient_accumulation_steps": 2}, {"growth_restart": True}]
+OTHERS += [{"growth_restart": True, "growth_init": "fresh-rows", "base": "adamw", "widths": "free"}]
 
 
 @pytest.mark.parametrize("changes", OTHERS, ids=str)
@@ -602,7 +621,7 @@ def test_other_settings_grow_and_go_on_from_the_middle_bit_for_bit(tmp_path, cha
     if "preset" in changes:
         shared["lam"] = 0.01
     if "base" in changes:
-        shared["path_length"] = 8.0
+        shared |= {"path_length": 8.0, "learning_rate": 0.003}
     run = growing_run.trainer(tmp_path / "a", **shared)
     if "growth_batch" in changes:
         run.data_collator = noisy  # rows augmented at random

@@ -33,8 +33,8 @@ CALLS = {
     "ExamplePool": {"folder": "no pool"},
     "GrowingArguments": {
         **{"growth_rounds": 2, "growth_until": 0.1, "growth_threshold": 0.8, "growth_add": 8, "growth_ratio": 3.0},
-        **{"growth_init": "split", "growth_release": True, "growth_batch": 64, "growth_patience": 2},
-        **{"max_macs": 10, "max_params": 10, "max_width": 10, "widths": "stock"},
+        **{"growth_init": "split", "growth_release": True, "growth_restart": False, "growth_batch": 64},
+        **{"growth_patience": 2, "max_macs": 10, "max_params": 10, "max_width": 10, "widths": "stock"},
     },
     "Probes": {"models": [NET, NET]},
     "RankerSelector": {"rankers": None},

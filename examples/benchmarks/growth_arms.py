@@ -4,7 +4,8 @@ Every arm trains in a `Trainer` with the same batch size, learning rate and line
 
 - dense: plain SGD on the net of full width, all epochs; its training MACs are the unit of every cost;
 - grown: `GrowingTrainer` from a narrow seed, all epochs, MACs of a row bounded by a share of the dense net's; the same
-  with zero-out, GradMax and fresh new units (fresh as in the authors' released growth: not function-preserving);
+  begun anew after the last round (`growth_restart`), and with new units that are split, zero-out, GradMax or fresh
+  (as in the authors' released growth: not function-preserving);
 - final from scratch: the widths that growth ended with, new weights, plain SGD for as many training MACs in all as
   growth took (so fewer steps);
 - uniform from scratch: the dense net's widths times one factor, of the same MACs, for as many training MACs.
@@ -35,13 +36,23 @@ from hf_effdl.structure.groups.counting import trace_network
 ARMS = (
     "dense",
     "grown",
+    "grown, begun anew",
+    "grown, split",
     "grown, zero-out",
     "grown, GradMax",
     "grown, fresh",
     "final from scratch",
     "uniform from scratch",
 )
-INITS = {"grown": "split", "grown, zero-out": "zero-out", "grown, GradMax": "gradmax", "grown, fresh": "fresh"}
+# what arms of growth set
+GROWN: dict[str, dict[str, Any]] = {
+    "grown": {},
+    "grown, begun anew": {"growth_restart": True},
+    "grown, split": {"growth_init": "split"},
+    "grown, zero-out": {"growth_init": "zero-out"},
+    "grown, GradMax": {"growth_init": "gradmax"},
+    "grown, fresh": {"growth_init": "fresh"},
+}
 Data = tuple[Tensor, Tensor]
 
 
@@ -63,6 +74,7 @@ class Setting:
     bf16: bool = False
     growth: dict[str, Any] = field(default_factory=dict)  # for GrowingArguments
     share: float = 0.52  # of the dense net's MACs that growth may reach
+    evaluate: int = 1  # epochs from one evaluation to the next
     config: dict[str, Any] = field(default_factory=dict)  # what tells these rows from others
 
     @property
@@ -92,7 +104,7 @@ def common(setting: Setting, folder: str, seed: int, steps: int) -> dict[str, An
         "max_grad_norm": 0.0,
         "save_strategy": "no",
         "eval_strategy": "steps",
-        "eval_steps": per_epoch,
+        "eval_steps": setting.evaluate * per_epoch,
         "logging_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -106,8 +118,8 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": 100 * float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def train(setting: Setting, model: nn.Module, seed: int, steps: int, init: str | None = None) -> dict[str, Any]:
-    """One arm: plain SGD, or growth where `init` names what new units start with."""
+def train(setting: Setting, model: nn.Module, seed: int, steps: int, growth: dict | None = None) -> dict[str, Any]:
+    """One arm: plain SGD, or growth where `growth` holds settings of it."""
     start = time.perf_counter()
     rows = {
         "train_dataset": Rows(*setting.data, setting.augment),
@@ -118,7 +130,7 @@ def train(setting: Setting, model: nn.Module, seed: int, steps: int, init: str |
     with tempfile.TemporaryDirectory() as folder:
         options = common(setting, folder, seed, steps)
         row: dict[str, Any] = {}
-        if init is None:
+        if growth is None:
             args = TrainingArguments(optim="sgd", optim_args="momentum=0.9", **options)
             trainer = Trainer(model, args, **rows)
             trainer.train()
@@ -131,7 +143,7 @@ def train(setting: Setting, model: nn.Module, seed: int, steps: int, init: str |
             ]
         else:
             bound = int(setting.share * setting.macs(setting.model(setting.dense, 0)))
-            args = GrowingArguments(**options | setting.growth, max_macs=bound, growth_init=init, widths="free")
+            args = GrowingArguments(**options | setting.growth | growth, max_macs=bound, widths="free")
             trainer = GrowingTrainer(model, args, **rows)
             trainer.train()
             macs = setting.macs(trainer.model.cpu())
@@ -165,8 +177,8 @@ def one_row(setting: Setting, arm: str, seed: int, grown: dict[str, Any] | None)
     """One arm and seed; `grown` is the row of "grown" for the arms that follow its cost."""
     if arm == "dense":
         return train(setting, setting.model(setting.dense, seed), seed, setting.steps)
-    if arm in INITS:
-        return train(setting, setting.model(setting.seed_widths, seed), seed, setting.steps, INITS[arm])
+    if arm in GROWN:
+        return train(setting, setting.model(setting.seed_widths, seed), seed, setting.steps, GROWN[arm])
     widths = list(grown["units"].values()) if arm.startswith("final") else uniform_widths(setting, grown["macs"])
     model = setting.model(widths, 1000 + seed)
     steps = max(1, int(grown["training_macs"] / (3 * setting.macs(model) * setting.batch)))
@@ -201,8 +213,9 @@ def table(rows: list[dict], title: str) -> None:
     of = {(row["arm"], row["seed"]): row for row in rows}
     unit = {seed: row["training_macs"] for (arm, seed), row in of.items() if arm == "dense"}
     whole = {seed: row["macs"] for (arm, seed), row in of.items() if arm == "dense"}
+    ours = next(arm for arm in (*GROWN, *ARMS) if any(name == arm for name, _ in of))
     print(
-        f"\n{title}\n| arm | seeds | accuracy | beside dense (SE) | grown, ahead (SE) | parameters | MACs | "
+        f"\n{title}\n| arm | seeds | accuracy | beside dense (SE) | {ours}, ahead (SE) | parameters | MACs | "
         "training MACs | seconds |\n|---|---|---|---|---|---|---|---|---|"
     )
     for arm in ARMS:
@@ -210,20 +223,21 @@ def table(rows: list[dict], title: str) -> None:
         if not mine:
             continue
         beside, error, _ = paired(of, arm, "dense")
-        ahead, other_error, _ = paired(of, "grown", arm)
+        ahead, other_error, _ = paired(of, ours, arm)
         mean = {key: statistics.mean(row[key] for row in mine) for key in ("accuracy", "params", "seconds")}
         shares = [(row["macs"] / whole[row["seed"]], row["training_macs"] / unit[row["seed"]]) for row in mine]
         macs, cost = (statistics.mean(values) for values in zip(*shares, strict=True))
-        last = "" if arm == "grown" else f"{ahead:+.2f} ({other_error:.2f})"
+        last = "" if arm == ours else f"{ahead:+.2f} ({other_error:.2f})"
         print(
             f"| {arm} | {len(mine)} | {mean['accuracy']:.2f} | {beside:+.2f} ({error:.2f}) | {last} | "
             f"{mean['params']:,.0f} | {macs:.2f} | {cost:.2f} | {mean['seconds']:.0f} |"
         )
     for seed in unit:
-        if ("grown", seed) in of:
-            steps = dict.fromkeys(row["step"] for row in of["grown", seed]["history"])
-            widths = {step: [r["to"] for r in of["grown", seed]["history"] if r["step"] == step] for step in steps}
-            first = [r["from"] for r in of["grown", seed]["history"] if r["step"] == next(iter(steps))]
+        if "history" in of.get((ours, seed), {}):
+            history = of[ours, seed]["history"]
+            steps = dict.fromkeys(row["step"] for row in history)
+            widths = {step: [r["to"] for r in history if r["step"] == step] for step in steps}
+            first = [r["from"] for r in history if r["step"] == next(iter(steps))]
             print(f"seed {seed}: {first} " + " ".join(f"-> {value} at {step}" for step, value in widths.items()))
 
 

@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             config["precision"] == "bfloat16",
             growth,
             options.share,
-            config,
+            config=config,
         )
         rows = run(setting, options.arms, options.seeds, options.out)
     table(rows)

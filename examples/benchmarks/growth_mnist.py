@@ -15,7 +15,7 @@
 
 Arms and costs are those of `growth_arms.py`.
 
-    python examples/benchmarks/growth_mnist.py
+    python examples/benchmarks/growth_mnist.py --rows 10000
     python examples/benchmarks/growth_mnist.py --table --picture growth.png
 
 Rows go to `--out` as one JSON line per finished (arm, seed); rows already there are skipped.
@@ -34,12 +34,21 @@ from tickets_mnist import WIDTHS, conv_bn_net
 SEED_WIDTHS = tuple(width // 4 for width in WIDTHS)
 
 
+def tables(rows: list[dict]) -> None:
+    """One table for each setting; the rows of the dense net hold for all settings of growth."""
+    for size, epochs, settings in sorted({(row["rows"], row["epochs"], row["settings"]) for row in rows}):
+        alike = [row for row in rows if (row["rows"], row["epochs"]) == (size, epochs)]
+        mine = [row for row in alike if row["settings"] == settings or row["arm"] == "dense"]
+        table(mine, f"MNIST, {size:,} rows, {epochs} epochs {settings}".rstrip())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__, "growth_mnist")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS, metavar="ARM")
     parser.add_argument("--rows", type=int, default=60000)
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--evaluate", type=int, default=1, help="epochs from one evaluation to the next")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="of GrowingArguments, for tuning")
     parser.add_argument("--picture", type=Path, default=None, help="also draw the first seed's growth")
     options = parser.parse_args(argv)
@@ -64,12 +73,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             mnist("test"),
             options.epochs,
             growth=growth,
+            evaluate=options.evaluate,
             config=config,
         )
         rows = run(setting, options.arms, options.seeds, options.out)
-    mine = [row for row in rows if all(row.get(key) == value for key, value in config.items())]
-    table(mine, f"MNIST, {options.rows:,} rows, {options.epochs} epochs {config['settings']}".rstrip())
+    tables(rows)
     if options.picture:
+        mine = [row for row in rows if all(row.get(key) == value for key, value in config.items())]
         save_picture(mine, options.seeds[0], options.picture, options.epochs * (options.rows // Setting.batch))
 
 

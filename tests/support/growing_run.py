@@ -30,7 +30,7 @@ from hf_effdl.structure.growing import checkpoint as grow_checkpoint
 GROWTH = {"growth_rounds": 3, "growth_until": 0.6, "growth_add": 4, "growth_ratio": 1.5, "growth_init": "zero-out"}
 GROWTH |= {"growth_release": False, "save_total_limit": None}
 SHARED = {**tiny_run.SHARED, **GROWTH, "num_train_epochs": 4}
-USUAL = {"growth_init": "split", "growth_release": True}  # the defaults; without them old units go on bit for bit
+USUAL = {"growth_init": "fresh-rows", "growth_release": True}  # the defaults; without them old units go on bit for bit
 POINTS = ("before", "inside", "renaming", "renamed")
 
 

@@ -24,8 +24,7 @@ class GrowingArguments(SplitLBIArguments):
         growth_threshold: share of a group's units in the support from which it counts as saturated, in (0, 1].
         growth_add: new units at least, at saturation.
         growth_ratio: factor of growth, at least 1.
-        growth_init: what the new units start with, see `widen`. `"split"` by default: under the ridge of a short path
-            new units whose outgoing slices are zero mostly fade before they are of use.
+        growth_init: what the new units start with, see `widen`.
         growth_release: let go of the ridge after the last round (`nu` and `path_scale` times `RELEASE`), and give
             lifted tensors the weight decay of the others: the grown net then trains as with the plain base optimizer,
             and the order of its units goes on being recorded.
@@ -37,6 +36,8 @@ class GrowingArguments(SplitLBIArguments):
         widths: `"stock"`: groups that one number of the config sizes grow together, by the share of all their units;
             `"free"`: every group alone, see `SplitLBITrainer.slim`.
         path_share: defaults to `growth_until / growth_rounds`, one path per round.
+        growth_restart: begin anew after the last round: new weights, no momentum, and the whole learning rate schedule
+            over the steps that are left. What a seed has learned late in a run costs the grown net more than it gives.
 
     Raises:
         ValueError: for a number out of range; for DeepSpeed or FSDP; for `load_best_model_at_end`, `save_only_model`,
@@ -49,7 +50,7 @@ class GrowingArguments(SplitLBIArguments):
     growth_threshold: float = field(default=0.8, metadata={"help": "Support share of a saturated group."})
     growth_add: int = field(default=8, metadata={"help": "New units at least."})
     growth_ratio: float = field(default=3.0, metadata={"help": "Factor of growth."})
-    growth_init: str = field(default="split", metadata={"help": "What new units start with."})
+    growth_init: str = field(default="fresh-rows", metadata={"help": "What new units start with."})
     growth_release: bool = field(default=True, metadata={"help": "No ridge after the last round."})
     growth_batch: int = field(default=64, metadata={"help": "Training rows for growth_init='gradmax'."})
     growth_patience: int = field(default=2, metadata={"help": "Rounds without growth after which it stops."})
@@ -58,6 +59,7 @@ class GrowingArguments(SplitLBIArguments):
     max_width: int | None = field(default=None, metadata={"help": "Bound on the units of a group."})
     widths: str = field(default="stock", metadata={"help": "'stock' or 'free'."})
     path_share: float | None = field(default=None, metadata={"help": "Default: growth_until / growth_rounds."})
+    growth_restart: bool = field(default=False, metadata={"help": "New weights and schedule after the last round."})
 
     def __post_init__(self) -> None:
         self._check_growth()
@@ -82,6 +84,7 @@ class GrowingArguments(SplitLBIArguments):
             if value is not None and not 0 < real_number(name, value) < float("inf"):
                 raise ValueError(f"{name}={value!r}: it must be a positive number, or None for no bound")
         flag("growth_release", self.growth_release)
+        flag("growth_restart", self.growth_restart)
         if not 0 < real_number("growth_until", self.growth_until) < 1:
             raise ValueError(
                 f"growth_until={self.growth_until}: it is a share of the run, above 0 and below 1; what "

@@ -21,16 +21,19 @@ from hf_effdl.structure.groups.group import Group, regroup, shared_names
 from hf_effdl.structure.groups.record import named
 from hf_effdl.structure.groups.ties import config_ties
 from hf_effdl.structure.growing.arguments import GrowingArguments
-from hf_effdl.structure.growing.history import Row, checked_history, metrics_at, training_macs
-from hf_effdl.structure.growing.optimizer_state import grow_optimizer, optimizer_names, release, saved_support
+from hf_effdl.structure.growing.history import Row, checked_history, metrics_at, restarted_at, training_macs
+from hf_effdl.structure.growing.new_units import built_anew
+from hf_effdl.structure.growing.optimizer_state import grow_optimizer, optimizer_names, release, restart, saved_support
 from hf_effdl.structure.growing.plan import growth_is_over, growth_ties, plan_growth
 from hf_effdl.structure.growing.widen import widen_groups
 from hf_effdl.structure.optim.split_lbi import SplitLBI
 from hf_effdl.structure.path.path import FILE_NAME, SparsePath
+from hf_effdl.structure.training.arguments import scheduled_rates
 
 
 GROWN = "grown"
 STATE, OPTIMIZER, WEIGHTS, ORIGIN = "trainer_state.json", "optimizer.pt", "model.safetensors", "grown_from.json"
+SCHEDULE = "scheduler.pt"
 CALLBACK = "GrowthCallback"  # under this name the history stands in the trainer's state
 
 
@@ -82,7 +85,8 @@ def grow_checkpoint(
     steps and batch statistics of the old units are carried bit by bit (with `growth_init="split"` but for the
     outgoing weights, which parents share with their copies); the new units have V 0, never entered, and the mean
     threshold of their group. Schedule, random states and log are copied. A round in which nothing grows only leaves
-    its rows in the history of the folder's own state. After the last round the ridge is released (`growth_release`).
+    its rows in the history of the folder's own state. After the last round the ridge is released (`growth_release`),
+    and where `growth_restart` says so weights, optimizer and schedule are new.
 
     Args:
         folder: a complete checkpoint of a `GrowingTrainer`, left as it is but for its history.
@@ -112,11 +116,12 @@ def grow_checkpoint(
     _check_support(support, groups, folder)
     add = plan_growth(groups, growth_ties(model, groups, args.widths), support, args, model)
     rows = _rows(rounds.index(state.global_step) + 1, state, groups, support, add, history, rows_seen)
-    state.stateful_callbacks[CALLBACK]["attributes"]["history"] = history + rows
     after = {group.name: group.units + add.get(group.name, 0) for group in groups}
     is_last = state.global_step == rounds[-1] or growth_is_over(model, groups, args, history + rows, after)
-    releases = is_last and args.growth_release
-    if not add and not releases:
+    changes = is_last and (args.growth_release or args.growth_restart)
+    rows = _marked(rows, is_last and args.growth_restart)
+    state.stateful_callbacks[CALLBACK]["attributes"]["history"] = history + rows
+    if not add and not changes:
         write_whole(folder / STATE, lambda part: state.save_to_json(str(part)))
         return folder
 
@@ -129,9 +134,18 @@ def grow_checkpoint(
         big = widen_groups(old, groups, add, args.growth_init, seed=seed, batch=batch, loss=loss)
     names = optimizer_names(old, args.split_lbi_params(old, groups, decay))
     optimizer = grow_optimizer(optimizer, names, {name: p.shape for name, p in big.named_parameters()}, add)
-    if releases:
-        release(optimizer, args.weight_decay)
+    if is_last:
+        _end_growth(big, optimizer, args, state.max_steps - state.global_step)
     return _write_grown(folder, state, big, regroup(groups, big), optimizer, args, decay)
+
+
+def _end_growth(big: nn.Module, optimizer: Mapping[str, Any], args: GrowingArguments, steps_left: int) -> None:
+    """What the arguments say of the time after the last round, in place."""
+    if args.growth_release:
+        release(optimizer, args.weight_decay)
+    if args.growth_restart:
+        big.load_state_dict(built_anew(big, args.seed).state_dict())
+        restart(optimizer, scheduled_rates(args, steps_left)[0])
 
 
 def _load_optimizer(folder: Path) -> dict[str, Any]:
@@ -164,6 +178,8 @@ def _write_grown(
             shutil.copy2(file, part)
     save_weights(big, part)
     torch.save(optimizer, part / OPTIMIZER)
+    if restarted_at(state.stateful_callbacks[CALLBACK]["attributes"]["history"]) == state.global_step:
+        _restart_schedule(part / SCHEDULE, [group["lr"] for group in optimizer["param_groups"]])
     save_path(part, big, groups, optimizer, args, decay)
     write_json(part / ORIGIN, _origin(folder))
     state.save_to_json(str(part / STATE))
@@ -174,6 +190,12 @@ def _write_grown(
         shutil.rmtree(stale, ignore_errors=True)
     os.replace(part, target)
     return target
+
+
+def _restart_schedule(file: Path, rates: Sequence[float]) -> None:
+    """The state of a schedule before its first step."""
+    schedule = torch.load(file, map_location="cpu", weights_only=True)
+    torch.save(schedule | {"last_epoch": 0, "_step_count": 1, "_last_lr": list(rates)}, file)
 
 
 def _check_support(support: Mapping[str, tuple[int, int]], groups: Sequence[Group], folder: Path) -> None:
@@ -215,6 +237,10 @@ def _rows(
         }
         for group in groups
     ]
+
+
+def _marked(rows: list[Row], restarted: bool) -> list[Row]:
+    return [row | {"restarted": True} for row in rows] if restarted else rows
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -8,7 +8,7 @@ from hf_effdl.structure.groups.record import LARGEST, listed, named, number, pla
 
 CLOCKS = ("runtime", "per_second", "preparation_time")
 BACKWARD = 3  # a training step costs about three forward passes
-NOT_METRICS = ("round", "step", "group", "from", "to", "support", "macs", "params", "training_macs")
+NOT_METRICS = ("round", "step", "group", "from", "to", "support", "macs", "params", "training_macs", "restarted")
 
 Row = dict[str, Any]
 
@@ -59,6 +59,11 @@ def rounds_without_growth(history: Iterable[Row]) -> int:
             break
         count += 1
     return count
+
+
+def restarted_at(history: Iterable[Row]) -> int:
+    """The step at which the grown net began anew, 0 where it did not."""
+    return max((row["step"] for row in history if row.get("restarted")), default=0)
 
 
 def metrics_at(log: Iterable[Mapping[str, Any]], step: int) -> dict[str, float]:

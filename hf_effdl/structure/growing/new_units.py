@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.groups.group import Group, Slice
@@ -15,7 +16,7 @@ from hf_effdl.structure.groups.inputs import copy_of
 from hf_effdl.structure.groups.surgery import set_sizes
 
 
-INITS = ("zero-out", "gradmax", "split", "fresh")
+INITS = ("zero-out", "fresh-rows", "gradmax", "split", "fresh")
 ROUNDS = 12  # of the power iteration of "gradmax"
 Growth = Sequence[tuple[Group, int]]  # groups and how many units each gains
 Entries = dict[tuple[str, int], Tensor]  # new entries by tensor and axis
@@ -24,6 +25,23 @@ Entries = dict[tuple[str, int], Tensor]  # new entries by tensor and axis
 def zero_out(tensors: Mapping[str, Tensor], growth: Growth, seed: int) -> dict[str, Tensor]:
     """Grown tensors whose new units nobody listens to yet: their rows are drawn, their outgoing slices zero."""
     return _assemble(tensors, growth, _zero_out_entries(tensors, growth, seed))
+
+
+def fresh_rows(tensors: Mapping[str, Tensor], growth: Growth, seed: int, model: nn.Module) -> dict[str, Tensor]:
+    """Grown tensors as `zero_out` gives them, with rows as long as those of a new layer, and its batch norm."""
+    new = _zero_out_entries(tensors, growth, seed)
+    built = built_anew(model, seed).state_dict()
+    for _, add, part, shape, _ in _regions(tensors, growth):
+        if part.role in ("bias", "input"):
+            continue
+        start = built[part.tensor].double().cpu()
+        if part.role == "row":
+            length = _to_rows(start, part, start.shape[part.axis] // part.block).norm(dim=1).mean()
+            rows = _to_rows(new[_key(part)], part, add)
+            new[_key(part)] = _from_rows(length * rows / rows.norm(dim=1, keepdim=True), shape, part)
+        else:
+            new[_key(part)] = start.mean().expand(shape)
+    return _assemble(tensors, growth, new)
 
 
 def fresh(tensors: Mapping[str, Tensor], growth: Growth, seed: int) -> dict[str, Tensor]:
@@ -276,6 +294,28 @@ def _generator(*identity: Any) -> torch.Generator:
 def _draw(shape: Sequence[int], group: Group, part: Slice, seed: int) -> Tensor:
     generator = _generator(seed, part.tensor, part.axis, group.units)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def built_anew(model: nn.Module, seed: int) -> nn.Module:
+    """The model before any training: as its config builds it, or a copy whose layers are drawn again.
+
+    The copy is for modules without a config, and where the config builds other tensors than the model has.
+    """
+    with random_state_kept():
+        torch.manual_seed(seed)
+        if isinstance(model, PreTrainedModel):
+            built = type(model)(deepcopy(model.config))
+            if _shapes(built) == _shapes(model):
+                return built
+        built = deepcopy(model)
+        for module in built.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    return built
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _zero_out_entries(tensors: Mapping[str, Tensor], growth: Growth, seed: int) -> Entries:

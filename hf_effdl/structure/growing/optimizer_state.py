@@ -9,6 +9,7 @@ from torch import nn
 
 # What new units have in the optimizer's state, per unit; the threshold is the mean of the old ones'.
 NEW_UNIT = {"norm": 0, "entered": -1, "left": -1}
+BASE = ("momentum_buffer", "updates", "exp_avg", "exp_avg_sq")  # what the base optimizer remembers
 RELEASE = 1e6  # nu times this is no ridge; path_scale times this leaves the speed of V as it was
 
 
@@ -78,3 +79,15 @@ def release(optimizer: Mapping[str, Any], weight_decay: float) -> None:
         group |= {name: RELEASE * group[name] for name in ("nu", "path_scale")}
         if group["penalty"]:
             group["weight_decay"] = weight_decay
+
+
+def restart(optimizer: Mapping[str, Any], rate: float) -> None:
+    """For new weights, in place: no momentum or moments, V 0, no unit ever entered, and a first learning rate."""
+    for state in optimizer["state"].values():
+        for name in BASE:
+            state.pop(name, None)
+        for name, value in state.items():
+            if name == "dual" or name in NEW_UNIT:
+                state[name] = torch.full_like(value, NEW_UNIT.get(name, 0))
+    for group in optimizer["param_groups"]:
+        group["lr"] = rate

@@ -23,7 +23,7 @@ from hf_effdl.structure.groups.finders.lora import refuse_adapter
 from hf_effdl.structure.groups.group import Group, regroup
 from hf_effdl.structure.growing.arguments import GrowingArguments
 from hf_effdl.structure.growing.checkpoint import grow_checkpoint, saved_history
-from hf_effdl.structure.growing.history import Row, by_round, grew, growth_curve, growth_table
+from hf_effdl.structure.growing.history import Row, by_round, grew, growth_curve, growth_table, restarted_at
 from hf_effdl.structure.growing.picture import plot_growth
 from hf_effdl.structure.growing.plan import growth_is_over
 from hf_effdl.structure.growing.widen import widen_groups
@@ -101,8 +101,9 @@ class GrowingTrainer(SplitLBITrainer):
 
     Training goes in stages. At the step of a round a checkpoint is saved, grown (`grow_checkpoint`), and training
     resumes from it: schedule, data order, random states, log, momentum and path of the old units go on as if nothing
-    had happened. Callbacks see the stages as they see a run that was stopped and resumed. Whatever moment a run is
-    killed at, `train(resume_from_checkpoint=True)` with the seed model goes on to the same end.
+    had happened; only `growth_restart` begins anew after the last round. Callbacks see the stages as they see a run
+    that was stopped and resumed. Whatever moment a run is killed at, `train(resume_from_checkpoint=True)` with the
+    seed model goes on to the same end.
 
     Which groups grow depends on the training data alone; evaluations are recorded, never used.
 
@@ -263,7 +264,7 @@ class GrowingTrainer(SplitLBITrainer):
         begun = self.history or not self.args.growth_release  # the first round also releases a seed without room
         over = begun and growth_is_over(self.model, self.groups, self.args, self.history)
         self.growth.steps = () if over else [step for step in steps if step > self.state.global_step]
-        return super().create_scheduler(num_training_steps, optimizer)
+        return super().create_scheduler(num_training_steps - restarted_at(self.history), optimizer)
 
     def _check_bounds(self) -> None:
         counts = self.groups[0].network.count()

@@ -46,6 +46,9 @@ def widen(
             `"zero-out"`: rows drawn at random without their part in the span of the old rows (as long as there are
             more inputs than rows), as long as the old rows are on average; bias 0; batch norm with the mean absolute
             weight and otherwise the mean entries of the old units. The outgoing slices are 0.
+            `"fresh-rows"`: as `"zero-out"`, with rows as long as those of a new layer on average, and the entries of
+            its batch norm. A new layer is one as the config builds it or, for other modules and for sizes that the
+            config does not say, as its `reset_parameters` draws it.
             `"split"`: copies of the units of largest norm (`Group.norm`), of one after the other, again from the first
             where `add` is more than there are. Copies and original share the original's outgoing slices, by unequal
             shares that sum to one.
@@ -125,8 +128,8 @@ def widen_groups(
     growth = _check(model, groups, add, init, seed, batch)
     names = {part.tensor for group, _ in growth for part in group.slices}
     tensors = {name: t.detach() for name, t in _tensors(model).items() if name in names}
-    if init == "split":
-        new = new_units.split(tensors, growth, seed, model)
+    if init in ("split", "fresh-rows"):
+        new = {"split": new_units.split, "fresh-rows": new_units.fresh_rows}[init](tensors, growth, seed, model)
     elif init == "gradmax":
         new = new_units.gradmax(tensors, growth, seed, model, batch, loss)
     else:
