@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from math import prod, sqrt
 from typing import Any
 
@@ -307,7 +308,7 @@ def built_anew(model: nn.Module, seed: int) -> nn.Module:
             built = type(model)(deepcopy(model.config))
             if _shapes(built) == _shapes(model):
                 return built
-        built = deepcopy(model)
+        built = copy_of(model)
         for module in built.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
