@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "hf_effdl[examples]",
-#     "accelerate>=1.12",
+#     "accelerate>=1.15",
 #     "datasets>=5.1",
 #     "pillow>=11",
 #     "torch>=2.9",
