@@ -17,6 +17,8 @@ ARMS = (
     "new weights, path's widths",
     "path, refitted",
     "OBS, path's widths",
+    "path, Gram's ridge",
+    "paths averaged",
     "scratch, uniform widths",
     "scratch, path's widths, equal MACs",
 )
@@ -40,14 +42,35 @@ def test_all_arms_hold_the_budget_and_train_for_as_long_or_for_as_many_macs(scri
         assert row["macs"] <= 0.25 and 0 <= row["after"] <= 100, arm
         if arm in script.RECIPE:
             assert row["steps"] == run.steps - found.step
+            searches = 3 if "averaged" in arm else 1
+            assert row["cost"] == pytest.approx((searches * found.step + row["steps"] * row["macs"]) / run.steps)
         elif not arm.endswith("equal MACs"):
             assert row["steps"] == run.steps
         else:
             assert row["cost"] == pytest.approx(rows["path"]["cost"], rel=0.5 / row["steps"])
     units = rows["path"]["units"]
-    assert all(rows[arm]["units"] == units for arm in rows if "path" in arm)
+    assert all(
+        rows[arm]["units"] == units for arm in rows if "path" in arm and "Gram" not in arm and "paths" not in arm
+    )
     shares = [size / of for size, of in zip(rows["scratch, uniform widths"]["units"].values(), (16, 24, 32, 32))]
     assert max(shares) - min(shares) < 1 / 16
+
+
+def test_a_ridge_weighted_by_two_is_that_of_half_the_nu(script, rows):
+    run, duals = rows[2], []
+    for weight, nu in ((2.0, 8.0), (1.0, 4.0)):
+        torch.manual_seed(0)
+        model = script.Classifier(script.build("bn14"))
+        groups = script.find_groups(model, {"pixel_values": run.data[0][:1]})
+        optimizer = script.SplitLBI([group.param_group() for group in groups], lr=0.1, nu=nu)
+        ridge = script.GramRidge(model, groups, run.data[0], optimizer)
+        ridge.weights = {group.name: torch.full((group.units,), weight - 1) for group in groups}
+        run.fit(model, [0.05] * 4, 0, optimizer=optimizer, after_step=lambda _, ridge=ridge: ridge.after_step(False))
+        duals.append(
+            torch.cat([unit["dual"] for unit in script.SparsePath.from_optimizer(optimizer, groups).units.values()])
+        )
+        assert ridge.energy(groups[0]).mean() == pytest.approx(1)
+    torch.testing.assert_close(*duals, rtol=1e-4, atol=1e-6)
 
 
 def test_units_by_chance_are_as_many_and_the_seeds(script, rows):

@@ -28,6 +28,10 @@ those "at equal MACs".
 - Fisher, OBS: as many units of every layer as the path keeps, chosen by what the net that the path trained does on 512
   training images (`score=`);
 - random order, path's widths: as many, drawn at random;
+- paths averaged: three searches from the same weights, on the rows in three orders, and the mean of their V; what is
+  cut is the net of the first. The search costs three times as much;
+- Gram's ridge: what pulls on a unit, and feeds its V, is weighted by the mean square of what the layers behind are
+  given by it, relative to that of its layer's units, measured at every look;
 - scratch: new weights for all of the epochs, with the path's widths or with one share of every layer (uniform);
 - scratch, equal MACs: the same with as many training MACs as the path's recipe takes, search included.
 
@@ -65,6 +69,8 @@ OURS = "path"
 DEFAULT = "path, even order"  # what `train_small` does
 # arm -> (what trains the dense net, what orders the units); scratch arms have neither
 REFITTED, EVEN = ", refitted", ", even order"
+PATHS = ("path", "gram")
+SEARCHES = 3  # that are averaged
 RECIPE = {
     "path": ("path", "dual"),
     "group lasso": ("lasso", "norm"),
@@ -80,6 +86,10 @@ RECIPE = {
     "random order, uniform widths": ("path", "drawn uniform"),
     "Fisher, path's widths": ("path", "fisher"),
     "OBS, path's widths": ("path", "obs"),
+    "paths averaged": ("path", "averaged"),
+    "paths averaged, even order": ("path", "averaged"),
+    "path, Gram's ridge": ("gram", "dual"),
+    "path, Gram's ridge, even order": ("gram", "dual"),
 }
 RECIPE |= {arm + REFITTED: RECIPE[arm] for arm in ("path", "group lasso", "global L2", "random")}
 SCRATCH = (
@@ -146,21 +156,93 @@ class Found:
 
 
 class Stop(Exception):
-    """The selection has settled."""
+    """The selection has settled, or the search is as long as it may be."""
 
 
-def search(run: Run, how: str, seed: int, budget: float, until: int | None = None) -> Found:
-    """Train a dense net until the path's selection has settled, or of another kind up to a step."""
-    bound = int(run.within * run.steps)
-    lrs = rates(run.net, run.steps, run.settings["lr"])[: until or bound]
+class GramRidge:
+    """Makes the ridge of a path, and what feeds V, that of the weighted penalty `sum_j h_j |W_j - Gamma_j|^2 / 2 nu`.
+
+    `h_j` is the mean square of what unit j gives to the layers behind it, over the mean of its group.
+    """
+
+    def __init__(self, model: Classifier, groups: Sequence[Any], images: Tensor, optimizer: SplitLBI) -> None:
+        self.model, self.images, self.optimizer = model, images, optimizer
+        self.groups = {group.name: group for group in groups}
+        self.lifted = [group for group in optimizer.param_groups if group["penalty"]]
+        self.weights: dict[str, Tensor] = {}
+        self.gaps = [self.gap(group) for group in self.lifted]
+
+    def gap(self, group: dict) -> list[Tensor]:
+        """W - Gamma."""
+        return [(p - self.optimizer.gamma(p)).detach() for p in group["params"]]
+
+    @torch.no_grad()
+    def after_step(self, measure: bool) -> None:
+        """Add to the step that was made, from the gap before it, what a weight of one leaves out."""
+        for group, gaps in zip(self.lifted, self.gaps, strict=True):
+            more = self.weights.get(group["name"])
+            for p, gap, axis in zip(group["params"], gaps, group["axis"], strict=True):
+                if more is not None:
+                    shape = [-1 if dim == axis else 1 for dim in range(p.ndim)]
+                    part = gap * more.view(shape) * group["lr"] / group["nu"]
+                    p.sub_(part, alpha=group["kappa"])
+                    self.optimizer.state[p]["dual"].add_(part, alpha=group["path_scale"])
+        self.renew_norms()
+        if measure:
+            self.weights = {name: self.energy(group) - 1 for name, group in self.groups.items()}
+        self.gaps = [self.gap(group) for group in self.lifted]
+
+    def renew_norms(self) -> None:
+        for group in self.lifted:
+            parts = zip(group["params"], group["axis"], group["scale"], strict=True)
+            rows = [
+                scale * self.optimizer.dual(p).movedim(axis, 0).reshape(p.shape[axis], -1) for p, axis, scale in parts
+            ]
+            self.optimizer.state[group["params"][0]]["norm"].copy_(torch.cat(rows, 1).norm(dim=1))
+
+    @torch.no_grad()
+    def energy(self, group: Any) -> Tensor:
+        """By unit, with a mean of one."""
+        given: list[Tensor] = []
+        layers = {part.tensor.rpartition(".")[0] for part in group.slices if part.role == "input"}
+        hooks = [
+            self.model.get_submodule(name).register_forward_pre_hook(lambda _, args: given.append(args[0]))
+            for name in layers
+        ]
+        self.model.eval()(self.images)
+        self.model.train()
+        for hook in hooks:
+            hook.remove()
+        squares = sum(x.reshape(len(x), group.units, -1).square().mean((0, 2)) for x in given)
+        return squares / squares.mean()
+
+
+def more(run: Run, seed: int, budget: float, until: int, number: int) -> SparsePath:
+    """The path of another search, from the same weights."""
+    found = search(run, "path", seed, budget, until=until, order=3000 + 10 * seed + number)
+    return SparsePath.from_optimizer(found.optimizer, found.groups)
+
+
+def averaged(paths: Sequence[SparsePath]) -> SparsePath:
+    """The first, with the mean of all V's norms."""
+    first = paths[0]
+    units = {name: dict(unit) for name, unit in first.units.items()}
+    for name, unit in units.items():
+        unit["dual"] = torch.stack([path.units[name]["dual"] for path in paths]).mean(0)
+    return SparsePath(first.groups, units, first.step)
+
+
+def search(run: Run, how: str, seed: int, budget: float, until: int | None = None, order: int | None = None) -> Found:
+    """Train a dense net until the path's selection has settled, or up to a step; `order` is that of the rows."""
+    lrs = rates(run.net, run.steps, run.settings["lr"])[: int(run.within * run.steps)]
     torch.manual_seed(seed)
     model = Classifier(build(run.net))
     groups = find_groups(model, {"pixel_values": run.data[0][:1]})
     decay = run.settings["weight_decay"]
     lifted = [{**group.param_group(), "weight_decay": decay} for group in groups if group.lifted]
-    if how != "path":
+    if how not in PATHS:
         after = lasso_prox(lifted, run.settings["lasso"]) if how == "lasso" else None
-        run.fit(model, lrs, seed, after_step=after)
+        run.fit(model, lrs, seed, after_step=after, until=until)
         return Found(model, groups, None, until, False, lifted)
     owned = {name for group in groups for name in group.lifted}
     rest = [(p, p.ndim > 1) for name, p in model.named_parameters() if name not in owned]
@@ -168,9 +250,15 @@ def search(run: Run, how: str, seed: int, budget: float, until: int | None = Non
     optimizer = SplitLBI(lifted + [group for group in params if group["params"]], lr=0.1, **derive_path(sum(lrs)))
     settling, every, seen = Settling(**SETTLED), max(1, round(run.steps / LOOKS)), []
 
+    weighted = GramRidge(model, groups, run.data[0][:CALIBRATION], optimizer) if how == "gram" else None
+
     def look(lr: float) -> None:
         seen.append(lr)
-        if len(seen) % every:
+        if weighted:
+            weighted.after_step(measure=len(seen) % every == 0)
+        if len(seen) == until:
+            raise Stop
+        if len(seen) % every or until:
             return
         kept = SparsePath.from_optimizer(optimizer, groups).select(macs=budget)
         masks = [torch.zeros(group.units, dtype=torch.bool) for group in groups if group.name in kept]
@@ -181,7 +269,7 @@ def search(run: Run, how: str, seed: int, budget: float, until: int | None = Non
 
     settled = False
     try:
-        run.fit(model, lrs, seed, optimizer=optimizer, after_step=look)
+        run.fit(model, lrs, seed if order is None else order, optimizer=optimizer, after_step=look)
     except Stop:
         settled = True
     return Found(model, groups, optimizer, len(seen), settled, lifted, [look["distance"] for look in settling.looks])
@@ -228,7 +316,10 @@ def by_recipe(run: Run, arm: str, seed: int, budget: float, ours: Found) -> tupl
     found = ours if how == "path" else search(run, how, seed, budget, until=ours.step)
     facts = {"dense": run.accuracy(found.model)}
     trained = {"model": found.model, "groups": found.groups, "optimizer": found.optimizer}
-    path, order = path_of("dual" if how == "path" else scoring, trained, seed)
+    path, order = path_of("dual" if how in PATHS else scoring, trained, seed)
+    if scoring == "averaged":
+        path = averaged([path, *(more(run, seed, budget, ours.step, order) for order in range(1, SEARCHES))])
+        facts["searches"] = SEARCHES
     kept = path.select(macs=budget, order="even" if arm.endswith(EVEN) else order)
     images = run.rows(CALIBRATION, 128)
     if scoring in ("uniform", "between", "drawn uniform"):
@@ -270,7 +361,7 @@ def one_row(run: Run, arm: str, seed: int, budget: float, searched: Callable[...
     left = run.steps - ours.step
     if arm in RECIPE:
         small, facts = by_recipe(run, arm, seed, budget, ours)
-        steps, spent = round(run.stretch * left), ours.step
+        steps, spent = round(run.stretch * left), ours.step * facts.pop("searches", 1)
     else:
         small, facts = from_scratch(arm, seed, budget, ours, chosen)
         steps, spent = run.steps, 0
