@@ -26,7 +26,7 @@ TABLES = {
     "pretrained_dinov2": ("ab7ac8771074ff19", "| 50% | 64 | activation | yes | "),
     "pretrained_smollm2": ("32e15e38fd236f85", "| ffn:0.75 | obs | wikitext, 128 tokens |"),
     "pretrained_resnet20": ("d4abc96503dd5b1a", "| 48.5% | activation | yes | "),
-    "recipe_mnist": ("77c33a6b0228300f", "| scratch, uniform widths, equal MACs |"),
+    "recipe_mnist": ("3845f2c244dba88b", "| scratch, uniform widths, equal MACs |"),
     "sampling_scale": ("97a6552bd4990ef7", "| plan_shards | "),
     "scaling": ("00cafb2d0c50efe1", "| scoring | 1,024 | 2 | "),
     "selection_banking77": ("c04c1bfe9c22f9e3", "| P default + probe set, p_label |"),

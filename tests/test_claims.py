@@ -36,6 +36,9 @@ SMALL_10_RANDOM = (RECIPE, TENTH, SMALL, "random")
 SMALL_10_PATH = (RECIPE, TENTH, SMALL, "path")
 SMALL_10_L2 = (RECIPE, TENTH, SMALL, "global L2, even order")
 L2_SMALL_10 = (RECIPE, TENTH, "global L2, even order", SMALL)
+SMALL_10_GRAM, SMALL_10_MEAN = (
+    (RECIPE, TENTH, SMALL, f"{a}, even order") for a in ("path, Gram's ridge", "paths averaged")
+)
 LONG_10 = (RECIPE, LONG_SEARCH, UNIFORM, "path")
 REFITTED = (RECIPE, LONG_SEARCH, "path", "path, refitted")
 RECIPES = (
@@ -47,6 +50,8 @@ RECIPES = (
     SMALL_10_RANDOM,
     SMALL_10_PATH,
     SMALL_10_L2,
+    SMALL_10_GRAM,
+    SMALL_10_MEAN,
     LONG_10,
     REFITTED,
 )
