@@ -5,7 +5,7 @@
 #     "accelerate>=1.15",
 #     "datasets>=5.1",
 #     "pillow>=11",
-#     "torch>=2.9",
+#     "torch>=2.10",
 # ]
 #
 # [tool.uv.sources]

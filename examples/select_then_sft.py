@@ -5,7 +5,7 @@
 #     "accelerate>=1.15",
 #     "datasets>=5.1",
 #     "peft>=0.21",
-#     "torch>=2.9",
+#     "torch>=2.10",
 #     "transformers>=5.23,<6",
 #     "trl>=1.16",
 # ]

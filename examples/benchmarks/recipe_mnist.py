@@ -3,7 +3,7 @@
 # dependencies = [
 #     "hf_effdl[examples]",
 #     "torch-pruning==1.6.1",
-#     "torch>=2.9",
+#     "torch>=2.10",
 #     "transformers>=5.23,<6",
 # ]
 #
@@ -47,11 +47,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import torch
 from rows import RowFile, machine, mean_and_error, parser_of
-from structure_mnist import BATCH, ROWS, SETTINGS, accuracy, build, lasso_prox, mnist, path_of, rates, sgd, train
+from structure_mnist import MNIST, ROWS, SETTINGS, Task, accuracy, lasso_prox, mnist, path_of, rates, sgd, train
 from torch import Tensor
 from trainer_rows import Classifier
 from transformers.utils import logging
@@ -111,6 +112,8 @@ class Run:
     test: tuple[Tensor, Tensor]
     within: float = WITHIN
     stretch: float = 1.0
+    task: Task = field(default_factory=lambda: MNIST)
+    given: dict[str, float] | None = None  # settings of a net that is not of `structure_mnist.py`
 
     @property
     def named(self) -> dict[str, float]:
@@ -120,18 +123,18 @@ class Run:
 
     @property
     def epoch(self) -> int:
-        return len(self.data[0]) // BATCH
+        return len(self.data[0]) // self.task.batch
 
     @property
     def settings(self) -> dict[str, float]:
-        return SETTINGS[self.net]
+        return self.given or SETTINGS[self.net]
 
     @property
     def steps(self) -> int:
         return (self.settings["epochs"] + self.settings["tune"]) * self.epoch
 
     def accuracy(self, model: Classifier) -> float:
-        return accuracy(model.net, *self.test)
+        return accuracy(model.net, *self.test, self.task)
 
     def rows(self, count: int, size: int) -> list[dict[str, Tensor]]:
         parts = zip(*(part[:count].split(size) for part in self.data), strict=True)
@@ -139,7 +142,7 @@ class Run:
 
     def fit(self, model: Classifier, lrs: list[float], seed: int, **options: Any) -> None:
         optimizer = options.pop("optimizer", None) or sgd(model, self.settings["weight_decay"])
-        train(model.net, optimizer, lrs, self.data, seed, **options)
+        train(model.net, optimizer, lrs, self.data, seed, task=self.task, **options)
 
 
 @dataclass
@@ -236,7 +239,7 @@ def search(run: Run, how: str, seed: int, budget: float, until: int | None = Non
     """Train a dense net until the path's selection has settled, or up to a step; `order` is that of the rows."""
     lrs = rates(run.net, run.steps, run.settings["lr"])[: int(run.within * run.steps)]
     torch.manual_seed(seed)
-    model = Classifier(build(run.net))
+    model = Classifier(run.task.place(run.task.build(run.net)))
     groups = find_groups(model, {"pixel_values": run.data[0][:1]})
     decay = run.settings["weight_decay"]
     lifted = [{**group.param_group(), "weight_decay": decay} for group in groups if group.lifted]
@@ -378,6 +381,16 @@ def one_row(run: Run, arm: str, seed: int, budget: float, searched: Callable[...
     return row | facts | {"seconds": time.perf_counter() - start}
 
 
+def add_rows(run: Run, seeds: Sequence[int], budgets: Sequence[float], arms: Sequence[str], file: RowFile) -> None:
+    """Those that are missing."""
+    searched = lru_cache(1)(lambda seed, budget: search(run, "path", seed, budget))
+    for seed, budget, arm in product(seeds, budgets, arms):
+        key = {"net": run.net, "budget": budget, "arm": arm, "seed": seed} | run.named
+        if file.key_of(key) not in file:
+            row = one_row(run, arm, seed, budget, searched) | machine()
+            file.add(row, hide=("platform", "units", "distances"))
+
+
 # ---- table
 
 
@@ -433,15 +446,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.rows = options.rows or ROWS.get(options.net, 20_000)
     run = Run(options.net, (images[: options.rows], labels[: options.rows]), mnist("test", options.net))
     run.within, run.stretch = options.within, options.stretch
-    searched = lru_cache(1)(lambda seed, budget: search(run, "path", seed, budget))
-    for seed in options.seeds:
-        for budget in options.budgets:
-            for arm in options.arms:
-                key = {"net": options.net, "budget": budget, "arm": arm, "seed": seed} | run.named
-                if file.key_of(key) not in file:
-                    file.add(
-                        one_row(run, arm, seed, budget, searched) | machine(), hide=("platform", "units", "distances")
-                    )
+    add_rows(run, options.seeds, options.budgets, options.arms, file)
     table(file.rows)
 
 

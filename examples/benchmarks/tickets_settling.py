@@ -5,7 +5,7 @@
 #     "pillow>=11",
 #     "scikit-learn>=1.6",
 #     "torch-pruning==1.6.1",
-#     "torch>=2.9",
+#     "torch>=2.10",
 # ]
 #
 # [tool.uv.sources]

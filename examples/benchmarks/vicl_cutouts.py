@@ -4,7 +4,7 @@
 #     "hf_effdl[examples]",
 #     "datasets>=5.1",
 #     "pillow>=11",
-#     "torch>=2.9",
+#     "torch>=2.10",
 #     "transformers>=5.23,<6",
 # ]
 #

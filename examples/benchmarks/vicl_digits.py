@@ -5,7 +5,7 @@
 #     "datasets>=5.1",
 #     "pillow>=11",
 #     "scikit-learn>=1.6",
-#     "torch>=2.9",
+#     "torch>=2.10",
 #     "transformers>=5.23,<6",
 # ]
 #
