@@ -8,6 +8,7 @@ constant, and linear decay over the second half.
     effect           of the same adapter: the directions of the largest effect, as `order="effect"` has it
     path             `SplitLBITrainer`, and `select_lora_ranks` at the end
     path, effect     the same with order="effect"
+    path, strong ridge  the same with `ridge_length=3.7`, as for other fresh weights
     path, columns    the same with ranks as they were trained, by the path alone, order="dual"
     path, early      `select_lora_ranks` after half of the steps; what is left then trains for the other half
     random, early    the same with numbers of ranks by chance, in the leading singular directions
@@ -18,6 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +33,9 @@ from hf_effdl.structure.groups.group import rows_of
 
 
 KEYS = ("arm", "budget", "seed")
-Made = Iterator[tuple[str, float, nn.Module]]  # an arm, a share of the parameters of all ranks, a model
+# an arm, a share of the parameters of all ranks, a model, and of a path how many ranks entered, of how many
+Made = Iterator[tuple[str, float, nn.Module] | tuple[str, float, nn.Module, list[int]]]
+STRONG = {"ridge_length": 3.7}
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,16 @@ def schedule(task: Task, part: str) -> dict[str, Any]:
     return {"max_steps": task.steps, "warmup_steps": warm, **named}
 
 
-def fit(task: Task, model: nn.Module, seed: int, kind: str = "plain", part: str = "all", watch: Any = None) -> Trainer:
-    """Train a model in place."""
+def fit(
+    task: Task,
+    model: nn.Module,
+    seed: int,
+    kind: str = "plain",
+    part: str = "all",
+    watch: Any = None,
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> Trainer:
+    """Train a model in place; `more` are arguments of the trainer."""
     path = kind == "path"
     trainer_class, arguments = (SplitLBITrainer, SplitLBIArguments) if path else (Trainer, TrainingArguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -103,6 +115,7 @@ def fit(task: Task, model: nn.Module, seed: int, kind: str = "plain", part: str 
             remove_unused_columns=False,
             **schedule(task, part),
             **({"base": "adamw"} if path else {}),
+            **more,
         )
         rows = {"train_dataset": task.rows, "data_collator": task.collate}
         trainer = trainer_class(model, settings, callbacks=[watch] if watch else [], **rows)
@@ -205,11 +218,25 @@ def uniform(task: Task, budgets: Sequence[float], seed: int) -> Made:
 def path(task: Task, budgets: Sequence[float], seed: int) -> Made:
     model = adapted(task, seed, r=task.rank, lora_alpha=task.rank)
     run = fit(task, model, seed, "path")
-    yield "path", 1.0, model
+    yield "path", 1.0, model, entered(run)
     for budget in budgets:
-        yield "path", budget, select_lora_ranks(model, run.path, budget)
+        yield "path", budget, select_lora_ranks(model, run.path, budget), entered(run)
         yield "path, effect", budget, select_lora_ranks(model, run.path, budget, order="effect")
         yield "path, columns", budget, select_lora_ranks(model, run.path, budget, order="dual")
+
+
+def strong(task: Task, budgets: Sequence[float], seed: int) -> Made:
+    model = adapted(task, seed, r=task.rank, lora_alpha=task.rank)
+    run = fit(task, model, seed, "path", more=STRONG)
+    yield "path, strong ridge", 1.0, model, entered(run)
+    for budget in budgets:
+        yield "path, strong ridge", budget, select_lora_ranks(model, run.path, budget), entered(run)
+
+
+def entered(run: SplitLBITrainer) -> list[int]:
+    """How many ranks are in the support at the end, and how many there are."""
+    ratios = torch.cat([unit["dual"] / unit["threshold"] for unit in run.path.units.values()])
+    return [int((ratios > 1).sum()), len(ratios)]
 
 
 def early(task: Task, budgets: Sequence[float], seed: int) -> Made:
@@ -249,6 +276,7 @@ FAMILIES: dict[Callable[..., Made], tuple[str, ...]] = {
     uniform: ("uniform", "SVD", "effect"),
     early: ("path, early", "random, early"),
     path: ("path", "path, effect", "path, columns"),
+    strong: ("path, strong ridge",),
     adalora: ("AdaLoRA",),
 }
 ARMS = tuple(arm for arms in FAMILIES.values() for arm in arms)
@@ -260,9 +288,10 @@ def add_rows(task: Task, arms: Sequence[str], budgets: Sequence[float], seed: in
         wanted = [(arm, budget, seed) for arm in names if arm in arms for budget in budgets]
         if all(key in file for key in wanted):
             continue
-        for arm, budget, model in make(task, budgets, seed):
+        for arm, budget, model, *support in make(task, budgets, seed):
             if arm in arms and (arm, budget, seed) not in file:
                 row = {"arm": arm, "budget": budget, "seed": seed, "params": parameters(model)}
+                row |= {"entered": support[0]} if support else {}
                 file.add(row | dict(task.measure(model)), hide=())
 
 

@@ -13,6 +13,8 @@ LEAST_NU = {("sgd", "empty"): 5.0, ("sgd", "dense"): 5.0, ("adamw", "empty"): 0.
 PATH_LENGTHS = {"empty": 2.5, "dense": 1.25}
 # A ridge that pulls trained weights for longer costs the whole net more than it gives the cut one.
 RIDGE_LENGTHS = {"empty": 3.7, "dense": 1.5}
+# A longer one tells noise from signal better and holds back what a short run has to learn, a shorter one neither.
+WALK_RIDGE_LENGTH = 1.0
 # How far above what chance alone reaches the threshold of units that start at zero lies.
 WALK_MARGIN = 2.0
 
@@ -112,7 +114,7 @@ def walk_path(
         rates: the learning rate of every step, `scheduled_rates(args, steps)`.
         lam: strength of the penalty, in those units.
         kappa: damping.
-        ridge_length: see `derive_path`; default 3.7.
+        ridge_length: see `derive_path`; default 1. More decays more of what has not entered, also of what would.
         nu: the coupling, where it is not to be derived.
         path_scale: see `SplitLBI`.
 
@@ -124,10 +126,10 @@ def walk_path(
 
     Example:
         >>> {name: round(value, 4) for name, value in walk_path([0.001] * 300).items()}
-        {'nu': 0.0811, 'path_scale': 1.0, 'lam': 0.027}
+        {'nu': 0.3, 'path_scale': 1.0, 'lam': 0.0142}
     """
     rates = [real_number("rates", rate) for rate in instance("rates", rates, (list, tuple), "the rate of every step")]
-    total, ridge_length = sum(rates), RIDGE_LENGTHS["empty"] if ridge_length is None else ridge_length
+    total, ridge_length = sum(rates), WALK_RIDGE_LENGTH if ridge_length is None else ridge_length
     for name, value in (("the sum of the rates", total), ("ridge_length", ridge_length), ("path_scale", path_scale)):
         if not 0 < real_number(name, value) < math.inf:
             raise ValueError(f"{name}={value}: it must be a positive finite number")

@@ -55,7 +55,7 @@ class SplitLBIArguments(TrainingArguments):
         decoupled_weight_decay: see `SplitLBI`; default: as the base has it. Lifted tensors get no weight decay.
         fused: `True` for the compiled step, see `SplitLBI`.
         path_length: see `derive_path`; default 2.5, with a dense start 1.25.
-        ridge_length: see `derive_path`; default 3.7, with a dense start 1.5.
+        ridge_length: see `derive_path`; default 3.7, with a dense start 1.5, of a fresh LoRA adapter 1.
         path_share: share of the run, from its start, that is as long as one path, for finding tickets early and for
             growing: with 0.2 a unit of unchanged norm enters after `0.2 / path_length` of the summed learning rate.
         max_grad_norm: defaults to 0, no clipping: it would hold back the loss gradient but not the ridge, and fewer
