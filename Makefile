@@ -76,6 +76,7 @@ bench: $(READY)
 	$(BENCHMARK)/structure_mnist.py --net bn14 --first 6 --budgets 0.25 0.1
 	$(BENCHMARK)/structure_mnist.py --table
 	$(BENCHMARK)/recipe_mnist.py
+	$(BENCHMARK)/recipe_cifar10.py
 	$(BENCHMARK)/structure_cifar10.py --width 16 --classes 2 --rows 2000 --epochs 6 --tune 3 --seeds 1 \
 		--set batch=32 lasso=0.004
 	$(BENCHMARK)/tickets_mnist.py --net lenet

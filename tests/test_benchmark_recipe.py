@@ -79,3 +79,14 @@ def test_units_by_chance_are_as_many_and_the_seeds(script, rows):
     one, same, other = (script.drawn(kept, found.groups, seed) for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) and len(one[name]) == 5 for name in kept)
     assert any(not torch.equal(one[name], other[name]) for name in kept)
+
+
+@pytest.mark.slow
+def test_on_cifar_the_channels_inside_the_blocks_go():
+    with importable("recipe_cifar10", "recipe_mnist") as found:
+        images, labels = torch.randn(128, 3, 32, 32), torch.arange(128) % 10
+        run = found["recipe_cifar10"].run_of((images, labels), (images[:8], labels[:8]), width=4, epochs=5)
+        searched = found["recipe_mnist"].search(run, "path", 0, 0.5)
+        row = found["recipe_mnist"].one_row(run, "path, even order", 0, 0.5, lambda *given: searched)
+    assert row["macs"] <= 0.5 and row["steps"] == 4 and 0.5 < row["cost"] < 0.7
+    assert list(row["units"]) == [f"net.net.layer{i}.{j}.conv1" for i in (1, 2, 3) for j in (0, 1, 2)]
