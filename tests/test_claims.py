@@ -81,22 +81,30 @@ def at(one: str, other: str, *sizes: float) -> list[tuple]:
     return [((one, size), (other, size)) for size in sizes or (0.5, 0.25, 0.0625, 0.015625)]
 
 
+def behind(arm: str, *sizes: float) -> list[tuple]:
+    return [(WHOLE, (arm, size)) for size in sizes]
+
+
 # sentences with places for a difference and its standard error, and the arms, the one that is ahead first
 SENTENCES = {
     "docs/benchmarks/lora.md": (
-        ("the path's adapter is {} ({}) points above the whole uniform adapter", (("path", 0.5), WHOLE)),
-        ("a quarter of its parameters, the path's adapter is {0} ({1}) points above", (("path", 0.25), WHOLE)),
-        ("to a sixteenth {} ({}); at", (("path", 0.0625), WHOLE)),
-        ("a sixty-fourth it is {} ({}) behind it", (WHOLE, ("path", 0.015625))),
-        ("each of the four sizes: by {} ({}), {} ({}), {} ({}) and {} ({}) points", *at("path", "SVD")),
-        ("{} ({}) points ahead at a quarter and {} ({}) at a sixteenth", *at("uniform", "path", 0.25, 0.0625)),
-        ("one rank on q and v alone is ahead by {} ({})", *at("uniform", "path", 0.015625)),
+        (
+            "the path's adapter is {} ({}) and {} ({}) points above the whole",
+            *((("path", b), WHOLE) for b in (0.5, 0.25)),
+        ),
+        ("at a sixteenth it is {} ({}) behind it, at a sixty-fourth {} ({}).", *behind("path", 0.0625, 0.015625)),
+        ("any of the four sizes: {} ({}), {} ({}), {} ({}) and {} ({}) points above it", *at("path", "SVD")),
+        (
+            "by {} ({}) points at a half, {} ({}) at a quarter, {} ({}) at a sixteenth and, on q and v alone, {} ({})",
+            *at("uniform", "path"),
+        ),
         ("rank 4 beats rank 16 by {} ({})", (("uniform", 0.25), WHOLE)),
         ("AdaLoRA is ahead of the cuts too, by {0}, {2}, {4} and {6} points", *at("AdaLoRA", "path")),
         ("the whole adapter is {0} points better than the plain one", (FULL, WHOLE)),
+        ("above SVD by {} ({}), {} ({}), {} ({}) and {} ({}) points. On", *at("path, strong ridge", "SVD")),
         ("end {0} to {2} points below SVD at a quarter", *at("SVD", "path, columns", 0.25, 0.0625)),
         ("on a plain run {0} points worse", *at("SVD", "effect", 0.015625)),
-        ("({2} to +{6} points)", *at("path, early", "random, early")),
+        ("({0} to +{6} points)", *at("path, early", "random, early")),
     ),
     "docs/data/language.md": (
         ("level with random rows ({} behind, SE {}, three seeds)", ("random", "default")),
