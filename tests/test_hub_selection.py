@@ -279,7 +279,7 @@ PUSH = """
     card = DatasetCard.load("tester/plan")
     card.data.license, card.data.language = "cc0-1.0", "en"
     card.data.configs.append({"config_name": "mine", "data_files": "mine.csv"})
-    card.push_to_hub("tester/plan")
+    api.upload_file(path_or_fileobj=str(card).encode(), path_in_repo="README.md", repo_id="tester/plan", repo_type="dataset")
     push("plan", "r40", pool, 40)
     paper = push("plan", "paper", pool, preset="paper")
     push("plan", "active", pool, mode="active")
