@@ -279,7 +279,8 @@ PUSH = """
     card = DatasetCard.load("tester/plan")
     card.data.license, card.data.language = "cc0-1.0", "en"
     card.data.configs.append({"config_name": "mine", "data_files": "mine.csv"})
-    api.upload_file(path_or_fileobj=str(card).encode(), path_in_repo="README.md", repo_id="tester/plan", repo_type="dataset")
+    edited = {"path_or_fileobj": str(card).encode(), "path_in_repo": "README.md"}
+    api.upload_file(**edited, repo_id="tester/plan", repo_type="dataset")
     push("plan", "r40", pool, 40)
     paper = push("plan", "paper", pool, preset="paper")
     push("plan", "active", pool, mode="active")
