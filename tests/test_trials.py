@@ -15,6 +15,7 @@ from hf_effdl import slim, widen
 from hf_effdl.structure.groups.counting import network_of
 from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.inputs import all_values
+from hf_effdl.structure.groups.reading import Reading
 from hf_effdl.structure.groups.surgery import cut, mask
 
 
@@ -370,3 +371,13 @@ def test_a_model_that_holds_its_last_features_is_cut_as_one_that_does_not_and_wh
 
 def test_a_net_of_the_same_shape_without_a_gate_keeps_its_units():
     assert [group.name for group in find_groups(Gated("none"), torch.randn(1, 3, 8, 8))] == ["a", "b"]
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_attention_without_heads_is_refused_before_it_divides_by_their_number(empty):
+    shapes = [(1, 0 if place == empty else heads, 7, 8) for place, heads in enumerate((4, 2, 2))]
+    with (
+        Reading(),
+        pytest.raises(ValueError, match=r"attention of queries, keys and values of shapes .*\(1, 0, 7, 8\)"),
+    ):
+        torch.nn.functional.scaled_dot_product_attention(*map(torch.zeros, shapes), enable_gqa=True)

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 TRUTH = Tensor.__bool__
 READERS = {Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.tolist, Tensor.numpy, TRUTH}
 READERS |= {Tensor.__array__}
+ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
 
 class Reading(TorchFunctionMode):
@@ -39,6 +40,8 @@ class Reading(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is ATTENTION:
+            _check_heads(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         self.double = self.double and not any(map(_is_single, result if isinstance(result, tuple) else (result,)))
         if func in READERS:
@@ -49,6 +52,13 @@ class Reading(TorchFunctionMode):
             return result
         self.truths += 1
         return not result if self.truths - 1 == self.against else result
+
+
+def _check_heads(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Refuse what has no heads, as wrong counts leave it: torch 2.10 divides by their number, and the process dies."""
+    shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
+    if any(shape[-3:-2] == (0,) for shape in shapes):
+        raise ValueError(f"attention of queries, keys and values of shapes {shapes}")
 
 
 def _is_single(value: Any) -> bool:
