@@ -18,7 +18,7 @@ MATCHES = (
     "worst places",
 )
 NOWHERE = -1e4  # added to a cosine that is not to count
-CELLS, LAST = 2**18, 2**31  # similarities held at once; more candidates than there are
+CELLS, LAST = 2**20, 2**31  # similarities held at once; more candidates than there are
 STATISTICS = ("area", "x", "y", "x spread", "y spread", "border", "compactness", "outline", "chroma", "contrast")
 
 
