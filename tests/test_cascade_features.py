@@ -16,6 +16,7 @@ from hf_effdl.vicl.remote_code.cascade_features import (
     STATISTICS,
     dense_matches,
     label_statistics,
+    products,
     ridge,
     ridge_by_class,
     standardised,
@@ -226,6 +227,16 @@ def test_matches_are_those_of_loops(cells, others):
         for k in range(4):
             expected = matches_by_hand(asked[b], grids[b, k], shares[b, k])
             assert found[b, k].tolist() == pytest.approx([expected[name] for name in MATCHES], abs=1e-5), (b, k)
+
+
+@pytest.mark.parametrize(("asked", "cells", "count"), [(9, 256, 1), (3, 53, 2), (5, 34, 1), (49, 49, 3)])
+def test_products_are_those_of_matrices_and_left_to_onednn_however_few_the_maps(asked, cells, count):
+    query, maps = unit(asked, 16), unit(count, cells, 16, seed=1)
+    with torch.profiler.profile() as seen:
+        found = products(query, maps)
+    torch.testing.assert_close(found, maps @ query.T)
+    if torch.backends.mkldnn.is_available() and cells == 256:
+        assert "aten::mkldnn_convolution" in {event.key for event in seen.key_averages()}
 
 
 def test_statistics_of_a_rectangle():

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cascade_features import products
 from .visual_tasks import PICTURES
 
 
@@ -124,18 +125,17 @@ class Consensus:
         """
         sign = 1 if self.task.greater_is_better else -1
         area = self.painted.mean((2, 3, 4))
-        columns = []
-        for estimate in (*self.means.values(), calibrated):
-            each = estimate[:, None].expand_as(self.painted)
-            wide = [value.expand(-1, -1, 3, -1, -1) for value in (self.painted, each)]
-            columns.append(self.task.score(*wide) * sign)
-            columns.append(-(self.painted - each).abs().mean((2, 3, 4)))
-            if not self.colours:
-                columns.append(_overlap(self.rounded, each))
-                least, most = torch.minimum(self.painted, each), torch.maximum(self.painted, each)
-                columns.append(least.sum((2, 3, 4)) / most.sum((2, 3, 4)).clamp(min=1e-6))
-            apart = area - each.mean((2, 3, 4))
-            columns += [apart, apart.abs()]
+        # all four at once, (B, 4, m) each: small tensors cost what their calls cost
+        each = torch.stack([*self.means.values(), calibrated], 1)[:, :, None]
+        painted, rounded = self.painted[:, None], self.rounded[:, None]
+        wide = [value.expand(*value.shape[:3], 3, *value.shape[4:]) for value in (painted, each)]
+        beside = [self.task.score(*wide) * sign, -(painted - each).abs().mean((3, 4, 5))]
+        if not self.colours:
+            least, most = torch.minimum(painted, each), torch.maximum(painted, each)
+            soft = least.sum((3, 4, 5)) / most.sum((3, 4, 5)).clamp(min=1e-6)
+            beside += [_overlap(rounded, each), soft]
+        apart = area[:, None] - each.mean((3, 4, 5))
+        columns = list(torch.stack([*beside, apart, apart.abs()], 2).flatten(1, 2).unbind(1))
         alike = self._alike()
         columns += [(alike * self.even[:, None]).sum(2), (alike * self.weights[:, None]).sum(2)]
         columns += [
@@ -181,14 +181,14 @@ class Consensus:
 def affinities(grid: Tensor) -> Tensor:
     """How much each cell looks like each other, softmax of cosines: `(B, gh, gw, d)` to `(2, B, G, G)`."""
     cells = F.normalize(grid.flatten(1, 2).float(), dim=2)
-    alike = cells @ cells.transpose(1, 2)
+    alike = torch.cat([products(one, one[None]) for one in cells])
     return torch.stack([(alike / temperature).softmax(2) for temperature in AFFINITIES])
 
 
 def _overlap(rounded: Tensor, chance: Tensor) -> Tensor:
     """IoU that a mask can expect where every pixel is white with some chance."""
-    both = (rounded * chance).sum((2, 3, 4))
-    either = rounded.sum((2, 3, 4)) + chance.sum((2, 3, 4)) - both
+    both = (rounded * chance).sum((-3, -2, -1))
+    either = rounded.sum((-3, -2, -1)) + chance.sum((-3, -2, -1)) - both
     return torch.where(either > 0, both / either.clamp(min=1e-6), 1.0)
 
 
