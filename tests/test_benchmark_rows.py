@@ -20,7 +20,7 @@ TABLES = {
     "active_rounds": ("f847ec91f5ad3adc", "| diverse | 0.8846 |"),
     "growth_mnist": ("81cb87bdd0e6e0f3", "MNIST, 60,000 rows, 6 epochs"),
     "lora_ranks_banking77": ("a8bb76a7ac2424f3", "| 0.0625 | path, columns | "),
-    "lora_ranks_smollm2": ("b8e56cb0ddd23a20", "| 0.0625 | path | 304,896 |"),
+    "lora_ranks_smollm2": ("54f12abe9021c7d2", "| 0.0625 | path | 304,800 |"),
     "pool_scale": ("4553905212a8ac3d", "| rows | noise | probes |"),
     "pretrained_minilm": ("8f826cb0e364feca", "| 25% | obs | "),
     "pretrained_dinov2": ("ab7ac8771074ff19", "| 50% | 64 | activation | yes | "),
