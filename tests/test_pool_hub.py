@@ -68,7 +68,8 @@ PUSH = """
     # somebody writes on the card, and the pool moves on
     card = DatasetCard.load("tester/pool")
     card.data.language = "en"
-    card.push_to_hub("tester/pool")
+    edited = {"path_or_fileobj": str(card).encode(), "path_in_repo": "README.md"}
+    api.upload_file(**edited, repo_id="tester/pool", repo_type="dataset")
     again.save_pretrained("mine")
     pool = ExamplePool.from_pretrained("mine").add(rows(5, seed=1), encoder=Encoder(), progress=False)
     pool.remove([ds[i]["name"] for i in (1, 4, 5, 6, 7)])

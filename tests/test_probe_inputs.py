@@ -305,7 +305,8 @@ def test_an_error_of_one_process_ends_all(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(ONE_FAILS)
     said = Script(script, processes=2, env={"ACCELERATE_USE_CPU": "true"}).finish()
-    assert sorted(filter(None, said.splitlines())) == [
+    lines = [line for line in said.splitlines() if line and not line.startswith("[Gloo]")]  # torch 2.10's own
+    assert sorted(lines) == [
         "0 RuntimeError process 1 failed: OSError: row 4 cannot be read",
         "1 OSError row 4 cannot be read",
     ]
