@@ -153,6 +153,13 @@ def test_a_net_without_couplings_keeps_all_its_groups():
     assert {"a.0", "b.0", "body.0.0"} <= {group.name for group in find_groups(net, torch.rand(1, 3, 8, 8))}
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_groups_are_found_where_gradients_are_off(mode):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    with mode():
+        assert [group.name for group in find_groups(net, torch.rand(1, 3, 8, 8))] == ["0"]
+
+
 def test_the_warning_says_in_which_setting_units_are_needed(caplog):
     with caplog.at_level(logging.WARNING):
         norm = nn.LocalResponseNorm(3, alpha=1e-13)
