@@ -156,6 +156,12 @@ def filled_beside(folder: str | os.PathLike[str]) -> Iterator[Path]:
     flush(folder)
 
 
+def remove_weights(folder: str | os.PathLike[str]) -> None:
+    """Leave a folder that no model is loaded from, until it has weights again."""
+    for name in WEIGHTS:
+        Path(folder, name).unlink(missing_ok=True)
+
+
 def _weights_last(file: Path) -> tuple[bool, Path]:
     return file.name in WEIGHTS, file
 

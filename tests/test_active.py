@@ -250,6 +250,37 @@ def test_two_runs_do_not_write_over_each_other(tmp_path):
     assert files(tmp_path) == before and learner(tmp_path, "random").run(3)
 
 
+def test_a_run_that_began_beside_another_takes_nothing_back(tmp_path):
+    late = learner(tmp_path, "random", answers=lambda rows, *given: [2] * len(rows))  # before there is a round
+    learner(tmp_path, "random").run(2)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match="round-0000.json has another labels and score by now: two runs"):
+        late.run(1)
+    assert files(tmp_path) == before
+    asked = {name: value for name, value in before["round-0000.json"].items() if name not in ("labels", "score")}
+    (tmp_path / "round-0000.json").write_text(json.dumps(asked))
+    with pytest.raises(ValueError, match="round-0001.json is damaged .it is no round after those before it"):
+        learner(tmp_path, "random")
+
+
+@pytest.mark.parametrize("mark", [True, False])
+def test_answers_about_rows_of_another_pool_are_not_taken(mark, tmp_path):
+    """Two pools of one length are asked about the same places."""
+    answers, pools = CsvAnswers(tmp_path), [Dataset.from_dict({"name": list(names)}) for names in ("abc", "abd")]
+    assert answers(pools[0], [4, 5, 6], 0) is None
+    file = tmp_path / "asked-0000.csv"
+    file.write_text("row,label\n6,x\n5,y\n4,z\n")
+    assert answers(pools[0], [4, 5, 6], 0) == ["z", "y", "x"]
+    if not mark:  # of an earlier version
+        (tmp_path / ".asked-0000.csv.sha256").unlink()
+        assert answers(pools[1], [4, 5, 6], 0) == ["z", "y", "x"]
+        return
+    with pytest.raises(ValueError, match="asked-0000.csv asks about rows of another pool"):
+        answers(pools[1], [4, 5, 6], 0)
+    file.unlink()
+    assert answers(pools[1], [4, 5, 6], 0) is None and "d" in file.read_text()
+
+
 def test_a_wrong_answer_is_not_kept(tmp_path):
     made = learner(tmp_path, "random", answers=lambda rows, *given: [object()] * len(rows))
     with pytest.raises(TypeError, match="among the labels"):

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import Mock
 
 import chat
 import pyarrow.parquet as pq
@@ -19,7 +20,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from hub import LoopbackHub
 from huggingface_hub.errors import EntryNotFoundError
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from PIL import Image
 from safetensors import SafetensorError
 from test_examples import TWO, config, run, texts  # noqa: F401 - fixtures: pictures and texts, each with a model
@@ -135,11 +136,42 @@ def test_a_small_net_is_trained_in_one_go_from_new_weights(config, tmp_path, cli
 def test_lora_ranks_leave_an_adapter_that_peft_loads(texts, tmp_path, cli):  # noqa: F811
     folder, out = texts.parent, tmp_path / "adapter"
     line = f"lora-ranks --model_name_or_path {folder / 'model'} --dataset_name {folder / 'data'} --label_column topic"
-    line += f" --output_dir {out} --rank 4 --budget 0.5 --max_steps 3 --max_length 8"
-    assert "| all ranks |" in cli(*line.split(), *QUIET)
+    line += f" --output_dir {out} --rank 4 --budget 0.5 --max_steps 3 --max_length 8 --finetune_epochs 1"
+    assert "| all ranks |" in cli(*line.split(), "--save_strategy", "steps", *QUIET)
+    assert (out / "finetune" / "checkpoint-3").is_dir() and "| epochs | 3" in (out / "README.md").read_text()
+    assert not PeftConfig.from_pretrained(out / "checkpoint-3").rank_pattern  # the path's own, which is resumed from
+    assert main([*line.split(), *QUIET]) == 1  # the fine-tuning is not taken for another's
     base = AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=2)
     assert 0 < PeftModel.from_pretrained(base, out).get_nb_trainable_parameters()[1]
     assert (out / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    "line, dies, gone",
+    [
+        ("select {rows} --budget 20", "samples.filled_beside", "rows/state.json"),
+        ("ticket {images} --within 0.5", "structure.filled_beside", "small/model.safetensors"),
+        pytest.param(
+            *("sparsify {images}", "structure.SplitLBITrainer.save_slim", "slim/model.safetensors"),
+            marks=pytest.mark.slow,
+        ),
+        ("fit ranker {scenes} --lengths 3 --num_train_epochs 1", "fitting.train_ranker", "report.json"),
+    ],
+)
+def test_outputs_are_of_one_run(line, dies, gone, config, texts, photos, tmp_path, monkeypatch):  # noqa: F811
+    """A run that is killed between two of them leaves none of the second, which would be of the run before."""
+    stale, text = tmp_path / "out" / gone, texts.parent
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    known = {
+        "rows": f"--model_name_or_path {text}/model --dataset_name {text}/data --label_column topic",
+        "images": f"--config {config} --max_steps 4 --save_strategy no",
+        "scenes": f"--dataset_name {photos}/data --label_column mask --model {photos}/vit --candidates 4",
+    }
+    argv = [*line.format(**known).split(), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(f"hf_effdl.cli.work.{dies}", Mock(side_effect=KeyboardInterrupt))
+    assert main([*argv, *QUIET]) == 130
+    assert not stale.exists()
 
 
 @pytest.fixture(scope="module")

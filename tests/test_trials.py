@@ -154,6 +154,13 @@ def test_a_net_without_couplings_keeps_all_its_groups():
     assert {"a.0", "b.0", "body.0.0"} <= {group.name for group in find_groups(net, torch.rand(1, 3, 8, 8))}
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_groups_are_found_where_gradients_are_off(mode):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    with mode():
+        assert [group.name for group in find_groups(net, torch.rand(1, 3, 8, 8))] == ["0"]
+
+
 def test_the_warning_says_in_which_setting_units_are_needed(caplog):
     with caplog.at_level(logging.WARNING):
         norm = nn.LocalResponseNorm(3, alpha=1e-13)
@@ -381,3 +388,40 @@ def test_attention_without_heads_is_refused_before_it_divides_by_their_number(em
         pytest.raises(ValueError, match=r"attention of queries, keys and values of shapes .*\(1, 0, 7, 8\)"),
     ):
         torch.nn.functional.scaled_dot_product_attention(*map(torch.zeros, shapes), enable_gqa=True)
+
+
+GATES = {
+    "negative": lambda x: x.mean() < -1,
+    "positive": lambda x: x.mean() > 5,
+    "about zero": lambda x: (x.mean().abs() < 0.05) & (x.std() > 1),
+    "one sign": lambda x: x.min() > 0,
+    "other sign": lambda x: x.max() < 0,
+    "a corner": lambda x: x[0, 0, 0, 0] < 0,
+    "another corner": lambda x: x[0, 0, -1, -1] > 0,
+    "faint": lambda x: x.std() < 0.1,
+    "by degrees": lambda x: F.relu(-x.mean()),
+}
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5, -0.5])
+@pytest.mark.parametrize("gate", GATES)
+def test_a_coupling_on_inputs_of_another_sign_mean_or_size_is_found(gate, shift):
+    class Opens(Gated):
+        def forward(self, x):
+            f = F.relu(self.a(x))
+            f = f * (1 + GATES[gate](x) * f.mean(1, keepdim=True).detach())
+            return self.head(F.relu(self.b(f)).mean((2, 3)))
+
+    x = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) + shift - 0.5
+    assert [group.name for group in find_groups(Opens("none"), x)] == ["b"]
+
+
+@pytest.mark.parametrize("low, high", [(-0.01, 1.5), (-4.5, 4.5), (0.0, 1.0)])
+def test_a_model_that_refuses_other_inputs_is_tried_out_on_those_it_takes(low, high):
+    class Strict(Gated):
+        def forward(self, x):
+            if x.min() < low or x.max() > high:
+                raise ValueError(f"not in [{low}, {high}]")
+            return super().forward(x)
+
+    assert [group.name for group in find_groups(Strict("none"), torch.rand(1, 3, 8, 8))] == ["a", "b"]

@@ -2,7 +2,8 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from hf_effdl.vicl.remote_code.ranker_selector import RankerSelector
 
 
 Rows = Callable[[Any], tuple[Dataset, Dataset]]
+REPORT = "report.json"
 TRIED = 4  # images and examples of each, when runs are timed
 
 
@@ -87,10 +89,19 @@ def _runs_cost(options: Any, rows: Rows, each_query: int, each_label: int, keep_
 # ---- cascade
 
 
+@contextmanager
+def _to_itself(out: Path) -> Iterator[None]:
+    """Have the outputs to oneself, without the report of before: it comes last, and says what is there."""
+    with locked(out, ".lock-fit") if is_first() else nullcontext():
+        if is_first():
+            (out / REPORT).unlink(missing_ok=True)
+        yield
+
+
 def _report(out: Path, report: dict[str, Any]) -> None:
     with locked(out):
-        sweep(out, "report.json")
-        write_json(out / "report.json", report)
+        sweep(out, REPORT)
+        write_json(out / REPORT, report)
 
 
 def gap_closed(scores: dict[str, list[float]], name: str, better: int) -> tuple[float, float]:
@@ -129,11 +140,14 @@ def fit_cascade(options: Any, rows: Rows = load_pool_splits) -> None:
     scores = _cascade_scores(pipe, query_rows, options)
     if accelerator.is_main_process:
         print(_cascade_table(scores, options, pipe.visual_task))
-        report = {"excluded": len(exclude), "labelled": budget, "fit": cascade.report, "scores": scores}
-        _report(out, report)
-        shown = [to_rgb(image) for image in query_rows.select(range(min(4, len(query_rows))))[options.image_column]]
-        pipe.plot(shown, num_examples=min(3, options.passes), path=out / "examples.png")
-    pipe.save_pretrained(out / "model")
+    with _to_itself(out):
+        pipe.save_pretrained(out / "model")
+        if accelerator.is_main_process:
+            report = {"excluded": len(exclude), "labelled": budget, "fit": cascade.report, "scores": scores}
+            first = query_rows.select(range(min(4, len(query_rows))))
+            shown = [to_rgb(image) for image in first[options.image_column]]
+            pipe.plot(shown, num_examples=min(3, options.passes), path=out / "examples.png")
+            _report(out, report)
     if options.push_to_hub and accelerator.is_main_process:
         print(pipe.push_to_hub(options.push_to_hub))
     accelerator.wait_for_everyone()
@@ -221,21 +235,23 @@ def fit_ranker(options: Any, training: TrainingArguments, rows: Rows = load_pool
         return
     out = Path(training.output_dir)
     pipe, query_rows, exclude, _ = _measured(options, rows, training.device, out, False)
-    rankers, report = [], {"excluded": len(exclude)}
-    for k in options.lengths:
-        ranker, metrics = train_ranker(k, options, training, pipe.model, pipe.pool, exclude)
-        rankers.append(ranker.to(training.device))
-        report[f"ranker-{k}"] = {name: value for name, value in metrics.items() if isinstance(value, float)}
-    selector = RankerSelector(rankers, options.schedule)
-    scores = {
-        "nearest": score_strategy(pipe, query_rows, options, "nearest"),
-        "ranker": score_strategy(pipe, query_rows, options, selector),
-        "oracle": score_strategy(pipe, query_rows, options, "oracle", labels=True),
-    }
+    with _to_itself(out):
+        rankers, report = [], {"excluded": len(exclude)}
+        for k in options.lengths:
+            ranker, metrics = train_ranker(k, options, training, pipe.model, pipe.pool, exclude)
+            rankers.append(ranker.to(training.device))
+            report[f"ranker-{k}"] = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        selector = RankerSelector(rankers, options.schedule)
+        scores = {
+            "nearest": score_strategy(pipe, query_rows, options, "nearest"),
+            "ranker": score_strategy(pipe, query_rows, options, selector),
+            "oracle": score_strategy(pipe, query_rows, options, "oracle", labels=True),
+        }
+        if is_first():
+            _report(out, report | {"scores": scores})
     if is_first():
         table = [
             {"strategy": name, "queries": len(each), "score": float(np.mean(each))} for name, each in scores.items()
         ]
         print(markdown_table(table, {"strategy": "strategy", "queries": "queries", "score": pipe.visual_task.metric}))
-        _report(out, report | {"scores": scores})
     PartialState().wait_for_everyone()

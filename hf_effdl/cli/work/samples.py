@@ -141,16 +141,23 @@ def select(options: Any, args: Any) -> None:
     )
     subset = selector.select(data["pool"], options.budget if options.budget <= 1 else int(options.budget))
     if is_first():
-        selector.report().save(out / "report")
-        selector.selection.save(out / "selection", card=True)
         print(selector.report(), flush=True)
-        with locked(out / "rows"), filled_beside(out / "rows") as folder:
-            subset.save_to_disk(folder)
+        _save_selected(selector, subset, out)
         print(f"{len(subset)} rows with their weights are in {out / 'rows'}: datasets.load_from_disk reads them")
     if options.train or options.compare:
         _compare(source, data, subset, options, args, out)
     if options.push_selection and is_first():
         print(selector.selection.push_to_hub(options.push_selection))
+
+
+def _save_selected(selector: UncertaintySelector, subset: Dataset, out: Path) -> None:
+    """Report, selection and rows of one run, never of two; the rows last, and a run that is killed leaves none."""
+    with locked(out, ".lock-select"):
+        (out / "rows" / "state.json").unlink(missing_ok=True)  # without which no rows are loaded
+        selector.report().save(out / "report")
+        selector.selection.save(out / "selection", card=True)
+        with locked(out / "rows"), filled_beside(out / "rows") as folder:
+            subset.save_to_disk(folder)
 
 
 def split_off_probes(data: DatasetDict, options: Any, seed: int) -> DatasetDict:

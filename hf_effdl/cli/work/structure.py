@@ -1,7 +1,7 @@
 """Training along a path: sparsify, ticket, grow, lora-ranks."""
 
 import warnings
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from hf_effdl.cli.work.cards import write_slim_card
 from hf_effdl.cli.work.cost import Cost, evaluation_cost, rehearsal, size_of, steps_of, tell, training_cost
 from hf_effdl.cli.work.data import accuracy, as_pixels, labels_of, load_splits
 from hf_effdl.cli.work.tasks import load_task, texts
-from hf_effdl.files import filled_beside, locked
+from hf_effdl.files import filled_beside, locked, remove_weights
 from hf_effdl.hub.cards import markdown_table
 from hf_effdl.processes import is_first
 from hf_effdl.structure.groups.find import find_groups
@@ -29,7 +29,7 @@ from hf_effdl.structure.growing.trainer import GrowingTrainer
 from hf_effdl.structure.lora.select import select_lora_ranks
 from hf_effdl.structure.tickets.rewind import rewind
 from hf_effdl.structure.tickets.search import find_ticket
-from hf_effdl.structure.training.checkpoints import has_checkpoints
+from hf_effdl.structure.training.checkpoints import has_checkpoints, newest
 from hf_effdl.structure.training.trainer import SplitLBITrainer
 
 
@@ -127,6 +127,8 @@ def _print_and_save(
 ) -> None:
     args = trainer.args
     card = {"dataset": options.dataset_name, "tasks": options.task}
+    if is_first():
+        remove_weights(Path(args.output_dir, "slim"))  # of another path
     trainer.save_model()
     if is_first():
         trainer.create_model_card(**card)
@@ -170,11 +172,12 @@ def ticket(options: Any, args: Any) -> None:
     )
     if not is_first():
         return
-    found.save_pretrained(args.output_dir)
     folder = Path(args.output_dir, "small")
     to = "init" if options.weights == "start" else found.step
     small = rewind(lambda: deepcopy(trainer.plain_model()), found, to)
-    with locked(folder):
+    with locked(args.output_dir, ".lock-ticket"), locked(folder):
+        remove_weights(folder)  # of another ticket
+        found.save_pretrained(args.output_dir)
         with filled_beside(folder) as part:
             small.save_pretrained(part)
             material.processor.save_pretrained(part)
@@ -274,6 +277,7 @@ def lora_ranks(options: Any, args: Any) -> None:
         with rehearsal(args):
             tell("lora-ranks", _lora_cost(_with_adapter(options, args)[0], options))
         return
+    _check_tuned(args)
     trainer, rows = _with_adapter(options, args)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     small = select_lora_ranks(trainer.model, trainer.path, options.budget)
@@ -283,8 +287,10 @@ def lora_ranks(options: Any, args: Any) -> None:
         f"{size['ratio']:.0%} by the path": {**trainer.evaluate_model(small), "params": size["after"]},
     }
     if options.finetune_epochs:
-        trainer.args.num_train_epochs = options.finetune_epochs
-        Trainer(small, trainer.args, **rows).train()
+        tuned = copy(args)  # its checkpoints beside those of the path, which is not gone on with from them
+        tuned.output_dir, tuned.num_train_epochs = str(Path(args.output_dir, TUNED)), options.finetune_epochs
+        resumed = newest(tuned.output_dir, args.world_size) if args.resume_from_checkpoint else None
+        Trainer(small, tuned, **rows).train(resume_from_checkpoint=resumed)
         name = f"{size['ratio']:.0%}, fine-tuned for {options.finetune_epochs} epochs"
         trainer.results[name] = {**trainer.evaluate_model(small), "params": size["after"]}
     if is_first():

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from hf_effdl.checks import instance, whole_number
 from hf_effdl.files import digest, read_sealed, sealed, write_whole
 from hf_effdl.processes import agreed, forget_accelerate, is_first, refuse_lone_processes, together
-from hf_effdl.random_state import random_state_kept
+from hf_effdl.random_state import evaluating, random_state_kept
 from hf_effdl.row_losses import IGNORED
 from hf_effdl.samples.language.rows import Batch, Encoded, encode
 from hf_effdl.samples.probes.probes import bootstrap_counts, weights_hash
@@ -56,8 +56,6 @@ class LanguageProbes:
         places = [getattr(config, "max_position_embeddings", None) for config in configs]
         self.longest = min((place for place in places if place), default=None)
         self.processing_class = processing_class
-        for model in self.models:
-            model.eval()
 
     def __len__(self) -> int:
         return max(len(self.models), len(self.adapters))
@@ -131,7 +129,8 @@ def ask(model: nn.Module, batch: Batch, embed: bool = False) -> tuple[Tensor, Te
     takes = inspect.signature(base.forward).parameters
     options = {"logits_to_keep": batch.tail} if "logits_to_keep" in takes else {}
     inputs = {name: value for name, value in inputs.items() if name in takes}
-    out = model(**inputs, **options, use_cache=False, output_hidden_states=embed)
+    with evaluating(model):  # whatever the mode of a training that it is part of
+        out = model(**inputs, **options, use_cache=False, output_hidden_states=embed)
     logits = out.logits[:, -batch.tail :]
     return logits[batch.row.to(device), batch.column.to(device)], out.hidden_states[-1] if embed else None
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, default_data_collator
 
 from hf_effdl.files import digest
+from hf_effdl.random_state import evaluating
 
 
 Rows = Sequence[Mapping[str, Any]]
@@ -372,8 +373,17 @@ def identity(value: Any) -> Any:
 
 
 def run_model(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Any:
-    """Keyword tensors or one tensor into a model."""
-    return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+    """Keyword tensors or one tensor into a model, in eval mode, whatever the mode of a training that it is part of."""
+    try:
+        with evaluating(model):
+            return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+    except Exception as error:
+        fed = {"": inputs} if isinstance(inputs, Tensor) else inputs
+        shapes = ", ".join(f"{name} {tuple(getattr(value, 'shape', ()))}".strip() for name, value in fed.items())
+        error.add_note(
+            f"{type(model).__name__} was fed {shapes}: rows, input_column= and processing_class= must fit it"
+        )
+        raise
 
 
 def is_text(feature: Any) -> bool:

@@ -47,7 +47,7 @@ class LinearProbes(Probes):
         if backbone is not None:
             instance("backbone", backbone, nn.Module, "a model, or None where the rows hold features")
         tensor("heads", heads)
-        self.backbone = nn.Identity() if backbone is None else backbone.eval()
+        self.backbone = nn.Identity() if backbone is None else backbone
         super().__init__([self.backbone] * len(heads), names=names or [], probe_set=probe_set)
         self.names = list(names) if names else None
         self.inputs, self.recipe = inputs, recipe

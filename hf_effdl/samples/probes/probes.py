@@ -82,8 +82,6 @@ class Probes:
                 "better 8, trained on different bootstrap samples, see train_probes"
             )
         self.task = task_of(self.models, task)
-        for model in self.models:
-            model.eval()
         self.names = list(names) if names is not None else common_names(self.models)
         self.inputs = Inputs(processing_class, input_column, data_collator)
         self.probe_set = probe_set

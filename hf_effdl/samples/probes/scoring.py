@@ -184,7 +184,9 @@ class _Scoring:
     def part(self, places: range) -> dict[str, Tensor]:
         """The scores of some rows, each process asking the probes about its share of every batch."""
         rows = _Numbered(self.data, places, self.inputs)
-        loader = self.accelerator.prepare(DataLoader(rows, self.batch_size, collate_fn=_Collate(self.inputs)))
+        own = {"generator": torch.Generator()}  # else every pass takes one of the run's random numbers
+        loader = DataLoader(rows, self.batch_size, collate_fn=_Collate(self.inputs), **own)
+        loader = self.accelerator.prepare(loader)
         table: dict[str, Tensor] = {}
         for numbers, scores in self._batches(loader):
             scores = {name: value.to(self.accelerator.device) for name, value in scores.items()}

@@ -10,8 +10,9 @@ from typing import Any
 from datasets import Dataset
 
 from hf_effdl.checks import instance, path
-from hf_effdl.files import write_whole
+from hf_effdl.files import digest, locked, write_whole
 from hf_effdl.samples.probes.inputs import check_dataset
+from hf_effdl.samples.probes.row_marks import row_marks
 
 
 PLACE = "row"
@@ -57,14 +58,27 @@ class CsvAnswers:
 
     def __call__(self, rows: Dataset, places: Sequence[int], number: int) -> list[str] | None:
         file = self.folder / f"asked-{number:04d}.csv"
-        if not file.exists():
-            self._write(file, rows, places)
+        with locked(self.folder):  # a file that someone has begun to fill in is never written over
+            self._ask(file, rows, places)
         answers = self._read(file, places)
         missing = [place for place in places if not answers[place]]
         if missing:
             print(f"{len(missing)} of {len(places)} labels are missing in {file}; fill in {self.label_column!r}")
             return None
         return [answers[place] for place in places]
+
+    def _ask(self, file: Path, rows: Dataset, places: Sequence[int]) -> None:
+        """Write the file unless it is there; the mark beside it tells rows of one place in two pools apart."""
+        shown = [name for name in rows.column_names if name != self.label_column]
+        mark, about = file.with_name(f".{file.name}.sha256"), digest(row_marks(rows, shown).numpy().tobytes())
+        if not file.exists():
+            write_whole(mark, about)
+            self._write(file, rows, places)
+        if mark.is_file() and mark.read_text() != about:  # files of earlier versions have none
+            raise ValueError(
+                f"{file} asks about rows of another pool, or of this one before it was changed: pass a folder of its "
+                "own for every pool, or remove the file to ask again"
+            )
 
     def _write(self, file: Path, rows: Dataset, places: Sequence[int]) -> None:
         columns = self.columns

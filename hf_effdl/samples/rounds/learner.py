@@ -230,9 +230,10 @@ class ActiveLearner:
         if not file.is_file():
             return
         kept = self._read_round(file)
-        if kept["asked"] != step["asked"]:
+        if other := [name for name, value in kept.items() if name not in step or step[name] != value]:
             raise ValueError(
-                f"{file} asks about other rows: two runs write into one folder; choose another output_dir"
+                f"{file} has another {' and '.join(other)} by now: two runs write into one folder; wait for the other "
+                "and make the learner again, or choose another output_dir"
             )
 
     def _read(self) -> list[dict[str, Any]]:
@@ -241,7 +242,8 @@ class ActiveLearner:
         while (file := self._file(len(history))).is_file():
             step = self._read_round(file)
             known = {place for earlier in history for place in earlier["asked"]}
-            if known & set(step["asked"]) or step.get("number") != len(history):
+            unfinished = history and not {"labels", "score"} <= history[-1].keys()
+            if known & set(step["asked"]) or step.get("number") != len(history) or unfinished:
                 raise damaged(file, "it is no round after those before it", REMEDY)
             history.append(step)
         return history

@@ -148,8 +148,9 @@ def answer(model: nn.Module, batch: Any, number: int = 0) -> Any:
         return call(model, batch)
     except (TypeError, RuntimeError, ValueError, IndexError, KeyError) as error:
         shapes = each_input(lambda v: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__, batch)
+        which = f"batch {number}" if number >= 0 else "rows that are held out"  # those are numbered from behind
         raise ValueError(
-            f"{type(model).__name__} does not take calibration batch {number}, {shapes} ({type(error).__name__}: "
+            f"{type(model).__name__} does not take calibration {which}, {shapes} ({type(error).__name__}: "
             f"{error}); every batch must be what model(batch), model(*batch) or model(**batch) accepts"
         ) from error
 

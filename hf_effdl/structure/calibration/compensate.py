@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_effdl.checks import one_of, real_number
 from hf_effdl.processes import is_first, same_fate
+from hf_effdl.random_state import evaluating
 from hf_effdl.structure.calibration.batches import Calibration, answer, first_rows, split_rows
 from hf_effdl.structure.calibration.grams import Ensemble, Gram, Pair, answer_sizes, geometric_mean
 from hf_effdl.structure.calibration.joints import joints_of
@@ -22,7 +23,7 @@ from hf_effdl.structure.calibration.scores import activation, check_finite, fish
 from hf_effdl.structure.calibration.taps import Joint, count_calls
 from hf_effdl.structure.calibration.widths import Loss, divide
 from hf_effdl.structure.groups.group import Group
-from hf_effdl.structure.groups.inputs import copy_of, evaluating
+from hf_effdl.structure.groups.inputs import copy_of
 
 
 logger = logging.getLogger(__name__)

@@ -82,7 +82,8 @@ def find_groups(model: nn.Module, example_inputs: Any = None, *, unit: str = "de
         _report_frozen([group for group in groups if not group.lifted], dict(model.named_parameters()))
         return groups
     _check_weights(model)
-    with random_state_kept(), full_precision():  # rounding would hide whether a unit can go
+    # rounding would hide whether a unit can go, and inference mode how signals flow
+    with random_state_kept(), full_precision(), torch.inference_mode(False):
         copy = _traceable_copy(model)
         inputs = one_row(example_inputs, copy) if example_inputs is not None else guess_inputs(copy)
         network = network_of(copy, inputs)

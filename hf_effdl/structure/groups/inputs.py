@@ -41,19 +41,6 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Models in eval mode for the length of a `with` block; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def each_input(change: Callable[[Any], Any], inputs: Any) -> Any:
     """The same tensor, tuple or dict, with every value changed."""
     if isinstance(inputs, Mapping):

@@ -5,7 +5,7 @@ Every trial takes random units of its own out of every group, so that units that
 runs in train mode or with labels, a norm that does nothing to small signals, a branch that is seldom taken.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,8 +20,19 @@ from hf_effdl.structure.groups.reading import Reading
 from hf_effdl.structure.groups.surgery import cut, mask
 
 
-PIXELS = 255.0  # the scale of images that nobody has rescaled
-SCALES = (4.0, 16.0, PIXELS)  # a gate that opens at some size is at both of its sides at one of them
+FAINT = 1 / 16
+
+
+def _about_zero(values: Tensor) -> Tensor:
+    return values - values.mean() if values.numel() > 1 and values.std() > 0 else values
+
+
+# A gate that opens at some size, sign or mean of the inputs is at both of its sides at one of them.
+SCALES = {
+    " on inputs about zero, 4 times as large": (4.0, _about_zero),
+    " on negative inputs, 16 times as large": (16.0, lambda values: -1 - values.abs()),
+    " at the scale of pixels": (255.0, Tensor.abs),  # of images that nobody has rescaled
+}
 SMALL = 1_000_000  # parameters of a model that costs little to try out twice
 BATCH = 8  # rows
 CHEAP = 2**16  # numbers in a batch of inputs
@@ -107,8 +118,11 @@ def settings_for(model: nn.Module, inputs: Any, labels: Any = None) -> list[Sett
     draws = 2 if _is_small(model) else 1
     settings = [Setting(model, inputs, draws=draws).doubled()]
     least = replace(settings[0], words=" where one unit of each is left", draws=1, least=True)
-    has_sizes = any(tensor.is_floating_point() for tensor in all_values(inputs))  # tokens have none
-    settings += [_at_scale(model, inputs, scale, draws) for scale in SCALES if has_sizes]
+    if any(tensor.is_floating_point() for tensor in all_values(inputs)):  # tokens have no size
+        faint = replace(least, inputs=_changed(lambda values: FAINT * values, least.inputs))
+        least = faint if _answers(faint) else least
+        scaled = [_at_scale(model, inputs, words, draws) for words in SCALES]
+        settings += [setting for setting in scaled if setting is not None]
     training, labelled = _training(model), with_labels(model, inputs, labels)
     rows = _cheap_batch(inputs)
     heads = [_that_runs(model, rows, f" on a batch of {BATCH} rows")]
@@ -146,11 +160,30 @@ def _is_small(model: nn.Module) -> bool:
     return sum(p.numel() for p in model.parameters()) < SMALL
 
 
-def _at_scale(model: nn.Module, inputs: Any, scale: float, draws: int) -> Setting:
-    large = each_tensor(lambda tensor: tensor * scale if tensor.is_floating_point() else tensor, inputs)
-    words = " at the scale of pixels" if scale == PIXELS else f" on inputs {scale:.0f} times as large"
+def _at_scale(model: nn.Module, inputs: Any, words: str, draws: int) -> Setting | None:
+    """A setting of `SCALES`, of the example's own signs where it answers to no others; None where it refuses both."""
+    scale, change = SCALES[words]
+    large = _changed(lambda values: scale * change(values), inputs)
     setting = Setting(model, large, words, may_overflow=True, draws=draws)
+    if not _answers(setting):
+        setting = replace(setting, inputs=_changed(lambda values: scale * values, inputs))
+        if not _runs(setting):
+            return None
     return setting.doubled() if draws > 1 else setting  # a small model: what is faint shows too
+
+
+def _changed(change: Callable[[Tensor], Tensor], inputs: Any) -> Any:
+    """Inputs whose sizes, which are floating point numbers, are others."""
+    return each_tensor(lambda tensor: change(tensor) if tensor.is_floating_point() else tensor, inputs)
+
+
+def _answers(setting: Setting) -> bool:
+    """Whether a model runs on these inputs, and says numbers."""
+    try:
+        answer = output_tensors(call(setting.model, setting.inputs))
+    except Exception:  # noqa: BLE001 - a model's own reasons
+        return False
+    return all(tensor.isfinite().all() for tensor in answer)
 
 
 def _cheap_batch(inputs: Any) -> list[Any]:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_effdl.random_state import evaluating
 from hf_effdl.structure.groups.group import check_module
-from hf_effdl.structure.groups.inputs import call, evaluating
+from hf_effdl.structure.groups.inputs import call
 
 
 @torch.no_grad()

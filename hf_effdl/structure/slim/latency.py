@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_effdl.structure.groups.inputs import call, evaluating
+from hf_effdl.random_state import evaluating
+from hf_effdl.structure.groups.inputs import call
 
 
 @torch.no_grad()

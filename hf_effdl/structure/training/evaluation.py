@@ -18,10 +18,9 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
-from hf_effdl.random_state import random_state_kept
+from hf_effdl.random_state import evaluating, random_state_kept
 from hf_effdl.structure.calibration.batches import HELD_OUT
 from hf_effdl.structure.groups.group import Group, Slice
-from hf_effdl.structure.groups.inputs import evaluating
 from hf_effdl.structure.optim.prox import per_entry
 from hf_effdl.structure.optim.sharding import local
 from hf_effdl.structure.optim.split_lbi import SplitLBI

@@ -19,10 +19,9 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from hf_effdl.checks import whole_number
 from hf_effdl.files import filled_beside, locked
 from hf_effdl.processes import forget_accelerate, is_first, refuse_lone_processes
-from hf_effdl.random_state import random_state_kept
+from hf_effdl.random_state import evaluating, random_state_kept
 from hf_effdl.structure.groups.find import find_groups
 from hf_effdl.structure.groups.group import Group, Groups
-from hf_effdl.structure.groups.inputs import evaluating
 from hf_effdl.structure.optim.sharding import is_sharded
 from hf_effdl.structure.optim.split_lbi import SplitLBI
 from hf_effdl.structure.path.path import SparsePath
@@ -253,7 +252,7 @@ class SplitLBITrainer(FamilyMixin, SmallMixin, SlimMixin, DistillationMixin, Wei
         mine = self.model, self.model_wrapped
         self.model = self.model_wrapped = model
         try:
-            with evaluating(model):
+            with evaluating(model), random_state_kept():
                 return loop_metrics(self, self.get_eval_dataloader(eval_dataset))
         finally:
             self.model, self.model_wrapped = mine

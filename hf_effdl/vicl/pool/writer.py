@@ -216,9 +216,8 @@ def _write_shards(
     with tqdm(total=sum(map(len, rows_of.values())), desc="encoding", unit=" rows", disable=hidden) as bar:
         for name, rows in rows_of.items():
             with ShardWriter(folder / "data", name) as writer:
-                batches = DataLoader(
-                    Subset(source, rows), encoding.batch_size, num_workers=encoding.num_workers, collate_fn=list
-                )
+                how = {"num_workers": encoding.num_workers, "collate_fn": list}
+                batches = DataLoader(Subset(source, rows), encoding.batch_size, generator=torch.Generator(), **how)
                 entry = _encode(writer, batches, encoding, state.device, keep_grids, bar)
             note = {"entry": entry, "sha256": digest(json.dumps(entry))}
             write_whole(folder / "done" / f"{name}.json", json.dumps(note))

@@ -262,6 +262,7 @@ class VisionEncoder(nn.Module):
             `{"vector": (N, d), "tokens": (N, 5, d), "grid": (N, gh, gw, d')}`, float32.
         """
         self._check_size(pixels)
+        self.eval()  # the backbone may be part of a model that is being trained
         if self._reader is not None:
             last = grid = self._reader(pixels).float()
             pooled = None
@@ -287,6 +288,7 @@ class VisionEncoder(nn.Module):
             `(N, gh, gw, d)` for each layer, float32; sizes may differ in a convolutional backbone.
         """
         self._check_size(pixels)
+        self.eval()  # the backbone may be part of a model that is being trained
         if self._reader is not None:
             if set(layers) != {None}:
                 raise ValueError(f"layers={layers}: {type(self.backbone).__name__} has one map of features, the last")
