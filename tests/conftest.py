@@ -31,6 +31,11 @@ LONGEST = (
     "test_distributed.py",
     "test_grow.py",
     "test_tickets.py",
+    "test_vicl_pipeline.py",
+    "test_weighting.py",
+    "test_nets.py",
+    "test_hub_vicl.py",
+    "test_cascade.py",
 )
 DATA = Path(os.environ.get("HF_EFFDL_DATA", ROOT.parent / "shared" / "data"))
 

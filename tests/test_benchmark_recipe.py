@@ -60,7 +60,7 @@ def test_a_ridge_weighted_by_two_is_that_of_half_the_nu(script, rows):
     run, duals = rows[2], []
     for weight, nu in ((2.0, 8.0), (1.0, 4.0)):
         torch.manual_seed(0)
-        model = script.Classifier(script.build("bn14"))
+        model = script.Classifier(script.MNIST.build("bn14"))
         groups = script.find_groups(model, {"pixel_values": run.data[0][:1]})
         optimizer = script.SplitLBI([group.param_group() for group in groups], lr=0.1, nu=nu)
         ridge = script.GramRidge(model, groups, run.data[0], optimizer)

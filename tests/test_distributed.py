@@ -127,6 +127,7 @@ def test_the_configs_for_accelerate_are_what_accelerate_reads(name):
         assert settings.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
 
 
+@pytest.mark.slow
 def test_the_classifier_example_runs_sharded_under_accelerate_launch(config, tmp_path):  # noqa: F811
     command = [BIN / "accelerate", "launch", "--config_file", CONFIGS / "fsdp2.yaml", "-m", "distributed.fsdp_on_cpu"]
     command += [HERE.parents[1] / "examples" / "sparsify_image_classifier.py", "--config", config]
