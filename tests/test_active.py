@@ -323,3 +323,26 @@ def test_spreadsheets_of_other_countries_are_read(comma, encoding, tmp_path):
 def test_a_pool_that_is_used_up_ends_the_run(tmp_path):
     made = learner(tmp_path, "random", batch=50)
     assert made.run(9) and len(made.places) == 120 and len(made.history) == 3
+
+
+def test_an_answer_that_training_refuses_can_be_mended(tmp_path):
+    def strict(rows, seed):
+        if not all(label.isdigit() for label in rows["label"][:] if rows.num_rows):
+            raise ValueError("no number")
+        return train(rows, seed)
+
+    def made() -> ActiveLearner:
+        pool, answers = cloud().remove_columns("label"), CsvAnswers(tmp_path / "csv")
+        return ActiveLearner(pool, strict, answers, tmp_path / "rounds", batch=12, embed=features)
+
+    labels, file = {i: str(label) for i, label in enumerate(cloud()["label"])}, tmp_path / "csv" / "asked-0000.csv"
+    assert not made().run(1)
+    fill(file, dict.fromkeys(labels, "seven"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no number") as caught:
+            made().run(1)
+    (last,) = (tmp_path / "rounds").glob("round-*")
+    assert f"labels in {last}" in caught.value.__notes__[0]
+    fill(file, labels)
+    last.unlink()
+    assert made().run(1)

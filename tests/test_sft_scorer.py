@@ -511,3 +511,13 @@ def test_what_cannot_score_is_refused():
     for call, message in (("m", "pass a function that makes"), (llama(), "a LlamaForCausalLM"), (llama, "args=None")):
         with pytest.raises(TypeError, match=message):
             train_language_probes(call, None, FEW, tokenizer())
+
+
+def test_the_end_of_a_row_that_is_cut_off_is_unknown_and_no_sign_of_damage(capsys):
+    data = Dataset.from_dict({"text": [" ".join(["w1"] * length) for length in (3, 5, 12, 20)]})
+    made = scorer(max_length=8, part_rows=2)
+    found = made.table(made.score(data))["loss_end"]
+    assert found.isnan().tolist() == [False, False, True, True]
+    assert "2 of 4 rows are cut off at max_length=8" in capsys.readouterr().out
+    ends = torch.tensor([1.0, 1.1, 0.9, 1.0, torch.nan, torch.nan, torch.nan, torch.nan, 9.0])
+    assert damaged_rows({"loss_end": ends}, torch.zeros(9))["cut off"].nonzero().flatten().tolist() == [8]

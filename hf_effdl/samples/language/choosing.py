@@ -62,7 +62,8 @@ def damaged_rows(table: Mapping[str, Tensor], groups: Tensor) -> dict[str, Tenso
     """Masks of rows that look damaged, by what is wrong with them.
 
         mismatched    see `mismatched_rows`: the answer is as likely after another row's prompt
-        cut off       `loss_end` far above its cluster's median: the end of the answer comes as a surprise
+        cut off       `loss_end` far above its cluster's median: the end of the answer comes as a surprise. NaN, of
+                      rows that `max_length` cut off, is no sign
         repeated      nearly the same as another row, which the probes find likelier
 
     Args:
@@ -80,12 +81,15 @@ def damaged_rows(table: Mapping[str, Tensor], groups: Tensor) -> dict[str, Tenso
 
 
 def outliers(values: Tensor, groups: Tensor) -> Tensor:
-    """How many robust standard deviations (1.4826 times the median distance) values are above their group's median."""
+    """How many robust standard deviations (1.4826 times the median distance) values are above their group's median.
+
+    NaN stays NaN, and counts for no median.
+    """
     found = torch.zeros_like(values)
     for group in groups.unique():
         inside = groups == group
-        middle = values[inside].median()
-        spread = 1.4826 * (values[inside] - middle).abs().median()
+        middle = values[inside].nanmedian()
+        spread = 1.4826 * (values[inside] - middle).abs().nanmedian()
         found[inside] = (values[inside] - middle) / spread.clamp(min=1e-6)
     return found
 

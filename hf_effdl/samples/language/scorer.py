@@ -127,7 +127,7 @@ class SFTScorer:
     def key(self) -> str:
         """What scores follow from, beside the rows."""
         settings = {"max_length": self.max_length, "top": self.top, "batch_tokens": self.batch_tokens}
-        settings |= {"columns": self.columns, "probes": self.probes.fingerprint}
+        settings |= {"columns": self.columns, "probes": self.probes.fingerprint, "ends": "seen"}
         return digest(json.dumps(settings))
 
     def score(self, data: Dataset, progress: bool = True) -> Dataset:
@@ -149,6 +149,10 @@ class SFTScorer:
             loud = progress and is_first()
             if loud:
                 print(self.cost(rows)["text"])
+                if cut := sum(map(self._is_cut, rows)):
+                    print(
+                        f"{cut} of {len(rows)} rows are cut off at max_length={self.max_length} and scored up to there"
+                    )
             start, key = time.perf_counter(), self.key if self.cache_dir else ""
             parts = [range(i, min(i + self.part_rows, len(rows))) for i in range(0, len(rows), self.part_rows)]
             mine = parts[state.process_index :: state.num_processes]
@@ -346,6 +350,10 @@ class SFTScorer:
     def _encoded_row(self, row: Mapping[str, Any], where: str) -> Encoded:
         return self.probes.check(encode(row, self.tokenizer, self.max_length, where), where)
 
+    def _is_cut(self, row: Encoded) -> bool:
+        """Whether `max_length` has cut a row off, whose end was not seen then."""
+        return len(row) == self.max_length and self.tokenizer.eos_token_id not in row.answer
+
     @property
     def _padding(self) -> int:
         """A token for places that are masked."""
@@ -378,6 +386,7 @@ class SFTScorer:
         prompts = tables.pop("prompts", None)
         tables["tokens"] = torch.tensor([len(row) for row in rows])
         tables["answer_tokens"] = torch.tensor([len(row.answer) for row in rows])
+        tables["loss_end"][torch.tensor([self._is_cut(row) for row in rows])] = torch.nan
         first = tables.pop("first")
         if self.contrast:
             start = self.tokenizer.bos_token_id

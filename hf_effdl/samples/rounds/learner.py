@@ -197,7 +197,15 @@ class ActiveLearner:
         return True
 
     def _train(self, rounds: int) -> None:
-        self.probes = self.train(self._rows(rounds), self.seed + rounds)
+        try:
+            self.probes = self.train(self._rows(rounds), self.seed + rounds)
+        except Exception as error:
+            if rounds:
+                error.add_note(
+                    f"It was trained on the labels in {self._file(rounds - 1)} and of the rounds before. Where one is "
+                    "mistaken, mend it where it was answered, remove that round's file, and run again"
+                )
+            raise
         if not isinstance(self.probes, Probes):
             raise TypeError(f"train returned a {type(self.probes).__name__}; it must return Probes")
 

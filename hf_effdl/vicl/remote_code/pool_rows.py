@@ -162,6 +162,23 @@ def fellows(rows: Tensor, groups: Sequence[Any] | None, classes: Sequence[Any] |
     return allowed
 
 
+def of_classes(pool: PoolReader, classes: Sequence[Any]) -> Tensor:
+    """`(count, n)` bool: rows of the class that each query asks for, all where it asks for none."""
+    kept = column_of(pool, "class", "classes= is given")
+    allowed = torch.ones(len(classes), len(kept), dtype=torch.bool)
+    for i, one in enumerate(classes):
+        if (name := name_of(one, "classes")) is None:
+            continue
+        allowed[i] = torch.from_numpy((kept == name).astype(bool))
+        if not allowed[i].any():
+            known = ", ".join(sorted({str(one) for one in kept if one is not None})[:20])
+            raise ValueError(
+                f"image {i} of the batch may be shown no example of the pool: classes= names {name!r}, and the "
+                f"pool's classes are {known}"
+            )
+    return allowed
+
+
 def allowed_rows(
     pool: PoolReader,
     count: int,
@@ -183,10 +200,7 @@ def allowed_rows(
     if groups is not None:
         allowed &= of_other_groups(pool, groups)
     if classes is not None:
-        kept = column_of(pool, "class", "classes= is given")
-        for i, one in enumerate(classes):
-            if (name := name_of(one, "classes")) is not None:
-                allowed[i] &= torch.from_numpy((kept == name).astype(bool))
+        allowed &= of_classes(pool, classes)
     if where is not None and not (isinstance(where, dict) and where.keys() <= COLUMNS.keys()):
         raise ValueError(
             f"candidates_where={where!r}: pass a dict of {' or '.join(map(repr, COLUMNS))} and what it is to be"
