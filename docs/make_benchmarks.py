@@ -23,6 +23,7 @@ TABLES = ROOT / "docs" / "benchmarks" / "tables"
 PRINTED = (
     "structure_mnist",
     "recipe_mnist",
+    "recipe_cifar10",
     "structure_cifar10",
     "tickets_mnist",
     "tickets_settling",
