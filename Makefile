@@ -37,7 +37,7 @@ demo: $(READY)
 # One file a worker at a time, as its tests share what they have made; what measures time comes last, alone.
 test: $(READY)
 	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -m "not slow and not alone"
-	$(BIN)/python -m pytest tests -m "alone and not slow"
+	$(BIN)/python -m pytest $$(grep -l "mark.alone" tests/test_*.py) -m "alone and not slow"
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -m "not alone"

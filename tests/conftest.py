@@ -36,6 +36,16 @@ LONGEST = (
     "test_nets.py",
     "test_hub_vicl.py",
     "test_cascade.py",
+    "test_trainer.py",
+    "test_hub_structure.py",
+    "test_trials.py",
+    "test_fused.py",
+    "test_slim.py",
+    "test_small.py",
+    "test_groups.py",
+    "test_hub_selection.py",
+    "test_calibration.py",
+    "test_vicl_files.py",
 )
 DATA = Path(os.environ.get("HF_EFFDL_DATA", ROOT.parent / "shared" / "data"))
 
