@@ -408,23 +408,22 @@ def table(rows: list[dict]) -> None:
         for arm in ARMS:
             mine = [of[arm, seed] for seed in seeds if (arm, seed) in of]
             if mine:
-                print(line(arm, mine, [of[ours, row["seed"]] for row in mine]))
+                print(line(arm, mine, [of[ours, row["seed"]] for row in mine], len(seeds)))
 
 
 def cell_of(row: dict) -> tuple:
     return row["net"], row["budget"], row.get("within", WITHIN), row.get("stretch", 1.0)
 
 
-def line(arm: str, mine: list[dict], ours: list[dict]) -> str:
+def line(arm: str, mine: list[dict], ours: list[dict], seeds: int) -> str:
     def mean(key: str, digits: int = 2) -> str:
         return f"{statistics.mean(row[key] for row in mine):.{digits}f}" if key in mine[0] else "-"
 
     ahead, error = mean_and_error([one["after"] - row["after"] for one, row in zip(ours, mine, strict=True)])
-    name = arm if len(mine) == len(ours) else f"{arm} ({len(mine)} seeds)"
+    name = arm if len(mine) == seeds else f"{arm} ({len(mine)} of {seeds} seeds)"
     search = mean("found") if arm in RECIPE else "-"
-    return (
-        f"| {name} | {mean('before', 1)} | {mean('after')} | {ahead:+.2f} ({error:.2f}) | {mean('cost')} | {search} |"
-    )
+    apart = f"{ahead:+.2f} ({error:.2f})" if len(mine) > 1 else f"{ahead:+.2f}"
+    return f"| {name} | {mean('before', 1)} | {mean('after')} | {apart} | {mean('cost')} | {search} |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
