@@ -582,7 +582,8 @@ def test_a_pipeline_saves_the_cascade_that_it_was_given(fitted, measured, pools,
     loaded = VisualInContextModel.from_pretrained(tmp_path / "saved")
     assert loaded.config.candidates == 8 and isinstance(loaded.selector, CascadeSelector)
     for got, one in zip(plain(VisualInContextPipeline(loaded, pool=pool)(photos())), expected, strict=True):
-        assert got[:2] == one[:2] and got[2] == pytest.approx(one[2], rel=1e-6)  # rounded by where weights lie
+        rounding = 0 if torch.__version__ >= "2.13" else 1e-6  # 2.10 rounds by where weights lie
+        assert got[:2] == one[:2] and got[2] == pytest.approx(one[2], rel=rounding, abs=0)
     # what was loaded can be fitted anew: the number of candidates is the pipeline's now
     model.config.candidates = 8
     expected = CascadeSelector(model, passes=PASSES).fit(pool, progress=False).report

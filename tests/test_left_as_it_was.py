@@ -183,7 +183,9 @@ def views_of_images(train):
     vit.embeddings.dropout.p = 0.5
     encoder = scenes.VisionEncoder(vit)
     vit.train(train)
-    return encoder(torch.ones(1, 3, 32, 32))["vector"].tolist()
+    views = encoder(torch.ones(1, 3, 32, 32))["vector"].tolist()
+    assert vit.training == train
+    return views
 
 
 @pytest.mark.parametrize("answer", [scores_of_texts, features_of_rows, views_of_images])

@@ -203,7 +203,7 @@ class ActiveLearner:
             if rounds:
                 error.add_note(
                     f"It was trained on the labels in {self._file(rounds - 1)} and of the rounds before. Where one is "
-                    "mistaken, mend it where it was answered, remove that round's file, and run again"
+                    "mistaken, mend it where it was answered, remove the files of that round and later, and run again"
                 )
             raise
         if not isinstance(self.probes, Probes):

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, wraps
 from inspect import signature
 from typing import Any
 
@@ -24,6 +24,22 @@ HALF = (0.5, 0.5, 0.5)
 SAMPLED = 4096
 # how backbones that are no plain encoders say what they know of an image, by the model type of transformers
 READERS = {"seggpt": SegGptFeatures}
+
+
+def in_eval_mode(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method during which all parts are in eval mode: the backbone may be part of a model that is being trained."""
+
+    @wraps(method)
+    def asked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    return asked
 
 
 class VisionEncoder(nn.Module):
@@ -252,6 +268,7 @@ class VisionEncoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
+    @in_eval_mode
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """Views of a batch.
 
@@ -262,7 +279,6 @@ class VisionEncoder(nn.Module):
             `{"vector": (N, d), "tokens": (N, 5, d), "grid": (N, gh, gw, d')}`, float32.
         """
         self._check_size(pixels)
-        self.eval()  # the backbone may be part of a model that is being trained
         if self._reader is not None:
             last = grid = self._reader(pixels).float()
             pooled = None
@@ -277,6 +293,7 @@ class VisionEncoder(nn.Module):
         }
 
     @torch.no_grad()
+    @in_eval_mode
     def maps(self, pixels: Tensor, layers: Sequence[int | None]) -> list[Tensor]:
         """Feature maps of several layers from one pass.
 
@@ -288,7 +305,6 @@ class VisionEncoder(nn.Module):
             `(N, gh, gw, d)` for each layer, float32; sizes may differ in a convolutional backbone.
         """
         self._check_size(pixels)
-        self.eval()  # the backbone may be part of a model that is being trained
         if self._reader is not None:
             if set(layers) != {None}:
                 raise ValueError(f"layers={layers}: {type(self.backbone).__name__} has one map of features, the last")
