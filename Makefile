@@ -9,6 +9,9 @@ DOCS_READY := $(VENV)/.docs-ready
 SPACE := .venv-space
 SPACE_READY := $(SPACE)/.ready
 
+# Tests start many processes; each would compile the package and rewrite the tests' assertions again.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Everything below starts from a machine with nothing but Python 3.11 or newer. torch is installed first and pinned, so that
 # pip does not draw the CUDA packages of a newer release through another package's dependencies.
 $(READY): pyproject.toml constraints.txt

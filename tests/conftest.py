@@ -3,7 +3,9 @@
 import gc
 import logging
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -15,6 +17,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # two threads of two processes that wait for each other on two cores are slower than one
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+# thousands of small files: in memory they take a third of the time that they take on a disk
+MEMORY = Path("/dev/shm")
+if "TMPDIR" not in os.environ and MEMORY.is_dir() and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC:
+    if shutil.disk_usage(MEMORY).free > 4 * 2**30:
+        os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -58,10 +65,9 @@ def data_folder() -> Path:
     return DATA
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def imported_modules_are_not_collected():
-    """Accelerate collects garbage at every turn, which takes long among all that the tests have imported."""
-    gc.collect()
+    """Accelerate collects garbage at every turn, which takes long among all that the tests have imported so far."""
     gc.freeze()
 
 

@@ -110,6 +110,7 @@ def test_a_row_is_augmented_as_by_a_loop_over_crops_and_flips(benchmark):
 SIZES = [("resnet18", 11_173_962, 555_422_720, 12), ("vgg16", 14_724_042, 313_201_664, 13)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net, params, macs, count", SIZES)
 def test_the_nets_are_those_of_the_papers_for_32_pixels(benchmark, net, params, macs, count):
     groups = find_groups(benchmark.NETS[net](64, 10), torch.randn(1, 3, 32, 32))

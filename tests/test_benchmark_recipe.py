@@ -35,6 +35,7 @@ def rows(script):
     return {arm: script.one_row(run, arm, 1, 0.25, lambda *given: searched) for arm in ARMS}, searched, run
 
 
+@pytest.mark.slow
 def test_all_arms_hold_the_budget_and_train_for_as_long_or_for_as_many_macs(script, rows):
     rows, found, run = rows
     assert found.step <= script.WITHIN * run.steps

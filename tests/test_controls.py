@@ -52,7 +52,7 @@ def entered_share(net: nn.Module, batch, base: str) -> float:
 
 
 @pytest.mark.parametrize("build", [conv_bn_net, lenet])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 def test_noise_with_redrawn_labels_enters_hardly_any_unit(build, seed, base):
     torch.manual_seed(seed)
@@ -61,7 +61,7 @@ def test_noise_with_redrawn_labels_enters_hardly_any_unit(build, seed, base):
 
 
 @pytest.mark.parametrize("build", [conv_bn_net, lenet])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 def test_true_labels_enter_most_units_in_the_same_budget(data_folder, build, seed, base):
     torch.manual_seed(seed)

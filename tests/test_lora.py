@@ -750,6 +750,7 @@ def test_the_example_adapts_selects_trains_on_and_saves(tmp_path, monkeypatch, c
     assert "fine-tuned for 1 epochs" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_arms_of_the_benchmarks_keep_their_budgets_and_rows_that_are_there(tmp_path):
     def collate(rows):
         return {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}

@@ -52,6 +52,7 @@ def arguments(inputs, *more: str) -> list[str]:
     return [*(str(part) for pair in named.items() for part in pair), "--output_dir", str(inputs / "out"), *more]
 
 
+@pytest.mark.slow
 def test_a_smaller_checkpoint_is_stock_and_nearer_to_the_model_than_without_refits(script, inputs, capsys):
     script.main(arguments(inputs))
     assert "needs nothing but transformers" in capsys.readouterr().out
@@ -62,6 +63,7 @@ def test_a_smaller_checkpoint_is_stock_and_nearer_to_the_model_than_without_refi
     assert told["calibration"]["error"] < told["calibration"]["error_without"] and told["macs"]["ratio"] < 1
 
 
+@pytest.mark.slow
 def test_free_widths_save_as_much_as_equal_ones_and_go_by_rows(script, inputs, capsys, tmp_path):
     copytree(inputs / "bert", tmp_path / "bert")
     model = small_bert()
@@ -183,6 +185,7 @@ def test_a_lasso_takes_its_strength_off_every_unit_over_a_run_and_no_more_than_t
     assert left[3] == 0 and left.count_nonzero() == 31
 
 
+@pytest.mark.slow
 def test_along_a_path_cheap_units_are_pressed_hardest_and_the_layers_behind_those_that_left_read_nothing_of_them(
     benchmarks, classifier
 ):
@@ -241,6 +244,7 @@ def test_every_block_of_the_resnet_keeps_the_largest_share_that_holds_the_budget
     assert all(found.model(x)["logits"].shape == (2, 10) for found in small)
 
 
+@pytest.mark.slow
 def test_the_resnet_is_cut_after_some_epochs_and_trains_on(benchmarks, tmp_path, monkeypatch):
     script, drawn = benchmarks["pretrained_resnet20"], torch.Generator().manual_seed(0)
     images = torch.randint(256, (96, 32, 32, 3), dtype=torch.uint8, generator=drawn).numpy()

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -17,6 +18,7 @@ from hf_effdl.structure.groups.group import CONVS
 
 logger = logging.getLogger(__name__)
 TOKENS = 32  # in a made-up text
+CONTAINERS = (OrderedDict, dict, list, set)
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -78,7 +80,9 @@ def copy_of(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
 
     for module in model.modules():
         for name, value in vars(module).items():
-            if not name.startswith("_"):
+            if type(value) in CONTAINERS and not value:  # hooks that are not there, half of the time of a copy
+                memo[id(value)] = type(value)()
+            elif not name.startswith("_"):
                 each_tensor(detach, _if_plain(value))
     try:
         return deepcopy(model, memo)

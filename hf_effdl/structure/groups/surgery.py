@@ -50,8 +50,9 @@ def cut(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -
     for group in groups:
         if group.name in kept:
             _set_counts(model, group, len(kept[group.name]))
+            units = _gone(group, kept)
             for part in group.slices:
-                gone[part.tensor, part.axis].append(part.entries(_gone(group, kept)))
+                gone[part.tensor, part.axis].append(part.entries(units))
     for (name, axis), entries in gone.items():
         module, leaf = _owner(model, name)
         old = getattr(module, leaf)
