@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hf_effdl.vicl.remote_code import cascade_head
 from hf_effdl.vicl.remote_code import cascade_rows as row_model
-from hf_effdl.vicl.remote_code.cascade_consensus import ANSWERS, MAPS, Consensus, _overlap, small
+from hf_effdl.vicl.remote_code.cascade_consensus import ANSWERS, MAPS, Answers, Consensus, _overlap, small
 from hf_effdl.vicl.remote_code.cascade_features import (
     MATCHES,
     STATISTICS,
@@ -376,7 +376,8 @@ def consensus(
         "known": torch.ones(b, m, dtype=torch.bool) if known is None else known,
         **changes,
     }
-    return Consensus(find_task(task), painted, **values)
+    answers = Answers(find_task(task), painted, values["grid"], values["known"])
+    return Consensus(answers, values["scores"], values["temperature"])
 
 
 def test_means_weigh_answers_by_what_was_expected_of_them():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .borrowing import borrow
-from .cascade_consensus import ANSWERS, MAPS, small
+from .cascade_consensus import ANSWERS, MAPS, Answers, small
 from .cascade_fit import Fitted, check_enough, check_measured, check_model, fit, warn_of
 from .cascade_head import ListHeads
 from .cascade_lists import MeasuredLists
@@ -203,8 +203,8 @@ class CascadeSelector(nn.Module):
         top = first.shortlist(precedents.relations, scores, rows, own, max(count, self.passes))
         rows, scores, columns = rows.gather(1, top), scores.gather(1, top), gathered(columns, top)
         answers = examples.answers(examples.model.frozen.encode(queries.cells), rows)
-        grid = queries.views["grid"].cpu()
-        scores = second.scores(Tried(examples.task, small(answers).cpu(), grid, rows >= 0, columns), scores)
+        seen = Answers(examples.task, small(answers).cpu(), queries.views["grid"].cpu(), rows >= 0)
+        scores = second.scores(Tried(seen, columns), scores)
         order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
         answers = answers[torch.arange(len(order))[:, None].to(answers.device), order.to(answers.device)]
         return scores.gather(1, order), rows.gather(1, order), answers

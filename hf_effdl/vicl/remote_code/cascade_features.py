@@ -1,5 +1,6 @@
 """What can be said of an example before the frozen model has seen it: how well its places and label suit a query."""
 
+from collections.abc import Sequence
 from math import isqrt
 
 import torch
@@ -18,7 +19,7 @@ MATCHES = (
     "worst places",
 )
 NOWHERE = -1e4  # added to a cosine that is not to count
-CELLS, LAST = 2**20, 2**31  # similarities held at once; more candidates than there are
+CELLS = 2**19  # similarities held at once
 STATISTICS = ("area", "x", "y", "x spread", "y spread", "border", "compactness", "outline", "chroma", "contrast")
 
 
@@ -48,18 +49,19 @@ def dense_matches(asked: Tensor, grids: Tensor, shares: Tensor) -> Tensor:
 
     Source: dense matching as in the strategy "dense"; its two sides by the label of the pool are ours.
     """
-    here = at_once(asked[0], grids.shape[2]) if len(asked) else 1
-
-    def of_one(asked: Tensor, cells: Tensor, shares: Tensor) -> Tensor:
-        parts = zip(cells.split(here), shares.split(here), strict=True)
-        return torch.cat([matches_of(products(asked, some), white) for some, white in parts])
-
-    return torch.stack([of_one(*one) for one in zip(asked, grids, shares, strict=True)])
+    return torch.stack([matches_of(*one) for one in zip(asked, grids, shares, strict=True)])
 
 
-def at_once(asked: Tensor, cells: int) -> int:
-    """Candidates of so many cells that are matched at once: on a processor, those of which its cache holds cosines."""
-    return max(1, CELLS // (len(asked) * cells)) if asked.device.type == "cpu" else LAST
+def matches_of(asked: Tensor, cells: Tensor | Sequence[Tensor], shares: Tensor) -> Tensor:
+    """`dense_matches` of one query `(G, d)` with candidates `(K, H, d)`, which may lie apart: `(K, 8)`."""
+    # on a processor some at a time, those of which its cache holds features and cosines
+    here = max(1, CELLS // (len(asked) * shares.shape[1])) if asked.device.type == "cpu" else len(cells)
+    found = []
+    for start in range(0, len(cells), here):
+        some = cells[start : start + here]
+        together = some if isinstance(some, Tensor) else torch.stack(list(some))
+        found.append(_maxima(products(asked, together), shares[start : start + here]))
+    return _described(*(torch.cat(one) for one in zip(*found, strict=True)), shares)
 
 
 def products(asked: Tensor, grids: Tensor) -> Tensor:
@@ -75,16 +77,25 @@ def products(asked: Tensor, grids: Tensor) -> Tensor:
     return F.conv2d(images, asked[:, :, None, None]).permute(0, 2, 3, 1).reshape(count, cells, len(asked))
 
 
-def matches_of(similarity: Tensor, shares: Tensor) -> Tensor:
-    """What `dense_matches` says of cosines `(K, H, G)`, which are spoilt, and labels `(K, H)`: `(K, 8)`."""
+def _maxima(similarity: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of cosines `(k, H, G)`, which are spoilt, and labels `(k, H)`.
+
+    The largest of every query cell inside and outside the object, and of every candidate cell; and whether a query
+    cell is the best match of its own best match.
+    """
     # neither indices nor masks: places of maxima and comparisons take several times as long as maxima
     inside = (shares > 0.5)[:, :, None]
     to_object = (similarity + torch.where(inside, 0.0, NOWHERE)).amax(1)
     to_ground = (similarity + torch.where(inside, NOWHERE, 0.0)).amax(1)
-    forward, backward = torch.maximum(to_object, to_ground), similarity.amax(2)
+    backward = similarity.amax(2)
     # backward - 2 S is never below -S, nor -S below -forward, and is both for a pair that is the best match both ways
-    mutual = torch.sub(backward[:, :, None], similarity, alpha=2, out=similarity).amin(1) == -forward
-    inside, worst = inside[:, :, 0].float(), max(1, similarity.shape[2] // 10)
+    least = torch.sub(backward[:, :, None], similarity, alpha=2, out=similarity).amin(1)
+    return to_object, to_ground, backward, least == -torch.maximum(to_object, to_ground)
+
+
+def _described(to_object: Tensor, to_ground: Tensor, backward: Tensor, mutual: Tensor, shares: Tensor) -> Tensor:
+    forward, inside = torch.maximum(to_object, to_ground), (shares > 0.5).float()
+    worst = max(1, forward.shape[1] // 10)
     return torch.stack(
         [
             forward.mean(1),

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .cascade_consensus import small
+from .cascade_consensus import Answers, small
 from .cascade_lists import MeasuredLists
 from .cascade_precedents import Precedents
 from .cascade_stages import (
@@ -129,7 +129,7 @@ class _Answered:
         """On some of the images."""
         grid = _views(self.examples, self.lists.images[part])["grid"].cpu()
         columns = {name: column[part] for name, column in self.columns.items()}
-        return Tried(self.examples.task, self.painted[part], grid, self.lists.known[part], columns)
+        return Tried(Answers(self.examples.task, self.painted[part], grid, self.lists.known[part]), columns)
 
 
 def _fit_turns(

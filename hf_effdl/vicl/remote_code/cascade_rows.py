@@ -125,7 +125,7 @@ class RowModel:
         kernels = [
             _kernel(cosine, width * unit) for cosine, unit in zip(cosines, self.units, strict=True) for width in WIDTHS
         ]
-        neighbours = [_nearest(cosines[0].masked_fill(out, -torch.inf), count) for count in NEIGHBOURS]
+        neighbours = _nearest(cosines[0].masked_fill(out, -torch.inf))
         predict = self._of_complete if self.complete else self._of_sparse
         every = predict(kernels, neighbours, out)
         predictions = every.gather(2, rows.clamp(min=0).expand(len(self.names), -1, -1))
@@ -225,7 +225,8 @@ def _without_block(kernel: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
     return weights
 
 
-def _nearest(cosine: Tensor, count: int) -> Tensor:
-    """Weights `(B, L)` of the `count` most similar images, which sum to one."""
-    top, at = cosine.topk(min(count, cosine.shape[1]), 1)
-    return torch.zeros_like(cosine).scatter_(1, at, (top / TEMPERATURE).softmax(1).nan_to_num(0))
+def _nearest(cosine: Tensor) -> list[Tensor]:
+    """Weights `(B, L)` of the most similar images, which sum to one, for each number of `NEIGHBOURS`."""
+    top, at = cosine.topk(min(max(NEIGHBOURS), cosine.shape[1]), 1)
+    heads = [(top[:, :count] / TEMPERATURE).softmax(1).nan_to_num(0) for count in NEIGHBOURS]
+    return [torch.zeros_like(cosine).scatter_(1, at[:, : head.shape[1]], head) for head in heads]

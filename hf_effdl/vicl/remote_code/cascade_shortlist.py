@@ -1,5 +1,7 @@
 """Which few of many candidates to try, when the best of those that were tried will be kept."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -87,16 +89,21 @@ def best_together(scores: Tensor, covariance: Tensor, known: Tensor, count: int)
     # rounding may leave a covariance a little indefinite
     ridge = 1e-6 * covariance.diagonal(dim1=1, dim2=2).amax(1).double().clamp(min=1e-12)
     root = torch.linalg.cholesky(covariance.double() + ridge[:, None, None] * torch.eye(size).double()).float()
-    half = torch.randn(DRAWS // 2, size, generator=torch.Generator().manual_seed(0))
-    drawn = mean[:, None] + torch.cat([half, -half]) @ root.transpose(1, 2)
+    drawn = mean[:, None] + _normal(size) @ root.transpose(1, 2)
     drawn = drawn.masked_fill(~known[:, None], lowest)
-    chosen = mean.masked_fill(~known, lowest).argmax(1, keepdim=True)
-    taken = torch.zeros(batch, size, dtype=torch.bool).scatter_(1, chosen, True)
-    best = drawn.gather(2, chosen[:, None].expand(-1, DRAWS, 1))
-    while chosen.shape[1] < min(count, size):
-        gain = (drawn - best).clamp(min=0).mean(1) + NUDGE * mean
-        added = gain.masked_fill(~known, lowest).masked_fill(taken, -torch.inf).argmax(1, keepdim=True)
-        chosen = torch.cat([chosen, added], 1)
-        taken.scatter_(1, added, True)
-        best = torch.maximum(best, drawn.gather(2, added[:, None].expand(-1, DRAWS, 1)))
-    return chosen
+    chosen = [mean.masked_fill(~known, lowest).argmax(1, keepdim=True)]
+    best, nudge = torch.full((batch, DRAWS, 1), -torch.inf), (NUDGE * mean).masked_fill(~known, lowest)
+    while len(chosen) < min(count, size):
+        last = chosen[-1]
+        nudge.scatter_(1, last, -torch.inf)
+        best = torch.maximum(best, drawn.gather(2, last[:, None].expand(-1, DRAWS, 1)))
+        gain = (drawn - best).relu_().mean(1) + nudge
+        chosen.append(gain.argmax(1, keepdim=True))
+    return torch.cat(chosen, 1)
+
+
+@lru_cache(maxsize=4)
+def _normal(size: int) -> Tensor:
+    """`(1024, size)` draws in pairs of opposite signs, the same ones always."""
+    half = torch.randn(DRAWS // 2, size, generator=torch.Generator().manual_seed(0))
+    return torch.cat([half, -half])

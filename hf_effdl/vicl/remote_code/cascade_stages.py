@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cascade_consensus import Consensus, affinities
-from .cascade_features import MATCHES, STATISTICS, label_statistics, ridge, ridge_by_class, standardised
+from .cascade_consensus import Answers, Consensus
+from .cascade_features import MATCHES, STATISTICS, ridge, ridge_by_class, standardised
 from .cascade_head import ListHeads, train_heads
 from .cascade_lists import FOLDS, MeasuredLists
 from .cascade_precedents import CLASS, Precedents
@@ -160,14 +159,13 @@ def first_columns(
     """
     candidates = rows.clamp(min=0)
     vectors, quarters = views["vector"].float().cpu(), quarters_of(views["tokens"].float().cpu())
-    example_quarters = quarters_of(examples.pool.tokens(candidates).flatten(0, 1)).unflatten(0, rows.shape)
     matches = examples.matches(views, candidates).cpu()
     return {
         "similarity": similarity.nan_to_num(neginf=0.0)[..., None],
-        "quarters": example_quarters @ quarters[..., None],
+        "quarters": examples.quarters(candidates) @ quarters[..., None],
         "rank": torch.arange(rows.shape[1]).expand(rows.shape).float()[..., None],
         "matches": matches,
-        "statistics": label_statistics(examples.small_labels(candidates)).cpu(),
+        "statistics": examples.statistics(candidates).cpu(),
         **precedents.columns(vectors, quarters, matches, rows, own),
     }
 
@@ -256,27 +254,16 @@ class Tried:
     """Candidates that the frozen model was shown one by one, for a batch of queries.
 
     Args:
-        task: of the pipeline.
-        painted: `(B, m, c, h, w)` its answers, see `small`.
-        grid: `(B, gh, gw, d)` features of the queries.
-        known: `(B, m)` bool; candidates that exist.
+        answers: what it painted.
         columns: what stage 1 knew of them.
     """
 
-    task: Any
-    painted: Tensor
-    grid: Tensor
-    known: Tensor
+    answers: Answers
     columns: Columns
 
     def consensus(self, scores: Tensor, temperature: float) -> Consensus:
         """Of the answers, weighted by scores `(B, m)`."""
-        return Consensus(self.task, self.painted, scores, temperature, self.grid, self.known, self.alike)
-
-    @cached_property
-    def alike(self) -> Tensor:
-        """Of the queries' cells, the same for every consensus."""
-        return affinities(self.grid)
+        return Consensus(self.answers, scores, temperature)
 
 
 def second_columns(tried: Tried, consensus: Consensus, calibrated: Tensor, scores: Tensor) -> Columns:
@@ -304,7 +291,7 @@ class Turn:
         """`(B, m)`, -inf for candidates that do not exist."""
         consensus = tried.consensus(scores, self.temperature)
         calibrated = consensus.calibrate(consensus.maps(), self.calibration)
-        return self.scorer.scores(second_columns(tried, consensus, calibrated, scores), tried.known)
+        return self.scorer.scores(second_columns(tried, consensus, calibrated, scores), tried.answers.known)
 
     @classmethod
     def fit(

@@ -1,6 +1,6 @@
 """A batch of queries and a pool of examples, as strategies and the frozen model see them."""
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cascade_consensus import small
-from .cascade_features import at_once, dense_matches
+from .cascade_features import label_statistics, matches_of
+from .cascade_rows import quarters_of
 from .images import pixels
 from .pool_reader import PoolReader
 from .pool_search import exact_search
@@ -90,9 +91,7 @@ class Examples:
     ) -> None:
         self.pool, self.model, self.task = pool, model, task
         self.metric, self.greater_is_better = metric, greater_is_better
-        self._kept: dict[str, OrderedDict[int, Tensor]] = {
-            kind: OrderedDict() for kind in ("encoded", "labels", "small", "grids")
-        }
+        self._kept: dict[str, OrderedDict[int, Tensor]] = defaultdict(OrderedDict)
         self._bytes, self._fingerprint = 0, pool.fingerprint
 
     def encoded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,17 +136,33 @@ class Examples:
         """Labels of at most 56 pixels a side, `(*rows, 3, h, w)`."""
         return self._gather("small", rows, lambda part: small(self._draw(part)))
 
+    def statistics(self, rows: Tensor) -> Tensor:
+        """`label_statistics` of the small labels, `(*rows, 10)`."""
+        return self._gather("statistics", rows, lambda part: label_statistics(self.small_labels(torch.tensor(part))))
+
+    def quarters(self, rows: Tensor) -> Tensor:
+        """Unit vectors of the four quarters of each image, `(*rows, 4 d)`."""
+        return self._gather("quarters", rows, lambda part: quarters_of(self.pool.tokens(torch.tensor(part))))
+
+    def shares(self, rows: Tensor, sides: tuple[int, int]) -> Tensor:
+        """How white the label is in each cell of a grid of such sides, `(*rows, gh gw)`."""
+
+        def make(part: Sequence[int]) -> Tensor:
+            white = self.small_labels(torch.tensor(part)).mean(1, keepdim=True)
+            return F.adaptive_avg_pool2d(white, sides).flatten(1)
+
+        return self._gather(f"shares of {sides}", rows, make)
+
     @torch.no_grad()
     def matches(self, views: dict[str, Tensor], rows: Tensor) -> Tensor:
         """`dense_matches` of queries with each of `rows (B, K)`: `(B, K, 8)`."""
         grid = views["grid"]
-        shares = F.adaptive_avg_pool2d(self.small_labels(rows).flatten(0, 1).mean(1, keepdim=True), grid.shape[1:3])
-        shares = shares.flatten(1).unflatten(0, rows.shape)
+        shares = self.shares(rows, tuple(grid.shape[1:3]))
         asked = F.normalize(grid.flatten(1, 2).float(), dim=2)
         # all are made together, so that an answer does not depend on who asked before
         cells, count = self._values("grids", rows, self._features), rows.shape[1]
         each = [cells[start : start + count] for start in range(0, len(cells), count)]
-        return torch.stack([_matches(*one) for one in zip(asked, each, shares.to(asked.device), strict=True)])
+        return torch.stack([matches_of(*one) for one in zip(asked, each, shares.to(asked.device), strict=True)])
 
     @torch.no_grad()
     def answers(self, encoded: Tensor, rows: Tensor) -> Tensor:
@@ -267,12 +282,3 @@ class Examples:
             largest = max(self._kept.values(), key=len)
             _, value = largest.popitem(last=False)
             self._bytes -= value.numel() * value.element_size()
-
-
-def _matches(asked: Tensor, cells: Sequence[Tensor], shares: Tensor) -> Tensor:
-    """Of one query; gathered some at a time, as all at once would not fit into a processor's cache."""
-    here = at_once(asked, shares.shape[1])
-    some = (torch.stack(cells[start : start + here]) for start in range(0, len(cells), here))
-    return torch.cat(
-        [dense_matches(asked[None], one[None], white[None])[0] for one, white in zip(some, shares.split(here))]
-    )
