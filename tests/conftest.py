@@ -106,3 +106,12 @@ def compiler():
         fused.library()
     except ValueError as error:
         pytest.skip(f"no working C++ compiler: {error}")
+
+
+@pytest.fixture(params=[True, False], ids=["dense", "sparse"])
+def stored(request, monkeypatch):
+    """Tables of what was measured, dense as those of small pools are, and sparse."""
+    from hf_effdl.vicl.remote_code import cascade_lists
+
+    if not request.param:
+        monkeypatch.setattr(cascade_lists, "DENSE", 0)

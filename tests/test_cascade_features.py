@@ -88,6 +88,7 @@ def of_group(groups: Tensor, own: int) -> set[int]:
     return {row for row in range(len(groups)) if own >= 0 and groups[row] == groups[own]}
 
 
+@pytest.mark.usefixtures("stored")
 @pytest.mark.parametrize("groups", GROUPS, ids=["alone", "in threes", "in two"])
 @pytest.mark.parametrize("case", CASES)
 def test_rows_are_predicted_as_by_hand_also_where_those_of_the_own_group_were_never_there(case, groups):
@@ -147,6 +148,7 @@ def among_by_hand(
     return found
 
 
+@pytest.mark.usefixtures("stored")
 @pytest.mark.parametrize("groups", GROUPS[:2], ids=["alone", "in threes"])
 @pytest.mark.parametrize("case", CASES)
 def test_candidates_transfer_to_each_other_as_by_hand(case, groups):

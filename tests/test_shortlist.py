@@ -121,6 +121,7 @@ def relations(groups: Tensor, measured: Tensor, performance: Tensor) -> Relation
     return Relations(images, measured[images], performance[images] - mean, groups)
 
 
+@pytest.mark.usefixtures("stored")
 @pytest.mark.parametrize("groups", [torch.arange(14), torch.arange(14) // 3], ids=["alone", "in threes"])
 @pytest.mark.parametrize("case", CASES)
 def test_examples_are_related_by_the_images_they_did_well_and_badly_on(case, groups):

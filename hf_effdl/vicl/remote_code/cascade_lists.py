@@ -8,6 +8,21 @@ from torch import Tensor
 
 
 FOLDS = 5
+DENSE = 2**22  # entries of a table up to which it is kept dense: 16 MiB, and several times as fast to look up
+
+
+def table_of(places: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Values at places `(2, N)` of a table that has few; dense where that takes little."""
+    table = torch.sparse_coo_tensor(places, values, shape, check_invariants=False).coalesce()
+    return table.to_dense() if table.numel() <= DENSE else table
+
+
+def rows_of_table(table: Tensor, rows: Tensor) -> Tensor:
+    """`(*rows, columns)` of a table, dense or sparse."""
+    if not table.is_sparse:
+        return table[rows]
+    some, place = rows.unique(return_inverse=True)
+    return table.index_select(0, some).to_dense()[place]
 
 
 def own_images(groups: Tensor, own: Tensor, images: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cascade_lists import own_images
+from .cascade_lists import own_images, rows_of_table, table_of
 
 
 WIDTHS = (1.0, 0.3)
@@ -78,11 +78,11 @@ class RowModel:
             self.table, self.total = table[:, :n], table[:, :n].sum(0)
             self.inverses = self._inverses()
         else:
-            # columns of one sparse table: sums of R and counts over the images that an example was measured on
+            # sums of R and counts over the images that an example was measured on
             image = torch.arange(len(examples))[:, None].expand_as(examples)
             place = torch.stack([examples[measured_mask], image[measured_mask]])
             self.residual, self.count = (
-                torch.sparse_coo_tensor(place, values, (n, len(examples)), check_invariants=False).coalesce()
+                table_of(place, values, (n, len(examples)))
                 for values in (residual[measured_mask], measured_mask[measured_mask].float())
             )
 
@@ -151,8 +151,7 @@ class RowModel:
         weights = [*kernels, *neighbours, torch.ones_like(kernels[0])]
         weights = torch.cat([part.masked_fill(out, 0) for part in weights])
         shape = (len(self.names), len(out))
-        sums = torch.sparse.mm(self.residual, weights.T).T.unflatten(0, shape)
-        counts = torch.sparse.mm(self.count, weights.T).T.unflatten(0, shape)
+        sums, counts = ((part @ weights.T).T.unflatten(0, shape) for part in (self.residual, self.count))
         # how many images' worth of zero everything is drawn to; softmax weights sum to one
         prior = torch.tensor([1.0] * 4 + [PRIOR] * 3 + [1.0])[:, None, None]
         return sums / (counts + prior)
@@ -182,9 +181,8 @@ class RowModel:
             performance = self.table[place, candidates[:, :, None]]
             measured_mask = candidates[:, :, None] != candidates[:, None]
         else:
-            examples, at = candidates.unique(return_inverse=True)
             performance, measured_mask = (
-                part.index_select(0, examples).to_dense()[at[:, :, None], place]
+                rows_of_table(part, candidates).gather(2, place.expand(-1, candidates.shape[1], -1))
                 for part in (self.residual, self.count)
             )
         weights = torch.stack([part / softness for part in alike.unbind(2) for softness in SOFTNESS], 2)

@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .cascade_lists import own_images
+from .cascade_lists import own_images, rows_of_table, table_of
 
 
 DRAWS = 1024
@@ -32,9 +32,7 @@ class Relations:
         known = rows >= 0
         on = torch.arange(len(images))[:, None].expand_as(rows)
         # an example has few entries, and pools may be large
-        self.table = torch.sparse_coo_tensor(
-            torch.stack([rows[known], on[known]]), residual[known], (len(groups), len(images)), check_invariants=False
-        ).coalesce()
+        self.table = table_of(torch.stack([rows[known], on[known]]), residual[known], (len(groups), len(images)))
         self.unit = residual[known].square().mean().clamp(min=1e-12)
         self.images, self.groups = images, groups
 
@@ -46,9 +44,8 @@ class Relations:
             own: `(B,)` rows of the pool that the queries themselves are, -1 for none: what was measured on these and
                 on their groups does not count.
         """
-        some, place = rows.clamp(min=0).unique(return_inverse=True)
         # in float64, so that what follows is positive semidefinite beyond doubt
-        columns = self.table.index_select(0, some).to_dense().double()[place]
+        columns = rows_of_table(self.table, rows.clamp(min=0)).double()
         if own is not None:
             columns = columns.masked_fill(own_images(self.groups, own, self.images)[:, None], 0)
         columns = columns / (columns.square().sum(2, keepdim=True) + self.unit).sqrt()
