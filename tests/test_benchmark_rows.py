@@ -35,7 +35,7 @@ TABLES = {
     "scoring_overhead": ("474fa450df782b8c", "| ProbeScorer, score_shards | 8,000 | "),
     "selection_digits": ("7d7049977f899d91", "| AUM, CCS (pool) |"),
     "selection_sft": ("293d829397cb1369", "| clean (3 seeds) | "),
-    "selection_speed": ("f108acaecf313727", "| hodge | "),
+    "selection_speed": ("7294282fa1fe70a0", "| hodge | "),
     "slim_latency": ("c058d19617ff1d8e", "resnet18: medians over seeds"),
     "structure_cifar10": ("85f3bec7b5358de2", "supports no claim"),
     "structure_mnist": ("f4ce9637a47a6b60", "| path, early | "),
