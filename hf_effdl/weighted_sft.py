@@ -275,14 +275,16 @@ def weigh_tokens(row: Mapping[str, Any], place: int, processing_class: Any, chat
         ValueError: for weights that are negative, not finite, or of another number than what they weigh.
     """
     tokens, where = len(row["input_ids"]), f"row {place} of the data set"
+    if empty := [name for name in NAMES if name in row and row[name] is None]:
+        raise ValueError(f"{where} has None in {empty}; give every row its weights, 1 to change nothing")
     weights = torch.ones(tokens, dtype=torch.float64)
-    if row.get(COLUMN) is not None:
+    if COLUMN in row:
         weights = weights * _numbers([row[COLUMN]], 1, COLUMN, where)
-    if row.get(TURNS) is not None:
+    if TURNS in row:
         ends = turn_ends(row, processing_class, chat_template, where)
         turns = _numbers(row[TURNS], len(ends), TURNS, where)
         weights = weights * turns.repeat_interleave(torch.tensor([0, *ends]).diff())
-    if row.get(TOKENS) is not None:
+    if TOKENS in row:
         weights = weights * _numbers(row[TOKENS], tokens, TOKENS, where)
     return {TOKENS: weights.tolist()}
 
@@ -358,12 +360,16 @@ def _refuse_unlabelled(dataset: Any, max_length: int | None) -> None:
     """Raise where no row has a token that a loss can be taken of: the first one has none before it."""
     if not isinstance(dataset, Dataset):
         return
-    kept = slice(1, max_length)
-    if not any(label != IGNORED for row in dataset.select_columns(["labels"]) for label in row["labels"][kept]):
-        within = "" if max_length is None else f" within max_length={max_length}"
-        raise ValueError(
-            f"no row of train_dataset has a token with a label{within}; raise it, or pass rows with answers"
-        )
+    kept, weighed = slice(1, max_length), 0
+    for row in dataset.select_columns(["labels", TOKENS]).with_format(None):
+        labelled = [w for w, label in zip(row[TOKENS][kept], row["labels"][kept], strict=True) if label != IGNORED]
+        if any(labelled):
+            return
+        weighed += len(labelled)
+    within = "" if max_length is None else f" within max_length={max_length}"
+    if weighed:
+        raise ValueError(f"all tokens with a label{within} have weight 0, so there is nothing to train on")
+    raise ValueError(f"no row of train_dataset has a token with a label{within}; raise it, or pass rows with answers")
 
 
 def _truncated(row: Mapping[str, Any], kept: slice) -> dict[str, list]:
