@@ -241,11 +241,13 @@ def test_adapters_are_probes_and_are_kept(tmp_path):
         assert torch.equal(weight, base.get_parameter(name.replace("_proj.", "_proj.base_layer.")))
     whole, rows = SFTScorer(probes, part_rows=8), Dataset.from_dict(pairs(8, seed=1))
     table = whole.table(whole.score(rows))
-    model = probes.models[0].requires_grad_(False)
+    model = probes.models[0]
+    model.set_adapter("probe-1")
+    model.requires_grad_(False)
     with ThreadPoolExecutor(4) as threads:
         for found in threads.map(lambda _: whole.score_rows(rows), range(8)):
             assert_close(found, table, 0)
-    assert model.active_adapter == "probe-0" and not any(p.requires_grad for p in model.parameters())
+    assert model.active_adapter == "probe-1" and not any(p.requires_grad for p in model.parameters())
     each = []
     for model in probes.each():
         with torch.no_grad():

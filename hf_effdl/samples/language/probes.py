@@ -3,7 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from copy import copy
 from pathlib import Path
 from threading import RLock
@@ -89,7 +89,7 @@ class LanguageProbes:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep other threads from asking meanwhile, and leave adapters and what is trained of them as they were."""
+        """Keep other threads from asking meanwhile; then adapters, and what is trained of them, are as they were."""
         with ASKING:
             model = self.models[0] if len(self.adapters) > 1 else None
             active, trained = getattr(model, "active_adapter", None), {}
@@ -104,16 +104,24 @@ class LanguageProbes:
                     p.requires_grad_(wanted)
 
     def each(self) -> Iterator[nn.Module]:
-        """The probes one after the other, ready to be asked, within `alone`: of adapters each is switched on."""
+        """The probes one after the other, ready to be asked; of adapters, each is switched on in turn."""
         if len(self.adapters) < 2:
             yield from self.models
-        for name in self.adapters if len(self.adapters) > 1 else ():
-            self.models[0].set_adapter(name)
-            yield self.models[0]
+            return
+        model = self.models[0]
+        active = model.active_adapter
+        try:
+            for name in self.adapters:
+                model.set_adapter(name)
+                yield model
+        finally:
+            model.set_adapter(active)
 
-    def first(self) -> nn.Module:
-        """The first probe, within `alone`."""
-        return next(self.each())
+    @contextmanager
+    def first(self) -> Iterator[nn.Module]:
+        """The first probe."""
+        with self.alone(), closing(self.each()) as each:
+            yield next(each)
 
     def check(self, row: Encoded, where: str) -> Encoded:
         """The row itself; raises a `ValueError` where the models do not take it."""

@@ -428,13 +428,13 @@ class SFTScorer:
     def _losses(self, rows: Sequence[Encoded]) -> Tensor:
         """The first probe's loss of each row's answer, `(rows,)` float64."""
         losses = torch.zeros(len(rows), dtype=torch.float64)
-        model = self.probes.first()
-        for numbers in batches_of(rows, self.batch_tokens):
-            batch = batch_of([rows[i] for i in numbers], self._padding)
-            logits, _ = ask(model, batch)
-            pieces = zip(logits.split(CHUNK), batch.given.to(logits.device).split(CHUNK), strict=True)
-            terms = torch.cat([cross_entropy(one.float(), given, reduction="none") for one, given in pieces])
-            losses[numbers] = mean_by_row(terms.double().cpu(), batch.row, len(numbers))
+        with self.probes.first() as model:
+            for numbers in batches_of(rows, self.batch_tokens):
+                batch = batch_of([rows[i] for i in numbers], self._padding)
+                logits, _ = ask(model, batch)
+                pieces = zip(logits.split(CHUNK), batch.given.to(logits.device).split(CHUNK), strict=True)
+                terms = torch.cat([cross_entropy(one.float(), given, reduction="none") for one, given in pieces])
+                losses[numbers] = mean_by_row(terms.double().cpu(), batch.row, len(numbers))
         return losses
 
 

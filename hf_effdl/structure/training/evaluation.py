@@ -286,6 +286,6 @@ def explain_half_precision(model: nn.Module, inputs: Mapping[str, Any] | None = 
         if not (half and floats and "type" in str(error)):
             raise
         raise ValueError(
-            f"the model is in {half.pop()} and does not take its inputs {' '.join(floats)} in torch.float32 ({error}): "
+            f"the model is in {half.pop()} and does not take inputs {' '.join(floats)} in torch.float32 ({error}): "
             "load it with dtype=torch.float32, and set bf16=True for mixed precision"
         ) from error

@@ -359,8 +359,10 @@ class SmallMixin:
     # ---- what is said of it
 
     def _name(self, small: nn.Module) -> str:
-        report = get_report(small)
-        return f"{report['macs']['ratio']:.0%} of the MACs" if report else type(small).__name__
+        report = get_report(small) or {}
+        what = next((name for name in ("macs", "params") if name in report), None)
+        named = {"macs": "MACs", "params": "parameters"}
+        return type(small).__name__ if what is None else f"{report[what]['ratio']:.0%} of the {named[what]}"
 
     def _measure(self, name: str, small: nn.Module | None = None) -> dict[str, float]:
         """A row of the card's table: metrics on the evaluation set, if there is one, and sizes."""

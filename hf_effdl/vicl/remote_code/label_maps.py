@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .pipeline_inputs import ONE_OF, check_batch_size, check_each, is_image, walkable
+from .counts import counted
+from .pipeline_inputs import ONE_OF, check_each, is_image, walkable
 from .pool_rows import as_list, column_of, name_of
 
 
@@ -14,7 +15,7 @@ def label_maps(
     pipe: Any, images: Any, classes: Sequence[str] | None, batch_size: int, options: dict[str, Any]
 ) -> dict[str, Any] | list[dict[str, Any]]:
     """Maps of some images; see `VisualInContextPipeline.label_map`."""
-    classes, batch_size = _classes(pipe, classes), check_batch_size(batch_size)
+    classes, batch_size = _classes(pipe, classes), counted("batch_size", batch_size)
     if told := options.keys() & {"soft_map", "presence"}:
         raise TypeError(f"label_map sets {' and '.join(sorted(told))} itself: leave it out")
     given = {name: options.pop(name) for name in ONE_OF if options.get(name) is not None}
