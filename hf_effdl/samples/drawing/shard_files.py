@@ -15,6 +15,9 @@ from hf_effdl.checks import path
 from hf_effdl.samples.drawing.weights import weight_column
 
 
+MADE_OF = b"hf_effdl"  # in a table's metadata: what its scores were made of
+
+
 @dataclass(frozen=True)
 class Shards:
     """Score tables in Parquet files, read batch by batch.
@@ -75,6 +78,13 @@ class Shards:
         if self.id_column is None:
             return pa.int64()
         return pq.read_schema(self.inputs[k]["file"]).field(self.id_column).type
+
+    def notes(self, k: int) -> dict[bytes, bytes] | None:
+        """What the scores say they were made of, where the rows that come out are known by the same ids."""
+        import pyarrow.parquet as pq
+
+        known = pq.read_schema(self.inputs[k]["file"]).metadata or {}
+        return {MADE_OF: known[MADE_OF]} if MADE_OF in known and self.id_column == "row_id" else None
 
     def batches(
         self, k: int, weighing: bool = False
