@@ -1,5 +1,6 @@
 """A map of several classes from one answer for each: every pixel has the class that is surest of it."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -24,8 +25,14 @@ def label_maps(
     images = walkable(images)
     for name, values in given.items():
         check_each(name, values, images)
-    maps = _stream(pipe, images, given, classes, batch_size, options)
-    return next(maps) if alone else list(maps)
+    maps = list(_stream(pipe, images, given, classes, batch_size, options))
+    if empty := sum(not any(one.get("present", {0: True}).values()) for one in maps):
+        warnings.warn(
+            f"in {empty} of {len(maps)} images no class is taken to be present, so their maps are all 0: calibrate "
+            "with a larger false_alarms=, if that is too few",
+            stacklevel=3,
+        )
+    return maps[0] if alone else maps
 
 
 def _classes(pipe: Any, classes: Sequence[str] | None) -> list[str]:
