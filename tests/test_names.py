@@ -22,7 +22,7 @@ W, LISTS = torch.randn(6, 4), torch.rand(3, 5)
 JUNK = [
     *(None, "text", b"x", -1, 0, 2.5, math.nan, math.inf, True, [], {}, object(), 10**12, 1e300, "0.5", [None]),
     *([1, 1], (0.5,), {"a": 1}, np.array(["a"]), torch.tensor([math.nan]), torch.ones(3, 1), nn.Linear(1, 1)),
-    torch.randn(2, 2, dtype=torch.complex64),
+    *(torch.randn(2, 2, dtype=torch.complex64), torch.ones(3, 5, device="meta"), nn.Linear(4, 3, device="meta")),
 ]
 # a call of each that works; where None stands for what the test makes, any answer to it is refused first
 CALLS = {
