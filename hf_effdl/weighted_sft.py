@@ -98,7 +98,7 @@ class WeightedSFTTrainer(SFTTrainer):
         if isinstance(dataset, Mapping):
             raise TypeError(f"train_dataset is a dict of {list(dataset)}; pass one of its splits")
         if isinstance(dataset, Dataset) and not len(dataset):
-            raise ValueError("train_dataset has no rows")
+            raise ValueError("train_dataset has no rows; pass some to train on")
         columns = columns_of(dataset)
         transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
         if not set(NAMES) & set(columns) and not transformed:
@@ -241,7 +241,7 @@ def _weights_of(row: Mapping[str, Any]) -> Tensor:
     elif COLUMN in row:
         weights = torch.full((tokens,), float(row[COLUMN]))
     else:
-        raise ValueError(f"a row of the batch has neither {TOKENS!r} nor {COLUMN!r}, only {sorted(row)}")
+        raise ValueError(f"a row of the batch has neither {TOKENS!r} nor {COLUMN!r}, only {sorted(row)}; pass one on")
     return torch.from_numpy(check_weights(weights, f"the weights of {tokens} tokens")).float()
 
 
@@ -302,12 +302,15 @@ def turn_ends(
     if messages is None:
         messages = [*(row.get("prompt") or ()), *(row.get("completion") or ())]
     if not messages or not all(isinstance(message, Mapping) for message in messages):
-        raise ValueError(f"{where} has {TURNS!r} and no conversation in 'messages' or 'prompt' and 'completion'")
+        raise ValueError(
+            f"{where} has {TURNS!r} and no conversation in 'messages' or 'prompt' and 'completion'; pass one, or "
+            f"{TOKENS!r}"
+        )
     tools = row.get("tools")
     try:
         tools = parsed(tools) if isinstance(tools, str) else tools
     except ValueError as error:
-        raise ValueError(f"{where} has 'tools' that are no JSON: {error}") from error
+        raise ValueError(f"{where} has 'tools' that are no JSON: {error}; mend the row") from error
     options = {"chat_template": chat_template, "tools": tools, **(row.get("chat_template_kwargs") or {})}
     whole, ends = list(row["input_ids"]), []
     for count in range(1, len(messages) + 1):

@@ -84,7 +84,9 @@ def test_a_member_that_was_saved_anew_is_not_chosen_by_what_is_known_of_the_one_
     shutil.copytree(folder, tmp_path / "fam")
     assert choose(tmp_path / "fam", macs=10**9) in revisions
     for revision in revisions:
+        (left := tmp_path / "fam" / revision / ".README.md.killed").mkdir()
         run.save_slim(models[0.4 if revision == revisions[0] else 0.7], tmp_path / "fam" / revision)
+        assert not left.exists()
     with pytest.raises(ValueError, match="was saved anew since family.json"):
         choose(tmp_path / "fam", macs=10**9)
 

@@ -136,7 +136,7 @@ def _look_into(file: str) -> tuple[dict[str, Any], Any]:
         with pq.ParquetFile(file) as reader:
             return {"file": file, "rows": reader.metadata.num_rows} | stamp, reader.schema_arrow
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} is not a Parquet file: {error}") from error
+        raise ValueError(f"{file} is not a Parquet file: {error}; get it again, or leave it out") from error
 
 
 def _check_column(file: str, schema: Any, argument: str, name: str) -> None:

@@ -43,7 +43,7 @@ def check_dataset(
     if not isinstance(data, Dataset):
         raise TypeError(f"{argument} is a {type(data).__name__}; pass a datasets.Dataset")
     if len(data) == 0:
-        raise ValueError(f"{argument} has no rows")
+        raise ValueError(f"{argument} has no rows; pass some")
     for column in columns:
         if column not in data.column_names:
             near = get_close_matches(column, data.column_names, 3, 0.4)
@@ -132,7 +132,7 @@ def _looked_up(values: list[str], column: str, names: Sequence[str] | None) -> T
     if unknown := sorted(map(str, set(values) - set(place))):
         raise ValueError(
             f"column {column!r} holds {unknown[:3]}, which are none of the probes' {len(place)} "
-            f"classes {list(place)[:10]}"
+            f"classes {list(place)[:10]}; rename them, or train probes on them too"
         )
     return torch.tensor([place[value] for value in values])
 

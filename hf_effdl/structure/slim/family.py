@@ -132,7 +132,7 @@ def choose(
             _check_saved(repo_id, member, token)
             return member["revision"]
     sizes = [{name: member.get(name) for name in ("revision", *bounds)} for member in members]
-    raise ValueError(f"no model of {os.fspath(repo_id)} is within {bounds}: {sizes}")
+    raise ValueError(f"no model of {os.fspath(repo_id)} is within {bounds}: {sizes}; allow more")
 
 
 def _merit(record: Mapping[str, Any], member: Mapping[str, Any]) -> tuple[float, int]:
@@ -161,7 +161,7 @@ def _device(device: Any) -> torch.device:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r} is none of torch: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device={device!r} is none of torch, as 'cpu': {str(error).splitlines()[0]}") from None
 
 
 def _is_within(member: dict[str, Any], bounds: Mapping[str, float], here: Any) -> bool:

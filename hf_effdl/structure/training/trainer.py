@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_effdl.checks import whole_number
-from hf_effdl.files import filled_beside, locked
+from hf_effdl.files import filled_beside, locked, sweep
 from hf_effdl.processes import forget_accelerate, is_first, refuse_lone_processes
 from hf_effdl.random_state import evaluating, random_state_kept
 from hf_effdl.structure.groups.find import find_groups
@@ -113,7 +113,7 @@ class SplitLBITrainer(FamilyMixin, SmallMixin, SlimMixin, DistillationMixin, Wei
             _check_fsdp(self.accelerator.state.fsdp_plugin)
         if self.optimizer is not None and not isinstance(self.optimizer, SplitLBI):
             raise ValueError(
-                f"optimizers= holds {type(self.optimizer).__name__}; SplitLBITrainer trains with SplitLBI"
+                f"optimizers= holds {type(self.optimizer).__name__}; SplitLBITrainer trains with SplitLBI; drop it"
             )
         if self.train_dataset is not None and hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
             raise ValueError("train_dataset is empty; pass a data set with at least one row")
@@ -346,6 +346,8 @@ class SplitLBITrainer(FamilyMixin, SmallMixin, SlimMixin, DistillationMixin, Wei
         check_loadable(small)
         target = Path(folder)
         with locked(target):
+            for name in ("README.md", "*.png"):  # of a run that was killed as it wrote the card
+                sweep(target, name)
             with filled_beside(target) as part:
                 small.save_pretrained(part)
                 if self.processing_class is not None:

@@ -99,7 +99,7 @@ def downloaded(url: str) -> Image.Image:
     try:
         return load_image(url)
     except Exception as error:  # upstream's client, and with it its errors, are not the same in every version
-        raise ValueError(f"the image at {url} cannot be fetched: {error}") from error
+        raise ValueError(f"the image at {url} cannot be fetched: {error}; pass a file") from error
 
 
 def image_of(row: dict[str, Any]) -> Any:
