@@ -6,7 +6,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from unittest.mock import Mock
@@ -42,7 +44,7 @@ from hf_effdl.cli.__main__ import VERBS, is_of_the_user, main
 from hf_effdl.cli.arguments import TRAINING, names_of, parse_arguments, resolved
 from hf_effdl.cli.score import ScoreOptions
 from hf_effdl.cli.select import SelectOptions
-from hf_effdl.cli.work import prompts
+from hf_effdl.cli.work import fitting, prompts
 from hf_effdl.cli.work.cost import in_words
 from hf_effdl.cli.work.data import with_classes
 from hf_effdl.structure.calibration.compensate import SCORES
@@ -547,6 +549,22 @@ def test_the_column_that_is_fed_has_the_names_of_all_verbs(kind, option):
     needed = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", option, "body"]
     more = [] if kind is ScoreOptions else [TRAINING]
     assert parse_arguments(needed, kind, *more, description="")[0].input_column == "body"
+
+
+def test_of_two_fits_of_one_folder_the_second_waits_and_neither_has_a_report_of_before(tmp_path):
+    turns = []
+
+    def fit(_):
+        with fitting._to_itself(tmp_path):
+            assert not (tmp_path / fitting.REPORT).exists()
+            turns.append("in")
+            time.sleep(0.05)
+            turns.append("out")
+            (tmp_path / fitting.REPORT).write_text("{}")
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(fit, range(3)))
+    assert turns == ["in", "out"] * 3
 
 
 def test_a_misspelt_option_is_told_with_the_nearest_as_argparse_tells_it(capsys):
