@@ -59,8 +59,8 @@ def tensor(name: str, value: Any) -> Tensor:
     """A real tensor, as it came; raises TypeError for anything else."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}: pass a torch tensor, torch.as_tensor(...)")
-    if value.is_complex():
-        raise TypeError(f"{name} is a {value.dtype} tensor: pass real numbers")
+    if value.is_complex() or value.is_meta:
+        raise TypeError(f"{name} is a {value.dtype} tensor on {value.device}: pass real numbers that are there")
     return value
 
 

@@ -98,7 +98,7 @@ class WeightedSFTTrainer(SFTTrainer):
         if isinstance(dataset, Mapping):
             raise TypeError(f"train_dataset is a dict of {list(dataset)}; pass one of its splits")
         if isinstance(dataset, Dataset) and not len(dataset):
-            raise ValueError("train_dataset has no rows")
+            raise ValueError("train_dataset has no rows; pass some to train on")
         columns = columns_of(dataset)
         transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
         if not set(NAMES) & set(columns) and not transformed:
@@ -241,7 +241,7 @@ def _weights_of(row: Mapping[str, Any]) -> Tensor:
     elif COLUMN in row:
         weights = torch.full((tokens,), float(row[COLUMN]))
     else:
-        raise ValueError(f"a row of the batch has neither {TOKENS!r} nor {COLUMN!r}, only {sorted(row)}")
+        raise ValueError(f"a row of the batch has neither {TOKENS!r} nor {COLUMN!r}, only {sorted(row)}; pass one on")
     return torch.from_numpy(check_weights(weights, f"the weights of {tokens} tokens")).float()
 
 
@@ -275,14 +275,16 @@ def weigh_tokens(row: Mapping[str, Any], place: int, processing_class: Any, chat
         ValueError: for weights that are negative, not finite, or of another number than what they weigh.
     """
     tokens, where = len(row["input_ids"]), f"row {place} of the data set"
+    if empty := [name for name in NAMES if name in row and row[name] is None]:
+        raise ValueError(f"{where} has None in {empty}; give every row its weights, 1 to change nothing")
     weights = torch.ones(tokens, dtype=torch.float64)
-    if row.get(COLUMN) is not None:
+    if COLUMN in row:
         weights = weights * _numbers([row[COLUMN]], 1, COLUMN, where)
-    if row.get(TURNS) is not None:
+    if TURNS in row:
         ends = turn_ends(row, processing_class, chat_template, where)
         turns = _numbers(row[TURNS], len(ends), TURNS, where)
         weights = weights * turns.repeat_interleave(torch.tensor([0, *ends]).diff())
-    if row.get(TOKENS) is not None:
+    if TOKENS in row:
         weights = weights * _numbers(row[TOKENS], tokens, TOKENS, where)
     return {TOKENS: weights.tolist()}
 
@@ -300,12 +302,15 @@ def turn_ends(
     if messages is None:
         messages = [*(row.get("prompt") or ()), *(row.get("completion") or ())]
     if not messages or not all(isinstance(message, Mapping) for message in messages):
-        raise ValueError(f"{where} has {TURNS!r} and no conversation in 'messages' or 'prompt' and 'completion'")
+        raise ValueError(
+            f"{where} has {TURNS!r} and no conversation in 'messages' or 'prompt' and 'completion'; pass one, or "
+            f"{TOKENS!r}"
+        )
     tools = row.get("tools")
     try:
         tools = parsed(tools) if isinstance(tools, str) else tools
     except ValueError as error:
-        raise ValueError(f"{where} has 'tools' that are no JSON: {error}") from error
+        raise ValueError(f"{where} has 'tools' that are no JSON: {error}; mend the row") from error
     options = {"chat_template": chat_template, "tools": tools, **(row.get("chat_template_kwargs") or {})}
     whole, ends = list(row["input_ids"]), []
     for count in range(1, len(messages) + 1):
@@ -358,12 +363,16 @@ def _refuse_unlabelled(dataset: Any, max_length: int | None) -> None:
     """Raise where no row has a token that a loss can be taken of: the first one has none before it."""
     if not isinstance(dataset, Dataset):
         return
-    kept = slice(1, max_length)
-    if not any(label != IGNORED for row in dataset.select_columns(["labels"]) for label in row["labels"][kept]):
-        within = "" if max_length is None else f" within max_length={max_length}"
-        raise ValueError(
-            f"no row of train_dataset has a token with a label{within}; raise it, or pass rows with answers"
-        )
+    kept, weighed = slice(1, max_length), 0
+    for row in dataset.select_columns(["labels", TOKENS]).with_format(None):
+        labelled = [w for w, label in zip(row[TOKENS][kept], row["labels"][kept], strict=True) if label != IGNORED]
+        if any(labelled):
+            return
+        weighed += len(labelled)
+    within = "" if max_length is None else f" within max_length={max_length}"
+    if weighed:
+        raise ValueError(f"all tokens with a label{within} have weight 0, so there is nothing to train on")
+    raise ValueError(f"no row of train_dataset has a token with a label{within}; raise it, or pass rows with answers")
 
 
 def _truncated(row: Mapping[str, Any], kept: slice) -> dict[str, list]:

@@ -6,7 +6,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from unittest.mock import Mock
@@ -39,8 +41,10 @@ from transformers import (
 from hf_effdl import ExamplePool, SparsePath, Ticket, VisualInContextPipeline, load_selection, rewind
 from hf_effdl.cli import fit, options, pool, prompt, select, sparsify
 from hf_effdl.cli.__main__ import VERBS, is_of_the_user, main
-from hf_effdl.cli.arguments import names_of, parse_arguments, resolved
-from hf_effdl.cli.work import prompts
+from hf_effdl.cli.arguments import TRAINING, names_of, parse_arguments, resolved
+from hf_effdl.cli.score import ScoreOptions
+from hf_effdl.cli.select import SelectOptions
+from hf_effdl.cli.work import fitting, prompts
 from hf_effdl.cli.work.cost import in_words
 from hf_effdl.cli.work.data import with_classes
 from hf_effdl.structure.calibration.compensate import SCORES
@@ -537,6 +541,30 @@ def test_one_row_is_too_few_and_the_option_for_others_is_named(verb, texts, tmp_
     line = f"{verb} --model_name_or_path {texts.parent / 'model'} --dataset_name {tmp_path / 'one'}"
     assert main([*line.split(), "--output_dir", str(tmp_path / "out"), *QUIET]) == 1
     assert "1 rows: a tenth of them cannot be set aside; pass more, or set --eval_split" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [SelectOptions, ScoreOptions])
+@pytest.mark.parametrize("option", ["--input_column", "--text_column", "--image_column"])
+def test_the_column_that_is_fed_has_the_names_of_all_verbs(kind, option):
+    needed = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", option, "body"]
+    more = [] if kind is ScoreOptions else [TRAINING]
+    assert parse_arguments(needed, kind, *more, description="")[0].input_column == "body"
+
+
+def test_of_two_fits_of_one_folder_the_second_waits_and_neither_has_a_report_of_before(tmp_path):
+    turns = []
+
+    def fit(_):
+        with fitting._to_itself(tmp_path):
+            assert not (tmp_path / fitting.REPORT).exists()
+            turns.append("in")
+            time.sleep(0.05)
+            turns.append("out")
+            (tmp_path / fitting.REPORT).write_text("{}")
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(fit, range(3)))
+    assert turns == ["in", "out"] * 3
 
 
 def test_a_misspelt_option_is_told_with_the_nearest_as_argparse_tells_it(capsys):

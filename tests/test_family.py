@@ -1,6 +1,7 @@
 """Models of several sizes in one repository: what is pushed, what loads, and which one is chosen."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,18 @@ def test_the_cards_show_all_sizes_and_results_of_their_own(family):
     assert 'from_pretrained("fam", revision="macs-0.4")' in small.text and small.data.datasets == ["tester/patches"]
     found = {result.metric_type: result.metric_value for result in small.data.eval_results}
     assert found["accuracy"] == pytest.approx(run.evaluate_model(models[0.4])["accuracy"])
+
+
+def test_a_member_that_was_saved_anew_is_not_chosen_by_what_is_known_of_the_one_before(family, tmp_path):
+    run, folder, revisions, models = family
+    shutil.copytree(folder, tmp_path / "fam")
+    assert choose(tmp_path / "fam", macs=10**9) in revisions
+    for revision in revisions:
+        (left := tmp_path / "fam" / revision / ".README.md.killed").mkdir()
+        run.save_slim(models[0.4 if revision == revisions[0] else 0.7], tmp_path / "fam" / revision)
+        assert not left.exists()
+    with pytest.raises(ValueError, match="was saved anew since family.json"):
+        choose(tmp_path / "fam", macs=10**9)
 
 
 def results_beside(folder):

@@ -168,7 +168,8 @@ def test_maps_also_go_by_expected_performance_below_zero(sign):
 
 
 @pytest.mark.parametrize(
-    "where", ["cat", [("class", "cat")], {"kind": "cat"}, {"class": None}, {"class": np.str_("cow")}]
+    "where",
+    ["cat", [("class", "cat")], {"kind": "cat"}, {"class": None}, {"class": np.str_("cow")}, {"class": ["dog", "a"]}],
 )
 def test_candidates_that_there_are_not_are_refused(pipe, where):
     with pytest.raises(ValueError, match="candidates_where"):
@@ -195,6 +196,8 @@ def test_a_group_is_the_same_in_every_type(numbered, kind):
     assert "1" in shown()
     assert shown(groups=one) == {"0", "2"}
     assert shown(classes=one) == {"1"}
+    with pytest.warns(UserWarning, match="none of groups= is a group of the pool, which has 0, 1, 2: "):
+        assert "1" in shown(groups="video")
 
 
 @pytest.mark.parametrize("name", [1.0, np.float32(1), b"1", [1], torch.tensor([1])])
@@ -208,6 +211,8 @@ def test_what_would_be_another_group_than_it_says_is_refused(numbered, name):
         pipe(scene(5)[0], candidates_where={"group": [name]})
     with pytest.raises(TypeError, match="groups holds .*pass texts, whole numbers or None"):
         measure_examples(model, numbered, groups=[name] * 12)
+    with pytest.raises(TypeError, match="groups='twelve chars': pass one for each row"):
+        measure_examples(model, numbered, groups="twelve chars")
 
 
 def test_rows_without_a_group_in_a_table_are_of_none(numbered):
@@ -357,6 +362,9 @@ def test_a_pipeline_made_to_say_so_also_looks_at_the_pool_anew(tmp_path):
         pipe(photos()[0])
     pipe.calibrate_absence(progress=False)
     assert "present" in pipe(photos()[0])
+    pipe.model.config.absence["threshold"] = 1e9
+    with pytest.warns(UserWarning, match="in 1 of 1 images no class is taken to be present"):
+        assert not pipe.label_map(photos()[0])["label_map"].any()
     pool.remove(["scene 0"])
     with pytest.raises(ValueError, match="or it was changed since"):
         pipe(photos()[0])

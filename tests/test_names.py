@@ -11,6 +11,8 @@ from torch import nn
 
 import hf_effdl
 from hf_effdl import find_groups, split_pool
+from hf_effdl.structure.lora.budget import limit_of
+from hf_effdl.vicl.remote_code.pipeline_options import Options
 
 
 torch.manual_seed(0)
@@ -20,7 +22,7 @@ W, LISTS = torch.randn(6, 4), torch.rand(3, 5)
 JUNK = [
     *(None, "text", b"x", -1, 0, 2.5, math.nan, math.inf, True, [], {}, object(), 10**12, 1e300, "0.5", [None]),
     *([1, 1], (0.5,), {"a": 1}, np.array(["a"]), torch.tensor([math.nan]), torch.ones(3, 1), nn.Linear(1, 1)),
-    torch.randn(2, 2, dtype=torch.complex64),
+    *(torch.randn(2, 2, dtype=torch.complex64), torch.ones(3, 5, device="meta"), nn.Linear(4, 3, device="meta")),
 ]
 # a call of each that works; where None stands for what the test makes, any answer to it is refused first
 CALLS = {
@@ -140,3 +142,20 @@ def test_what_every_other_name_cannot_do_without_is_taken_or_refused_in_words_of
             continue
         frame = traceback.extract_tb(error.__traceback__)[-1]
         assert "hf_effdl" in frame.filename and frame.line.startswith("raise"), f"{junk!r}: {error!r} in {frame}"
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        lambda n: Options(candidates=n).candidates,
+        lambda n: hf_effdl.VisualInContextConfig(candidates=n).candidates,
+        lambda n: hf_effdl.ListwiseRankerConfig(list_length=n).list_length,
+        lambda n: hf_effdl.CascadeSelector(passes=n).passes,
+        lambda n: hf_effdl.DynamicsCallback(n).every,
+        lambda n: limit_of(n, "ranks", {"a": 1}, {"a": 9}),
+    ],
+)
+def test_a_whole_number_is_pythons_or_numpys_and_never_true(kept):
+    assert type(kept(np.int64(3))) is int
+    with pytest.raises(ValueError, match="True: "):
+        kept(True)

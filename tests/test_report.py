@@ -12,6 +12,7 @@ from hf_effdl import Plan, Selection, active_plan, make_plan
 from hf_effdl.pictures import CHOSEN, OTHER
 from hf_effdl.samples.selection.findings import clip_value, kept_by_filter, suspect_positions
 from hf_effdl.samples.selection.pictures import plot_classes, plot_examples, plot_overview, plot_scores, plot_selection
+from hf_effdl.samples.selection.report import _percent
 
 
 NAMES = ["ant", "bee", "cat"]
@@ -219,6 +220,15 @@ def test_the_sentence_of_what_to_label():
     assert active.recipe.startswith("Rows in equal shares of the classes voted for, drawn uniformly")
     assert "rows they have not seen has an accuracy of 0.500" in active.recipe
     assert "on rows they were not trained on: 0.500" in str(active)
+
+
+@pytest.mark.parametrize(
+    "share,text",
+    [(0, "0 %"), (1e-7, "under 0.1 %"), (0.004, "0.4 %"), (0.05, "5 %"), (0.1, "10 %"), (0.734, "73 %")]
+    + [(0.996, "99.6 %"), (0.99996, "over 99.9 %"), (1, "100 %")],
+)
+def test_only_none_reads_as_none_and_only_all_as_all(share, text):
+    assert _percent(share) == text
 
 
 def test_the_text_is_markdown_and_safe_against_names():

@@ -1,6 +1,7 @@
 """Scores of shards and draws from streams equal those in memory, whatever the cut, the processes and interruptions."""
 
 import json
+import os
 from pathlib import Path
 
 import fsspec
@@ -12,7 +13,7 @@ import sft_score_run
 import torch
 from accelerate import PartialState
 from compare import assert_close
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from forked import Script
 from scale_run import COUNTS, Lengths, drawn, shards
 
@@ -279,6 +280,22 @@ def test_joined_files_are_not_written_over_their_sources_nor_beside_others(sourc
     ids[0].unlink()
 
 
+def test_rows_known_by_their_number_are_joined_with_the_files_that_were_scored(tmp_path):
+    files = shards(tmp_path / "rows", (6, 6))  # which have a row_id of their own
+    score_shards(files, tmp_path / "out", Lengths(), id_column=None)
+    tables = sorted((tmp_path / "out").glob("scores-*"))
+    plan_shards(tables, tmp_path / "plan", 8)
+    for given in (tables, sorted((tmp_path / "plan").glob("plan-*"))):
+        join_shards(files, given, tmp_path / "joined", id_column=None)
+        with pytest.raises(ValueError, match="knows rows by their number, .*; pass id_column=None"):
+            join_shards(files, given, tmp_path / "joined")
+        with pytest.raises(ValueError, match="in the same order"):
+            join_shards(files[::-1], given, tmp_path / "joined", id_column=None)
+    os.utime(files[0], (1, 1))
+    with pytest.raises(ValueError, match="which was changed since: pass files as"):
+        join_shards(files, tables, tmp_path / "joined", id_column=None)
+
+
 def test_no_flipped_bit_of_a_table_is_joined(tmp_path):
     files = shards(tmp_path / "rows", (9,))
     score_shards(files, tmp_path / "out", Lengths())
@@ -311,7 +328,7 @@ def test_probe_scores_of_shards_are_those_in_memory(tmp_path):
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(160, 4, generator=generator), torch.arange(160) % 3
     x[:, 0] += y
-    data = Dataset.from_dict({"features": x.tolist(), "label": y.tolist()})
+    data = Dataset.from_dict({"features": x.tolist(), "label": y.tolist()}).cast_column("label", ClassLabel(3))
     probes = LinearProbes.train(None, data.select(range(60)), input_column="features")
     pool = data.select(range(60, 160))
     pq.write_table(pool.with_format("arrow")[:], tmp_path / "0.parquet")
@@ -322,6 +339,9 @@ def test_probe_scores_of_shards_are_those_in_memory(tmp_path):
     }
     for name in set(table.column_names) - {"row_id"}:
         assert_close(torch.tensor(table[name].to_pylist()), torch.tensor(whole[name]), 1e-6)
+    pool.cast_column("label", ClassLabel(names=["2", "1", "0"])).to_parquet(tmp_path / "1.parquet")
+    with pytest.raises(ValueError, match="the data set's classes and the probes' differ: in another order"):
+        score_shards([tmp_path / "1.parquet"], tmp_path / "other", ProbeScorer(probes))
 
 
 # ---- streams

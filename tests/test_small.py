@@ -198,3 +198,19 @@ def test_finetuning_is_a_plain_training_with_its_accuracy_on_the_card(tmp_path):
     other = run.finetune(run.slim(macs=0.5), epochs=1, distill=0.5, bn_batches=0, output_dir=tmp_path / "taught")
     assert run.tuner.distillation.weight == 0.5 and not torch.equal(*(next(m.parameters()) for m in (other, small)))
     assert_same(tensors(run.tuner.distillation.teacher), tensors(run.model))
+
+
+@pytest.mark.parametrize(
+    "spoilt,message",
+    [
+        (lambda run, small: "a folder", "small is a str"),
+        (lambda run, small: small.requires_grad_(False), "small has no parameter that is trained"),
+        (lambda run, small: small.bfloat16(), "the model is in torch.bfloat16"),
+        (lambda run, small: setattr(run, "compute_loss", len), r"has its own \['compute_loss'\]"),
+        (lambda run, small: setattr(run, "train_dataset", tiny_run.images(8, 1).to_iterable_dataset()), "streamed"),
+    ],
+)
+def test_what_the_trainer_of_a_small_net_would_not_do_is_refused(tmp_path, spoilt, message):
+    run, small = small_run.trainer(tmp_path), tiny_run.model()
+    with pytest.raises((TypeError, ValueError), match=message):
+        run.finetune(spoilt(run, small) or small, epochs=1)

@@ -193,6 +193,8 @@ BEYOND = Dataset.from_dict({"prompt": ["w1 " * 30] * 4, "completion": ["w2"] * 4
         (PAIRS, {}, {"compute_loss_func": lambda *_, **__: None}, "compute_loss_func is set"),
         (PAIRS, {"packing": True, "max_length": None}, {}, "max_length=None"),
         (with_column(PAIRS, "image", [0] * 12), {}, {}, "images"),
+        (with_column(TALK, "turn_weights", [[1.0] * 4] * 11 + [None]), {}, {}, r"row 11 .* None in \['turn_w"),
+        (with_column(TALK, "turn_weights", [[0.0] * 4] * 12), {}, {}, "all tokens with a label within .* weight 0"),
         (with_column(TALK, "turn_weights", [1.0] * 12), {}, {}, "row 0 of the data set has 1.0 in 'turn_weights'"),
         (PAIRS.select([]), {}, {}, "train_dataset has no rows"),
         ({"train": PAIRS}, {}, {}, r"is a dict of \['train'\]; pass one of its splits"),

@@ -7,6 +7,10 @@ from hf_effdl.cli.arguments import LongOptions, Options, UsageError
 
 TASKS = ("image-classification", "text-classification", "text-generation")
 SCORES = ("path", "magnitude", "activation", "obs", "fisher")
+INPUT = {
+    "aliases": ["--text_column", "--image_column"],  # as the verbs say that train on one of them
+    "help": "Images or texts; default: the first such.",
+}
 WIDTHS = {"choices": ["stock", "free"], "help": "Sizes of the stock config, or any (loading needs hf_effdl)."}
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_effdl.cli.arguments import parse_arguments
-from hf_effdl.cli.options import ModelDataOptions
+from hf_effdl.cli.options import INPUT, ModelDataOptions
 
 
 @dataclass(kw_only=True)
@@ -23,7 +23,7 @@ class ScoreOptions(ModelDataOptions):
     """What scores which rows."""
 
     output_dir: str = field(metadata={"help": "Folder of the tables."})
-    input_column: str | None = field(default=None, metadata={"help": "Images or texts; default: the first such."})
+    input_column: str | None = field(default=None, metadata=INPUT)
     probe_rows: int = field(default=1000, metadata={"help": "Labelled rows that train the probes, at most half."})
     num_probes: int = field(default=8, metadata={"help": "Number of probes."})
     files: list[str] = field(default_factory=list, metadata={"help": "Parquet files or URLs to score."})

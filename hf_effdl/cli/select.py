@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_effdl.cli.arguments import TRAINING, parse_arguments
-from hf_effdl.cli.options import ModelDataOptions
+from hf_effdl.cli.options import INPUT, ModelDataOptions
 
 
 @dataclass(kw_only=True)
 class SelectOptions(ModelDataOptions):
     """What to select from what, with what."""
 
-    input_column: str | None = field(default=None, metadata={"help": "Images or texts; default: the first such."})
+    input_column: str | None = field(default=None, metadata=INPUT)
     budget: float = field(default=0.2, metadata={"help": "Rows to select; up to 1: a share of the pool."})
     probe_share: float = field(default=0.2, metadata={"help": "Share of the training rows that the probes get."})
     probes: str = field(

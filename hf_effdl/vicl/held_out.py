@@ -189,7 +189,9 @@ def _query_rows(ids: Sequence[str], queries: int | Iterable[str], seed: int) -> 
     places = {id: row for row, id in enumerate(ids)}
     queries = [queries] if isinstance(queries, str) else _listed("queries", queries)
     if unknown := [id for id in queries if id not in places]:
-        raise ValueError(f"queries holds {unknown[0]!r}, which is not in ids ({len(unknown)} such)")
+        raise ValueError(
+            f"queries holds {unknown[0]!r}, which is not in ids ({len(unknown)} such): pass some of these"
+        )
     return [places[id] for id in queries]
 
 

@@ -162,7 +162,9 @@ def _examples_each(model: VisualInContextModel, excluded: Tensor, candidates: in
 
 def _check_pool(pool: PoolReader, model: VisualInContextModel) -> None:
     if pool.task != model.config.task:
-        raise ValueError(f"the pool is for task={pool.task!r}, the model for task={model.config.task!r}")
+        raise ValueError(
+            f"the pool is for task={pool.task!r}, the model for task={model.config.task!r}: make one as the other"
+        )
     if pool.encoder["fingerprint"] != model.encoder.fingerprint:
         raise ValueError(
             "the pool was made with another encoder than the model's: make it again with encoder=model.encoder"

@@ -86,7 +86,7 @@ def image_files(names: list[str]) -> list[Path]:
         else:
             raise FileNotFoundError(f"--images names {path}, which is no file or folder")
     if not found:
-        raise ValueError(f"--images {names}: no image among them")
+        raise ValueError(f"--images {names}: no image among them; name files or folders of images")
     for file in found:  # what is no image is told before the work
         Image.open(file).close()
     return found

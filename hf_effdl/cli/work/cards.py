@@ -107,7 +107,7 @@ def kind_of(folder: Path) -> str | None:
 def show_or_write(folder: Path, write: bool) -> None:
     """Print the card of a folder; made from its files first, where that is asked for."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder")
+        raise FileNotFoundError(f"{folder} is no folder; set --folder")
     card, kind = folder / CARD, kind_of(folder)
     if write:
         if kind is None:

@@ -74,7 +74,10 @@ def with_classes(data: DatasetDict, name: str, column: str) -> DatasetDict:
             raise ValueError(f"the {split} split of {name} has rows without a {column!r}: leave them out")
     if any(isinstance(kind, ClassLabel) for kind in kinds.values()):
         if len({str(kind) for kind in kinds.values()}) > 1:
-            raise ValueError(f"{column!r} of {name} has other classes in one split than in another: {kinds}")
+            raise ValueError(
+                f"{column!r} of {name} has other classes in one split than in another: {kinds}; "
+                "align_labels_with_mapping them, or leave --eval_split out"
+            )
         return data
     numbers = all(kind.dtype.startswith(("int", "uint")) for kind in kinds.values())
     data = data.cast_column(column, Value("string"))

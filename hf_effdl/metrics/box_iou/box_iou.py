@@ -68,7 +68,8 @@ class BoxIou(evaluate.Metric):
     def add_batch(self, *, predictions=None, references=None):
         """Add predictions and references."""
         if predictions is None or references is None or len(predictions) != len(references):
-            raise ValueError("predictions= and references= are lists of one length")
+            sizes = [None if given is None else len(given) for given in (predictions, references)]
+            raise ValueError(f"predictions= and references= are lists of one length; got {sizes}: pass a pair each")
         pairs = [_pair(*pair) for pair in zip(predictions, references)]
         super().add_batch(predictions=[p for p, _ in pairs], references=[r for _, r in pairs])
 
@@ -80,7 +81,7 @@ class BoxIou(evaluate.Metric):
     def _compute(self, predictions, references, per_item=False):
         values = [_iou(*pair) for pair in zip(predictions, references)]
         if not values:
-            raise ValueError("there are no items to average over")
+            raise ValueError("there are no items to average over: add some first")
         return _means(values, "iou") | ({"iou": values} if per_item else {})
 
 

@@ -22,7 +22,9 @@ def check_scores(scores: Tensor, signed: bool = False) -> Tensor:
     if bad.any():
         rows = bad.nonzero().flatten()
         kinds = "NaN or infinite" if signed else "NaN, infinite or negative"
-        raise ValueError(f"{len(rows)} scores are {kinds}, the first is {scores[rows[0]].item()} at row {rows[0]}")
+        raise ValueError(
+            f"{len(rows)} scores are {kinds}, the first is {scores[rows[0]].item()} at row {rows[0]}; leave those out"
+        )
     return scores
 
 

@@ -8,7 +8,9 @@ from hf_effdl.checks import whole_number
 from hf_effdl.samples.drawing.checks import check_seed
 
 
-def clusters(embeddings: Tensor, count: int | None = None, seed: int = 0, rounds: int = 25) -> Tensor:
+def clusters(
+    embeddings: Tensor, count: int | None = None, seed: int = 0, rounds: int = 25, row_ids: Tensor | None = None
+) -> Tensor:
     """k-means of embeddings of unit length, `(N,)` int64.
 
     Args:
@@ -16,9 +18,13 @@ def clusters(embeddings: Tensor, count: int | None = None, seed: int = 0, rounds
         count: of clusters; default: the root of half the rows, 100 at most.
         seed: of the start, by k-means++.
         rounds: of Lloyd's algorithm, at most.
+        row_ids: `(N,)` integers in whose order rows are taken, so that the order they come in makes no difference.
 
     Source: Arthur and Vassilvitskii, "k-means++", SODA 2007.
     """
+    if row_ids is not None:
+        order = row_ids.argsort()
+        return clusters(embeddings[order], count, seed, rounds)[order.argsort()]
     rows = len(embeddings)
     count = max(1, min(100, round((rows / 2) ** 0.5))) if count is None else whole_number("clusters", count, 1)
     if count > rows:

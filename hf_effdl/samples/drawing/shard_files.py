@@ -15,6 +15,9 @@ from hf_effdl.checks import path
 from hf_effdl.samples.drawing.weights import weight_column
 
 
+MADE_OF = b"hf_effdl"  # in a table's metadata: what its scores were made of
+
+
 @dataclass(frozen=True)
 class Shards:
     """Score tables in Parquet files, read batch by batch.
@@ -76,6 +79,13 @@ class Shards:
             return pa.int64()
         return pq.read_schema(self.inputs[k]["file"]).field(self.id_column).type
 
+    def notes(self, k: int) -> dict[bytes, bytes] | None:
+        """What the scores say they were made of, where the rows that come out are known by the same ids."""
+        import pyarrow.parquet as pq
+
+        known = pq.read_schema(self.inputs[k]["file"]).metadata or {}
+        return {MADE_OF: known[MADE_OF]} if MADE_OF in known and self.id_column == "row_id" else None
+
     def batches(
         self, k: int, weighing: bool = False
     ) -> Iterator[tuple[Any, Tensor | list[str], Tensor, Tensor | None]]:
@@ -126,7 +136,7 @@ def _look_into(file: str) -> tuple[dict[str, Any], Any]:
         with pq.ParquetFile(file) as reader:
             return {"file": file, "rows": reader.metadata.num_rows} | stamp, reader.schema_arrow
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} is not a Parquet file: {error}") from error
+        raise ValueError(f"{file} is not a Parquet file: {error}; get it again, or leave it out") from error
 
 
 def _check_column(file: str, schema: Any, argument: str, name: str) -> None:

@@ -263,7 +263,7 @@ class _Sample:
         import pyarrow.parquet as pq
 
         types = {"row_id": self.shards.id_type(k), "inclusion_probability": pa.float64(), "weight": pa.float64()}
-        schema = pa.schema(types)
+        schema = pa.schema(types, self.shards.notes(k))
         waiting: list[pa.RecordBatch] = []
         rows = 0
         # numbers that hardly repeat gain nothing from a dictionary

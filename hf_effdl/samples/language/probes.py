@@ -3,9 +3,10 @@
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from copy import copy
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from hf_effdl.row_losses import IGNORED
 from hf_effdl.samples.language.rows import Batch, Encoded, encode
 from hf_effdl.samples.probes.probes import bootstrap_counts, weights_hash
 from hf_effdl.samples.probes.trained_probes import check_training
+
+
+ASKING = RLock()  # of all probes, since they may share models; a lock of their own is not copied
 
 
 class LanguageProbes:
@@ -75,12 +79,29 @@ class LanguageProbes:
         tokenizer = [
             json.dumps(sorted(self.processing_class.get_vocab().items())),
             self.processing_class.chat_template,
+            *(getattr(self.processing_class, f"{name}_token_id", None) for name in ("bos", "eos")),
         ]
         return digest(json.dumps([weights_hash(self.models), self.adapters, *tokenizer]))
 
     def to(self, device: torch.device) -> None:
         for model in self.models:
             model.to(device)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other threads from asking meanwhile; then adapters, and what is trained of them, are as they were."""
+        with ASKING:
+            model = self.models[0] if len(self.adapters) > 1 else None
+            active, trained = getattr(model, "active_adapter", None), {}
+            if model is not None:
+                trained = {p: p.requires_grad for p in model.parameters()}
+            try:
+                yield
+            finally:
+                if model is not None:
+                    model.set_adapter(active)
+                for p, wanted in trained.items():
+                    p.requires_grad_(wanted)
 
     def each(self) -> Iterator[nn.Module]:
         """The probes one after the other, ready to be asked; of adapters, each is switched on in turn."""
@@ -99,11 +120,8 @@ class LanguageProbes:
     @contextmanager
     def first(self) -> Iterator[nn.Module]:
         """The first probe."""
-        each = self.each()
-        try:
+        with self.alone(), closing(self.each()) as each:
             yield next(each)
-        finally:
-            each.close()
 
     def check(self, row: Encoded, where: str) -> Encoded:
         """The row itself; raises a `ValueError` where the models do not take it."""

@@ -189,9 +189,9 @@ class SFTScorer:
         scored = data if set(self.columns) <= set(data.column_names) else self.score(data)
         self._check_scores(scored)
         table = self.table(scored)
-        groups = clusters(table["embedding"], self.clusters, self.seed) if self.embed else None
+        ids = self._ids(scored)
+        groups = clusters(table["embedding"], self.clusters, self.seed, row_ids=ids) if self.embed else None
         asked = None if query is None or not self.embed else self.table(self.score(query, progress=False))["embedding"]
-        ids = content_ids(scored, [name for name in COLUMNS if name in scored.column_names])
         options = {"unit": unit, "method": method, "seed": self.seed, "row_ids": ids}
         self.plan = choose(table, budget, groups=groups, query=asked, **options)
         self._chosen_from = self._name(scored)
@@ -234,7 +234,7 @@ class SFTScorer:
         plan = plan if plan is not None and self._chosen_from == self._name(scored) else None
         left_out = None
         if plan is not None and plan.settings["method"] == "default":
-            groups = clusters(table["embedding"], self.clusters, self.seed)
+            groups = clusters(table["embedding"], self.clusters, self.seed, row_ids=self._ids(scored))
             left_out = {what: int(rows.sum()) for what, rows in damaged_rows(table, groups).items()}
         options = {"repo_id": repo_id, "source": source, "license": license, "tags": tags}
         return write_language_card(folder, table, plan, self._facts(), left_out, **options)
@@ -325,6 +325,10 @@ class SFTScorer:
         if clash := [name for name in ("weight", "inclusion_probability") if name in data.column_names]:
             raise ValueError(f"the data set has the columns {clash} already; remove_columns({clash}) or rename them")
 
+    def _ids(self, data: Dataset) -> Tensor:
+        """An id for every row, whatever place it stands at, `(rows,)` int64."""
+        return content_ids(data, [name for name in COLUMNS if name in data.column_names])
+
     def _keys(self, data: Dataset) -> Tensor:
         """Another number for other rows, probes or settings, `(rows,)` int64."""
         return row_marks(data, [name for name in COLUMNS if name in data.column_names]) ^ int(self.key[:15], 16)
@@ -377,6 +381,10 @@ class SFTScorer:
 
     def _part(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """The scores of rows that are scored together."""
+        with self.probes.alone():
+            return self._scores(rows)
+
+    def _scores(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         tables: dict[str, Tensor] = {}
         for numbers, found in self._asked(rows):
             for name, values in found.items():

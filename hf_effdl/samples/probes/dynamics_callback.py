@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_effdl.checks import path
+from hf_effdl.checks import path, whole_number
 from hf_effdl.files import SEALED, damaged, digest, parsed, read_sealed, sealed, sweep, write_whole
 from hf_effdl.processes import refuse_lone_processes, same_fate, together
 from hf_effdl.random_state import random_state_kept
@@ -83,13 +83,10 @@ class DynamicsCallback(TrainerCallback):
         dataset: Any = None,
         data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
     ) -> None:
-        for name, value in {"every": every, "batch_size": 1 if batch_size is None else batch_size}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: it must be a whole number, 1 or more")
         if data_collator is not None and not callable(data_collator):
             raise TypeError(f"data_collator is a {type(data_collator).__name__}: pass a function of a list of rows")
-        self.every = every
-        self.batch_size = batch_size
+        self.every = whole_number("every", every, 1)
+        self.batch_size = None if batch_size is None else whole_number("batch_size", batch_size, 1)
         self.dataset = None if dataset is None else _map_style(dataset)
         self.data_collator = data_collator
 

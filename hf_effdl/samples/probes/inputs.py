@@ -43,7 +43,7 @@ def check_dataset(
     if not isinstance(data, Dataset):
         raise TypeError(f"{argument} is a {type(data).__name__}; pass a datasets.Dataset")
     if len(data) == 0:
-        raise ValueError(f"{argument} has no rows")
+        raise ValueError(f"{argument} has no rows; pass some")
     for column in columns:
         if column not in data.column_names:
             near = get_close_matches(column, data.column_names, 3, 0.4)
@@ -60,13 +60,33 @@ def label_names(data: Dataset, column: str | None) -> list[str] | None:
     return getattr(data.features.get(column), "names", None) if column else None
 
 
+def names_for(data: Dataset, column: str | None, of_probes: Sequence[str] | None) -> list[str] | None:
+    """Class names of the pool and the probes.
+
+    Raises:
+        ValueError: if both have some and they differ.
+    """
+    names = label_names(data, column)
+    if names and of_probes and list(names) != list(of_probes):
+        if sorted(names) == sorted(of_probes):
+            how = f"in another order: {names[:4]} ... and {list(of_probes)[:4]} ..."
+        else:
+            how = f"{sorted(set(names) ^ set(of_probes))[:6]} are known to one of them only"
+        raise ValueError(
+            f"the data set's classes and the probes' differ: {how}; train the probes on labels of the "
+            f"same order, or align_labels_with_mapping the column {column!r}"
+        )
+    return list(names or of_probes or []) or None
+
+
 def label_tensor(data: Dataset, column: str, names: Sequence[str] | None = None) -> Tensor:
     """The label column as int64 classes; texts are looked up in the class names.
 
     Raises:
-        ValueError, TypeError: for texts outside the names, missing values, or labels that are no classes.
+        ValueError, TypeError: for texts outside the names, class names of the column that differ from them, missing
+            values, or labels that are no classes.
     """
-    return class_tensor(label_values(data, column), column, names)
+    return class_tensor(label_values(data, column), column, names_for(data, column, names))
 
 
 def label_values(data: Dataset, column: str) -> list[Any]:
@@ -112,7 +132,7 @@ def _looked_up(values: list[str], column: str, names: Sequence[str] | None) -> T
     if unknown := sorted(map(str, set(values) - set(place))):
         raise ValueError(
             f"column {column!r} holds {unknown[:3]}, which are none of the probes' {len(place)} "
-            f"classes {list(place)[:10]}"
+            f"classes {list(place)[:10]}; rename them, or train probes on them too"
         )
     return torch.tensor([place[value] for value in values])
 

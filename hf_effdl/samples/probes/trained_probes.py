@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +146,9 @@ def train_probes(
     num_probes = usual[0] if num_probes is None else num_probes
     bootstrap = usual[1] if bootstrap is None else bootstrap
     check_dataset(rows, [label_column], "the probe set", "label_column=")
-    if isinstance(num_probes, bool) or not isinstance(num_probes, int):
+    if isinstance(num_probes, bool) or not isinstance(num_probes, Integral):
         raise TypeError(f"num_probes={num_probes!r}: it must be a whole number, 2 or more")
-    if num_probes < LEAST_PROBES:
+    if (num_probes := int(num_probes)) < LEAST_PROBES:
         raise ValueError(f"num_probes={num_probes}: the spread of one probe is unknown; use 2 or more, better 8")
     args.device  # joins the other processes, if there are any
     refuse_lone_processes()

@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_effdl.checks import instance
 from hf_effdl.files import filled_beside, locked
+from hf_effdl.samples.scale.score_shards import read_causes
 from hf_effdl.samples.scale.sources import Shard, check_ids, check_whole, local_folder, reader, same_file
 
 
@@ -37,7 +38,8 @@ def join_shards(
     Raises:
         ValueError: for files that are no Parquet or not as many as tables, tables that are not what the manifest
             beside them says was written, columns that both have, rows of a table that its source does not have in
-            this order, an `output_dir` with joined files of another number, or one that is read from.
+            this order, rows that are known by their number in another file or in one that was changed since, an
+            `output_dir` with joined files of another number, or one that is read from.
         TypeError: for ids that are neither integers nor texts.
 
     Example:
@@ -61,6 +63,7 @@ def join_shards(
         other.check_column("row_id")
         if both := sorted((set(source.columns) & set(other.columns)) - {id_column, "row_id"}):
             raise ValueError(f"{source.file} and {other.file} both have the columns {both}; rename them in one")
+        _check_made_of(other.file, source, [one.file for one in sources], id_column)
     outputs = [folder / f"joined-{k:05d}-of-{len(sources):05d}.parquet" for k in range(len(sources))]
     _check_folder(folder, outputs, [one.file for one in (*sources, *others)])
     start = 0
@@ -69,6 +72,28 @@ def join_shards(
             _Pair(source, other, id_column, start).write(scratch / output.name)
             start += source.rows
     return outputs
+
+
+def _check_made_of(table: str, source: Shard, sources: Sequence[str], id_column: str | None) -> None:
+    """Refuse a table whose scores say that they are of rows known otherwise, or of another file."""
+    made = read_causes(Path(table)) or {}
+    if not isinstance(settings := made.get("settings"), dict) or not isinstance(made.get("file"), str):
+        return
+    by = settings.get("id_column")
+    if (by is None) != (id_column is None):
+        known = "their number" if by is None else f"the column {by!r}"
+        raise ValueError(f"{table} knows rows by {known}, as they were scored; pass id_column={by!r}")
+    if by is not None:
+        return
+    scored, here = same_file(made["file"]), same_file(source.file)
+    is_another = scored != here and scored in map(same_file, sources)
+    is_changed = scored == here and (made.get("size"), made.get("mark")) != (source.size, source.mark)
+    if is_another or is_changed or made.get("rows") != source.rows:
+        how = ", which was changed since" if is_changed else ""
+        raise ValueError(
+            f"{table} knows rows by their number in {made['file']}, and meets {source.file}{how}: pass files as they "
+            "were scored, in the same order, or score them anew with an id_column"
+        )
 
 
 def _check_folder(folder: Path, outputs: Sequence[Path], inputs: Sequence[str]) -> None:

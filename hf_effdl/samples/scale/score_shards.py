@@ -15,13 +15,13 @@ from torch import Tensor
 from hf_effdl.checks import instance, whole_number
 from hf_effdl.files import digest, locked, parsed, read_json, sweep, write_json, write_whole
 from hf_effdl.processes import is_first, refuse_lone_processes, same_fate, together
+from hf_effdl.samples.drawing.shard_files import MADE_OF
 from hf_effdl.samples.scale.scorers import RowScorer, as_scorer
 from hf_effdl.samples.scale.sources import Shard, check_ids, local_folder, same_file
 from hf_effdl.samples.scores.numbers import as_numbers
 
 
 MANIFEST = "_scores.json"  # readers of Parquet folders pass over names that begin with _
-MADE_OF = b"hf_effdl"  # in an output's metadata: what it was made of
 
 
 def score_shards(
@@ -116,7 +116,7 @@ class ShardWork:
     def check_others(self) -> None:
         """Refuse a folder with scores that are not these, or with files that are no scores and would be lost."""
         for file in sorted(self.folder.glob("scores-*.parquet")):
-            found = _read_causes(file)
+            found = read_causes(file)
             if found is None and _is_of_others(file):
                 raise ValueError(
                     f"{file} was not written by score_shards, and would be taken for scores or overwritten; choose "
@@ -144,7 +144,7 @@ class ShardWork:
     def _is_whole(self, k: int) -> bool:
         """Whether the scores of shard k are there, and what was written."""
         output = self.output(k)
-        if _read_causes(output) != self.made_of(k):
+        if read_causes(output) != self.made_of(k):
             return False
         known = self._known().get(output.name)
         return known is None or known == digest(output)
@@ -201,7 +201,7 @@ class ShardWork:
         return read_json(self.folder / MANIFEST)
 
 
-def _read_causes(file: Path) -> dict[str, Any] | None:
+def read_causes(file: Path) -> dict[str, Any] | None:
     """What a table of scores was made of; None where there is none, or it is damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -70,7 +70,10 @@ class ProbeScorer:
         for fed, logits in self.probes.asked(rows, self.batch_size):
             bad = (~logits.isfinite()).flatten(1).any(1).nonzero()
             if len(bad):
-                raise ValueError(f"row {first + start + int(bad[0])} of {where} has logits that are NaN or infinite")
+                raise ValueError(
+                    f"row {first + start + int(bad[0])} of {where} has logits that are NaN or infinite; leave out "
+                    "rows that hold such values, or train the probes again"
+                )
             given = None if labels is None else labels[start : start + len(logits)]
             parts.append(self._scores(fed, logits, given, torch.arange(len(logits)) + first + start))
             start += len(logits)

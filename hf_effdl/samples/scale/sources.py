@@ -40,7 +40,7 @@ class Shard:
                 columns = dict(zip(schema.names, schema.types, strict=True))
                 return cls(name, opened.metadata.num_rows, columns, size, mark)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{name} is not a whole Parquet file: {error}") from error
+            raise ValueError(f"{name} is not a whole Parquet file: {error}; get it again") from error
 
     def check_column(self, name: str | None) -> None:
         if name is not None and name not in self.columns:

@@ -172,7 +172,8 @@ def check_logits(logits: Tensor, labels: Tensor | None = None) -> tuple[Tensor, 
     Raises:
         ValueError, TypeError: for other shapes, no rows, NaN or infinite values, or labels outside the classes.
     """
-    logits = logits if isinstance(logits, Tensor) else as_numbers(logits, "logits")  # on the device they are on
+    if not isinstance(logits, Tensor) or logits.is_meta:  # others stay on the device they are on
+        logits = as_numbers(logits, "logits")
     if not logits.is_floating_point():
         raise TypeError(f"logits are of type {logits.dtype}; pass raw floating-point logits")
     if logits.ndim not in (2, 3):

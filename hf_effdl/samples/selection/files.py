@@ -245,7 +245,7 @@ def _downloaded(
     try:
         return Path(get(f"{config_name}/{RECORD}", revision=revision)).parents[1], get
     except HFValidationError as error:
-        raise FileNotFoundError(f"{repo_id!r} is neither a folder nor a repository id") from error
+        raise FileNotFoundError(f"{repo_id!r} is neither a folder nor a repository id; pass owner/name") from error
     except RemoteEntryNotFoundError:
         api = HfApi(token=token)
         files = api.dataset_info(repo_id, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT).siblings

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -356,7 +357,7 @@ def _pool(selection: SelectedRows, column: str | None) -> Dataset:
 
 def _kinds(selection: SelectedRows, count: int) -> dict[str, list[int]]:
     """Positions of the rows of each kind that there is."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
         raise ValueError(f"count={count!r}: show one row or more of each kind")
     name = uncertainty_column(selection)
     order = None if name is None else selection.table[name].argsort(stable=True)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_effdl.samples.probes.decisions import decision_labels
-from hf_effdl.samples.probes.inputs import check_dataset, class_tensor, label_names, label_values
+from hf_effdl.samples.probes.inputs import check_dataset, class_tensor, label_values, names_for
 from hf_effdl.samples.probes.scoring import SCORE_KEY, SCORES
 from hf_effdl.samples.selection.rows import labels_hash, read_ids
 
@@ -167,22 +167,3 @@ def _numbers(data: Dataset, name: str) -> Tensor:
     except TypeError as error:
         raise TypeError(f"column {name!r} holds {column.type}; selection draws by one number a row") from error
     return values.float() if values.is_floating_point() and name in SCORES else values
-
-
-def names_for(data: Dataset, column: str | None, of_probes: Sequence[str] | None) -> list[str] | None:
-    """Class names of the pool and the probes.
-
-    Raises:
-        ValueError: if both have some and they differ.
-    """
-    names = label_names(data, column)
-    if names and of_probes and list(names) != list(of_probes):
-        if sorted(names) == sorted(of_probes):
-            how = f"in another order: {names[:4]} ... and {list(of_probes)[:4]} ..."
-        else:
-            how = f"{sorted(set(names) ^ set(of_probes))[:6]} are known to one of them only"
-        raise ValueError(
-            f"the data set's classes and the probes' differ: {how}; train the probes on labels of the "
-            f"same order, or align_labels_with_mapping the column {column!r}"
-        )
-    return list(names or of_probes or []) or None

@@ -215,8 +215,8 @@ class SelectionReport:
             u, q = self.uncertainty, self.uncertainty["quantiles"]
             lines.append(
                 f"uncertainty `{u['column']}`: {_percent(u[f'below_{SURE}'])} of the rows below {SURE}, "
-                f"{_percent(u[f'above_{DAMPED}'])} above {DAMPED}; median {q['0.5']:.3g}, 5 % to 95 %: "
-                f"{q['0.05']:.3g} to {q['0.95']:.3g}"
+                f"{_percent(u[f'above_{DAMPED}'])} above {DAMPED}; median {_number(q['0.5'])}, 5 % to 95 %: "
+                f"{_number(q['0.05'])} to {_number(q['0.95'])}"
             )
         if self.mean_confidence is not None:
             lines.append(f"mean confidence of the probes: {self.mean_confidence:.3f}")
@@ -247,7 +247,7 @@ class SelectionReport:
         rows = [
             suspect
             | {name: _escape(str(suspect[name])) for name in ("row_id", "label", "vote")}
-            | {"selected": "yes" if suspect["selected"] else "no", "p_label": f"{suspect['p_label']:.2g}"}
+            | {"selected": "yes" if suspect["selected"] else "no", "p_label": _number(suspect["p_label"], 2)}
             for suspect in self.suspects
         ]
         columns = {
@@ -430,7 +430,19 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
+    """A share in words; none that is not 0 or 1 reads as 0 % or 100 %."""
+    percent = 100 * share
+    if 0 < percent < 0.05:
+        return "under 0.1 %"
+    if 99.95 <= percent < 100:
+        return "over 99.9 %"
+    if 10 <= percent < 99.5:
+        return f"{percent:.0f} %"
+    return f"{percent:.1f}".removesuffix(".0") + " %"
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return f"{value:.{digits}g}" if value == 0 or abs(value) >= 1e-4 else "under 0.0001"
 
 
 def _escape(text: str) -> str:

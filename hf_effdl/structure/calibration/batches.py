@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_effdl.structure.groups.inputs import call, each_input, each_tensor
+from hf_effdl.structure.groups.inputs import call, each_input, each_tensor, moved
 
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def split_rows(batches: Any, model: nn.Module) -> Calibration:
     device = next(model.parameters()).device
     fit, held_out, seen = [], [], 0
     for batch in batches:
-        batch = each_tensor(lambda tensor: tensor.detach().to(device), batch)
+        batch = each_tensor(lambda tensor: moved(tensor, device), batch)
         rows = count_rows(batch)
         is_held = (torch.arange(seen, seen + rows) % HELD_OUT) == HELD_OUT - 1
         seen += rows

@@ -63,7 +63,9 @@ class Judge:
         outputs = output_tensors(model.run(batch, number))
         if not outputs:
             name = type(model.model).__name__
-            raise ValueError(f"{name} answers with no floating point tensor, so nothing can be judged")
+            raise ValueError(
+                f"{name} answers with no floating point tensor, so nothing can be judged: slim it without calibration="
+            )
         return [_positions(output, mask_of(batch)) for output in outputs if output.ndim]
 
 

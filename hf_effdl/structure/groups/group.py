@@ -279,9 +279,14 @@ def _starts(groups: Sequence[Group], units: Mapping[str, int]) -> dict[tuple[str
 
 
 def check_module(model: Any, function: str) -> None:
-    """Refuse what is no module, by the name of the function that was given it."""
+    """Refuse what is no module, or has no weights, by the name of the function that was given it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function} needs a torch.nn.Module, not {type(model).__name__}")
+    if away := next((name for name, p in model.named_parameters() if p.is_meta), None):
+        raise ValueError(
+            f"{function} needs weights, and {away} is on the device 'meta', which holds none: load the whole model "
+            "onto a real device, without init_empty_weights or offloading"
+        )
 
 
 def check_groups(groups: Any, function: str) -> None:

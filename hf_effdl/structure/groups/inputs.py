@@ -142,6 +142,16 @@ def fill_zeros(tensor: Tensor) -> Tensor:
     return tensor.masked_fill_(tensor == 0, 0.1) if tensor.is_floating_point() else tensor
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """An input without its graph, on a device; raises where it has no values."""
+    if tensor.is_meta:
+        raise ValueError(
+            f"inputs hold a tensor of shape {tuple(tensor.shape)} on the device 'meta', which has no values: pass "
+            "rows as the model gets them"
+        )
+    return tensor.detach().to(device)
+
+
 def one_row(inputs: Any, model: nn.Module) -> Any:
     """The first row of some inputs, on the model's device, without labels and without zeros."""
     device = _device(model)
@@ -150,7 +160,7 @@ def one_row(inputs: Any, model: nn.Module) -> Any:
         value = torch.as_tensor(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" else value
         if not isinstance(value, Tensor):
             return value
-        value = (value[:1] if value.ndim else value).detach().to(device)
+        value = moved(value[:1] if value.ndim else value, device)
         return fill_zeros(value.float().clone()) if value.is_floating_point() else value
 
     if isinstance(inputs, Mapping):

@@ -59,7 +59,9 @@ def _names(argument: str, names: Any, known: Collection[str]) -> list[str]:
     names = list(names)
     unknown = [name for name in names if not isinstance(name, str) or name not in known]
     if unknown:
-        raise ValueError(f"{argument} names {unknown[0]!r}, which is no parameter of the model")
+        raise ValueError(
+            f"{argument} names {unknown[0]!r}, which is no parameter of the model; see named_parameters()"
+        )
     return names
 
 

@@ -1,6 +1,7 @@
 """Putting blocks in: a deeper net that computes what it computed before."""
 
 from copy import deepcopy
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def _check_stage(model: nn.Module, stage: int) -> int:
 
     if not isinstance(model, ResNetPreTrainedModel):
         raise TypeError(f"deepen knows transformers' ResNet only, not {type(model).__name__}; widen takes any model")
-    if not isinstance(stage, int) or isinstance(stage, bool):
+    if not isinstance(stage, Integral) or isinstance(stage, bool):
         raise TypeError(f"stage={stage!r}: it must be a whole number, a position in config.depths")
     config = model.config
     stages = len(config.depths)

@@ -109,7 +109,7 @@ def gradmax(
             sizes = _pulls(value, climbs, leaves)
             total = sum(sizes)
             if step == 0 and not total.isfinite():
-                raise ValueError('init="gradmax": the loss or its gradient is not finite on this batch')
+                raise ValueError('init="gradmax": the loss or its gradient is not finite on this batch; pass another')
             if not total.requires_grad:  # no new unit has a part in the loss
                 break
             turns = _gradients(total, {key: leaves[key] for climb in climbs for key in climb.rows})

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_effdl.checks import whole_number
-from hf_effdl.structure.groups.group import Group, check_same_network, shared_names
+from hf_effdl.structure.groups.group import Group, check_module, check_same_network, shared_names
 from hf_effdl.structure.groups.inputs import copy_of
 from hf_effdl.structure.groups.ties import config_ties
 from hf_effdl.structure.growing import new_units
@@ -184,6 +184,7 @@ def _names(groups: Sequence[Group]) -> list[str]:
 def _check_types(model: Any, groups: Any, add: Any, seed: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"cannot widen a {type(model).__name__}; pass a torch.nn.Module")
+    check_module(model, "widen")
     if not isinstance(groups, Sequence) or not all(isinstance(group, Group) for group in groups):
         raise TypeError(f"groups must be a list of Group, all that find_groups(model) returned; got {groups!r}")
     if not isinstance(add, Mapping):

@@ -1,6 +1,7 @@
 """Which ranks of which modules a budget keeps: one list over all modules, the best first, as far as it reaches."""
 
 from collections.abc import Mapping
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ def limit_of(budget: float, unit: str, costs: Mapping[str, int], ranks: Mapping[
     """
     one_of("unit", unit, UNITS)
     whole = sum(count * (costs[name] if unit == "params" else 1) for name, count in ranks.items())
-    if type(budget) is int and 1 < budget <= whole:
-        return budget
+    if isinstance(budget, Integral) and 1 < budget <= whole:
+        return int(budget)
     share = real_number("budget", budget)
     if not 0 < share <= 1:
         raise ValueError(

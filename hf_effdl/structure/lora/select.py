@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_effdl.checks import one_of
 from hf_effdl.processes import forget_accelerate
 from hf_effdl.structure.groups.finders.lora import active_adapter, lora_groups
-from hf_effdl.structure.groups.group import Group, rows_of
+from hf_effdl.structure.groups.group import Group, check_module, rows_of
 from hf_effdl.structure.groups.inputs import copy_of
 from hf_effdl.structure.groups.surgery import cut
 from hf_effdl.structure.lora.budget import check_limit, limit_of, ranks_within
@@ -107,6 +107,7 @@ def _check_types(model: Any, path: Any) -> None:
             f"select_lora_ranks needs a PeftModel, not {type(model).__name__}; make it with get_peft_model(model, "
             "LoraConfig(...)) before training, and unwrap it from DDP or torch.compile (trainer.model is unwrapped)"
         )
+    check_module(model, "select_lora_ranks")
     if not isinstance(path, SparsePath):
         raise TypeError(f"select_lora_ranks needs the SparsePath of the run (trainer.path), not {type(path).__name__}")
 

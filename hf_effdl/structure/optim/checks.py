@@ -170,7 +170,9 @@ def _check_units(group: dict[str, Any], name: str) -> None:
         value = group.get(key, default)
         group[key] = list(value) if isinstance(value, (list, tuple)) else [value] * count
         if len(group[key]) != count:
-            raise ValueError(f"group {name!r} has {count} tensors but {len(group[key])} values in {key}={group[key]}")
+            raise ValueError(
+                f"group {name!r} has {count} tensors but {len(group[key])} values in {key}={group[key]}; give one each"
+            )
     for scale in group["scale"]:
         if not 0 < float(scale) < float("inf"):
             raise ValueError(f"scale={scale} of group {name!r} must be a positive finite number")
@@ -190,9 +192,11 @@ def _check_units(group: dict[str, Any], name: str) -> None:
 
 def _units_along(p: Tensor, axis: int, block: int, name: str) -> int:
     if not -p.ndim <= axis < p.ndim:
-        raise ValueError(f"axis={axis} of group {name!r} is outside its tensor of shape {tuple(p.shape)}")
+        raise ValueError(f"axis={axis} of group {name!r} is outside its tensor of shape {tuple(p.shape)}; change it")
     if block < 1 or p.shape[axis] % block:
-        raise ValueError(f"block={block} of group {name!r} does not divide axis {axis} of shape {tuple(p.shape)}")
+        raise ValueError(
+            f"block={block} of group {name!r} does not divide axis {axis} of shape {tuple(p.shape)}; change it"
+        )
     return p.shape[axis] // block
 
 

@@ -143,7 +143,7 @@ def walk_path(
         both = decay * (both + feed * weight)
         weight = decay**2 * weight + (kappa * rate) ** 2
     if not dual > 0:
-        raise ValueError(f"{len(rates)} steps are too few for a walk: it takes two whose rate is not zero")
+        raise ValueError(f"{len(rates)} steps are too few for a walk, of two whose rate is not zero; train for more")
     return {"nu": nu, "path_scale": path_scale, "lam": WALK_MARGIN * lam * math.sqrt(dual)}
 
 

@@ -4,13 +4,14 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError, RevisionNotFoundError
 from torch import Tensor, nn
 
 from hf_effdl.checks import flag, real_number
@@ -26,6 +27,7 @@ REMEDY = "push the family again with push_family"
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 COUNTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 DTYPES = {str(dtype): dtype for dtype in (*FLOATS, *COUNTS)}
+CONFIGS = ("config.json", "adapter_config.json")  # the one that a member has holds its sizes and results
 TIMED = 2**30  # numbers in an input that is made up to time a model
 
 
@@ -38,7 +40,8 @@ def family_record(
     """What `family.json` holds.
 
     Args:
-        members: of each `{"revision", "class", "macs", "params", "latency_ms", "metrics"}`, the largest first.
+        members: of each `{"revision", "class", "macs", "params", "latency_ms", "metrics", "config"}`, the largest
+            first; the last is `config_digest` of what was saved.
         metric: by which one is better than another; None where nothing was evaluated.
         inputs: of the forward passes that were timed: their shapes are kept.
         greater_is_better: whether a higher metric is.
@@ -47,6 +50,12 @@ def family_record(
     shapes = {name: [str(one.dtype), *one.shape] for name, one in tensors.items() if one.dtype in DTYPES.values()}
     record = {"format": FORMAT, "metric": metric, "inputs": shapes, "members": [dict(member) for member in members]}
     return record if greater_is_better else record | {"greater_is_better": False}
+
+
+def config_digest(folder: str | os.PathLike[str]) -> str | None:
+    """The digest of a saved model's config; None where there is none."""
+    file = next((file for name in CONFIGS if (file := Path(folder) / name).is_file()), None)
+    return None if file is None else digest(file)
 
 
 def write_family(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
@@ -102,7 +111,8 @@ def choose(
 
     Raises:
         FileNotFoundError: there is no family.
-        ValueError: no bound is given, or none is within them: the nearest is named.
+        ValueError: no bound is given, none is within them (the nearest is named), or the best was saved anew since,
+            by itself.
 
     Example:
         >>> name = choose("your-name/family", latency_ms=5.0)                          # doctest: +SKIP
@@ -119,9 +129,10 @@ def choose(
     here = None if device is None else partial(_milliseconds, repo_id, record["inputs"], _device(device), token)
     for member in members:
         if _is_within(member, bounds, here):
+            _check_saved(repo_id, member, token)
             return member["revision"]
     sizes = [{name: member.get(name) for name in ("revision", *bounds)} for member in members]
-    raise ValueError(f"no model of {os.fspath(repo_id)} is within {bounds}: {sizes}")
+    raise ValueError(f"no model of {os.fspath(repo_id)} is within {bounds}: {sizes}; allow more")
 
 
 def _merit(record: Mapping[str, Any], member: Mapping[str, Any]) -> tuple[float, int]:
@@ -131,11 +142,26 @@ def _merit(record: Mapping[str, Any], member: Mapping[str, Any]) -> tuple[float,
     return -math.inf if math.isnan(value) else value, member["macs"]
 
 
+def _check_saved(where: str | os.PathLike[str], member: Mapping[str, Any], token: str | bool | None) -> None:
+    """Refuse a member that is another model than its record speaks of; one that is not at hand is not looked at."""
+    folder = Path(where) / member["revision"]
+    found = config_digest(folder) if Path(where).is_dir() else None
+    for name in () if Path(where).is_dir() or member["config"] is None else CONFIGS:
+        with suppress(EntryNotFoundError, RevisionNotFoundError):
+            file = hf_hub_download(str(where), name, revision=member["revision"], token=token)
+            found = found or digest(Path(file))
+    if found is not None and member["config"] is not None and found != member["config"]:
+        raise ValueError(
+            f"{member['revision']} of {os.fspath(where)} was saved anew since {FILE_NAME}, which speaks of another "
+            "model: save or push the family again, with this one in budgets={share: model}"
+        )
+
+
 def _device(device: Any) -> torch.device:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r} is none of torch: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device={device!r} is none of torch, as 'cpu': {str(error).splitlines()[0]}") from None
 
 
 def _is_within(member: dict[str, Any], bounds: Mapping[str, float], here: Any) -> bool:
@@ -213,7 +239,8 @@ def _member(values: Any) -> dict[str, Any]:
     require(member["class"].isidentifier() and member["revision"].strip("./") != "", "a member", "has no name")
     require(".." not in member["revision"] and not os.path.isabs(member["revision"]), "revision", "is a path")
     member |= {name: whole(values[name], name, 0, 2**62) for name in ("macs", "params")}
-    latency = values.get("latency_ms")
+    latency, config = values.get("latency_ms"), values.get("config")
+    member["config"] = None if config is None else text(config, "config")
     member["latency_ms"] = None if latency is None else real_number("latency_ms", latency)
     metrics = named(values["metrics"], "metrics").items()
     return member | {"metrics": {name: real_number(name, value) for name, value in metrics}}

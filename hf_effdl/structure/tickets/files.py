@@ -111,7 +111,7 @@ def _downloaded(repo_id: str, revision: str | None, token: str | bool | None) ->
     try:
         folder = Path(hf_hub_download(repo_id, RECORD, revision=revision, token=token)).parent
     except HFValidationError as error:
-        raise FileNotFoundError(f"{repo_id!r} is neither a folder nor a repository id") from error
+        raise FileNotFoundError(f"{repo_id!r} is neither a folder nor a repository id; pass owner/name") from error
     except RemoteEntryNotFoundError as error:
         raise _no_ticket(repo_id) from error
     with suppress(ValueError, KeyError, TypeError):  # a damaged record; whoever reads it says so
@@ -165,7 +165,7 @@ def _check_weights(state: State, shapes: Mapping[str, tuple[int, ...]], file: st
             raise ValueError(f"{file} has {name} {'of shape ' + str(there) if there else 'not at all'}, not {shape}")
     bad = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
     if bad is not None:
-        raise ValueError(f"{bad} in {file} holds NaN or infinities")
+        raise ValueError(f"{bad} in {file} holds NaN or infinities; find the ticket again")
 
 
 def push_ticket(

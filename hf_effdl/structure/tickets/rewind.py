@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ def rewind(
     (https://arxiv.org/abs/1912.05671).
     """
     _check_ticket(ticket)
-    if to != "init" and (isinstance(to, bool) or not isinstance(to, int) or to < 0):
+    if to != "init" and (isinstance(to, bool) or not isinstance(to, Integral) or to < 0):
         raise ValueError(f"to={to!r}: it must be 'init' or a step")
-    step = 0 if to == "init" else to
+    step = 0 if to == "init" else int(to)
     folder = None if callable(model_init) else Path(model_init)
     checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}" if folder else None
     is_saved = checkpoint is not None and checkpoint.is_dir()
@@ -122,7 +123,7 @@ def transfer(
     """
     _check_ticket(ticket)
     check_module(other_model, "transfer")
-    if to is not None and to != "init" and type(to) is not int:
+    if to is not None and to != "init" and not isinstance(to, Integral):
         raise ValueError(f"to={to!r}: it must be 'init' or a step")
     step = {None: ticket.step, "init": 0}.get(to, to)
     if step not in ticket.weights or isinstance(step, bool):

@@ -174,7 +174,9 @@ def _benchmark_values(
             f"benchmark= is of one data set of the Hub, owner/name, and dataset={list(datasets)}: pass it"
         )
     if missing := [name for name in benchmark if name not in metrics]:
-        raise ValueError(f"benchmark= names {missing}, and what was measured of this model is {sorted(metrics)}")
+        raise ValueError(
+            f"benchmark= names {missing}, and what was measured of this model is {sorted(metrics)}: name one of these"
+        )
     return {task: metrics[name] for name, task in benchmark.items()}
 
 

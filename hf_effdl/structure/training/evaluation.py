@@ -272,3 +272,20 @@ def _collated(collate: Callable[[list], Any], rows: Iterator[Any]) -> Any:
 
 def _first(value: Any) -> Any:
     return value[:1] if isinstance(value, Tensor) and value.ndim else value
+
+
+@contextmanager
+def explain_half_precision(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Raise a clearer error where weights in half precision meet inputs in float32; None: inputs that may be so."""
+    try:
+        yield
+    except RuntimeError as error:
+        half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
+        given = {"of data": torch.zeros(0)} if inputs is None else inputs
+        floats = [name for name, value in given.items() if isinstance(value, Tensor) and value.dtype == torch.float32]
+        if not (half and floats and "type" in str(error)):
+            raise
+        raise ValueError(
+            f"the model is in {half.pop()} and does not take inputs {' '.join(floats)} in torch.float32 ({error}): "
+            "load it with dtype=torch.float32, and set bf16=True for mixed precision"
+        ) from error

@@ -16,7 +16,7 @@ from hf_effdl.checks import one_of, path, real_number
 from hf_effdl.files import locked, write_whole
 from hf_effdl.pictures import LINE, bare, figure
 from hf_effdl.structure.groups.finders.lora import has_adapter
-from hf_effdl.structure.slim.family import FILE_NAME, family_record, write_family
+from hf_effdl.structure.slim.family import FILE_NAME, config_digest, family_record, write_family
 from hf_effdl.structure.slim.report import get_report
 
 
@@ -76,8 +76,9 @@ class FamilyMixin:
         try:
             with locked(target, ".lock-family"):
                 (target / FILE_NAME).unlink(missing_ok=True)  # written last: it says that all of these are there
-                for revision, small in members.items():
+                for row, (revision, small) in zip(facts, members.items(), strict=True):
                     self.save_slim(small, target / revision, revision=revision, **details)
+                    row["config"] = config_digest(target / revision)
                 largest = next(iter(members.values()))
                 picture = self._draw_family(facts, target)
                 self.save_slim(largest, target, family=list(members), family_picture=picture, **details)

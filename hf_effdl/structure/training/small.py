@@ -13,7 +13,7 @@ from accelerate.utils import broadcast
 from torch import nn
 from transformers import Trainer, TrainerState
 
-from hf_effdl.checks import one_of, real_number
+from hf_effdl.checks import instance, one_of, real_number
 from hf_effdl.processes import decided, forget_accelerate, together
 from hf_effdl.random_state import random_state_kept
 from hf_effdl.structure.calibration.compensate import SCORES
@@ -26,7 +26,7 @@ from hf_effdl.structure.slim.slim import cut_copy, set_config
 from hf_effdl.structure.training.card import logged_rows
 from hf_effdl.structure.training.checkpoints import has_checkpoints, load_finished, newest
 from hf_effdl.structure.training.distill import Distillation, DistillationMixin, frozen_copy, refuse_without_teacher
-from hf_effdl.structure.training.evaluation import training_inputs
+from hf_effdl.structure.training.evaluation import explain_half_precision, training_inputs
 from hf_effdl.structure.training.settled import SettledCallback
 from hf_effdl.structure.training.start import FILE_NAME, Start, read_weights
 from hf_effdl.weighting import WeightedLossMixin
@@ -35,6 +35,8 @@ from hf_effdl.weighting import WeightedLossMixin
 WITHIN = 0.2
 FOLDER = "small"  # of the output folder: the small net's start and its checkpoints
 SIZES = {"params": "params", "macs": "macs", "latency_ms": "latency_ms"}
+# what a net learns from, and how, by the trainer that has it
+TRAINING = ("compute_loss", "training_step", "get_train_dataloader", "_get_train_sampler")
 
 
 def longest_search(share: float) -> float:
@@ -64,8 +66,9 @@ class SmallMixin:
         """Train a slim model on the training set, on a whole learning rate schedule, in place.
 
         Batch norms are re-estimated first. The optimizer is the base of the path (SGD or AdamW with its settings), the
-        data, batches, schedule, evaluation and precision are those of the trainer's arguments. The accuracy before and
-        after is on the card of `push_slim` and in `effdl_report`, where there is an evaluation set.
+        data, batches, schedule, evaluation and precision are those of the trainer's arguments; callbacks stay with the
+        path's run. The accuracy before and after is on the card of `push_slim` and in `effdl_report`, where there is
+        an evaluation set.
 
         Args:
             small: from `slim`. Under DDP every process passes the same.
@@ -82,13 +85,16 @@ class SmallMixin:
             `small`.
 
         Raises:
-            ValueError: for numbers out of range, a teacher without a share, or checkpoints of an earlier run in the
-                folder.
+            ValueError: for numbers out of range, a teacher without a share, checkpoints of an earlier run in the
+                folder, a model that is all frozen, a streamed data set, or a subclass that trains in its own way: the
+                small net has a Trainer of its own.
 
         Example:
             >>> small = trainer.finetune(trainer.slim(macs=0.25), epochs=3)  # doctest: +SKIP
             >>> trainer.push_slim(small, "your-name/quarter")                # doctest: +SKIP
         """
+        if not any(p.requires_grad for p in instance("small", small, nn.Module, "a model from slim").parameters()):
+            raise ValueError("small has no parameter that is trained: call requires_grad_(True) on what is to learn")
         settings = self._settings(epochs, learning_rate, self.args.learning_rate / 2, distill)
         _check_teacher(teacher, settings["distill"])
         size = sum(p.numel() for p in small.parameters())
@@ -99,12 +105,13 @@ class SmallMixin:
                 "another output_dir"
             )
         teacher = self._teacher_for(teacher, settings["distill"])
-        self._estimate_norms(small, self.args.bn_batches if bn_batches is None else bn_batches)
         if not self.measured:
             self.measured = {row.pop("name"): row for row in logged_rows(self, "dense")}
         name = self._name(small)
-        self._measure(f"{name}, as cut", small)
-        self._tune(small, folder, settings, teacher, resume_from_checkpoint)
+        with explain_half_precision(small):
+            self._estimate_norms(small, self.args.bn_batches if bn_batches is None else bn_batches)
+            self._measure(f"{name}, as cut", small)
+            self._tune(small, folder, settings, teacher, resume_from_checkpoint)
         self._conclude(small, f"{name}, {epochs:g} more epochs", settings)
         return small
 
@@ -159,7 +166,8 @@ class SmallMixin:
 
         Raises:
             ValueError: before any training, for numbers out of range, a path that starts dense, FSDP, a trainer that
-                has trained, or an output folder with another run's files.
+                has trained, an output folder with another run's files, `epochs` of a stream, or a subclass that
+                trains in its own way.
 
         Example:
             >>> small = SplitLBITrainer(model, args, train_dataset=rows).train_small(macs=0.25)  # doctest: +SKIP
@@ -269,6 +277,7 @@ class SmallMixin:
         self, epochs: float | None, rate: float | None, default: float, distill: float | None
     ) -> dict[str, Any]:
         """Checked; plain numbers, as the report has them."""
+        self._check_training(epochs)
         found = {"learning_rate": default if rate is None else real_number("learning_rate", rate)}
         found["distill"] = self.args.distill if distill is None else real_number("distill", distill)
         if epochs is not None:
@@ -279,6 +288,21 @@ class SmallMixin:
         if not 0 <= found["distill"] <= 1:
             raise ValueError(f"distill={found['distill']}: it is the teacher's share of the loss, in [0, 1]")
         return found
+
+    def _check_training(self, epochs: float | None) -> None:
+        """Refuse what the small net's own Trainer would not do."""
+        functions = {name: getattr(self, name) for name in TRAINING}
+        ours = ("hf_effdl.", "transformers.")
+        if own := [name for name, one in functions.items() if not getattr(one, "__module__", "").startswith(ours)]:
+            raise ValueError(
+                f"{type(self).__name__} has its own {own}, and the small net trains in a Trainer that has not: pass "
+                "compute_loss_func=, data_collator= or train_dataset= instead, or train small in a Trainer of yours"
+            )
+        if epochs is not None and not hasattr(self.train_dataset, "__len__"):
+            raise ValueError(
+                f"epochs={epochs} of a streamed train_dataset have no known number of steps: pass a data set with a "
+                "length, or train small in a Trainer with max_steps"
+            )
 
     def _teacher_for(self, teacher: nn.Module | None, share: float) -> nn.Module | None:
         if share == 0:
@@ -335,8 +359,10 @@ class SmallMixin:
     # ---- what is said of it
 
     def _name(self, small: nn.Module) -> str:
-        report = get_report(small)
-        return f"{report['macs']['ratio']:.0%} of the MACs" if report else type(small).__name__
+        report = get_report(small) or {}
+        what = next((name for name in ("macs", "params") if name in report), None)
+        named = {"macs": "MACs", "params": "parameters"}
+        return type(small).__name__ if what is None else f"{report[what]['ratio']:.0%} of the {named[what]}"
 
     def _measure(self, name: str, small: nn.Module | None = None) -> dict[str, float]:
         """A row of the card's table: metrics on the evaluation set, if there is one, and sizes."""
@@ -352,7 +378,8 @@ class SmallMixin:
     def _conclude(self, small: nn.Module, name: str, settings: dict[str, Any]) -> None:
         metrics = self._measure(name, small)
         steps = {"steps": self.tuner.state.global_step}
-        set_report(small, (get_report(small) or {}) | {"tuned": settings | steps | {"metrics": metrics}})
+        if (report := get_report(small)) is not None:  # others than from slim have none to be told in
+            set_report(small, report | {"tuned": settings | steps | {"metrics": metrics}})
 
 
 def _check_teacher(teacher: nn.Module | None, share: float) -> None:

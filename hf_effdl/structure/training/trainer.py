@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_effdl.checks import whole_number
-from hf_effdl.files import filled_beside, locked
+from hf_effdl.files import filled_beside, locked, sweep
 from hf_effdl.processes import forget_accelerate, is_first, refuse_lone_processes
 from hf_effdl.random_state import evaluating, random_state_kept
 from hf_effdl.structure.groups.find import find_groups
@@ -32,7 +32,7 @@ from hf_effdl.structure.training.callbacks import FSDP1, SplitLBICallback
 from hf_effdl.structure.training.card import write_structure_card
 from hf_effdl.structure.training.checkpoints import last_complete_checkpoint
 from hf_effdl.structure.training.distill import DistillationMixin
-from hf_effdl.structure.training.evaluation import example_row, loop_metrics, training_inputs
+from hf_effdl.structure.training.evaluation import example_row, explain_half_precision, loop_metrics, training_inputs
 from hf_effdl.structure.training.family import FamilyMixin, check_loadable
 from hf_effdl.structure.training.slimming import SlimMixin
 from hf_effdl.structure.training.small import SmallMixin
@@ -113,7 +113,7 @@ class SplitLBITrainer(FamilyMixin, SmallMixin, SlimMixin, DistillationMixin, Wei
             _check_fsdp(self.accelerator.state.fsdp_plugin)
         if self.optimizer is not None and not isinstance(self.optimizer, SplitLBI):
             raise ValueError(
-                f"optimizers= holds {type(self.optimizer).__name__}; SplitLBITrainer trains with SplitLBI"
+                f"optimizers= holds {type(self.optimizer).__name__}; SplitLBITrainer trains with SplitLBI; drop it"
             )
         if self.train_dataset is not None and hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
             raise ValueError("train_dataset is empty; pass a data set with at least one row")
@@ -187,11 +187,8 @@ class SplitLBITrainer(FamilyMixin, SmallMixin, SlimMixin, DistillationMixin, Wei
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As in `Trainer`; a half-precision model that does not take the floats of its batches is told what to be."""
-        try:
+        with explain_half_precision(model, inputs):
             return super().training_step(model, inputs, *args, **kwargs)
-        except RuntimeError as error:
-            _explain_half_precision(error, model, inputs)
-            raise
 
     @property
     def path(self) -> SparsePath:
@@ -349,6 +346,8 @@ class SplitLBITrainer(FamilyMixin, SmallMixin, SlimMixin, DistillationMixin, Wei
         check_loadable(small)
         target = Path(folder)
         with locked(target):
+            for name in ("README.md", "*.png"):  # of a run that was killed as it wrote the card
+                sweep(target, name)
             with filled_beside(target) as part:
                 small.save_pretrained(part)
                 if self.processing_class is not None:
@@ -382,17 +381,6 @@ def _check_arguments(args: Any) -> None:
         )
     if args.fsdp and int(args.fsdp_config.get("version", 2)) == 1:
         raise ValueError(FSDP1)
-
-
-def _explain_half_precision(error: RuntimeError, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Raise a clearer error where weights in half precision met inputs in float32."""
-    half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
-    floats = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.dtype == torch.float32]
-    if half and floats and "type" in str(error):
-        raise ValueError(
-            f"the model is in {half.pop()} and does not take its inputs {floats} in torch.float32 ({error}): load it "
-            "with dtype=torch.float32, and set bf16=True for mixed precision"
-        ) from error
 
 
 def _check_fsdp(plugin: Any) -> None:

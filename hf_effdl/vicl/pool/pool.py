@@ -188,7 +188,7 @@ class ExamplePool(PoolReader):
         if encoder.describe()["fingerprint"] != self.encoder["fingerprint"]:
             raise ValueError(
                 f"encoder= has the fingerprint {encoder.describe()['fingerprint']!r} and the pool was "
-                f"made with {self.encoder}; their vectors cannot be compared"
+                f"made with {self.encoder}; their vectors cannot be compared: pass that one"
             )
         with _alone(self.folder):
             self._reopen()  # as others have left it

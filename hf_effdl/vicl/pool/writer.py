@@ -201,7 +201,9 @@ def _make_room(folder: Path) -> None:
 def _shard_names(manifest: Mapping[str, Any], key: str, count: int) -> list[str]:
     """Of the shards to come, numbered on; the same on all processes."""
     if len({*gather_object([key])}) > 1:
-        raise ValueError("the processes hold different data sets (a shuffle without a seed?) or settings")
+        raise ValueError(
+            "the processes hold different data sets (a shuffle without a seed?) or settings: pass the same"
+        )
     number = 1 + max((int(entry["name"].split("-")[1]) for entry in manifest["shards"]), default=-1)
     return [f"pool-{number + i:05d}-{key}" for i in range(count)]
 
@@ -310,7 +312,9 @@ def _finish(folder: Path, manifest: Mapping[str, Any], names: Sequence[str], row
         )
     skipped = [row for entry in entries for row in entry["skipped"]]
     if len(skipped) == rows:
-        raise ValueError(f"none of the {rows} rows can be used; the first, {skipped[0][0]!r}: {skipped[0][1]}")
+        raise ValueError(
+            f"none of the {rows} rows can be used: mend them; the first, {skipped[0][0]!r}: {skipped[0][1]}"
+        )
     shards = manifest["shards"] + [entry for entry in entries if entry["rows"]]
     masks = masks_of(shards)
     check_one_meaning(masks)

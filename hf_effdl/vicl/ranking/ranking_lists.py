@@ -1,6 +1,7 @@
 """Training data of a list-wise ranker: short lists of a query's candidates with their measured performance."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset
 
 from hf_effdl.checks import instance
 from hf_effdl.vicl.held_out import near_duplicates
+from hf_effdl.vicl.remote_code.counts import counted
 from hf_effdl.vicl.remote_code.modeling_visual_in_context import VisualInContextModel
 from hf_effdl.vicl.remote_code.pool_reader import PoolReader
 from hf_effdl.vicl.remote_code.pool_rows import group_numbers, groups_of, rows_checked, rows_of_ids
@@ -181,15 +183,14 @@ def _check_table(pool: PoolReader, candidates: Tensor, performance: Tensor, k: i
         )
     if int(candidates.max()) >= len(pool):
         raise ValueError(f"candidates name row {int(candidates.max())} of a pool of {len(pool)}: measure this pool")
-    if not isinstance(k, int) or k < 2:
+    if isinstance(k, bool) or not isinstance(k, Integral) or k < 2:
         raise ValueError(f"k={k!r}: a list has two items or more")
     if k > candidates.shape[1]:
         raise ValueError(
             f"k={k}, but performance was measured on K={candidates.shape[1]} candidates, which is not "
             "above k: measure more candidates, or take a smaller k"
         )
-    if not isinstance(lists_per_query, int) or lists_per_query < 1:
-        raise ValueError(f"lists_per_query={lists_per_query!r}: pass a whole number of at least 1")
+    counted("lists_per_query", lists_per_query)
     if (wrong := ((candidates >= 0) & ~performance.isfinite()).any(1)).any():
         row = int(wrong.nonzero()[0])
         raise ValueError(

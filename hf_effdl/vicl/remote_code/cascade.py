@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -79,13 +80,13 @@ class CascadeSelector(nn.Module):
         self, model: Any = None, *, passes: int = 10, head: str = "ridge", seed: int = 0, by_class: bool = False
     ) -> None:
         super().__init__()
-        if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
+        if isinstance(passes, bool) or not isinstance(passes, Integral) or passes < 1:
             raise ValueError(f"passes={passes!r}: pass a whole number of runs of the frozen model, at least 1")
         if head not in HEADS:
             raise ValueError(f"head={head!r}: choose one of {HEADS}")
         if by_class and head != "ridge":
             raise ValueError(f"by_class=True with head={head!r}: only head='ridge' has weights by class")
-        self.passes, self.head, self.seed, self.by_class = passes, head, seed, bool(by_class)
+        self.passes, self.head, self.seed, self.by_class = int(passes), head, seed, bool(by_class)
         self.classes: list[str] = []  # whose weights were learnt
         borrow(self, "model", model)  # the model keeps the selector, not the other way round
         self._known: tuple[Tensor, Precedents] | None = None

@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .counts import counted
+
 
 HEADS = ("none", "own", "tied")
 LARGEST = {"num_hidden_layers": 1000, "head_layers": 1000}
@@ -96,11 +98,11 @@ class ListwiseRankerConfig(PreTrainedConfig):
             value = getattr(self, name)
             if name == "label_channels" and value is None:
                 continue
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: pass a whole number of at least 1")
+            setattr(self, name, counted(name, value))
             if value > LARGEST.get(name, 2**20):
                 raise ValueError(f"{name}={value!r}: no ranker is as large")
-        if not isinstance(self.list_length, int) or self.list_length < 2:
+        self.list_length = counted("list_length", self.list_length)
+        if self.list_length < 2:
             raise ValueError(f"list_length={self.list_length!r}: a list has two items or more")
 
 

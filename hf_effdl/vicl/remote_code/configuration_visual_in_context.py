@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .counts import counted
+
 
 class VisualInContextConfig(PreTrainedConfig):
     """Configuration of a `VisualInContextModel`.
@@ -41,8 +43,7 @@ class VisualInContextConfig(PreTrainedConfig):
     absence: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if not isinstance(self.candidates, int) or self.candidates < 1:
-            raise ValueError(f"candidates={self.candidates!r}: pass a whole number of at least 1")
+        self.candidates = counted("candidates", self.candidates)
         super().__post_init__(**kwargs)
 
 

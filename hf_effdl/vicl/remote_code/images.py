@@ -41,7 +41,7 @@ def to_rgb(image: Any) -> Image.Image:
             "bytes or a {'bytes', 'path'} dict"
         )
     if 0 in (image.size if isinstance(image, Image.Image) else image.shape):
-        raise ValueError("the image is empty: its width or height is 0")
+        raise ValueError("the image is empty: its width or height is 0: leave it out")
     if isinstance(image, np.ndarray):
         image = _of_array(image)
     elif image.mode == "F" or image.mode[0] == "I":

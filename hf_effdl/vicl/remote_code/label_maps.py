@@ -1,12 +1,14 @@
 """A map of several classes from one answer for each: every pixel has the class that is surest of it."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from .pipeline_inputs import ONE_OF, check_batch_size, check_each, is_image, walkable
+from .counts import counted
+from .pipeline_inputs import ONE_OF, check_each, is_image, walkable
 from .pool_rows import as_list, column_of, name_of
 
 
@@ -14,7 +16,7 @@ def label_maps(
     pipe: Any, images: Any, classes: Sequence[str] | None, batch_size: int, options: dict[str, Any]
 ) -> dict[str, Any] | list[dict[str, Any]]:
     """Maps of some images; see `VisualInContextPipeline.label_map`."""
-    classes, batch_size = _classes(pipe, classes), check_batch_size(batch_size)
+    classes, batch_size = _classes(pipe, classes), counted("batch_size", batch_size)
     if told := options.keys() & {"soft_map", "presence"}:
         raise TypeError(f"label_map sets {' and '.join(sorted(told))} itself: leave it out")
     given = {name: options.pop(name) for name in ONE_OF if options.get(name) is not None}
@@ -23,8 +25,14 @@ def label_maps(
     images = walkable(images)
     for name, values in given.items():
         check_each(name, values, images)
-    maps = _stream(pipe, images, given, classes, batch_size, options)
-    return next(maps) if alone else list(maps)
+    maps = list(_stream(pipe, images, given, classes, batch_size, options))
+    if empty := sum(not any(one.get("present", {0: True}).values()) for one in maps):
+        warnings.warn(
+            f"in {empty} of {len(maps)} images no class is taken to be present, so their maps are all 0: calibrate "
+            "with a larger false_alarms=, if that is too few",
+            stacklevel=3,
+        )
+    return maps[0] if alone else maps
 
 
 def _classes(pipe: Any, classes: Sequence[str] | None) -> list[str]:

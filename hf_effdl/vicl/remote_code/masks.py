@@ -320,7 +320,7 @@ def _unpacked(text: bytes) -> list[int]:
     for letter in text:
         bits = letter - 48
         if not 0 <= bits < 64 or shift > 50:
-            raise ValueError("the runs of the mask are no compressed counts of COCO")
+            raise ValueError("the runs of the mask are no compressed counts of COCO: pass the mask itself")
         value |= (bits & 31) << shift
         shift += 5
         if bits & 32:

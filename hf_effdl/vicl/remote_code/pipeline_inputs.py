@@ -72,12 +72,6 @@ def fused(answers: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("bm,bmchw->bchw", weights.to(answers), answers)
 
 
-def check_batch_size(batch_size: Any) -> int:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: pass a whole number of at least 1")
-    return batch_size
-
-
 def check_each(name: str, values: Any, images: Any) -> None:
     if isinstance(values, str | bytes | dict) or not (isinstance(values, Iterable) or hasattr(values, "__getitem__")):
         raise ValueError(f"{name}= must hold one {ONE_OF[name]} for each image")
@@ -105,7 +99,7 @@ def downloaded(url: str) -> Image.Image:
     try:
         return load_image(url)
     except Exception as error:  # upstream's client, and with it its errors, are not the same in every version
-        raise ValueError(f"the image at {url} cannot be fetched: {error}") from error
+        raise ValueError(f"the image at {url} cannot be fetched: {error}; pass a file") from error
 
 
 def image_of(row: dict[str, Any]) -> Any:

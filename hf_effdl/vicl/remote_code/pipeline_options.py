@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .counts import counted
 from .examples import Queries
 from .visual_tasks import PICTURES
 
@@ -30,9 +31,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "candidates"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: pass a whole number of at least 1")
+            object.__setattr__(self, name, counted(name, getattr(self, name)))
         if self.fusion not in FUSIONS:
             raise ValueError(f"fusion={self.fusion!r}: choose one of {FUSIONS}")
 

@@ -13,6 +13,7 @@ from transformers import Pipeline
 
 from .absence import Presence, calibrate, check_calibrated, presence_features
 from .confidence import confidence_of
+from .counts import counted
 from .examples import Examples, Queries
 from .frozen_canvas import vote as count_votes
 from .images import pixels
@@ -22,7 +23,6 @@ from .pipeline_choice import Choice
 from .pipeline_inputs import (
     ONE_OF,
     alike,
-    check_batch_size,
     check_each,
     fused,
     is_image,
@@ -164,7 +164,7 @@ class VisualInContextPipeline(Pipeline):
         """See the class. One image gives a dict, a list gives a list; what has no length is answered as it comes."""
         if batch_size is None:
             batch_size = self._batch_size or 8
-        check_batch_size(batch_size)
+        batch_size = counted("batch_size", batch_size)
         if kwargs.get("presence", self._forward_params.get("presence")):
             check_calibrated(self.model.config, self.pool)
         given = {"labels": labels, "exclude": exclude, "groups": groups, "classes": classes}

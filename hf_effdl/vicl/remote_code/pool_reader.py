@@ -188,7 +188,7 @@ class PoolReader:
         try:
             file = hf_hub_download(repo_id, MANIFEST, repo_type="dataset", revision=revision, token=token)
         except HFValidationError as error:
-            raise FileNotFoundError(f"{repo_id!r} is neither a folder nor a repository id") from error
+            raise FileNotFoundError(f"{repo_id!r} is neither a folder nor a repository id; pass owner/name") from error
         except RemoteEntryNotFoundError as error:
             raise FileNotFoundError(
                 f"the data set repository {repo_id} holds no pool: there is no {MANIFEST}; make "
@@ -315,7 +315,9 @@ class PoolReader:
         rows = torch.as_tensor(rows, dtype=torch.long).cpu()
         flat = rows.flatten()
         if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < len(self):
-            raise IndexError(f"rows {int(flat.min())}..{int(flat.max())} of a pool of {len(self)}")
+            raise IndexError(
+                f"rows {int(flat.min())}..{int(flat.max())} of a pool of {len(self)}: pass 0 to {len(self) - 1}"
+            )
         shard_of = torch.bucketize(flat, self._bounds, right=True)
         features = torch.empty(len(flat), *getattr(self._shards[0], name).shape[1:])
         for number in shard_of.unique().tolist():
@@ -409,7 +411,7 @@ class PoolReader:
         """
         row = int(row)
         if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of a pool of {len(self)}")
+            raise IndexError(f"row {row} of a pool of {len(self)}: pass 0 to {len(self) - 1}")
         number = int(torch.bucketize(torch.tensor(row), self._bounds, right=True))
         shard, local = self._shards[number], row - self._starts[number]
         local = local if shard.kept is None else int(shard.kept[local])

@@ -1,5 +1,6 @@
 """Which rows of a pool are meant: by ids, by what they belong to, by what they show."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
@@ -125,6 +126,8 @@ def name_of(value: Any, argument: str) -> str | None:
 
 def _one_each(pool: PoolReader, values: Sequence[Any], name: str) -> list[str | None]:
     several = "classes" if name == "class" else f"{name}s"
+    if isinstance(values, str):
+        raise TypeError(f"{several}={values!r}: pass one for each row; a pool keeps a column by {name}_column=")
     if len(values := list(values)) != len(pool):
         raise ValueError(
             f"{len(values)} {several} for a pool of {len(pool)}: pass one for each row, None for no {name}"
@@ -139,9 +142,24 @@ def group_numbers(groups: Sequence[str | None] | None, count: int) -> Tensor:
     return torch.tensor([numbers.setdefault(one, len(numbers)) for one in named])
 
 
+def _known(kept: np.ndarray) -> str:
+    """Some groups or classes of a pool, for errors."""
+    return ", ".join(sorted({str(one) for one in kept if one is not None})[:20])
+
+
 def of_other_groups(pool: PoolReader, groups: Sequence[Any], why: str = "groups= is given") -> Tensor:
-    """`(B, n)` bool: rows that do not belong to the same group as each query; a query of None belongs to none."""
+    """`(B, n)` bool: rows that do not belong to the same group as each query; a query of None belongs to none.
+
+    Warns where no query belongs to any group that the pool has, as where they are written in another way.
+    """
     kept, names = column_of(pool, "group", why), [name_of(one, "groups") for one in groups]
+    asked = {name for name in names if name is not None}
+    if asked and asked.isdisjoint(kept):
+        warnings.warn(
+            f"none of groups= is a group of the pool, which has {_known(kept)}: they rule nothing out, which is right "
+            "for new ones; else write them as there",
+            stacklevel=2,
+        )
     return torch.from_numpy(np.stack([np.ones(len(kept), bool) if name is None else kept != name for name in names]))
 
 
@@ -171,10 +189,9 @@ def of_classes(pool: PoolReader, classes: Sequence[Any]) -> Tensor:
             continue
         allowed[i] = torch.from_numpy((kept == name).astype(bool))
         if not allowed[i].any():
-            known = ", ".join(sorted({str(one) for one in kept if one is not None})[:20])
             raise ValueError(
                 f"image {i} of the batch may be shown no example of the pool: classes= names {name!r}, and the "
-                f"pool's classes are {known}"
+                f"pool's classes are {_known(kept)}"
             )
     return allowed
 
@@ -208,6 +225,11 @@ def allowed_rows(
     for name, wanted in (where or {}).items():
         kept = column_of(pool, name, "candidates_where= is given")
         names = {name_of(one, f"candidates_where[{name!r}]") for one in as_list(wanted)} - {None}
+        if missing := sorted(names - set(kept)):
+            raise ValueError(
+                f"candidates_where={where!r}: the pool has no example of {missing[0]!r}; its {name} is one of "
+                f"{_known(kept)}"
+            )
         allowed &= torch.from_numpy(np.isin(kept.astype(str), list(names)) & (kept != None))  # noqa: E711
     if len(nothing := (~allowed.any(1)).nonzero()[:, 0]):
         raise ValueError(

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .counts import counted
 from .ranker_covering_tables import ALPHABET, DESIGNS
 
 
@@ -365,5 +366,5 @@ def _check(v: int, k: int, points: str = "points", block: str = "a block") -> No
 
 def _positive(**counts: int | None) -> None:
     for name, value in counts.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value!r}: pass a whole number of at least 1")
+        if value is not None:
+            counted(name, value)

@@ -178,8 +178,8 @@ def pairwise_margin_loss(scores: Tensor, metric: Tensor, margin: float = 1.0, *,
 
 
 def _is_tensor(name: str, values: Any) -> None:
-    if not isinstance(values, Tensor) or values.is_complex():
-        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+    if not isinstance(values, Tensor) or values.is_complex() or values.is_meta:
+        kind = f"{values.dtype} on {values.device}" if isinstance(values, Tensor) else type(values).__name__
         raise TypeError(f"{name} is a {kind}: pass a tensor of real numbers")
 
 

@@ -96,7 +96,7 @@ def reliable_rows(
     """
     tables = {"candidates": candidates, "performance": performance, "similarity": similarity}
     for name, table in tables.items():
-        if not isinstance(table, Tensor) or table.is_complex():
+        if not isinstance(table, Tensor) or table.is_complex() or table.is_meta:
             raise TypeError(f"{name} is a {type(table).__name__}: pass a tensor (n, K) of real numbers")
     if not isinstance(drop, Real) or isinstance(drop, bool) or not 0 <= drop < 1:
         raise ValueError(f"drop={drop!r}: pass the share of the pool to leave out, at least 0 and below 1")

@@ -1,6 +1,7 @@
 """The strategy of the list-wise ranker: many short lists of a query's candidates, made into one ranking."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ class RankerSelector(nn.Module):
         if method not in METHODS:
             raise ValueError(f"method={method!r}: choose one of {METHODS}")
         passes = SCHEDULES[schedule] if passes is None else passes
-        if not isinstance(passes, int) or passes < 1 + (schedule == "partitions"):
+        if isinstance(passes, bool) or not isinstance(passes, Integral) or passes < 1 + (schedule == "partitions"):
             raise ValueError(
                 f"passes={passes!r}: pass a whole number of at least 1; of partitions at least 2, since "
                 "the lists of one have nothing in common"
@@ -115,7 +116,7 @@ class RankerSelector(nn.Module):
         if fill and reliable is None:
             raise ValueError("fill=True fills up what reliable= leaves: pass reliable=reliable_rows(...)")
         self.rankers = nn.ModuleDict({str(length): ranker for length, ranker in rankers.items()})
-        self.schedule, self.passes, self.method, self.fill, self.seed = schedule, passes, method, fill, seed
+        self.schedule, self.passes, self.method, self.fill, self.seed = schedule, int(passes), method, fill, seed
         self.register_buffer("reliable", reliable)
         self._labels: tuple[str | None, dict[int, Tensor]] = (None, {})  # of the pool of this fingerprint
 

@@ -125,7 +125,7 @@ class VisionEncoder(nn.Module):
         sides = (patch, patch) if isinstance(patch, int) else tuple(patch)
         whole = tuple(side // size * size for side, size in zip(self.image_size, sides, strict=True))
         if 0 in whole:
-            raise ValueError(f"image_size={self.image_size} is smaller than a patch of {sides} pixels")
+            raise ValueError(f"image_size={self.image_size} is smaller than a patch of {sides} pixels: pass more")
         if whole != self.image_size:
             warnings.warn(
                 f"patches of {sides} pixels do not divide image_size={self.image_size}: the backbone does not see the "
