@@ -281,11 +281,12 @@ def explain_half_precision(model: nn.Module, inputs: Mapping[str, Any] | None = 
         yield
     except RuntimeError as error:
         half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
-        given = {"of data": torch.zeros(0)} if inputs is None else inputs
+        given = {} if inputs is None else inputs
         floats = [name for name, value in given.items() if isinstance(value, Tensor) and value.dtype == torch.float32]
-        if not (half and floats and "type" in str(error)):
+        if not (half and (floats or inputs is None) and "type" in str(error)):
             raise
+        named = f" {floats}" if floats else ""
         raise ValueError(
-            f"the model is in {half.pop()} and does not take inputs {' '.join(floats)} in torch.float32 ({error}): "
+            f"the model is in {half.pop()} and does not take its inputs{named} in torch.float32 ({error}): "
             "load it with dtype=torch.float32, and set bf16=True for mixed precision"
         ) from error
