@@ -34,7 +34,7 @@ TABLES = {
     "selection_cifar10n": ("8f7c7686dea0e784", "| worse | 4062 | cleanlab, as many | "),
     "scoring_overhead": ("474fa450df782b8c", "| ProbeScorer, score_shards | 8,000 | "),
     "selection_digits": ("7d7049977f899d91", "| AUM, CCS (pool) |"),
-    "selection_sft": ("293d829397cb1369", "| clean (3 seeds) | "),
+    "selection_sft": ("eb8097aedacf45a0", "| clean (3 seeds) | "),
     "selection_speed": ("7294282fa1fe70a0", "| hodge | "),
     "slim_latency": ("c058d19617ff1d8e", "resnet18: medians over seeds"),
     "structure_cifar10": ("85f3bec7b5358de2", "supports no claim"),

@@ -74,6 +74,7 @@ CLAIMS = {
 }
 
 LORA, SFT, CLEAN = "lora_ranks_banking77", "selection_sft", ", clean pool"
+PUBLISHED = ("ifd", "length", "el2n", "top-perplexity")
 WHOLE, FULL = ("uniform", 1.0), ("path", 1.0)
 
 
@@ -113,6 +114,15 @@ SENTENCES = {
         ("the default is {} ({}) ahead of them", ("default", "balanced")),
         ("the default loses {} ({}) to random rows", ("random" + CLEAN, "default" + CLEAN)),
         ("is {} ({}) ahead of equal shares", ("default" + CLEAN, "balanced" + CLEAN)),
+        (
+            "the default is {} ({}) ahead of the rows of the highest IFD, {} ({}) of the longest answers, {} ({}) of "
+            "the highest EL2N and {} ({}) of the highest perplexity",
+            *(("default", arm) for arm in PUBLISHED),
+        ),
+        (
+            "so are random rows, by {} ({}), {} ({}), {} ({}) and {} ({}): these",
+            *(("random", arm) for arm in PUBLISHED),
+        ),
     ),
 }
 # of the same kind in a page: there may be no other
