@@ -61,15 +61,17 @@ EARLY, LATE = (10000, ""), (10000, "growth_rounds=1 growth_until=0.3")
 GROWN = (GROWTH, EARLY, "grown", "final from scratch")
 GROWN_SPLIT = (GROWTH, EARLY, "grown, split", "final from scratch")
 SPLIT_WHOLE = (GROWTH, (60000, ""), "final from scratch", "grown, split")
-GROWNS = (GROWN, SPLIT_WHOLE)
+GROWN_WHOLE = (GROWTH, (60000, ""), "final from scratch", "grown")
+SPLIT_GROWN = (GROWTH, (60000, ""), "grown, split", "grown")
+GROWNS = (GROWN, GROWN_WHOLE, SPLIT_WHOLE)
 UNIFORM_GROWN = (GROWTH, EARLY, "grown", "uniform from scratch")
 KEPT, ANEW = ((GROWTH, LATE, arm, "final from scratch") for arm in ("grown", "grown, begun anew"))
 CLAIMS = {
     "README.md": (LATE_L2, LATE_LASSO, NEW_25, NEW_10, SMALL_25, SMALL_10, L2_SMALL_10, TICKET_25, TICKET_10, *GROWNS),
     "docs/benchmarks/structure.md": (EARLY_LASSO, SCRATCH, NEW_25, NEW_10, NEW_L2, NEW_BN, *RECIPES),
     "docs/smaller/finetuning.md": (SMALL_25, SMALL_25_WIDTHS, SMALL_10),
-    "docs/smaller/growing.md": (GROWN, UNIFORM_GROWN, KEPT, ANEW),
-    "docs/benchmarks/growth.md": (*GROWNS, GROWN_SPLIT, UNIFORM_GROWN, KEPT, ANEW),
+    "docs/smaller/growing.md": (*GROWNS, UNIFORM_GROWN, KEPT, ANEW),
+    "docs/benchmarks/growth.md": (*GROWNS, GROWN_SPLIT, SPLIT_GROWN, UNIFORM_GROWN, KEPT, ANEW),
     "model_cards/structure_mnist.md": (EARLY_LASSO, SCRATCH, NEW_25, NEW_10),
 }
 
