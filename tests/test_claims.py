@@ -16,6 +16,7 @@ NUMBER = re.compile(r"([+-]?)(\d+\.\d\d),? \((?:SE )?(\d+\.\d\d)\)|([+-])(\d+\.\
 STRUCTURE = "structure_mnist"
 RECIPE = "recipe_mnist"
 TICKETS = "tickets_mnist"
+CIFAR, NARROW = "recipe_cifar10", "ResNet-20 of 8 channels, 50,000 images, 12 epochs"
 GROWTH = "growth_mnist"
 # what pages claim: rows, which of them, the arm that is ahead, the arm beside it
 LATE_L2 = (STRUCTURE, ("bn", "0.1"), "path, late", "global L2")
@@ -41,6 +42,9 @@ SMALL_10_GRAM, SMALL_10_MEAN = (
 )
 LONG_10 = (RECIPE, LONG_SEARCH, UNIFORM, "path")
 REFITTED = (RECIPE, LONG_SEARCH, "path", "path, refitted")
+SCRATCH_CIFAR, RANDOM_CIFAR, L2_CIFAR = (
+    (CIFAR, (NARROW, 0.25, 0.2), arm, SMALL) for arm in (UNIFORM, "random", "global L2, even order")
+)
 RECIPES = (
     SMALL_25,
     SMALL_25_WIDTHS,
@@ -55,6 +59,7 @@ RECIPES = (
     LONG_10,
     REFITTED,
 )
+CIFARS = (SCRATCH_CIFAR, RANDOM_CIFAR, L2_CIFAR)
 TICKET_25 = (TICKETS, ("lenet", 0.25), "path ticket, late", "dense")
 TICKET_10 = (TICKETS, ("lenet", 0.1), "path ticket, late", "dense")
 EARLY, LATE = (10000, ""), (10000, "growth_rounds=1 growth_until=0.3")
@@ -67,9 +72,21 @@ GROWNS = (GROWN, GROWN_WHOLE, SPLIT_WHOLE)
 UNIFORM_GROWN = (GROWTH, EARLY, "grown", "uniform from scratch")
 KEPT, ANEW = ((GROWTH, LATE, arm, "final from scratch") for arm in ("grown", "grown, begun anew"))
 CLAIMS = {
-    "README.md": (LATE_L2, LATE_LASSO, NEW_25, NEW_10, SMALL_25, SMALL_10, L2_SMALL_10, TICKET_25, TICKET_10, *GROWNS),
-    "docs/benchmarks/structure.md": (EARLY_LASSO, SCRATCH, NEW_25, NEW_10, NEW_L2, NEW_BN, *RECIPES),
-    "docs/smaller/finetuning.md": (SMALL_25, SMALL_25_WIDTHS, SMALL_10),
+    "README.md": (
+        LATE_L2,
+        LATE_LASSO,
+        NEW_25,
+        NEW_10,
+        SMALL_25,
+        SMALL_10,
+        L2_SMALL_10,
+        SCRATCH_CIFAR,
+        TICKET_25,
+        TICKET_10,
+        *GROWNS,
+    ),
+    "docs/benchmarks/structure.md": (EARLY_LASSO, SCRATCH, NEW_25, NEW_10, NEW_L2, NEW_BN, *RECIPES, *CIFARS),
+    "docs/smaller/finetuning.md": (SMALL_25, SMALL_25_WIDTHS, SMALL_10, SCRATCH_CIFAR),
     "docs/smaller/growing.md": (*GROWNS, UNIFORM_GROWN, KEPT, ANEW),
     "docs/benchmarks/growth.md": (*GROWNS, GROWN_SPLIT, SPLIT_GROWN, UNIFORM_GROWN, KEPT, ANEW),
     "model_cards/structure_mnist.md": (EARLY_LASSO, SCRATCH, NEW_25, NEW_10),
@@ -145,7 +162,11 @@ def accuracies(name: str, cell: tuple, arm: str) -> dict[int, float]:
             continue
         if name == STRUCTURE and row["net"] == cell[0] and cell[1] in row.get("budgets", {}):
             found[row["seed"]] = row["budgets"][cell[1]]["after"]
-        if name == RECIPE and (row["net"], row["budget"], row.get("within", 0.2)) == cell and "stretch" not in row:
+        if (
+            name in (RECIPE, CIFAR)
+            and (row["net"], row["budget"], row.get("within", 0.2)) == cell
+            and "stretch" not in row
+        ):
             found[row["seed"]] = row["after"]
         if name == TICKETS and row["net"] == cell[0] and row["budget"] in (cell[1], 1.0):
             found[row["seed"]] = row["accuracy"]
