@@ -26,7 +26,7 @@ TABLES = {
     "pretrained_dinov2": ("ab7ac8771074ff19", "| 50% | 64 | activation | yes | "),
     "pretrained_smollm2": ("32e15e38fd236f85", "| ffn:0.75 | obs | wikitext, 128 tokens |"),
     "pretrained_resnet20": ("823acc1f815f0c75", "| 48.5% | activation | yes | "),
-    "recipe_cifar10": ("4799936af430a37f", "| path, even order | "),
+    "recipe_cifar10": ("2e4df3faedd59f9a", "| path, even order | "),
     "recipe_mnist": ("c1453b9703ee2d65", "| scratch, uniform widths, equal MACs |"),
     "sampling_scale": ("97a6552bd4990ef7", "| plan_shards | "),
     "scaling": ("00cafb2d0c50efe1", "| scoring | 1,024 | 2 | "),

@@ -59,7 +59,8 @@ RECIPES = (
     LONG_10,
     REFITTED,
 )
-CIFARS = (SCRATCH_CIFAR, RANDOM_CIFAR, L2_CIFAR)
+LASSO_CIFAR = (CIFAR, (NARROW, 0.25, 0.2), SMALL, "group lasso, even order")
+CIFARS = (SCRATCH_CIFAR, RANDOM_CIFAR, L2_CIFAR, LASSO_CIFAR)
 TICKET_25 = (TICKETS, ("lenet", 0.25), "path ticket, late", "dense")
 TICKET_10 = (TICKETS, ("lenet", 0.1), "path ticket, late", "dense")
 EARLY, LATE = (10000, ""), (10000, "growth_rounds=1 growth_until=0.3")
