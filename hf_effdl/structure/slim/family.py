@@ -4,14 +4,13 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import Tensor, nn
 
 from hf_effdl.checks import flag, real_number
@@ -129,7 +128,7 @@ def choose(
     here = None if device is None else partial(_milliseconds, repo_id, record["inputs"], _device(device), token)
     for member in members:
         if _is_within(member, bounds, here):
-            _check_saved(repo_id, member, token)
+            _check_saved(repo_id, member)
             return member["revision"]
     sizes = [{name: member.get(name) for name in ("revision", *bounds)} for member in members]
     raise ValueError(f"no model of {os.fspath(repo_id)} is within {bounds}: {sizes}; allow more")
@@ -142,14 +141,9 @@ def _merit(record: Mapping[str, Any], member: Mapping[str, Any]) -> tuple[float,
     return -math.inf if math.isnan(value) else value, member["macs"]
 
 
-def _check_saved(where: str | os.PathLike[str], member: Mapping[str, Any], token: str | bool | None) -> None:
-    """Refuse a member that is another model than its record speaks of; one that is not at hand is not looked at."""
-    folder = Path(where) / member["revision"]
-    found = config_digest(folder) if Path(where).is_dir() else None
-    for name in () if Path(where).is_dir() or member["config"] is None else CONFIGS:
-        with suppress(EntryNotFoundError, RevisionNotFoundError):
-            file = hf_hub_download(str(where), name, revision=member["revision"], token=token)
-            found = found or digest(Path(file))
+def _check_saved(where: str | os.PathLike[str], member: Mapping[str, Any]) -> None:
+    """Refuse a member in a folder that is another model than its record speaks of; pushing changes configs."""
+    found = config_digest(Path(where) / member["revision"]) if Path(where).is_dir() else None
     if found is not None and member["config"] is not None and found != member["config"]:
         raise ValueError(
             f"{member['revision']} of {os.fspath(where)} was saved anew since {FILE_NAME}, which speaks of another "
