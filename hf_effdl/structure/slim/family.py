@@ -110,8 +110,8 @@ def choose(
 
     Raises:
         FileNotFoundError: there is no family.
-        ValueError: no bound is given, none is within them (the nearest is named), or the best was saved anew since,
-            by itself.
+        ValueError: no bound is given, none is within them (the nearest is named), or the best of a folder was saved
+            anew since, by itself.
 
     Example:
         >>> name = choose("your-name/family", latency_ms=5.0)                          # doctest: +SKIP
